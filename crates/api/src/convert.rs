@@ -1,0 +1,322 @@
+//! Between wire messages and domain types. Wire to domain parses and may fail; domain to wire cannot.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use countersign_identity::directory::{Answer, Workload};
+use countersign_identity::entry::EntryError;
+use countersign_identity::policy::{Mode, Policy};
+use countersign_identity::selector::{SelectorError, SelectorSet};
+use countersign_identity::trust_domain::{IdError, parse_id, parse_trust_domain, parse_workload_id};
+use countersign_identity::{Entry, EntryId, Selector, SpiffeId, TrustDomain, X509Authority, X509Bundle};
+use time::OffsetDateTime;
+
+use crate::push;
+use crate::spire::types;
+
+/// Why a wire message is refused. The text names the field.
+#[derive(Debug, thiserror::Error)]
+pub enum ParseError {
+    /// A field that must be there is not.
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    /// A field holds what it may not.
+    #[error("{field}: {why}")]
+    Field {
+        /// Its name.
+        field: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// An entry that breaks a rule.
+    #[error(transparent)]
+    Entry(#[from] EntryError),
+    /// A selector of the wrong form.
+    #[error(transparent)]
+    Selector(#[from] SelectorError),
+    /// A SPIFFE ID of the wrong form.
+    #[error(transparent)]
+    Id(#[from] IdError),
+}
+
+fn field(field: &'static str) -> impl Fn(String) -> ParseError {
+    move |why| ParseError::Field { field, why }
+}
+
+/// A SPIFFE ID with a path.
+pub fn id_from_wire(name: &'static str, id: Option<types::Spiffeid>) -> Result<SpiffeId, ParseError> {
+    let id = id.ok_or(ParseError::Missing(name))?;
+    let slash = if id.path.is_empty() || id.path.starts_with('/') { "" } else { "/" };
+    parse_workload_id(&format!("spiffe://{}{slash}{}", id.trust_domain, id.path))
+        .map_err(|e| field(name)(e.to_string()))
+}
+
+/// The wire form of a SPIFFE ID.
+pub fn id_to_wire(id: &SpiffeId) -> types::Spiffeid {
+    types::Spiffeid { trust_domain: id.trust_domain_name().to_owned(), path: id.path().to_owned() }
+}
+
+/// A set of selectors.
+pub fn selectors_from_wire(selectors: Vec<types::Selector>) -> Result<SelectorSet, ParseError> {
+    selectors.into_iter().map(|s| Ok(Selector::new(s.r#type, s.value)?)).collect()
+}
+
+/// The wire form of selectors.
+pub fn selectors_to_wire<'a>(selectors: impl IntoIterator<Item = &'a Selector>) -> Vec<types::Selector> {
+    selectors
+        .into_iter()
+        .map(|s| types::Selector { r#type: s.kind().to_owned(), value: s.value().to_owned() })
+        .collect()
+}
+
+fn ttl(name: &'static str, seconds: i32) -> Result<Option<Duration>, ParseError> {
+    match u64::try_from(seconds) {
+        Ok(0) => Ok(None),
+        Ok(s) => Ok(Some(Duration::from_secs(s))),
+        Err(_) => Err(field(name)(EntryError::Ttl(seconds.into()).to_string())),
+    }
+}
+
+fn ttl_to_wire(ttl: Option<Duration>) -> i32 {
+    ttl.map_or(0, |t| i32::try_from(t.as_secs()).unwrap_or(i32::MAX))
+}
+
+/// Seconds since 1970 as a time; 0 is none.
+pub fn time_from_wire(name: &'static str, seconds: i64) -> Result<Option<OffsetDateTime>, ParseError> {
+    if seconds == 0 {
+        return Ok(None);
+    }
+    OffsetDateTime::from_unix_timestamp(seconds).map(Some).map_err(|e| field(name)(e.to_string()))
+}
+
+/// An entry. `id` stands in for one that the message leaves out.
+pub fn entry_from_wire(e: types::Entry, fresh_id: impl FnOnce() -> EntryId) -> Result<Entry, ParseError> {
+    let federates_with = e.federates_with.iter().map(|td| parse_trust_domain(td)).collect::<Result<_, _>>()?;
+    Ok(Entry {
+        id: if e.id.is_empty() { fresh_id() } else { e.id.parse()? },
+        spiffe_id: id_from_wire("spiffe_id", e.spiffe_id)?,
+        parent_id: id_from_wire("parent_id", e.parent_id)?,
+        selectors: selectors_from_wire(e.selectors)?,
+        x509_svid_ttl: ttl("x509_svid_ttl", e.x509_svid_ttl)?,
+        jwt_svid_ttl: ttl("jwt_svid_ttl", e.jwt_svid_ttl)?,
+        federates_with,
+        admin: e.admin,
+        downstream: e.downstream,
+        dns_names: e.dns_names,
+        expires_at: time_from_wire("expires_at", e.expires_at)?,
+        hint: e.hint,
+        store_svid: e.store_svid,
+        revision: e.revision_number,
+        created_at: time_from_wire("created_at", e.created_at)?.unwrap_or(OffsetDateTime::UNIX_EPOCH),
+    })
+}
+
+/// The wire form of an entry.
+pub fn entry_to_wire(e: &Entry) -> types::Entry {
+    types::Entry {
+        id: e.id.to_string(),
+        spiffe_id: Some(id_to_wire(&e.spiffe_id)),
+        parent_id: Some(id_to_wire(&e.parent_id)),
+        selectors: selectors_to_wire(&e.selectors),
+        x509_svid_ttl: ttl_to_wire(e.x509_svid_ttl),
+        jwt_svid_ttl: ttl_to_wire(e.jwt_svid_ttl),
+        federates_with: e.federates_with.iter().map(ToString::to_string).collect(),
+        admin: e.admin,
+        downstream: e.downstream,
+        expires_at: e.expires_at.map_or(0, OffsetDateTime::unix_timestamp),
+        dns_names: e.dns_names.clone(),
+        revision_number: e.revision,
+        store_svid: e.store_svid,
+        hint: e.hint.clone(),
+        created_at: e.created_at.unix_timestamp(),
+    }
+}
+
+/// A bundle. Authorities that are no CA certificates are refused.
+pub fn bundle_from_wire(b: types::Bundle) -> Result<X509Bundle, ParseError> {
+    let authorities = b.x509_authorities.into_iter().map(|c| {
+        let mut authority = X509Authority::from_der(c.asn1).map_err(|e| field("x509_authorities")(e.to_string()))?;
+        authority.tainted = c.tainted;
+        Ok(authority)
+    });
+    Ok(X509Bundle {
+        trust_domain: parse_trust_domain(&b.trust_domain)?,
+        authorities: authorities.collect::<Result<_, ParseError>>()?,
+        sequence: b.sequence_number,
+        refresh_hint: Duration::from_secs(b.refresh_hint.try_into().unwrap_or(0)),
+    })
+}
+
+/// The wire form of a bundle.
+pub fn bundle_to_wire(b: &X509Bundle) -> types::Bundle {
+    let certificate = |a: &X509Authority| types::X509Certificate { asn1: a.der().to_vec(), tainted: a.tainted };
+    types::Bundle {
+        trust_domain: b.trust_domain.to_string(),
+        x509_authorities: b.authorities.iter().map(certificate).collect(),
+        jwt_authorities: vec![],
+        refresh_hint: b.refresh_hint.as_secs().try_into().unwrap_or(i64::MAX),
+        sequence_number: b.sequence,
+    }
+}
+
+/// An IP address of 4 or 16 bytes.
+pub fn address_from_wire(bytes: &[u8]) -> Result<IpAddr, ParseError> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Ok(v4.into());
+    }
+    let v6 = <[u8; 16]>::try_from(bytes)
+        .map_err(|_| field("address")(format!("{} bytes, expected 4 or 16", bytes.len())))?;
+    Ok(IpAddr::from(v6).to_canonical())
+}
+
+/// The wire form of an IP address.
+pub fn address_to_wire(address: IpAddr) -> Vec<u8> {
+    match address.to_canonical() {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+fn mode_from_wire(mode: i32) -> Result<Mode, ParseError> {
+    match push::Mode::try_from(mode) {
+        Ok(push::Mode::Off) => Ok(Mode::Off),
+        Ok(push::Mode::Permissive) => Ok(Mode::Permissive),
+        Ok(push::Mode::Strict) => Ok(Mode::Strict),
+        _ => Err(field("mode")(format!("{mode} is no mode"))),
+    }
+}
+
+fn mode_to_wire(mode: Mode) -> i32 {
+    match mode {
+        Mode::Off => push::Mode::Off.into(),
+        Mode::Permissive => push::Mode::Permissive.into(),
+        Mode::Strict => push::Mode::Strict.into(),
+    }
+}
+
+fn port(name: &'static str, port: u32) -> Result<u16, ParseError> {
+    u16::try_from(port).ok().filter(|p| *p != 0).ok_or_else(|| field(name)(format!("{port} is no port")))
+}
+
+/// A workload of the directory.
+pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
+    let p = w.policy.ok_or(ParseError::Missing("policy"))?;
+    let ids = |ids: Vec<String>| ids.iter().map(|id| Ok(parse_id(id)?.to_string())).collect::<Result<_, ParseError>>();
+    let policy = Policy {
+        mode: mode_from_wire(p.mode)?,
+        port_modes: p
+            .port_modes
+            .iter()
+            .map(|m| Ok((port("port_modes", m.port)?, mode_from_wire(m.mode)?)))
+            .collect::<Result<_, ParseError>>()?,
+        allow: ids(p.allow)?,
+        port_allow: p
+            .port_allow
+            .into_iter()
+            .map(|a| Ok((port("port_allow", a.port)?, ids(a.allow)?)))
+            .collect::<Result<_, ParseError>>()?,
+        egress: p
+            .egress
+            .iter()
+            .map(|e| e.parse().map_err(|_| field("egress")(format!("`{e}` is no CIDR"))))
+            .collect::<Result<_, ParseError>>()?,
+    };
+    Ok(Workload {
+        uid: w.uid,
+        name: w.name,
+        addresses: w.addresses.iter().map(|a| address_from_wire(a)).collect::<Result<_, _>>()?,
+        spiffe_ids: ids(w.spiffe_ids)?,
+        mesh_port: port("mesh_port", w.mesh_port)?,
+        policy,
+    })
+}
+
+/// The wire form of a workload.
+pub fn workload_to_wire(w: &Workload) -> push::Workload {
+    let p = &w.policy;
+    push::Workload {
+        uid: w.uid.clone(),
+        name: w.name.clone(),
+        addresses: w.addresses.iter().map(|a| address_to_wire(*a)).collect(),
+        spiffe_ids: w.spiffe_ids.iter().cloned().collect(),
+        mesh_port: w.mesh_port.into(),
+        policy: Some(push::Policy {
+            mode: mode_to_wire(p.mode),
+            port_modes: p
+                .port_modes
+                .iter()
+                .map(|(port, m)| push::PortMode { port: (*port).into(), mode: mode_to_wire(*m) })
+                .collect(),
+            allow: p.allow.iter().cloned().collect(),
+            port_allow: p
+                .port_allow
+                .iter()
+                .map(|(port, a)| push::PortAllow { port: (*port).into(), allow: a.iter().cloned().collect() })
+                .collect(),
+            egress: p.egress.iter().map(ToString::to_string).collect(),
+        }),
+    }
+}
+
+/// An answer of the directory, with the address that it is about.
+pub fn answer_from_wire(a: push::Answer) -> Result<(IpAddr, Answer), ParseError> {
+    let address = address_from_wire(&a.address)?;
+    let answer = match a.workload {
+        Some(w) => Answer::Meshed(workload_from_wire(w)?.into()),
+        None => Answer::NotMeshed,
+    };
+    Ok((address, answer))
+}
+
+/// The wire form of an answer.
+pub fn answer_to_wire(address: IpAddr, answer: &Answer) -> push::Answer {
+    let workload = match answer {
+        Answer::Meshed(w) => Some(workload_to_wire(w)),
+        Answer::NotMeshed => None,
+    };
+    push::Answer { address: address_to_wire(address), workload }
+}
+
+/// A trust domain that a caller named, with or without `spiffe://`.
+pub fn trust_domain_from_wire(text: &str) -> Result<TrustDomain, ParseError> {
+    Ok(parse_trust_domain(text.strip_prefix("spiffe://").unwrap_or(text))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workload_comes_back_from_the_wire_as_it_went() {
+        let w = Workload {
+            uid: "u1".into(),
+            name: "web".into(),
+            addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            spiffe_ids: ["spiffe://td/a".to_owned()].into(),
+            mesh_port: 15008,
+            policy: Policy {
+                mode: Mode::Strict,
+                port_modes: [(80, Mode::Off)].into(),
+                allow: ["spiffe://td/b".to_owned()].into(),
+                port_allow: [(81, ["spiffe://td/c".to_owned()].into())].into(),
+                egress: vec!["192.0.2.0/24".parse().unwrap()],
+            },
+        };
+        assert_eq!(workload_from_wire(workload_to_wire(&w)).unwrap(), w);
+    }
+
+    #[test]
+    fn half_a_workload_is_refused_and_the_field_is_named() {
+        let good = push::Workload {
+            mesh_port: 1,
+            policy: Some(push::Policy { mode: 3, ..Default::default() }),
+            ..Default::default()
+        };
+        assert!(workload_from_wire(good.clone()).is_ok());
+        let why = |w: push::Workload| workload_from_wire(w).unwrap_err().to_string();
+        assert_eq!(why(push::Workload { policy: None, ..good.clone() }), "policy is missing");
+        assert_eq!(why(push::Workload { policy: Some(push::Policy::default()), ..good.clone() }), "mode: 0 is no mode");
+        assert_eq!(why(push::Workload { mesh_port: 70_000, ..good.clone() }), "mesh_port: 70000 is no port");
+        assert_eq!(why(push::Workload { addresses: vec![vec![1]], ..good }), "address: 1 bytes, expected 4 or 16");
+    }
+}

@@ -1,0 +1,83 @@
+//! The wire: generated code for the SPIFFE Workload API, the SPIRE server API and `countersign.v1`, conversions that
+//! parse ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
+
+pub mod convert;
+pub mod peer;
+pub mod tls;
+pub mod transport;
+
+/// The SPIFFE Workload API (no package).
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod workload {
+    tonic::include_proto!("_");
+
+    impl std::fmt::Debug for X509svid {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "X509SVID({})", self.spiffe_id)
+        }
+    }
+}
+
+/// The SPIRE server API.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod spire {
+    /// `spire.api`
+    pub mod api {
+        /// `spire.api.types`
+        pub mod types {
+            tonic::include_proto!("spire.api.types");
+        }
+        /// `spire.api.server`
+        pub mod server {
+            /// `spire.api.server.agent`
+            pub mod agent {
+                /// `spire.api.server.agent.v1`
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.agent.v1");
+                }
+            }
+            /// `spire.api.server.entry`
+            pub mod entry {
+                /// `spire.api.server.entry.v1`
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.entry.v1");
+                }
+            }
+            /// `spire.api.server.svid`
+            pub mod svid {
+                /// `spire.api.server.svid.v1`
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.svid.v1");
+                }
+            }
+            /// `spire.api.server.bundle`
+            pub mod bundle {
+                /// `spire.api.server.bundle.v1`
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.bundle.v1");
+                }
+            }
+            /// `spire.api.server.localauthority`
+            pub mod localauthority {
+                /// `spire.api.server.localauthority.v1`
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.localauthority.v1");
+                }
+            }
+        }
+    }
+    pub use api::server::{agent::v1 as agent, bundle::v1 as bundle, entry::v1 as entry};
+    pub use api::server::{localauthority::v1 as localauthority, svid::v1 as svid};
+    pub use api::types;
+}
+
+/// What Countersign adds: push, directory, status.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod countersign {
+    /// `countersign.v1`
+    pub mod v1 {
+        tonic::include_proto!("countersign.v1");
+    }
+}
+
+pub use countersign::v1 as push;

@@ -1,0 +1,258 @@
+//! The thin adapter between rustls and the one verifier in `countersign-identity`.
+//!
+//! TLS 1.3 only; X25519MLKEM768 first, then X25519 and P-256; AES-128-GCM first; no tickets, no early data.
+
+use std::fmt;
+use std::sync::Arc;
+
+use countersign_identity::verify::{PeerRole, Refusal, VerifiedPeer, verify_chain};
+use countersign_identity::{BundleSet, SpiffeId, X509Svid};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme, version};
+use time::OffsetDateTime;
+
+/// Why no TLS configuration could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// The engine refused the key or the settings.
+    #[error("cannot set up TLS: {0}")]
+    Rustls(#[from] rustls::Error),
+}
+
+/// Decides whether a peer whose chain is good may go on.
+pub type Authorize = dyn Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync;
+
+/// Where the bundles of the moment come from.
+pub type Bundles = dyn Fn() -> Arc<BundleSet> + Send + Sync;
+
+/// Our choice of algorithms.
+pub fn provider() -> Arc<CryptoProvider> {
+    let mut provider = aws_lc_rs::default_provider();
+    provider.kx_groups =
+        vec![aws_lc_rs::kx_group::X25519MLKEM768, aws_lc_rs::kx_group::X25519, aws_lc_rs::kx_group::SECP256R1];
+    provider.cipher_suites = vec![
+        aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
+        aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
+        aws_lc_rs::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+    ];
+    provider.into()
+}
+
+/// Verifies peers by their SVID, whichever side they are on.
+pub struct SvidVerifier {
+    bundles: Box<Bundles>,
+    authorize: Box<Authorize>,
+    client_must_authenticate: bool,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl SvidVerifier {
+    /// A verifier that asks `bundles` for the bundles of the moment and `authorize` about a good chain's owner.
+    pub fn new(
+        bundles: impl Fn() -> Arc<BundleSet> + Send + Sync + 'static,
+        authorize: impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            bundles: Box::new(bundles),
+            authorize: Box::new(authorize),
+            client_must_authenticate: true,
+            algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
+        }
+    }
+
+    /// Lets clients in that show no certificate: an agent that is not attested yet. One that is shown must be good.
+    #[must_use]
+    pub fn client_may_be_anonymous(mut self) -> Self {
+        self.client_must_authenticate = false;
+        self
+    }
+
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        now: UnixTime,
+        role: PeerRole,
+    ) -> Result<(), rustls::Error> {
+        let chain: Vec<_> = std::iter::once(leaf.clone()).chain(rest.iter().cloned()).collect();
+        let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let now = OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+        verify_chain(&chain, &(self.bundles)(), now, role).and_then(|peer| (self.authorize)(&peer)).map_err(refused)
+    }
+}
+
+impl fmt::Debug for SvidVerifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SvidVerifier")
+    }
+}
+
+/// A refusal in the shape that rustls carries; [`refusal_of`] takes it out again.
+fn refused(refusal: Refusal) -> rustls::Error {
+    let other = || rustls::OtherError(Arc::new(refusal.clone()));
+    rustls::Error::InvalidCertificate(match &refusal {
+        Refusal::Malformed(_) => rustls::CertificateError::Other(other()),
+        _ => rustls::CertificateError::Other(other()),
+    })
+}
+
+/// The refusal inside an error that came out of a handshake, if it was our verifier that refused.
+pub fn refusal_of(error: &rustls::Error) -> Option<Refusal> {
+    match error {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
+            other.0.downcast_ref::<Refusal>().cloned()
+        }
+        rustls::Error::NoCertificatesPresented => Some(Refusal::NoCertificate),
+        _ => None,
+    }
+}
+
+const NO_TLS12: rustls::Error = rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls13RequiredForQuic);
+
+impl ServerCertVerifier for SvidVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verify(leaf, intermediates, now, PeerRole::Server).map(|()| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(NO_TLS12)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for SvidVerifier {
+    fn client_auth_mandatory(&self) -> bool {
+        self.client_must_authenticate
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.verify(leaf, intermediates, now, PeerRole::Client).map(|()| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(NO_TLS12)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// An SVID in the form that rustls signs with.
+pub fn certified_key(svid: &X509Svid) -> Result<Arc<CertifiedKey>, TlsError> {
+    let key = aws_lc_rs::sign::any_supported_type(&PrivatePkcs8KeyDer::from(svid.key().as_pkcs8()).into())?;
+    Ok(Arc::new(CertifiedKey::new(svid.chain().to_vec(), key)))
+}
+
+#[derive(Debug)]
+struct OneKey(Arc<CertifiedKey>);
+
+impl rustls::server::ResolvesServerCert for OneKey {
+    fn resolve(&self, _: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.clone())
+    }
+}
+
+impl rustls::client::ResolvesClientCert for OneKey {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+/// The server side: shows `svid`, verifies clients with `verifier`.
+pub fn server_config(svid: &X509Svid, verifier: SvidVerifier, alpn: &[&[u8]]) -> Result<ServerConfig, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&version::TLS13])?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(Arc::new(OneKey(certified_key(svid)?)));
+    config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    Ok(config)
+}
+
+/// The client side: shows `svid` if there is one, verifies the server with `verifier`.
+pub fn client_config(
+    svid: Option<&X509Svid>,
+    verifier: SvidVerifier,
+    alpn: &[&[u8]],
+) -> Result<ClientConfig, TlsError> {
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut config = match svid {
+        Some(svid) => builder.with_client_cert_resolver(Arc::new(OneKey(certified_key(svid)?))),
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
+    config.resumption = rustls::client::Resumption::disabled();
+    config.enable_sni = false;
+    Ok(config)
+}
+
+/// An authorization that admits one identity alone.
+pub fn only(expected: SpiffeId) -> impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync {
+    move |peer| {
+        if peer.id == expected {
+            Ok(())
+        } else {
+            Err(Refusal::WrongIdentity { expected: format!("`{expected}`"), found: peer.id.clone() })
+        }
+    }
+}

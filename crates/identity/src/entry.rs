@@ -1,0 +1,230 @@
+//! Registration entries: who gets which identity.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use spiffe::{SpiffeId, TrustDomain};
+use time::OffsetDateTime;
+
+use crate::selector::{SelectorSet, missing};
+use crate::trust_domain::{is_reserved, server_id};
+
+/// The name of a registration entry: 1 to 255 bytes of `[A-Za-z0-9._-]`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EntryId(String);
+
+impl EntryId {
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for EntryId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for EntryId {
+    type Err = EntryError;
+
+    fn from_str(text: &str) -> Result<Self, EntryError> {
+        let ok =
+            (1..=255).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        if ok { Ok(Self(text.to_owned())) } else { Err(EntryError::Id(text.chars().take(64).collect())) }
+    }
+}
+
+/// Why an entry is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum EntryError {
+    /// The entry's ID has the wrong form.
+    #[error("`{0}` is not an entry ID: use 1 to 255 of letters, digits, `.`, `_`, `-`")]
+    Id(String),
+    /// No selectors.
+    #[error("entry for `{0}` has no selectors; name at least one, as in `unix:uid:1000`")]
+    NoSelectors(SpiffeId),
+    /// An ID of another trust domain.
+    #[error("`{id}` is not in this server's trust domain `{trust_domain}`")]
+    TrustDomain {
+        /// The foreign ID.
+        id: SpiffeId,
+        /// What the server signs for.
+        trust_domain: TrustDomain,
+    },
+    /// An ID without a path.
+    #[error("`{0}` has no path; a workload's SPIFFE ID needs one")]
+    NoPath(SpiffeId),
+    /// A workload's ID in the reserved part.
+    #[error("`{0}` lies under `/spire`, which is kept for servers and agents")]
+    Reserved(SpiffeId),
+    /// A DNS name of the wrong form.
+    #[error("`{0}` is not a DNS name")]
+    DnsName(String),
+    /// The hint is too long (SPIFFE Workload API 5.2.1: 1,024 bytes).
+    #[error("the hint is longer than 1024 bytes")]
+    Hint,
+    /// A TTL below zero or beyond what fits.
+    #[error("the TTL of {0} seconds is out of range (0 takes the server's default)")]
+    Ttl(i64),
+    /// Federation with a trust domain that has the wrong form or is the server's own.
+    #[error("cannot federate with `{0}`: name another trust domain")]
+    Federation(String),
+}
+
+/// A registration entry (SPIRE API, types.Entry).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub id: EntryId,
+    /// The identity it grants.
+    pub spiffe_id: SpiffeId,
+    /// The agent, or the alias entry, that may hand it out.
+    pub parent_id: SpiffeId,
+    /// What a caller must have, all of it.
+    pub selectors: SelectorSet,
+    /// Life of the X509-SVID; `None` takes the server's default.
+    pub x509_svid_ttl: Option<Duration>,
+    /// Life of the JWT-SVID; `None` takes the server's default.
+    pub jwt_svid_ttl: Option<Duration>,
+    /// Foreign trust domains whose bundles the workload gets.
+    pub federates_with: BTreeSet<TrustDomain>,
+    /// May call the server's admin API.
+    pub admin: bool,
+    /// May ask for an intermediate authority.
+    pub downstream: bool,
+    /// DNS names in the leaf, the first is also its common name.
+    pub dns_names: Vec<String>,
+    /// When the entry itself ends.
+    pub expires_at: Option<OffsetDateTime>,
+    /// Tells several identities of one workload apart.
+    pub hint: String,
+    /// For agents that store SVIDs elsewhere.
+    pub store_svid: bool,
+    /// Grows by one with each update.
+    pub revision: i64,
+    /// When it was made.
+    pub created_at: OffsetDateTime,
+}
+
+impl Entry {
+    /// Checks what the types alone cannot: trust domains, paths, DNS names, sizes.
+    pub fn check(&self, td: &TrustDomain) -> Result<(), EntryError> {
+        for id in [&self.spiffe_id, &self.parent_id] {
+            if !id.is_member_of(td) {
+                return Err(EntryError::TrustDomain { id: id.clone(), trust_domain: td.clone() });
+            }
+            if id.path().is_empty() {
+                return Err(EntryError::NoPath(id.clone()));
+            }
+        }
+        // `/spire/server` and `/spire/agent/…` are issued by attestation alone, never by an entry.
+        if is_reserved(&self.spiffe_id) {
+            return Err(EntryError::Reserved(self.spiffe_id.clone()));
+        }
+        if self.selectors.is_empty() {
+            return Err(EntryError::NoSelectors(self.spiffe_id.clone()));
+        }
+        if let Some(bad) = self.dns_names.iter().find(|n| !is_dns_name(n)) {
+            return Err(EntryError::DnsName(bad.clone()));
+        }
+        if self.hint.len() > 1024 {
+            return Err(EntryError::Hint);
+        }
+        if let Some(own) = self.federates_with.iter().find(|f| *f == td) {
+            return Err(EntryError::Federation(own.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Whether a workload with these selectors gets this entry (the subset rule).
+    pub fn applies_to(&self, attested: &SelectorSet) -> bool {
+        missing(&self.selectors, attested).is_empty()
+    }
+
+    /// Whether two entries register the same thing (SPIRE: ID, parent and selectors are equal).
+    pub fn registers_the_same_as(&self, other: &Self) -> bool {
+        self.spiffe_id == other.spiffe_id && self.parent_id == other.parent_id && self.selectors == other.selectors
+    }
+
+    /// Whether this entry gives agents with matching node selectors a common alias.
+    pub fn is_node_alias(&self, td: &TrustDomain) -> bool {
+        self.parent_id == server_id(td)
+    }
+
+    /// Whether the entry itself has ended.
+    pub fn is_expired(&self, now: OffsetDateTime) -> bool {
+        self.expires_at.is_some_and(|end| end <= now)
+    }
+}
+
+/// A DNS name as RFC 1123 has it; a wildcard may stand as the first label.
+fn is_dns_name(name: &str) -> bool {
+    let label = |l: &str| {
+        (1..=63).contains(&l.len())
+            && !l.starts_with('-')
+            && !l.ends_with('-')
+            && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+    };
+    name.len() <= 253 && name.strip_prefix("*.").unwrap_or(name).split('.').all(label)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str) -> Entry {
+        Entry {
+            id: "e1".parse().unwrap(),
+            spiffe_id: SpiffeId::new(id).unwrap(),
+            parent_id: SpiffeId::new("spiffe://td/spire/agent/join_token/x").unwrap(),
+            selectors: ["unix:uid:1".parse().unwrap()].into(),
+            x509_svid_ttl: None,
+            jwt_svid_ttl: None,
+            federates_with: BTreeSet::new(),
+            admin: false,
+            downstream: false,
+            dns_names: vec![],
+            expires_at: None,
+            hint: String::new(),
+            store_svid: false,
+            revision: 0,
+            created_at: OffsetDateTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn an_entry_cannot_grant_a_servers_or_an_agents_identity() {
+        let td = TrustDomain::new("td").unwrap();
+        for id in ["spiffe://td/spire/server", "spiffe://td/spire/agent/join_token/x", "spiffe://td/spire"] {
+            assert!(matches!(entry(id).check(&td), Err(EntryError::Reserved(_))), "{id}");
+        }
+        assert_eq!(entry("spiffe://td/ns/a/sa/b").check(&td), Ok(()));
+    }
+
+    #[test]
+    fn foreign_or_rootless_ids_bad_names_and_empty_selectors_are_refused() {
+        let td = TrustDomain::new("td").unwrap();
+        assert!(matches!(entry("spiffe://other/x").check(&td), Err(EntryError::TrustDomain { .. })));
+        assert!(matches!(entry("spiffe://td").check(&td), Err(EntryError::NoPath(_))));
+        let mut e = entry("spiffe://td/x");
+        e.dns_names = vec!["a..b".into()];
+        assert!(matches!(e.check(&td), Err(EntryError::DnsName(_))));
+        let mut e = entry("spiffe://td/x");
+        e.selectors.clear();
+        assert!(matches!(e.check(&td), Err(EntryError::NoSelectors(_))));
+    }
+
+    #[test]
+    fn dns_names() {
+        for good in ["a", "a.b", "*.a.b", "web.default.svc"] {
+            assert!(is_dns_name(good), "{good}");
+        }
+        for bad in ["", "-a", "a-", "a.*.b", "a b", &"x".repeat(64)] {
+            assert!(!is_dns_name(bad), "{bad}");
+        }
+    }
+}

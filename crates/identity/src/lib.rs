@@ -1,0 +1,24 @@
+//! The pure domain of Countersign: SPIFFE IDs, SVIDs, trust bundles, registration entries, selectors,
+//! what we issue ([`profile`]), what we accept ([`verify`]), when things rotate ([`rotation`]), who is at an
+//! address ([`directory`]) and what is let through ([`policy`]).
+//!
+//! No I/O, no async, no clock: time is an argument everywhere.
+
+pub mod bundle;
+pub mod directory;
+pub mod entry;
+pub mod key;
+pub mod policy;
+pub mod profile;
+pub mod rotation;
+pub mod selector;
+pub mod svid;
+pub mod trust_domain;
+pub mod verify;
+
+pub use bundle::{BundleSet, X509Authority, X509Bundle};
+pub use entry::{Entry, EntryId};
+pub use key::{KeyType, PrivateKey};
+pub use selector::Selector;
+pub use spiffe::{SpiffeId, TrustDomain};
+pub use svid::X509Svid;

@@ -1,0 +1,292 @@
+//! What we issue: the exact content of CA certificates and X509-SVIDs.
+
+use std::time::Duration;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue, ExtendedKeyUsagePurpose, IsCa,
+    KeyUsagePurpose, SanType, SerialNumber,
+};
+use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
+use spiffe::{SpiffeId, TrustDomain};
+use time::OffsetDateTime;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::key::PrivateKey;
+use crate::rotation::validity;
+use crate::svid::LeafFacts;
+
+/// Longest certificate signing request we read, in bytes.
+pub const MAX_CSR_BYTES: usize = 16 * 1024;
+
+/// Why nothing was issued.
+#[derive(Debug, thiserror::Error)]
+pub enum IssueError {
+    /// The request cannot be read or its signature is wrong.
+    #[error("malformed CSR: {0}")]
+    Csr(String),
+    /// A name does not fit into a certificate.
+    #[error("`{name}` does not fit into a certificate: {why}")]
+    Name {
+        /// The name.
+        name: String,
+        /// Why not.
+        why: String,
+    },
+    /// The signing certificate has ended.
+    #[error("the signing authority expired at {0}; prepare and activate a new one")]
+    AuthorityExpired(OffsetDateTime),
+    /// The engine refused.
+    #[error("cannot sign: {0}")]
+    Sign(String),
+    /// A certificate that we hold cannot be read.
+    #[error("the authority's certificate cannot be used: {0}")]
+    Authority(String),
+}
+
+/// A public key taken from a request whose signature was checked.
+pub struct RequestedKey {
+    key: rcgen::PublicKey,
+    uri: Option<String>,
+    dns_names: Vec<String>,
+}
+
+impl RequestedKey {
+    /// Parses a PKCS#10 request and checks that its sender holds the key.
+    pub fn from_csr(der: &[u8]) -> Result<Self, IssueError> {
+        if der.len() > MAX_CSR_BYTES {
+            return Err(IssueError::Csr(format!("longer than {MAX_CSR_BYTES} bytes")));
+        }
+        let csr = CertificateSigningRequestDer::from(der);
+        let csr = rcgen::CertificateSigningRequestParams::from_der(&csr).map_err(|e| IssueError::Csr(e.to_string()))?;
+        let mut uri = None;
+        let mut dns_names = vec![];
+        for name in &csr.params.subject_alt_names {
+            match name {
+                SanType::URI(_) if uri.is_some() => return Err(IssueError::Csr("more than one URI name".into())),
+                SanType::URI(u) => uri = Some(u.as_str().to_owned()),
+                SanType::DnsName(n) => dns_names.push(n.as_str().to_owned()),
+                _ => {}
+            }
+        }
+        Ok(Self { key: csr.public_key, uri, dns_names })
+    }
+
+    /// The URI name that the request asks for, if it does.
+    pub fn uri(&self) -> Option<&str> {
+        self.uri.as_deref()
+    }
+
+    /// The DNS names that the request asks for.
+    pub fn dns_names(&self) -> &[String] {
+        &self.dns_names
+    }
+}
+
+/// A request for a leaf or agent SVID, signed by `key`.
+pub fn request(key: &PrivateKey, id: Option<&SpiffeId>) -> Result<Vec<u8>, IssueError> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = subject();
+    if let Some(id) = id {
+        params.subject_alt_names = vec![uri_san(id)?];
+    }
+    let pair = key.key_pair().map_err(|e| IssueError::Sign(e.to_string()))?;
+    let csr = params.serialize_request(&pair).map_err(|e| IssueError::Sign(e.to_string()))?;
+    Ok(csr.der().to_vec())
+}
+
+/// A CA certificate with its key: what signs.
+pub struct SigningAuthority {
+    certificate: CertificateDer<'static>,
+    /// What goes behind each leaf: this CA and those above it, without the root. Empty for a root.
+    chain: Vec<CertificateDer<'static>>,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    not_after: OffsetDateTime,
+}
+
+impl SigningAuthority {
+    /// An authority whose certificate signs. `chain` goes behind each leaf, this certificate first; empty for a root.
+    pub fn new(
+        certificate: CertificateDer<'static>,
+        chain: Vec<CertificateDer<'static>>,
+        key: &PrivateKey,
+    ) -> Result<Self, IssueError> {
+        let pair = key.key_pair().map_err(|e| IssueError::Authority(e.to_string()))?;
+        let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|e| IssueError::Authority(e.to_string()))?;
+        if parsed.public_key().raw != rcgen::PublicKeyData::subject_public_key_info(&pair) {
+            return Err(IssueError::Authority("the private key does not belong to the certificate".into()));
+        }
+        let not_after = parsed.validity().not_after.to_datetime();
+        let issuer =
+            rcgen::Issuer::from_ca_cert_der(&certificate, pair).map_err(|e| IssueError::Authority(e.to_string()))?;
+        Ok(Self { certificate, chain, issuer, not_after })
+    }
+
+    /// Its certificate.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// What goes behind each leaf.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
+    }
+
+    /// Its end.
+    pub fn not_after(&self) -> OffsetDateTime {
+        self.not_after
+    }
+}
+
+/// A signed certificate with what the audit log wants to know.
+#[derive(Debug, Clone)]
+pub struct Issued {
+    /// Leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Serial, validity, issuer.
+    pub facts: LeafFacts,
+}
+
+/// Signs a self-signed root CA for a trust domain.
+pub fn issue_root(
+    td: &TrustDomain,
+    key: &PrivateKey,
+    ttl: Duration,
+    now: OffsetDateTime,
+) -> Result<CertificateDer<'static>, IssueError> {
+    let pair = key.key_pair().map_err(|e| IssueError::Sign(e.to_string()))?;
+    let cert = ca_params(td, ttl, now, None)?.self_signed(&pair).map_err(|e| IssueError::Sign(e.to_string()))?;
+    Ok(cert.der().clone())
+}
+
+/// Signs an intermediate CA for a trust domain under an upstream authority. Never outlives it.
+pub fn issue_intermediate(
+    td: &TrustDomain,
+    key: &PrivateKey,
+    ttl: Duration,
+    now: OffsetDateTime,
+    upstream: &SigningAuthority,
+) -> Result<CertificateDer<'static>, IssueError> {
+    if upstream.not_after <= now {
+        return Err(IssueError::AuthorityExpired(upstream.not_after));
+    }
+    let pair = key.key_pair().map_err(|e| IssueError::Sign(e.to_string()))?;
+    let mut params = ca_params(td, ttl, now, Some(upstream.not_after))?;
+    params.use_authority_key_identifier_extension = true;
+    let cert = params.signed_by(&pair, &upstream.issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let (_, parsed) = X509Certificate::from_der(cert.der()).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let (_, above) =
+        X509Certificate::from_der(&upstream.certificate).map_err(|e| IssueError::Authority(e.to_string()))?;
+    if parsed.issuer().as_raw() != above.subject().as_raw() {
+        return Err(IssueError::Authority(format!(
+            "the subject `{}` cannot be repeated byte for byte as an issuer; use an upstream CA with a subject that names each attribute once",
+            above.subject()
+        )));
+    }
+    Ok(cert.der().clone())
+}
+
+/// What a leaf is to hold.
+pub struct LeafRequest<'a> {
+    /// The identity.
+    pub id: &'a SpiffeId,
+    /// DNS names; the first is also the common name.
+    pub dns_names: &'a [String],
+    /// The key, from a checked request.
+    pub key: &'a RequestedKey,
+    /// Life from now on; cut down to the authority's own end.
+    pub ttl: Duration,
+}
+
+/// Signs an X509-SVID.
+pub fn issue_leaf(
+    req: &LeafRequest<'_>,
+    authority: &SigningAuthority,
+    now: OffsetDateTime,
+) -> Result<Issued, IssueError> {
+    if authority.not_after <= now {
+        return Err(IssueError::AuthorityExpired(authority.not_after));
+    }
+    let (not_before, not_after) = validity(now, req.ttl, Some(authority.not_after));
+    let mut names = vec![uri_san(req.id)?];
+    let mut subject = subject();
+    for (n, name) in req.dns_names.iter().enumerate() {
+        let wrong = |e: rcgen::Error| IssueError::Name { name: name.clone(), why: e.to_string() };
+        names.push(SanType::DnsName(name.as_str().try_into().map_err(wrong)?));
+        if n == 0 {
+            subject.push(DnType::CommonName, name.as_str());
+        }
+    }
+    let mut params = CertificateParams::default();
+    params.not_before = not_before;
+    params.not_after = not_after;
+    params.serial_number = Some(random_serial()?);
+    params.subject_alt_names = names;
+    params.distinguished_name = subject;
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages =
+        vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment, KeyUsagePurpose::KeyAgreement];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.use_authority_key_identifier_extension = true;
+    params.key_identifier_method = rcgen::KeyIdMethod::Sha256;
+    let leaf = params.signed_by(&req.key.key, &authority.issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let leaf = leaf.der().clone();
+    let facts = {
+        let (_, cert) = X509Certificate::from_der(&leaf).map_err(|e| IssueError::Sign(e.to_string()))?;
+        LeafFacts::of(&cert)
+    };
+    let chain = std::iter::once(leaf).chain(authority.chain.iter().cloned()).collect();
+    Ok(Issued { chain, facts })
+}
+
+fn ca_params(
+    td: &TrustDomain,
+    ttl: Duration,
+    now: OffsetDateTime,
+    latest: Option<OffsetDateTime>,
+) -> Result<CertificateParams, IssueError> {
+    let (not_before, not_after) = validity(now, ttl, latest);
+    let serial = random_serial()?;
+    let mut subject = subject();
+    // A serial number in the subject keeps two authorities of one trust domain apart.
+    let decimal = u128::from_be_bytes(serial.to_bytes().try_into().unwrap_or([0; 16])).to_string();
+    let printable = decimal.as_str().try_into().map_err(|e: rcgen::Error| IssueError::Sign(e.to_string()))?;
+    subject.push(DnType::CustomDnType(vec![2, 5, 4, 5]), DnValue::PrintableString(printable));
+    let own: SpiffeId = SpiffeId::new(format!("spiffe://{td}"))
+        .map_err(|e| IssueError::Name { name: td.to_string(), why: e.to_string() })?;
+    let mut params = CertificateParams::default();
+    params.not_before = not_before;
+    params.not_after = not_after;
+    params.serial_number = Some(serial);
+    params.subject_alt_names = vec![uri_san(&own)?];
+    params.distinguished_name = subject;
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    Ok(params)
+}
+
+fn subject() -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    name.push(DnType::CountryName, "US");
+    name.push(DnType::OrganizationName, "Countersign");
+    name
+}
+
+fn uri_san(id: &SpiffeId) -> Result<SanType, IssueError> {
+    let uri = id.to_string();
+    let name = uri
+        .as_str()
+        .try_into()
+        .map_err(|e: rcgen::Error| IssueError::Name { name: uri.clone(), why: e.to_string() })?;
+    Ok(SanType::URI(name))
+}
+
+/// 127 random bits, positive and never zero.
+fn random_serial() -> Result<SerialNumber, IssueError> {
+    let mut bytes = [0u8; 16];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| IssueError::Sign("no randomness".into()))?;
+    bytes[0] = bytes[0] & 0x7f | 0x40;
+    Ok(SerialNumber::from_slice(&bytes))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,80 @@
+//! When things rotate. All of it is arithmetic on times that are given.
+
+use std::time::Duration;
+
+use time::OffsetDateTime;
+
+/// Not-before is set this far back, so that clocks which differ a little still agree.
+pub const BACKDATE: Duration = Duration::from_secs(10);
+
+const DAY: u64 = 24 * 60 * 60;
+
+/// When to prepare the next authority: when min(lifetime / 2, 30 days) is left.
+pub fn prepare_at(not_before: OffsetDateTime, not_after: OffsetDateTime) -> OffsetDateTime {
+    not_after - (lifetime(not_before, not_after) / 2).min(Duration::from_secs(30 * DAY))
+}
+
+/// When to activate the prepared authority: when min(lifetime / 6, 7 days) of the active one is left.
+pub fn activate_at(not_before: OffsetDateTime, not_after: OffsetDateTime) -> OffsetDateTime {
+    not_after - (lifetime(not_before, not_after) / 6).min(Duration::from_secs(7 * DAY))
+}
+
+/// When to renew an SVID: at half of its lifetime, moved by up to 10 % of that half.
+///
+/// `jitter` is drawn by the caller from -1.0 to 1.0, anew at each check.
+pub fn renew_at(not_before: OffsetDateTime, not_after: OffsetDateTime, jitter: f64) -> OffsetDateTime {
+    let half = lifetime(not_before, not_after) / 2;
+    let shift = half.mul_f64(0.1 * jitter.abs().min(1.0));
+    if jitter < 0.0 { not_before + half - shift } else { not_before + half + shift }
+}
+
+/// The validity window for something issued now: backdated, and never past `latest`.
+pub fn validity(
+    now: OffsetDateTime,
+    ttl: Duration,
+    latest: Option<OffsetDateTime>,
+) -> (OffsetDateTime, OffsetDateTime) {
+    // Certificates hold whole seconds: an end is cut down to one, so that no certificate outlives what was meant.
+    let whole = |t: OffsetDateTime| t.replace_nanosecond(0).unwrap_or(t);
+    let end = now + ttl;
+    (whole(now - BACKDATE), whole(latest.map_or(end, |l| end.min(l))))
+}
+
+fn lifetime(not_before: OffsetDateTime, not_after: OffsetDateTime) -> Duration {
+    (not_after - not_before).try_into().unwrap_or(Duration::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T0: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
+    const fn secs(s: u64) -> Duration {
+        Duration::from_secs(s)
+    }
+
+    #[test]
+    fn thresholds_of_a_day_and_of_a_year() {
+        let day = T0 + secs(DAY);
+        assert_eq!(prepare_at(T0, day), T0 + secs(DAY / 2));
+        assert_eq!(activate_at(T0, day), T0 + secs(DAY - DAY / 6));
+        let year = T0 + secs(365 * DAY);
+        assert_eq!(prepare_at(T0, year), year - secs(30 * DAY));
+        assert_eq!(activate_at(T0, year), year - secs(7 * DAY));
+    }
+
+    #[test]
+    fn an_svid_is_renewed_at_half_life_within_a_tenth_of_it() {
+        let end = T0 + secs(200);
+        assert_eq!(renew_at(T0, end, 0.0), T0 + secs(100));
+        assert_eq!(renew_at(T0, end, -1.0), T0 + secs(90));
+        assert_eq!(renew_at(T0, end, 1.0), T0 + secs(110));
+    }
+
+    #[test]
+    fn nothing_outlives_its_issuer() {
+        let now = T0 + secs(1000);
+        assert_eq!(validity(now, secs(60), None), (now - secs(10), now + secs(60)));
+        assert_eq!(validity(now, secs(60), Some(now + secs(5))).1, now + secs(5));
+    }
+}

@@ -1,0 +1,149 @@
+//! Helpers over the `spiffe` crate's [`SpiffeId`] and [`TrustDomain`]: the IDs that Countersign itself gives out.
+
+use spiffe::{SpiffeId, TrustDomain};
+
+/// Why a text is no SPIFFE ID or trust domain.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum IdError {
+    /// The text breaks a rule of the SPIFFE ID standard.
+    #[error("`{text}` is not a SPIFFE ID: {why}")]
+    Id {
+        /// What was given.
+        text: String,
+        /// The rule it breaks.
+        why: String,
+    },
+    /// The text breaks a rule for trust domain names.
+    #[error("`{text}` is not a trust domain name: {why}")]
+    TrustDomain {
+        /// What was given.
+        text: String,
+        /// The rule it breaks.
+        why: String,
+    },
+    /// A trust domain's own ID stands where a workload's or an agent's is asked.
+    #[error("`{0}` has no path; a workload's SPIFFE ID needs one")]
+    NoPath(SpiffeId),
+}
+
+/// Longest SPIFFE ID we issue or accept, in bytes (SPIFFE ID 2.3).
+pub const MAX_ID_BYTES: usize = 2048;
+
+/// Parses any SPIFFE ID, with or without a path.
+pub fn parse_id(text: &str) -> Result<SpiffeId, IdError> {
+    if text.len() > MAX_ID_BYTES {
+        return Err(IdError::Id {
+            text: text.chars().take(64).collect(),
+            why: format!("longer than {MAX_ID_BYTES} bytes"),
+        });
+    }
+    // The `spiffe` crate folds case; the standard asks for lower case (SPIFFE ID 2.1).
+    let name = text.strip_prefix("spiffe://").unwrap_or(text).split('/').next().unwrap_or_default();
+    if name.bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err(IdError::Id { text: text.to_owned(), why: "the trust domain has upper-case letters".into() });
+    }
+    SpiffeId::new(text).map_err(|e| IdError::Id { text: text.to_owned(), why: e.to_string() })
+}
+
+/// Parses a SPIFFE ID that must have a path (X509-SVID 4.1: a leaf's path is not the root).
+pub fn parse_workload_id(text: &str) -> Result<SpiffeId, IdError> {
+    let id = parse_id(text)?;
+    if id.path().is_empty() { Err(IdError::NoPath(id)) } else { Ok(id) }
+}
+
+/// Parses a bare trust domain name such as `example.org`.
+pub fn parse_trust_domain(text: &str) -> Result<TrustDomain, IdError> {
+    let err = |why: &str| IdError::TrustDomain { text: text.to_owned(), why: why.to_owned() };
+    if text.contains("://") {
+        return Err(err("give the bare name, without `spiffe://`"));
+    }
+    if text.bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err(err("it has upper-case letters"));
+    }
+    TrustDomain::new(text).map_err(|e| err(&e.to_string()))
+}
+
+/// The trust domain that an ID belongs to.
+pub fn trust_domain_of(id: &SpiffeId) -> TrustDomain {
+    // A parsed ID's trust domain is valid by construction; the impossible arm keeps this total.
+    TrustDomain::new(id.trust_domain_name()).unwrap_or_else(|_| unreachable!("a SPIFFE ID holds a valid trust domain"))
+}
+
+/// `spiffe://<td>/spire/server`, the ID of the server's own SVID and the parent of node alias entries.
+pub fn server_id(td: &TrustDomain) -> SpiffeId {
+    built(td, "/spire/server")
+}
+
+/// Whether an ID lies in the part that is reserved for servers and agents (`/spire/…`).
+pub fn is_reserved(id: &SpiffeId) -> bool {
+    id.path() == "/spire" || id.path().starts_with("/spire/")
+}
+
+/// `spiffe://<td>/ns/<namespace>/sa/<service account>`.
+pub fn service_account_id(td: &TrustDomain, namespace: &str, service_account: &str) -> Result<SpiffeId, IdError> {
+    parse_workload_id(&format!("spiffe://{td}/ns/{namespace}/sa/{service_account}"))
+}
+
+/// `spiffe://<td>/spire/agent/<attestor>/<suffix>`.
+pub fn agent_id(td: &TrustDomain, attestor: &str, suffix: &str) -> Result<SpiffeId, IdError> {
+    parse_workload_id(&format!("spiffe://{td}/spire/agent/{attestor}/{suffix}"))
+}
+
+fn built(td: &TrustDomain, path: &str) -> SpiffeId {
+    SpiffeId::new(format!("spiffe://{td}{path}"))
+        .unwrap_or_else(|_| unreachable!("a constant path under a valid trust domain"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_break_the_standard_are_refused() {
+        let long = format!("spiffe://a/{}", "x".repeat(2048));
+        for bad in [
+            "",
+            "spiffe://",
+            "http://a/b",
+            "spiffe://A/b",
+            "spiffe://a/b/",
+            "spiffe://a//b",
+            "spiffe://a/./b",
+            "spiffe://a/../b",
+            "spiffe://a/b?c",
+            "spiffe://a/b#c",
+            "spiffe://a:80/b",
+            "spiffe://u@a/b",
+            "spiffe://a/%62",
+            "spiffe://a/b c",
+            "spiffe://a/\0",
+            &long,
+        ] {
+            assert!(parse_id(bad).is_err(), "{bad:?} was accepted");
+        }
+        assert_eq!(
+            parse_workload_id("spiffe://a").unwrap_err().to_string(),
+            "`spiffe://a` has no path; a workload's SPIFFE ID needs one"
+        );
+    }
+
+    #[test]
+    fn ids_of_the_standard_are_accepted() {
+        for good in [
+            "spiffe://example.org/ns/default/sa/web",
+            "spiffe://10.0.0.1/x",
+            "spiffe://a_b-c.d/A.b_c-d",
+            "spiffe://a/...",
+        ] {
+            assert_eq!(parse_workload_id(good).unwrap().to_string(), good);
+        }
+    }
+
+    #[test]
+    fn a_trust_domain_is_a_bare_lowercase_name() {
+        assert!(parse_trust_domain("example.org").is_ok());
+        for bad in ["", "Example.org", "spiffe://example.org", "a/b", "a:1", &"x".repeat(256)] {
+            assert!(parse_trust_domain(bad).is_err(), "{bad:?} was accepted");
+        }
+    }
+}
