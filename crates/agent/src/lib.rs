@@ -1,1 +1,172 @@
+//! One a node: proves the node to the server, keeps that node's SVIDs fresh in memory, attests each local caller and
+//! hands it its own identity.
 
+pub mod cache;
+pub mod config;
+mod endpoints;
+mod link;
+pub mod metrics;
+pub mod node_attestor;
+pub mod peer;
+mod signing;
+mod standing;
+pub mod store;
+mod sync;
+pub mod workload_attestor;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_api::clock::Clock;
+use countersign_api::directory::Subscriptions;
+use countersign_api::http;
+use countersign_api::transport::{accept_unix, bind_unix};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use config::{Config, Evidence};
+pub use link::LinkError;
+
+use crate::endpoints::Core;
+use crate::link::Link;
+
+/// Why an agent did not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A folder, a file, an address.
+    #[error("cannot listen on {name}: {source}")]
+    Listen {
+        /// Where.
+        name: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The way to the server cannot be set up.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// No bundle to know the server by.
+    #[error("no trust bundle to know the server by; fetch it with `countersign bundle show > bundle.pem` on the server and name the file as --trust-bundle")]
+    NoBundle,
+    /// The gRPC service ended by itself.
+    #[error("gRPC: {0}")]
+    Grpc(#[from] tonic::transport::Error),
+}
+
+/// Runs an agent until `shutdown`. `ready` is called once its socket serves.
+pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, ready: impl FnOnce()) -> Result<(), AgentError> {
+    let config = Arc::new(config);
+    let unix = bind_unix(&config.socket, 0o666);
+    let unix = unix.map_err(|source| AgentError::Listen { name: config.socket.display().to_string(), source })?;
+    let metrics_listener = match config.metrics {
+        Some(bind) => {
+            let bound = TcpListener::bind(bind).await;
+            Some(bound.map_err(|source| AgentError::Listen { name: bind.to_string(), source })?)
+        }
+        None => None,
+    };
+    let link = Arc::new(Link::new(config.clone(), clock.clone())?);
+    if link.bundle().is_none() {
+        return Err(AgentError::NoBundle);
+    }
+    if link.identity().borrow().is_none() && config.evidence.is_none() {
+        return Err(LinkError::NoEvidence.into());
+    }
+    let core = Arc::new(Core {
+        attestors: vec![Box::new(workload_attestor::Unix { discover_path: config.discover_path, hash_limit: config.hash_limit })],
+        started_at: clock(),
+        cache: Arc::default(),
+        directory: Subscriptions::default(),
+        metrics: Arc::default(),
+        tasks: TaskTracker::new(),
+        shutdown: shutdown.clone(),
+        link,
+        clock,
+        config,
+    });
+    start_tasks(&core);
+    if let Some(listener) = metrics_listener {
+        core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
+    }
+    let incoming = accept_unix(unix, core.config.socket.clone(), 0o666);
+    let routes = endpoints::routes(&core).await;
+    let serve = tonic::transport::Server::builder()
+        .max_concurrent_streams(Some(256))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
+    tracing::info!(trust_domain = %core.config.trust_domain, server = core.config.server, socket = %core.config.socket.display(), "agent ready");
+    ready();
+    let served = serve.await;
+    shutdown.cancel();
+    core.tasks.close();
+    core.tasks.wait().await;
+    served?;
+    Ok(())
+}
+
+fn start_tasks(core: &Arc<Core>) {
+    let (link, cache, shutdown) = (&core.link, &core.cache, &core.shutdown);
+    let (denials, heard) = mpsc::channel(4);
+    core.tasks.spawn(standing::keep(link.clone(), cache.clone(), heard, shutdown.clone()));
+    let sync = sync::Sync {
+        link: link.clone(),
+        cache: cache.clone(),
+        denials: denials.clone(),
+        interval: core.config.sync_interval,
+        trust_domain: core.config.trust_domain.clone(),
+    };
+    core.tasks.spawn(sync.run(shutdown.clone()));
+    let signing = signing::Signing {
+        link: link.clone(),
+        cache: cache.clone(),
+        denials,
+        key_type: core.config.key_type,
+        metrics: core.metrics.clone(),
+    };
+    core.tasks.spawn(signing.run(shutdown.clone()));
+    core.tasks.spawn(follow_directory(core.clone()));
+    core.tasks.spawn(observe(core.clone()));
+}
+
+/// Follows the server's directory, over a new connection whenever our SVID changes.
+async fn follow_directory(core: Arc<Core>) {
+    let mut identity = core.link.identity();
+    while !core.shutdown.is_cancelled() {
+        let known = identity.borrow_and_update().is_some();
+        let stop = core.shutdown.child_token();
+        let follow = async {
+            if known {
+                core.directory.run(core.link.channel(), stop.clone()).await;
+            } else {
+                stop.cancelled().await;
+            }
+        };
+        tokio::select! {
+            () = follow => {}
+            changed = identity.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+async fn observe(core: Arc<Core>) {
+    let mut tick = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        tokio::select! {
+            _ = tick.tick() => core.metrics.observe(&core.cache.read()),
+            () = core.shutdown.cancelled() => return,
+        }
+    }
+}
+
+fn pages(core: Arc<Core>) -> Arc<http::Handler> {
+    Arc::new(move |path| match path {
+        "/metrics" => Some(http::Answer::metrics(&core.metrics.registry)),
+        "/live" => Some(http::Answer::ready(None)),
+        "/ready" => {
+            let missing = (!core.cache.read().synced).then(|| "the server has not been heard yet".to_owned());
+            Some(http::Answer::ready(missing))
+        }
+        _ => None,
+    })
+}

@@ -1,7 +1,13 @@
 //! The wire: generated code for the SPIFFE Workload API, the SPIRE server API and `countersign.v1`, conversions that
 //! parse ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
 
+pub mod backoff;
+pub mod clock;
 pub mod convert;
+pub mod denied;
+pub mod directory;
+pub mod files;
+pub mod http;
 pub mod peer;
 pub mod tls;
 pub mod transport;

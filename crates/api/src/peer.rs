@@ -25,4 +25,13 @@ pub struct UnixPeer {
     pub gid: u32,
     /// Handle to the process itself, which stays right when the number is used again. `None` on kernels without it.
     pub pidfd: Option<Arc<std::os::fd::OwnedFd>>,
+    /// When the process started, in clock ticks since boot, as `/proc` said when the connection was accepted.
+    pub started: Option<u64>,
+}
+
+/// When a process started, in clock ticks since boot (proc(5), field 22 of `stat`).
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may itself hold spaces and parentheses: fields are counted from its end.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }

@@ -22,7 +22,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::peer::{TlsPeer, UnixPeer};
+use crate::peer::{TlsPeer, UnixPeer, start_time};
 
 /// A handshake that takes longer is dropped.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -205,7 +205,7 @@ fn unix_io(stream: UnixStream) -> io::Result<UnixIo> {
 pub fn peer_credentials(stream: &UnixStream) -> io::Result<UnixPeer> {
     let cred = getsockopt(stream, sockopt::PeerCredentials)?;
     let pidfd = getsockopt(stream, sockopt::PeerPidfd).ok().map(Arc::new);
-    Ok(UnixPeer { pid: cred.pid(), uid: cred.uid(), gid: cred.gid(), pidfd })
+    Ok(UnixPeer { pid: cred.pid(), uid: cred.uid(), gid: cred.gid(), pidfd, started: start_time(cred.pid()) })
 }
 
 /// A channel to a gRPC service on a Unix socket. Connects when first used and again when the connection is lost.

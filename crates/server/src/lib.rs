@@ -1,1 +1,208 @@
+//! The certificate authority: attests nodes, keeps registration entries, signs, rotates, publishes the trust bundle.
+//!
+//! A server is a [`Config`] and [`run`]. Endpoints live in `endpoints`; what a user can choose between is a trait with
+//! a file for each choice: [`datastore`], [`key_manager`], [`upstream_authority`], [`node_attestor`].
 
+pub mod agents;
+pub mod audit;
+pub mod authority;
+mod caller;
+pub mod config;
+mod core;
+pub mod datastore;
+pub mod directory;
+mod endpoints;
+pub mod entries;
+pub mod federated;
+pub mod key_manager;
+pub mod metrics;
+pub mod node_attestor;
+mod own_svid;
+pub mod rate_limit;
+pub mod upstream_authority;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_api::clock::Clock;
+use countersign_api::http;
+use countersign_api::transport::{accept_tls, accept_unix, bind_unix};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use config::{Config, KeyManagerKind, UpstreamDisk};
+
+use crate::core::Core;
+
+/// How often is looked whether an authority is due; a short CA TTL looks oftener.
+const ROTATION_CHECK: Duration = Duration::from_secs(10);
+
+/// Why a server did not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A folder, a file, an address.
+    #[error("cannot {what} {name}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With what.
+        name: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The database.
+    #[error("{}: {source}", path.display())]
+    Store {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: datastore::DataStoreError,
+    },
+    /// The authorities.
+    #[error(transparent)]
+    Authority(#[from] authority::AuthorityError),
+    /// The upstream authority.
+    #[error("upstream authority: {0}")]
+    Upstream(#[from] upstream_authority::UpstreamError),
+    /// The keys.
+    #[error(transparent)]
+    Keys(#[from] key_manager::KeyManagerError),
+    /// The x509pop attestor.
+    #[error(transparent)]
+    X509Pop(#[from] node_attestor::SetupError),
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] countersign_api::tls::TlsError),
+    /// The gRPC service ended by itself.
+    #[error("gRPC: {0}")]
+    Grpc(#[from] tonic::transport::Error),
+}
+
+fn io(what: &'static str, name: impl ToString) -> impl FnOnce(std::io::Error) -> ServerError {
+    move |source| ServerError::Io { what, name: name.to_string(), source }
+}
+
+/// Runs a server until `shutdown`. `ready` is called once it serves, with the address that agents reach it at.
+pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, ready: impl FnOnce(SocketAddr)) -> Result<(), ServerError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let data = &config.data_dir;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data).map_err(io("make the data folder", data.display()))?;
+    // Addresses first: a second server on the same machine stops here, before it touches anything.
+    let tcp = TcpListener::bind(config.bind).await.map_err(io("listen on", config.bind))?;
+    let address = tcp.local_addr().map_err(io("listen on", config.bind))?;
+    let unix = bind_unix(&config.admin_socket, 0o600).map_err(io("listen on", config.admin_socket.display()))?;
+    let metrics = match config.metrics {
+        Some(bind) => Some(TcpListener::bind(bind).await.map_err(io("listen on", bind))?),
+        None => None,
+    };
+    let core = Arc::new(assemble(config, clock, shutdown.clone()).await?);
+    let own = Arc::new(own_svid::OwnSvid::new(core.clone())?);
+    let routes = endpoints::routes(&core).await;
+    if let Some(listener) = metrics {
+        let core = core.clone();
+        core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
+    }
+    core.tasks.spawn(rotate(core.clone(), own.clone()));
+    let tls = accept_tls(tcp, move || own.tls());
+    let unix = accept_unix(unix, core.config.admin_socket.clone(), 0o600);
+    let serve_tls = grpc().add_routes(routes.clone()).serve_with_incoming_shutdown(tls, shutdown.clone().cancelled_owned());
+    let serve_unix = grpc().add_routes(routes).serve_with_incoming_shutdown(unix, shutdown.clone().cancelled_owned());
+    tracing::info!(trust_domain = %core.trust_domain(), %address, socket = %core.config.admin_socket.display(), "server ready");
+    ready(address);
+    let served = tokio::try_join!(serve_tls, serve_unix);
+    shutdown.cancel();
+    core.tasks.close();
+    core.tasks.wait().await;
+    served?;
+    Ok(())
+}
+
+fn grpc() -> tonic::transport::Server {
+    tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .max_concurrent_streams(Some(1_024))
+}
+
+async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> Result<Core, ServerError> {
+    let path = config.data_dir.join("server.sqlite");
+    let store_error = |source| ServerError::Store { path: path.clone(), source };
+    let store: Arc<dyn datastore::DataStore> = Arc::new(datastore::Sqlite::open(&path).await.map_err(store_error)?);
+    let keys: Arc<dyn key_manager::KeyManager> = match config.key_manager {
+        KeyManagerKind::Disk => Arc::new(key_manager::Disk::new(config.data_dir.join("keys"))?),
+        KeyManagerKind::Memory => Arc::<key_manager::Memory>::default(),
+    };
+    let upstream: Option<Arc<dyn upstream_authority::UpstreamAuthority>> = match &config.upstream {
+        Some(files) => Some(Arc::new(upstream_authority::Disk::new(files.clone(), clock())?)),
+        None => None,
+    };
+    let td = config.trust_domain.clone();
+    let authorities = authority::Authorities::load(authority::Settings {
+        trust_domain: td.clone(),
+        ca_ttl: config.ca_ttl,
+        key_type: config.ca_key_type,
+        keys,
+        upstream,
+        store: store.clone(),
+        clock: clock.clone(),
+    })
+    .await?;
+    let mut attestors: Vec<Box<dyn node_attestor::NodeAttestor>> =
+        vec![Box::new(node_attestor::JoinToken { store: store.clone(), trust_domain: td.clone(), clock: clock.clone() })];
+    if let Some(ca) = &config.x509pop_ca {
+        attestors.push(Box::new(node_attestor::X509Pop::new(ca, td.clone(), clock.clone())?));
+    }
+    let audit = audit::Audit::open(config.audit_log.as_deref());
+    let audit = audit.map_err(io("open the audit log", config.audit_log.as_deref().unwrap_or(&path).display()))?;
+    let mut epoch = [0u8; 8];
+    rand::fill(&mut epoch);
+    Ok(Core {
+        entries: entries::Entries::load(store.clone(), &td).await.map_err(store_error)?,
+        agents: agents::Agents::load(store.clone()).await.map_err(store_error)?,
+        federated: federated::FederatedBundles::load(store.clone(), &td).await.map_err(store_error)?,
+        directory: directory::Directory::default(),
+        metrics: metrics::Metrics::default(),
+        attest_limit: rate_limit::RateLimit::new(1, 10),
+        sign_limit: rate_limit::RateLimit::new(500, 2_000),
+        epoch: hex::encode(epoch),
+        started_at: clock(),
+        tasks: TaskTracker::new(),
+        audit,
+        attestors,
+        authorities,
+        store,
+        shutdown,
+        clock,
+        config,
+    })
+}
+
+/// Rotates the authorities and our own SVID when they are due.
+async fn rotate(core: Arc<Core>, own: Arc<own_svid::OwnSvid>) {
+    let pause = ROTATION_CHECK.min(core.config.ca_ttl / 60).max(Duration::from_millis(100));
+    let mut tick = tokio::time::interval(pause);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = core.shutdown.cancelled() => return,
+        }
+        if let Err(error) = core.authorities.rotate().await {
+            tracing::error!(%error, "cannot rotate the authorities; trying again");
+        }
+        if let Err(error) = own.renew_if_due() {
+            tracing::error!(%error, "cannot renew the server's own SVID; trying again");
+        }
+        core.metrics.observe(core.entries.len(), core.agents.list().len(), &core.authorities.journal().await);
+    }
+}
+
+fn pages(core: Arc<Core>) -> Arc<http::Handler> {
+    Arc::new(move |path| match path {
+        "/metrics" => Some(http::Answer::metrics(&core.metrics.registry)),
+        "/ready" | "/live" => Some(http::Answer::ready(None)),
+        _ => None,
+    })
+}

@@ -1,0 +1,106 @@
+//! The services on the agent's Unix socket: the SPIFFE Workload API, the directory, status, health.
+
+mod directory;
+mod status;
+mod workload;
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use countersign_api::clock::Clock;
+use countersign_api::directory::Subscriptions;
+use countersign_api::peer::UnixPeer;
+use countersign_api::push::directory_server::DirectoryServer;
+use countersign_api::push::status_server::StatusServer;
+use countersign_api::workload::spiffe_workload_api_server::SpiffeWorkloadApiServer;
+use countersign_identity::selector::SelectorSet;
+use futures::Stream;
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
+use tonic::{Request, Status};
+
+use crate::cache::{Cache, Cached, NoIdentity};
+use crate::config::Config;
+use crate::link::Link;
+use crate::metrics::Metrics;
+use crate::peer::look_up;
+use crate::workload_attestor::WorkloadAttestor;
+
+/// A response stream.
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// What all endpoints share.
+pub struct Core {
+    pub config: Arc<Config>,
+    pub clock: Clock,
+    pub link: Arc<Link>,
+    pub cache: Arc<Cache>,
+    pub attestors: Vec<Box<dyn WorkloadAttestor>>,
+    pub directory: Subscriptions,
+    pub metrics: Arc<Metrics>,
+    pub started_at: OffsetDateTime,
+    pub tasks: TaskTracker,
+    pub shutdown: CancellationToken,
+}
+
+/// A service's own handle on the agent.
+#[derive(Clone)]
+struct Endpoint(Arc<Core>);
+
+/// Every service of the agent.
+pub async fn routes(core: &Arc<Core>) -> Routes {
+    let endpoint = Endpoint(core.clone());
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    Routes::new(health)
+        .add_service(SpiffeWorkloadApiServer::new(endpoint.clone()).max_decoding_message_size(64 * 1024))
+        .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(1024 * 1024))
+        .add_service(StatusServer::new(endpoint).max_decoding_message_size(64 * 1024))
+}
+
+/// A caller whose process is certain.
+#[derive(Clone)]
+struct Attested {
+    peer: UnixPeer,
+    selectors: SelectorSet,
+}
+
+impl Core {
+    fn now(&self) -> OffsetDateTime {
+        (self.clock)()
+    }
+
+    /// Attests the caller of a request.
+    fn attest<T>(&self, request: &Request<T>) -> Result<Attested, Status> {
+        let peer = request.extensions().get::<UnixPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
+        match look_up(peer, self.config.foreign_namespaces) {
+            Ok(process) => {
+                let selectors: SelectorSet = self.attestors.iter().flat_map(|a| a.attest(&process)).collect();
+                let listed = selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+                tracing::info!(pid = process.pid, selectors = listed, "caller attested");
+                self.metrics.attestations.inc();
+                Ok(Attested { peer: peer.clone(), selectors })
+            }
+            Err(error) => {
+                self.metrics.refused(error.code());
+                tracing::warn!(pid = peer.pid, uid = peer.uid, %error, "caller refused");
+                Err(Status::permission_denied(format!("no identity issued: {error}")))
+            }
+        }
+    }
+
+    /// The caller's identities.
+    fn identities(&self, attested: &Attested) -> Result<Vec<Cached>, Status> {
+        match self.cache.matching(&attested.selectors, self.now()) {
+            Ok(found) => Ok(found),
+            Err(NoIdentity::NotSynced) => Err(Status::unavailable("the agent has not heard from the server yet")),
+            Err(NoIdentity::NoEntry(why)) => {
+                self.metrics.refused("no_identity");
+                tracing::warn!(pid = attested.peer.pid, why, "no identity issued");
+                Err(Status::permission_denied(format!("no identity issued: {why}")))
+            }
+        }
+    }
+}

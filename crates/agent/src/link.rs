@@ -1,0 +1,262 @@
+//! The way to the server: who we are there, by which bundle we know it, and calls over it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use countersign_api::clock::Clock;
+use countersign_api::convert::id_from_wire;
+use countersign_api::denied::{Reason, reason_of};
+use countersign_api::spire::agent::agent_client::AgentClient;
+use countersign_api::spire::agent::attest_agent_request::{Params, Step};
+use countersign_api::spire::agent::attest_agent_response::Step as Answer;
+use countersign_api::spire::agent::{AgentX509svidParams, AttestAgentRequest, RenewAgentRequest};
+use countersign_api::spire::types;
+use countersign_api::tls::{SvidVerifier, TlsError, client_config, only};
+use countersign_api::transport::tls_channel;
+use countersign_identity::profile::{IssueError, request};
+use countersign_identity::svid::SvidError;
+use countersign_identity::trust_domain::server_id;
+use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Bundle, X509Svid};
+use rustls::ClientConfig;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use tonic::transport::Channel;
+
+use crate::config::Config;
+use crate::node_attestor::{EvidenceError, NodeAttestor};
+use crate::store::{Store, StoreError};
+
+/// A call to the server takes no longer.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why the agent could not attest or renew itself.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// No evidence, and no identity from an earlier run.
+    #[error("this agent has no identity yet; start it with a join token (`countersign token generate`) or an x509pop certificate")]
+    NoEvidence,
+    /// The evidence.
+    #[error(transparent)]
+    Evidence(#[from] EvidenceError),
+    /// The server said no, or nothing.
+    #[error("{}", describe(.0))]
+    Server(Box<Status>),
+    /// The server's answer cannot be used.
+    #[error("the server's answer cannot be used: {0}")]
+    Answer(String),
+    /// A key or a request could not be made.
+    #[error(transparent)]
+    Key(#[from] countersign_identity::key::KeyError),
+    /// A request could not be made.
+    #[error(transparent)]
+    Request(#[from] IssueError),
+    /// The SVID that came is none.
+    #[error(transparent)]
+    Svid(#[from] SvidError),
+    /// The identity could not be kept.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+impl From<Status> for LinkError {
+    fn from(status: Status) -> Self {
+        Self::Server(Box::new(status))
+    }
+}
+
+impl LinkError {
+    /// Why the server refuses this agent as such.
+    pub fn denial(&self) -> Option<Reason> {
+        match self {
+            Self::Server(status) => reason_of(status),
+            _ => None,
+        }
+    }
+}
+
+/// A status with the causes that tonic keeps behind it, such as a refused certificate.
+pub fn describe(status: &Status) -> String {
+    let mut text = format!("server: {}", status.message());
+    let mut source = std::error::Error::source(status);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// One agent's way to its server.
+pub struct Link {
+    config: Arc<Config>,
+    store: Store,
+    clock: Clock,
+    identity: watch::Sender<Option<Arc<X509Svid>>>,
+    bundles: Arc<ArcSwap<BundleSet>>,
+    signing: Mutex<Option<(Option<Arc<X509Svid>>, Channel)>>,
+}
+
+impl Link {
+    /// Takes up the identity and bundle of an earlier run.
+    pub fn new(config: Arc<Config>, clock: Clock) -> Result<Self, LinkError> {
+        let store = Store::open(&config.data_dir)?;
+        let now = clock();
+        let own = |svid: &X509Svid| svid.id().is_member_of(&config.trust_domain) && !svid.is_expired(now);
+        let identity = store.identity().filter(own).map(Arc::new);
+        let kept = store.bundle(&config.trust_domain);
+        let bundle = match (kept, &config.trust_bundle) {
+            // The kept bundle is newer than the file, unless somebody has put a new trust root there on purpose.
+            (Some(kept), None) => Some(kept),
+            (kept, Some(path)) => {
+                let wrong = |why: String| LinkError::Evidence(EvidenceError::File { path: path.clone(), why });
+                let pem = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+                let given = X509Bundle::from_pem(config.trust_domain.clone(), &pem).map_err(|e| wrong(e.to_string()))?;
+                let kept = kept.filter(|k| identity.is_some() && k.authorities.iter().any(|a| a.not_after() > now));
+                Some(kept.unwrap_or(given))
+            }
+            (None, None) => None,
+        };
+        let bundles = Arc::new(ArcSwap::from_pointee(bundle.into_iter().collect::<BundleSet>()));
+        Ok(Self { store, clock, identity: watch::Sender::new(identity), bundles, signing: Mutex::default(), config })
+    }
+
+    /// Who we are at the server, and each change.
+    pub fn identity(&self) -> watch::Receiver<Option<Arc<X509Svid>>> {
+        self.identity.subscribe()
+    }
+
+    /// The bundle by which the server is known.
+    pub fn bundle(&self) -> Option<Arc<X509Bundle>> {
+        self.bundles.load().get(self.config.trust_domain.as_str()).cloned()
+    }
+
+    /// Takes a bundle that came over an authenticated connection, and keeps it.
+    pub fn set_bundle(&self, bundle: &X509Bundle) {
+        if self.bundle().is_some_and(|known| known.authorities == bundle.authorities) {
+            return;
+        }
+        self.bundles.store(Arc::new(std::iter::once(bundle.clone()).collect()));
+        if let Err(error) = self.store.put_bundle(bundle) {
+            tracing::error!(%error, "cannot keep the bundle; it is used all the same");
+        }
+    }
+
+    /// A fresh connection, made at the first call, as who we are at that moment.
+    pub fn channel(&self) -> Channel {
+        self.channel_as(self.identity.borrow().clone())
+    }
+
+    /// One connection for all signing, made anew when our SVID changes.
+    pub fn signing_channel(&self) -> Channel {
+        let current = self.identity.borrow().clone();
+        let mut kept = self.signing.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*kept {
+            Some((svid, channel)) if *svid == current => channel.clone(),
+            _ => {
+                let channel = self.channel_as(current.clone());
+                *kept = Some((current, channel.clone()));
+                channel
+            }
+        }
+    }
+
+    fn channel_as(&self, svid: Option<Arc<X509Svid>>) -> Channel {
+        let (bundles, expected) = (self.bundles.clone(), server_id(&self.config.trust_domain));
+        tls_channel(self.config.server.clone(), move || {
+            let bundles = bundles.clone();
+            let verifier = SvidVerifier::new(move || bundles.load_full(), only(expected.clone()));
+            client_config(svid.as_deref(), verifier, &[b"h2"]).map(Arc::new).unwrap_or_else(|error| {
+                tracing::error!(%error, "cannot use the agent's own SVID");
+                trusting_nobody()
+            })
+        })
+    }
+
+    /// Proves this node and becomes its agent.
+    pub async fn attest(&self) -> Result<Arc<X509Svid>, LinkError> {
+        let evidence = self.config.evidence.as_ref().ok_or(LinkError::NoEvidence)?;
+        let attestor = NodeAttestor::load(evidence)?;
+        let key = PrivateKey::generate(KeyType::EcP256)?;
+        let params = Params {
+            data: Some(types::AttestationData { r#type: attestor.kind().into(), payload: attestor.payload()? }),
+            params: Some(AgentX509svidParams { csr: request(&key, None)? }),
+        };
+        let (tx, rx) = mpsc::channel(2);
+        let send = |step| tx.send(AttestAgentRequest { step: Some(step) });
+        let hung_up = |_| LinkError::Answer("the stream ended".into());
+        send(Step::Params(params)).await.map_err(hung_up)?;
+        let mut client = AgentClient::new(self.channel_as(None));
+        let talk = async {
+            let mut answers = client.attest_agent(ReceiverStream::new(rx)).await?.into_inner();
+            loop {
+                match answers.message().await?.and_then(|m| m.step) {
+                    Some(Answer::Challenge(challenge)) => {
+                        let answer = attestor.answer(&challenge)?;
+                        send(Step::ChallengeResponse(answer)).await.map_err(hung_up)?;
+                    }
+                    Some(Answer::Result(result)) => return Ok(result),
+                    None => return Err(LinkError::Answer("the attestation ended without a result".into())),
+                }
+            }
+        };
+        let result = tokio::time::timeout(CALL_TIMEOUT, talk).await;
+        let result = result.map_err(|_| LinkError::Answer(format!("no answer within {CALL_TIMEOUT:?}")))??;
+        self.become_agent(result.svid, key)
+    }
+
+    /// Exchanges our SVID for a fresh one with a fresh key.
+    pub async fn renew(&self) -> Result<Arc<X509Svid>, LinkError> {
+        let key = PrivateKey::generate(KeyType::EcP256)?;
+        let params = Some(AgentX509svidParams { csr: request(&key, None)? });
+        let mut client = AgentClient::new(self.channel());
+        let call = client.renew_agent(RenewAgentRequest { params });
+        let answer = tokio::time::timeout(CALL_TIMEOUT, call).await;
+        let answer = answer.map_err(|_| LinkError::Answer(format!("no answer within {CALL_TIMEOUT:?}")))??;
+        self.become_agent(answer.into_inner().svid, key)
+    }
+
+    fn become_agent(&self, svid: Option<types::X509svid>, key: PrivateKey) -> Result<Arc<X509Svid>, LinkError> {
+        let svid = Arc::new(svid_from_wire(svid, key)?);
+        if !svid.id().path().starts_with("/spire/agent/") || !svid.id().is_member_of(&self.config.trust_domain) {
+            return Err(LinkError::Answer(format!("`{}` is no agent of `{}`", svid.id(), self.config.trust_domain)));
+        }
+        self.store.put_identity(&svid)?;
+        self.identity.send_replace(Some(svid.clone()));
+        Ok(svid)
+    }
+
+    /// We are nobody any more.
+    pub fn forget(&self) {
+        self.identity.send_replace(None);
+    }
+
+    /// The time.
+    pub fn now(&self) -> time::OffsetDateTime {
+        (self.clock)()
+    }
+}
+
+/// A configuration whose every handshake fails.
+fn trusting_nobody() -> Arc<ClientConfig> {
+    let verifier = SvidVerifier::new(Arc::<BundleSet>::default, |_| Ok(()));
+    let config = client_config(None, verifier, &[b"h2"]);
+    Arc::new(config.unwrap_or_else(|_| unreachable!("a client without a certificate uses constant settings")))
+}
+
+/// An SVID from the wire, joined with the key that was made for it.
+pub fn svid_from_wire(svid: Option<types::X509svid>, key: PrivateKey) -> Result<X509Svid, LinkError> {
+    let svid = svid.ok_or_else(|| LinkError::Answer("the SVID is missing".into()))?;
+    let promised = id_from_wire("svid.id", svid.id).map_err(|e| LinkError::Answer(e.to_string()))?;
+    let svid = X509Svid::new(svid.cert_chain.into_iter().map(Into::into).collect(), key)?;
+    if *svid.id() != promised {
+        return Err(LinkError::Answer(format!("the certificate is for `{}`, not for `{promised}`", svid.id())));
+    }
+    Ok(svid)
+}

@@ -1,0 +1,81 @@
+//! What the agent counts. Names and meanings stand in `docs/metrics.md`.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// The label `reason`: why a caller was refused.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct Reason {
+    reason: &'static str,
+}
+
+/// The label `spiffe_id`: whose SVID ends.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct Identity {
+    spiffe_id: String,
+    entry: String,
+}
+
+/// The agent's metrics.
+pub struct Metrics {
+    /// All of them, for `/metrics`.
+    pub registry: Registry,
+    /// SVIDs that the server signed for us.
+    pub svids_signed: Counter,
+    /// Calls to the server that got no or not all signatures.
+    pub signing_failures: Counter,
+    /// Callers whose selectors were found.
+    pub attestations: Counter,
+    /// Open streams of workloads and sidecars.
+    pub streams: Gauge,
+    refused: Family<Reason, Counter>,
+    expiry: Family<Identity, Gauge>,
+    refused_counts: Mutex<BTreeMap<&'static str, u64>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("countersign_agent");
+        let (svids_signed, signing_failures, attestations) = (Counter::default(), Counter::default(), Counter::default());
+        let streams = Gauge::default();
+        let refused = Family::<Reason, Counter>::default();
+        let expiry = Family::<Identity, Gauge>::default();
+        registry.register("svids_signed", "SVIDs that the server signed for this agent", svids_signed.clone());
+        registry.register("signing_failures", "Calls to the server that got no or not all signatures", signing_failures.clone());
+        registry.register("attestations", "Callers that were attested", attestations.clone());
+        registry.register("streams", "Open streams of workloads and sidecars", streams.clone());
+        registry.register("callers_refused", "Callers that were refused, by reason", refused.clone());
+        registry.register("svid_expiry_timestamp_seconds", "When each SVID ends, seconds since 1970", expiry.clone());
+        Self { registry, svids_signed, signing_failures, attestations, streams, refused, expiry, refused_counts: Mutex::default() }
+    }
+}
+
+impl Metrics {
+    /// One more refusal.
+    pub fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&Reason { reason }).inc();
+        *self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
+    }
+
+    /// Refusals by reason since the start.
+    pub fn refused_counts(&self) -> BTreeMap<&'static str, u64> {
+        self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets what is looked up rather than counted.
+    pub fn observe(&self, state: &crate::cache::State) {
+        self.expiry.clear();
+        for cached in state.entries.values() {
+            if let Some(svid) = &cached.svid {
+                let labels = Identity { spiffe_id: svid.id().to_string(), entry: cached.entry.id.to_string() };
+                self.expiry.get_or_create(&labels).set(svid.facts().not_after.unix_timestamp());
+            }
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Shows a certificate chain and signs the server's nonce with its key. SPIRE's own wire form.
+
+use std::path::Path;
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{self, EcdsaKeyPair, RsaKeyPair};
+use base64::Engine;
+use countersign_identity::bundle::certificates_from_pem;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use serde_json::{Value, json};
+use zeroize::Zeroizing;
+
+use super::EvidenceError;
+
+/// A node's certificate and key.
+pub struct X509Pop {
+    chain: Vec<CertificateDer<'static>>,
+    key: Zeroizing<Vec<u8>>,
+}
+
+fn base64(bytes: &[u8]) -> String {
+    base64::engine::general_purpose::STANDARD.encode(bytes)
+}
+
+fn challenge_error(why: impl ToString) -> EvidenceError {
+    EvidenceError::Challenge(why.to_string())
+}
+
+impl X509Pop {
+    /// Reads the PEM files.
+    pub fn load(certificate: &Path, key: &Path) -> Result<Self, EvidenceError> {
+        let wrong = |path: &Path, why: String| EvidenceError::File { path: path.to_owned(), why };
+        let pem = std::fs::read(certificate).map_err(|e| wrong(certificate, e.to_string()))?;
+        let chain = certificates_from_pem(&pem).map_err(|e| wrong(certificate, e.to_string()))?;
+        let pem = Zeroizing::new(std::fs::read(key).map_err(|e| wrong(key, e.to_string()))?);
+        let key = PrivatePkcs8KeyDer::from_pem_slice(&pem)
+            .map_err(|e| wrong(key, format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`")))?;
+        Ok(Self { chain, key: Zeroizing::new(key.secret_pkcs8_der().to_vec()) })
+    }
+
+    /// The chain.
+    pub fn payload(&self) -> Result<Vec<u8>, EvidenceError> {
+        let certificates: Vec<_> = self.chain.iter().map(|c| base64(c)).collect();
+        serde_json::to_vec(&json!({ "certificates": certificates })).map_err(challenge_error)
+    }
+
+    /// A signature over the server's nonce and ours.
+    pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
+        let challenge: Value = serde_json::from_slice(challenge).map_err(challenge_error)?;
+        let nonce = |kind: &str| challenge[kind]["nonce"].as_str().and_then(|n| base64::engine::general_purpose::STANDARD.decode(n).ok());
+        let mut ours = [0u8; 32];
+        aws_lc_rs::rand::fill(&mut ours).map_err(|_| challenge_error("no randomness"))?;
+        let random = SystemRandom::new();
+        let answer = if let Some(theirs) = nonce("ecdsa_signature") {
+            let message = [&theirs[..], &ours].concat();
+            // The protocol always hashes with SHA-256, which the engine signs with on P-256 alone.
+            let pair = EcdsaKeyPair::from_pkcs8(&signature::ECDSA_P256_SHA256_FIXED_SIGNING, &self.key);
+            let pair = pair.map_err(|_| challenge_error("the server asks for ECDSA, and the key is not on P-256"))?;
+            let signature = pair.sign(&random, &message).map_err(|_| challenge_error("cannot sign"))?;
+            let (r, s) = signature.as_ref().split_at(signature.as_ref().len() / 2);
+            json!({ "ecdsa_signature": { "nonce": base64(&ours), "r": base64(r), "s": base64(s) } })
+        } else if let Some(theirs) = nonce("rsa_signature") {
+            let message = [&theirs[..], &ours].concat();
+            let pair = RsaKeyPair::from_pkcs8(&self.key).map_err(|_| challenge_error("the server asks for RSA, and the key is none"))?;
+            let mut signature = vec![0; pair.public_modulus_len()];
+            pair.sign(&signature::RSA_PSS_SHA256, &random, &message, &mut signature).map_err(|_| challenge_error("cannot sign"))?;
+            json!({ "rsa_signature": { "nonce": base64(&ours), "signature": base64(&signature) } })
+        } else {
+            return Err(challenge_error("the server's challenge is of an unknown kind"));
+        };
+        serde_json::to_vec(&answer).map_err(challenge_error)
+    }
+}

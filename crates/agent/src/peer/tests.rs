@@ -1,0 +1,67 @@
+//! Real processes on real sockets: the living are attested, the dead and the foreign are not.
+
+use super::*;
+use countersign_api::transport::peer_credentials;
+use std::process::{Command, Stdio};
+use tokio::net::{UnixListener, UnixStream};
+
+async fn caller(dir: &std::path::Path, script: &str) -> (UnixStream, std::process::Child) {
+    let path = dir.join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let child = Command::new("sh").arg("-c").arg(script).env("S", &path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let (stream, _) = tokio::time::timeout(std::time::Duration::from_secs(20), listener.accept()).await.expect("the script connects").unwrap();
+    (stream, child)
+}
+
+const CONNECT: &str = "import os,socket,sys,time\ns=socket.socket(socket.AF_UNIX)\ns.connect(os.environ['S'])\n";
+
+#[tokio::test]
+async fn a_living_caller_is_looked_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let _client = UnixStream::connect(&path).await.unwrap();
+    let (server, _) = listener.accept().await.unwrap();
+    let peer = peer_credentials(&server).unwrap();
+    let process = look_up(&peer, false).unwrap();
+    assert_eq!(process.pid, i32::try_from(std::process::id()).unwrap());
+    assert_eq!(process.uid, nix::unistd::geteuid().as_raw());
+    assert_eq!(process.exe, std::env::current_exe().ok());
+}
+
+#[tokio::test]
+async fn a_caller_whose_process_ended_is_refused_though_its_connection_lives_on() {
+    let dir = tempfile::tempdir().unwrap();
+    // The child connects, leaves the connection to its own child, and ends: the number is free for somebody else.
+    let script = format!("exec python3 -c \"{CONNECT}if os.fork(): os._exit(0)\ntime.sleep(30)\"");
+    let (stream, mut child) = caller(dir.path(), &script).await;
+    child.wait().unwrap();
+    let mut peer = peer_credentials(&stream).unwrap();
+    assert_eq!(look_up(&peer, true), Err(PeerError::Gone(peer.pid)));
+    // The same on a kernel without pidfds, where the start time decides.
+    peer.pidfd = None;
+    assert_eq!(look_up(&peer, true), Err(PeerError::Gone(peer.pid)));
+    // And when the number is in use again, by this very test.
+    peer.pid = i32::try_from(std::process::id()).unwrap();
+    peer.started = Some(1);
+    assert_eq!(look_up(&peer, true), Err(PeerError::Gone(peer.pid)));
+}
+
+#[tokio::test]
+async fn a_caller_in_another_user_namespace_is_refused_whatever_uid_it_claims() {
+    let dir = tempfile::tempdir().unwrap();
+    let able = Command::new("unshare").args(["--user", "--map-root-user", "true"]).status().is_ok_and(|s| s.success());
+    if !able {
+        assert!(std::env::var_os("CI").is_none(), "CI must be able to make user namespaces");
+        eprintln!("skipped: this machine cannot make user namespaces");
+        return;
+    }
+    let script = format!("exec unshare --user --map-root-user python3 -c \"{CONNECT}time.sleep(30)\"");
+    let (stream, mut child) = caller(dir.path(), &script).await;
+    let peer = peer_credentials(&stream).unwrap();
+    let refused = look_up(&peer, false);
+    assert_eq!(refused, Err(PeerError::ForeignNamespace { pid: peer.pid, namespace: "user" }));
+    assert!(look_up(&peer, true).is_ok(), "unless the agent is told that others decide");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

@@ -1,0 +1,229 @@
+//! Brings entries and bundles from the server into the cache: pushed where the server pushes, polled elsewhere.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_api::backoff::Backoff;
+use countersign_api::convert::{bundle_from_wire, entry_from_wire};
+use countersign_api::denied::{Reason, reason_of};
+use countersign_api::push::push_client::PushClient;
+use countersign_api::push::{WatchRequest, WatchResponse};
+use countersign_api::spire::bundle::bundle_client::BundleClient;
+use countersign_api::spire::bundle::{GetBundleRequest, GetFederatedBundleRequest};
+use countersign_api::spire::entry::GetAuthorizedEntriesRequest;
+use countersign_api::spire::entry::entry_client::EntryClient;
+use countersign_api::spire::types;
+use countersign_api::transport::MAX_MESSAGE_BYTES;
+use countersign_identity::{Entry, EntryId, TrustDomain, X509Bundle};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use crate::cache::{Cache, Cached, State};
+use crate::link::{CALL_TIMEOUT, Link, describe};
+
+/// Brings the cache up to date and keeps it there, until `shutdown`.
+pub struct Sync {
+    /// The way to the server.
+    pub link: Arc<Link>,
+    /// What is kept up to date.
+    pub cache: Arc<Cache>,
+    /// Where refusals of this agent go.
+    pub denials: mpsc::Sender<Reason>,
+    /// How often a server without push is asked.
+    pub interval: Duration,
+    /// Whose bundle is ours.
+    pub trust_domain: TrustDomain,
+}
+
+/// Where the stream of pushes stands.
+#[derive(Default)]
+struct Position {
+    epoch: String,
+    revision: u64,
+}
+
+impl Sync {
+    /// Runs until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        tokio::select! {
+            () = self.follow() => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+
+    async fn follow(&self) {
+        let mut identity = self.link.identity();
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let mut position = Position::default();
+        loop {
+            if identity.borrow_and_update().is_none() {
+                if identity.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            }
+            let channel = self.link.channel();
+            let ended = tokio::select! {
+                ended = self.pushed(channel.clone(), &mut position, &mut backoff) => ended,
+                // A new SVID needs a new connection; the position makes that cheap.
+                _ = identity.changed() => continue,
+            };
+            let ended = if ended.code() == Code::Unimplemented {
+                tracing::info!("the server does not push; polling it every {:?}", self.interval);
+                tokio::select! {
+                    ended = self.polled(channel, &mut backoff) => ended,
+                    _ = identity.changed() => continue,
+                }
+            } else {
+                ended
+            };
+            if let Some(reason) = reason_of(&ended) {
+                let _ = self.denials.try_send(reason);
+            }
+            let delay = backoff.next_delay();
+            tracing::warn!(status = describe(&ended), "lost the server; serving from memory, trying again in {delay:.1?}");
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    async fn pushed(&self, channel: Channel, position: &mut Position, backoff: &mut Backoff) -> Status {
+        let mut client = PushClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let request = WatchRequest { epoch: position.epoch.clone(), revision: position.revision };
+        let mut stream = match client.watch(request).await {
+            Ok(stream) => stream.into_inner(),
+            Err(status) => return status,
+        };
+        loop {
+            match stream.message().await {
+                Ok(Some(message)) => {
+                    backoff.reset();
+                    let at = Position { epoch: message.epoch.clone(), revision: message.revision };
+                    self.take_push(message);
+                    *position = at;
+                }
+                Ok(None) => return Status::unavailable("the server closed the stream"),
+                Err(status) => return status,
+            }
+        }
+    }
+
+    fn take_push(&self, message: WatchResponse) {
+        let bundle = message.bundle.and_then(read_bundle);
+        let federated: Vec<X509Bundle> = message.federated_bundles.into_iter().filter_map(read_bundle).collect();
+        let upserted: Vec<Entry> = message.upserted.into_iter().filter_map(read_entry).collect();
+        if let Some(own) = bundle.as_ref().filter(|b| b.trust_domain == self.trust_domain) {
+            self.link.set_bundle(own);
+        }
+        self.cache.change(|state| {
+            if message.snapshot {
+                let named: std::collections::HashSet<&EntryId> = upserted.iter().map(|e| &e.id).collect();
+                state.entries.retain(|id, _| named.contains(id));
+            }
+            for id in message.removed_ids {
+                if let Ok(id) = id.parse::<EntryId>() {
+                    state.entries.remove(&id);
+                }
+            }
+            upserted.into_iter().for_each(|e| put_entry(state, e));
+            if let Some(bundle) = bundle {
+                state.bundle = Some(Arc::new(bundle));
+            }
+            for bundle in federated {
+                state.federated.insert(bundle.trust_domain.to_string(), Arc::new(bundle));
+            }
+            state.synced = true;
+        });
+    }
+
+    async fn polled(&self, channel: Channel, backoff: &mut Backoff) -> Status {
+        let mut entries = EntryClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut bundles = BundleClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        loop {
+            let ask = async {
+                let all = entries.get_authorized_entries(GetAuthorizedEntriesRequest::default()).await?.into_inner();
+                let all: Vec<Entry> = all.entries.into_iter().filter_map(read_entry).collect();
+                let own = bundles.get_bundle(GetBundleRequest::default()).await?.into_inner();
+                let mut federated = BTreeMap::new();
+                for td in all.iter().flat_map(|e| e.federates_with.iter().map(ToString::to_string)) {
+                    if !federated.contains_key(&td) {
+                        let request = GetFederatedBundleRequest { trust_domain: td.clone(), output_mask: None };
+                        match bundles.get_federated_bundle(request).await {
+                            Ok(bundle) => federated.extend(read_bundle(bundle.into_inner()).map(|b| (td, Arc::new(b)))),
+                            Err(status) if status.code() == Code::NotFound => {}
+                            Err(status) => return Err(status),
+                        }
+                    }
+                }
+                Ok((all, read_bundle(own), federated))
+            };
+            match tokio::time::timeout(CALL_TIMEOUT, ask).await {
+                Err(_) => return Status::deadline_exceeded("the server did not answer"),
+                Ok(Err(status)) => return status,
+                Ok(Ok((all, own, federated))) => {
+                    backoff.reset();
+                    self.take_poll(all, own, federated);
+                }
+            }
+            tokio::time::sleep(self.interval).await;
+        }
+    }
+
+    fn take_poll(&self, all: Vec<Entry>, own: Option<X509Bundle>, federated: BTreeMap<String, Arc<X509Bundle>>) {
+        if let Some(own) = &own {
+            self.link.set_bundle(own);
+        }
+        let same = {
+            let state = self.cache.read();
+            state.synced
+                && state.entries.len() == all.len()
+                && all.iter().all(|e| state.entries.get(&e.id).is_some_and(|c| *c.entry == *e))
+                && state.bundle.as_deref() == own.as_ref()
+                && state.federated == federated
+        };
+        if same {
+            return;
+        }
+        self.cache.change(|state| {
+            let named: std::collections::HashSet<&EntryId> = all.iter().map(|e| &e.id).collect();
+            state.entries.retain(|id, _| named.contains(id));
+            all.into_iter().for_each(|e| put_entry(state, e));
+            state.bundle = own.map(Arc::new).or(state.bundle.take());
+            state.federated = federated;
+            state.synced = true;
+        });
+    }
+}
+
+/// Puts an entry in. An SVID of another identity goes at once; one with other names or another life goes when its
+/// successor is there.
+fn put_entry(state: &mut State, entry: Entry) {
+    let before = state.entries.remove(&entry.id);
+    let kept = before.filter(|b| b.entry.spiffe_id == entry.spiffe_id);
+    let changed = kept.as_ref().is_some_and(|b| b.entry.dns_names != entry.dns_names || b.entry.x509_svid_ttl != entry.x509_svid_ttl);
+    let cached = Cached {
+        stale: changed || kept.as_ref().is_some_and(|b| b.stale),
+        jitter: kept.as_ref().map_or(0.0, |b| b.jitter),
+        svid: kept.and_then(|b| b.svid),
+        entry: Arc::new(entry),
+    };
+    state.entries.insert(cached.entry.id.clone(), cached);
+}
+
+fn read_entry(wire: types::Entry) -> Option<Entry> {
+    let id = wire.id.clone();
+    if id.is_empty() {
+        tracing::warn!("the server sent an entry without an ID; it is left out");
+        return None;
+    }
+    let read = entry_from_wire(wire, || unreachable!("an entry with an ID needs no fresh one"));
+    read.map_err(|error| tracing::warn!(entry = id, %error, "the server sent an entry that cannot be read; it is left out")).ok()
+}
+
+fn read_bundle(wire: types::Bundle) -> Option<X509Bundle> {
+    let td = wire.trust_domain.clone();
+    let read = bundle_from_wire(wire);
+    read.map_err(|error| tracing::warn!(trust_domain = td, %error, "the server sent a bundle that cannot be read; it is left out")).ok()
+}

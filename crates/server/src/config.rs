@@ -1,0 +1,59 @@
+//! What a server is told when it starts.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use countersign_identity::{KeyType, TrustDomain};
+
+/// A server's settings. Every combination of valid fields is a valid server.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What it signs for.
+    pub trust_domain: TrustDomain,
+    /// Where agents reach it.
+    pub bind: SocketAddr,
+    /// Where operators and the registrar reach it.
+    pub admin_socket: PathBuf,
+    /// Keys and database.
+    pub data_dir: PathBuf,
+    /// Life of an authority.
+    pub ca_ttl: Duration,
+    /// Life of an X509-SVID whose entry names none.
+    pub svid_ttl: Duration,
+    /// Life of an agent's own SVID.
+    pub agent_svid_ttl: Duration,
+    /// Key type of authorities.
+    pub ca_key_type: KeyType,
+    /// Where the authorities' keys live.
+    pub key_manager: KeyManagerKind,
+    /// The PKI above us, if there is one.
+    pub upstream: Option<UpstreamDisk>,
+    /// CA bundle that `x509pop` agents' certificates must chain to; `None` turns the attestor off.
+    pub x509pop_ca: Option<PathBuf>,
+    /// Where the audit record goes; `None` writes none.
+    pub audit_log: Option<PathBuf>,
+    /// Where `/metrics`, `/ready` and `/live` are served.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// Where the authorities' keys live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KeyManagerKind {
+    /// Files of mode 0600.
+    #[default]
+    Disk,
+    /// Gone with the process: a restarted server makes a new authority.
+    Memory,
+}
+
+/// An upstream authority on disk.
+#[derive(Debug, Clone)]
+pub struct UpstreamDisk {
+    /// PEM: the CA certificate, then any intermediates above it.
+    pub certificate: PathBuf,
+    /// PEM, PKCS#8.
+    pub key: PathBuf,
+    /// PEM: the roots, where `certificate` is not itself the root.
+    pub bundle: Option<PathBuf>,
+}

@@ -1,0 +1,158 @@
+//! What all endpoints share, and the one way to a signature.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use countersign_api::clock::Clock;
+use countersign_identity::profile::{Issued, LeafRequest, RequestedKey};
+use countersign_identity::{Entry, SpiffeId, TrustDomain};
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::Status;
+
+use crate::agents::Agents;
+use crate::audit::{Audit, Outcome, Record, rfc3339};
+use crate::authority::{Authorities, AuthorityError};
+use crate::caller::Caller;
+use crate::config::Config;
+use crate::datastore::{DataStore, DataStoreError};
+use crate::directory::Directory;
+use crate::entries::Entries;
+use crate::federated::FederatedBundles;
+use crate::metrics::Metrics;
+use crate::node_attestor::NodeAttestor;
+use crate::rate_limit::RateLimit;
+
+/// One server's state.
+pub struct Core {
+    pub config: Config,
+    pub clock: Clock,
+    pub store: Arc<dyn DataStore>,
+    pub authorities: Authorities,
+    pub entries: Entries,
+    pub agents: Agents,
+    pub federated: FederatedBundles,
+    pub directory: Directory,
+    pub attestors: Vec<Box<dyn NodeAttestor>>,
+    pub audit: Audit,
+    pub metrics: Metrics,
+    pub attest_limit: RateLimit,
+    pub sign_limit: RateLimit,
+    /// Names this run of the server: revisions of another run mean nothing.
+    pub epoch: String,
+    pub started_at: OffsetDateTime,
+    /// Streams and other tasks; all end with `shutdown` and are waited for.
+    pub tasks: TaskTracker,
+    pub shutdown: CancellationToken,
+}
+
+/// What is to be signed.
+pub struct SigningRequest<'a> {
+    /// For audit and metrics: `x509_svid`, `agent_svid`, `server_svid`.
+    pub kind: &'static str,
+    /// Who asks.
+    pub caller: &'a str,
+    /// The registration entry behind it, if there is one.
+    pub entry_id: &'a str,
+    /// Whose identity.
+    pub id: &'a SpiffeId,
+    /// DNS names.
+    pub dns_names: &'a [String],
+    /// Life.
+    pub ttl: Duration,
+    /// The request (PKCS#10).
+    pub csr: &'a [u8],
+}
+
+impl Core {
+    /// The time.
+    pub fn now(&self) -> OffsetDateTime {
+        (self.clock)()
+    }
+
+    /// What we sign for.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.config.trust_domain
+    }
+
+    /// Signs, and keeps the record of it either way.
+    pub fn sign(&self, request: &SigningRequest<'_>) -> Result<Issued, Status> {
+        let signed = RequestedKey::from_csr(request.csr).map_err(AuthorityError::from).and_then(|key| {
+            let leaf = LeafRequest { id: request.id, dns_names: request.dns_names, key: &key, ttl: request.ttl };
+            self.authorities.sign(&leaf)
+        });
+        let issued = match signed {
+            Ok(issued) => issued,
+            Err(error) => {
+                let reason = if matches!(error, AuthorityError::Issue(_)) { "bad_request" } else { "no_authority" };
+                self.refuse(request.kind, request.caller, request.entry_id, &request.id.to_string(), reason, &error.to_string());
+                return Err(status_of(&error));
+            }
+        };
+        self.metrics.signed(request.kind);
+        let record = Record {
+            outcome: Outcome::Signed,
+            kind: request.kind,
+            caller: request.caller,
+            entry_id: request.entry_id,
+            spiffe_id: &request.id.to_string(),
+            serial: &issued.facts.serial,
+            expires_at: &rfc3339(issued.facts.not_after),
+            authority_id: &issued.facts.authority_id,
+            reason: "",
+        };
+        self.audit.write(&record, self.now());
+        Ok(issued)
+    }
+
+    /// Keeps the record of a refusal: `code` for the metric, `reason` for people.
+    pub fn refuse(&self, kind: &'static str, caller: &str, entry_id: &str, spiffe_id: &str, code: &'static str, reason: &str) {
+        self.metrics.refused(code);
+        tracing::warn!(kind, caller, entry_id, spiffe_id, code, reason, "refused to sign");
+        let record = Record { outcome: Outcome::Refused, kind, caller, entry_id, spiffe_id, serial: "", expires_at: "", authority_id: "", reason };
+        self.audit.write(&record, self.now());
+    }
+
+    /// Signs a workload's SVID for an entry.
+    pub fn sign_entry(&self, caller: &Caller, entry: &Entry, csr: &[u8]) -> Result<Issued, Status> {
+        self.sign(&SigningRequest {
+            kind: "x509_svid",
+            caller: &caller.to_string(),
+            entry_id: entry.id.as_str(),
+            id: &entry.spiffe_id,
+            dns_names: &entry.dns_names,
+            ttl: entry.x509_svid_ttl.unwrap_or(self.config.svid_ttl),
+            csr,
+        })
+    }
+
+    /// Whether a remote caller may have `count` more signatures now.
+    pub fn within_sign_limit<T>(&self, request: &tonic::Request<T>, count: usize) -> Result<(), Status> {
+        let Some(peer) = request.extensions().get::<countersign_api::peer::TlsPeer>() else { return Ok(()) };
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        if self.sign_limit.take(peer.address.ip(), count, Instant::now()) {
+            Ok(())
+        } else {
+            Err(Status::resource_exhausted("too many signatures asked for from this address; slow down"))
+        }
+    }
+}
+
+/// An authority's error as a gRPC status.
+pub fn status_of(error: &AuthorityError) -> Status {
+    let text = error.to_string();
+    match error {
+        AuthorityError::Unknown(_) => Status::not_found(text),
+        AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::NothingPrepared => Status::failed_precondition(text),
+        AuthorityError::Issue(_) | AuthorityError::Bundle(_) => Status::invalid_argument(text),
+        AuthorityError::NotReady | AuthorityError::Store(_) => Status::unavailable(text),
+        AuthorityError::Key(_) | AuthorityError::UpstreamRefused(_) => Status::internal(text),
+    }
+}
+
+/// The store's error as a gRPC status: nothing was changed.
+pub fn store_status(error: &DataStoreError) -> Status {
+    tracing::error!(%error, "the store refused a change");
+    Status::unavailable(format!("the change was not made: {error}"))
+}

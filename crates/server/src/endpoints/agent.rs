@@ -1,0 +1,340 @@
+//! `spire.api.server.agent.v1`: node attestation, renewal, nodes, join tokens.
+
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use countersign_api::convert::{id_from_wire, id_to_wire, selectors_from_wire, selectors_to_wire};
+use countersign_api::peer::TlsPeer;
+use countersign_api::spire::agent::agent_server::Agent;
+use countersign_api::spire::agent::attest_agent_request::Step as Asked;
+use countersign_api::spire::agent::attest_agent_response::{Result as Attested, Step as Answered};
+use countersign_api::spire::agent::*;
+use countersign_api::spire::types;
+use countersign_identity::profile::Issued;
+use countersign_identity::selector::SelectorSet;
+use countersign_identity::trust_domain::{agent_id, server_id};
+use countersign_identity::{Entry, Selector, SpiffeId};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{BoxStream, Endpoint, invalid, masks, paging};
+use crate::agents::{AttestedAgent, Denied};
+use crate::caller::{Caller, denied_status};
+use crate::core::{Core, SigningRequest, store_status};
+use crate::datastore::JoinToken;
+use crate::entries::fresh_entry_id;
+use crate::node_attestor::{AttestError, AttestedNode, Challenger, MAX_PAYLOAD_BYTES};
+
+/// The whole attestation, challenges included, takes no longer.
+const ATTESTATION_TIMEOUT: Duration = Duration::from_secs(30);
+/// Life of a join token whose maker names none.
+const TOKEN_TTL: Duration = Duration::from_secs(600);
+
+struct StreamChallenger {
+    requests: Streaming<AttestAgentRequest>,
+    responses: mpsc::Sender<Result<AttestAgentResponse, Status>>,
+}
+
+#[async_trait]
+impl Challenger for StreamChallenger {
+    async fn challenge(&mut self, challenge: Vec<u8>) -> Result<Vec<u8>, AttestError> {
+        let step = AttestAgentResponse { step: Some(Answered::Challenge(challenge)) };
+        self.responses.send(Ok(step)).await.map_err(|_| AttestError::NoAnswer)?;
+        match self.requests.message().await {
+            Ok(Some(AttestAgentRequest { step: Some(Asked::ChallengeResponse(answer)) })) if answer.len() <= MAX_PAYLOAD_BYTES => Ok(answer),
+            _ => Err(AttestError::NoAnswer),
+        }
+    }
+}
+
+fn svid_to_wire(id: &SpiffeId, issued: &Issued) -> types::X509svid {
+    types::X509svid {
+        cert_chain: issued.chain.iter().map(|c| c.to_vec()).collect(),
+        id: Some(id_to_wire(id)),
+        expires_at: issued.facts.not_after.unix_timestamp(),
+        hint: String::new(),
+    }
+}
+
+fn agent_to_wire(agent: &AttestedAgent) -> types::Agent {
+    types::Agent {
+        id: Some(id_to_wire(&agent.id)),
+        attestation_type: agent.attestation_type.clone(),
+        x509svid_serial_number: agent.serial.clone(),
+        x509svid_expires_at: agent.expires_at.unix_timestamp(),
+        selectors: selectors_to_wire(&agent.selectors),
+        banned: agent.banned,
+        can_reattest: agent.can_reattest,
+    }
+}
+
+async fn attest(core: &Core, params: attest_agent_request::Params, challenger: &mut StreamChallenger, caller: &str) -> Result<Attested, Status> {
+    let evidence = params.data.ok_or_else(|| invalid("data is missing"))?;
+    let csr = params.params.ok_or_else(|| invalid("params is missing"))?.csr;
+    if evidence.payload.len() > MAX_PAYLOAD_BYTES {
+        return Err(invalid(format!("payload is longer than {MAX_PAYLOAD_BYTES} bytes")));
+    }
+    let attestor = core.attestors.iter().find(|a| a.kind() == evidence.r#type).ok_or_else(|| {
+        let known: Vec<_> = core.attestors.iter().map(|a| a.kind()).collect();
+        Status::failed_precondition(format!("no node attestor `{}` is configured here, only {}", evidence.r#type, known.join(", ")))
+    })?;
+    let node = attestor.attest(&evidence.payload, challenger).await.map_err(|e| match e {
+        AttestError::Malformed(why) => Status::invalid_argument(why),
+        AttestError::Store(e) => store_status(&e),
+        AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(e.to_string()),
+    })?;
+    if let Some(known) = core.agents.get(&node.id) {
+        if known.banned {
+            return Err(denied_status(Denied::Banned, &node.id));
+        }
+        if !known.can_reattest {
+            return Err(Status::permission_denied(format!("agent `{}` was attested with evidence that works once; evict it first", node.id)));
+        }
+    }
+    let issued = core.sign(&SigningRequest {
+        kind: "agent_svid",
+        caller,
+        entry_id: "",
+        id: &node.id,
+        dns_names: &[],
+        ttl: core.config.agent_svid_ttl,
+        csr: &csr,
+    })?;
+    let AttestedNode { id, selectors, can_reattest, alias } = node;
+    if let Some(alias) = alias {
+        // The entry's selector is the agent's own ID, which no other node can attest to.
+        let entry = alias_entry(core, alias, &id)?;
+        core.entries.put(vec![entry]).await.map_err(|e| store_status(&e))?;
+    }
+    let agent = AttestedAgent {
+        id: id.clone(),
+        attestation_type: evidence.r#type,
+        selectors: own_id_selector(&id).into_iter().chain(selectors).collect(),
+        serial: issued.facts.serial.clone(),
+        previous_serial: String::new(),
+        expires_at: issued.facts.not_after,
+        banned: false,
+        can_reattest,
+    };
+    core.agents.put(agent).await.map_err(|e| store_status(&e))?;
+    tracing::info!(agent = %id, "agent attested");
+    Ok(Attested { svid: Some(svid_to_wire(&id, &issued)), reattestable: can_reattest })
+}
+
+fn own_id_selector(id: &SpiffeId) -> SelectorSet {
+    Selector::new("spiffe_id", id.to_string()).into_iter().collect()
+}
+
+fn alias_entry(core: &Core, alias: SpiffeId, agent: &SpiffeId) -> Result<Entry, Status> {
+    let entry = Entry {
+        id: fresh_entry_id(),
+        spiffe_id: alias,
+        parent_id: server_id(core.trust_domain()),
+        selectors: own_id_selector(agent),
+        x509_svid_ttl: None,
+        jwt_svid_ttl: None,
+        federates_with: Default::default(),
+        admin: false,
+        downstream: false,
+        dns_names: vec![],
+        expires_at: None,
+        hint: String::new(),
+        store_svid: false,
+        revision: 0,
+        created_at: core.now(),
+    };
+    entry.check(core.trust_domain()).map_err(invalid)?;
+    Ok(entry)
+}
+
+/// What CountAgents and ListAgents filter by.
+struct Filter {
+    attestation_type: String,
+    selectors: Option<types::SelectorMatch>,
+    banned: Option<bool>,
+    can_reattest: Option<bool>,
+}
+
+impl Filter {
+    fn matches(&self, agent: &AttestedAgent) -> Result<bool, Status> {
+        let selectors = match &self.selectors {
+            None => true,
+            Some(m) => {
+                let wanted = selectors_from_wire(m.selectors.clone()).map_err(invalid)?;
+                super::entry::sets_match(&wanted, &agent.selectors, m.r#match)
+            }
+        };
+        Ok(selectors
+            && (self.attestation_type.is_empty() || self.attestation_type == agent.attestation_type)
+            && self.banned.is_none_or(|b| b == agent.banned)
+            && self.can_reattest.is_none_or(|c| c == agent.can_reattest))
+    }
+}
+
+impl Endpoint {
+    fn agents_matching(&self, filter: Option<Filter>) -> Result<Vec<types::Agent>, Status> {
+        let mut found = vec![];
+        for agent in self.0.agents.list() {
+            if filter.as_ref().map_or(Ok(true), |f| f.matches(&agent))? {
+                found.push(agent_to_wire(&agent));
+            }
+        }
+        Ok(found)
+    }
+
+    fn known_agent(&self, id: Option<types::Spiffeid>) -> Result<AttestedAgent, Status> {
+        let id = id_from_wire("id", id).map_err(invalid)?;
+        let found = self.0.agents.get(&id).ok_or_else(|| Status::not_found(format!("there is no agent `{id}`")))?;
+        Ok(AttestedAgent::clone(&found))
+    }
+}
+
+#[async_trait]
+impl Agent for Endpoint {
+    type AttestAgentStream = BoxStream<AttestAgentResponse>;
+
+    async fn count_agents(&self, request: Request<CountAgentsRequest>) -> Result<Response<CountAgentsResponse>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let filter = request.into_inner().filter.map(|f| Filter {
+            attestation_type: f.by_attestation_type,
+            selectors: f.by_selector_match,
+            banned: f.by_banned,
+            can_reattest: f.by_can_reattest,
+        });
+        let count = self.agents_matching(filter)?.len().try_into().unwrap_or(i32::MAX);
+        Ok(Response::new(CountAgentsResponse { count }))
+    }
+
+    async fn list_agents(&self, request: Request<ListAgentsRequest>) -> Result<Response<ListAgentsResponse>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let filter = request.filter.map(|f| Filter {
+            attestation_type: f.by_attestation_type,
+            selectors: f.by_selector_match,
+            banned: f.by_banned,
+            can_reattest: f.by_can_reattest,
+        });
+        let name = |a: &types::Agent| a.id.as_ref().map(|id| format!("spiffe://{}{}", id.trust_domain, id.path)).unwrap_or_default();
+        let (page, next_page_token) = paging::page(self.agents_matching(filter)?, request.page_size, &request.page_token, name);
+        let agents = page.into_iter().map(|a| masks::agent(a, request.output_mask)).collect();
+        Ok(Response::new(ListAgentsResponse { agents, next_page_token }))
+    }
+
+    async fn get_agent(&self, request: Request<GetAgentRequest>) -> Result<Response<types::Agent>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let agent = self.known_agent(request.id)?;
+        Ok(Response::new(masks::agent(agent_to_wire(&agent), request.output_mask)))
+    }
+
+    async fn delete_agent(&self, request: Request<DeleteAgentRequest>) -> Result<Response<()>, Status> {
+        let caller = Caller::operator(&self.0, &request)?;
+        let agent = self.known_agent(request.into_inner().id)?;
+        self.0.agents.remove(&agent.id).await.map_err(|e| store_status(&e))?;
+        tracing::warn!(agent = %agent.id, %caller, "agent evicted");
+        Ok(Response::new(()))
+    }
+
+    async fn ban_agent(&self, request: Request<BanAgentRequest>) -> Result<Response<()>, Status> {
+        let caller = Caller::operator(&self.0, &request)?;
+        let mut agent = self.known_agent(request.into_inner().id)?;
+        agent.banned = true;
+        tracing::warn!(agent = %agent.id, %caller, "agent banned");
+        self.0.agents.put(agent).await.map_err(|e| store_status(&e))?;
+        Ok(Response::new(()))
+    }
+
+    async fn attest_agent(&self, request: Request<Streaming<AttestAgentRequest>>) -> Result<Response<Self::AttestAgentStream>, Status> {
+        let source = request.extensions().get::<TlsPeer>().map(|p| p.address.ip().to_canonical());
+        let caller = source.map_or_else(|| "local".to_owned(), |ip| format!("anonymous@{ip}"));
+        if source.is_some_and(|ip| !self.0.attest_limit.take(ip, 1, Instant::now())) {
+            self.0.refuse("agent_svid", &caller, "", "", "rate_limit", "too many attestations from this address");
+            return Err(Status::resource_exhausted("too many attestations from this address; wait a second"));
+        }
+        let (tx, rx) = mpsc::channel(1);
+        let core = self.0.clone();
+        self.0.tasks.spawn(async move {
+            let mut challenger = StreamChallenger { requests: request.into_inner(), responses: tx.clone() };
+            let attested = async {
+                match challenger.requests.message().await? {
+                    Some(AttestAgentRequest { step: Some(Asked::Params(params)) }) => attest(&core, params, &mut challenger, &caller).await,
+                    _ => Err(invalid("the first message must hold params")),
+                }
+            };
+            let attested = tokio::select! {
+                attested = tokio::time::timeout(ATTESTATION_TIMEOUT, attested) => {
+                    attested.unwrap_or_else(|_| Err(Status::deadline_exceeded("the attestation took too long")))
+                }
+                () = core.shutdown.cancelled() => Err(Status::unavailable("the server is shutting down")),
+            };
+            let message = match attested {
+                Ok(result) => Ok(AttestAgentResponse { step: Some(Answered::Result(result)) }),
+                Err(status) => {
+                    core.refuse("agent_svid", &caller, "", "", "attestation", status.message());
+                    Err(status)
+                }
+            };
+            let _ = tx.send(message).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+
+    async fn renew_agent(&self, request: Request<RenewAgentRequest>) -> Result<Response<RenewAgentResponse>, Status> {
+        let agent = Caller::agent(&self.0, &request)?;
+        self.0.within_sign_limit(&request, 1)?;
+        let in_use = request.extensions().get::<TlsPeer>().and_then(|p| p.svid.clone());
+        let csr = request.into_inner().params.ok_or_else(|| invalid("params is missing"))?.csr;
+        let issued = self.0.sign(&SigningRequest {
+            kind: "agent_svid",
+            caller: &agent.id.to_string(),
+            entry_id: "",
+            id: &agent.id,
+            dns_names: &[],
+            ttl: self.0.config.agent_svid_ttl,
+            csr: &csr,
+        })?;
+        let mut renewed = AttestedAgent::clone(&agent);
+        // The one it uses now goes on to work while the answer travels, and if the answer is lost.
+        renewed.previous_serial = in_use.map(|svid| svid.facts.serial.clone()).unwrap_or_default();
+        renewed.serial.clone_from(&issued.facts.serial);
+        renewed.expires_at = issued.facts.not_after;
+        self.0.agents.put(renewed).await.map_err(|e| store_status(&e))?;
+        Ok(Response::new(RenewAgentResponse { svid: Some(svid_to_wire(&agent.id, &issued)) }))
+    }
+
+    async fn create_join_token(&self, request: Request<CreateJoinTokenRequest>) -> Result<Response<types::JoinToken>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let ttl = match u64::try_from(request.ttl) {
+            Ok(0) => TOKEN_TTL,
+            Ok(seconds) => Duration::from_secs(seconds),
+            Err(_) => return Err(invalid(format!("ttl: {} is below zero", request.ttl))),
+        };
+        let token = if request.token.is_empty() { random_token()? } else { request.token };
+        // The token becomes the last segment of the agent's SPIFFE ID.
+        agent_id(self.0.trust_domain(), "join_token", &token).map_err(|_| invalid("token: use letters, digits, `.`, `_`, `-`"))?;
+        if token.len() > 255 || token.contains('/') {
+            return Err(invalid("token: use 1 to 255 letters, digits, `.`, `_`, `-`"));
+        }
+        let agent_id = request.agent_id.map(|id| id_from_wire("agent_id", Some(id))).transpose().map_err(invalid)?;
+        if let Some(alias) = &agent_id {
+            alias_entry(&self.0, alias.clone(), alias)?;
+        }
+        let now = self.0.now();
+        let token = JoinToken { token, expires_at: now + ttl, agent_id };
+        self.0.store.put_token(&token, now).await.map_err(|e| store_status(&e))?;
+        Ok(Response::new(types::JoinToken { value: token.token, expires_at: token.expires_at.unix_timestamp() }))
+    }
+
+    async fn post_status(&self, request: Request<PostStatusRequest>) -> Result<Response<PostStatusResponse>, Status> {
+        Caller::agent(&self.0, &request)?;
+        Ok(Response::new(PostStatusResponse {}))
+    }
+}
+
+fn random_token() -> Result<String, Status> {
+    let mut bytes = [0u8; 16];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| Status::internal("no randomness"))?;
+    Ok(hex::encode(bytes))
+}

@@ -1,0 +1,177 @@
+//! `spire.api.server.bundle.v1`: our bundle and those of other trust domains.
+
+use async_trait::async_trait;
+use countersign_api::convert::{bundle_from_wire, bundle_to_wire, trust_domain_from_wire};
+use countersign_api::spire::bundle::bundle_server::Bundle;
+use countersign_api::spire::bundle::*;
+use countersign_api::spire::types;
+use countersign_identity::{X509Authority, X509Bundle};
+use tonic::{Request, Response, Status};
+
+use super::{Endpoint, invalid, item_status, masks, paging};
+use crate::caller::Caller;
+use crate::core::{status_of, store_status};
+
+/// Bundles in one batch at most.
+const MAX_BATCH: usize = 1_000;
+
+impl Endpoint {
+    fn own_bundle(&self, mask: Option<types::BundleMask>) -> types::Bundle {
+        masks::bundle(bundle_to_wire(&self.0.authorities.bundle().borrow()), mask)
+    }
+
+    fn parse_foreign(&self, wire: types::Bundle) -> Result<X509Bundle, Status> {
+        let bundle = bundle_from_wire(wire).map_err(invalid)?;
+        if bundle.trust_domain == *self.0.trust_domain() {
+            return Err(invalid(format!("`{}` is this server's own trust domain; use AppendBundle", bundle.trust_domain)));
+        }
+        Ok(bundle)
+    }
+
+    /// Sets bundles one by one: `exists` says which are allowed (`Some(true)`: only known ones, `Some(false)`: only new ones).
+    async fn set_foreign(&self, bundles: Vec<types::Bundle>, exists: Option<bool>) -> Result<Vec<(types::Status, Option<types::Bundle>)>, Status> {
+        if bundles.len() > MAX_BATCH {
+            return Err(invalid(format!("a batch holds at most {MAX_BATCH} bundles")));
+        }
+        let mut results = vec![];
+        for wire in bundles {
+            let set = async {
+                let bundle = self.parse_foreign(wire)?;
+                let known = self.0.federated.all().contains_key(bundle.trust_domain.as_str());
+                match (exists, known) {
+                    (Some(true), false) => return Err(Status::not_found(format!("no bundle of `{}` is here", bundle.trust_domain))),
+                    (Some(false), true) => return Err(Status::already_exists(format!("a bundle of `{}` is here", bundle.trust_domain))),
+                    _ => {}
+                }
+                let set = self.0.federated.set(bundle).await.map_err(|e| store_status(&e))?;
+                Ok(bundle_to_wire(&set))
+            };
+            let set = set.await;
+            results.push(match set {
+                Ok(bundle) => (item_status(&Ok(())), Some(bundle)),
+                Err(status) => (item_status(&Err(status)), None),
+            });
+        }
+        Ok(results)
+    }
+}
+
+#[async_trait]
+impl Bundle for Endpoint {
+    async fn count_bundles(&self, request: Request<CountBundlesRequest>) -> Result<Response<CountBundlesResponse>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let count = (self.0.federated.all().len() + 1).try_into().unwrap_or(i32::MAX);
+        Ok(Response::new(CountBundlesResponse { count }))
+    }
+
+    async fn get_bundle(&self, request: Request<GetBundleRequest>) -> Result<Response<types::Bundle>, Status> {
+        Ok(Response::new(self.own_bundle(request.into_inner().output_mask)))
+    }
+
+    async fn append_bundle(&self, request: Request<AppendBundleRequest>) -> Result<Response<types::Bundle>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        if !request.jwt_authorities.is_empty() {
+            return Err(Status::unimplemented("JWT authorities are not served by this version"));
+        }
+        let more = request.x509_authorities.into_iter().map(|c| X509Authority::from_der(c.asn1)).collect::<Result<_, _>>().map_err(invalid)?;
+        self.0.authorities.append(more).await.map_err(|e| status_of(&e))?;
+        Ok(Response::new(self.own_bundle(request.output_mask)))
+    }
+
+    async fn publish_jwt_authority(&self, _: Request<PublishJwtAuthorityRequest>) -> Result<Response<PublishJwtAuthorityResponse>, Status> {
+        Err(Status::unimplemented("JWT authorities are not served by this version"))
+    }
+
+    async fn list_federated_bundles(&self, request: Request<ListFederatedBundlesRequest>) -> Result<Response<ListFederatedBundlesResponse>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let all = self.0.federated.all().values().cloned().collect();
+        let (page, next_page_token) = paging::page(all, request.page_size, &request.page_token, |b| b.trust_domain.to_string());
+        let bundles = page.iter().map(|b| masks::bundle(bundle_to_wire(b), request.output_mask)).collect();
+        Ok(Response::new(ListFederatedBundlesResponse { bundles, next_page_token }))
+    }
+
+    async fn get_federated_bundle(&self, request: Request<GetFederatedBundleRequest>) -> Result<Response<types::Bundle>, Status> {
+        match Caller::of(&self.0, &request)? {
+            Caller::Local { .. } | Caller::Admin(_) | Caller::Agent(_) => {}
+            other => return Err(Status::permission_denied(format!("{other} may not read foreign bundles"))),
+        }
+        let request = request.into_inner();
+        let td = trust_domain_from_wire(&request.trust_domain).map_err(invalid)?;
+        let all = self.0.federated.all();
+        let found = all.get(td.as_str()).ok_or_else(|| Status::not_found(format!("no bundle of `{td}` is here")))?;
+        Ok(Response::new(masks::bundle(bundle_to_wire(found), request.output_mask)))
+    }
+
+    async fn batch_create_federated_bundle(&self, request: Request<BatchCreateFederatedBundleRequest>) -> Result<Response<BatchCreateFederatedBundleResponse>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let results = self.set_foreign(request.bundle, Some(false)).await?.into_iter().map(|(status, bundle)| {
+            let bundle = bundle.map(|b| masks::bundle(b, request.output_mask));
+            batch_create_federated_bundle_response::Result { status: Some(status), bundle }
+        });
+        Ok(Response::new(BatchCreateFederatedBundleResponse { results: results.collect() }))
+    }
+
+    async fn batch_update_federated_bundle(&self, request: Request<BatchUpdateFederatedBundleRequest>) -> Result<Response<BatchUpdateFederatedBundleResponse>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        if request.input_mask.is_some_and(|m| !m.x509_authorities) {
+            return Err(Status::unimplemented("a bundle is updated whole: leave the input mask out"));
+        }
+        let results = self.set_foreign(request.bundle, Some(true)).await?.into_iter().map(|(status, bundle)| {
+            let bundle = bundle.map(|b| masks::bundle(b, request.output_mask));
+            batch_update_federated_bundle_response::Result { status: Some(status), bundle }
+        });
+        Ok(Response::new(BatchUpdateFederatedBundleResponse { results: results.collect() }))
+    }
+
+    async fn batch_set_federated_bundle(&self, request: Request<BatchSetFederatedBundleRequest>) -> Result<Response<BatchSetFederatedBundleResponse>, Status> {
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let results = self.set_foreign(request.bundle, None).await?.into_iter().map(|(status, bundle)| {
+            let bundle = bundle.map(|b| masks::bundle(b, request.output_mask));
+            batch_set_federated_bundle_response::Result { status: Some(status), bundle }
+        });
+        Ok(Response::new(BatchSetFederatedBundleResponse { results: results.collect() }))
+    }
+
+    async fn batch_delete_federated_bundle(&self, request: Request<BatchDeleteFederatedBundleRequest>) -> Result<Response<BatchDeleteFederatedBundleResponse>, Status> {
+        use batch_delete_federated_bundle_request::Mode;
+        Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let mode = request.mode();
+        let mut results = vec![];
+        for name in request.trust_domains {
+            let deleted = async {
+                let td = trust_domain_from_wire(&name).map_err(invalid)?;
+                let mut linked = self.0.entries.list();
+                linked.retain(|e| e.federates_with.contains(&td));
+                let ids: Vec<_> = linked.iter().map(|e| e.id.clone()).collect();
+                match mode {
+                    _ if linked.is_empty() => {}
+                    Mode::Restrict => return Err(Status::failed_precondition(format!("{} entries federate with `{td}`", linked.len()))),
+                    Mode::Delete => self.0.entries.delete(&ids).await.map_err(|e| store_status(&e))?,
+                    Mode::Dissociate => {
+                        let changed = linked.iter().map(|e| {
+                            let mut e = countersign_identity::Entry::clone(e);
+                            e.federates_with.remove(&td);
+                            e.revision += 1;
+                            e
+                        });
+                        self.0.entries.put(changed.collect()).await.map_err(|e| store_status(&e))?;
+                    }
+                }
+                match self.0.federated.remove(td.as_str()).await {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err(Status::not_found(format!("no bundle of `{td}` is here"))),
+                    Err(e) => Err(store_status(&e)),
+                }
+            };
+            let verdict = deleted.await;
+            results.push(batch_delete_federated_bundle_response::Result { status: Some(item_status(&verdict)), trust_domain: name });
+        }
+        Ok(Response::new(BatchDeleteFederatedBundleResponse { results }))
+    }
+}

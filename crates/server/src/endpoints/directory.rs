@@ -1,0 +1,52 @@
+//! `countersign.v1.Directory`: fed by local callers, followed by agents.
+
+use async_trait::async_trait;
+use countersign_api::convert::workload_from_wire;
+use countersign_api::directory;
+use countersign_api::push::directory_server::Directory;
+use countersign_api::push::{PublishRequest, PublishResponse, ResolveRequest, ResolveResponse};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{BoxStream, Endpoint, invalid};
+use crate::caller::Caller;
+use crate::directory::MAX_WORKLOADS;
+
+/// Addresses that one agent may follow.
+const MAX_FOLLOWED: usize = 100_000;
+
+#[async_trait]
+impl Directory for Endpoint {
+    type ResolveStream = BoxStream<ResolveResponse>;
+
+    async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
+        Caller::local(&self.0, &request)?;
+        let request = request.into_inner();
+        if request.upserted.len() > MAX_WORKLOADS {
+            return Err(invalid(format!("the directory holds at most {MAX_WORKLOADS} workloads")));
+        }
+        let upserted = request.upserted.into_iter().map(workload_from_wire).collect::<Result<_, _>>().map_err(invalid)?;
+        let revision = self.0.directory.publish(request.replace, upserted, &request.removed);
+        Ok(Response::new(PublishResponse { revision }))
+    }
+
+    async fn resolve(&self, request: Request<Streaming<ResolveRequest>>) -> Result<Response<Self::ResolveStream>, Status> {
+        match Caller::of(&self.0, &request)? {
+            Caller::Agent(_) | Caller::Local { .. } => {}
+            other => return Err(Status::permission_denied(format!("{other} may not read the directory"))),
+        }
+        let (tx, rx) = mpsc::channel(1);
+        let core = self.0.clone();
+        self.0.tasks.spawn(async move {
+            let ended = tokio::select! {
+                ended = directory::serve(&core.directory, MAX_FOLLOWED, request.into_inner(), &tx) => ended,
+                () = core.shutdown.cancelled() => Some(Status::unavailable("the server is shutting down")),
+            };
+            if let Some(status) = ended {
+                let _ = tx.try_send(Err(status));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+}

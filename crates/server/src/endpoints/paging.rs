@@ -1,0 +1,35 @@
+//! Lists in pages: ordered by name, continued behind the last name seen.
+
+/// Entries a page when the caller names no size, and at most.
+const MAX_PAGE: usize = 5_000;
+
+/// One page of `all`, which is ordered by `name`, and the token of the next (empty: that was the last).
+pub fn page<T>(all: Vec<T>, size: i32, token: &str, name: impl Fn(&T) -> String) -> (Vec<T>, String) {
+    let size = usize::try_from(size).ok().filter(|s| *s > 0).unwrap_or(MAX_PAGE).min(MAX_PAGE);
+    let from = if token.is_empty() { 0 } else { all.partition_point(|item| name(item).as_str() <= token) };
+    let more = all.len() > from + size;
+    let page: Vec<T> = all.into_iter().skip(from).take(size).collect();
+    let next = if more { page.last().map(&name).unwrap_or_default() } else { String::new() };
+    (page, next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_cover_everything_once() {
+        let all: Vec<String> = ["a", "b", "c", "d", "e"].map(String::from).to_vec();
+        let (mut seen, mut token) = (vec![], String::new());
+        loop {
+            let (items, next) = page(all.clone(), 2, &token, Clone::clone);
+            seen.extend(items);
+            if next.is_empty() {
+                break;
+            }
+            token = next;
+        }
+        assert_eq!(seen, all);
+        assert_eq!(page(all, 0, "", Clone::clone).1, "");
+    }
+}

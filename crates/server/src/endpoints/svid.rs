@@ -1,0 +1,103 @@
+//! `spire.api.server.svid.v1`: signing. JWT-SVIDs and downstream authorities are not served yet and say so.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use countersign_api::convert::id_to_wire;
+use countersign_api::spire::svid::svid_server::Svid;
+use countersign_api::spire::svid::*;
+use countersign_api::spire::types;
+use countersign_identity::SpiffeId;
+use countersign_identity::profile::{Issued, RequestedKey};
+use countersign_identity::trust_domain::{is_reserved, parse_workload_id};
+use tonic::{Request, Response, Status};
+
+use super::{Endpoint, invalid, item_status};
+use crate::caller::Caller;
+use crate::core::SigningRequest;
+
+/// Requests in one batch at most (SPIRE: 500).
+const MAX_BATCH: usize = 500;
+
+fn svid_to_wire(id: &SpiffeId, issued: &Issued, hint: &str) -> types::X509svid {
+    types::X509svid {
+        cert_chain: issued.chain.iter().map(|c| c.to_vec()).collect(),
+        id: Some(id_to_wire(id)),
+        expires_at: issued.facts.not_after.unix_timestamp(),
+        hint: hint.to_owned(),
+    }
+}
+
+fn not_yet<T>(what: &str) -> Result<Response<T>, Status> {
+    Err(Status::unimplemented(format!("{what} not served by this version")))
+}
+
+#[async_trait]
+impl Svid for Endpoint {
+    async fn mint_x509svid(&self, request: Request<MintX509svidRequest>) -> Result<Response<MintX509svidResponse>, Status> {
+        let caller = Caller::operator(&self.0, &request)?;
+        let request = request.into_inner();
+        let key = RequestedKey::from_csr(&request.csr).map_err(invalid)?;
+        let id = parse_workload_id(key.uri().ok_or_else(|| invalid("the CSR has no URI name"))?).map_err(invalid)?;
+        let td = self.0.trust_domain();
+        if !id.is_member_of(td) || is_reserved(&id) {
+            let why = format!("`{id}` cannot be minted: it must be a workload's ID of trust domain `{td}`");
+            self.0.refuse("x509_svid", &caller.to_string(), "", &id.to_string(), "bad_request", &why);
+            return Err(invalid(why));
+        }
+        let ttl = match u64::try_from(request.ttl) {
+            Ok(0) => self.0.config.svid_ttl,
+            Ok(seconds) => Duration::from_secs(seconds),
+            Err(_) => return Err(invalid(format!("ttl: {} is below zero", request.ttl))),
+        };
+        let issued = self.0.sign(&SigningRequest {
+            kind: "x509_svid",
+            caller: &caller.to_string(),
+            entry_id: "",
+            id: &id,
+            dns_names: key.dns_names(),
+            ttl,
+            csr: &request.csr,
+        })?;
+        Ok(Response::new(MintX509svidResponse { svid: Some(svid_to_wire(&id, &issued, "")) }))
+    }
+
+    async fn batch_new_x509svid(&self, request: Request<BatchNewX509svidRequest>) -> Result<Response<BatchNewX509svidResponse>, Status> {
+        let agent = Caller::agent(&self.0, &request)?;
+        let count = request.get_ref().params.len();
+        if count > MAX_BATCH {
+            return Err(invalid(format!("a batch holds at most {MAX_BATCH} requests, this one {count}")));
+        }
+        self.0.within_sign_limit(&request, count)?;
+        let caller = Caller::Agent(agent.clone());
+        let results = request.into_inner().params.into_iter().map(|p| {
+            let signed = p.entry_id.parse().map_err(invalid).and_then(|id| {
+                let entry = self.0.entries.authorized_one(&agent, &id).filter(|e| !e.is_expired(self.0.now())).ok_or_else(|| {
+                    let why = "the entry does not exist or is not this agent's";
+                    self.0.refuse("x509_svid", &agent.id.to_string(), &p.entry_id, "", "not_authorized", why);
+                    Status::not_found(why)
+                })?;
+                let issued = self.0.sign_entry(&caller, &entry, &p.csr)?;
+                Ok(svid_to_wire(&entry.spiffe_id, &issued, &entry.hint))
+            });
+            let (verdict, svid) = match signed {
+                Ok(svid) => (Ok(()), Some(svid)),
+                Err(status) => (Err(status), None),
+            };
+            batch_new_x509svid_response::Result { status: Some(item_status(&verdict)), svid }
+        });
+        Ok(Response::new(BatchNewX509svidResponse { results: results.collect() }))
+    }
+
+    async fn mint_jwtsvid(&self, _: Request<MintJwtsvidRequest>) -> Result<Response<MintJwtsvidResponse>, Status> {
+        not_yet("JWT-SVIDs are")
+    }
+
+    async fn new_jwtsvid(&self, _: Request<NewJwtsvidRequest>) -> Result<Response<NewJwtsvidResponse>, Status> {
+        not_yet("JWT-SVIDs are")
+    }
+
+    async fn new_downstream_x509ca(&self, _: Request<NewDownstreamX509caRequest>) -> Result<Response<NewDownstreamX509caResponse>, Status> {
+        not_yet("downstream authorities are")
+    }
+}

@@ -1,0 +1,99 @@
+//! Who is told what, and when.
+
+use std::time::Duration;
+
+use super::*;
+use crate::datastore::Sqlite;
+use countersign_identity::SpiffeId;
+use time::OffsetDateTime;
+
+fn entry(id: &str, spiffe: &str, parent: &str, selector: &str) -> Entry {
+    Entry {
+        id: id.parse().unwrap(),
+        spiffe_id: SpiffeId::new(format!("spiffe://td{spiffe}")).unwrap(),
+        parent_id: SpiffeId::new(format!("spiffe://td{parent}")).unwrap(),
+        selectors: [selector.parse().unwrap()].into(),
+        x509_svid_ttl: Some(Duration::from_secs(60)),
+        jwt_svid_ttl: None,
+        federates_with: BTreeSet::new(),
+        admin: false,
+        downstream: false,
+        dns_names: vec![],
+        expires_at: None,
+        hint: String::new(),
+        store_svid: false,
+        revision: 0,
+        created_at: OffsetDateTime::UNIX_EPOCH,
+    }
+}
+
+fn agent(name: &str, selector: &str) -> AttestedAgent {
+    AttestedAgent {
+        id: SpiffeId::new(format!("spiffe://td/spire/agent/x/{name}")).unwrap(),
+        attestation_type: "x".into(),
+        selectors: [selector.parse().unwrap()].into(),
+        serial: "1".into(),
+        previous_serial: String::new(),
+        expires_at: OffsetDateTime::UNIX_EPOCH,
+        banned: false,
+        can_reattest: true,
+    }
+}
+
+async fn entries(dir: &tempfile::TempDir) -> Entries {
+    let store = Arc::new(Sqlite::open(&dir.path().join("db")).await.unwrap());
+    Entries::load(store, &TrustDomain::new("td").unwrap()).await.unwrap()
+}
+
+fn ids(mut list: Vec<Arc<Entry>>) -> Vec<String> {
+    list.sort_by(|a, b| a.id.cmp(&b.id));
+    list.iter().map(|e| e.id.to_string()).collect()
+}
+
+#[tokio::test]
+async fn an_agent_gets_its_own_entries_its_aliases_and_what_hangs_below() {
+    let dir = tempfile::tempdir().unwrap();
+    let e = entries(&dir).await;
+    e.put(vec![
+        entry("own", "/a", "/spire/agent/x/1", "unix:uid:1"),
+        entry("below", "/b", "/a", "unix:uid:2"),
+        entry("alias", "/group", "/spire/server", "x:rack:7"),
+        entry("grouped", "/c", "/group", "unix:uid:3"),
+        entry("other", "/d", "/spire/agent/x/2", "unix:uid:4"),
+    ])
+    .await
+    .unwrap();
+    assert_eq!(ids(e.authorized(&agent("1", "x:rack:7"))), ["below", "grouped", "own"]);
+    assert_eq!(ids(e.authorized(&agent("1", "x:rack:8"))), ["below", "own"]);
+    assert_eq!(ids(e.authorized(&agent("2", "x:rack:8"))), ["other"]);
+}
+
+#[tokio::test]
+async fn a_change_reaches_the_agent_it_concerns_and_costs_what_was_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let e = entries(&dir).await;
+    let (one, two) = (agent("1", "x:y:z"), agent("2", "x:y:z"));
+    let (start, first) = e.since(&one, None);
+    assert_eq!(first, Update::Snapshot(vec![]));
+    e.put(vec![entry("a", "/a", "/spire/agent/x/1", "unix:uid:1")]).await.unwrap();
+    let (rev, update) = e.since(&one, Some(start));
+    assert!(matches!(update, Update::Delta { upserted, removed } if ids(upserted.clone()) == ["a"] && removed.is_empty()));
+    let nothing = Update::Delta { upserted: vec![], removed: vec![] };
+    assert_eq!(e.since(&two, Some(start)).1, nothing, "another agent learns nothing of it");
+    assert_eq!(e.since(&one, Some(rev)).1, nothing);
+    // It moves to the other agent: one loses it, two gains it.
+    e.put(vec![entry("a", "/a", "/spire/agent/x/2", "unix:uid:1")]).await.unwrap();
+    assert!(matches!(e.since(&one, Some(rev)).1, Update::Delta { upserted, removed } if upserted.is_empty() && removed.len() == 1));
+    assert!(matches!(e.since(&two, Some(rev)).1, Update::Delta { upserted, removed } if upserted.len() == 1 && removed.is_empty()));
+    e.delete(&["a".parse().unwrap()]).await.unwrap();
+    assert!(matches!(e.since(&two, Some(rev)).1, Update::Delta { removed, .. } if removed.len() == 1));
+    assert!(matches!(e.since(&one, Some(rev + 1_000_000)).1, Update::Snapshot(_)), "a revision from another world");
+}
+
+#[tokio::test]
+async fn what_was_stored_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = entry("a", "/a", "/spire/agent/x/1", "unix:uid:1");
+    entries(&dir).await.put(vec![before.clone()]).await.unwrap();
+    assert_eq!(*entries(&dir).await.get(&"a".parse().unwrap()).unwrap(), before);
+}

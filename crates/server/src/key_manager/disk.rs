@@ -1,0 +1,81 @@
+//! Keys as files: PKCS#8 DER, mode 0600, written atomically.
+
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use countersign_api::files::write_secret;
+use countersign_identity::{KeyType, PrivateKey};
+
+use super::{KeyManager, KeyManagerError};
+
+/// Keeps keys in a folder of mode 0700.
+pub struct Disk(PathBuf);
+
+impl Disk {
+    /// Keeps keys in `dir`, which is made if it is missing.
+    pub fn new(dir: impl Into<PathBuf>) -> Result<Self, KeyManagerError> {
+        let dir = dir.into();
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(io("make the folder of", &dir))?;
+        Ok(Self(dir))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.key"))
+    }
+}
+
+fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> KeyManagerError {
+    let path = path.to_owned();
+    move |source| KeyManagerError::Io { what, path, source }
+}
+
+impl KeyManager for Disk {
+    fn generate(&self, name: &str, key_type: KeyType) -> Result<PrivateKey, KeyManagerError> {
+        let key = PrivateKey::generate(key_type)?;
+        let path = self.path(name);
+        write_secret(&path, key.as_pkcs8()).map_err(io("write", &path))?;
+        Ok(key)
+    }
+
+    fn get(&self, name: &str) -> Result<Option<PrivateKey>, KeyManagerError> {
+        let path = self.path(name);
+        match std::fs::metadata(&path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(io("read", &path)(e)),
+            Ok(meta) if meta.mode() & 0o077 != 0 => return Err(KeyManagerError::Exposed { path, mode: meta.mode() & 0o777 }),
+            Ok(_) => {}
+        }
+        Ok(Some(PrivateKey::from_pkcs8(std::fs::read(&path).map_err(io("read", &path))?)?))
+    }
+
+    fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
+        let path = self.path(name);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(io("remove", &path)(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_key_is_there_again_after_a_restart_and_only_its_owner_reads_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = Disk::new(dir.path()).unwrap().generate("a1", KeyType::EcP256).unwrap();
+        let again = Disk::new(dir.path()).unwrap();
+        assert!(again.get("a1").unwrap() == Some(made));
+        assert!(again.get("b2").unwrap().is_none());
+        let file = dir.path().join("a1.key");
+        assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(again.get("a1"), Err(KeyManagerError::Exposed { mode: 0o644, .. })));
+        again.remove("a1").unwrap();
+        again.remove("a1").unwrap();
+        assert!(again.get("a1").unwrap().is_none());
+    }
+}

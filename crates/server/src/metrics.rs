@@ -1,0 +1,95 @@
+//! What the server counts. Names and meanings stand in `docs/metrics.md`.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// The label `kind`: what was signed.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct Kind {
+    kind: &'static str,
+}
+
+/// The label `reason`: why something was refused.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct Reason {
+    reason: &'static str,
+}
+
+/// The label `authority`: which certificate ends.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct AuthorityLabels {
+    authority: String,
+    status: &'static str,
+}
+
+/// The server's metrics.
+pub struct Metrics {
+    /// All of them, for `/metrics`.
+    pub registry: Registry,
+    signed: Family<Kind, Counter>,
+    refused: Family<Reason, Counter>,
+    /// Connected agents that are pushed to.
+    pub push_streams: Gauge,
+    entries: Gauge,
+    agents: Gauge,
+    authority_expiry: Family<AuthorityLabels, Gauge>,
+    refused_counts: Mutex<BTreeMap<&'static str, u64>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("countersign_server");
+        let signed = Family::<Kind, Counter>::default();
+        let refused = Family::<Reason, Counter>::default();
+        let (push_streams, entries, agents) = (Gauge::default(), Gauge::default(), Gauge::default());
+        let authority_expiry = Family::<AuthorityLabels, Gauge>::default();
+        registry.register("svids_signed", "SVIDs signed, by kind", signed.clone());
+        registry.register("requests_refused", "Requests for a signature that were refused, by reason", refused.clone());
+        registry.register("push_streams", "Agents connected to the push service", push_streams.clone());
+        registry.register("entries", "Registration entries", entries.clone());
+        registry.register("agents", "Attested agents", agents.clone());
+        registry.register(
+            "authority_expiry_timestamp_seconds",
+            "When each authority ends, seconds since 1970",
+            authority_expiry.clone(),
+        );
+        Self { registry, signed, refused, push_streams, entries, agents, authority_expiry, refused_counts: Mutex::default() }
+    }
+}
+
+impl Metrics {
+    /// One more signature.
+    pub fn signed(&self, kind: &'static str) {
+        self.signed.get_or_create(&Kind { kind }).inc();
+    }
+
+    /// One more refusal.
+    pub fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&Reason { reason }).inc();
+        *self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
+    }
+
+    /// Refusals by reason since the start.
+    pub fn refused_counts(&self) -> BTreeMap<&'static str, u64> {
+        self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets what is looked up rather than counted.
+    pub fn observe(&self, entries: usize, agents: usize, authorities: &[crate::authority::Record]) {
+        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        self.entries.set(count(entries));
+        self.agents.set(count(agents));
+        self.authority_expiry.clear();
+        for a in authorities {
+            let labels = AuthorityLabels { authority: a.id.clone(), status: a.status.as_str() };
+            self.authority_expiry.get_or_create(&labels).set(a.validity().1.unix_timestamp());
+        }
+    }
+}

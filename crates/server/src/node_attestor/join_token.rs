@@ -1,0 +1,41 @@
+//! A secret that works once, before its end.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use countersign_api::clock::Clock;
+use countersign_identity::TrustDomain;
+use countersign_identity::selector::SelectorSet;
+use countersign_identity::trust_domain::agent_id;
+
+use super::{AttestError, AttestedNode, Challenger, NodeAttestor};
+use crate::datastore::DataStore;
+
+/// Accepts tokens that this server gave out.
+pub struct JoinToken {
+    /// Where tokens are kept.
+    pub store: Arc<dyn DataStore>,
+    /// What we sign for.
+    pub trust_domain: TrustDomain,
+    /// The time.
+    pub clock: Clock,
+}
+
+#[async_trait]
+impl NodeAttestor for JoinToken {
+    fn kind(&self) -> &'static str {
+        "join_token"
+    }
+
+    async fn attest(&self, payload: &[u8], _: &mut dyn Challenger) -> Result<AttestedNode, AttestError> {
+        let token = std::str::from_utf8(payload).map_err(|_| AttestError::Malformed("the join token is not text".into()))?;
+        let refused = || AttestError::Refused("join token is unknown, already used, or expired; make another with `countersign token generate`".into());
+        // Taken out before its time is looked at: a token is used up by the first attempt, whatever comes of it.
+        let token = self.store.take_token(token).await?.ok_or_else(refused)?;
+        if token.expires_at <= (self.clock)() {
+            return Err(refused());
+        }
+        let id = agent_id(&self.trust_domain, "join_token", &token.token).map_err(|e| AttestError::Malformed(e.to_string()))?;
+        Ok(AttestedNode { id, selectors: SelectorSet::new(), can_reattest: false, alias: token.agent_id })
+    }
+}

@@ -1,0 +1,62 @@
+//! How an agent proves which node it is.
+
+mod join_token;
+mod x509pop;
+
+use async_trait::async_trait;
+use countersign_identity::SpiffeId;
+use countersign_identity::selector::SelectorSet;
+
+use crate::datastore::DataStoreError;
+
+pub use join_token::JoinToken;
+pub use x509pop::{SetupError, X509Pop};
+
+/// Longest evidence or answer to a challenge, in bytes.
+pub const MAX_PAYLOAD_BYTES: usize = 64 * 1024;
+
+/// Why a node was not believed. The text goes back to the agent.
+#[derive(Debug, thiserror::Error)]
+pub enum AttestError {
+    /// The evidence is malformed.
+    #[error("{0}")]
+    Malformed(String),
+    /// The evidence is not good.
+    #[error("{0}")]
+    Refused(String),
+    /// The agent went away, or took too long to answer.
+    #[error("the agent did not answer the challenge")]
+    NoAnswer,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] DataStoreError),
+}
+
+/// A node that proved itself.
+#[derive(Debug, Clone)]
+pub struct AttestedNode {
+    /// Its agent's identity.
+    pub id: SpiffeId,
+    /// What is known of it.
+    pub selectors: SelectorSet,
+    /// May prove itself again with the same evidence.
+    pub can_reattest: bool,
+    /// An ID that the agent gets as an alias (a join token made for it).
+    pub alias: Option<SpiffeId>,
+}
+
+/// Asks the agent something during attestation.
+#[async_trait]
+pub trait Challenger: Send {
+    /// Sends a challenge and waits, bounded, for the answer.
+    async fn challenge(&mut self, challenge: Vec<u8>) -> Result<Vec<u8>, AttestError>;
+}
+
+/// One way to prove a node.
+#[async_trait]
+pub trait NodeAttestor: Send + Sync {
+    /// Its name on the wire.
+    fn kind(&self) -> &'static str;
+    /// Judges the evidence.
+    async fn attest(&self, payload: &[u8], challenger: &mut dyn Challenger) -> Result<AttestedNode, AttestError>;
+}

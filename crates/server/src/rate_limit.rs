@@ -1,0 +1,63 @@
+//! Token buckets by source address, so that one caller cannot keep the signer busy.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// Addresses remembered; full buckets are forgotten first.
+const MAX_SOURCES: usize = 10_000;
+
+/// A bucket a source address.
+pub struct RateLimit {
+    per_second: f64,
+    burst: f64,
+    buckets: Mutex<HashMap<IpAddr, Bucket>>,
+}
+
+struct Bucket {
+    tokens: f64,
+    filled: Instant,
+}
+
+impl RateLimit {
+    /// Lets `per_second` pass in the long run and `burst` at once.
+    pub fn new(per_second: u32, burst: u32) -> Self {
+        Self { per_second: per_second.into(), burst: burst.into(), buckets: Mutex::default() }
+    }
+
+    /// Takes `count` tokens from a source's bucket; false when it holds fewer.
+    pub fn take(&self, source: IpAddr, count: u32, now: Instant) -> bool {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let refilled = |b: &Bucket| (b.tokens + now.duration_since(b.filled).as_secs_f64() * self.per_second).min(self.burst);
+        if buckets.len() >= MAX_SOURCES {
+            buckets.retain(|_, b| refilled(b) < self.burst);
+        }
+        let bucket = buckets.entry(source).or_insert(Bucket { tokens: self.burst, filled: now });
+        bucket.tokens = refilled(bucket);
+        bucket.filled = now;
+        let enough = bucket.tokens >= f64::from(count);
+        if enough {
+            bucket.tokens -= f64::from(count);
+        }
+        enough
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_source_that_asks_too_often_waits_and_others_do_not() {
+        let limit = RateLimit::new(1, 2);
+        let (a, b): (IpAddr, IpAddr) = ("127.0.0.1".parse().unwrap(), "127.0.0.2".parse().unwrap());
+        let t = Instant::now();
+        assert!(limit.take(a, 1, t) && limit.take(a, 1, t));
+        assert!(!limit.take(a, 1, t));
+        assert!(limit.take(b, 2, t));
+        assert!(limit.take(a, 1, t + Duration::from_secs(1)));
+        assert!(!limit.take(a, 1, t + Duration::from_secs(1)));
+    }
+}

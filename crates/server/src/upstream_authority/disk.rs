@@ -1,0 +1,121 @@
+//! An upstream CA from files: certificate, key, and the roots where the certificate is not one itself.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use countersign_identity::bundle::certificates_from_pem;
+use countersign_identity::profile::{SigningAuthority, issue_intermediate};
+use countersign_identity::{PrivateKey, TrustDomain, X509Authority};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use time::OffsetDateTime;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::{UpstreamAuthority, UpstreamError, UpstreamSigned};
+use crate::config::UpstreamDisk;
+
+/// Reads its files anew for each signature, so that a renewed upstream is taken up without a restart.
+pub struct Disk(UpstreamDisk);
+
+struct Loaded {
+    signer: SigningAuthority,
+    above: Vec<CertificateDer<'static>>,
+    roots: Vec<X509Authority>,
+}
+
+impl Disk {
+    /// Loads the files once to find mistakes now, not at the first handshake.
+    pub fn new(files: UpstreamDisk, now: OffsetDateTime) -> Result<Self, UpstreamError> {
+        let disk = Self(files);
+        disk.load(now)?;
+        Ok(disk)
+    }
+
+    fn load(&self, now: OffsetDateTime) -> Result<Loaded, UpstreamError> {
+        let path = &self.0.certificate;
+        let wrong = |why: String| UpstreamError::Content { path: path.clone(), why };
+        let mut chain = certificates_from_pem(&read(path)?).map_err(|e| wrong(e.to_string()))?;
+        check_chain(&chain, now).map_err(wrong)?;
+        let key = load_key(&self.0.key)?;
+        let signer = SigningAuthority::new(chain[0].clone(), vec![], &key).map_err(|e| wrong(format!("{e} (key: {})", self.0.key.display())))?;
+        let roots = match &self.0.bundle {
+            Some(bundle) => certificates_from_pem(&read(bundle)?).map_err(|e| UpstreamError::Content { path: bundle.clone(), why: e.to_string() })?,
+            None => {
+                let last = chain.last().cloned().into_iter().collect::<Vec<_>>();
+                if !last.first().is_some_and(is_self_signed) {
+                    return Err(wrong("the last certificate is not self-signed, so the root is unknown; name the file with the roots as `bundle`".into()));
+                }
+                chain.pop();
+                last
+            }
+        };
+        let roots = roots
+            .iter()
+            .map(|der| X509Authority::from_der(der.to_vec()).map_err(|e| wrong(e.to_string())))
+            .collect::<Result<Vec<_>, _>>()?;
+        // A root that is in the bundle need not be sent behind each leaf.
+        chain.retain(|c| !roots.iter().any(|r| r.der() == c));
+        Ok(Loaded { signer, above: chain, roots })
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, UpstreamError> {
+    std::fs::read(path).map_err(|source| UpstreamError::Io { path: path.to_owned(), source })
+}
+
+/// Reads a PEM private key (PKCS#8).
+fn load_key(path: &PathBuf) -> Result<PrivateKey, UpstreamError> {
+    let wrong = |why: String| UpstreamError::Content { path: path.clone(), why };
+    let pem = zeroize::Zeroizing::new(read(path)?);
+    let der = PrivatePkcs8KeyDer::from_pem_slice(&pem)
+        .map_err(|e| wrong(format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`")))?;
+    PrivateKey::from_pkcs8(der.secret_pkcs8_der().to_vec()).map_err(|e| wrong(e.to_string()))
+}
+
+fn is_self_signed(cert: &CertificateDer<'_>) -> bool {
+    X509Certificate::from_der(cert).is_ok_and(|(_, c)| c.issuer() == c.subject())
+}
+
+/// Explains what would only show at the first handshake: CA flag, key usage, path length, time.
+fn check_chain(chain: &[CertificateDer<'_>], now: OffsetDateTime) -> Result<(), String> {
+    for (above, der) in chain.iter().enumerate() {
+        let (_, cert) = X509Certificate::from_der(der).map_err(|e| e.to_string())?;
+        let subject = cert.subject();
+        X509Authority::from_der(der.to_vec()).map_err(|e| e.to_string())?;
+        let validity = cert.validity();
+        if validity.not_after.to_datetime() <= now {
+            return Err(format!("the CA certificate `{subject}` expired at {}", validity.not_after.to_datetime()));
+        }
+        if validity.not_before.to_datetime() > now {
+            return Err(format!("the CA certificate `{subject}` is not valid before {}", validity.not_before.to_datetime()));
+        }
+        // Below the first certificate stands our own CA, so the first needs room for one, the next for two, …
+        let limit = cert.basic_constraints().ok().flatten().and_then(|bc| bc.value.path_len_constraint);
+        let needed = u32::try_from(above + 1).unwrap_or(u32::MAX);
+        if limit.is_some_and(|limit| limit < needed) {
+            return Err(format!(
+                "path length: `{subject}` allows {} CA certificates below it, and Countersign's own CA needs {needed}; \
+                 issue it again with pathlen:{needed} or without the constraint",
+                limit.unwrap_or_default()
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl UpstreamAuthority for Disk {
+    async fn sign_intermediate(
+        &self,
+        trust_domain: &TrustDomain,
+        key: &PrivateKey,
+        ttl: Duration,
+        now: OffsetDateTime,
+    ) -> Result<UpstreamSigned, UpstreamError> {
+        let loaded = self.load(now)?;
+        let own = issue_intermediate(trust_domain, key, ttl, now, &loaded.signer)?;
+        let chain = std::iter::once(own).chain(loaded.above).collect();
+        Ok(UpstreamSigned { chain, roots: loaded.roots })
+    }
+}
