@@ -1,1 +1,125 @@
+//! The NAT redirect that brings a workload's traffic to its sidecar, and the network namespaces it lives in.
+//!
+//! [`rules`] says what is caught and what is not, once; [`nftables`] writes it over netlink, [`iptables`] through the
+//! binary where the kernel has no nf_tables. [`netns`] makes and enters network namespaces, [`fabric`] joins them.
 
+pub mod fabric;
+pub mod iptables;
+pub mod netns;
+pub mod nftables;
+pub mod rules;
+
+use std::fmt;
+use std::str::FromStr;
+
+pub use rules::Redirect;
+
+/// Why the redirect could not be installed, read or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// Not allowed.
+    #[error("changing the redirect needs CAP_NET_ADMIN in this network namespace; run as root")]
+    NotPermitted,
+    /// The kernel has no nf_tables NAT.
+    #[error("this kernel has no nf_tables NAT ({0})")]
+    NoNftables(std::io::Error),
+    /// Neither way works.
+    #[error("the redirect cannot be installed here: {nftables}, and {iptables}; load the kernel modules nf_tables and nft_redir, or install iptables")]
+    NoNetfilter {
+        /// What nf_tables said.
+        nftables: Box<RedirectError>,
+        /// What iptables said.
+        iptables: Box<RedirectError>,
+    },
+    /// The kernel refused a rule.
+    #[error("the kernel refused the redirect: {0}")]
+    Kernel(std::io::Error),
+    /// The binary failed.
+    #[error("`{command}` failed: {why}")]
+    Command {
+        /// What was run.
+        command: String,
+        /// What it said.
+        why: String,
+    },
+}
+
+/// Which part of the kernel holds the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backend {
+    /// nf_tables where the kernel has it, iptables elsewhere.
+    #[default]
+    Auto,
+    /// nf_tables over netlink.
+    Nftables,
+    /// The `iptables` and `ip6tables` binaries.
+    Iptables,
+}
+
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "nftables" => Ok(Self::Nftables),
+            "iptables" => Ok(Self::Iptables),
+            other => Err(format!("`{other}` is no backend: use auto, nftables or iptables")),
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+        })
+    }
+}
+
+/// One installed rule as the kernel shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InstalledRule {
+    /// What it is for.
+    pub comment: String,
+    /// Packets that it matched.
+    pub packets: u64,
+    /// Bytes that it matched.
+    pub bytes: u64,
+}
+
+/// Installs the redirect in this network namespace, in place of an earlier one. Returns the backend that holds it.
+pub fn install(redirect: &Redirect, backend: Backend) -> Result<Backend, RedirectError> {
+    match backend {
+        Backend::Nftables => nftables::install(redirect).map(|()| Backend::Nftables),
+        Backend::Iptables => iptables::install(redirect).map(|()| Backend::Iptables),
+        Backend::Auto => match nftables::install(redirect) {
+            Ok(()) => Ok(Backend::Nftables),
+            Err(nftables @ RedirectError::NoNftables(_)) => match iptables::install(redirect) {
+                Ok(()) => Ok(Backend::Iptables),
+                Err(iptables) => Err(RedirectError::NoNetfilter { nftables: nftables.into(), iptables: iptables.into() }),
+            },
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Removes the redirect from this network namespace, whichever backend holds it; nothing there is fine.
+pub fn remove() -> Result<(), RedirectError> {
+    match nftables::remove() {
+        Err(RedirectError::NoNftables(_)) | Ok(()) => {}
+        Err(error) => return Err(error),
+    }
+    iptables::remove()
+}
+
+/// The rules that are in force in this network namespace; none means that there is no redirect.
+pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
+    let found = match nftables::installed() {
+        Err(RedirectError::NoNftables(_)) => vec![],
+        other => other?,
+    };
+    if found.is_empty() { iptables::installed() } else { Ok(found) }
+}

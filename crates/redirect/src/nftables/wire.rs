@@ -1,0 +1,325 @@
+//! Netlink messages of nf_tables: nested type-length-value attributes (linux/netfilter/nf_tables.h, netlink(7)).
+
+use crate::InstalledRule;
+use crate::rules::Hook;
+
+/// Numbers of the kernel's interface that rules are written with.
+pub mod attributes {
+    /// Name of the interface that a packet came in by.
+    pub const META_IIFNAME: u32 = 6;
+    /// Name of the interface that a packet leaves by.
+    pub const META_OIFNAME: u32 = 7;
+    /// User of the socket that sends.
+    pub const META_SKUID: u32 = 10;
+    pub(super) const META_NFPROTO: u32 = 15;
+    pub(super) const META_L4PROTO: u32 = 16;
+    /// IPv4.
+    pub const NFPROTO_IPV4: u8 = 2;
+    /// IPv6.
+    pub const NFPROTO_IPV6: u8 = 10;
+}
+
+const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_ACK: u16 = 0x4;
+const NLM_F_DUMP: u16 = 0x300;
+const NLM_F_CREATE: u16 = 0x400;
+const NLM_F_APPEND: u16 = 0x800;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLA_F_NESTED: u16 = 0x8000;
+const NLA_TYPE_MASK: u16 = 0x3fff;
+
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+const NFPROTO_UNSPEC: u8 = 0;
+const NFPROTO_INET: u8 = 1;
+
+const NEWTABLE: u16 = 0;
+const DELTABLE: u16 = 2;
+const NEWCHAIN: u16 = 3;
+const NEWRULE: u16 = 6;
+const GETRULE: u16 = 7;
+
+const REGISTER_1: u32 = 1;
+const REGISTER_VERDICT: u32 = 0;
+const VERDICT_RETURN: i32 = -5;
+const IPPROTO_TCP: u8 = 6;
+
+/// Attributes under construction.
+#[derive(Default)]
+struct Attributes(Vec<u8>);
+
+impl Attributes {
+    fn put(&mut self, kind: u16, value: &[u8]) -> &mut Self {
+        let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
+        self.0.extend(length.to_ne_bytes());
+        self.0.extend(kind.to_ne_bytes());
+        self.0.extend(value);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self
+    }
+
+    fn u32(&mut self, kind: u16, value: u32) -> &mut Self {
+        self.put(kind, &value.to_be_bytes())
+    }
+
+    fn text(&mut self, kind: u16, value: &str) -> &mut Self {
+        self.put(kind, &[value.as_bytes(), b"\0"].concat())
+    }
+
+    fn nested(&mut self, kind: u16, inner: &Attributes) -> &mut Self {
+        self.put(kind | NLA_F_NESTED, &inner.0)
+    }
+
+    fn with(change: impl FnOnce(&mut Self) -> &mut Self) -> Self {
+        let mut new = Self::default();
+        change(&mut new);
+        new
+    }
+}
+
+/// One message, header included.
+pub struct Message;
+
+impl Message {
+    fn bytes(kind: u16, flags: u16, sequence: u32, family: u8, resource: u16, body: &Attributes) -> Vec<u8> {
+        let length = u32::try_from(16 + 4 + body.0.len()).unwrap_or(u32::MAX);
+        let mut message = Vec::with_capacity(20 + body.0.len());
+        message.extend(length.to_ne_bytes());
+        message.extend(kind.to_ne_bytes());
+        message.extend(flags.to_ne_bytes());
+        message.extend(sequence.to_ne_bytes());
+        message.extend(0u32.to_ne_bytes());
+        message.extend([family, 0]);
+        message.extend(resource.to_be_bytes());
+        message.extend(&body.0);
+        message
+    }
+
+    fn nftables(kind: u16) -> u16 {
+        NFNL_SUBSYS_NFTABLES << 8 | kind
+    }
+
+    /// Asks for every rule of a table.
+    pub fn dump_rules(table: &str) -> Vec<u8> {
+        let body = Attributes::with(|a| a.text(1, table));
+        Self::bytes(Self::nftables(GETRULE), NLM_F_REQUEST | NLM_F_DUMP, 1, NFPROTO_INET, 0, &body)
+    }
+}
+
+/// A transaction.
+pub struct Batch {
+    bytes: Vec<u8>,
+    messages: u32,
+}
+
+impl Batch {
+    /// An empty transaction.
+    pub fn new() -> Self {
+        let begin = Message::bytes(BATCH_BEGIN, NLM_F_REQUEST, 0, NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES, &Attributes::default());
+        Self { bytes: begin, messages: 0 }
+    }
+
+    fn push(&mut self, kind: u16, flags: u16, body: &Attributes) -> &mut Self {
+        self.messages += 1;
+        let flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        self.bytes.extend(Message::bytes(Message::nftables(kind), flags, self.messages, NFPROTO_INET, 0, body));
+        self
+    }
+
+    /// Makes a table where it is missing.
+    pub fn new_table(&mut self, name: &str) -> &mut Self {
+        let body = Attributes::with(|a| a.text(1, name).u32(2, 0));
+        self.push(NEWTABLE, NLM_F_CREATE, &body)
+    }
+
+    /// Deletes a table with everything in it.
+    pub fn delete_table(&mut self, name: &str) -> &mut Self {
+        let body = Attributes::with(|a| a.text(1, name));
+        self.push(DELTABLE, 0, &body)
+    }
+
+    /// Adds a NAT chain at a hook; what no rule decides is accepted.
+    pub fn new_nat_chain(&mut self, table: &str, name: &str, hook: Hook, priority: i32) -> &mut Self {
+        let number = match hook {
+            Hook::Prerouting => 0,
+            Hook::Output => 3,
+        };
+        let place = Attributes::with(|a| a.u32(1, number).put(2, &priority.to_be_bytes()));
+        let accept = 1;
+        let body = Attributes::with(|a| a.text(1, table).text(3, name).nested(4, &place).u32(5, accept).text(7, "nat"));
+        self.push(NEWCHAIN, NLM_F_CREATE, &body)
+    }
+
+    /// Adds a rule behind those that a chain has.
+    pub fn new_rule(&mut self, table: &str, chain: &str, expressions: Expressions, comment: &str) -> &mut Self {
+        let list = Attributes(expressions.0.0);
+        // nft keeps comments as type 0 of its own type-length-value format, ended by NUL.
+        let comment: Vec<u8> = comment.bytes().take(120).chain([0]).collect();
+        let user_data = [&[0, u8::try_from(comment.len()).unwrap_or(u8::MAX)][..], &comment].concat();
+        let body = Attributes::with(|a| a.text(1, table).text(2, chain).nested(4, &list).put(7, &user_data));
+        self.push(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, &body)
+    }
+
+    /// The bytes to send, and how many acknowledgements come back.
+    pub fn finish(mut self) -> (Vec<u8>, u32) {
+        let end = Message::bytes(BATCH_END, NLM_F_REQUEST, self.messages + 1, NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES, &Attributes::default());
+        self.bytes.extend(end);
+        (self.bytes, self.messages)
+    }
+}
+
+/// What a rule does, step by step.
+pub struct Expressions(Attributes);
+
+impl Expressions {
+    /// No step yet.
+    pub fn new() -> Self {
+        Self(Attributes::default())
+    }
+
+    fn step(&mut self, name: &str, data: impl FnOnce(&mut Attributes) -> &mut Attributes) -> &mut Self {
+        let data = Attributes::with(data);
+        let expression = Attributes::with(|a| a.text(1, name).nested(2, &data));
+        self.0.nested(1, &expression);
+        self
+    }
+
+    /// Loads a fact about the packet.
+    pub fn meta(&mut self, key: u32) -> &mut Self {
+        self.step("meta", |a| a.u32(1, REGISTER_1).u32(2, key))
+    }
+
+    /// Goes on where the loaded value is this one.
+    pub fn equals(&mut self, value: &[u8]) -> &mut Self {
+        let data = Attributes::with(|a| a.put(1, value));
+        self.step("cmp", |a| a.u32(1, REGISTER_1).u32(2, 0).nested(3, &data))
+    }
+
+    /// Goes on for TCP.
+    pub fn tcp(&mut self) -> &mut Self {
+        self.meta(attributes::META_L4PROTO).equals(&[IPPROTO_TCP])
+    }
+
+    /// Goes on for this IP version.
+    pub fn family(&mut self, nfproto: u8) -> &mut Self {
+        self.meta(attributes::META_NFPROTO).equals(&[nfproto])
+    }
+
+    fn header(&mut self, base: u32, offset: u32, length: u32) -> &mut Self {
+        self.step("payload", |a| a.u32(1, REGISTER_1).u32(2, base).u32(3, offset).u32(4, length))
+    }
+
+    /// Loads bytes of the IP header.
+    pub fn network_header(&mut self, offset: u32, length: u32) -> &mut Self {
+        self.header(1, offset, length)
+    }
+
+    /// Loads bytes of the TCP header.
+    pub fn transport_header(&mut self, offset: u32, length: u32) -> &mut Self {
+        self.header(2, offset, length)
+    }
+
+    /// Keeps the bits of the mask.
+    pub fn mask(&mut self, mask: &[u8]) -> &mut Self {
+        let value = |bytes: &[u8]| Attributes::with(|a| a.put(1, bytes));
+        let (keep, flip) = (value(mask), value(&vec![0; mask.len()]));
+        let length = u32::try_from(mask.len()).unwrap_or(0);
+        self.step("bitwise", |a| a.u32(1, REGISTER_1).u32(2, REGISTER_1).u32(3, length).nested(4, &keep).nested(5, &flip))
+    }
+
+    /// Counts.
+    pub fn counter(&mut self) -> &mut Self {
+        self.step("counter", |a| a)
+    }
+
+    /// Leaves the chain.
+    pub fn returns(&mut self) -> &mut Self {
+        let verdict = Attributes::with(|a| a.put(1, &VERDICT_RETURN.to_be_bytes()));
+        let data = Attributes::with(|a| a.nested(2, &verdict));
+        self.step("immediate", |a| a.u32(1, REGISTER_VERDICT).nested(2, &data))
+    }
+
+    /// Sends the connection to a local port.
+    pub fn redirect_to(&mut self, port: u16) -> &mut Self {
+        let data = Attributes::with(|a| a.put(1, &port.to_be_bytes()));
+        self.step("immediate", |a| a.u32(1, REGISTER_1).nested(2, &data));
+        // The port is given, so the flag NF_NAT_RANGE_PROTO_SPECIFIED is set.
+        self.step("redir", |a| a.u32(1, REGISTER_1).u32(3, 2))
+    }
+}
+
+/// What the kernel answers.
+pub enum Answer<'a> {
+    /// The dump is over.
+    Done,
+    /// An acknowledgement (0) or an error number, positive.
+    Error(i32),
+    /// A rule's attributes.
+    Rule(&'a [u8]),
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+/// Every message of a buffer that is of interest here.
+pub fn messages(buffer: &[u8]) -> impl Iterator<Item = Answer<'_>> {
+    let mut rest = buffer;
+    std::iter::from_fn(move || {
+        loop {
+            let length = usize::try_from(u32_at(rest, 0)?).ok()?;
+            let kind = u16_at(rest, 4)?;
+            let message = rest.get(16..length)?;
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            match kind {
+                NLMSG_DONE => return Some(Answer::Done),
+                NLMSG_ERROR => {
+                    let code = i32::from_ne_bytes(message.get(..4)?.try_into().ok()?);
+                    return Some(Answer::Error(-code));
+                }
+                k if k == Message::nftables(NEWRULE) => return Some(Answer::Rule(message.get(4..)?)),
+                _ => {}
+            }
+        }
+    })
+}
+
+/// The attributes of a message, type and value.
+fn each(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16_at(rest, 0)?);
+        let kind = u16_at(rest, 2)? & NLA_TYPE_MASK;
+        let value = rest.get(4..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    each(bytes).find(|(k, _)| *k == kind).map(|(_, v)| v)
+}
+
+/// Comment and counter of a rule.
+pub fn read_rule(rule: &[u8]) -> Option<InstalledRule> {
+    let user_data = find(rule, 7)?;
+    let length = usize::from(*user_data.get(1)?);
+    let comment = user_data.get(2..2 + length)?;
+    let comment = String::from_utf8_lossy(comment).trim_end_matches('\0').to_owned();
+    let mut installed = InstalledRule { comment, packets: 0, bytes: 0 };
+    for (_, expression) in each(find(rule, 4)?) {
+        if find(expression, 1) == Some(b"counter\0") {
+            let data = find(expression, 2)?;
+            let number = |kind| find(data, kind).and_then(|v| v.try_into().ok()).map_or(0, u64::from_be_bytes);
+            installed.bytes = number(1);
+            installed.packets = number(2);
+        }
+    }
+    Some(installed)
+}

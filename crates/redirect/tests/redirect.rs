@@ -1,0 +1,131 @@
+//! The redirect in real network namespaces: what is caught, what is not, and that nothing stays behind.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use countersign_redirect::fabric::{Addresses, Fabric};
+use countersign_redirect::netns::NetNs;
+use countersign_redirect::{Backend, Redirect, install, installed, remove};
+
+/// Two namespaces on one switch, gone when dropped.
+struct World {
+    fabric: Fabric,
+    here: NetNs,
+    there: NetNs,
+    name: String,
+}
+
+const HERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 99, 0, 1), Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 1));
+const THERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 99, 0, 2), Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 2));
+
+impl World {
+    /// `None` without root: the test says so and passes, but in CI it fails.
+    fn new(test: &str) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI runs as root");
+            eprintln!("skipped: network namespaces need root");
+            return None;
+        }
+        let name = format!("cst-{test}-{}", std::process::id());
+        let fabric = Fabric::create(&name).unwrap();
+        let plug = |n: &str, (v4, v6)| {
+            let addresses = Addresses { v4: (v4, 24), v6: Some((v6, 64)) };
+            fabric.plug(&format!("{name}-{n}"), n, addresses).unwrap()
+        };
+        let (here, there) = (plug("here", HERE), plug("there", THERE));
+        Some(Self { fabric, here, there, name })
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.fabric.unplug(&self.here, "here");
+        let _ = self.fabric.unplug(&self.there, "there");
+        let _ = self.fabric.netns().remove();
+        assert!(NetNs::list(&self.name).is_empty());
+    }
+}
+
+/// Answers every connection with its own name.
+fn listen(ns: &NetNs, address: SocketAddr, name: &'static str) {
+    let listener = ns.run(move || TcpListener::bind(address)).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let _ = (&stream).write_all(name.as_bytes());
+        }
+    });
+}
+
+/// Who answers at an address, seen from a namespace.
+fn who(ns: &NetNs, ip: impl Into<IpAddr>, port: u16) -> String {
+    let address = SocketAddr::new(ip.into(), port);
+    let asked = ns.run(move || {
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    });
+    asked.unwrap_or_else(|e: io::Error| format!("{:?}", e.kind()))
+}
+
+fn catches_what_it_should(backend: Backend, test: &str) {
+    let Some(world) = World::new(test) else { return };
+    let any4 = |port| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
+    for (port, name) in [(80, "app"), (53, "dns"), (81, "excluded"), (15008, "mesh")] {
+        listen(&world.there, any4(port), name);
+        listen(&world.here, any4(port), "own");
+    }
+    for ip in [Ipv6Addr::UNSPECIFIED] {
+        listen(&world.here, SocketAddr::new(ip.into(), 15011), "outbound");
+        listen(&world.there, SocketAddr::new(ip.into(), 15016), "inbound");
+    }
+    assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught before");
+    let mut redirect = Redirect::for_proxy(4242);
+    redirect.outbound_port = 15011;
+    redirect.inbound_port = 15016;
+    redirect.exempt_outbound_ports.insert(81);
+    redirect.exempt_outbound_cidrs.insert("10.99.0.77/32".parse().unwrap());
+    let (here, there) = (redirect.clone(), redirect.clone());
+    // Twice, for it replaces itself.
+    for _ in 0..2 {
+        let (here, there) = (here.clone(), there.clone());
+        assert_eq!(world.here.run(move || Ok(install(&here, backend).unwrap())).unwrap(), backend);
+        world.there.run(move || Ok(install(&there, backend).unwrap())).unwrap();
+    }
+    assert_eq!(who(&world.here, THERE.0, 80), "outbound");
+    assert_eq!(who(&world.here, THERE.1, 80), "outbound", "IPv6 as well");
+    assert_eq!(who(&world.here, THERE.0, 81), "inbound", "excluded going out, caught coming in");
+    assert_eq!(who(&world.here, THERE.0, 53), "inbound", "DNS is left alone going out");
+    assert_eq!(who(&world.here, THERE.0, 15008), "outbound", "an app's own connection to a mesh port is caught");
+    assert_eq!(who(&world.here, Ipv4Addr::LOCALHOST, 80), "own");
+    assert_eq!(who(&world.here, HERE.0, 80), "own", "its own address never leaves the namespace");
+    let rules = world.here.run(|| Ok(installed().unwrap())).unwrap();
+    let comments: Vec<_> = rules.iter().map(|r| r.comment.clone()).collect();
+    let expected: Vec<_> = redirect.rules().iter().map(|r| r.comment()).collect();
+    assert_eq!(comments, expected);
+    let rest = rules.iter().find(|r| r.comment.ends_with("rest to 15011")).unwrap();
+    assert!(rest.packets >= 3, "its counter shows what was caught: {rest:?}");
+    for ns in [&world.here, &world.there] {
+        ns.run(|| Ok(remove().unwrap())).unwrap();
+        ns.run(|| Ok(remove().unwrap())).unwrap();
+        assert_eq!(ns.run(|| Ok(installed().unwrap())).unwrap(), []);
+    }
+    assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught after");
+}
+
+#[test]
+fn nftables_catches_what_it_should_and_leaves_nothing_behind() {
+    catches_what_it_should(Backend::Nftables, "nft");
+}
+
+#[test]
+fn iptables_catches_what_it_should_and_leaves_nothing_behind() {
+    if std::process::Command::new("iptables").arg("-V").output().is_err() {
+        assert!(std::env::var_os("CI").is_none(), "CI has iptables");
+        eprintln!("skipped: no iptables here");
+        return;
+    }
+    catches_what_it_should(Backend::Iptables, "ipt");
+}
