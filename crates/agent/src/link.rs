@@ -12,7 +12,7 @@ use countersign_api::spire::agent::attest_agent_request::{Params, Step};
 use countersign_api::spire::agent::attest_agent_response::Step as Answer;
 use countersign_api::spire::agent::{AgentX509svidParams, AttestAgentRequest, RenewAgentRequest};
 use countersign_api::spire::types;
-use countersign_api::tls::{SvidVerifier, TlsError, client_config, only};
+use countersign_api::tls::{SvidVerifier, TlsError, certified_key, client_config, only};
 use countersign_api::transport::tls_channel;
 use countersign_identity::profile::{IssueError, request};
 use countersign_identity::svid::SvidError;
@@ -172,7 +172,8 @@ impl Link {
         tls_channel(self.config.server.clone(), move || {
             let bundles = bundles.clone();
             let verifier = SvidVerifier::new(move || bundles.load_full(), only(expected.clone()));
-            client_config(svid.as_deref(), verifier, &[b"h2"]).map(Arc::new).unwrap_or_else(|error| {
+            let own = svid.as_deref().map(certified_key).transpose();
+            own.and_then(|own| client_config(own, verifier, &[b"h2"])).map(Arc::new).unwrap_or_else(|error| {
                 tracing::error!(%error, "cannot use the agent's own SVID");
                 trusting_nobody()
             })

@@ -93,11 +93,7 @@ impl fmt::Debug for SvidVerifier {
 
 /// A refusal in the shape that rustls carries; [`refusal_of`] takes it out again.
 fn refused(refusal: Refusal) -> rustls::Error {
-    let other = || rustls::OtherError(Arc::new(refusal.clone()));
-    rustls::Error::InvalidCertificate(match &refusal {
-        Refusal::Malformed(_) => rustls::CertificateError::Other(other()),
-        _ => rustls::CertificateError::Other(other()),
-    })
+    rustls::Error::InvalidCertificate(rustls::CertificateError::Other(rustls::OtherError(Arc::new(refusal))))
 }
 
 /// The refusal inside an error that came out of a handshake, if it was our verifier that refused.
@@ -214,21 +210,21 @@ impl rustls::client::ResolvesClientCert for OneKey {
     }
 }
 
-/// The server side: shows `svid`, verifies clients with `verifier`.
-pub fn server_config(svid: &X509Svid, verifier: SvidVerifier, alpn: &[&[u8]]) -> Result<ServerConfig, TlsError> {
+/// The server side: shows `own`, verifies clients with `verifier`.
+pub fn server_config(own: Arc<CertifiedKey>, verifier: SvidVerifier, alpn: &[&[u8]]) -> Result<ServerConfig, TlsError> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&version::TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
-        .with_cert_resolver(Arc::new(OneKey(certified_key(svid)?)));
+        .with_cert_resolver(Arc::new(OneKey(own)));
     config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(config)
 }
 
-/// The client side: shows `svid` if there is one, verifies the server with `verifier`.
+/// The client side: shows `own` if there is one, verifies the server with `verifier`.
 pub fn client_config(
-    svid: Option<&X509Svid>,
+    own: Option<Arc<CertifiedKey>>,
     verifier: SvidVerifier,
     alpn: &[&[u8]],
 ) -> Result<ClientConfig, TlsError> {
@@ -236,8 +232,8 @@ pub fn client_config(
         .with_protocol_versions(&[&version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier));
-    let mut config = match svid {
-        Some(svid) => builder.with_client_cert_resolver(Arc::new(OneKey(certified_key(svid)?))),
+    let mut config = match own {
+        Some(own) => builder.with_client_cert_resolver(Arc::new(OneKey(own))),
         None => builder.with_no_client_auth(),
     };
     config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();

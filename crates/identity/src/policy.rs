@@ -93,6 +93,11 @@ impl Policy {
         if allowed { Ok(()) } else { Err(Refusal::NotAllowed { caller: caller.clone(), port }) }
     }
 
+    /// Whether a port names who may call it.
+    pub fn has_allow_list(&self, port: u16) -> bool {
+        !self.port_allow.get(&port).unwrap_or(&self.allow).is_empty()
+    }
+
     /// Whether strict lets traffic out to an address that is not meshed.
     pub fn lets_out(&self, destination: IpAddr) -> bool {
         self.egress.iter().any(|net| net.contains(&destination))

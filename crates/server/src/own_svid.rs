@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use countersign_api::tls::{SvidVerifier, TlsError, server_config};
+use countersign_api::tls::{SvidVerifier, TlsError, certified_key, server_config};
 use countersign_identity::profile::request;
 use countersign_identity::trust_domain::server_id;
 use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Svid};
@@ -79,5 +79,5 @@ fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerConfig>, TlsErr
         move || Arc::new(std::iter::once(countersign_identity::X509Bundle::clone(&bundle.borrow())).collect::<BundleSet>())
     };
     let verifier = SvidVerifier::new(bundles, |_| Ok(())).client_may_be_anonymous();
-    Ok(Arc::new(server_config(svid, verifier, &[b"h2"])?))
+    Ok(Arc::new(server_config(certified_key(svid)?, verifier, &[b"h2"])?))
 }

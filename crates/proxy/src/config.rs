@@ -1,0 +1,157 @@
+//! What a sidecar is told when it starts.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use countersign_identity::TrustDomain;
+use countersign_identity::policy::Policy;
+
+/// A sidecar's settings. Every combination of valid fields is a valid sidecar.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where its identity comes from.
+    pub identity: IdentitySource,
+    /// Where its traffic comes from and goes to.
+    pub routing: Routing,
+    /// Where `/ready`, `/live` and `/metrics` are served.
+    pub http: Option<SocketAddr>,
+    /// Unix socket for `countersign status`, mode 0600.
+    pub admin_socket: Option<PathBuf>,
+    /// One line a connection goes here; `None` writes none.
+    pub access_log: Option<AccessLogTarget>,
+    /// Threads that carry traffic.
+    pub workers: usize,
+    /// How long open connections may go on after SIGTERM.
+    pub drain: Duration,
+    /// Connections at once at most, and from one address.
+    pub limits: Limits,
+    /// Timeouts.
+    pub timeouts: Timeouts,
+}
+
+/// Where access log lines go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessLogTarget {
+    /// Standard output.
+    Stdout,
+    /// Appended to a file.
+    File(PathBuf),
+}
+
+/// Where SVID and bundles come from.
+#[derive(Debug, Clone)]
+pub enum IdentitySource {
+    /// The agent's Workload API, whose directory is used too.
+    Agent {
+        /// Its Unix socket.
+        socket: PathBuf,
+    },
+    /// PEM files, read again when they change.
+    Files {
+        /// Leaf first.
+        chain: PathBuf,
+        /// PKCS#8.
+        key: PathBuf,
+        /// A trust domain and its authorities, for each domain whose peers are accepted.
+        bundles: Vec<(TrustDomain, PathBuf)>,
+    },
+}
+
+/// Where traffic comes from and goes to.
+#[derive(Debug, Clone)]
+pub enum Routing {
+    /// Caught by the redirect; the agent's directory says who is where.
+    Redirected(Ports),
+    /// One listener, one destination.
+    Fixed {
+        /// Plaintext in, mTLS out.
+        outbound: Option<FixedOutbound>,
+        /// mTLS in, plaintext out.
+        inbound: Option<FixedInbound>,
+    },
+}
+
+/// The ports of a sidecar behind a redirect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// Where outgoing connections are redirected to.
+    pub outbound: u16,
+    /// Where incoming plaintext is redirected to.
+    pub inbound: u16,
+    /// mTLS.
+    pub mesh: u16,
+    /// `/ready`, `/live`, `/metrics`.
+    pub http: u16,
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Self { outbound: 15001, inbound: 15006, mesh: 15008, http: 15020 }
+    }
+}
+
+impl Ports {
+    /// Whether a port is the sidecar's own: nothing is ever forwarded to it.
+    pub fn contains(&self, port: u16) -> bool {
+        [self.outbound, self.inbound, self.mesh, self.http].contains(&port)
+    }
+}
+
+/// A fixed way out.
+#[derive(Debug, Clone)]
+pub struct FixedOutbound {
+    /// Where plaintext comes in.
+    pub listen: SocketAddr,
+    /// The other sidecar.
+    pub target: SocketAddr,
+    /// Who must stand there; any of these.
+    pub expect: BTreeSet<String>,
+}
+
+/// A fixed way in.
+#[derive(Debug, Clone)]
+pub struct FixedInbound {
+    /// Where mTLS comes in.
+    pub listen: SocketAddr,
+    /// The app.
+    pub target: SocketAddr,
+    /// Who may call.
+    pub policy: Policy,
+}
+
+/// Bounds on connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// At once, in both directions together.
+    pub connections: usize,
+    /// At once from one address.
+    pub connections_per_peer: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 65_536, connections_per_peer: 32_768 }
+    }
+}
+
+/// Bounds on time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// A TCP connection, to an app or to another sidecar.
+    pub connect: Duration,
+    /// A TLS handshake, on either side.
+    pub handshake: Duration,
+    /// The preamble and its answer.
+    pub preamble: Duration,
+    /// An answer of the directory, an SVID at the start.
+    pub lookup: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self { connect: seconds(5), handshake: seconds(10), preamble: seconds(10), lookup: seconds(5) }
+    }
+}

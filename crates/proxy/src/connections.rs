@@ -1,0 +1,160 @@
+//! The open connections: counted, bounded, and cut when the authority behind them is revoked.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use countersign_identity::BundleSet;
+use prometheus_client::metrics::gauge::Gauge;
+use time::OffsetDateTime;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Limits;
+use crate::copy::End;
+use crate::refusal::Refused;
+
+/// All open connections of a sidecar.
+pub struct Connections {
+    limits: Limits,
+    open: Mutex<Open>,
+    count: watch::Sender<usize>,
+    active: Gauge,
+    abort: CancellationToken,
+}
+
+#[derive(Default)]
+struct Open {
+    next: u64,
+    peers: HashMap<IpAddr, usize>,
+    /// Authenticated connections, and the authority behind each peer.
+    authenticated: HashMap<u64, (Arc<str>, Arc<Notify>)>,
+    /// Authority names, once each.
+    names: HashMap<String, Arc<str>>,
+}
+
+impl Connections {
+    /// None open yet.
+    pub fn new(limits: Limits, active: Gauge) -> Self {
+        Self { limits, open: Mutex::default(), count: watch::Sender::new(0), active, abort: CancellationToken::new() }
+    }
+
+    fn open(&self) -> std::sync::MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more, unless there are too many.
+    pub fn admit(self: &Arc<Self>, peer: IpAddr) -> Result<Admitted, Refused> {
+        let mut open = self.open();
+        if *self.count.borrow() >= self.limits.connections {
+            return Err(Refused::TooMany("in all"));
+        }
+        let from_peer = open.peers.entry(peer).or_default();
+        if *from_peer >= self.limits.connections_per_peer {
+            return Err(Refused::TooMany("from this address"));
+        }
+        *from_peer += 1;
+        open.next += 1;
+        let id = open.next;
+        drop(open);
+        self.count.send_modify(|n| *n += 1);
+        self.active.inc();
+        Ok(Admitted { all: self.clone(), id, peer })
+    }
+
+    /// Cuts whatever is still open: the drain is over.
+    pub fn abort(&self) {
+        self.abort.cancel();
+    }
+
+    /// How many are open, and each change.
+    pub fn count(&self) -> watch::Receiver<usize> {
+        self.count.subscribe()
+    }
+
+    /// Cuts every connection whose peer's authority was trusted before, has not ended, and is trusted no more.
+    pub fn cut_revoked(&self, before: &BundleSet, after: &BundleSet, now: OffsetDateTime) {
+        let ids = |set: &BundleSet| {
+            let alive = set.iter().flat_map(|b| b.authorities.iter().filter(|a| a.not_after() > now).map(|a| a.id().to_owned()));
+            alive.collect::<std::collections::HashSet<_>>()
+        };
+        let (before, after) = (ids(before), ids(after));
+        let revoked: std::collections::HashSet<_> = before.difference(&after).collect();
+        if revoked.is_empty() {
+            return;
+        }
+        let open = self.open();
+        let hit = open.authenticated.values().filter(|(authority, _)| revoked.contains(&authority.to_string()));
+        let cut = hit.map(|(_, cut)| cut.notify_one()).count();
+        tracing::warn!(?revoked, cut, "an authority was revoked; its connections are cut");
+    }
+}
+
+/// One open connection; counted until it is dropped.
+pub struct Admitted {
+    all: Arc<Connections>,
+    id: u64,
+    peer: IpAddr,
+}
+
+impl Admitted {
+    /// Puts the connection under the fate of its peer's authority.
+    pub fn authenticated_by(&self, authority: &str) -> impl Future<Output = End> + use<> {
+        let cut = Arc::new(Notify::new());
+        let mut open = self.all.open();
+        let name = open.names.entry(authority.to_owned()).or_insert_with(|| authority.into()).clone();
+        open.authenticated.insert(self.id, (name, cut.clone()));
+        drop(open);
+        let drained = self.drained();
+        async move {
+            tokio::select! {
+                () = cut.notified() => End::Revoked,
+                end = drained => end,
+            }
+        }
+    }
+
+    /// Comes when the drain is over.
+    pub fn drained(&self) -> impl Future<Output = End> + use<> {
+        let abort = self.all.abort.clone();
+        async move {
+            abort.cancelled().await;
+            End::Drained
+        }
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        let mut open = self.all.open();
+        open.authenticated.remove(&self.id);
+        if let Some(n) = open.peers.get_mut(&self.peer) {
+            *n -= 1;
+            if *n == 0 {
+                open.peers.remove(&self.peer);
+            }
+        }
+        drop(open);
+        self.all.active.dec();
+        self.all.count.send_modify(|n| *n -= 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bounds_hold_in_all_and_for_each_peer_and_free_themselves() {
+        let limits = Limits { connections: 3, connections_per_peer: 2 };
+        let all = Arc::new(Connections::new(limits, Gauge::default()));
+        let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let first = all.admit(a).unwrap();
+        let _second = all.admit(a).unwrap();
+        assert_eq!(all.admit(a).err().unwrap().code(), "too_many");
+        let _third = all.admit(b).unwrap();
+        assert!(all.admit(b).is_err());
+        drop(first);
+        assert!(all.admit(b).is_ok());
+    }
+}

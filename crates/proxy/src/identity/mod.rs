@@ -1,0 +1,144 @@
+//! Who the sidecar is, swapped under its listeners and dialers while connections go on.
+//!
+//! One [`Identity`] a revision of SVID and bundles: its TLS configurations are made once and shared by every connection.
+
+mod agent;
+mod files;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arc_swap::ArcSwapOption;
+use countersign_api::clock::Clock;
+use countersign_api::tls::{SvidVerifier, TlsError, certified_key, client_config, server_config};
+use countersign_identity::verify::Refusal;
+use countersign_identity::{BundleSet, X509Svid};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, ServerConfig};
+use time::OffsetDateTime;
+use tokio::sync::watch;
+
+use crate::preamble::ALPN;
+use crate::refusal::Refused;
+
+pub use agent::follow_agent;
+pub use files::{Files, FilesError, follow_files};
+
+/// Destinations whose TLS configuration is kept ready; beyond that all are made anew.
+const MAX_CLIENT_CONFIGS: usize = 4_096;
+
+/// One revision of SVID and bundles.
+pub struct Identity {
+    svid: X509Svid,
+    bundles: Arc<BundleSet>,
+    key: Arc<CertifiedKey>,
+    server: Arc<ServerConfig>,
+    clients: Mutex<HashMap<BTreeSet<String>, Arc<ClientConfig>>>,
+}
+
+impl Identity {
+    /// Makes the TLS configurations of a revision.
+    pub fn new(svid: X509Svid, bundles: BundleSet) -> Result<Self, TlsError> {
+        let bundles = Arc::new(bundles);
+        let key = certified_key(&svid)?;
+        let verifier = {
+            let bundles = bundles.clone();
+            SvidVerifier::new(move || bundles.clone(), |_| Ok(()))
+        };
+        let server = Arc::new(server_config(key.clone(), verifier, &[ALPN])?);
+        Ok(Self { svid, bundles, key, server, clients: Mutex::default() })
+    }
+
+    /// The SVID.
+    pub fn svid(&self) -> &X509Svid {
+        &self.svid
+    }
+
+    /// The bundles.
+    pub fn bundles(&self) -> &BundleSet {
+        &self.bundles
+    }
+
+    /// For connections that come in.
+    pub fn server(&self) -> Arc<ServerConfig> {
+        self.server.clone()
+    }
+
+    /// For connections to where one of these may stand. The expectation is part of the handshake: whoever else is there
+    /// learns nothing of us.
+    pub fn client(&self, expected: &BTreeSet<String>) -> Result<Arc<ClientConfig>, TlsError> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(config) = clients.get(expected) {
+            return Ok(config.clone());
+        }
+        let (bundles, ids) = (self.bundles.clone(), expected.clone());
+        let verifier = SvidVerifier::new(move || bundles.clone(), move |peer| {
+            if ids.contains(&peer.id.to_string()) {
+                return Ok(());
+            }
+            let expected = ids.iter().map(|id| format!("`{id}`")).collect::<Vec<_>>().join(" or ");
+            Err(Refusal::WrongIdentity { expected, found: peer.id.clone() })
+        });
+        let config = Arc::new(client_config(Some(self.key.clone()), verifier, &[ALPN])?);
+        if clients.len() >= MAX_CLIENT_CONFIGS {
+            clients.clear();
+        }
+        clients.insert(expected.clone(), config.clone());
+        Ok(config)
+    }
+}
+
+/// The identity of the moment, and each change.
+pub struct Current {
+    identity: ArcSwapOption<Identity>,
+    changes: watch::Sender<u64>,
+    clock: Clock,
+}
+
+impl Current {
+    /// Nobody yet.
+    pub fn new(clock: Clock) -> Self {
+        Self { identity: ArcSwapOption::empty(), changes: watch::Sender::new(0), clock }
+    }
+
+    /// The time.
+    pub fn now(&self) -> OffsetDateTime {
+        (self.clock)()
+    }
+
+    /// The identity, whether or not its time is over.
+    pub fn peek(&self) -> Option<Arc<Identity>> {
+        self.identity.load_full()
+    }
+
+    /// The identity to act with; none, or one that is over, is a refusal.
+    pub fn get(&self) -> Result<Arc<Identity>, Refused> {
+        let identity = self.identity.load_full().ok_or(Refused::NoSvid)?;
+        if identity.svid.is_expired(self.now()) {
+            return Err(Refused::SvidExpired(identity.svid.facts().not_after));
+        }
+        Ok(identity)
+    }
+
+    /// Takes up a new revision. Connections that are open stay as they are.
+    pub fn set(&self, identity: Identity) {
+        let facts = identity.svid.facts();
+        tracing::info!(spiffe_id = %identity.svid.id(), serial = facts.serial, not_after = %facts.not_after,
+            authorities = identity.bundles.iter().map(|b| b.authorities.len()).sum::<usize>(), "identity in use");
+        self.identity.store(Some(Arc::new(identity)));
+        self.changes.send_modify(|n| *n += 1);
+    }
+
+    /// The identity was withdrawn.
+    pub fn clear(&self) {
+        if self.identity.swap(None).is_some() {
+            tracing::error!("the identity was withdrawn; nothing goes to or from the mesh any more");
+            self.changes.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// Ticks with each change.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+}

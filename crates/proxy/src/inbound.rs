@@ -1,0 +1,145 @@
+//! From the world to the app. The mesh port is mTLS and nothing else; whatever else comes in is plaintext by definition.
+
+use std::net::SocketAddr;
+
+use countersign_identity::policy::{Mode, Policy};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
+
+use crate::config::FixedInbound;
+use crate::copy::{End, carry, reset_on_close};
+use crate::identity::Identity;
+use crate::mesh::{self, Peer};
+use crate::preamble::{Answer, Request};
+use crate::refusal::Refused;
+use crate::sidecar::{Sidecar, Story};
+use crate::sockets::{dial, original_destination};
+use crate::telemetry::{Carried, Direction};
+
+/// Where a connection of the mesh port may go.
+pub enum Target<'a> {
+    /// To where its preamble says, within this namespace.
+    AsAsked,
+    /// To one place, whatever its preamble says.
+    Fixed(&'a FixedInbound),
+}
+
+/// Carries one connection of the mesh port.
+pub async fn from_mesh(sidecar: &Sidecar, tcp: TcpStream, source: SocketAddr, target: Target<'_>) {
+    let mut story = Story::begin(sidecar, Direction::Inbound, source);
+    let result = carry_mesh(sidecar, tcp, &mut story, target).await;
+    story.end(result.as_ref().err());
+}
+
+async fn carry_mesh(sidecar: &Sidecar, tcp: TcpStream, story: &mut Story<'_>, target: Target<'_>) -> Result<(), Refused> {
+    let admitted = sidecar.connections.admit(story.record.source.ip());
+    let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
+    let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
+    story.own(&identity);
+    let (mut mesh, peer, request) = match mesh::accept(tcp, &identity, &sidecar.config.timeouts).await {
+        Ok(accepted) => accepted,
+        Err((refused, peer)) => {
+            peer.iter().for_each(|p| story.peer(p));
+            return Err(refused);
+        }
+    };
+    story.peer(&peer);
+    let opened = open_app(sidecar, &identity, &peer, &request, &target, story).await;
+    let mut app = match opened {
+        Ok(app) => app,
+        Err(refused) => {
+            mesh::refuse(&mut mesh, &refused).await;
+            return Err(refused);
+        }
+    };
+    let accepted = accept(&mut mesh).await;
+    if let Err(error) = accepted {
+        reset_on_close(&app);
+        return Err(Refused::Tls(error.to_string()));
+    }
+    let cut = admitted.authenticated_by(&peer.authority);
+    let bytes = sidecar.telemetry.bytes(Direction::Inbound);
+    let carried = carry(&mut mesh, &mut app, false, (&bytes.received, &bytes.sent), cut).await;
+    story.carried(Carried::Mtls, carried);
+    if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
+}
+
+async fn accept(mesh: &mut TlsStream<TcpStream>) -> std::io::Result<()> {
+    mesh.write_all(&Answer::Accepted.encode()).await?;
+    mesh.flush().await
+}
+
+/// Decides whether the caller may, and dials the app.
+async fn open_app(
+    sidecar: &Sidecar,
+    identity: &Identity,
+    peer: &Peer,
+    request: &Request,
+    target: &Target<'_>,
+    story: &mut Story<'_>,
+) -> Result<TcpStream, Refused> {
+    let own_domain = identity.svid().id().trust_domain_name();
+    let to = match target {
+        Target::Fixed(way) => {
+            story.record.destination = Some(way.target);
+            way.policy.admits(&peer.id, own_domain, way.target.port())?;
+            way.target
+        }
+        Target::AsAsked => {
+            let to = request.destination;
+            story.record.destination = Some(to);
+            // No open relay: only this namespace's own addresses, and no port of the sidecar itself.
+            if sidecar.ports().contains(to.port()) {
+                return Err(Refused::Loop(to));
+            }
+            if to.ip().is_loopback() || !sidecar.own.is_own(to.ip()) {
+                return Err(Refused::NotOurs(to));
+            }
+            let workload = sidecar.own.at(to.ip(), identity).ok_or(Refused::PolicyUnknown)?;
+            if !request.workload.is_empty() && request.workload != workload.uid {
+                return Err(Refused::StaleWorkload { expected: request.workload.clone(), found: workload.uid.clone() });
+            }
+            workload.policy.admits(&peer.id, own_domain, to.port())?;
+            to
+        }
+    };
+    dial(to, sidecar.config.timeouts.connect).await
+}
+
+/// Carries one connection that the redirect brought: plaintext.
+pub async fn redirected(sidecar: &Sidecar, mut caller: TcpStream, source: SocketAddr) {
+    reset_on_close(&caller);
+    let mut story = Story::begin(sidecar, Direction::Inbound, source);
+    let result = carry_plain(sidecar, &mut caller, &mut story).await;
+    story.end(result.as_ref().err());
+}
+
+async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Story<'_>) -> Result<(), Refused> {
+    let admitted = sidecar.connections.admit(story.record.source.ip())?;
+    let destination = original_destination(caller)?;
+    story.record.destination = Some(destination);
+    if sidecar.ports().contains(destination.port()) {
+        return Err(Refused::Loop(destination));
+    }
+    if !sidecar.own.is_own(destination.ip()) {
+        return Err(Refused::NotOurs(destination));
+    }
+    let identity = sidecar.current.get()?;
+    let workload = sidecar.own.at(destination.ip(), &identity).ok_or(Refused::PolicyUnknown)?;
+    admits_plaintext(&workload.policy, destination.port())?;
+    let mut app = dial(destination, sidecar.config.timeouts.connect).await?;
+    let bytes = sidecar.telemetry.bytes(Direction::Inbound);
+    let carried = carry(caller, &mut app, false, (&bytes.received, &bytes.sent), admitted.drained()).await;
+    story.carried(Carried::Plain, carried);
+    Ok(())
+}
+
+/// Plaintext proves nobody: strict refuses it, and so does a port that asks who is calling.
+fn admits_plaintext(policy: &Policy, port: u16) -> Result<(), Refused> {
+    match policy.mode_of(port) {
+        Mode::Strict => Err(Refused::PlaintextRefused(port)),
+        Mode::Permissive if policy.has_allow_list(port) => Err(Refused::PlaintextUnproven(port)),
+        Mode::Permissive | Mode::Off => Ok(()),
+    }
+}

@@ -1,0 +1,118 @@
+//! What every connection of a sidecar shares.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use countersign_api::directory::Subscriptions;
+use time::OffsetDateTime;
+
+use crate::config::{Config, Ports, Routing};
+use crate::connections::Connections;
+use crate::copy::Carried as Bytes;
+use crate::identity::{Current, Identity};
+use crate::mesh::Peer;
+use crate::own::Own;
+use crate::refusal::Refused;
+use crate::telemetry::{Carried, Direction, Record, Telemetry};
+
+/// One sidecar.
+pub struct Sidecar {
+    /// Settings.
+    pub config: Config,
+    /// Who we are.
+    pub current: Arc<Current>,
+    /// Who is where.
+    pub directory: Subscriptions,
+    /// Where we are.
+    pub own: Own,
+    /// What is open.
+    pub connections: Arc<Connections>,
+    /// What is counted and written down.
+    pub telemetry: Telemetry,
+    /// When it started.
+    pub started_at: OffsetDateTime,
+}
+
+impl Sidecar {
+    /// The ports behind a redirect.
+    pub fn ports(&self) -> Ports {
+        match self.config.routing {
+            Routing::Redirected(ports) => ports,
+            Routing::Fixed { .. } => Ports::default(),
+        }
+    }
+
+    /// What is still missing before traffic can be served.
+    pub fn missing(&self) -> Option<String> {
+        match self.current.get() {
+            Err(refused) => Some(refused.to_string()),
+            Ok(identity) => {
+                let redirected = matches!(self.config.routing, Routing::Redirected(_));
+                (redirected && self.own.workload(&identity).is_none()).then(|| Refused::PolicyUnknown.to_string())
+            }
+        }
+    }
+}
+
+/// The record of a connection while it goes on; written when it is finished.
+pub struct Story<'a> {
+    sidecar: &'a Sidecar,
+    /// What is known so far.
+    pub record: Record,
+}
+
+impl<'a> Story<'a> {
+    /// A connection has come in.
+    pub fn begin(sidecar: &'a Sidecar, direction: Direction, source: SocketAddr) -> Self {
+        let record = Record {
+            direction,
+            mode: Carried::Refused,
+            began: Instant::now(),
+            began_at: sidecar.current.now(),
+            source,
+            destination: None,
+            peer_id: None,
+            peer_serial: None,
+            peer_expires_at: None,
+            own_id: None,
+            own_serial: None,
+            own_expires_at: None,
+            tls: None,
+            bytes_sent: 0,
+            bytes_received: 0,
+            end: "",
+        };
+        Self { sidecar, record }
+    }
+
+    /// As whom we act.
+    pub fn own(&mut self, identity: &Identity) {
+        self.record.own_id = Some(identity.svid().id().to_string());
+        self.record.own_serial = Some(identity.svid().facts().serial.clone());
+        self.record.own_expires_at = Some(identity.svid().facts().not_after);
+    }
+
+    /// Who is on the other end.
+    pub fn peer(&mut self, peer: &Peer) {
+        self.record.peer_id = Some(peer.id.to_string());
+        self.record.peer_serial = Some(peer.facts.serial.clone());
+        self.record.peer_expires_at = Some(peer.facts.not_after);
+        self.record.tls = Some(peer.tls.clone());
+    }
+
+    /// It is let through.
+    pub fn carried(&mut self, mode: Carried, bytes: Bytes) {
+        self.record.mode = mode;
+        self.record.end = bytes.end.as_str();
+        (self.record.bytes_sent, self.record.bytes_received) = match self.record.direction {
+            Direction::Outbound => (bytes.forth, bytes.back),
+            Direction::Inbound => (bytes.back, bytes.forth),
+        };
+    }
+
+    /// It is over.
+    pub fn end(self, refused: Option<&Refused>) {
+        self.sidecar.telemetry.ended(&self.record, refused);
+    }
+}

@@ -1,0 +1,102 @@
+//! Sockets as the sidecar wants them: listeners that share a port between workers, connections with keepalive, and the
+//! original destination of a redirected one.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use countersign_api::transport::back_off_after;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::refusal::Refused;
+
+/// Connections that wait to be accepted, at most: roll-outs come in storms.
+const BACKLOG: i32 = 4_096;
+/// Silence after which a peer is probed. Shorter than conntrack's 60 s for half-closed connections, so that one of them
+/// lives for as long as both ends do.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_RETRIES: u32 = 6;
+
+/// Listens on an address that the other workers listen on too.
+pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Every address of a port: IPv4, and IPv6 where the host has it.
+pub fn listen_everywhere(port: u16) -> io::Result<Vec<std::net::TcpListener>> {
+    let v4 = listen(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
+    let v6 = listen(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port));
+    let absent = |e: &io::Error| matches!(e.raw_os_error(), Some(nix::libc::EAFNOSUPPORT | nix::libc::EADDRNOTAVAIL));
+    match (v4, v6) {
+        (Ok(v4), Ok(v6)) => Ok(vec![v4, v6]),
+        (Ok(only), Err(e)) | (Err(e), Ok(only)) if absent(&e) => Ok(vec![only]),
+        (Err(e), _) | (_, Err(e)) => Err(e),
+    }
+}
+
+/// Accepts one connection; an accept that fails waits a little and tries again.
+pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                tune(&stream);
+                return (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
+            }
+            // A client that has left again is not our trouble.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(e) => back_off_after(&e).await,
+        }
+    }
+}
+
+/// Dials within a time.
+pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refused> {
+    let failed = |why: String| Refused::Connect { to, why };
+    match tokio::time::timeout(timeout, TcpStream::connect(to)).await {
+        Ok(Ok(stream)) => {
+            tune(&stream);
+            Ok(stream)
+        }
+        Ok(Err(e)) => Err(failed(e.to_string())),
+        Err(_) => Err(failed(format!("no answer within {timeout:?}"))),
+    }
+}
+
+/// No delay for small writes; probes for silent peers. Both are for the better; neither is worth a refusal.
+fn tune(stream: &TcpStream) {
+    let _ = stream.set_nodelay(true);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES);
+    let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
+}
+
+/// Where a redirected connection was going.
+pub fn original_destination(stream: &TcpStream) -> Result<SocketAddr, Refused> {
+    let socket = SockRef::from(stream);
+    let v6 = stream.local_addr().is_ok_and(|a| a.is_ipv6());
+    let found = if v6 { socket.original_dst_v6() } else { socket.original_dst_v4() };
+    let found = found.map_err(|e| Refused::NoOriginalDestination(e.to_string()))?;
+    let address = found.as_socket().ok_or_else(|| Refused::NoOriginalDestination("no IP address".into()))?;
+    Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
+}
+
+/// This namespace's own addresses.
+pub fn own_addresses() -> Vec<IpAddr> {
+    let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+    let addresses = interfaces.filter_map(|i| {
+        let address = i.address?;
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    });
+    addresses.collect()
+}

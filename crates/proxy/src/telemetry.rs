@@ -1,0 +1,315 @@
+//! What the sidecar counts and writes down: metrics (`docs/metrics.md`) and one line a connection.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use serde::Serialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::config::AccessLogTarget;
+use crate::identity::Identity;
+use crate::refusal::Refused;
+
+/// Access log bytes held back at most before they are written.
+const LOG_BUFFER: usize = 64 * 1024;
+
+/// Which way a connection goes, seen from the workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, EncodeLabelValue)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// To the workload.
+    Inbound,
+    /// From the workload.
+    Outbound,
+}
+
+/// How a connection went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, EncodeLabelValue)]
+#[serde(rename_all = "lowercase")]
+pub enum Carried {
+    /// Over mTLS.
+    Mtls,
+    /// In the clear.
+    Plain,
+    /// Not at all.
+    Refused,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ConnectionLabels {
+    direction: Direction,
+    mode: Carried,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RefusalLabels {
+    direction: Direction,
+    reason: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByteLabels {
+    direction: Direction,
+    flow: &'static str,
+}
+
+/// The bytes of one direction's connections.
+#[derive(Clone)]
+pub struct Bytes {
+    /// From the workload.
+    pub sent: Counter,
+    /// To the workload.
+    pub received: Counter,
+}
+
+/// Counters and logs of one sidecar.
+pub struct Telemetry {
+    /// All metrics, for `/metrics`.
+    pub registry: Registry,
+    connections: Family<ConnectionLabels, Counter>,
+    refused: Family<RefusalLabels, Counter>,
+    bytes: [Bytes; 2],
+    /// Open connections.
+    pub active: Gauge,
+    /// Identities taken up since the start.
+    pub rotations: Counter,
+    svid_expiry: Gauge,
+    authority_expiry: Gauge,
+    /// Addresses that the directory is asked about.
+    pub followed: Gauge,
+    log: Option<AccessLog>,
+}
+
+impl Telemetry {
+    /// Opens the access log.
+    pub fn new(target: Option<&AccessLogTarget>) -> std::io::Result<Self> {
+        let mut registry = Registry::with_prefix("countersign_proxy");
+        let connections = Family::<ConnectionLabels, Counter>::default();
+        let refused = Family::<RefusalLabels, Counter>::default();
+        let bytes = Family::<ByteLabels, Counter>::default();
+        let (active, svid_expiry, authority_expiry, followed) = (Gauge::default(), Gauge::default(), Gauge::default(), Gauge::default());
+        let rotations = Counter::<u64, AtomicU64>::default();
+        registry.register("connections", "Connections that ended or were refused, by direction and mode", connections.clone());
+        registry.register("refused", "Connections refused or cut, by direction and reason", refused.clone());
+        registry.register("bytes", "Bytes carried for the workload, by direction and flow", bytes.clone());
+        registry.register("active_connections", "Open connections", active.clone());
+        registry.register("identity_rotations", "Identities taken up since the start", rotations.clone());
+        registry.register("svid_expiry_timestamp_seconds", "When the SVID ends, seconds since 1970; 0 without one", svid_expiry.clone());
+        registry.register(
+            "authority_expiry_timestamp_seconds",
+            "When the first of the trusted authorities ends, seconds since 1970",
+            authority_expiry.clone(),
+        );
+        registry.register("directory_addresses", "Addresses that the directory is asked about", followed.clone());
+        let of = |direction| Bytes {
+            sent: bytes.get_or_create_owned(&ByteLabels { direction, flow: "sent" }),
+            received: bytes.get_or_create_owned(&ByteLabels { direction, flow: "received" }),
+        };
+        let bytes = [of(Direction::Inbound), of(Direction::Outbound)];
+        let log = target.map(AccessLog::open).transpose()?;
+        Ok(Self { registry, connections, refused, bytes, active, rotations, svid_expiry, authority_expiry, followed, log })
+    }
+
+    /// The byte counters of a direction.
+    pub fn bytes(&self, direction: Direction) -> &Bytes {
+        match direction {
+            Direction::Inbound => &self.bytes[0],
+            Direction::Outbound => &self.bytes[1],
+        }
+    }
+
+    /// Shows an identity's ends.
+    pub fn identity(&self, identity: Option<&Identity>) {
+        self.svid_expiry.set(identity.map_or(0, |i| i.svid().facts().not_after.unix_timestamp()));
+        let ends = identity.into_iter().flat_map(|i| i.bundles().iter()).flat_map(|b| b.authorities.iter().map(|a| a.not_after().unix_timestamp()));
+        self.authority_expiry.set(ends.min().unwrap_or(0));
+    }
+
+    /// A connection has ended.
+    pub fn ended(&self, record: &Record, refused: Option<&Refused>) {
+        self.connections.get_or_create(&ConnectionLabels { direction: record.direction, mode: record.mode }).inc();
+        if let Some(refused) = refused {
+            // A peer's code is its own choice of words; only the fact is counted.
+            self.refused.get_or_create(&RefusalLabels { direction: record.direction, reason: refused.code().to_owned() }).inc();
+            tracing::warn!(direction = ?record.direction, source = %record.source, destination = record.destination.map(|d| d.to_string()),
+                code = refused.code(), reason = %refused, "connection refused");
+        }
+        if let Some(log) = &self.log {
+            log.write(record, refused);
+        }
+    }
+
+    /// Connections that ended, by direction and mode.
+    pub fn connection_count(&self, direction: Direction, mode: Carried) -> u64 {
+        self.connections.get_or_create(&ConnectionLabels { direction, mode }).get()
+    }
+
+    /// Refusals by direction and reason, read back from the registry's own text.
+    pub fn refused_counts(&self) -> BTreeMap<String, u64> {
+        let mut text = String::new();
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        let field = |line: &str, name: &str| line.split_once(&format!("{name}=\"")).and_then(|(_, r)| r.split_once('"')).map(|(v, _)| v.to_owned());
+        text.lines()
+            .filter(|l| l.starts_with("countersign_proxy_refused_total{"))
+            .filter_map(|l| {
+                let key = format!("{} {}", field(l, "direction")?.to_lowercase(), field(l, "reason")?);
+                Some((key, l.rsplit_once(' ')?.1.parse().ok()?))
+            })
+            .collect()
+    }
+
+    /// Writes what the access log holds back.
+    pub fn flush(&self) {
+        if let Some(log) = &self.log {
+            log.flush();
+        }
+    }
+}
+
+/// What is known of a connection when it ends.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// Which way.
+    pub direction: Direction,
+    /// How it went.
+    pub mode: Carried,
+    /// When it began.
+    pub began: Instant,
+    /// When it began, by the clock.
+    pub began_at: OffsetDateTime,
+    /// Who dialled.
+    pub source: SocketAddr,
+    /// Where to.
+    pub destination: Option<SocketAddr>,
+    /// Identity of the other sidecar.
+    pub peer_id: Option<String>,
+    /// Serial of its SVID.
+    pub peer_serial: Option<String>,
+    /// End of its SVID.
+    pub peer_expires_at: Option<OffsetDateTime>,
+    /// Our identity.
+    pub own_id: Option<String>,
+    /// Serial of our SVID.
+    pub own_serial: Option<String>,
+    /// End of our SVID.
+    pub own_expires_at: Option<OffsetDateTime>,
+    /// TLS version and key exchange.
+    pub tls: Option<String>,
+    /// From the workload.
+    pub bytes_sent: u64,
+    /// To the workload.
+    pub bytes_received: u64,
+    /// How it ended: `closed`, `reset`, `truncated`, `drained`, or empty when it never began.
+    pub end: &'static str,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    time: String,
+    direction: Direction,
+    mode: Carried,
+    source: SocketAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer_serial: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer_expires_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    own_serial: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    own_expires_at: Option<String>,
+    bytes_sent: u64,
+    bytes_received: u64,
+    duration_ms: f64,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    end: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+struct AccessLog {
+    buffer: Mutex<Vec<u8>>,
+    out: Mutex<Box<dyn Write + Send>>,
+}
+
+impl AccessLog {
+    fn open(target: &AccessLogTarget) -> std::io::Result<Self> {
+        let out: Box<dyn Write + Send> = match target {
+            AccessLogTarget::Stdout => Box::new(std::io::stdout()),
+            AccessLogTarget::File(path) => Box::new(OpenOptions::new().append(true).create(true).open(path)?),
+        };
+        Ok(Self { buffer: Mutex::default(), out: Mutex::new(out) })
+    }
+
+    fn write(&self, r: &Record, refused: Option<&Refused>) {
+        let rfc3339 = |t: OffsetDateTime| t.format(&Rfc3339).unwrap_or_default();
+        let (source_id, destination_id) = match r.direction {
+            Direction::Inbound => (r.peer_id.as_deref(), r.own_id.as_deref()),
+            Direction::Outbound => (r.own_id.as_deref(), r.peer_id.as_deref()),
+        };
+        let line = Line {
+            time: rfc3339(r.began_at),
+            direction: r.direction,
+            mode: r.mode,
+            source: r.source,
+            source_id,
+            destination: r.destination,
+            destination_id,
+            tls: r.tls.as_deref(),
+            peer_serial: r.peer_serial.as_deref(),
+            peer_expires_at: r.peer_expires_at.map(rfc3339),
+            own_serial: r.own_serial.as_deref(),
+            own_expires_at: r.own_expires_at.map(rfc3339),
+            bytes_sent: r.bytes_sent,
+            bytes_received: r.bytes_received,
+            duration_ms: (r.began.elapsed().as_secs_f64() * 1e6).round() / 1e3,
+            end: r.end,
+            code: refused.map(Refused::code),
+            reason: refused.map(ToString::to_string),
+        };
+        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        if serde_json::to_writer(&mut *buffer, &line).is_ok() {
+            buffer.push(b'\n');
+        }
+        let full = buffer.len() >= LOG_BUFFER;
+        drop(buffer);
+        if full {
+            self.flush();
+        }
+    }
+
+    fn flush(&self) {
+        // The writer is taken first, so that two flushes cannot swap their lines.
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = std::mem::take(&mut *self.buffer.lock().unwrap_or_else(PoisonError::into_inner));
+        if held.is_empty() {
+            return;
+        }
+        if let Err(error) = out.write_all(&held).and_then(|()| out.flush()) {
+            tracing::error!(%error, lost = held.len(), "cannot write the access log");
+        }
+    }
+}
+
+/// How long the access log holds lines back.
+pub const FLUSH_EVERY: Duration = Duration::from_millis(200);
