@@ -52,6 +52,11 @@ pub struct LeafFacts {
 }
 
 impl LeafFacts {
+    /// Reads them from the first certificate of concatenated DER.
+    pub fn of_first(der: &[u8]) -> Option<Self> {
+        X509Certificate::from_der(der).ok().map(|(_, cert)| Self::of(&cert))
+    }
+
     /// Reads them from a certificate.
     pub fn of(cert: &X509Certificate<'_>) -> Self {
         Self {

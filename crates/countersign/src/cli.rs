@@ -1,0 +1,102 @@
+//! The command line.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::{launch, operator, probe, roles, shop, up};
+
+/// Zero-touch mutual TLS between services.
+///
+/// Try it: `countersign up` starts a small shop of four services on this machine, each with its own identity and
+/// sidecar, and shows them live. `countersign up --verify` checks the whole mesh and exits.
+#[derive(Parser)]
+#[command(version, propagate_version = true, max_term_width = 120)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a mesh on this machine: every workload in a network namespace with a sidecar of its own.
+    Up(up::UpArgs),
+    /// Add a program to a mesh that `up` runs on this machine.
+    Run(up::RunArgs),
+    /// Run the certificate authority.
+    Server(Box<roles::server::ServerArgs>),
+    /// Run the node's agent.
+    Agent(Box<roles::agent::AgentArgs>),
+    /// Run a sidecar.
+    Proxy(Box<roles::proxy::ProxyArgs>),
+    /// Install, check or remove the NAT redirect in this network namespace.
+    Redirect(roles::redirect::RedirectArgs),
+    /// Registration entries: who gets which identity.
+    #[command(subcommand)]
+    Entry(operator::entry::EntryCommand),
+    /// Attested nodes.
+    #[command(subcommand)]
+    Node(operator::node::NodeCommand),
+    /// Join tokens.
+    #[command(subcommand)]
+    Token(operator::token::TokenCommand),
+    /// Trust bundles.
+    #[command(subcommand)]
+    Bundle(operator::bundle::BundleCommand),
+    /// The signing authorities.
+    #[command(subcommand)]
+    Authority(operator::authority::AuthorityCommand),
+    /// Sign an SVID by hand.
+    #[command(subcommand)]
+    Mint(operator::mint::MintCommand),
+    /// Ask the agent for an SVID, as a workload would.
+    #[command(subcommand)]
+    X509(operator::x509::X509Command),
+    /// Show what a running server, agent or sidecar knows of itself.
+    Status(operator::status::StatusArgs),
+    /// Print a completion script for a shell.
+    Completion {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Start a program in a network namespace (used by `up`).
+    #[command(hide = true)]
+    Launch(launch::LaunchArgs),
+    /// A service of the example shop (used by `up`).
+    #[command(hide = true)]
+    Shop(shop::ShopArgs),
+    /// Request a URL many times and report (used by `up --verify`).
+    #[command(hide = true)]
+    Probe(probe::ProbeArgs),
+}
+
+impl Cli {
+    /// Runs the command to its end.
+    pub fn run(self) -> Result<ExitCode> {
+        let done = |result: Result<()>| result.map(|()| ExitCode::SUCCESS);
+        match self.command {
+            Command::Up(args) => up::up(args),
+            Command::Run(args) => up::run(args),
+            Command::Server(args) => done(roles::server::run(*args)),
+            Command::Agent(args) => done(roles::agent::run(*args)),
+            Command::Proxy(args) => done(roles::proxy::run(*args)),
+            Command::Redirect(args) => roles::redirect::run(&args),
+            Command::Entry(command) => done(operator::block(operator::entry::run(command))),
+            Command::Node(command) => done(operator::block(operator::node::run(command))),
+            Command::Token(command) => done(operator::block(operator::token::run(command))),
+            Command::Bundle(command) => done(operator::block(operator::bundle::run(command))),
+            Command::Authority(command) => done(operator::block(operator::authority::run(command))),
+            Command::Mint(command) => done(operator::block(operator::mint::run(command))),
+            Command::X509(command) => done(operator::block(operator::x509::run(command))),
+            Command::Status(args) => done(operator::block(operator::status::run(args))),
+            Command::Completion { shell } => {
+                clap_complete::generate(shell, &mut Self::command(), "countersign", &mut std::io::stdout());
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Launch(args) => launch::run(&args).map(|never| match never {}),
+            Command::Shop(args) => done(shop::run(args)),
+            Command::Probe(args) => probe::run(args),
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! `countersign authority`.
+
+use anyhow::Result;
+use clap::Subcommand;
+use countersign_api::spire::localauthority::local_authority_client::LocalAuthorityClient;
+use countersign_api::spire::localauthority::*;
+use serde_json::{Value, json};
+
+use super::output::{Output, Table};
+use super::when;
+use crate::clients::{ServerArg, client, refused};
+
+/// The signing authorities.
+#[derive(Subcommand)]
+pub enum AuthorityCommand {
+    /// Show the active, prepared and old authority.
+    Show {
+        #[command(flatten)]
+        server: ServerArg,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Prepare the next authority and publish it in the bundle.
+    Prepare {
+        #[command(flatten)]
+        server: ServerArg,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Let the prepared authority sign; the active one becomes old.
+    Activate {
+        #[command(flatten)]
+        server: ServerArg,
+        /// Which; the prepared one unless given.
+        #[arg(long, default_value = "")]
+        id: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Mark an old authority as compromised: everything it signed is renewed at once.
+    Taint {
+        #[command(flatten)]
+        server: ServerArg,
+        /// Which.
+        #[arg(long)]
+        id: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Take an old authority out of the bundle: nothing under it is trusted any more, and its connections are cut.
+    Revoke {
+        #[command(flatten)]
+        server: ServerArg,
+        /// Which.
+        #[arg(long)]
+        id: String,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) {
+    let mut table = Table::new(&["status", "id", "expires"]);
+    let mut all = serde_json::Map::new();
+    for (status, state) in states {
+        if let Some(s) = state {
+            table.row(vec![(*status).to_owned(), s.authority_id.clone(), when(s.expires_at)]);
+            all.insert((*status).to_owned(), json!({ "id": s.authority_id, "expires_at": s.expires_at }));
+        }
+    }
+    output.print(&table, &Value::Object(all));
+}
+
+/// Runs the command.
+pub async fn run(command: AuthorityCommand) -> Result<()> {
+    match command {
+        AuthorityCommand::Show { server, output } => {
+            let mut client = client!(LocalAuthorityClient, server.channel()?);
+            let s = client.get_x509_authority_state(GetX509AuthorityStateRequest {}).await.map_err(refused)?.into_inner();
+            print(&output, &[("active", s.active), ("prepared", s.prepared), ("old", s.old)]);
+        }
+        AuthorityCommand::Prepare { server, output } => {
+            let mut client = client!(LocalAuthorityClient, server.channel()?);
+            let s = client.prepare_x509_authority(PrepareX509AuthorityRequest {}).await.map_err(refused)?.into_inner();
+            print(&output, &[("prepared", s.prepared_authority)]);
+        }
+        AuthorityCommand::Activate { server, id, output } => {
+            let mut client = client!(LocalAuthorityClient, server.channel()?);
+            let s = client.activate_x509_authority(ActivateX509AuthorityRequest { authority_id: id }).await.map_err(refused)?.into_inner();
+            print(&output, &[("active", s.activated_authority)]);
+        }
+        AuthorityCommand::Taint { server, id, output } => {
+            let mut client = client!(LocalAuthorityClient, server.channel()?);
+            let s = client.taint_x509_authority(TaintX509AuthorityRequest { authority_id: id }).await.map_err(refused)?.into_inner();
+            print(&output, &[("tainted", s.tainted_authority)]);
+        }
+        AuthorityCommand::Revoke { server, id, output } => {
+            let mut client = client!(LocalAuthorityClient, server.channel()?);
+            let s = client.revoke_x509_authority(RevokeX509AuthorityRequest { authority_id: id }).await.map_err(refused)?.into_inner();
+            print(&output, &[("revoked", s.revoked_authority)]);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! `countersign bundle`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Subcommand;
+use countersign_api::convert::{bundle_from_wire, bundle_to_wire};
+use countersign_api::spire::bundle::bundle_client::BundleClient;
+use countersign_api::spire::bundle::*;
+use countersign_identity::X509Bundle;
+use countersign_identity::trust_domain::parse_trust_domain;
+use serde_json::json;
+use tonic::transport::Channel;
+
+use super::ok;
+use super::output::Output;
+use crate::clients::{ServerArg, client, refused};
+use crate::settings::Mistake;
+
+/// Trust bundles.
+#[derive(Subcommand)]
+pub enum BundleCommand {
+    /// Print a trust bundle as PEM.
+    Show {
+        #[command(flatten)]
+        server: ServerArg,
+        /// Of this foreign trust domain [default: the server's own].
+        #[arg(long)]
+        trust_domain: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Set the bundle of a foreign trust domain.
+    Set {
+        #[command(flatten)]
+        server: ServerArg,
+        /// Whose.
+        #[arg(long)]
+        trust_domain: String,
+        /// PEM file with its authorities.
+        #[arg(long, value_name = "FILE")]
+        path: PathBuf,
+    },
+}
+
+/// The server's own bundle.
+pub async fn own(channel: Channel) -> Result<X509Bundle> {
+    let bundle = client!(BundleClient, channel).get_bundle(GetBundleRequest::default()).await.map_err(refused)?;
+    Ok(bundle_from_wire(bundle.into_inner())?)
+}
+
+/// Runs the command.
+pub async fn run(command: BundleCommand) -> Result<()> {
+    match command {
+        BundleCommand::Show { server, trust_domain, output } => {
+            let channel = server.channel()?;
+            let bundle = match trust_domain {
+                None => own(channel).await?,
+                Some(trust_domain) => {
+                    let request = GetFederatedBundleRequest { trust_domain, output_mask: None };
+                    let bundle = client!(BundleClient, channel).get_federated_bundle(request).await.map_err(refused)?;
+                    bundle_from_wire(bundle.into_inner())?
+                }
+            };
+            if output.is_json() {
+                let authorities = bundle.authorities.iter().map(|a| {
+                    json!({ "id": a.id(), "expires_at": a.not_after().unix_timestamp(), "tainted": a.tainted,
+                        "pem": countersign_identity::bundle::certificates_to_pem([a.der().as_ref()]) })
+                });
+                let all = json!({ "trust_domain": bundle.trust_domain.to_string(), "sequence": bundle.sequence, "authorities": authorities.collect::<Vec<_>>() });
+                println!("{}", serde_json::to_string_pretty(&all)?);
+            } else {
+                print!("{}", bundle.to_pem());
+            }
+        }
+        BundleCommand::Set { server, trust_domain, path } => {
+            let td = parse_trust_domain(&trust_domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?;
+            let wrong = |why: String| Mistake::flag("--path", &format!("{}: {why}", path.display()));
+            let pem = std::fs::read(&path).map_err(|e| wrong(e.to_string()))?;
+            let bundle = X509Bundle::from_pem(td, &pem).map_err(|e| wrong(e.to_string()))?;
+            let request = BatchSetFederatedBundleRequest { bundle: vec![bundle_to_wire(&bundle)], output_mask: None };
+            let response = client!(BundleClient, server.channel()?).batch_set_federated_bundle(request).await.map_err(refused)?;
+            response.into_inner().results.into_iter().try_for_each(|r| ok(r.status))?;
+            eprintln!("bundle of {trust_domain} set: {} authorities", bundle.authorities.len());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! `countersign x509`: what a workload sees.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Subcommand;
+use countersign_api::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
+use countersign_api::workload::{X509svidRequest, X509svidResponse};
+use countersign_identity::svid::LeafFacts;
+use serde_json::{Value, json};
+use tonic::metadata::MetadataValue;
+use tonic::{Request, Streaming};
+
+use super::output::{Output, Table};
+use super::when;
+use crate::clients::{AGENT_SOCKET, channel, client, refused};
+
+/// Ask the agent for an SVID, as a workload would.
+#[derive(Subcommand)]
+pub enum X509Command {
+    /// Fetch once and print.
+    Fetch {
+        #[command(flatten)]
+        agent: AgentArg,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print each rotation as it comes.
+    Watch {
+        #[command(flatten)]
+        agent: AgentArg,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+/// How a command finds its agent.
+#[derive(Debug, clap::Args)]
+pub struct AgentArg {
+    /// The agent's Unix socket.
+    #[arg(long, env = "COUNTERSIGN_AGENT_SOCKET", default_value = AGENT_SOCKET, value_name = "PATH")]
+    socket: PathBuf,
+}
+
+async fn open(agent: &AgentArg) -> Result<Streaming<X509svidResponse>> {
+    let mut request = Request::new(X509svidRequest {});
+    request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
+    let mut client = client!(SpiffeWorkloadApiClient, channel(&agent.socket, "agent")?);
+    Ok(client.fetch_x509svid(request).await.map_err(|s| anyhow!("{}", s.message().to_owned()))?.into_inner())
+}
+
+/// What a response holds, keys left out.
+fn facts(response: &X509svidResponse) -> Result<Vec<(String, String, i64, Value)>> {
+    let one = |svid: &countersign_api::workload::X509svid| {
+        let leaf = LeafFacts::of_first(&svid.x509_svid).context("the agent's SVID cannot be read")?;
+        let expires_at = leaf.not_after.unix_timestamp();
+        let json = json!({ "spiffe_id": svid.spiffe_id, "serial": leaf.serial, "expires_at": expires_at, "hint": svid.hint });
+        Ok((svid.spiffe_id.clone(), leaf.serial, expires_at, json))
+    };
+    response.svids.iter().map(one).collect()
+}
+
+/// Runs the command.
+pub async fn run(command: X509Command) -> Result<()> {
+    match command {
+        X509Command::Fetch { agent, output } => {
+            let mut stream = open(&agent).await?;
+            let response = stream.message().await.map_err(refused)?.context("the agent closed the stream")?;
+            let mut table = Table::new(&["spiffe id", "serial", "expires"]);
+            let mut all = vec![];
+            for (id, serial, expires, json) in facts(&response)? {
+                table.row(vec![id, serial, when(expires)]);
+                all.push(json);
+            }
+            output.print(&table, &Value::Array(all));
+        }
+        X509Command::Watch { agent, output } => {
+            let mut stream = open(&agent).await?;
+            while let Some(response) = stream.message().await.map_err(refused)? {
+                for (id, serial, expires, json) in facts(&response)? {
+                    if output.is_json() {
+                        println!("{json}");
+                    } else {
+                        println!("{id}  serial {serial}  expires {}", when(expires));
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

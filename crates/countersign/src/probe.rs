@@ -1,0 +1,140 @@
+//! A client that counts: requests a URL over new and kept-alive connections and reports in JSON what failed.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use http_body_util::BodyExt;
+use hyper::Request;
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
+
+/// Request a URL many times and report.
+#[derive(Debug, clap::Args)]
+pub struct ProbeArgs {
+    /// `http://host:port/path`.
+    url: String,
+    /// For how long; once without it.
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<u64>,
+    /// Clients with a connection each that is kept alive.
+    #[arg(long, default_value_t = 0)]
+    kept: usize,
+    /// Clients that dial anew for each request.
+    #[arg(long, default_value_t = 1)]
+    fresh: usize,
+    /// Pause between two requests of a client, in milliseconds.
+    #[arg(long, default_value_t = 0)]
+    pause_ms: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// Requests that were answered with 200.
+    pub ok: u64,
+    /// Requests that were not.
+    pub failed: u64,
+    /// Connections dialled.
+    pub connections: u64,
+    /// The first reasons of failures.
+    pub errors: Vec<String>,
+    /// The last body.
+    pub body: String,
+}
+
+impl Report {
+    fn fail(&mut self, error: &anyhow::Error) {
+        self.failed += 1;
+        if self.errors.len() < 5 {
+            self.errors.push(format!("{error:#}"));
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.ok += other.ok;
+        self.failed += other.failed;
+        self.connections += other.connections;
+        self.errors.extend(other.errors);
+        self.errors.truncate(5);
+        if self.body.is_empty() {
+            self.body = other.body;
+        }
+    }
+}
+
+struct Client {
+    authority: String,
+    path: String,
+    kept: Option<hyper::client::conn::http1::SendRequest<String>>,
+    report: Report,
+}
+
+impl Client {
+    async fn request(&mut self, keep: bool) -> Result<String> {
+        let mut sender = match self.kept.take() {
+            Some(sender) => sender,
+            None => {
+                self.report.connections += 1;
+                let stream = TcpStream::connect(&self.authority).await.context("connect")?;
+                let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("handshake")?;
+                tokio::spawn(connection);
+                sender
+            }
+        };
+        let mut request = Request::get(&self.path).header("host", &self.authority);
+        if !keep {
+            request = request.header("connection", "close");
+        }
+        let response = sender.send_request(request.body(String::new())?).await.context("request")?;
+        let status = response.status();
+        let body = response.into_body().collect().await.context("body")?.to_bytes();
+        if !status.is_success() {
+            return Err(anyhow!("status {status}: {}", String::from_utf8_lossy(&body).trim()));
+        }
+        if keep {
+            self.kept = Some(sender);
+        }
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
+    async fn run(mut self, until: Option<Instant>, keep: bool, pause: Duration) -> Report {
+        loop {
+            let answer = tokio::time::timeout(Duration::from_secs(15), self.request(keep)).await;
+            match answer.unwrap_or_else(|_| Err(anyhow!("no answer within 15 s"))) {
+                Ok(body) => {
+                    self.report.ok += 1;
+                    self.report.body = body;
+                }
+                Err(error) => self.report.fail(&error),
+            }
+            if until.is_none_or(|t| Instant::now() >= t) {
+                return self.report;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+/// Prints the report; exit 1 when a request failed.
+pub fn run(args: ProbeArgs) -> Result<ExitCode> {
+    let rest = args.url.strip_prefix("http://").context("the URL must begin with http://")?;
+    let (authority, path) = rest.split_once('/').map_or((rest, "/".to_owned()), |(a, p)| (a, format!("/{p}")));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let report = runtime.block_on(async {
+        let until = args.seconds.map(|s| Instant::now() + Duration::from_secs(s));
+        let mut clients = tokio::task::JoinSet::new();
+        for n in 0..args.kept + args.fresh {
+            let client = Client { authority: authority.to_owned(), path: path.clone(), kept: None, report: Report::default() };
+            clients.spawn(client.run(until, n < args.kept, Duration::from_millis(args.pause_ms)));
+        }
+        let mut all = Report::default();
+        while let Some(one) = clients.join_next().await {
+            all.add(one.unwrap_or_default());
+        }
+        all
+    });
+    println!("{}", serde_json::to_string(&report)?);
+    Ok(ExitCode::from(u8::from(report.failed > 0)))
+}

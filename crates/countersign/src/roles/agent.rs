@@ -1,0 +1,156 @@
+//! `countersign agent`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use countersign_agent::{Config, Evidence};
+use countersign_api::clock::system_clock;
+use countersign_identity::trust_domain::parse_trust_domain;
+use serde::Deserialize;
+use zeroize::Zeroizing;
+
+use super::{ConfigFile, merge};
+use crate::clients::AGENT_SOCKET;
+use crate::logging::LogArgs;
+use crate::settings::{Mistake, Ttl};
+use crate::stop::{ReadyFile, on_signal};
+
+/// Run the node's agent: it proves the node to the server, keeps its SVIDs fresh, and hands each local caller its own.
+#[derive(Debug, clap::Args)]
+pub struct AgentArgs {
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(flatten)]
+    settings: AgentSettings,
+    #[command(flatten)]
+    ready: ReadyFile,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// Everything that a flag or the file can set.
+#[derive(Debug, Default, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AgentSettings {
+    /// Trust domain of the server.
+    #[arg(long, value_name = "NAME")]
+    trust_domain: Option<String>,
+    /// The server, host:port.
+    #[arg(long, value_name = "ADDRESS")]
+    server: Option<String>,
+    /// Unix socket for workloads and sidecars [default: /run/countersign/agent.sock].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Folder for the agent's own identity [default: /var/lib/countersign/agent].
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// PEM trust bundle to know the server by at the first connection.
+    #[arg(long, value_name = "FILE")]
+    trust_bundle: Option<PathBuf>,
+    /// File with a join token (`countersign token generate`).
+    #[arg(long, value_name = "FILE")]
+    join_token_file: Option<PathBuf>,
+    /// PEM certificate to attest with (x509pop).
+    #[arg(long, value_name = "FILE")]
+    x509pop_cert: Option<PathBuf>,
+    /// PEM key (PKCS#8) of that certificate.
+    #[arg(long, value_name = "FILE")]
+    x509pop_key: Option<PathBuf>,
+    /// Key type of workloads' SVIDs [default: ec-p256].
+    #[arg(long, value_name = "TYPE")]
+    workload_key_type: Option<String>,
+    /// How often a server without push is asked [default: 5s].
+    #[arg(long, value_name = "TIME")]
+    sync_interval: Option<Ttl>,
+    /// Attest executables too: unix:path and unix:sha256.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    discover_workload_path: Option<bool>,
+    /// Largest executable that is hashed, in bytes [default: 104857600].
+    #[arg(long, value_name = "BYTES")]
+    workload_size_limit: Option<u64>,
+    /// Attest callers in other PID and user namespaces by uid too. Off, for a container's uid is its own word.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    foreign_namespaces: Option<bool>,
+    /// Serve /metrics, /ready and /live here; off unless set.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+}
+
+impl AgentSettings {
+    fn over(self, file: Self) -> Self {
+        merge!(self, file, {
+            trust_domain, server, socket, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, workload_key_type,
+            sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, metrics,
+        })
+    }
+
+    fn config(self) -> Result<Config, Mistake> {
+        let domain = self.trust_domain.ok_or_else(|| Mistake::missing("--trust-domain", "trust_domain"))?;
+        let server = self.server.ok_or_else(|| Mistake::missing("--server", "server"))?;
+        if !server.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p != 0)) {
+            return Err(Mistake::flag("--server", &format!("`{server}` is no address: write host:port, as in 10.0.0.1:8081")));
+        }
+        Ok(Config {
+            trust_domain: parse_trust_domain(&domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
+            server,
+            socket: self.socket.unwrap_or_else(|| AGENT_SOCKET.into()),
+            data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/countersign/agent".into()),
+            trust_bundle: self.trust_bundle,
+            evidence: evidence(self.join_token_file, self.x509pop_cert, self.x509pop_key)?,
+            key_type: match self.workload_key_type {
+                Some(text) => text.parse().map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--workload-key-type", &e.to_string()))?,
+                None => countersign_identity::KeyType::default(),
+            },
+            sync_interval: self.sync_interval.map_or(Duration::from_secs(5), |t| t.0),
+            discover_path: self.discover_workload_path.unwrap_or(false),
+            hash_limit: self.workload_size_limit.unwrap_or(100 * 1024 * 1024),
+            foreign_namespaces: self.foreign_namespaces.unwrap_or(false),
+            metrics: self.metrics,
+        })
+    }
+}
+
+fn evidence(token: Option<PathBuf>, cert: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Evidence>, Mistake> {
+    match (token, cert, key) {
+        (Some(path), None, None) => {
+            let text = std::fs::read_to_string(&path).map_err(|e| Mistake::flag("--join-token-file", &format!("{}: {e}", path.display())))?;
+            Ok(Some(Evidence::JoinToken(Zeroizing::new(text.trim().to_owned()))))
+        }
+        (None, Some(certificate), Some(key)) => Ok(Some(Evidence::X509Pop { certificate, key })),
+        (None, None, None) => Ok(None),
+        (Some(_), ..) => Err(Mistake("give either a join token or an x509pop certificate, not both".into())),
+        _ => Err(Mistake("x509pop needs both --x509pop-cert and --x509pop-key".into())),
+    }
+}
+
+/// Runs an agent until it is told to stop.
+pub fn run(args: AgentArgs) -> Result<()> {
+    args.log.start()?;
+    let config = args.settings.over(args.config.load()?).config()?;
+    super::runtime()?.block_on(async {
+        let stop = on_signal()?;
+        let ran = countersign_agent::run(config, system_clock(), stop, || args.ready.write("ready")).await;
+        ran.map_err(|error| match error {
+            countersign_agent::AgentError::Grpc(e) => e.into(),
+            other => Mistake(other.to_string()).into(),
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_example_loads_and_has_every_key() {
+        let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/agent.yaml"));
+        let (settings, text): (AgentSettings, String) = crate::settings::load(path).unwrap();
+        AgentSettings { join_token_file: None, ..settings }.config().unwrap();
+        for key in ["trust_domain", "server", "socket", "data_dir", "trust_bundle", "join_token_file", "x509pop_cert", "x509pop_key",
+            "workload_key_type", "sync_interval", "discover_workload_path", "workload_size_limit", "foreign_namespaces", "metrics"] {
+            assert!(text.contains(&format!("{key}:")), "{key} is not in the example");
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! `countersign proxy`.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use countersign_api::clock::system_clock;
+use countersign_identity::policy::Policy;
+use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
+use countersign_proxy::config::{AccessLogTarget, FixedInbound, FixedOutbound, Limits, Ports, Timeouts};
+use countersign_proxy::{Config, IdentitySource, Routing};
+use serde::Deserialize;
+
+use super::{ConfigFile, merge};
+use crate::clients::AGENT_SOCKET;
+use crate::logging::LogArgs;
+use crate::settings::{Mistake, Ttl};
+use crate::stop::{ReadyFile, on_signal};
+
+/// Run a sidecar. Without further flags it takes what the redirect brings, and asks the agent who it is and who is where.
+/// With --outbound-listen or --inbound-listen it carries one fixed way instead; with --svid, --key and --bundle it needs
+/// no agent.
+#[derive(Debug, clap::Args)]
+pub struct ProxyArgs {
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(flatten)]
+    settings: ProxySettings,
+    #[command(flatten)]
+    ready: ReadyFile,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// Everything that a flag or the file can set.
+#[derive(Debug, Default, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProxySettings {
+    /// The agent's Unix socket [default: /run/countersign/agent.sock].
+    #[arg(long, value_name = "PATH")]
+    agent_socket: Option<PathBuf>,
+    /// PEM certificate chain, leaf first, in place of the agent's SVID; read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    svid: Option<PathBuf>,
+    /// PEM key (PKCS#8) of --svid.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Trust bundle as NAME=FILE, once for each trust domain whose peers are accepted.
+    #[arg(long, value_name = "NAME=FILE")]
+    bundle: Option<Vec<String>>,
+    /// Fixed way out: where plaintext comes in.
+    #[arg(long, value_name = "ADDRESS")]
+    outbound_listen: Option<SocketAddr>,
+    /// Fixed way out: the other sidecar's mesh address.
+    #[arg(long, value_name = "ADDRESS")]
+    outbound_target: Option<SocketAddr>,
+    /// Fixed way out: the SPIFFE ID that must stand there; several are alternatives.
+    #[arg(long, value_name = "SPIFFE ID")]
+    outbound_expect: Option<Vec<String>>,
+    /// Fixed way in: where mTLS comes in.
+    #[arg(long, value_name = "ADDRESS")]
+    inbound_listen: Option<SocketAddr>,
+    /// Fixed way in: the app.
+    #[arg(long, value_name = "ADDRESS")]
+    inbound_target: Option<SocketAddr>,
+    /// Fixed way in: SPIFFE IDs that may call [default: anyone in the trust domain].
+    #[arg(long, value_name = "SPIFFE ID")]
+    inbound_allow: Option<Vec<String>>,
+    /// Port that outgoing connections are redirected to [default: 15001].
+    #[arg(long, value_name = "PORT")]
+    outbound_port: Option<u16>,
+    /// Port that incoming plaintext is redirected to [default: 15006].
+    #[arg(long, value_name = "PORT")]
+    inbound_port: Option<u16>,
+    /// mTLS port [default: 15008].
+    #[arg(long, value_name = "PORT")]
+    mesh_port: Option<u16>,
+    /// Where /ready, /live and /metrics are served [default: 0.0.0.0:15020 behind a redirect, off on a fixed way].
+    #[arg(long, value_name = "ADDRESS")]
+    http: Option<SocketAddr>,
+    /// Unix socket for `countersign status`, mode 0600; off unless set.
+    #[arg(long, value_name = "PATH")]
+    admin_socket: Option<PathBuf>,
+    /// One JSON line a connection: `-` for standard output, `off`, or a file [default: - behind a redirect, off on a fixed way].
+    #[arg(long, value_name = "FILE")]
+    access_log: Option<String>,
+    /// Threads that carry traffic [default: 1].
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// How long open connections may go on after SIGTERM [default: 25s].
+    #[arg(long, value_name = "TIME")]
+    drain: Option<Ttl>,
+    /// Connections at once at most [default: 65536].
+    #[arg(long, value_name = "N")]
+    max_connections: Option<usize>,
+    /// Connections at once from one address at most [default: 32768].
+    #[arg(long, value_name = "N")]
+    max_connections_per_peer: Option<usize>,
+}
+
+impl ProxySettings {
+    fn over(self, file: Self) -> Self {
+        merge!(self, file, {
+            agent_socket, svid, key, bundle, outbound_listen, outbound_target, outbound_expect, inbound_listen, inbound_target,
+            inbound_allow, outbound_port, inbound_port, mesh_port, http, admin_socket, access_log, workers, drain,
+            max_connections, max_connections_per_peer,
+        })
+    }
+
+    fn config(self) -> Result<Config, Mistake> {
+        let ports = self.ports()?;
+        let routing = self.routing(ports)?;
+        let redirected = matches!(routing, Routing::Redirected(_));
+        let identity = self.identity(redirected)?;
+        let limits = Limits::default();
+        let workers = self.workers.unwrap_or(1);
+        if !(1..=64).contains(&workers) {
+            return Err(Mistake::flag("--workers", "use 1 to 64"));
+        }
+        Ok(Config {
+            identity,
+            routing,
+            http: self.http.or_else(|| redirected.then(|| SocketAddr::from(([0, 0, 0, 0], ports.http)))),
+            admin_socket: self.admin_socket,
+            access_log: match self.access_log.as_deref() {
+                None if !redirected => None,
+                None | Some("-") => Some(AccessLogTarget::Stdout),
+                Some("off") => None,
+                Some(path) => Some(AccessLogTarget::File(path.into())),
+            },
+            workers,
+            drain: self.drain.map_or(countersign_proxy::DEFAULT_DRAIN, |t| t.0),
+            limits: Limits {
+                connections: self.max_connections.unwrap_or(limits.connections),
+                connections_per_peer: self.max_connections_per_peer.unwrap_or(limits.connections_per_peer),
+            },
+            timeouts: Timeouts::default(),
+        })
+    }
+
+    fn ports(&self) -> Result<Ports, Mistake> {
+        let defaults = Ports::default();
+        let ports = Ports {
+            outbound: self.outbound_port.unwrap_or(defaults.outbound),
+            inbound: self.inbound_port.unwrap_or(defaults.inbound),
+            mesh: self.mesh_port.unwrap_or(defaults.mesh),
+            http: self.http.map_or(defaults.http, |a| a.port()),
+        };
+        let all = BTreeSet::from([ports.outbound, ports.inbound, ports.mesh, ports.http]);
+        if all.len() < 4 || all.contains(&0) {
+            return Err(Mistake("--outbound-port, --inbound-port, --mesh-port and the port of --http must be four different ports".into()));
+        }
+        Ok(ports)
+    }
+
+    fn routing(&self, ports: Ports) -> Result<Routing, Mistake> {
+        let ids = |flag: &str, ids: &Option<Vec<String>>| {
+            let parsed = ids.iter().flatten().map(|id| parse_workload_id(id).map(|id| id.to_string()));
+            parsed.collect::<Result<BTreeSet<_>, _>>().map_err(|e| Mistake::flag(flag, &e.to_string()))
+        };
+        let (expect, allow) = (ids("--outbound-expect", &self.outbound_expect)?, ids("--inbound-allow", &self.inbound_allow)?);
+        let outbound = match (self.outbound_listen, self.outbound_target) {
+            (Some(_), Some(_)) if expect.is_empty() => return Err(Mistake("--outbound-expect is missing: say who must stand at --outbound-target".into())),
+            (Some(listen), Some(target)) => Some(FixedOutbound { listen, target, expect }),
+            (None, None) => None,
+            _ => return Err(Mistake("a fixed way out needs both --outbound-listen and --outbound-target".into())),
+        };
+        let inbound = match (self.inbound_listen, self.inbound_target) {
+            (Some(listen), Some(target)) => Some(FixedInbound { listen, target, policy: Policy { allow, ..Policy::default() } }),
+            (None, None) => None,
+            _ => return Err(Mistake("a fixed way in needs both --inbound-listen and --inbound-target".into())),
+        };
+        Ok(if outbound.is_none() && inbound.is_none() { Routing::Redirected(ports) } else { Routing::Fixed { outbound, inbound } })
+    }
+
+    fn identity(&self, redirected: bool) -> Result<IdentitySource, Mistake> {
+        match (&self.svid, &self.key, &self.bundle) {
+            (None, None, None) => Ok(IdentitySource::Agent { socket: self.agent_socket.clone().unwrap_or_else(|| AGENT_SOCKET.into()) }),
+            (Some(_), Some(_), Some(_)) if redirected => {
+                Err(Mistake("--svid works on a fixed way only: behind a redirect it takes an agent to say who is where".into()))
+            }
+            (Some(chain), Some(key), Some(bundles)) => {
+                let bundles = bundles.iter().map(|b| {
+                    let (td, path) = b.split_once('=').ok_or_else(|| Mistake::flag("--bundle", &format!("`{b}`: write NAME=FILE")))?;
+                    let td = parse_trust_domain(td).map_err(|e| Mistake::flag("--bundle", &e.to_string()))?;
+                    Ok((td, PathBuf::from(path)))
+                });
+                Ok(IdentitySource::Files { chain: chain.clone(), key: key.clone(), bundles: bundles.collect::<Result<_, Mistake>>()? })
+            }
+            _ => Err(Mistake("an identity from files needs --svid, --key and --bundle".into())),
+        }
+    }
+}
+
+/// Runs a sidecar until it is told to stop.
+pub fn run(args: ProxyArgs) -> Result<()> {
+    args.log.start()?;
+    let config = args.settings.over(args.config.load()?).config()?;
+    super::raise_file_limit();
+    // One thread carries everything; further workers are threads of their own.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let stop = on_signal()?;
+        let ran = countersign_proxy::run(config, system_clock(), stop, || args.ready.write("ready")).await;
+        ran.map_err(|error| Mistake(error.to_string()).into())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_example_loads_and_has_every_key() {
+        let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/proxy.yaml"));
+        let (settings, text): (ProxySettings, String) = crate::settings::load(path).unwrap();
+        settings.config().unwrap();
+        for key in ["agent_socket", "svid", "key", "bundle", "outbound_listen", "outbound_target", "outbound_expect", "inbound_listen",
+            "inbound_target", "inbound_allow", "outbound_port", "inbound_port", "mesh_port", "http", "admin_socket", "access_log",
+            "workers", "drain", "max_connections", "max_connections_per_peer"] {
+            assert!(text.contains(&format!("{key}:")), "{key} is not in the example");
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The processes of a mesh: started through `launch`, written to a log each, started again when a role dies, and stopped
+//! in order.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use countersign_api::backoff::Backoff;
+use countersign_redirect::netns::NetNs;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::process::{Child, Command};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+use super::mesh_file::Account;
+
+/// How long a process may take to end after SIGTERM.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What is started.
+#[derive(Clone)]
+pub struct Program {
+    /// For people, and for its log.
+    pub name: String,
+    /// Where.
+    pub netns: Option<NetNs>,
+    /// Stands in for /etc/hosts.
+    pub hosts: Option<PathBuf>,
+    /// As whom.
+    pub account: Account,
+    /// Never gains privileges.
+    pub no_new_privs: bool,
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Environment on top of a small one.
+    pub env: BTreeMap<String, String>,
+    /// Started again when it ends by itself.
+    pub restart: bool,
+}
+
+/// How a process is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// It runs, with this number.
+    Running(u32),
+    /// It ended, in words.
+    Ended(String),
+}
+
+/// A process that is looked after.
+pub struct Process {
+    stop: Arc<Notify>,
+    state: watch::Receiver<State>,
+    watcher: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Program {
+    fn start(&self, log: &Path) -> Result<Child> {
+        let own = std::env::current_exe().context("cannot find this program")?;
+        let file = OpenOptions::new().create(true).append(true).open(log).with_context(|| format!("cannot open the log {}", log.display()))?;
+        let mut command = Command::new(own);
+        command.arg("launch").args(["--uid", &self.account.uid.to_string(), "--gid", &self.account.gid.to_string()]);
+        command.args(["--parent", &std::process::id().to_string()]);
+        if !self.account.groups.is_empty() {
+            let groups: Vec<String> = self.account.groups.iter().map(ToString::to_string).collect();
+            command.args(["--groups", &groups.join(",")]);
+        }
+        if let Some(netns) = &self.netns {
+            command.arg("--netns").arg(netns.path());
+        }
+        if let Some(hosts) = &self.hosts {
+            command.arg("--hosts").arg(hosts);
+        }
+        if self.no_new_privs {
+            command.arg("--no-new-privs");
+        }
+        command.arg("--").args(&self.command).env_clear().envs(small_environment()).envs(&self.env);
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        // A group of its own: Ctrl-C in the terminal is for us, and we stop them in order.
+        command.process_group(0).kill_on_drop(true);
+        command.spawn().with_context(|| format!("cannot start {}", self.name))
+    }
+}
+
+/// What every program may expect to find.
+fn small_environment() -> impl Iterator<Item = (String, String)> {
+    ["PATH", "LANG", "TZ", "RUST_BACKTRACE", "COUNTERSIGN_LOG"].into_iter().filter_map(|k| Some((k.to_owned(), std::env::var(k).ok()?)))
+}
+
+impl Process {
+    /// Starts a program and looks after it.
+    pub fn start(program: Program, log: PathBuf) -> Result<Self> {
+        let child = program.start(&log)?;
+        let (tx, state) = watch::channel(State::Running(child.id().unwrap_or(0)));
+        let stop = Arc::new(Notify::new());
+        let watcher = tokio::spawn(watch_over(program, log, child, tx, stop.clone()));
+        Ok(Self { stop, state, watcher: Mutex::new(Some(watcher)) })
+    }
+
+    /// How it is now.
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Ends it: SIGTERM, then SIGKILL.
+    pub async fn stop(&self) {
+        self.stop.notify_one();
+        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(watcher) = watcher {
+            let _ = watcher.await;
+        }
+    }
+
+    /// Waits until something is true, for as long as the process runs.
+    pub async fn wait_until(&self, what: &str, patience: Duration, mut is_true: impl AsyncFnMut() -> bool) -> Result<()> {
+        let wait = async {
+            loop {
+                if is_true().await {
+                    return Ok(());
+                }
+                if let State::Ended(how) = self.state() {
+                    return Err(anyhow!("{how} before {what}"));
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(patience, wait).await.unwrap_or_else(|_| Err(anyhow!("waited {patience:?} for {what}")))
+    }
+}
+
+async fn watch_over(program: Program, log: PathBuf, mut child: Child, state: watch::Sender<State>, stop: Arc<Notify>) {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+    loop {
+        let began = tokio::time::Instant::now();
+        tokio::select! {
+            ended = child.wait() => {
+                let how = ended.map_or_else(|e| e.to_string(), described);
+                state.send_replace(State::Ended(how.clone()));
+                if !program.restart {
+                    return;
+                }
+                if began.elapsed() > Duration::from_secs(10) {
+                    backoff.reset();
+                }
+                let delay = backoff.next_delay();
+                tracing::warn!(program = program.name, how, "a part of the mesh ended by itself; starting it again in {delay:.1?}");
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = stop.notified() => return,
+                }
+                match program.start(&log) {
+                    Ok(again) => child = again,
+                    Err(error) => {
+                        tracing::error!(program = program.name, %error, "cannot start it again");
+                        return;
+                    }
+                }
+                state.send_replace(State::Running(child.id().unwrap_or(0)));
+            }
+            () = stop.notified() => {
+                terminate(&mut child).await;
+                state.send_replace(State::Ended("stopped".into()));
+                return;
+            }
+        }
+    }
+}
+
+async fn terminate(child: &mut Child) {
+    let Some(pid) = child.id().and_then(|p| i32::try_from(p).ok()) else { return };
+    // The whole group: a program may have children of its own.
+    let group = Pid::from_raw(-pid);
+    let _ = kill(group, Signal::SIGTERM);
+    if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
+        let _ = kill(group, Signal::SIGKILL);
+        let _ = child.wait().await;
+    }
+    let _ = kill(group, Signal::SIGKILL);
+}
+
+fn described(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("ended with code {code}"),
+        (None, Some(signal)) => format!("was killed by signal {signal}"),
+        _ => "ended".into(),
+    }
+}
+
+/// The last lines of a log, for an error message.
+pub fn last_lines(log: &Path, count: usize) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}

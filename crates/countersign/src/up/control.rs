@@ -1,0 +1,158 @@
+//! The socket by which `run` joins a mesh that is up: one JSON line in, one out. The workload stays for as long as the
+//! connection does.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use anyhow::{Context, Result, anyhow};
+use countersign_api::transport::{bind_unix, peer_credentials};
+use countersign_identity::policy::Policy;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use super::mesh::Mesh;
+use super::mesh_file::{Account, WorkloadSpec, check_name};
+use super::place::RUN_DIR;
+use crate::settings::parse_mode;
+
+/// Longest request, in bytes.
+const MAX_LINE: u64 = 64 * 1024;
+
+/// What `run` asks for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Join {
+    /// Name of the workload.
+    pub name: String,
+    /// Namespace of its identity.
+    pub namespace: String,
+    /// Service account of its identity.
+    pub service_account: String,
+    /// Ports that it serves.
+    pub ports: BTreeSet<u16>,
+    /// As whom it runs; a user of its own unless given.
+    pub user: Option<String>,
+    /// Its mode; the mesh's unless given.
+    pub mode: Option<String>,
+    /// SPIFFE IDs or names of workloads that may call.
+    pub allow: Vec<String>,
+}
+
+/// What `run` needs to start its program.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Joined {
+    /// The namespace's file.
+    pub netns: PathBuf,
+    /// The mesh's names.
+    pub hosts: PathBuf,
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Further groups.
+    pub groups: Vec<u32>,
+    /// The identity.
+    pub spiffe_id: String,
+    /// The address.
+    pub address: String,
+}
+
+/// Where a mesh listens.
+pub fn socket_of(mesh: &str) -> PathBuf {
+    Path::new(RUN_DIR).join(mesh).join("up.sock")
+}
+
+/// Serves until the runtime ends.
+pub fn serve(mesh: &Rc<Mesh>) -> Result<()> {
+    let path = socket_of(&mesh.spec.name);
+    let listener = bind_unix(&path, 0o600).with_context(|| format!("cannot listen on {}", path.display()))?;
+    let mesh = mesh.clone();
+    tokio::task::spawn_local(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let mesh = mesh.clone();
+                    tokio::task::spawn_local(async move { talk(&mesh, stream).await });
+                }
+                Err(error) => countersign_api::transport::back_off_after(&error).await,
+            }
+        }
+    });
+    Ok(())
+}
+
+async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
+    // The file's mode keeps others out already; this keeps out whoever got the file anyway.
+    if peer_credentials(&stream).map_or(true, |p| p.uid != 0) {
+        return;
+    }
+    let (read, mut write) = stream.into_split();
+    let mut read = BufReader::new(read);
+    let mut line = String::new();
+    if (&mut read).take(MAX_LINE).read_line(&mut line).await.is_err() {
+        return;
+    }
+    let joined = join(mesh, &line).await;
+    let answer = match &joined {
+        Ok((_, joined)) => serde_json::to_string(joined),
+        Err(error) => serde_json::to_string(&serde_json::json!({ "error": format!("{error:#}") })),
+    };
+    let answer = answer.unwrap_or_default() + "\n";
+    let told = write.write_all(answer.as_bytes()).await;
+    if let Ok((name, _)) = joined {
+        if told.is_ok() {
+            // It stays until the other end goes away, however that happens.
+            let mut rest = [0; 1];
+            while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
+        }
+        mesh.remove(&name).await;
+    }
+}
+
+async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
+    let join: Join = serde_json::from_str(line).context("the request cannot be read")?;
+    check_name(&join.name).map_err(|e| anyhow!(e))?;
+    if mesh.workload(&join.name).is_some() {
+        return Err(anyhow!("`{}` is already in the mesh; give this one another --name", join.name));
+    }
+    let number = mesh.free_number()?;
+    let user = join.user.as_deref().map(Account::find).transpose().map_err(|e| anyhow!(e))?;
+    let mode = join.mode.as_deref().map(parse_mode).transpose().map_err(|e| anyhow!(e))?;
+    let known = mesh.workloads();
+    let allow = join.allow.iter().map(|a| match known.get(a) {
+        Some(w) => Ok(w.spiffe_id.to_string()),
+        None => countersign_identity::trust_domain::parse_workload_id(a).map(|id| id.to_string()).map_err(|e| anyhow!("--allow: {e}")),
+    });
+    let spec = WorkloadSpec {
+        policy: Policy { mode: mesh.spec.mode.narrowed_by(mode), allow: allow.collect::<Result<_>>()?, ..Policy::default() },
+        name: join.name.clone(),
+        namespace: join.namespace,
+        service_account: join.service_account,
+        user,
+        command: vec![],
+        ports: join.ports,
+        env: Default::default(),
+        exclude_outbound_ports: [].into(),
+        exclude_inbound_ports: [].into(),
+        exclude_outbound_cidrs: [].into(),
+        exclude_inbound_cidrs: [].into(),
+    };
+    let running = mesh.prepare(spec, number).await?;
+    if let Err(error) = mesh.wait_for_sidecar(&running).await {
+        mesh.remove(&join.name).await;
+        return Err(error);
+    }
+    let account = &running.account;
+    let joined = Joined {
+        netns: running.netns.path().to_owned(),
+        hosts: mesh.hosts(),
+        uid: account.uid,
+        gid: account.gid,
+        groups: account.groups.clone(),
+        spiffe_id: running.spiffe_id.to_string(),
+        address: running.addresses[0].to_string(),
+    };
+    Ok((join.name, joined))
+}

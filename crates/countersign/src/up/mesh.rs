@@ -1,0 +1,502 @@
+//! A running mesh: server and agent as processes, and a namespace, a sidecar and a program for each workload.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use countersign_api::convert::{id_to_wire, selectors_to_wire, workload_to_wire};
+use countersign_api::files::write_secret;
+use countersign_api::push::directory_client::DirectoryClient;
+use countersign_api::push::{GetStatusResponse, PublishRequest};
+use countersign_api::spire::types;
+use countersign_api::transport::unix_channel;
+use countersign_identity::directory::Workload;
+use countersign_identity::policy::Mode;
+use countersign_identity::trust_domain::{parse_workload_id, service_account_id};
+use countersign_identity::{Selector, SpiffeId};
+use countersign_redirect::fabric::{Addresses, Fabric};
+use countersign_redirect::netns::NetNs;
+use countersign_redirect::{Backend, Redirect, install};
+use tokio::sync::Notify;
+use tonic::transport::Channel;
+
+use super::children::{Process, Program, last_lines};
+use super::mesh_file::{Account, FIRST_PROXY_UID, MAX_WORKLOADS, MeshSpec, SERVER_UID, WorkloadSpec};
+use super::place::{Place, kill_inside};
+use crate::clients::client;
+use crate::operator;
+use crate::settings::Ttl;
+
+/// The sidecars' mTLS port.
+const MESH_PORT: u16 = 15008;
+/// First address of workloads in the mesh's networks.
+const FIRST_HOST: u16 = 10;
+/// How long a part of the mesh may take to come up.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often the directory is published again, so that a server that was started again knows it.
+const PUBLISH_EVERY: Duration = Duration::from_secs(2);
+
+/// A mesh that is up.
+pub struct Mesh {
+    /// Its settings.
+    pub spec: MeshSpec,
+    dir: PathBuf,
+    names: Names,
+    logs: PathBuf,
+    fabric: Fabric,
+    server: Process,
+    agent: Process,
+    workloads: Mutex<BTreeMap<String, Rc<Running>>>,
+    /// Names this run in the directory.
+    run_id: String,
+    publish: Arc<Notify>,
+    directory: Arc<Mutex<Vec<Workload>>>,
+    publisher: tokio::task::JoinHandle<()>,
+    /// The mode of the moment, in place of the file's.
+    mode: Mutex<Option<Mode>>,
+}
+
+/// Names of namespaces.
+struct Names {
+    fabric: String,
+    mesh: String,
+}
+
+/// A workload that is up.
+pub struct Running {
+    /// Its settings.
+    pub spec: WorkloadSpec,
+    /// Its number in the mesh.
+    pub number: usize,
+    /// Its namespace.
+    pub netns: NetNs,
+    /// Its addresses.
+    pub addresses: [IpAddr; 2],
+    /// Its identity.
+    pub spiffe_id: SpiffeId,
+    /// As whom its program runs.
+    pub account: Account,
+    entry_id: String,
+    admin_socket: PathBuf,
+    sidecar: Process,
+    program: Mutex<Option<Process>>,
+}
+
+/// A namespace's addresses by its number.
+fn addresses(number: usize) -> (Ipv4Addr, Ipv6Addr) {
+    let host = FIRST_HOST + u16::try_from(number).unwrap_or(0);
+    let [_, low] = host.to_be_bytes();
+    (Ipv4Addr::new(10, 86, 0, low), Ipv6Addr::new(0xfd86, 0, 0, 0, 0, 0, 0, host))
+}
+
+fn both(number: usize) -> Addresses {
+    let (v4, v6) = addresses(number);
+    Addresses { v4: (v4, 24), v6: Some((v6, 64)) }
+}
+
+fn port_name(number: usize) -> String {
+    format!("port{number}")
+}
+
+impl Mesh {
+    /// Brings a mesh up. What it leaves behind when it fails, `Place::tidy` removes.
+    pub async fn start(spec: MeshSpec, place: &Place, log_dir: Option<PathBuf>, progress: &dyn Fn(&str)) -> Result<Rc<Self>> {
+        let logs = match log_dir {
+            Some(dir) => {
+                std::fs::create_dir_all(&dir).with_context(|| format!("cannot make the log folder {}", dir.display()))?;
+                dir.canonicalize()?
+            }
+            None => place.folder("logs", 0)?,
+        };
+        let dir = place.dir.clone();
+        progress(&format!("mesh {}: trust domain {}, mode {}", spec.name, spec.trust_domain, spec.mode));
+        let server = start_server(&spec, place, &logs).await?;
+        progress("server is up");
+        let agent = start_agent(&spec, place, &logs).await?;
+        progress("agent is up and attested");
+        let fabric = Fabric::create(&place.fabric_name()).context("cannot make the mesh's network")?;
+        let mut random = [0u8; 4];
+        rand::fill(&mut random);
+        let publish = Arc::new(Notify::new());
+        let directory = Arc::<Mutex<Vec<Workload>>>::default();
+        let publisher = tokio::spawn(keep_published(unix_channel(server_socket(&dir)), directory.clone(), publish.clone()));
+        let mesh = Rc::new(Self {
+            names: Names { fabric: place.fabric_name(), mesh: spec.name.clone() },
+            run_id: format!("{:08x}", u32::from_be_bytes(random)),
+            workloads: Mutex::default(),
+            mode: Mutex::default(),
+            spec: spec.clone(),
+            dir,
+            logs,
+            fabric,
+            server,
+            agent,
+            publish,
+            directory,
+            publisher,
+        });
+        mesh.write_hosts()?;
+        // All at once: the sidecars wait for their identities side by side.
+        let mut prepared = vec![];
+        for (number, workload) in spec.workloads.into_iter().enumerate() {
+            prepared.push(mesh.prepare(workload, number).await?);
+        }
+        for running in &prepared {
+            mesh.wait_for_sidecar(running).await?;
+        }
+        for running in prepared {
+            mesh.start_program(&running)?;
+            progress(&format!("{} is up: {} at {}", running.spec.name, running.spiffe_id, running.addresses[0]));
+        }
+        Ok(mesh)
+    }
+
+    /// Its folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the processes' logs are.
+    pub fn logs(&self) -> &Path {
+        &self.logs
+    }
+
+    /// The switch.
+    pub fn fabric(&self) -> &Fabric {
+        &self.fabric
+    }
+
+    /// The server's operator socket.
+    pub fn server_socket(&self) -> PathBuf {
+        server_socket(&self.dir)
+    }
+
+    /// Workloads by name.
+    pub fn workloads(&self) -> BTreeMap<String, Rc<Running>> {
+        self.workloads.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// One workload.
+    pub fn workload(&self, name: &str) -> Option<Rc<Running>> {
+        self.workloads().get(name).cloned()
+    }
+
+    /// A number that no workload has.
+    pub fn free_number(&self) -> Result<usize> {
+        let used: Vec<usize> = self.workloads().values().map(|w| w.number).collect();
+        (0..MAX_WORKLOADS).find(|n| !used.contains(n)).ok_or_else(|| anyhow!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads"))
+    }
+
+    /// Namespace, redirect, entry and sidecar of a workload; its program comes later.
+    pub async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
+        let name = &spec.name;
+        let proxy_uid = FIRST_PROXY_UID + u32::try_from(number).unwrap_or(0);
+        let spiffe_id = service_account_id(&self.spec.trust_domain, &spec.namespace, &spec.service_account)?;
+        let netns = self.fabric.plug(&self.netns_name(name), &port_name(number), both(number));
+        let netns = netns.with_context(|| format!("cannot make the namespace of {name}"))?;
+        // In force before anything runs there: NAT sees only a connection's first packet.
+        let redirect = redirect_of(&spec, proxy_uid);
+        netns.run(move || Ok(install(&redirect, Backend::Auto)))?.with_context(|| format!("cannot redirect the traffic of {name}"))?;
+        let selector = Selector::new("unix", format!("uid:{proxy_uid}"))?;
+        let entry = types::Entry {
+            spiffe_id: Some(id_to_wire(&spiffe_id)),
+            parent_id: Some(id_to_wire(&node_alias(&self.spec)?)),
+            selectors: selectors_to_wire([&selector]),
+            dns_names: vec![name.clone()],
+            ..types::Entry::default()
+        };
+        let entry_id = operator::entry::create(self.channel(), entry).await.with_context(|| format!("cannot register {name}"))?.id;
+        let home = self.dir.join("sidecars").join(name);
+        std::fs::create_dir_all(&home)?;
+        std::os::unix::fs::chown(&home, Some(proxy_uid), Some(proxy_uid))?;
+        let admin_socket = home.join("admin.sock");
+        let sidecar = Process::start(self.sidecar(name, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar")))?;
+        let (v4, v6) = addresses(number);
+        let running = Rc::new(Running {
+            account: spec.user.clone().unwrap_or_else(|| Account::of_number(number)),
+            addresses: [v4.into(), v6.into()],
+            program: Mutex::default(),
+            spec,
+            number,
+            netns,
+            spiffe_id,
+            entry_id,
+            admin_socket,
+            sidecar,
+        });
+        self.workloads.lock().unwrap_or_else(PoisonError::into_inner).insert(running.spec.name.clone(), running.clone());
+        self.write_hosts()?;
+        self.publish_now();
+        Ok(running)
+    }
+
+    /// Waits for a sidecar to have its identity and policy.
+    pub async fn wait_for_sidecar(&self, running: &Running) -> Result<()> {
+        let name = &running.spec.name;
+        let ready = async || {
+            let status = running.status().await;
+            status.is_ok_and(|s| s.facts.get("ready").is_some_and(|r| r == "yes"))
+        };
+        let waited = running.sidecar.wait_until("it had an identity", PATIENCE, ready).await;
+        waited.with_context(|| format!("the sidecar of {name} did not come up; its log ends:\n{}", last_lines(&self.log(&format!("{name}.sidecar")), 5)))
+    }
+
+    /// Starts a workload's own program.
+    pub fn start_program(&self, running: &Running) -> Result<()> {
+        let program = Program {
+            name: running.spec.name.clone(),
+            netns: Some(running.netns.clone()),
+            hosts: Some(self.hosts()),
+            account: running.account.clone(),
+            no_new_privs: false,
+            command: running.spec.command.clone(),
+            env: running.spec.env.clone(),
+            restart: false,
+        };
+        let process = Process::start(program, self.log(&running.spec.name))?;
+        *running.program.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
+        Ok(())
+    }
+
+    /// Takes a workload out.
+    pub async fn remove(&self, name: &str) {
+        let removed = self.workloads.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let Some(running) = removed else { return };
+        let program = running.program.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(program) = program {
+            program.stop().await;
+        }
+        self.publish_now();
+        running.sidecar.stop().await;
+        if let Err(error) = operator::entry::delete(self.channel(), vec![running.entry_id.clone()]).await {
+            tracing::warn!(name, %error, "cannot delete the registration entry");
+        }
+        kill_inside(&running.netns);
+        if let Err(error) = self.fabric.unplug(&running.netns, &port_name(running.number)) {
+            tracing::warn!(name, %error, "cannot remove the namespace");
+        }
+        let _ = self.write_hosts();
+    }
+
+    /// Takes everything down, programs first. `Place::tidy` removes the rest.
+    pub async fn stop(&self) {
+        for running in self.workloads().values() {
+            let program = running.program.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(program) = program {
+                program.stop().await;
+            }
+        }
+        for running in self.workloads().values() {
+            running.sidecar.stop().await;
+        }
+        self.publisher.abort();
+        self.agent.stop().await;
+        self.server.stop().await;
+    }
+
+    /// Lets another mode hold in the whole mesh, without a restart; `None` is the file's again.
+    pub fn set_mode(&self, mode: Option<Mode>) {
+        *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
+        self.publish_now();
+    }
+
+    /// The network's names, as every workload's `/etc/hosts` has them.
+    pub fn hosts(&self) -> PathBuf {
+        self.dir.join("hosts")
+    }
+
+    fn channel(&self) -> Channel {
+        unix_channel(self.server_socket())
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{name}.log"))
+    }
+
+    fn netns_name(&self, workload: &str) -> String {
+        format!("{}-{workload}", self.names.fabric)
+    }
+
+    fn sidecar(&self, name: &str, uid: u32, netns: &NetNs, home: &Path) -> Program {
+        let shown = |file: &str| home.join(file).display().to_string();
+        let own = std::env::current_exe().unwrap_or_default().display().to_string();
+        let agent_socket = agent_socket(&self.dir).display().to_string();
+        let command = [own.as_str(), "proxy", "--agent-socket", &agent_socket, "--admin-socket", &shown("admin.sock"), "--access-log", &shown("access.log"), "--drain", "3s"];
+        Program {
+            name: format!("{name}'s sidecar"),
+            netns: Some(netns.clone()),
+            hosts: None,
+            account: Account { uid, gid: uid, groups: vec![] },
+            no_new_privs: true,
+            command: command.map(String::from).to_vec(),
+            env: BTreeMap::new(),
+            restart: true,
+        }
+    }
+
+    /// Written in place: every workload has this very file mounted.
+    fn write_hosts(&self) -> Result<()> {
+        let mut text = format!("127.0.0.1 localhost\n::1 localhost\n# mesh {}\n", self.names.mesh);
+        for w in self.workloads().values() {
+            for address in w.addresses {
+                text.push_str(&format!("{address} {0} {0}.{1} {0}.{1}.svc\n", w.spec.name, w.spec.namespace));
+            }
+        }
+        std::fs::write(self.hosts(), text).context("cannot write the mesh's names")
+    }
+
+    fn publish_now(&self) {
+        let mode = *self.mode.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = |w: &Rc<Running>| {
+            let mut policy = w.spec.policy.clone();
+            policy.mode = mode.unwrap_or(policy.mode);
+            Workload {
+                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.entry_id),
+                name: w.spec.name.clone(),
+                addresses: w.addresses.to_vec(),
+                spiffe_ids: [w.spiffe_id.to_string()].into(),
+                mesh_port: MESH_PORT,
+                policy,
+            }
+        };
+        let all = self.workloads().values().map(one).collect();
+        *self.directory.lock().unwrap_or_else(PoisonError::into_inner) = all;
+        self.publish.notify_one();
+    }
+}
+
+impl Running {
+    /// What its sidecar says of itself.
+    pub async fn status(&self) -> Result<GetStatusResponse> {
+        operator::status::get(&self.admin_socket).await
+    }
+
+    /// How its program is; `None` when somebody else runs it.
+    pub fn program(&self) -> Option<super::children::State> {
+        self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::state)
+    }
+
+    /// Its sidecar's access log.
+    pub fn access_log(&self) -> PathBuf {
+        self.admin_socket.with_file_name("access.log")
+    }
+}
+
+fn redirect_of(spec: &WorkloadSpec, proxy_uid: u32) -> Redirect {
+    let mut redirect = Redirect::for_proxy(proxy_uid);
+    redirect.exempt_outbound_ports.extend(&spec.exclude_outbound_ports);
+    redirect.exempt_inbound_ports.extend(&spec.exclude_inbound_ports);
+    redirect.exempt_outbound_cidrs.extend(&spec.exclude_outbound_cidrs);
+    redirect.exempt_inbound_cidrs.extend(&spec.exclude_inbound_cidrs);
+    redirect
+}
+
+fn server_socket(dir: &Path) -> PathBuf {
+    dir.join("server").join("server.sock")
+}
+
+fn agent_socket(dir: &Path) -> PathBuf {
+    dir.join("agent").join("agent.sock")
+}
+
+/// What every entry names as its parent: it stays right when the agent has to attest anew.
+fn node_alias(spec: &MeshSpec) -> Result<SpiffeId> {
+    Ok(parse_workload_id(&format!("spiffe://{}/node", spec.trust_domain))?)
+}
+
+async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Process> {
+    let home = place.folder("server", SERVER_UID)?;
+    let shown = |file: &str| home.join(file).display().to_string();
+    // One port for the mesh's whole life: the agent finds a server that was started again.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).context("no free port on loopback")?.port();
+    std::fs::write(place.dir.join("server.port"), port.to_string())?;
+    let own = std::env::current_exe()?.display().to_string();
+    let mut command: Vec<String> = vec![own, "server".into()];
+    let mut set = |flag: &str, value: &str| command.extend([flag.to_owned(), value.to_owned()]);
+    set("--trust-domain", spec.trust_domain.as_str());
+    set("--bind", &SocketAddr::from((Ipv4Addr::LOCALHOST, port)).to_string());
+    set("--socket", &shown("server.sock"));
+    set("--data-dir", &shown("data"));
+    set("--audit-log", &shown("audit.log"));
+    set("--ca-ttl", &spec.ca_ttl.to_string());
+    set("--svid-ttl", &spec.svid_ttl.to_string());
+    set("--ca-key-type", &spec.ca_key_type);
+    set("--ready-file", &shown("ready"));
+    if let Some((certificate, key, bundle)) = &spec.upstream {
+        // The server's user may not read the operator's files: it gets copies of its own.
+        let copy = |from: &Path, name: &str| -> Result<String> {
+            let to = home.join(name);
+            let content = std::fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+            write_secret(&to, &content).with_context(|| format!("cannot write {}", to.display()))?;
+            std::os::unix::fs::chown(&to, Some(SERVER_UID), Some(SERVER_UID))?;
+            Ok(to.display().to_string())
+        };
+        set("--upstream-cert", &copy(certificate, "upstream.crt")?);
+        set("--upstream-key", &copy(key, "upstream.key")?);
+        if let Some(bundle) = bundle {
+            set("--upstream-bundle", &copy(bundle, "upstream-roots.crt")?);
+        }
+    }
+    let log = logs.join("server.log");
+    let account = Account { uid: SERVER_UID, gid: SERVER_UID, groups: vec![] };
+    let program = Program { name: "server".into(), netns: None, hosts: None, account, no_new_privs: true, command, env: BTreeMap::new(), restart: true };
+    let process = Process::start(program, log.clone())?;
+    let ready = home.join("ready");
+    let waited = process.wait_until("it was ready", PATIENCE, async || ready.exists()).await;
+    if let Err(error) = waited {
+        process.stop().await;
+        return Err(error).with_context(|| format!("the server did not come up; its log ends:\n{}", last_lines(&log, 5)));
+    }
+    Ok(process)
+}
+
+async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Process> {
+    let home = place.folder("agent", 0)?;
+    let shown = |file: &str| home.join(file).display().to_string();
+    let channel = unix_channel(server_socket(&place.dir));
+    let alias = node_alias(spec)?.to_string();
+    let (token, _) = operator::token::generate(channel.clone(), Ttl(Duration::from_secs(600)), Some(&alias)).await?;
+    write_secret(&home.join("join-token"), token.as_bytes())?;
+    std::fs::write(home.join("bundle.pem"), operator::bundle::own(channel).await?.to_pem())?;
+    let port = std::fs::read_to_string(place.dir.join("server.port"))?;
+    let server = format!("127.0.0.1:{port}");
+    let own = std::env::current_exe()?.display().to_string();
+    let command = [own.as_str(), "agent", "--trust-domain", spec.trust_domain.as_str(), "--server", &server, "--socket", &shown("agent.sock"),
+        "--data-dir", &shown("data"), "--trust-bundle", &shown("bundle.pem"), "--join-token-file", &shown("join-token")];
+    let log = logs.join("agent.log");
+    // Root: it reads what the kernel knows of every caller.
+    let account = Account { uid: 0, gid: 0, groups: vec![] };
+    let command = command.map(String::from).to_vec();
+    let program = Program { name: "agent".into(), netns: None, hosts: None, account, no_new_privs: true, command, env: BTreeMap::new(), restart: true };
+    let process = Process::start(program, log.clone())?;
+    let socket = home.join("agent.sock");
+    let attested = async || operator::status::get(&socket).await.is_ok_and(|s| s.facts.get("agent ID").is_some_and(|id| id.starts_with("spiffe://")));
+    let waited = process.wait_until("it was attested", PATIENCE, attested).await;
+    if let Err(error) = waited {
+        process.stop().await;
+        return Err(error).with_context(|| format!("the agent did not come up; its log ends:\n{}", last_lines(&log, 5)));
+    }
+    Ok(process)
+}
+
+/// Publishes the directory on each change, and again every now and then.
+async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, changed: Arc<Notify>) {
+    loop {
+        let all = directory.lock().unwrap_or_else(PoisonError::into_inner).iter().map(workload_to_wire).collect::<Vec<_>>();
+        if !all.is_empty() {
+            let request = PublishRequest { replace: true, upserted: all, removed: vec![] };
+            let mut client = client!(DirectoryClient, channel.clone());
+            if let Err(status) = client.publish(request).await {
+                tracing::debug!(status = status.message(), "cannot publish the directory; trying again");
+            }
+        }
+        tokio::select! {
+            () = changed.notified() => {}
+            () = tokio::time::sleep(PUBLISH_EVERY) => {}
+        }
+    }
+}
