@@ -17,6 +17,8 @@ pub struct Cached {
     pub svid: Option<Arc<X509Svid>>,
     /// The entry has changed since the SVID was signed: a new one is due.
     pub stale: bool,
+    /// When the SVID came.
+    pub obtained: OffsetDateTime,
     /// Moves the renewal of this SVID, from -1.0 to 1.0.
     pub jitter: f64,
 }

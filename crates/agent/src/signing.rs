@@ -135,6 +135,7 @@ impl Signing {
             }
         }
         self.metrics.svids_signed.inc_by(signed.len() as u64);
+        let now = self.link.now();
         self.cache.change(|state| {
             for (id, svid) in signed {
                 // The entry may have gone, or become another identity's, while the request was under way.
@@ -142,6 +143,7 @@ impl Signing {
                     tracing::debug!(entry = %id, spiffe_id = %svid.id(), serial = svid.facts().serial, "SVID ready");
                     cached.svid = Some(svid);
                     cached.stale = false;
+                    cached.obtained = now;
                     cached.jitter = rand::random_range(-1.0..=1.0);
                 }
             }
@@ -156,7 +158,9 @@ fn is_due(cached: &Cached, state: &State, now: OffsetDateTime) -> bool {
         return false;
     }
     let Some(svid) = &cached.svid else { return true };
-    if cached.stale || svid.renew_at(cached.jitter) <= now {
+    // Half of a life that began before the signature may be over at once: a quarter of what was left is waited for.
+    let earliest = cached.obtained + svid.remaining(cached.obtained) / 4;
+    if cached.stale || svid.renew_at(cached.jitter).max(earliest) <= now {
         return true;
     }
     // Directly below a root: tainted, or gone from the bundle, means that a new one is needed at once.

@@ -206,6 +206,7 @@ fn put_entry(state: &mut State, entry: Entry) {
     let cached = Cached {
         stale: changed || kept.as_ref().is_some_and(|b| b.stale),
         jitter: kept.as_ref().map_or(0.0, |b| b.jitter),
+        obtained: kept.as_ref().map_or(time::OffsetDateTime::UNIX_EPOCH, |b| b.obtained),
         svid: kept.and_then(|b| b.svid),
         entry: Arc::new(entry),
     };

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 }
 
 /// An error and its causes in one line.
-fn one_line(error: &anyhow::Error) -> String {
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain() {
         let cause = cause.to_string();

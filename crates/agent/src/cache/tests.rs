@@ -31,7 +31,7 @@ fn cache(entries: &[(&str, &[&str])]) -> Cache {
                 revision: 0,
                 created_at: OffsetDateTime::UNIX_EPOCH,
             };
-            state.entries.insert(entry.id.clone(), Cached { entry: entry.into(), svid: None, stale: false, jitter: 0.0 });
+            state.entries.insert(entry.id.clone(), Cached { entry: entry.into(), svid: None, stale: false, obtained: OffsetDateTime::UNIX_EPOCH, jitter: 0.0 });
         }
     });
     cache
