@@ -11,6 +11,7 @@ pub mod http;
 pub mod peer;
 pub mod tls;
 pub mod transport;
+pub mod verified;
 
 /// The SPIFFE Workload API (no package).
 #[allow(missing_docs, clippy::all, clippy::pedantic)]

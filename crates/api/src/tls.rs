@@ -15,6 +15,8 @@ use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme, version};
 use time::OffsetDateTime;
 
+use crate::verified::VerifiedChains;
+
 /// Why no TLS configuration could be made.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
@@ -44,24 +46,44 @@ pub fn provider() -> Arc<CryptoProvider> {
 
 /// Verifies peers by their SVID, whichever side they are on.
 pub struct SvidVerifier {
-    bundles: Box<Bundles>,
+    trust: Trust,
     authorize: Box<Authorize>,
     client_must_authenticate: bool,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
+/// What a verifier trusts.
+enum Trust {
+    /// The bundles of the moment.
+    Moving(Box<Bundles>),
+    /// One revision of them, with the chains that were good under it.
+    Fixed(Arc<VerifiedChains>),
+}
+
 impl SvidVerifier {
+    /// A verifier for one revision of the bundles, which remembers the chains that were good.
+    pub fn remembering(
+        chains: Arc<VerifiedChains>,
+        authorize: impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync + 'static,
+    ) -> Self {
+        Self::with(Trust::Fixed(chains), authorize)
+    }
+
+    fn with(trust: Trust, authorize: impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync + 'static) -> Self {
+        Self {
+            trust,
+            authorize: Box::new(authorize),
+            client_must_authenticate: true,
+            algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
+        }
+    }
+
     /// A verifier that asks `bundles` for the bundles of the moment and `authorize` about a good chain's owner.
     pub fn new(
         bundles: impl Fn() -> Arc<BundleSet> + Send + Sync + 'static,
         authorize: impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync + 'static,
     ) -> Self {
-        Self {
-            bundles: Box::new(bundles),
-            authorize: Box::new(authorize),
-            client_must_authenticate: true,
-            algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
-        }
+        Self::with(Trust::Moving(Box::new(bundles)), authorize)
     }
 
     /// Lets clients in that show no certificate: an agent that is not attested yet. One that is shown must be good.
@@ -81,7 +103,11 @@ impl SvidVerifier {
         let chain: Vec<_> = std::iter::once(leaf.clone()).chain(rest.iter().cloned()).collect();
         let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
         let now = OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        verify_chain(&chain, &(self.bundles)(), now, role).and_then(|peer| (self.authorize)(&peer)).map_err(refused)
+        let verified = match &self.trust {
+            Trust::Moving(bundles) => verify_chain(&chain, &bundles(), now, role).map(Arc::new),
+            Trust::Fixed(chains) => chains.verify(&chain, now, role),
+        };
+        verified.and_then(|peer| (self.authorize)(&peer)).map_err(refused)
     }
 }
 

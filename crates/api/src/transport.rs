@@ -137,7 +137,8 @@ async fn accept_one(acceptor: TlsAcceptor, tcp: TcpStream, address: SocketAddr) 
 fn peer_of(leaf: &CertificateDer<'_>) -> Option<VerifiedPeer> {
     use x509_parser::prelude::{FromDer, X509Certificate};
     let (_, cert) = X509Certificate::from_der(leaf).ok()?;
-    Some(VerifiedPeer { id: leaf_id(&cert).ok()?, facts: LeafFacts::of(&cert) })
+    let facts = LeafFacts::of(&cert);
+    Some(VerifiedPeer { id: leaf_id(&cert).ok()?, authority: facts.authority_id.clone(), facts })
 }
 
 /// Binds a Unix socket with this file mode. A socket that nobody listens on any more is replaced; one that is alive is an error.

@@ -3,8 +3,9 @@
 use std::io::IsTerminal;
 use std::str::FromStr;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt;
+use tracing_subscriber::prelude::*;
 
 use crate::settings::Mistake;
 
@@ -22,10 +23,11 @@ pub struct LogArgs {
 impl LogArgs {
     /// Starts logging.
     pub fn start(&self) -> Result<(), Mistake> {
-        let filter = EnvFilter::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
-        let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+        let filter = Targets::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
+        let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+        let layer = if self.log_format == "json" { layer.json().boxed() } else { layer.boxed() };
         // A second start in one process (tests) keeps the first.
-        let _ = if self.log_format == "json" { builder.json().try_init() } else { builder.try_init() };
+        let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
         Ok(())
     }
 }

@@ -125,6 +125,8 @@ pub struct VerifiedPeer {
     pub id: SpiffeId,
     /// Serial, validity, issuer.
     pub facts: LeafFacts,
+    /// Subject key identifier of the authority at or below the trust root that the chain hangs from, lower-case hex.
+    pub authority: String,
 }
 
 /// Verifies a chain (leaf first) against the bundle of the leaf's own trust domain.
@@ -164,7 +166,11 @@ pub fn verify_chain(
         .map_err(untrusted)?
         .verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, intermediates, since_epoch, usage, None, None)
         .map_err(untrusted)?;
-    Ok(VerifiedPeer { id, facts })
+    let authority = match intermediates.last() {
+        None => facts.authority_id.clone(),
+        Some(top) => X509Certificate::from_der(top).map(|(_, c)| LeafFacts::of(&c).authority_id).unwrap_or_default(),
+    };
+    Ok(VerifiedPeer { id, facts, authority })
 }
 
 /// The SPIFFE ID of a leaf that obeys X509-SVID's rules for leaves.

@@ -7,11 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use countersign_identity::BundleSet;
 use prometheus_client::metrics::gauge::Gauge;
 use time::OffsetDateTime;
-use tokio::sync::{Notify, watch};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::watch;
 
 use crate::config::Limits;
-use crate::copy::End;
+use crate::cut::Cut;
 use crate::refusal::Refused;
 
 /// All open connections of a sidecar.
@@ -20,15 +19,14 @@ pub struct Connections {
     open: Mutex<Open>,
     count: watch::Sender<usize>,
     active: Gauge,
-    abort: CancellationToken,
 }
 
 #[derive(Default)]
 struct Open {
     next: u64,
     peers: HashMap<IpAddr, usize>,
-    /// Authenticated connections, and the authority behind each peer.
-    authenticated: HashMap<u64, (Arc<str>, Arc<Notify>)>,
+    /// What cuts each connection, and the authority behind its peer once that is known.
+    cuts: HashMap<u64, (Option<Arc<str>>, Arc<Cut>)>,
     /// Authority names, once each.
     names: HashMap<String, Arc<str>>,
 }
@@ -36,7 +34,7 @@ struct Open {
 impl Connections {
     /// None open yet.
     pub fn new(limits: Limits, active: Gauge) -> Self {
-        Self { limits, open: Mutex::default(), count: watch::Sender::new(0), active, abort: CancellationToken::new() }
+        Self { limits, open: Mutex::default(), count: watch::Sender::new(0), active }
     }
 
     fn open(&self) -> std::sync::MutexGuard<'_, Open> {
@@ -56,15 +54,17 @@ impl Connections {
         *from_peer += 1;
         open.next += 1;
         let id = open.next;
+        let cut = Arc::<Cut>::default();
+        open.cuts.insert(id, (None, cut.clone()));
         drop(open);
         self.count.send_modify(|n| *n += 1);
         self.active.inc();
-        Ok(Admitted { all: self.clone(), id, peer })
+        Ok(Admitted { all: self.clone(), id, peer, cut })
     }
 
     /// Cuts whatever is still open: the drain is over.
     pub fn abort(&self) {
-        self.abort.cancel();
+        self.open().cuts.values().for_each(|(_, cut)| cut.drain());
     }
 
     /// How many are open, and each change.
@@ -84,8 +84,8 @@ impl Connections {
             return;
         }
         let open = self.open();
-        let hit = open.authenticated.values().filter(|(authority, _)| revoked.contains(&authority.to_string()));
-        let cut = hit.map(|(_, cut)| cut.notify_one()).count();
+        let hit = open.cuts.values().filter(|(authority, _)| authority.as_ref().is_some_and(|a| revoked.contains(&a.to_string())));
+        let cut = hit.map(|(_, cut)| cut.revoke()).count();
         tracing::warn!(?revoked, cut, "an authority was revoked; its connections are cut");
     }
 }
@@ -95,39 +95,27 @@ pub struct Admitted {
     all: Arc<Connections>,
     id: u64,
     peer: IpAddr,
+    cut: Arc<Cut>,
 }
 
 impl Admitted {
     /// Puts the connection under the fate of its peer's authority.
-    pub fn authenticated_by(&self, authority: &str) -> impl Future<Output = End> + use<> {
-        let cut = Arc::new(Notify::new());
+    pub fn authenticated_by(&self, authority: &str) {
         let mut open = self.all.open();
         let name = open.names.entry(authority.to_owned()).or_insert_with(|| authority.into()).clone();
-        open.authenticated.insert(self.id, (name, cut.clone()));
-        drop(open);
-        let drained = self.drained();
-        async move {
-            tokio::select! {
-                () = cut.notified() => End::Revoked,
-                end = drained => end,
-            }
-        }
+        open.cuts.insert(self.id, (Some(name), self.cut.clone()));
     }
 
-    /// Comes when the drain is over.
-    pub fn drained(&self) -> impl Future<Output = End> + use<> {
-        let abort = self.all.abort.clone();
-        async move {
-            abort.cancelled().await;
-            End::Drained
-        }
+    /// What cuts it.
+    pub fn cut(&self) -> &Cut {
+        &self.cut
     }
 }
 
 impl Drop for Admitted {
     fn drop(&mut self) {
         let mut open = self.all.open();
-        open.authenticated.remove(&self.id);
+        open.cuts.remove(&self.id);
         if let Some(n) = open.peers.get_mut(&self.peer) {
             *n -= 1;
             if *n == 0 {

@@ -13,6 +13,8 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::cut::Cut;
+
 /// Bytes moved at once: four TLS records.
 const CHUNK: usize = 64 * 1024;
 /// Chunks moved in one direction before others get their turn.
@@ -217,30 +219,27 @@ pub async fn carry(
     second: &mut impl Leg,
     first_ended: bool,
     counters: (&Counter, &Counter),
-    cut: impl Future<Output = End>,
+    cut: &Cut,
 ) -> Carried {
     // Until both sides have finished, a close is a reset: a sidecar that dies must not look like a clean end.
     reset_on_close(first.tcp());
     reset_on_close(second.tcp());
     let mut forth = Flow::new(counters.0, first_ended);
     let mut back = Flow::new(counters.1, false);
-    let both = std::future::poll_fn(|cx| {
+    let end = std::future::poll_fn(|cx| {
+        if let Some(end) = cut.poll(cx) {
+            return Poll::Ready(end);
+        }
         let a = if forth.state == State::Ended { Poll::Ready(Ok(())) } else { forth.poll(cx, first, second) };
         let b = if back.state == State::Ended { Poll::Ready(Ok(())) } else { back.poll(cx, second, first) };
         match (a, b) {
-            (Poll::Ready(Err(f)), _) | (_, Poll::Ready(Err(f))) => Poll::Ready(Err(f)),
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Ok(())),
+            (Poll::Ready(Err(Failure::Reset)), _) | (_, Poll::Ready(Err(Failure::Reset))) => Poll::Ready(End::Reset),
+            (Poll::Ready(Err(Failure::Truncated)), _) | (_, Poll::Ready(Err(Failure::Truncated))) => Poll::Ready(End::Truncated),
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Closed),
             _ => Poll::Pending,
         }
     });
-    let end = tokio::select! {
-        end = both => match end {
-            Ok(()) => End::Closed,
-            Err(Failure::Reset) => End::Reset,
-            Err(Failure::Truncated) => End::Truncated,
-        },
-        end = cut => end,
-    };
+    let end = end.await;
     let carried = Carried { end, forth: forth.bytes, back: back.bytes };
     if end == End::Closed {
         end_on_close(first.tcp());

@@ -58,9 +58,9 @@ async fn carry_mesh(sidecar: &Sidecar, tcp: TcpStream, story: &mut Story<'_>, ta
         reset_on_close(&app);
         return Err(Refused::Tls(error.to_string()));
     }
-    let cut = admitted.authenticated_by(&peer.authority);
+    admitted.authenticated_by(&peer.svid.authority);
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
-    let carried = carry(&mut mesh, &mut app, false, (&bytes.received, &bytes.sent), cut).await;
+    let carried = carry(&mut mesh, &mut app, false, (&bytes.received, &bytes.sent), admitted.cut()).await;
     story.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
 }
@@ -83,7 +83,7 @@ async fn open_app(
     let to = match target {
         Target::Fixed(way) => {
             story.record.destination = Some(way.target);
-            way.policy.admits(&peer.id, own_domain, way.target.port())?;
+            way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
             way.target
         }
         Target::AsAsked => {
@@ -100,7 +100,7 @@ async fn open_app(
             if !request.workload.is_empty() && request.workload != workload.uid {
                 return Err(Refused::StaleWorkload { expected: request.workload.clone(), found: workload.uid.clone() });
             }
-            workload.policy.admits(&peer.id, own_domain, to.port())?;
+            workload.policy.admits(&peer.svid.id, own_domain, to.port())?;
             to
         }
     };
@@ -130,7 +130,7 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
     admits_plaintext(&workload.policy, destination.port())?;
     let mut app = dial(destination, sidecar.config.timeouts.connect).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
-    let carried = carry(caller, &mut app, false, (&bytes.received, &bytes.sent), admitted.drained()).await;
+    let carried = carry(caller, &mut app, false, (&bytes.received, &bytes.sent), admitted.cut()).await;
     story.carried(Carried::Plain, carried);
     Ok(())
 }

@@ -7,6 +7,7 @@
 pub mod config;
 mod connections;
 mod copy;
+mod cut;
 pub mod identity;
 mod inbound;
 mod mesh;

@@ -3,16 +3,12 @@
 
 use std::sync::Arc;
 
-use countersign_identity::SpiffeId;
-use countersign_identity::bundle::authority_key_id;
-use countersign_identity::svid::LeafFacts;
-use countersign_identity::verify::leaf_id;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::CommonState;
+use countersign_identity::verify::{Refusal, VerifiedPeer};
+use rustls::pki_types::ServerName;
+use rustls::{CommonState, NamedGroup};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
-use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::config::Timeouts;
 use crate::identity::Identity;
@@ -22,28 +18,24 @@ use crate::refusal::Refused;
 /// Who is on the other end, as its verified certificate says.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// Identity.
-    pub id: SpiffeId,
-    /// Serial, validity, issuer.
-    pub facts: LeafFacts,
-    /// The authority at the top of its chain, below or at the trust root.
-    pub authority: String,
+    /// Identity, and what its certificate says.
+    pub svid: Arc<VerifiedPeer>,
     /// TLS version and key exchange.
-    pub tls: String,
+    pub tls: &'static str,
 }
 
 impl Peer {
     /// Reads a handshake that the verifier has passed.
-    fn of(state: &CommonState) -> Result<Self, Refused> {
+    fn of(state: &CommonState, identity: &Identity) -> Result<Self, Refused> {
         let chain = state.peer_certificates().unwrap_or_default();
-        let (leaf, top) = chain.first().zip(chain.last()).ok_or(countersign_identity::verify::Refusal::NoCertificate)?;
-        let parse = |der: &CertificateDer<'_>| X509Certificate::from_der(der).map(|(_, c)| (leaf_id(&c), LeafFacts::of(&c), authority_key_id(&c).map(hex::encode)));
-        let malformed = |e: x509_parser::nom::Err<x509_parser::error::X509Error>| countersign_identity::verify::Refusal::Malformed(e.to_string());
-        let (id, facts, own_authority) = parse(leaf).map_err(malformed)?;
-        let authority = if chain.len() == 1 { own_authority } else { parse(top).map_err(malformed)?.2 };
-        let version = state.protocol_version().and_then(|v| v.as_str()).unwrap_or_default();
-        let exchange = state.negotiated_key_exchange_group().map(|g| format!("{:?}", g.name())).unwrap_or_default();
-        Ok(Self { id: id?, facts, authority: authority.unwrap_or_default(), tls: format!("{version} {exchange}") })
+        let svid = identity.chains().recall(chain).ok_or(Refusal::NoCertificate)?;
+        let tls = match state.negotiated_key_exchange_group().map(|g| g.name()) {
+            Some(NamedGroup::X25519MLKEM768) => "TLSv1.3 X25519MLKEM768",
+            Some(NamedGroup::X25519) => "TLSv1.3 X25519",
+            Some(NamedGroup::secp256r1) => "TLSv1.3 P-256",
+            _ => "TLSv1.3",
+        };
+        Ok(Self { svid, tls })
     }
 }
 
@@ -70,7 +62,7 @@ pub async fn dial(
         Err(_) => return Err(Refused::HandshakeTimeout(timeouts.handshake)),
     };
     check_protocol(tls.get_ref().1)?;
-    let peer = Peer::of(tls.get_ref().1)?;
+    let peer = Peer::of(tls.get_ref().1, identity)?;
     let mut first = request.encode();
     first.extend(early()?);
     let talk = async {
@@ -100,7 +92,7 @@ pub async fn accept(
         Err(_) => return Err((Refused::HandshakeTimeout(timeouts.handshake), None)),
     };
     check_protocol(tls.get_ref().1).map_err(|e| (e, None))?;
-    let peer = Peer::of(tls.get_ref().1).map_err(|e| (e, None))?;
+    let peer = Peer::of(tls.get_ref().1, identity).map_err(|e| (e, None))?;
     match tokio::time::timeout(timeouts.preamble, Request::read(&mut tls)).await {
         Ok(Ok(request)) => Ok((tls, peer, request)),
         Ok(Err(e)) => Err((Refused::Preamble(e.to_string()), Some(peer))),

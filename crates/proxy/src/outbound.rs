@@ -74,7 +74,7 @@ async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut St
         Route::Plain => {
             let mut server = dial(destination, sidecar.config.timeouts.connect).await?;
             let bytes = sidecar.telemetry.bytes(Direction::Outbound);
-            let carried = carry(app, &mut server, false, (&bytes.sent, &bytes.received), admitted.drained()).await;
+            let carried = carry(app, &mut server, false, (&bytes.sent, &bytes.received), admitted.cut()).await;
             story.carried(Carried::Plain, carried);
             Ok(())
         }
@@ -134,10 +134,10 @@ async fn over_mesh(
     let dialled = mesh::dial(tcp, identity, expected, request, early, timeouts).await;
     let (mut mesh, peer) = dialled?;
     story.peer(&peer);
-    let cut = admitted.authenticated_by(&peer.authority);
+    admitted.authenticated_by(&peer.svid.authority);
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
     bytes.sent.inc_by(early_bytes);
-    let mut carried = carry(app, &mut mesh, ended, (&bytes.sent, &bytes.received), cut).await;
+    let mut carried = carry(app, &mut mesh, ended, (&bytes.sent, &bytes.received), admitted.cut()).await;
     carried.forth += early_bytes;
     story.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }

@@ -72,13 +72,8 @@ impl<'a> Story<'a> {
             began_at: sidecar.current.now(),
             source,
             destination: None,
-            peer_id: None,
-            peer_serial: None,
-            peer_expires_at: None,
-            own_id: None,
-            own_serial: None,
-            own_expires_at: None,
-            tls: None,
+            peer: None,
+            own: None,
             bytes_sent: 0,
             bytes_received: 0,
             end: "",
@@ -87,18 +82,13 @@ impl<'a> Story<'a> {
     }
 
     /// As whom we act.
-    pub fn own(&mut self, identity: &Identity) {
-        self.record.own_id = Some(identity.svid().id().to_string());
-        self.record.own_serial = Some(identity.svid().facts().serial.clone());
-        self.record.own_expires_at = Some(identity.svid().facts().not_after);
+    pub fn own(&mut self, identity: &Arc<Identity>) {
+        self.record.own = Some(identity.clone());
     }
 
     /// Who is on the other end.
     pub fn peer(&mut self, peer: &Peer) {
-        self.record.peer_id = Some(peer.id.to_string());
-        self.record.peer_serial = Some(peer.facts.serial.clone());
-        self.record.peer_expires_at = Some(peer.facts.not_after);
-        self.record.tls = Some(peer.tls.clone());
+        self.record.peer = Some(peer.clone());
     }
 
     /// It is let through.

@@ -5,7 +5,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
@@ -19,6 +19,7 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::config::AccessLogTarget;
 use crate::identity::Identity;
+use crate::mesh::Peer;
 use crate::refusal::Refused;
 
 /// Access log bytes held back at most before they are written.
@@ -178,7 +179,7 @@ impl Telemetry {
 }
 
 /// What is known of a connection when it ends.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Record {
     /// Which way.
     pub direction: Direction,
@@ -192,20 +193,10 @@ pub struct Record {
     pub source: SocketAddr,
     /// Where to.
     pub destination: Option<SocketAddr>,
-    /// Identity of the other sidecar.
-    pub peer_id: Option<String>,
-    /// Serial of its SVID.
-    pub peer_serial: Option<String>,
-    /// End of its SVID.
-    pub peer_expires_at: Option<OffsetDateTime>,
-    /// Our identity.
-    pub own_id: Option<String>,
-    /// Serial of our SVID.
-    pub own_serial: Option<String>,
-    /// End of our SVID.
-    pub own_expires_at: Option<OffsetDateTime>,
-    /// TLS version and key exchange.
-    pub tls: Option<String>,
+    /// The other sidecar, if it is one.
+    pub peer: Option<Peer>,
+    /// As whom we act.
+    pub own: Option<Arc<Identity>>,
     /// From the workload.
     pub bytes_sent: u64,
     /// To the workload.
@@ -263,10 +254,13 @@ impl AccessLog {
 
     fn write(&self, r: &Record, refused: Option<&Refused>) {
         let rfc3339 = |t: OffsetDateTime| t.format(&Rfc3339).unwrap_or_default();
+        let peer_id = r.peer.as_ref().map(|p| p.svid.id.to_string());
+        let own_id = r.own.as_ref().map(|i| &**i.id());
         let (source_id, destination_id) = match r.direction {
-            Direction::Inbound => (r.peer_id.as_deref(), r.own_id.as_deref()),
-            Direction::Outbound => (r.own_id.as_deref(), r.peer_id.as_deref()),
+            Direction::Inbound => (peer_id.as_deref(), own_id),
+            Direction::Outbound => (own_id, peer_id.as_deref()),
         };
+        let (peer_facts, own_facts) = (r.peer.as_ref().map(|p| &p.svid.facts), r.own.as_ref().map(|i| i.svid().facts()));
         let line = Line {
             time: rfc3339(r.began_at),
             direction: r.direction,
@@ -275,11 +269,11 @@ impl AccessLog {
             source_id,
             destination: r.destination,
             destination_id,
-            tls: r.tls.as_deref(),
-            peer_serial: r.peer_serial.as_deref(),
-            peer_expires_at: r.peer_expires_at.map(rfc3339),
-            own_serial: r.own_serial.as_deref(),
-            own_expires_at: r.own_expires_at.map(rfc3339),
+            tls: r.peer.as_ref().map(|p| p.tls),
+            peer_serial: peer_facts.map(|f| f.serial.as_str()),
+            peer_expires_at: peer_facts.map(|f| rfc3339(f.not_after)),
+            own_serial: own_facts.map(|f| f.serial.as_str()),
+            own_expires_at: own_facts.map(|f| rfc3339(f.not_after)),
             bytes_sent: r.bytes_sent,
             bytes_received: r.bytes_received,
             duration_ms: (r.began.elapsed().as_secs_f64() * 1e6).round() / 1e3,

@@ -47,11 +47,6 @@ impl Place {
         format!("{NETNS_PREFIX}{}", self.name)
     }
 
-    /// Name of a workload's namespace.
-    pub fn netns_name(&self, workload: &str) -> String {
-        format!("{NETNS_PREFIX}{}-{workload}", self.name)
-    }
-
     /// A folder in it that belongs to a user.
     pub fn folder(&self, name: &str, owner: u32) -> io::Result<PathBuf> {
         let dir = self.dir.join(name);
@@ -99,8 +94,10 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(Path::new(RUN_DIR).join(format!("{}.lock", self.name)));
-        // Goes only when it is empty.
-        let _ = std::fs::remove_dir(RUN_DIR);
+        // These go only when they are empty.
+        let up = Path::new(RUN_DIR);
+        let _ = std::fs::remove_dir(up);
+        let _ = up.parent().map(std::fs::remove_dir);
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use countersign_api::clock::Clock;
+use countersign_api::verified::VerifiedChains;
 use countersign_api::tls::{SvidVerifier, TlsError, certified_key, client_config, server_config};
 use countersign_identity::verify::Refusal;
 use countersign_identity::{BundleSet, X509Svid};
@@ -30,7 +31,9 @@ const MAX_CLIENT_CONFIGS: usize = 4_096;
 /// One revision of SVID and bundles.
 pub struct Identity {
     svid: X509Svid,
-    bundles: Arc<BundleSet>,
+    /// The ID as text, as logs want it.
+    id: Arc<str>,
+    chains: Arc<VerifiedChains>,
     key: Arc<CertifiedKey>,
     server: Arc<ServerConfig>,
     clients: Mutex<HashMap<BTreeSet<String>, Arc<ClientConfig>>>,
@@ -39,14 +42,12 @@ pub struct Identity {
 impl Identity {
     /// Makes the TLS configurations of a revision.
     pub fn new(svid: X509Svid, bundles: BundleSet) -> Result<Self, TlsError> {
-        let bundles = Arc::new(bundles);
+        let chains = Arc::new(VerifiedChains::new(Arc::new(bundles)));
         let key = certified_key(&svid)?;
-        let verifier = {
-            let bundles = bundles.clone();
-            SvidVerifier::new(move || bundles.clone(), |_| Ok(()))
-        };
+        let verifier = SvidVerifier::remembering(chains.clone(), |_| Ok(()));
         let server = Arc::new(server_config(key.clone(), verifier, &[ALPN])?);
-        Ok(Self { svid, bundles, key, server, clients: Mutex::default() })
+        let id = svid.id().to_string().into();
+        Ok(Self { svid, id, chains, key, server, clients: Mutex::default() })
     }
 
     /// The SVID.
@@ -54,9 +55,19 @@ impl Identity {
         &self.svid
     }
 
+    /// The SVID's ID as text.
+    pub fn id(&self) -> &Arc<str> {
+        &self.id
+    }
+
     /// The bundles.
     pub fn bundles(&self) -> &BundleSet {
-        &self.bundles
+        self.chains.bundles()
+    }
+
+    /// The chains that were found good.
+    pub fn chains(&self) -> &VerifiedChains {
+        &self.chains
     }
 
     /// For connections that come in.
@@ -71,8 +82,8 @@ impl Identity {
         if let Some(config) = clients.get(expected) {
             return Ok(config.clone());
         }
-        let (bundles, ids) = (self.bundles.clone(), expected.clone());
-        let verifier = SvidVerifier::new(move || bundles.clone(), move |peer| {
+        let ids = expected.clone();
+        let verifier = SvidVerifier::remembering(self.chains.clone(), move |peer| {
             if ids.contains(&peer.id.to_string()) {
                 return Ok(());
             }
@@ -124,7 +135,7 @@ impl Current {
     pub fn set(&self, identity: Identity) {
         let facts = identity.svid.facts();
         tracing::info!(spiffe_id = %identity.svid.id(), serial = facts.serial, not_after = %facts.not_after,
-            authorities = identity.bundles.iter().map(|b| b.authorities.len()).sum::<usize>(), "identity in use");
+            authorities = identity.bundles().iter().map(|b| b.authorities.len()).sum::<usize>(), "identity in use");
         self.identity.store(Some(Arc::new(identity)));
         self.changes.send_modify(|n| *n += 1);
     }

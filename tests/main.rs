@@ -1,0 +1,15 @@
+//! The stories: what a user does with the whole program, on real, unmodified parts. One file a story.
+//!
+//! Most need root (network namespaces); without it they say so and are passed over, but never in CI.
+
+mod bad_input;
+mod faults;
+mod fidelity;
+mod metrics;
+mod operator;
+mod pki;
+mod programs;
+mod refusals;
+mod rotation;
+mod support;
+mod workload_api;

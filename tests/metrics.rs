@@ -1,0 +1,56 @@
+//! The documented metrics are the ones that exist, and the other way round.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use crate::support::roles::{Role, Server, free_port};
+use crate::support::{able, wait_for};
+
+/// The text of a page on loopback.
+pub fn http_get(port: u16, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+fn names(page: &str) -> BTreeSet<String> {
+    // "# TYPE name kind": counters get `_total` behind their name.
+    let types = page.lines().filter_map(|l| l.strip_prefix("# TYPE "));
+    types.filter_map(|l| l.split_once(' ')).map(|(name, kind)| if kind == "counter" { format!("{name}_total") } else { name.to_owned() }).collect()
+}
+
+#[test]
+fn the_table_in_the_docs_is_what_the_roles_serve() {
+    if !able(&[]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let ports = [free_port(), free_port(), free_port()];
+    let at = |n: usize| format!("127.0.0.1:{}", ports[n]);
+    let server = Server::start(dir.path(), &["--metrics", &at(0)]);
+    let mut args = server.agent_args(&server.token(&[]));
+    args.extend(["--metrics".into(), at(1)]);
+    let _agent = Role::start(dir.path(), "agent", &args);
+    let minted = server.mint("/a", "a", &[]);
+    let file = |n: &str| minted.join(n).display().to_string();
+    let proxy = ["proxy", "--svid", &file("svid.pem"), "--key", &file("key.pem"), "--bundle", &format!("test.local={}", file("bundle.pem")),
+        "--inbound-listen", &format!("127.0.0.1:{}", free_port()), "--inbound-target", "127.0.0.1:9", "--http", &at(2)];
+    let _proxy = Role::start(dir.path(), "proxy", &proxy.map(str::to_owned));
+    let mut served = BTreeSet::new();
+    for port in ports {
+        let page = wait_for("the metrics", Duration::from_secs(10), || http_get(port, "/metrics").filter(|p| p.starts_with("HTTP/1.1 200")));
+        assert!(page.contains("openmetrics-text") && page.trim_end().ends_with("# EOF"), "{page}");
+        served.extend(names(&page));
+        assert!(http_get(port, "/live").unwrap().starts_with("HTTP/1.1 200"));
+        wait_for("readiness", Duration::from_secs(10), || http_get(port, "/ready").filter(|p| p.starts_with("HTTP/1.1 200")));
+        assert!(http_get(port, "/other").unwrap().starts_with("HTTP/1.1 404"));
+    }
+    let docs = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/metrics.md")).unwrap();
+    let documented: BTreeSet<String> = docs.lines().filter_map(|l| l.strip_prefix("| `countersign_")?.split_once('`')).map(|(n, _)| format!("countersign_{n}")).collect();
+    assert_eq!(documented, served);
+}
