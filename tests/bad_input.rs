@@ -41,7 +41,7 @@ fn role_flags_and_files() {
     one_line(&mut countersign(&["proxy", "--svid", "/no/svid", "--key", "/no/key", "--bundle", "a=/no/bundle", "--inbound-listen", "127.0.0.1:0", "--inbound-target", "127.0.0.1:2"]), "/no/svid: No such file");
     one_line(&mut countersign(&["redirect", "--exclude-outbound-ports", "53, http"]), "--exclude-outbound-ports: `http` is no port");
     one_line(&mut countersign(&["redirect", "--exclude-outbound-cidrs", "10.0.0.0/33"]), "--exclude-outbound-cidrs: `10.0.0.0/33` is no CIDR");
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--log", "loud=,"]), "--log: `loud=,`");
+    one_line(&mut countersign(&["server", "--trust-domain", "a", "--log", "x=loud"]), "--log: `x=loud`");
     assert!(!dir.path().join("a.sock").exists(), "nothing is left");
 }
 
@@ -73,7 +73,7 @@ fn up_and_run_say_what_to_mend() {
     let before = sh("ip netns list | sort | tr '\\n' ' '; ls /run/countersign/up 2>/dev/null | sort | tr '\\n' ' '");
     let _ = before;
     let bad = file("name: bad-one\nworkloads:\n  - name: a\n    command: [no-such-program]\n");
-    one_line(&mut countersign(&["up", &bad]), "mesh.yaml:3: command: there is no program `no-such-program` on the PATH; install it, or write its whole path");
+    one_line(&mut countersign(&["up", &bad]), "mesh.yaml:4: command: there is no program `no-such-program` on the PATH; install it, or write its whole path");
     let bad = file("name: bad-one\nworkloads:\n  - name: a\n    command: [sleep, '9']\n    ports: [80, 80]\n");
     one_line(&mut countersign(&["up", &bad]), "mesh.yaml:5: ports: port 80 is there twice");
     one_line(&mut countersign(&["up", "/no/mesh.yaml"]), "/no/mesh.yaml: cannot be read");

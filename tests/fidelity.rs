@@ -14,9 +14,9 @@ fn talk(test: &str, server: &str, client: &str) -> String {
     };
     crate::support::sh(&format!("chmod 755 {}", folder.path().display()));
     let (server, client) = (write("server.py", server), write("client.py", client));
-    let mesh = Mesh::up(test, &format!("  - name: server\n    ports: [7000]\n    command: [python3, {server}]\n"));
+    let mesh = Mesh::up(test, &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {server}]\n"));
     mesh.wait_for_port("server", 7000);
-    let said = mesh.run("client", &["python3", &client]);
+    let said = mesh.run("client", &["/usr/bin/python3", &client]);
     let log = mesh.log("server");
     mesh.down();
     format!("{said}{log}")
@@ -171,11 +171,11 @@ fn a_sidecar_that_is_killed_looks_like_a_reset_never_like_an_end() {
     };
     let server = write("server.py", "s = listen()\nwhile True:\n c, _ = s.accept()\n c.sendall(b'part')\n try: say('server end', read_all(c))\n except ConnectionResetError: say('server reset')");
     let client = write("client.py", "c = dial(); assert c.recv(4) == b'part'; open(sys.argv[1], 'w').close()\ntry: say('clean end', c.recv(1))\nexcept ConnectionResetError: say('reset')");
-    let mesh = Mesh::up("killed", &format!("  - name: server\n    ports: [7000]\n    command: [python3, {server}]\n"));
+    let mesh = Mesh::up("killed", &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {server}]\n"));
     mesh.wait_for_port("server", 7000);
     let flag = mesh.folder().join("connected");
     crate::support::sh(&format!("chmod 777 {}", mesh.folder().display()));
-    let child = mesh.join("client", &[], &["python3", &client, &flag.display().to_string()]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let child = mesh.join("client", &[], &["/usr/bin/python3", &client, &flag.display().to_string()]).stdout(std::process::Stdio::piped()).spawn().unwrap();
     crate::support::wait_for("the client to connect", std::time::Duration::from_secs(20), || Path::new(&flag).exists().then_some(()));
     // The server's sidecar dies: nobody announces the end of the TLS stream.
     let pid = mesh.process("sidecars/server/admin.sock");

@@ -60,7 +60,7 @@ fn an_issued_leafs_every_extension_is_as_documented() {
     assert_eq!(after("X509v3 Subject Alternative Name:"), format!("URI:spiffe://{TD}/ns/default/sa/web"));
     assert_eq!(after("X509v3 Key Usage: critical"), "Digital Signature, Key Encipherment, Key Agreement");
     assert_eq!(after("X509v3 Extended Key Usage:"), "TLS Web Server Authentication, TLS Web Client Authentication");
-    assert_eq!(after("X509v3 Basic Constraints:"), "CA:FALSE");
+    assert_eq!(after("X509v3 Basic Constraints: critical"), "CA:FALSE");
     let authority = server.json(&["authority", "show"])["active"]["id"].as_str().unwrap().to_uppercase();
     assert_eq!(after("X509v3 Authority Key Identifier:").replace(':', ""), authority);
     assert!(!after("X509v3 Subject Key Identifier:").is_empty());

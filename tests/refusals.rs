@@ -329,7 +329,7 @@ fn a_mesh_relays_to_no_one_and_hides_its_own_ports() {
     if !able(&["openssl", "python3"]) {
         return;
     }
-    let mesh = Mesh::up("relay", "  - name: web\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n  - name: other\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n");
+    let mesh = Mesh::up("relay", "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n  - name: other\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n");
     mesh.wait_for_port("web", 8000);
     mesh.wait_for_port("other", 8000);
     let identity = tempfile::tempdir().unwrap();
@@ -360,16 +360,16 @@ fn strict_lets_nothing_out_but_the_mesh_and_named_exceptions() {
     if !able(&["python3"]) {
         return;
     }
-    let mesh = Mesh::up("egress", "  - name: web\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n");
+    let mesh = Mesh::up("egress", "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n");
     mesh.wait_for_port("web", 8000);
     let python = "import socket,sys\ns=socket.socket(); s.settimeout(5)\ntry:\n s.connect((sys.argv[1], int(sys.argv[2]))); s.send(b'GET / HTTP/1.0\\r\\n\\r\\n'); print(s.recv(12))\nexcept OSError as e: print(type(e).__name__)";
-    let said = mesh.run("out", &["python3", "-c", python, "10.86.0.99", "8000"]);
+    let said = mesh.run("out", &["/usr/bin/python3", "-c", python, "10.86.0.99", "8000"]);
     assert_eq!(said.trim(), "ConnectionResetError");
-    let said = mesh.run("in", &["python3", "-c", python, "web", "8000"]);
+    let said = mesh.run("in", &["/usr/bin/python3", "-c", python, "web", "8000"]);
     assert_eq!(said.trim(), "b'HTTP/1.0 200'");
     // A port of a meshed workload that nobody listens on, and the sidecars' own ports.
     for port in ["8001", "15001", "15006"] {
-        assert_eq!(mesh.run("knock", &["python3", "-c", python, "web", port]).trim(), "ConnectionResetError", "{port}");
+        assert_eq!(mesh.run("knock", &["/usr/bin/python3", "-c", python, "web", port]).trim(), "ConnectionResetError", "{port}");
     }
     mesh.down();
 }

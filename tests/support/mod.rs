@@ -73,7 +73,17 @@ pub fn success(what: &str, output: &Output) -> String {
 
 /// What a command says, and its exit code.
 pub fn outcome(command: &mut Command) -> (i32, String) {
-    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let shown = format!("{command:?}");
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap_or_else(|e| panic!("{shown}: {e}"));
+    // A command that should have failed but runs on must not hang the story.
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    let (done, finished) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(child.wait_with_output()));
+    let output = finished.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| {
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        panic!("{shown} ran on for a minute");
+    });
+    let output = output.unwrap();
     let text = [&output.stdout[..], &output.stderr].concat();
     (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
 }

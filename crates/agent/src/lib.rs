@@ -57,15 +57,6 @@ pub enum AgentError {
 /// Runs an agent until `shutdown`. `ready` is called once its socket serves.
 pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, ready: impl FnOnce()) -> Result<(), AgentError> {
     let config = Arc::new(config);
-    let unix = bind_unix(&config.socket, 0o666);
-    let unix = unix.map_err(|source| AgentError::Listen { name: config.socket.display().to_string(), source })?;
-    let metrics_listener = match config.metrics {
-        Some(bind) => {
-            let bound = TcpListener::bind(bind).await;
-            Some(bound.map_err(|source| AgentError::Listen { name: bind.to_string(), source })?)
-        }
-        None => None,
-    };
     let link = Arc::new(Link::new(config.clone(), clock.clone())?);
     if link.bundle().is_none() {
         return Err(AgentError::NoBundle);
@@ -73,6 +64,16 @@ pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, read
     if link.identity().borrow().is_none() && config.evidence.is_none() {
         return Err(LinkError::NoEvidence.into());
     }
+    let unix = bind_unix(&config.socket, 0o666);
+    let unix = unix.map_err(|source| AgentError::Listen { name: config.socket.display().to_string(), source })?;
+    let metrics_listener = match config.metrics {
+        Some(bind) => {
+            let bound = TcpListener::bind(bind).await;
+            let bound = bound.inspect_err(|_| drop(std::fs::remove_file(&config.socket)));
+            Some(bound.map_err(|source| AgentError::Listen { name: bind.to_string(), source })?)
+        }
+        None => None,
+    };
     let core = Arc::new(Core {
         attestors: vec![Box::new(workload_attestor::Unix { discover_path: config.discover_path, hash_limit: config.hash_limit })],
         started_at: clock(),

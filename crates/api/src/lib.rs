@@ -11,6 +11,7 @@ pub mod http;
 pub mod peer;
 pub mod tls;
 pub mod transport;
+mod unix_authority;
 pub mod verified;
 
 /// The SPIFFE Workload API (no package).

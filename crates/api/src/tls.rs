@@ -133,6 +133,12 @@ pub fn refusal_of(error: &rustls::Error) -> Option<Refusal> {
     }
 }
 
+/// An error of a handshake in words: our verifier's reason, where it was our verifier that refused.
+pub fn explain(error: std::io::Error) -> std::io::Error {
+    let refusal = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()).and_then(refusal_of);
+    refusal.map_or(error, |refusal| std::io::Error::new(std::io::ErrorKind::PermissionDenied, refusal))
+}
+
 const NO_TLS12: rustls::Error = rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls13RequiredForQuic);
 
 impl ServerCertVerifier for SvidVerifier {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use countersign_identity::svid::LeafFacts;
@@ -22,6 +22,8 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::tls::explain;
+use crate::unix_authority;
 use crate::peer::{TlsPeer, UnixPeer, start_time};
 
 /// A handshake that takes longer is dropped.
@@ -54,6 +56,25 @@ impl Connected for TlsIo {
 pub struct UnixIo {
     stream: UnixStream,
     peer: UnixPeer,
+    filter: unix_authority::Filter,
+}
+
+impl AsyncRead for UnixIo {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut bytes = [0; 4096];
+        while self.filter.out().is_empty() {
+            let mut fresh = ReadBuf::new(&mut bytes);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut fresh))?;
+            if fresh.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            self.filter.push(fresh.filled());
+        }
+        let count = self.filter.out().len().min(buf.remaining());
+        let out: Vec<u8> = self.filter.out().drain(..count).collect();
+        buf.put_slice(&out);
+        Poll::Ready(Ok(()))
+    }
 }
 
 impl Connected for UnixIo {
@@ -64,13 +85,14 @@ impl Connected for UnixIo {
     }
 }
 
-macro_rules! delegate_io {
+impl AsyncRead for TlsIo {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+macro_rules! delegate_write {
     ($($io:ty),*) => {$(
-        impl AsyncRead for $io {
-            fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.stream).poll_read(cx, buf)
-            }
-        }
         impl AsyncWrite for $io {
             fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
                 Pin::new(&mut self.stream).poll_write(cx, buf)
@@ -84,7 +106,7 @@ macro_rules! delegate_io {
         }
     )*};
 }
-delegate_io!(TlsIo, UnixIo);
+delegate_write!(TlsIo, UnixIo);
 
 /// Waits a little when accepting fails (EMFILE and the like), so that the loop cannot spin.
 pub async fn back_off_after(error: &io::Error) {
@@ -128,7 +150,7 @@ pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerConfig> 
 
 async fn accept_one(acceptor: TlsAcceptor, tcp: TcpStream, address: SocketAddr) -> io::Result<TlsIo> {
     tcp.set_nodelay(true)?;
-    let stream = acceptor.accept(tcp).await?;
+    let stream = acceptor.accept(tcp).await.map_err(explain)?;
     let svid = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()).and_then(peer_of).map(Arc::new);
     Ok(TlsIo { stream, peer: TlsPeer { address, svid } })
 }
@@ -199,7 +221,7 @@ fn inode_of(path: &Path) -> Option<u64> {
 
 fn unix_io(stream: UnixStream) -> io::Result<UnixIo> {
     let peer = peer_credentials(&stream)?;
-    Ok(UnixIo { stream, peer })
+    Ok(UnixIo { stream, peer, filter: unix_authority::Filter::default() })
 }
 
 /// Asks the kernel who connected: pid, uid and gid at connect time, and a pidfd where the kernel has it (Linux 6.5).
@@ -229,7 +251,7 @@ pub fn tls_channel(server: String, config: impl Fn() -> Arc<ClientConfig> + Send
             tcp.set_nodelay(true)?;
             // The name is never sent nor checked: identity is the SPIFFE ID alone.
             let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
-            TlsConnector::from(config()).connect(name, tcp).await.map(TokioIo::new)
+            TlsConnector::from(config()).connect(name, tcp).await.map(TokioIo::new).map_err(explain)
         }
     }))
 }

@@ -14,7 +14,7 @@ use crate::mesh::{self, Peer};
 use crate::preamble::{Answer, Request};
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
-use crate::sockets::{dial, original_destination};
+use crate::sockets::{dial, dial_app, original_destination};
 use crate::telemetry::{Carried, Direction};
 
 /// Where a connection of the mesh port may go.
@@ -80,11 +80,11 @@ async fn open_app(
     story: &mut Story<'_>,
 ) -> Result<TcpStream, Refused> {
     let own_domain = identity.svid().id().trust_domain_name();
-    let to = match target {
+    match target {
         Target::Fixed(way) => {
             story.record.destination = Some(way.target);
             way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
-            way.target
+            return dial(way.target, sidecar.config.timeouts.connect).await;
         }
         Target::AsAsked => {
             let to = request.destination;
@@ -101,10 +101,9 @@ async fn open_app(
                 return Err(Refused::StaleWorkload { expected: request.workload.clone(), found: workload.uid.clone() });
             }
             workload.policy.admits(&peer.svid.id, own_domain, to.port())?;
-            to
+            dial_app(to, &workload.addresses, sidecar.config.timeouts.connect).await
         }
-    };
-    dial(to, sidecar.config.timeouts.connect).await
+    }
 }
 
 /// Carries one connection that the redirect brought: plaintext.
@@ -128,7 +127,7 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
     let identity = sidecar.current.get()?;
     let workload = sidecar.own.at(destination.ip(), &identity).ok_or(Refused::PolicyUnknown)?;
     admits_plaintext(&workload.policy, destination.port())?;
-    let mut app = dial(destination, sidecar.config.timeouts.connect).await?;
+    let mut app = dial_app(destination, &workload.addresses, sidecar.config.timeouts.connect).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
     let carried = carry(caller, &mut app, false, (&bytes.received, &bytes.sent), admitted.cut()).await;
     story.carried(Carried::Plain, carried);

@@ -60,6 +60,32 @@ pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     }
 }
 
+/// Dials an app at its own address, or, where it listens on the other IP version alone, at another of `also`. A client that
+/// dialled it itself would fall back in the same way, but the sidecar has answered it already.
+pub async fn dial_app(to: SocketAddr, also: &[IpAddr], timeout: Duration) -> Result<TcpStream, Refused> {
+    let mut last = match tokio::time::timeout(timeout, TcpStream::connect(to)).await {
+        Ok(Ok(stream)) => {
+            tune(&stream);
+            return Ok(stream);
+        }
+        Ok(Err(e)) => e,
+        Err(_) => io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}")),
+    };
+    if last.kind() == io::ErrorKind::ConnectionRefused {
+        for ip in also.iter().filter(|ip| **ip != to.ip()) {
+            match tokio::time::timeout(timeout, TcpStream::connect((*ip, to.port()))).await {
+                Ok(Ok(stream)) => {
+                    tune(&stream);
+                    return Ok(stream);
+                }
+                Ok(Err(e)) => last = e,
+                Err(_) => {}
+            }
+        }
+    }
+    Err(Refused::Connect { to, why: last.to_string() })
+}
+
 /// Dials within a time.
 pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refused> {
     let failed = |why: String| Refused::Connect { to, why };

@@ -98,8 +98,14 @@ pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, read
         Some(bind) => Some(TcpListener::bind(bind).await.map_err(io("listen on", bind))?),
         None => None,
     };
-    let core = Arc::new(assemble(config, clock, shutdown.clone()).await?);
-    let own = Arc::new(own_svid::OwnSvid::new(core.clone())?);
+    // A server that does not come up leaves no socket behind.
+    let socket = config.admin_socket.clone();
+    let assembled = async {
+        let core = Arc::new(assemble(config, clock, shutdown.clone()).await?);
+        let own = Arc::new(own_svid::OwnSvid::new(core.clone())?);
+        Ok::<_, ServerError>((core, own))
+    };
+    let (core, own) = assembled.await.inspect_err(|_| drop(std::fs::remove_file(socket)))?;
     let routes = endpoints::routes(&core).await;
     if let Some(listener) = metrics {
         let core = core.clone();

@@ -114,10 +114,6 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
 async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let join: Join = serde_json::from_str(line).context("the request cannot be read")?;
     check_name(&join.name).map_err(|e| anyhow!(e))?;
-    if mesh.workload(&join.name).is_some() {
-        return Err(anyhow!("`{}` is already in the mesh; give this one another --name", join.name));
-    }
-    let number = mesh.free_number()?;
     let user = join.user.as_deref().map(Account::find).transpose().map_err(|e| anyhow!(e))?;
     let mode = join.mode.as_deref().map(parse_mode).transpose().map_err(|e| anyhow!(e))?;
     let known = mesh.workloads();
@@ -139,7 +135,7 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
         exclude_outbound_cidrs: [].into(),
         exclude_inbound_cidrs: [].into(),
     };
-    let running = mesh.prepare(spec, number).await?;
+    let running = mesh.join(spec).await?;
     if let Err(error) = mesh.wait_for_sidecar(&running).await {
         mesh.remove(&join.name).await;
         return Err(error);

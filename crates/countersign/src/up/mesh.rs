@@ -51,6 +51,8 @@ pub struct Mesh {
     server: Process,
     agent: Process,
     workloads: Mutex<BTreeMap<String, Rc<Running>>>,
+    /// Held while a workload comes or goes: who comes next finds its name and number free.
+    changing: tokio::sync::Mutex<()>,
     /// Names this run in the directory.
     run_id: String,
     publish: Arc<Notify>,
@@ -128,6 +130,7 @@ impl Mesh {
             names: Names { fabric: place.fabric_name(), mesh: spec.name.clone() },
             run_id: format!("{:08x}", u32::from_be_bytes(random)),
             workloads: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
             mode: Mutex::default(),
             spec: spec.clone(),
             dir,
@@ -185,14 +188,23 @@ impl Mesh {
         self.workloads().get(name).cloned()
     }
 
-    /// A number that no workload has.
-    pub fn free_number(&self) -> Result<usize> {
+    /// Prepares a workload under a number that no other has.
+    pub async fn join(self: &Rc<Self>, spec: WorkloadSpec) -> Result<Rc<Running>> {
+        let _changing = self.changing.lock().await;
+        if self.workload(&spec.name).is_some() {
+            return Err(anyhow!("`{}` is already in the mesh; give this one another --name", spec.name));
+        }
+        let number = self.free_number()?;
+        self.prepare(spec, number).await
+    }
+
+    fn free_number(&self) -> Result<usize> {
         let used: Vec<usize> = self.workloads().values().map(|w| w.number).collect();
         (0..MAX_WORKLOADS).find(|n| !used.contains(n)).ok_or_else(|| anyhow!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads"))
     }
 
     /// Namespace, redirect, entry and sidecar of a workload; its program comes later.
-    pub async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
+    async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
         let name = &spec.name;
         let proxy_uid = FIRST_PROXY_UID + u32::try_from(number).unwrap_or(0);
         let spiffe_id = service_account_id(&self.spec.trust_domain, &spec.namespace, &spec.service_account)?;
@@ -264,6 +276,7 @@ impl Mesh {
 
     /// Takes a workload out.
     pub async fn remove(&self, name: &str) {
+        let _changing = self.changing.lock().await;
         let removed = self.workloads.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
         let Some(running) = removed else { return };
         let program = running.program.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -441,7 +454,7 @@ async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Pro
             set("--upstream-bundle", &copy(bundle, "upstream-roots.crt")?);
         }
     }
-    let log = logs.join("server.log");
+    let log = logs.join("countersign-server.log");
     let account = Account { uid: SERVER_UID, gid: SERVER_UID, groups: vec![] };
     let program = Program { name: "server".into(), netns: None, hosts: None, account, no_new_privs: true, command, env: BTreeMap::new(), restart: true };
     let process = Process::start(program, log.clone())?;
@@ -467,7 +480,7 @@ async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Proc
     let own = std::env::current_exe()?.display().to_string();
     let command = [own.as_str(), "agent", "--trust-domain", spec.trust_domain.as_str(), "--server", &server, "--socket", &shown("agent.sock"),
         "--data-dir", &shown("data"), "--trust-bundle", &shown("bundle.pem"), "--join-token-file", &shown("join-token")];
-    let log = logs.join("agent.log");
+    let log = logs.join("countersign-agent.log");
     // Root: it reads what the kernel knows of every caller.
     let account = Account { uid: 0, gid: 0, groups: vec![] };
     let command = command.map(String::from).to_vec();

@@ -57,7 +57,7 @@ fn mistakes_name_file_line_key_and_mend() {
         ("workloads:\n  - name: a\n    command: [sleep]\n  - name: a\n    command: [sleep]\n".into(), "mesh.yaml:4: name: `a` is there twice; names are unique in a mesh"),
         ("trust_domain: Shop\nworkloads:\n  - name: a\n    command: [sleep]\n".into(), "mesh.yaml:1: trust_domain: `Shop` is not a trust domain name: it has upper-case letters"),
         ("svid_ttl: 2\nworkloads:\n  - name: a\n    command: [sleep]\n".into(), "mesh.yaml:1: svid_ttl: `2` is no length of time: write 20s, 5m, 1h, 30d or 1h30m"),
-        ("svid_ttl: 2h\nca_ttl: 1h\nworkloads:\n  - name: a\n    command: [sleep]\n".into(), "mesh.yaml:1: an SVID cannot outlive its authority: make svid_ttl shorter than ca_ttl"),
+        ("svid_ttl: 2h\nca_ttl: 1h\nworkloads:\n  - name: a\n    command: [sleep]\n".into(), "mesh.yaml:1: svid_ttl: an SVID cannot outlive its authority: make svid_ttl shorter than ca_ttl"),
         ("upstream: {certificate: no.crt, key: no.key}\nworkloads:\n  - name: a\n    command: [sleep]\n".into(), "mesh.yaml:1: upstream: there is no file no.crt"),
         ("workloads: []\n".into(), "mesh.yaml:1: workloads: name at least one workload"),
     ] {
