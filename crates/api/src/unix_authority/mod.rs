@@ -20,6 +20,9 @@ const FLAG_PRIORITY: u8 = 0x20;
 /// Longest header frame that is looked into: what a client may send us unless told otherwise (RFC 9113 4.2).
 const MAX_FRAME: usize = 16_384;
 
+/// `:authority` in HPACK's Huffman code.
+const CODED_NAME: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
+
 /// Looks at what a client sends and mends the authority of each request.
 pub struct Filter {
     state: State,
@@ -110,14 +113,17 @@ fn mend_block(block: &mut [u8]) {
         if !literal {
             continue;
         }
+        // The static table's entry 1 is `:authority` (RFC 7541 A); gRPC's C core spells it out.
+        let mut is_authority = index == 1;
         if index == 0 {
-            let Some((_, length, start)) = string(block, at) else { return };
+            let Some((coded, length, start)) = string(block, at) else { return };
+            let name = &block[start..start + length];
+            is_authority = if coded { name == CODED_NAME } else { name == b":authority" };
             at = start + length;
         }
         let Some((coded, length, start)) = string(block, at) else { return };
         let Some(value) = block.get_mut(start..start + length) else { return };
-        // The static table's entry 1 is `:authority` (RFC 7541 A).
-        if index == 1 {
+        if is_authority {
             if coded {
                 huffman::replace(value, is_foreign);
             } else {

@@ -21,6 +21,7 @@ fn filtered(bytes: &[u8], cut: usize) -> Vec<u8> {
 fn the_code_is_the_one_of_the_standard() {
     // RFC 7541 C.4.1 and C.4.3.
     assert_eq!(huffman::encode("www.example.com"), [0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff]);
+    assert_eq!(huffman::encode(":authority"), CODED_NAME);
     assert_eq!(huffman::encode("no-cache"), [0xa8, 0xeb, 0x10, 0x64, 0x9c, 0xbf]);
 }
 
@@ -41,6 +42,16 @@ fn a_path_as_authority_becomes_an_authority_of_the_same_length_and_nothing_else_
         }
         assert_eq!(filtered(&request("/run/agent.sock"), 5), request("-run-agent.sock"));
         assert_eq!(filtered(&request("localhost"), 5), request("localhost"));
+    }
+}
+
+#[test]
+fn a_name_that_is_spelled_out_is_known_too() {
+    for coded in [false, true] {
+        let value = |text: &str| if coded { huffman::encode(text) } else { text.as_bytes().to_vec() };
+        let string = |text: &str| [&[u8::from(coded) << 7 | u8::try_from(value(text).len()).unwrap()][..], &value(text)].concat();
+        let request = |authority: &str| [&[b'x'; 24][..], &frame(1, 4, &[&[0x40][..], &string(":authority"), &string(authority)].concat())].concat();
+        assert_eq!(filtered(&request("run%2Fa"), 3), request("run-2Fa"), "coded {coded}");
     }
 }
 
