@@ -22,25 +22,92 @@ fn role_flags_and_files() {
     let unknown = write("unknown.yaml", "trust_domain: a.b\nbindd: 1.2.3.4:5\n");
     let wrong = write("wrong.yaml", "trust_domain: a.b\nbind: nowhere\n");
     let ttl = write("ttl.yaml", "trust_domain: a.b\n\nsvid_ttl: forever\n");
-    one_line(&mut countersign(&["server"]), "--trust-domain is missing: give the flag, or `trust_domain` in the file of --config");
+    one_line(
+        &mut countersign(&["server"]),
+        "--trust-domain is missing: give the flag, or `trust_domain` in the file of --config",
+    );
     one_line(&mut countersign(&["server", "--config", "/no/such.yaml"]), "/no/such.yaml: cannot be read");
-    one_line(&mut countersign(&["server", "--config", &unknown]), "unknown.yaml:2: unknown field `bindd`, expected one of trust_domain, bind,");
+    one_line(
+        &mut countersign(&["server", "--config", &unknown]),
+        "unknown.yaml:2: unknown field `bindd`, expected one of trust_domain, bind,",
+    );
     one_line(&mut countersign(&["server", "--config", &wrong]), "wrong.yaml:2: bind: ");
-    one_line(&mut countersign(&["server", "--config", &ttl]), "ttl.yaml:3: svid_ttl: `forever` is no length of time: write 20s, 5m, 1h, 30d or 1h30m");
-    one_line(&mut countersign(&["server", "--trust-domain", "A.b"]), "--trust-domain: `A.b` is not a trust domain name: it has upper-case letters");
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--ca-key-type", "rsa-512"]), "--ca-key-type: `rsa-512` is not a key type");
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--key-manager", "cloud"]), "--key-manager: `cloud` is no key manager: use disk or memory");
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--svid-ttl", "2h", "--ca-ttl", "1h"]), "--svid-ttl: an SVID cannot outlive its authority");
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--upstream-cert", "x"]), "an upstream authority needs both --upstream-cert and --upstream-key");
-    one_line(&mut countersign(&["agent", "--trust-domain", "a", "--server", "here"]), "--server: `here` is no address: write host:port");
-    one_line(&mut countersign(&["agent", "--trust-domain", "a", "--server", "h:1", "--join-token-file", "/no/token"]), "--join-token-file: /no/token: No such file");
-    one_line(&mut countersign(&["agent", "--trust-domain", "a", "--server", "h:1", "--socket", &place("a.sock"), "--data-dir", &place("data")]), "no trust bundle to know the server by; fetch it with `countersign bundle show");
+    one_line(
+        &mut countersign(&["server", "--config", &ttl]),
+        "ttl.yaml:3: svid_ttl: `forever` is no length of time: write 20s, 5m, 1h, 30d or 1h30m",
+    );
+    one_line(
+        &mut countersign(&["server", "--trust-domain", "A.b"]),
+        "--trust-domain: `A.b` is not a trust domain name: it has upper-case letters",
+    );
+    one_line(
+        &mut countersign(&["server", "--trust-domain", "a", "--ca-key-type", "rsa-512"]),
+        "--ca-key-type: `rsa-512` is not a key type",
+    );
+    one_line(
+        &mut countersign(&["server", "--trust-domain", "a", "--key-manager", "cloud"]),
+        "--key-manager: `cloud` is no key manager: use disk or memory",
+    );
+    one_line(
+        &mut countersign(&["server", "--trust-domain", "a", "--svid-ttl", "2h", "--ca-ttl", "1h"]),
+        "--svid-ttl: an SVID cannot outlive its authority",
+    );
+    one_line(
+        &mut countersign(&["server", "--trust-domain", "a", "--upstream-cert", "x"]),
+        "an upstream authority needs both --upstream-cert and --upstream-key",
+    );
+    one_line(
+        &mut countersign(&["agent", "--trust-domain", "a", "--server", "here"]),
+        "--server: `here` is no address: write host:port",
+    );
+    one_line(
+        &mut countersign(&["agent", "--trust-domain", "a", "--server", "h:1", "--join-token-file", "/no/token"]),
+        "--join-token-file: /no/token: No such file",
+    );
+    one_line(
+        &mut countersign(&[
+            "agent",
+            "--trust-domain",
+            "a",
+            "--server",
+            "h:1",
+            "--socket",
+            &place("a.sock"),
+            "--data-dir",
+            &place("data"),
+        ]),
+        "no trust bundle to know the server by; fetch it with `countersign bundle show",
+    );
     one_line(&mut countersign(&["proxy", "--svid", "x"]), "an identity from files needs --svid, --key and --bundle");
-    one_line(&mut countersign(&["proxy", "--outbound-listen", "127.0.0.1:1", "--outbound-target", "127.0.0.1:2"]), "--outbound-expect is missing");
+    one_line(
+        &mut countersign(&["proxy", "--outbound-listen", "127.0.0.1:1", "--outbound-target", "127.0.0.1:2"]),
+        "--outbound-expect is missing",
+    );
     one_line(&mut countersign(&["proxy", "--mesh-port", "15001"]), "must be four different ports");
-    one_line(&mut countersign(&["proxy", "--svid", "/no/svid", "--key", "/no/key", "--bundle", "a=/no/bundle", "--inbound-listen", "127.0.0.1:0", "--inbound-target", "127.0.0.1:2"]), "/no/svid: No such file");
-    one_line(&mut countersign(&["redirect", "--exclude-outbound-ports", "53, http"]), "--exclude-outbound-ports: `http` is no port");
-    one_line(&mut countersign(&["redirect", "--exclude-outbound-cidrs", "10.0.0.0/33"]), "--exclude-outbound-cidrs: `10.0.0.0/33` is no CIDR");
+    one_line(
+        &mut countersign(&[
+            "proxy",
+            "--svid",
+            "/no/svid",
+            "--key",
+            "/no/key",
+            "--bundle",
+            "a=/no/bundle",
+            "--inbound-listen",
+            "127.0.0.1:0",
+            "--inbound-target",
+            "127.0.0.1:2",
+        ]),
+        "/no/svid: No such file",
+    );
+    one_line(
+        &mut countersign(&["redirect", "--exclude-outbound-ports", "53, http"]),
+        "--exclude-outbound-ports: `http` is no port",
+    );
+    one_line(
+        &mut countersign(&["redirect", "--exclude-outbound-cidrs", "10.0.0.0/33"]),
+        "--exclude-outbound-cidrs: `10.0.0.0/33` is no CIDR",
+    );
     one_line(&mut countersign(&["server", "--trust-domain", "a", "--log", "x=loud"]), "--log: `x=loud`");
     assert!(!dir.path().join("a.sock").exists(), "nothing is left");
 }
@@ -51,11 +118,50 @@ fn a_taken_port_and_a_taken_socket() {
     let place = |n: &str| dir.path().join(n).display().to_string();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--bind", &address, "--socket", &place("s"), "--data-dir", &place("d")]), &format!("cannot listen on {address}: Address already in use"));
+    one_line(
+        &mut countersign(&[
+            "server",
+            "--trust-domain",
+            "a",
+            "--bind",
+            &address,
+            "--socket",
+            &place("s"),
+            "--data-dir",
+            &place("d"),
+        ]),
+        &format!("cannot listen on {address}: Address already in use"),
+    );
     let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("live")).unwrap();
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--bind", "127.0.0.1:0", "--socket", &place("live"), "--data-dir", &place("d")]), "another process listens on this socket");
+    one_line(
+        &mut countersign(&[
+            "server",
+            "--trust-domain",
+            "a",
+            "--bind",
+            "127.0.0.1:0",
+            "--socket",
+            &place("live"),
+            "--data-dir",
+            &place("d"),
+        ]),
+        "another process listens on this socket",
+    );
     std::fs::write(dir.path().join("file"), "precious").unwrap();
-    one_line(&mut countersign(&["server", "--trust-domain", "a", "--bind", "127.0.0.1:0", "--socket", &place("file"), "--data-dir", &place("d")]), "there is a file here that is no socket");
+    one_line(
+        &mut countersign(&[
+            "server",
+            "--trust-domain",
+            "a",
+            "--bind",
+            "127.0.0.1:0",
+            "--socket",
+            &place("file"),
+            "--data-dir",
+            &place("d"),
+        ]),
+        "there is a file here that is no socket",
+    );
     assert_eq!(std::fs::read_to_string(dir.path().join("file")).unwrap(), "precious");
 }
 
@@ -73,7 +179,10 @@ fn up_and_run_say_what_to_mend() {
     let before = sh("ip netns list | sort | tr '\\n' ' '; ls /run/countersign/up 2>/dev/null | sort | tr '\\n' ' '");
     let _ = before;
     let bad = file("name: bad-one\nworkloads:\n  - name: a\n    command: [no-such-program]\n");
-    one_line(&mut countersign(&["up", &bad]), "mesh.yaml:4: command: there is no program `no-such-program` on the PATH; install it, or write its whole path");
+    one_line(
+        &mut countersign(&["up", &bad]),
+        "mesh.yaml:4: command: there is no program `no-such-program` on the PATH; install it, or write its whole path",
+    );
     let bad = file("name: bad-one\nworkloads:\n  - name: a\n    command: [sleep, '9']\n    ports: [80, 80]\n");
     one_line(&mut countersign(&["up", &bad]), "mesh.yaml:5: ports: port 80 is there twice");
     one_line(&mut countersign(&["up", "/no/mesh.yaml"]), "/no/mesh.yaml: cannot be read");
@@ -82,16 +191,31 @@ fn up_and_run_say_what_to_mend() {
     let program = dir.path().join("countersign").display().to_string();
     let as_nobody = |args: &[&str]| {
         let mut command = Command::new("setpriv");
-        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", &program]).args(args).env("PATH", "/usr/bin:/bin");
+        command
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", &program])
+            .args(args)
+            .env("PATH", "/usr/bin:/bin");
         command
     };
     one_line(&mut as_nobody(&["up"]), "up needs root: it makes network namespaces and redirects; run it with sudo");
     one_line(&mut as_nobody(&["run", "--name", "a", "--", "true"]), "run needs root");
-    one_line(&mut as_nobody(&["redirect"]), "changing the redirect needs CAP_NET_ADMIN in this network namespace; run as root");
+    one_line(
+        &mut as_nobody(&["redirect"]),
+        "changing the redirect needs CAP_NET_ADMIN in this network namespace; run as root",
+    );
     one_line(&mut countersign(&["run", "--name", "A b", "--", "true"]), "--name: `A b` is no name");
-    one_line(&mut countersign(&["run", "--mesh", "no-such-mesh", "--name", "a", "--", "true"]), "no mesh `no-such-mesh` is up here");
-    one_line(&mut countersign(&["run", "--name", "a", "--", "no-such-program"]), "there is no program `no-such-program`");
-    assert!(!std::path::Path::new("/run/countersign/up/bad-one").exists() && !sh("ip netns list").contains("cs-bad-one"), "nothing is left");
+    one_line(
+        &mut countersign(&["run", "--mesh", "no-such-mesh", "--name", "a", "--", "true"]),
+        "no mesh `no-such-mesh` is up here",
+    );
+    one_line(
+        &mut countersign(&["run", "--name", "a", "--", "no-such-program"]),
+        "there is no program `no-such-program`",
+    );
+    assert!(
+        !std::path::Path::new("/run/countersign/up/bad-one").exists() && !sh("ip netns list").contains("cs-bad-one"),
+        "nothing is left"
+    );
 }
 
 #[test]
@@ -107,7 +231,12 @@ fn a_kernel_without_netfilter_is_named() {
 
 #[test]
 fn wrong_command_lines_teach() {
-    for (args, expected) in [(&["upp"][..], "similar"), (&["entry", "creat"], "create"), (&["up", "--verfy"], "--verify"), (&["entry", "create"], "--spiffe-id")] {
+    for (args, expected) in [
+        (&["upp"][..], "similar"),
+        (&["entry", "creat"], "create"),
+        (&["up", "--verfy"], "--verify"),
+        (&["entry", "create"], "--spiffe-id"),
+    ] {
         let (code, said) = outcome(&mut countersign(args));
         assert_eq!(code, 2, "{said}");
         assert!(said.contains(expected), "{said}");

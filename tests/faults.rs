@@ -16,7 +16,11 @@ fn signal(pid: i32, signal: Signal) {
 
 /// One service of the shop, and a client that asks it all the time.
 fn shop(test: &str, settings: &str) -> Mesh {
-    let mesh = Mesh::up_with(test, settings, &format!("  - name: server\n    ports: [9080]\n    command: [{COUNTERSIGN}, shop, ratings]\n"));
+    let mesh = Mesh::up_with(
+        test,
+        settings,
+        &format!("  - name: server\n    ports: [9080]\n    command: [{COUNTERSIGN}, shop, ratings]\n"),
+    );
     mesh.wait_for_port("server", 9080);
     mesh
 }
@@ -26,7 +30,23 @@ struct Load(Child);
 impl Load {
     fn start(mesh: &Mesh, name: &str, seconds: u64, query: &str) -> Self {
         let url = format!("http://server:9080/{query}");
-        let mut command = mesh.join(name, &[], &[COUNTERSIGN, "probe", &url, "--seconds", &seconds.to_string(), "--kept", "2", "--fresh", "2", "--pause-ms", "20"]);
+        let mut command = mesh.join(
+            name,
+            &[],
+            &[
+                COUNTERSIGN,
+                "probe",
+                &url,
+                "--seconds",
+                &seconds.to_string(),
+                "--kept",
+                "2",
+                "--fresh",
+                "2",
+                "--pause-ms",
+                "20",
+            ],
+        );
         Self(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap())
     }
 
@@ -46,7 +66,12 @@ impl Capture {
     fn start(mesh: &Mesh, workload: &str, folder: &Path) -> Self {
         let file = folder.join("capture.pcap");
         let ns = format!("cs-{}-{workload}", mesh.name);
-        let child = Command::new("ip").args(["netns", "exec", &ns, &path_of("tcpdump"), "-i", "eth0", "-U", "-Z", "root", "-w"]).arg(&file).stderr(Stdio::null()).spawn().unwrap();
+        let child = Command::new("ip")
+            .args(["netns", "exec", &ns, &path_of("tcpdump"), "-i", "eth0", "-U", "-Z", "root", "-w"])
+            .arg(&file)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         wait_for("the capture", Duration::from_secs(10), || std::fs::metadata(&file).ok().filter(|m| m.len() > 0));
         Self { child, file }
     }
@@ -75,10 +100,17 @@ fn server_and_agent_die_under_load_and_nobody_notices() {
     }
     let report = load.report();
     assert_eq!(report["failed"], 0, "{report}");
-    assert!(mesh.log("countersign-agent").matches("attested agent=").count() <= 1, "the agent came back from its own identity");
+    assert!(
+        mesh.log("countersign-agent").matches("attested agent=").count() <= 1,
+        "the agent came back from its own identity"
+    );
     // All is as before: a new entry reaches the agent, and what was registered is still there.
-    let entries: serde_json::Value = serde_json::from_str(&run(&mut mesh.operator(&["entry", "show", "--output", "json"]))).unwrap();
-    assert!(entries.as_array().unwrap().iter().any(|e| e["spiffe_id"].as_str().unwrap().ends_with("/sa/server")), "{entries}");
+    let entries: serde_json::Value =
+        serde_json::from_str(&run(&mut mesh.operator(&["entry", "show", "--output", "json"]))).unwrap();
+    assert!(
+        entries.as_array().unwrap().iter().any(|e| e["spiffe_id"].as_str().unwrap().ends_with("/sa/server")),
+        "{entries}"
+    );
     assert_eq!(mesh.run("late", &["curl", "-sS", "http://server:9080/"]).trim(), r#"{"stars":[5,4]}"#);
     mesh.down();
 }
@@ -148,10 +180,30 @@ fn a_full_disk_refuses_changes_and_signs_on() {
     let _unmount = Unmount(data.clone());
     let server = Server::start(dir.path(), &["--svid-ttl", "20s", "--agent-svid-ttl", "1h"]);
     let (agent, parent) = server.agent();
-    server.json(&["entry", "create", "--spiffe-id", &format!("spiffe://{TD}/me"), "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    server.json(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &format!("spiffe://{TD}/me"),
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:0",
+    ]);
     wait_for("the SVID", Duration::from_secs(10), || agent.log().contains("SVID ready").then_some(()));
     sh(&format!("dd if=/dev/zero of={}/filler bs=4k 2>/dev/null || true", data.display()));
-    let create = |n: usize| outcome(&mut server.operator(&["entry", "create", "--spiffe-id", &format!("spiffe://{TD}/w{n}"), "--parent-id", &parent, "--selector", &format!("unix:uid:{n}")]));
+    let create = |n: usize| {
+        outcome(&mut server.operator(&[
+            "entry",
+            "create",
+            "--spiffe-id",
+            &format!("spiffe://{TD}/w{n}"),
+            "--parent-id",
+            &parent,
+            "--selector",
+            &format!("unix:uid:{n}"),
+        ]))
+    };
     let refused = wait_for("the disk to be full for SQLite too", Duration::from_secs(30), || {
         static N: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(1);
         let (code, said) = create(N.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
@@ -161,7 +213,8 @@ fn a_full_disk_refuses_changes_and_signs_on() {
     // Known entries are signed from memory.
     let before = server.audit().iter().filter(|l| l["kind"] == "x509_svid" && l["outcome"] == "signed").count();
     wait_for("a renewal on a full disk", Duration::from_secs(30), || {
-        (server.audit().iter().filter(|l| l["kind"] == "x509_svid" && l["outcome"] == "signed").count() > before).then_some(())
+        (server.audit().iter().filter(|l| l["kind"] == "x509_svid" && l["outcome"] == "signed").count() > before)
+            .then_some(())
     });
     let known = server.json(&["entry", "show"]).as_array().unwrap().len();
     std::fs::remove_file(data.join("filler")).unwrap();
@@ -181,7 +234,16 @@ fn a_deleted_socket_is_bound_again() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path(), &[]);
     let (agent, parent) = server.agent();
-    server.json(&["entry", "create", "--spiffe-id", &format!("spiffe://{TD}/me"), "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    server.json(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &format!("spiffe://{TD}/me"),
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:0",
+    ]);
     wait_for("the SVID", Duration::from_secs(10), || agent.log().contains("SVID ready").then_some(()));
     for socket in [server.agent_socket(), server.socket()] {
         std::fs::remove_file(&socket).unwrap();
@@ -200,7 +262,16 @@ fn an_agent_comes_back_without_a_new_token() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path(), &[]);
     let (agent, parent) = server.agent();
-    server.json(&["entry", "create", "--spiffe-id", &format!("spiffe://{TD}/me"), "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    server.json(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &format!("spiffe://{TD}/me"),
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:0",
+    ]);
     agent.kill();
     let mut args = server.agent_args("used up");
     let flag = args.iter().position(|a| a == "--join-token-file").unwrap();
@@ -236,7 +307,18 @@ fn a_clock_that_is_off_by_thirty_seconds_is_named() {
         });
         let log = dir.path().join(format!("{name}.log"));
         let shifted = Command::new("faketime")
-            .args(["-f", shift, COUNTERSIGN, "proxy", "--svid", &file(&own, "svid.pem"), "--key", &file(&own, "key.pem"), "--bundle", &format!("{TD}={}", file(&own, "bundle.pem"))])
+            .args([
+                "-f",
+                shift,
+                COUNTERSIGN,
+                "proxy",
+                "--svid",
+                &file(&own, "svid.pem"),
+                "--key",
+                &file(&own, "key.pem"),
+                "--bundle",
+                &format!("{TD}={}", file(&own, "bundle.pem")),
+            ])
             .args(["--inbound-listen", &format!("127.0.0.1:{inner}"), "--inbound-target", &format!("127.0.0.1:{echo}")])
             .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
             .stdout(Stdio::null())
@@ -251,10 +333,29 @@ fn a_clock_that_is_off_by_thirty_seconds_is_named() {
             }
         }
         let _shifted = Kill(shifted);
-        let _caller = Role::start(dir.path(), &format!("caller-{name}"), &["proxy", "--svid", &file(&fresh, "svid.pem"), "--key", &file(&fresh, "key.pem"), "--bundle",
-            &format!("{TD}={}", file(&caller, "bundle.pem")), "--outbound-listen", &format!("127.0.0.1:{outer}"), "--outbound-target", &format!("127.0.0.1:{inner}"),
-            "--outbound-expect", "spiffe://test.local/server"].map(str::to_owned));
-        wait_for("the shifted sidecar", Duration::from_secs(10), || std::net::TcpStream::connect(("127.0.0.1", inner)).ok());
+        let _caller = Role::start(
+            dir.path(),
+            &format!("caller-{name}"),
+            &[
+                "proxy",
+                "--svid",
+                &file(&fresh, "svid.pem"),
+                "--key",
+                &file(&fresh, "key.pem"),
+                "--bundle",
+                &format!("{TD}={}", file(&caller, "bundle.pem")),
+                "--outbound-listen",
+                &format!("127.0.0.1:{outer}"),
+                "--outbound-target",
+                &format!("127.0.0.1:{inner}"),
+                "--outbound-expect",
+                "spiffe://test.local/server",
+            ]
+            .map(str::to_owned),
+        );
+        wait_for("the shifted sidecar", Duration::from_secs(10), || {
+            std::net::TcpStream::connect(("127.0.0.1", inner)).ok()
+        });
         let mut text = String::new();
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", outer)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
@@ -265,7 +366,12 @@ fn a_clock_that_is_off_by_thirty_seconds_is_named() {
     assert_eq!(call("thirty-ahead", "+30s").0.unwrap(), "hello");
     let (got, log) = call("thirty-behind", "-30s");
     assert!(got.is_err());
-    assert!(log.contains("code=\"not_yet_valid\"") && log.contains("is not valid before") && log.contains("check both clocks"), "{log}");
+    assert!(
+        log.contains("code=\"not_yet_valid\"")
+            && log.contains("is not valid before")
+            && log.contains("check both clocks"),
+        "{log}"
+    );
 }
 
 #[test]
@@ -277,10 +383,18 @@ fn a_revoked_authority_takes_its_connections_with_it() {
     sh(&format!("chmod 755 {}", folder.path().display()));
     let script = folder.path().join("server.py");
     std::fs::write(&script, "import socket\ns = socket.create_server(('', 7000))\nkeep = []\nwhile True:\n c, _ = s.accept(); c.sendall(b'hello'); keep.append(c)\n").unwrap();
-    let mesh = Mesh::up("revoke", &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {}]\n", script.display()));
+    let mesh = Mesh::up(
+        "revoke",
+        &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {}]\n", script.display()),
+    );
     mesh.wait_for_port("server", 7000);
     let client = "import socket,time\nc = socket.create_connection(('server', 7000)); assert c.recv(5) == b'hello'; print('connected', flush=True); t = time.time()\ntry: print('end', c.recv(1))\nexcept ConnectionResetError: print('reset')";
-    let mut child = mesh.join("client", &[], &["/usr/bin/python3", "-c", client]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = mesh
+        .join("client", &[], &["/usr/bin/python3", "-c", client])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     std::io::BufRead::read_line(&mut out, &mut line).unwrap();
@@ -294,7 +408,10 @@ fn a_revoked_authority_takes_its_connections_with_it() {
     authority(&["activate"]);
     authority(&["taint", "--id", &first]);
     wait_for("all to hold SVIDs of the new one", Duration::from_secs(20), || {
-        ["server", "client"].iter().all(|w| mesh.status(w)["facts"]["identity rotations"].as_str().unwrap().parse::<u32>().unwrap() >= 3).then_some(())
+        ["server", "client"]
+            .iter()
+            .all(|w| mesh.status(w)["facts"]["identity rotations"].as_str().unwrap().parse::<u32>().unwrap() >= 3)
+            .then_some(())
     });
     assert!(child.try_wait().unwrap().is_none(), "so far the connection lives");
     authority(&["revoke", "--id", &first]);
@@ -317,8 +434,15 @@ fn a_killed_up_leaves_no_process_and_the_next_one_tidies_up() {
     std::fs::write(&file, format!("name: {name}\nworkloads:\n  - name: a\n    command: [sleep, '1000']\n")).unwrap();
     let up = || {
         let out = folder.path().join("out");
-        let child = countersign(&["up", "--plain"]).arg(&file).stdout(std::fs::File::create(&out).unwrap()).stderr(Stdio::null()).spawn().unwrap();
-        wait_for("the mesh", Duration::from_secs(30), || std::fs::read_to_string(&out).unwrap().contains(" is up; ").then_some(()));
+        let child = countersign(&["up", "--plain"])
+            .arg(&file)
+            .stdout(std::fs::File::create(&out).unwrap())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for("the mesh", Duration::from_secs(30), || {
+            std::fs::read_to_string(&out).unwrap().contains(" is up; ").then_some(())
+        });
         child
     };
     let (code, said) = {
@@ -329,7 +453,12 @@ fn a_killed_up_leaves_no_process_and_the_next_one_tidies_up() {
         second
     };
     assert_eq!(code, 2);
-    assert!(said.contains(&format!("a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`")), "{said}");
+    assert!(
+        said.contains(&format!(
+            "a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"
+        )),
+        "{said}"
+    );
     let dir = format!("/run/countersign/up/{name}/");
     wait_for("its processes to die with it", Duration::from_secs(10), || {
         let alive = Command::new("pgrep").args(["-f", &dir]).output().unwrap();

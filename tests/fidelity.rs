@@ -14,7 +14,8 @@ fn talk(test: &str, server: &str, client: &str) -> String {
     };
     crate::support::sh(&format!("chmod 755 {}", folder.path().display()));
     let (server, client) = (write("server.py", server), write("client.py", client));
-    let mesh = Mesh::up(test, &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {server}]\n"));
+    let mesh =
+        Mesh::up(test, &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {server}]\n"));
     mesh.wait_for_port("server", 7000);
     let said = mesh.run("client", &["/usr/bin/python3", &client]);
     let log = mesh.log("server");
@@ -22,7 +23,7 @@ fn talk(test: &str, server: &str, client: &str) -> String {
     format!("{said}{log}")
 }
 
-const PRELUDE: &str = r#"
+const PRELUDE: &str = r"
 import hashlib, os, resource, socket, struct, sys, threading, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 def listen(backlog=1024):
@@ -40,7 +41,7 @@ def reset(c):
     c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); c.close()
 def say(*words):
     print(*words, flush=True)
-"#;
+";
 
 fn python(test: &str, server: &str, client: &str) -> Option<String> {
     able(&["python3"]).then(|| talk(test, server, client))
@@ -75,7 +76,13 @@ fn netcat_half_closes_in_both_directions() {
     let folder = tempfile::tempdir().unwrap();
     crate::support::sh(&format!("chmod 777 {}", folder.path().display()));
     let out = folder.path().join("out");
-    let mesh = Mesh::up("nc", &format!("  - name: server\n    ports: [7000]\n    env: {{OUT: {}}}\n    command: [sh, -c, '{serve}']\n", out.display()));
+    let mesh = Mesh::up(
+        "nc",
+        &format!(
+            "  - name: server\n    ports: [7000]\n    env: {{OUT: {}}}\n    command: [sh, -c, '{serve}']\n",
+            out.display()
+        ),
+    );
     mesh.wait_for_port("server", 7000);
     let heard = mesh.shell("client", "echo from the client | nc -N server 7000");
     assert_eq!(heard, "from the server\n");
@@ -98,10 +105,20 @@ def both(c, seed):
     got, n = read_all(c); t.join()
     return h.hexdigest(), got, n
 ";
-    let server = format!("{both}\ns = listen()\nwhile True:\n c, _ = s.accept()\n sent, got, n = both(c, b'server')\n say('server', sent, got, n); c.close()");
-    let client = format!("{both}\nc = dial()\nsent, got, n = both(c, b'client')\nsay('client', sent, got, n); time.sleep(1)");
+    let server = format!(
+        "{both}\ns = listen()\nwhile True:\n c, _ = s.accept()\n sent, got, n = both(c, b'server')\n say('server', sent, got, n); c.close()"
+    );
+    let client =
+        format!("{both}\nc = dial()\nsent, got, n = both(c, b'client')\nsay('client', sent, got, n); time.sleep(1)");
     if let Some(said) = python("updown", &server, &client) {
-        let line = |who: &str| said.lines().find(|l| l.starts_with(who)).unwrap_or_else(|| panic!("{said}")).split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let line = |who: &str| {
+            said.lines()
+                .find(|l| l.starts_with(who))
+                .unwrap_or_else(|| panic!("{said}"))
+                .split(' ')
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
         let (server, client) = (line("server"), line("client"));
         assert_eq!((&server[1], &server[2]), (&client[2], &client[1]), "each got what the other sent");
         assert_eq!((server[3].as_str(), client[3].as_str()), ("104857600", "104857600"));
@@ -141,7 +158,8 @@ say('all', len(all))
 
 #[test]
 fn a_reset_by_the_server_is_a_reset_at_the_client() {
-    let server = "s = listen()\nwhile True:\n c, _ = s.accept()\n c.recv(10); c.sendall(b'part'); time.sleep(0.3); reset(c)";
+    let server =
+        "s = listen()\nwhile True:\n c, _ = s.accept()\n c.recv(10); c.sendall(b'part'); time.sleep(0.3); reset(c)";
     let client = "c = dial(); c.sendall(b'hello')\nassert c.recv(4) == b'part'\ntry:\n b = c.recv(1); say('clean end', b)\nexcept ConnectionResetError: say('reset')";
     if let Some(said) = python("reset-server", server, client) {
         assert!(said.contains("reset"), "{said}");
@@ -169,23 +187,41 @@ fn a_sidecar_that_is_killed_looks_like_a_reset_never_like_an_end() {
         std::fs::write(&path, format!("{PRELUDE}\n{script}")).unwrap();
         path.display().to_string()
     };
-    let server = write("server.py", "s = listen()\nwhile True:\n c, _ = s.accept()\n c.sendall(b'part')\n try: say('server end', read_all(c))\n except ConnectionResetError: say('server reset')");
-    let client = write("client.py", "c = dial(); assert c.recv(4) == b'part'; open(sys.argv[1], 'w').close()\ntry: say('clean end', c.recv(1))\nexcept ConnectionResetError: say('reset')");
-    let mesh = Mesh::up("killed", &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {server}]\n"));
+    let server = write(
+        "server.py",
+        "s = listen()\nwhile True:\n c, _ = s.accept()\n c.sendall(b'part')\n try: say('server end', read_all(c))\n except ConnectionResetError: say('server reset')",
+    );
+    let client = write(
+        "client.py",
+        "c = dial(); assert c.recv(4) == b'part'; open(sys.argv[1], 'w').close()\ntry: say('clean end', c.recv(1))\nexcept ConnectionResetError: say('reset')",
+    );
+    let mesh = Mesh::up(
+        "killed",
+        &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {server}]\n"),
+    );
     mesh.wait_for_port("server", 7000);
     let flag = mesh.folder().join("connected");
     crate::support::sh(&format!("chmod 777 {}", mesh.folder().display()));
-    let child = mesh.join("client", &[], &["/usr/bin/python3", &client, &flag.display().to_string()]).stdout(std::process::Stdio::piped()).spawn().unwrap();
-    crate::support::wait_for("the client to connect", std::time::Duration::from_secs(20), || Path::new(&flag).exists().then_some(()));
+    let child = mesh
+        .join("client", &[], &["/usr/bin/python3", &client, &flag.display().to_string()])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    crate::support::wait_for("the client to connect", std::time::Duration::from_secs(20), || {
+        Path::new(&flag).exists().then_some(())
+    });
     // The server's sidecar dies: nobody announces the end of the TLS stream.
     let pid = mesh.process("sidecars/server/admin.sock");
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "reset\n");
-    crate::support::wait_for("the server to see it", std::time::Duration::from_secs(10), || mesh.log("server").contains("server reset").then_some(()));
-    let log = crate::support::wait_for("the client's sidecar to say how it ended", std::time::Duration::from_secs(5), || {
-        std::fs::read_to_string(mesh.folder().join("logs/client.sidecar.log")).ok()
+    crate::support::wait_for("the server to see it", std::time::Duration::from_secs(10), || {
+        mesh.log("server").contains("server reset").then_some(())
     });
+    let log =
+        crate::support::wait_for("the client's sidecar to say how it ended", std::time::Duration::from_secs(5), || {
+            std::fs::read_to_string(mesh.folder().join("logs/client.sidecar.log")).ok()
+        });
     assert!(!log.contains("panic"), "{log}");
     mesh.down();
 }

@@ -21,7 +21,10 @@ pub fn http_get(port: u16, path: &str) -> Option<String> {
 fn names(page: &str) -> BTreeSet<String> {
     // "# TYPE name kind": counters get `_total` behind their name.
     let types = page.lines().filter_map(|l| l.strip_prefix("# TYPE "));
-    types.filter_map(|l| l.split_once(' ')).map(|(name, kind)| if kind == "counter" { format!("{name}_total") } else { name.to_owned() }).collect()
+    types
+        .filter_map(|l| l.split_once(' '))
+        .map(|(name, kind)| if kind == "counter" { format!("{name}_total") } else { name.to_owned() })
+        .collect()
 }
 
 #[test]
@@ -38,26 +41,49 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
     let _agent = Role::start(dir.path(), "agent", &args);
     let minted = server.mint("/a", "a", &[]);
     let file = |n: &str| minted.join(n).display().to_string();
-    let proxy = ["proxy", "--svid", &file("svid.pem"), "--key", &file("key.pem"), "--bundle", &format!("test.local={}", file("bundle.pem")),
-        "--inbound-listen", &format!("127.0.0.1:{}", free_port()), "--inbound-target", "127.0.0.1:9", "--http", &at(2)];
+    let proxy = [
+        "proxy",
+        "--svid",
+        &file("svid.pem"),
+        "--key",
+        &file("key.pem"),
+        "--bundle",
+        &format!("test.local={}", file("bundle.pem")),
+        "--inbound-listen",
+        &format!("127.0.0.1:{}", free_port()),
+        "--inbound-target",
+        "127.0.0.1:9",
+        "--http",
+        &at(2),
+    ];
     let _proxy = Role::start(dir.path(), "proxy", &proxy.map(str::to_owned));
     let mut served = BTreeSet::new();
     for port in ports {
-        let page = wait_for("the metrics", Duration::from_secs(10), || http_get(port, "/metrics").filter(|p| p.starts_with("HTTP/1.1 200")));
+        let page = wait_for("the metrics", Duration::from_secs(10), || {
+            http_get(port, "/metrics").filter(|p| p.starts_with("HTTP/1.1 200"))
+        });
         assert!(page.contains("openmetrics-text") && page.trim_end().ends_with("# EOF"), "{page}");
         served.extend(names(&page));
         assert!(http_get(port, "/live").unwrap().starts_with("HTTP/1.1 200"));
-        wait_for("readiness", Duration::from_secs(10), || http_get(port, "/ready").filter(|p| p.starts_with("HTTP/1.1 200")));
+        wait_for("readiness", Duration::from_secs(10), || {
+            http_get(port, "/ready").filter(|p| p.starts_with("HTTP/1.1 200"))
+        });
         assert!(http_get(port, "/other").unwrap().starts_with("HTTP/1.1 404"));
     }
     let docs = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/metrics.md")).unwrap();
-    let documented: BTreeSet<String> = docs.lines().filter_map(|l| l.strip_prefix("| `countersign_")?.split_once('`')).map(|(n, _)| format!("countersign_{n}")).collect();
+    let documented: BTreeSet<String> = docs
+        .lines()
+        .filter_map(|l| l.strip_prefix("| `countersign_")?.split_once('`'))
+        .map(|(n, _)| format!("countersign_{n}"))
+        .collect();
     let unknown: Vec<_> = served.difference(&documented).collect();
     assert!(unknown.is_empty(), "not documented: {unknown:?}");
     // A family shows once it has a value; that the others exist is read from where they are registered.
-    let sources = ["server/src/metrics.rs", "agent/src/metrics.rs", "proxy/src/telemetry.rs"].map(|f| std::fs::read_to_string(format!("{}/../{f}", env!("CARGO_MANIFEST_DIR"))).unwrap());
+    let sources = ["server/src/metrics.rs", "agent/src/metrics.rs", "proxy/src/telemetry.rs"]
+        .map(|f| std::fs::read_to_string(format!("{}/../{f}", env!("CARGO_MANIFEST_DIR"))).unwrap());
     for name in &documented {
-        let role = ["server", "agent", "proxy"].iter().position(|r| name.starts_with(&format!("countersign_{r}_"))).unwrap();
+        let role =
+            ["server", "agent", "proxy"].iter().position(|r| name.starts_with(&format!("countersign_{r}_"))).unwrap();
         let own = name.splitn(3, '_').nth(2).unwrap().trim_end_matches("_total");
         assert!(sources[role].contains(&format!("\"{own}\"")), "{name} does not exist");
     }

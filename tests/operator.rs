@@ -14,15 +14,46 @@ fn entries_are_created_shown_updated_and_deleted() {
     let server = Server::start(dir.path(), &[]);
     let parent = format!("spiffe://{TD}/node");
     let id = format!("spiffe://{TD}/web");
-    let created = server.json(&["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unix:uid:1", "--selector", "unix:gid:1", "--x509-svid-ttl", "5m"]);
+    let created = server.json(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &id,
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:1",
+        "--selector",
+        "unix:gid:1",
+        "--x509-svid-ttl",
+        "5m",
+    ]);
     let entry = created[0]["id"].as_str().unwrap().to_owned();
     assert_eq!(created[0]["selectors"], serde_json::json!(["unix:gid:1", "unix:uid:1"]));
-    let (code, said) = outcome(&mut server.operator(&["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unix:uid:1", "--selector", "unix:gid:1"]));
+    let (code, said) = outcome(&mut server.operator(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &id,
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:1",
+        "--selector",
+        "unix:gid:1",
+    ]));
     assert_eq!((code, said.contains("an entry with this SPIFFE ID, parent and selectors exists")), (1, true), "{said}");
     assert_eq!(server.json(&["entry", "show", "--spiffe-id", &id])[0]["x509_svid_ttl_seconds"], 300);
-    assert_eq!(server.json(&["entry", "show", "--selector", "unix:uid:1"]), serde_json::json!([]), "selectors match exactly");
+    assert_eq!(
+        server.json(&["entry", "show", "--selector", "unix:uid:1"]),
+        serde_json::json!([]),
+        "selectors match exactly"
+    );
     let updated = server.json(&["entry", "update", "--id", &entry, "--dns-name", "web.local"]);
-    assert_eq!((&updated[0]["dns_names"], &updated[0]["revision"], &updated[0]["spiffe_id"]), (&serde_json::json!(["web.local"]), &1.into(), &id.clone().into()));
+    assert_eq!(
+        (&updated[0]["dns_names"], &updated[0]["revision"], &updated[0]["spiffe_id"]),
+        (&serde_json::json!(["web.local"]), &1.into(), &id.clone().into())
+    );
     let table = run(&mut server.operator(&["entry", "show"]));
     assert!(table.starts_with("ID") && table.contains(&id), "{table}");
     assert_eq!(server.json(&["entry", "delete", "--id", &entry])["deleted"][0], entry.as_str());
@@ -39,25 +70,81 @@ fn wrong_input_gets_one_line_and_exit_code_2() {
     let server = Server::start(dir.path(), &[]);
     let parent = format!("spiffe://{TD}/node");
     for (args, code, expected) in [
-        (vec!["entry", "create", "--spiffe-id", "web", "--parent-id", &parent, "--selector", "unix:uid:1"], 2, "--spiffe-id: `web` is not a SPIFFE ID"),
-        (vec!["entry", "create", "--spiffe-id", "spiffe://test.local/a", "--parent-id", &parent, "--selector", "uid"], 2, "--selector: `uid` is not a selector"),
-        (vec!["entry", "create", "--spiffe-id", "spiffe://other/a", "--parent-id", &parent, "--selector", "unix:uid:1"], 1, "`spiffe://other/a` is not in this server's trust domain `test.local`"),
-        (vec!["entry", "create", "--spiffe-id", "spiffe://test.local/spire/server", "--parent-id", &parent, "--selector", "unix:uid:1"], 1, "lies under `/spire`, which is kept for servers and agents"),
-        (vec!["entry", "create", "--spiffe-id", "spiffe://test.local/a", "--parent-id", &parent], 1, "has no selectors"),
+        (
+            vec!["entry", "create", "--spiffe-id", "web", "--parent-id", &parent, "--selector", "unix:uid:1"],
+            2,
+            "--spiffe-id: `web` is not a SPIFFE ID",
+        ),
+        (
+            vec![
+                "entry",
+                "create",
+                "--spiffe-id",
+                "spiffe://test.local/a",
+                "--parent-id",
+                &parent,
+                "--selector",
+                "uid",
+            ],
+            2,
+            "--selector: `uid` is not a selector",
+        ),
+        (
+            vec![
+                "entry",
+                "create",
+                "--spiffe-id",
+                "spiffe://other/a",
+                "--parent-id",
+                &parent,
+                "--selector",
+                "unix:uid:1",
+            ],
+            1,
+            "`spiffe://other/a` is not in this server's trust domain `test.local`",
+        ),
+        (
+            vec![
+                "entry",
+                "create",
+                "--spiffe-id",
+                "spiffe://test.local/spire/server",
+                "--parent-id",
+                &parent,
+                "--selector",
+                "unix:uid:1",
+            ],
+            1,
+            "lies under `/spire`, which is kept for servers and agents",
+        ),
+        (
+            vec!["entry", "create", "--spiffe-id", "spiffe://test.local/a", "--parent-id", &parent],
+            1,
+            "has no selectors",
+        ),
         (vec!["entry", "show", "--id", "nope"], 1, "there is no entry `nope`"),
         (vec!["node", "ban", "--spiffe-id", "spiffe://test.local/spire/agent/x/y"], 1, "there is no agent"),
         (vec!["authority", "activate"], 1, "no authority is prepared; run `countersign authority prepare` first"),
         (vec!["authority", "taint", "--id", "00"], 1, "there is no authority `00`"),
-        (vec!["mint", "x509", "--spiffe-id", "spiffe://test.local/a", "--write", "/no/such/folder"], 2, "--write: /no/such/folder is no folder"),
+        (
+            vec!["mint", "x509", "--spiffe-id", "spiffe://test.local/a", "--write", "/no/such/folder"],
+            2,
+            "--write: /no/such/folder is no folder",
+        ),
         (vec!["mint", "x509", "--spiffe-id", "spiffe://test.local/spire/server"], 1, "cannot be minted"),
-        (vec!["bundle", "set", "--trust-domain", "other.local", "--path", "/etc/hostname"], 2, "--path: /etc/hostname: no `-----BEGIN CERTIFICATE-----` block found"),
+        (
+            vec!["bundle", "set", "--trust-domain", "other.local", "--path", "/etc/hostname"],
+            2,
+            "--path: /etc/hostname: no `-----BEGIN CERTIFICATE-----` block found",
+        ),
         (vec!["bundle", "show", "--trust-domain", "other.local"], 1, "no bundle of `other.local` is here"),
     ] {
         let (got, said) = outcome(server.operator(&args).current_dir(dir.path()));
         assert_eq!(got, code, "{args:?}: {said}");
         assert!(said.contains(expected) && said.trim().lines().count() == 1, "{args:?}: {said}");
     }
-    let (code, said) = outcome(countersign(&["status", "--socket", "/no/such.sock"]).env_remove("COUNTERSIGN_SERVER_SOCKET"));
+    let (code, said) =
+        outcome(countersign(&["status", "--socket", "/no/such.sock"]).env_remove("COUNTERSIGN_SERVER_SOCKET"));
     assert_eq!((code, said.contains("no role listens at /no/such.sock")), (1, true), "{said}");
 }
 
@@ -70,12 +157,19 @@ fn nodes_are_listed_evicted_and_banned_and_tokens_work_once() {
     let server = Server::start(dir.path(), &[]);
     let (agent, id) = server.agent();
     let nodes = server.json(&["node", "list"]);
-    assert_eq!((&nodes[0]["spiffe_id"], &nodes[0]["attestation_type"], &nodes[0]["banned"]), (&id.clone().into(), &"join_token".into(), &false.into()));
+    assert_eq!(
+        (&nodes[0]["spiffe_id"], &nodes[0]["attestation_type"], &nodes[0]["banned"]),
+        (&id.clone().into(), &"join_token".into(), &false.into())
+    );
     run(&mut server.operator(&["node", "evict", "--spiffe-id", &id]));
-    wait_for("the agent to notice", Duration::from_secs(10), || agent.log().contains("asks this agent to attest again").then_some(()));
+    wait_for("the agent to notice", Duration::from_secs(10), || {
+        agent.log().contains("asks this agent to attest again").then_some(())
+    });
     assert_eq!(server.json(&["node", "list"]), serde_json::json!([]));
     // Its token was used up: it cannot come back with it.
-    wait_for("the refusal", Duration::from_secs(10), || agent.log().contains("join token is unknown, already used, or expired").then_some(()));
+    wait_for("the refusal", Duration::from_secs(10), || {
+        agent.log().contains("join token is unknown, already used, or expired").then_some(())
+    });
 }
 
 #[test]
@@ -86,7 +180,16 @@ fn authorities_are_prepared_activated_tainted_and_revoked() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path(), &[]);
     let (agent, parent) = server.agent();
-    server.json(&["entry", "create", "--spiffe-id", &format!("spiffe://{TD}/me"), "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    server.json(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &format!("spiffe://{TD}/me"),
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:0",
+    ]);
     let socket = server.agent_socket().display().to_string();
     let serial = || {
         let said = run(&mut countersign(&["x509", "fetch", "--output", "json", "--socket", &socket]));
@@ -96,7 +199,11 @@ fn authorities_are_prepared_activated_tainted_and_revoked() {
     let before = serial();
     let first = server.json(&["authority", "show"])["active"]["id"].as_str().unwrap().to_owned();
     let prepared = server.json(&["authority", "prepare"])["prepared"]["id"].as_str().unwrap().to_owned();
-    assert_eq!(server.json(&["bundle", "show"])["authorities"].as_array().unwrap().len(), 2, "published before first use");
+    assert_eq!(
+        server.json(&["bundle", "show"])["authorities"].as_array().unwrap().len(),
+        2,
+        "published before first use"
+    );
     assert_eq!(server.json(&["authority", "activate"])["active"]["id"], prepared.as_str());
     assert_eq!(server.json(&["authority", "show"])["old"]["id"], first.as_str());
     assert_eq!(serial(), before, "an old authority's SVIDs live on");
@@ -147,20 +254,30 @@ fn an_agent_attests_with_a_certificate_too_and_again_after_an_eviction() {
     }
     let agent = Role::start(dir.path(), "agent", &args);
     let listed = || server.json(&["node", "list"]);
-    let nodes = wait_for("the agent", Duration::from_secs(20), || Some(listed()).filter(|n| n[0]["spiffe_id"].is_string()));
-    let fingerprint = crate::support::sh(&format!("openssl x509 -in {at}/node.crt -noout -fingerprint -sha1 | cut -d= -f2 | tr -d : | tr A-F a-f"));
+    let nodes =
+        wait_for("the agent", Duration::from_secs(20), || Some(listed()).filter(|n| n[0]["spiffe_id"].is_string()));
+    let fingerprint = crate::support::sh(&format!(
+        "openssl x509 -in {at}/node.crt -noout -fingerprint -sha1 | cut -d= -f2 | tr -d : | tr A-F a-f"
+    ));
     let id = format!("spiffe://{TD}/spire/agent/x509pop/{}", fingerprint.trim());
     assert_eq!((&nodes[0]["spiffe_id"], &nodes[0]["can_reattest"]), (&id.clone().into(), &true.into()));
     let serial = nodes[0]["serial"].clone();
     run(&mut server.operator(&["node", "evict", "--spiffe-id", &id]));
-    wait_for("it to be back by itself", Duration::from_secs(20), || Some(listed()).filter(|n| n[0]["serial"].is_string() && n[0]["serial"] != serial));
+    wait_for("it to be back by itself", Duration::from_secs(20), || {
+        Some(listed()).filter(|n| n[0]["serial"].is_string() && n[0]["serial"] != serial)
+    });
     run(&mut server.operator(&["node", "ban", "--spiffe-id", &id]));
-    wait_for("the ban to arrive", Duration::from_secs(20), || agent.log().contains("this agent is banned").then_some(()));
-    let (_, said) = outcome(&mut countersign(&["x509", "fetch", "--socket", &server.agent_socket().display().to_string()]));
+    wait_for("the ban to arrive", Duration::from_secs(20), || {
+        agent.log().contains("this agent is banned").then_some(())
+    });
+    let (_, said) =
+        outcome(&mut countersign(&["x509", "fetch", "--socket", &server.agent_socket().display().to_string()]));
     assert!(said.contains("no identity issued"), "a banned agent's workloads have no identity: {said}");
     assert_eq!(listed()[0]["banned"], true);
     // Banned stays banned, good certificate or not.
-    wait_for("its attestation to be refused", Duration::from_secs(20), || agent.log().contains("is banned").then_some(()));
+    wait_for("its attestation to be refused", Duration::from_secs(20), || {
+        agent.log().contains("is banned").then_some(())
+    });
 }
 
 #[test]
@@ -171,7 +288,11 @@ fn status_shows_each_role_and_completion_each_shell() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path(), &[]);
     let (_agent, id) = server.agent();
-    let status: serde_json::Value = serde_json::from_str(&run(server.operator(&["status", "--output", "json"]).arg("--socket").arg(server.socket()))).unwrap();
+    let status: serde_json::Value = serde_json::from_str(&run(server
+        .operator(&["status", "--output", "json"])
+        .arg("--socket")
+        .arg(server.socket())))
+    .unwrap();
     assert_eq!((&status["role"], &status["facts"]["agents"]), (&"server".into(), &"1".into()));
     let agent = run(countersign(&["status", "--socket"]).arg(server.agent_socket()));
     assert!(agent.contains("role") && agent.contains("agent") && agent.contains(&id), "{agent}");
@@ -179,7 +300,23 @@ fn status_shows_each_role_and_completion_each_shell() {
         assert!(run(&mut countersign(&["completion", shell])).contains("countersign"), "{shell}");
     }
     let help = run(&mut countersign(&["--help"]));
-    for command in ["up", "run", "server", "agent", "proxy", "redirect", "entry", "node", "token", "bundle", "authority", "mint", "x509", "status", "completion"] {
+    for command in [
+        "up",
+        "run",
+        "server",
+        "agent",
+        "proxy",
+        "redirect",
+        "entry",
+        "node",
+        "token",
+        "bundle",
+        "authority",
+        "mint",
+        "x509",
+        "status",
+        "completion",
+    ] {
         assert!(help.lines().any(|l| l.trim_start().starts_with(command)), "{command} is not in the help");
     }
 }

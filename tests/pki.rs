@@ -22,7 +22,14 @@ fn upstream(dir: &Path, pathlen: &str) {
 
 fn upstream_flags(dir: &Path) -> [String; 6] {
     let place = |n: &str| dir.join(n).display().to_string();
-    ["--upstream-cert".into(), place("inter.crt"), "--upstream-key".into(), place("inter.key"), "--upstream-bundle".into(), place("root.crt")]
+    [
+        "--upstream-cert".into(),
+        place("inter.crt"),
+        "--upstream-key".into(),
+        place("inter.key"),
+        "--upstream-bundle".into(),
+        place("root.crt"),
+    ]
 }
 
 #[test]
@@ -37,9 +44,13 @@ fn openssl_verifies_a_leaf_up_to_the_upstream_root() {
     let minted = server.mint("/ns/default/sa/web", "web", &["--ttl", "10m"]);
     let at = minted.display();
     // svid.pem: the leaf, our CA, the issuing CA. The root is in no chain, only in the bundle.
-    let said = sh(&format!("cd {at} && openssl verify -x509_strict -purpose sslserver -CAfile ../root.crt -untrusted svid.pem svid.pem && openssl verify -purpose sslclient -CAfile bundle.pem -untrusted svid.pem svid.pem"));
+    let said = sh(&format!(
+        "cd {at} && openssl verify -x509_strict -purpose sslserver -CAfile ../root.crt -untrusted svid.pem svid.pem && openssl verify -purpose sslclient -CAfile bundle.pem -untrusted svid.pem svid.pem"
+    ));
     assert_eq!(said, "svid.pem: OK\nsvid.pem: OK\n");
-    let roots = sh(&format!("openssl x509 -in {at}/bundle.pem -noout -subject; grep -c BEGIN {at}/bundle.pem; grep -c BEGIN {at}/svid.pem"));
+    let roots = sh(&format!(
+        "openssl x509 -in {at}/bundle.pem -noout -subject; grep -c BEGIN {at}/bundle.pem; grep -c BEGIN {at}/svid.pem"
+    ));
     assert_eq!(roots.lines().skip(1).collect::<Vec<_>>(), ["1", "3"]);
     assert!(roots.contains("Corp Root"), "{roots}");
 }
@@ -54,9 +65,11 @@ fn an_issued_leafs_every_extension_is_as_documented() {
     let minted = server.mint("/ns/default/sa/web", "web", &["--ttl", "10m"]);
     let text = run(Command::new("openssl").args(["x509", "-noout", "-text", "-in"]).arg(minted.join("svid.pem")));
     let lines: Vec<&str> = text.lines().map(str::trim).collect();
-    let after = |head: &str| lines[lines.iter().position(|l| *l == head).unwrap_or_else(|| panic!("no `{head}` in {text}")) + 1];
+    let after = |head: &str| {
+        lines[lines.iter().position(|l| *l == head).unwrap_or_else(|| panic!("no `{head}` in {text}")) + 1]
+    };
     assert!(text.contains("Version: 3 (0x2)"));
-    assert!(lines.iter().any(|l| *l == "Subject: C = US, O = Countersign"));
+    assert!(lines.contains(&"Subject: C = US, O = Countersign"));
     assert_eq!(after("X509v3 Subject Alternative Name:"), format!("URI:spiffe://{TD}/ns/default/sa/web"));
     assert_eq!(after("X509v3 Key Usage: critical"), "Digital Signature, Key Encipherment, Key Agreement");
     assert_eq!(after("X509v3 Extended Key Usage:"), "TLS Web Server Authentication, TLS Web Client Authentication");
@@ -66,11 +79,18 @@ fn an_issued_leafs_every_extension_is_as_documented() {
     assert!(!after("X509v3 Subject Key Identifier:").is_empty());
     let extensions = text.matches("X509v3").count();
     assert_eq!(extensions, 7, "six extensions under one head: {text}");
-    let dates = run(Command::new("openssl").args(["x509", "-noout", "-startdate", "-enddate", "-in"]).arg(minted.join("svid.pem")));
-    let seconds: Vec<i64> = dates.lines().map(|l| sh(&format!("date -d '{}' +%s", l.split_once('=').unwrap().1)).trim().parse().unwrap()).collect();
+    let dates = run(Command::new("openssl")
+        .args(["x509", "-noout", "-startdate", "-enddate", "-in"])
+        .arg(minted.join("svid.pem")));
+    let seconds: Vec<i64> = dates
+        .lines()
+        .map(|l| sh(&format!("date -d '{}' +%s", l.split_once('=').unwrap().1)).trim().parse().unwrap())
+        .collect();
     assert_eq!(seconds[1] - seconds[0], 610, "ten minutes, and ten seconds of backdating");
     let ca = run(Command::new("openssl").args(["x509", "-noout", "-text", "-in"]).arg(minted.join("bundle.pem")));
-    for expected in [format!("URI:spiffe://{TD}"), "CA:TRUE".into(), "Certificate Sign, CRL Sign".into(), "serialNumber = ".into()] {
+    for expected in
+        [format!("URI:spiffe://{TD}"), "CA:TRUE".into(), "Certificate Sign, CRL Sign".into(), "serialNumber = ".into()]
+    {
         assert!(ca.contains(&expected), "no `{expected}` in {ca}");
     }
 }
@@ -84,7 +104,17 @@ fn path_length_problems_are_explained_when_loading() {
     upstream(dir.path(), ",pathlen:0");
     let flags = upstream_flags(dir.path());
     let place = |n: &str| dir.path().join(n).display().to_string();
-    let mut server = countersign(&["server", "--trust-domain", TD, "--bind", "127.0.0.1:0", "--socket", &place("s.sock"), "--data-dir", &place("data")]);
+    let mut server = countersign(&[
+        "server",
+        "--trust-domain",
+        TD,
+        "--bind",
+        "127.0.0.1:0",
+        "--socket",
+        &place("s.sock"),
+        "--data-dir",
+        &place("data"),
+    ]);
     let (code, said) = outcome(server.args(&flags));
     assert_eq!(code, 2);
     assert!(said.contains("path length: `O=Corp, CN=Corp Issuing` allows 0 CA certificates below it, and Countersign's own CA needs 1; issue it again with pathlen:1"), "{said}");
@@ -98,12 +128,26 @@ fn one_svid_can_be_followed_by_serial_from_issue_to_replacement() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::start(dir.path(), &["--svid-ttl", "20s", "--agent-svid-ttl", "1h"]);
     let (_agent, parent) = server.agent();
-    let entry = server.json(&["entry", "create", "--spiffe-id", &format!("spiffe://{TD}/me"), "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    let entry = server.json(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &format!("spiffe://{TD}/me"),
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:0",
+    ]);
     let id = entry[0]["id"].as_str().unwrap().to_owned();
     let of_entry = || server.audit().into_iter().filter(|l| l["entry_id"] == id.as_str()).collect::<Vec<_>>();
-    let two = crate::support::wait_for("a renewal", std::time::Duration::from_secs(30), || Some(of_entry()).filter(|l| l.len() >= 2));
+    let two = crate::support::wait_for("a renewal", std::time::Duration::from_secs(30), || {
+        Some(of_entry()).filter(|l| l.len() >= 2)
+    });
     for line in &two {
-        assert_eq!((&line["outcome"], &line["kind"], line["caller"].as_str().unwrap()), (&"signed".into(), &"x509_svid".into(), parent.as_str()));
+        assert_eq!(
+            (&line["outcome"], &line["kind"], line["caller"].as_str().unwrap()),
+            (&"signed".into(), &"x509_svid".into(), parent.as_str())
+        );
         assert_eq!(line["spiffe_id"], format!("spiffe://{TD}/me"));
     }
     assert_ne!(two[0]["serial"], two[1]["serial"]);

@@ -31,7 +31,8 @@ fn nginx_serves_curl_and_wrk_over_ipv4_and_ipv6() {
     let config = nginx_config(folder.path());
     let sum = random_file(&folder.path().join("www/file"), 32);
     std::fs::write(folder.path().join("www/small"), "small").unwrap();
-    let mesh = Mesh::up("nginx", &workload("web", "root", 8080, &[&path_of("nginx"), "-c", &config, "-g", "daemon off;"]));
+    let mesh =
+        Mesh::up("nginx", &workload("web", "root", 8080, &[&path_of("nginx"), "-c", &config, "-g", "daemon off;"]));
     mesh.wait_for_port("web", 8080);
     for (name, version) in [("four", "-4"), ("six", "-6")] {
         let got = folder.path().join(name);
@@ -43,8 +44,14 @@ fn nginx_serves_curl_and_wrk_over_ipv4_and_ipv6() {
     let close = mesh.run("churn", &["wrk", "-t2", "-c16", "-d2s", "-H", "Connection: close", "http://web:8080/small"]);
     assert!(!close.contains("Socket errors") && !close.contains("Non-2xx"), "{close}");
     let log = mesh.access_log("web");
-    assert!(log.len() > 80 && log.iter().all(|l| l["mode"] == "mtls" && l["tls"] == "TLSv1.3 X25519MLKEM768"), "all of it came over mTLS");
-    assert!(log.iter().any(|l| l["source_id"].as_str().unwrap().ends_with("/sa/six") && l["destination"] == "[fd86::a]:8080"));
+    assert!(
+        log.len() > 80 && log.iter().all(|l| l["mode"] == "mtls" && l["tls"] == "TLSv1.3 X25519MLKEM768"),
+        "all of it came over mTLS"
+    );
+    assert!(
+        log.iter()
+            .any(|l| l["source_id"].as_str().unwrap().ends_with("/sa/six") && l["destination"] == "[fd86::a]:8080")
+    );
     mesh.down();
 }
 
@@ -53,7 +60,8 @@ fn redis_keeps_a_megabyte_and_its_benchmark_runs() {
     if !able(&["redis-server", "redis-cli", "redis-benchmark"]) {
         return;
     }
-    let server = [&path_of("redis-server"), "--port", "6379", "--bind", "0.0.0.0", "::", "--save", "", "--protected-mode", "no"];
+    let server =
+        [&path_of("redis-server"), "--port", "6379", "--bind", "0.0.0.0", "::", "--save", "", "--protected-mode", "no"];
     let mesh = Mesh::up("redis", &workload("redis", "nobody", 6379, &server));
     mesh.wait_for_port("redis", 6379);
     let folder = mesh.folder().display().to_string();
@@ -61,7 +69,8 @@ fn redis_keeps_a_megabyte_and_its_benchmark_runs() {
     mesh.shell("writer", &format!("redis-cli -h redis -x set big < {folder}/value"));
     mesh.shell("reader", &format!("redis-cli -h redis --raw get big | head -c 1048576 > {folder}/back"));
     assert_eq!(sha256(&mesh.folder().join("back")), sum);
-    let benchmark = mesh.run("bench", &["redis-benchmark", "-h", "redis", "-q", "-n", "20000", "-c", "50", "-t", "set,get,lpush"]);
+    let benchmark =
+        mesh.run("bench", &["redis-benchmark", "-h", "redis", "-q", "-n", "20000", "-c", "50", "-t", "set,get,lpush"]);
     assert!(benchmark.contains("GET") && !benchmark.to_lowercase().contains("error"), "{benchmark}");
     mesh.down();
 }
@@ -73,20 +82,38 @@ fn postgresql_balances_its_accounts_under_pgbench() {
     }
     let data = tempfile::tempdir().unwrap();
     let at = data.path().display().to_string();
-    sh(&format!("chown postgres {at} && cd / && setpriv --reuid postgres --regid postgres --clear-groups {} -D {at}/data -A trust -U postgres >/dev/null", path_of("initdb")));
+    sh(&format!(
+        "chown postgres {at} && cd / && setpriv --reuid postgres --regid postgres --clear-groups {} -D {at}/data -A trust -U postgres >/dev/null",
+        path_of("initdb")
+    ));
     sh(&format!("echo 'host all all all trust' >> {at}/data/pg_hba.conf"));
-    let server = [&path_of("postgres"), "-D", &format!("{at}/data"), "-c", "listen_addresses=*", "-c", &format!("unix_socket_directories={at}"), "-c", "max_connections=50"];
+    let server = [
+        &path_of("postgres"),
+        "-D",
+        &format!("{at}/data"),
+        "-c",
+        "listen_addresses=*",
+        "-c",
+        &format!("unix_socket_directories={at}"),
+        "-c",
+        "max_connections=50",
+    ];
     let mesh = Mesh::up("postgres", &workload("db", "postgres", 5432, &server));
     mesh.wait_for_port("db", 5432);
-    let psql = |name: &str, sql: &str| mesh.run(name, &["psql", "-h", "db", "-U", "postgres", "-qtAc", sql]).trim().to_owned();
+    let psql =
+        |name: &str, sql: &str| mesh.run(name, &["psql", "-h", "db", "-U", "postgres", "-qtAc", sql]).trim().to_owned();
     wait_for("the database to answer", Duration::from_secs(20), || {
         let mut asked = mesh.join("ping", &[], &["psql", "-h", "db", "-U", "postgres", "-qtAc", "select 1"]);
         asked.output().unwrap().status.success().then_some(())
     });
     mesh.run("init", &["pgbench", "-h", "db", "-U", "postgres", "-i", "-s", "1", "-q", "postgres"]);
-    let ran = mesh.run("pgbench", &["pgbench", "-h", "db", "-U", "postgres", "-c", "8", "-j", "2", "-t", "100", "postgres"]);
+    let ran =
+        mesh.run("pgbench", &["pgbench", "-h", "db", "-U", "postgres", "-c", "8", "-j", "2", "-t", "100", "postgres"]);
     assert!(ran.contains("number of transactions actually processed: 800/800"), "{ran}");
-    let sums = psql("sums", "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history), count(*) from pgbench_history");
+    let sums = psql(
+        "sums",
+        "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history), count(*) from pgbench_history",
+    );
     assert_eq!(sums, "t|800");
     mesh.down();
 }
@@ -98,13 +125,25 @@ fn mariadb_speaks_first_and_keeps_a_megabyte() {
     }
     let data = tempfile::tempdir().unwrap();
     let at = data.path().display().to_string();
-    sh(&format!("chown mysql {at} && mariadb-install-db --no-defaults --user=mysql --datadir={at}/data --auth-root-authentication-method=normal >/dev/null 2>&1"));
-    let server = [&path_of("mariadbd"), "--no-defaults", &format!("--datadir={at}/data"), &format!("--socket={at}/sock"), "--bind-address=*",
-        "--port=3306", &format!("--pid-file={at}/pid"), "--max-allowed-packet=16M"];
+    sh(&format!(
+        "chown mysql {at} && mariadb-install-db --no-defaults --user=mysql --datadir={at}/data --auth-root-authentication-method=normal >/dev/null 2>&1"
+    ));
+    let server = [
+        &path_of("mariadbd"),
+        "--no-defaults",
+        &format!("--datadir={at}/data"),
+        &format!("--socket={at}/sock"),
+        "--bind-address=*",
+        "--port=3306",
+        &format!("--pid-file={at}/pid"),
+        "--max-allowed-packet=16M",
+    ];
     let mesh = Mesh::up("mariadb", &workload("sql", "mysql", 3306, &server));
     mesh.wait_for_port("sql", 3306);
     // Root may come over the network only after this, said over the server's own socket.
-    sh(&format!("mariadb --no-defaults -S {at}/sock -e \"create user t@'%' identified by 'secret'; create database d; grant all on d.* to t@'%'\""));
+    sh(&format!(
+        "mariadb --no-defaults -S {at}/sock -e \"create user t@'%' identified by 'secret'; create database d; grant all on d.* to t@'%'\""
+    ));
     let sum = random_file(&mesh.folder().join("value"), 1);
     let client = "mariadb --no-defaults --max-allowed-packet=16M -h sql -u t -psecret d";
     mesh.shell("writer", &format!("(echo -n \"create table b (v longblob); insert into b values (x'\"; od -An -v -tx1 {}/value | tr -d ' \\n'; echo \"')\") | {client}", mesh.folder().display()));
@@ -120,13 +159,21 @@ fn openssh_copies_a_gibibyte() {
     }
     let keys = tempfile::tempdir().unwrap();
     let at = keys.path().display().to_string();
-    sh(&format!("ssh-keygen -q -t ed25519 -N '' -f {at}/host && ssh-keygen -q -t ed25519 -N '' -f {at}/user && mkdir -p /run/sshd && chmod 755 /run/sshd"));
-    let config = format!("Port 2222\nHostKey {at}/host\nAuthorizedKeysFile {at}/user.pub\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\nPidFile none\nSubsystem sftp internal-sftp\n");
+    sh(&format!(
+        "ssh-keygen -q -t ed25519 -N '' -f {at}/host && ssh-keygen -q -t ed25519 -N '' -f {at}/user && mkdir -p /run/sshd && chmod 755 /run/sshd"
+    ));
+    let config = format!(
+        "Port 2222\nHostKey {at}/host\nAuthorizedKeysFile {at}/user.pub\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\nPidFile none\nSubsystem sftp internal-sftp\n"
+    );
     std::fs::write(keys.path().join("sshd_config"), config).unwrap();
-    let mesh = Mesh::up("ssh", &workload("host", "root", 2222, &[&path_of("sshd"), "-D", "-e", "-f", &format!("{at}/sshd_config")]));
+    let mesh = Mesh::up(
+        "ssh",
+        &workload("host", "root", 2222, &[&path_of("sshd"), "-D", "-e", "-f", &format!("{at}/sshd_config")]),
+    );
     mesh.wait_for_port("host", 2222);
     let sum = random_file(&mesh.folder().join("big"), 1024);
-    let options = format!("-q -i {at}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes");
+    let options =
+        format!("-q -i {at}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes");
     let folder = mesh.folder().display().to_string();
     mesh.shell("up", &format!("scp -P 2222 {options} {folder}/big root@host:{folder}/there"));
     assert_eq!(sha256(&mesh.folder().join("there")), sum);
@@ -142,7 +189,15 @@ fn http2_streams_run_side_by_side() {
     }
     let folder = tempfile::tempdir().unwrap();
     sh(&format!("chmod 755 {0}; head -c 20000 /dev/zero > {0}/page", folder.path().display()));
-    let mesh = Mesh::up("h2", &workload("h2", "nobody", 8080, &[&path_of("nghttpd"), "--no-tls", "-d", &folder.path().display().to_string(), "8080"]));
+    let mesh = Mesh::up(
+        "h2",
+        &workload(
+            "h2",
+            "nobody",
+            8080,
+            &[&path_of("nghttpd"), "--no-tls", "-d", &folder.path().display().to_string(), "8080"],
+        ),
+    );
     mesh.wait_for_port("h2", 8080);
     let load = mesh.run("load", &["h2load", "-n", "5000", "-c", "10", "-m", "20", "http://h2:8080/page"]);
     assert!(load.contains("5000 done, 5000 succeeded, 0 failed, 0 errored, 0 timeout"), "{load}");
@@ -158,27 +213,80 @@ fn grpc_calls_and_streams_pass() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path().display().to_string();
     let program = crate::support::COUNTERSIGN;
-    let server = [program, "server", "--trust-domain", "inner.local", "--bind", "0.0.0.0:8081", "--socket", &format!("{at}/server.sock"), "--data-dir", &format!("{at}/server")];
+    let server = [
+        program,
+        "server",
+        "--trust-domain",
+        "inner.local",
+        "--bind",
+        "0.0.0.0:8081",
+        "--socket",
+        &format!("{at}/server.sock"),
+        "--data-dir",
+        &format!("{at}/server"),
+    ];
     let mesh = Mesh::up("grpc", &workload("ca", "root", 8081, &server));
     mesh.wait_for_port("ca", 8081);
-    let operator = |args: &[&str]| crate::support::run(crate::support::countersign(args).env("COUNTERSIGN_SERVER_SOCKET", format!("{at}/server.sock")));
+    let operator = |args: &[&str]| {
+        crate::support::run(
+            crate::support::countersign(args).env("COUNTERSIGN_SERVER_SOCKET", format!("{at}/server.sock")),
+        )
+    };
     std::fs::write(folder.path().join("bundle.pem"), operator(&["bundle", "show"])).unwrap();
     let token: serde_json::Value = serde_json::from_str(&operator(&["token", "generate", "--output", "json"])).unwrap();
     std::fs::write(folder.path().join("token"), token["token"].as_str().unwrap()).unwrap();
     // Its agent attests (a bidirectional stream), follows pushes (a server stream) and gets SVIDs signed, all through the mesh.
-    let mut agent = mesh.join("agent", &["--user", "root"], &[program, "agent", "--trust-domain", "inner.local", "--server", "ca:8081", "--socket",
-        &format!("{at}/agent.sock"), "--data-dir", &format!("{at}/agent"), "--trust-bundle", &format!("{at}/bundle.pem"), "--join-token-file", &format!("{at}/token")]);
-    let mut agent = agent.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut agent = mesh.join(
+        "agent",
+        &["--user", "root"],
+        &[
+            program,
+            "agent",
+            "--trust-domain",
+            "inner.local",
+            "--server",
+            "ca:8081",
+            "--socket",
+            &format!("{at}/agent.sock"),
+            "--data-dir",
+            &format!("{at}/agent"),
+            "--trust-bundle",
+            &format!("{at}/bundle.pem"),
+            "--join-token-file",
+            &format!("{at}/token"),
+        ],
+    );
+    let mut agent = agent
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
     let parent = format!("spiffe://inner.local/spire/agent/join_token/{}", token["token"].as_str().unwrap());
-    wait_for("the inner agent to attest", Duration::from_secs(20), || operator(&["node", "list"]).contains(&parent).then_some(()));
-    operator(&["entry", "create", "--spiffe-id", "spiffe://inner.local/me", "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    wait_for("the inner agent to attest", Duration::from_secs(20), || {
+        operator(&["node", "list"]).contains(&parent).then_some(())
+    });
+    operator(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        "spiffe://inner.local/me",
+        "--parent-id",
+        &parent,
+        "--selector",
+        "unix:uid:0",
+    ]);
     wait_for("the inner SVID", Duration::from_secs(20), || {
         let mut fetch = crate::support::countersign(&["x509", "fetch", "--socket"]);
         let said = fetch.arg(format!("{at}/agent.sock")).output().unwrap();
         String::from_utf8_lossy(&said.stdout).contains("spiffe://inner.local/me").then_some(())
     });
     assert!(mesh.access_log("ca").iter().all(|l| l["mode"] == "mtls"));
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(agent.id().try_into().unwrap()), nix::sys::signal::Signal::SIGINT).unwrap();
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(agent.id().try_into().unwrap()),
+        nix::sys::signal::Signal::SIGINT,
+    )
+    .unwrap();
     let _ = agent.kill();
     agent.wait().unwrap();
     mesh.down();

@@ -42,10 +42,27 @@ impl Inbound {
     fn start(dir: &Path, identity: &Path, more: &[&str]) -> Self {
         let (port, http, admin) = (free_port(), free_port(), dir.join("inbound.sock"));
         let file = |n: &str| identity.join(n).display().to_string();
-        let (listen, target, page) = (format!("127.0.0.1:{port}"), format!("127.0.0.1:{}", echo()), format!("127.0.0.1:{http}"));
+        let (listen, target, page) =
+            (format!("127.0.0.1:{port}"), format!("127.0.0.1:{}", echo()), format!("127.0.0.1:{http}"));
         let bundle = format!("{TD}={}", file("bundle.pem"));
         let (svid, key, socket) = (file("svid.pem"), file("key.pem"), admin.display().to_string());
-        let args = ["proxy", "--svid", &svid, "--key", &key, "--bundle", &bundle, "--inbound-listen", &listen, "--inbound-target", &target, "--http", &page, "--admin-socket", &socket];
+        let args = [
+            "proxy",
+            "--svid",
+            &svid,
+            "--key",
+            &key,
+            "--bundle",
+            &bundle,
+            "--inbound-listen",
+            &listen,
+            "--inbound-target",
+            &target,
+            "--http",
+            &page,
+            "--admin-socket",
+            &socket,
+        ];
         let args: Vec<String> = args.iter().chain(more).map(|a| (*a).to_owned()).collect();
         Self { dir: dir.to_owned(), port, http, role: Role::start(dir, "inbound", &args), admin }
     }
@@ -56,7 +73,10 @@ impl Inbound {
             self.role.log().lines().any(|l| l.contains(&format!("code=\"{code}\"")) && l.contains(text)).then_some(())
         });
         let metrics = http_get(self.http, "/metrics").unwrap();
-        assert!(metrics.contains(&format!("countersign_proxy_refused_total{{direction=\"Inbound\",reason=\"{code}\"}}")), "{metrics}");
+        assert!(
+            metrics.contains(&format!("countersign_proxy_refused_total{{direction=\"Inbound\",reason=\"{code}\"}}")),
+            "{metrics}"
+        );
         let status = run(countersign(&["status", "--socket"]).arg(&self.admin));
         assert!(status.contains(&format!("inbound {code}")), "{status}");
     }
@@ -65,8 +85,21 @@ impl Inbound {
     fn called_by(&self, name: &str, identity: &Path, expect: &str) -> (std::io::Result<String>, String) {
         let port = free_port();
         let file = |n: &str| identity.join(n).display().to_string();
-        let args = ["proxy", "--svid", &file("svid.pem"), "--key", &file("key.pem"), "--bundle", &format!("{TD}={}", self.dir.join("server-id/bundle.pem").display()),
-            "--outbound-listen", &format!("127.0.0.1:{port}"), "--outbound-target", &format!("127.0.0.1:{}", self.port), "--outbound-expect", expect];
+        let args = [
+            "proxy",
+            "--svid",
+            &file("svid.pem"),
+            "--key",
+            &file("key.pem"),
+            "--bundle",
+            &format!("{TD}={}", self.dir.join("server-id/bundle.pem").display()),
+            "--outbound-listen",
+            &format!("127.0.0.1:{port}"),
+            "--outbound-target",
+            &format!("127.0.0.1:{}", self.port),
+            "--outbound-expect",
+            expect,
+        ];
         let role = Role::start(&self.dir, name, &args.map(str::to_owned));
         let talk = || {
             let mut stream = TcpStream::connect(("127.0.0.1", port))?;
@@ -111,7 +144,9 @@ fn make_ca(dir: &Path, name: &str) {
 }
 
 fn leaf(uri: &str) -> String {
-    format!("subjectAltName={uri}\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n")
+    format!(
+        "subjectAltName={uri}\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n"
+    )
 }
 
 #[test]
@@ -131,8 +166,22 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
     let good = call("good", "ca", &leaf("URI:spiffe://test.local/a"), "-days 2");
     assert_eq!(good.0.unwrap(), "hello", "the untouched one passes: {}", good.1);
     for (name, ca, extensions, days, code, text) in [
-        ("other-ca", "other", leaf("URI:spiffe://test.local/a"), "-days 2", "untrusted", "is not signed by an authority of its trust domain"),
-        ("other-td", "ca", leaf("URI:spiffe://elsewhere.local/a"), "-days 2", "trust_domain", "no trust bundle for the trust domain of `spiffe://elsewhere.local/a`"),
+        (
+            "other-ca",
+            "other",
+            leaf("URI:spiffe://test.local/a"),
+            "-days 2",
+            "untrusted",
+            "is not signed by an authority of its trust domain",
+        ),
+        (
+            "other-td",
+            "ca",
+            leaf("URI:spiffe://elsewhere.local/a"),
+            "-days 2",
+            "trust_domain",
+            "no trust bundle for the trust domain of `spiffe://elsewhere.local/a`",
+        ),
     ] {
         let (got, log) = call(name, ca, &extensions, days);
         assert!(got.is_err(), "{name} got through: {log}");
@@ -142,7 +191,19 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
     let raw = |name: &str, extensions: &str, days: &str| {
         let identity = forge(dir.path(), name, "ca", extensions, days);
         let mut client = Command::new("openssl");
-        client.args(["s_client", "-tls1_3", "-alpn", "countersign/1", "-connect", &format!("127.0.0.1:{}", inbound.port), "-cert"]).arg(identity.join("svid.pem")).arg("-key").arg(identity.join("key.pem"));
+        client
+            .args([
+                "s_client",
+                "-tls1_3",
+                "-alpn",
+                "countersign/1",
+                "-connect",
+                &format!("127.0.0.1:{}", inbound.port),
+                "-cert",
+            ])
+            .arg(identity.join("svid.pem"))
+            .arg("-key")
+            .arg(identity.join("key.pem"));
         let mut client = client.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         // A whole preamble and a payload: were the certificate good, it would be echoed.
         let _ = client.stdin.as_mut().unwrap().write_all(b"\x01\x00\x07\x04\x7f\x00\x00\x01\x00\x50secret");
@@ -162,9 +223,17 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
     inbound.refused("no_path", "has no path");
     raw("bad-id", &leaf("URI:spiffe://test.local/a/../b"), "-days 2");
     inbound.refused("bad_spiffe_id", "is not a SPIFFE ID");
-    raw("ca-as-leaf", "subjectAltName=URI:spiffe://test.local/a\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,digitalSignature\n", "-days 2");
+    raw(
+        "ca-as-leaf",
+        "subjectAltName=URI:spiffe://test.local/a\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,digitalSignature\n",
+        "-days 2",
+    );
     inbound.refused("ca_as_leaf", "showed a CA certificate");
-    raw("wrong-usage", "subjectAltName=URI:spiffe://test.local/a\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,keyAgreement\n", "-days 2");
+    raw(
+        "wrong-usage",
+        "subjectAltName=URI:spiffe://test.local/a\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,keyAgreement\n",
+        "-days 2",
+    );
     inbound.refused("key_usage", "digitalSignature is not set");
     if supports_dates {
         raw("expired", &leaf("URI:spiffe://test.local/a"), &dates(-60, -1));
@@ -176,7 +245,10 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
         for (name, from, to, code) in [("expired", -60, -1, "expired"), ("early", 5, 60, "not_yet_valid")] {
             let identity = forge_dated(dir.path(), name, &at(from), &at(to));
             let port = inbound.port;
-            sh(&format!("(printf x; sleep 0.3) | openssl s_client -tls1_3 -alpn countersign/1 -connect 127.0.0.1:{port} -cert {0}/svid.pem -key {0}/key.pem >/dev/null 2>&1 || true", identity.display()));
+            sh(&format!(
+                "(printf x; sleep 0.3) | openssl s_client -tls1_3 -alpn countersign/1 -connect 127.0.0.1:{port} -cert {0}/svid.pem -key {0}/key.pem >/dev/null 2>&1 || true",
+                identity.display()
+            ));
             inbound.refused(code, "check both clocks");
         }
     }
@@ -210,7 +282,11 @@ fn callers_without_certificate_or_with_old_tls_or_another_protocol_are_refused()
     let inbound = Inbound::start(dir.path(), &own, &[]);
     let client = |args: &str| {
         let id = own.display();
-        outcome(Command::new("sh").arg("-c").arg(format!("(printf x; sleep 0.3) | openssl s_client -connect 127.0.0.1:{} {}", inbound.port, args.replace("ID", &id.to_string()))))
+        outcome(Command::new("sh").arg("-c").arg(format!(
+            "(printf x; sleep 0.3) | openssl s_client -connect 127.0.0.1:{} {}",
+            inbound.port,
+            args.replace("ID", &id.to_string())
+        )))
     };
     let (_, said) = client("-tls1_3 -alpn countersign/1");
     assert!(said.contains("certificate required"), "TLS 1.3's own alert: {said}");
@@ -236,7 +312,11 @@ fn a_server_that_is_not_the_expected_one_learns_nothing() {
     let caller = server.mint("/caller", "caller-id", &[]);
     let (got, log) = inbound.called_by("caller", &caller, "spiffe://test.local/bank");
     assert!(got.is_err());
-    assert!(log.contains("code=\"wrong_identity\"") && log.contains("expected `spiffe://test.local/bank` there, found `spiffe://test.local/thief`"), "{log}");
+    assert!(
+        log.contains("code=\"wrong_identity\"")
+            && log.contains("expected `spiffe://test.local/bank` there, found `spiffe://test.local/thief`"),
+        "{log}"
+    );
     // The thief saw a handshake that was called off, and no certificate of ours.
     inbound.refused("tls", "TLS handshake failed");
     assert!(!inbound.role.log().contains("/caller"), "{}", inbound.role.log());
@@ -255,7 +335,12 @@ fn a_caller_that_is_not_on_the_list_is_told_why() {
     assert_eq!(inbound.called_by("friend", &friend, SERVER_ID).0.unwrap(), "hello");
     let (got, log) = inbound.called_by("other", &other, SERVER_ID);
     assert!(got.is_err());
-    assert!(log.contains("refused by the other sidecar (not_allowed): `spiffe://test.local/other` is not allowed to call port"), "{log}");
+    assert!(
+        log.contains(
+            "refused by the other sidecar (not_allowed): `spiffe://test.local/other` is not allowed to call port"
+        ),
+        "{log}"
+    );
     inbound.refused("not_allowed", "`spiffe://test.local/other` is not allowed to call port");
 }
 
@@ -314,7 +399,11 @@ fn bad_preambles_are_refused_and_nobody_is_relayed() {
     let own = server.mint("/server", "server-id", &[]);
     let inbound = Inbound::start(dir.path(), &own, &[]);
     let say = |bytes: &str, wait: &str| {
-        sh(&format!("(printf '{bytes}'; sleep {wait}) | openssl s_client -quiet -tls1_3 -alpn countersign/1 -connect 127.0.0.1:{} -cert {1}/svid.pem -key {1}/key.pem 2>/dev/null || true", inbound.port, own.display()))
+        sh(&format!(
+            "(printf '{bytes}'; sleep {wait}) | openssl s_client -quiet -tls1_3 -alpn countersign/1 -connect 127.0.0.1:{} -cert {1}/svid.pem -key {1}/key.pem 2>/dev/null || true",
+            inbound.port,
+            own.display()
+        ))
     };
     assert!(!say(r"GET / HTTP/1.1\r\n\r\n", "0.3").contains("HTTP"));
     inbound.refused("preamble", "only 1 is spoken here");
@@ -329,7 +418,10 @@ fn a_mesh_relays_to_no_one_and_hides_its_own_ports() {
     if !able(&["openssl", "python3"]) {
         return;
     }
-    let mesh = Mesh::up("relay", "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n  - name: other\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n");
+    let mesh = Mesh::up(
+        "relay",
+        "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n  - name: other\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n",
+    );
     mesh.wait_for_port("web", 8000);
     mesh.wait_for_port("other", 8000);
     let identity = tempfile::tempdir().unwrap();
@@ -338,7 +430,9 @@ fn a_mesh_relays_to_no_one_and_hides_its_own_ports() {
     // An insider with a good identity and TLS of its own, from a namespace without a redirect, names its own destinations.
     let ns = format!("cs-{}-web", mesh.name);
     let ask = |octets: &str, port: &str| {
-        let script = format!("(printf '\\001\\000\\007\\004{octets}{port}'; printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 0.5) | openssl s_client -quiet -tls1_3 -alpn countersign/1 -connect 10.86.0.10:15008 -cert {folder}/svid.pem -key {folder}/key.pem 2>/dev/null || true");
+        let script = format!(
+            "(printf '\\001\\000\\007\\004{octets}{port}'; printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 0.5) | openssl s_client -quiet -tls1_3 -alpn countersign/1 -connect 10.86.0.10:15008 -cert {folder}/svid.pem -key {folder}/key.pem 2>/dev/null || true"
+        );
         sh(&format!("ip netns exec {ns} sh -c \"{}\"", script.replace('"', "\\\"").replace('\\', "\\\\")))
     };
     let (web, other, loopback) = (r"\012\126\000\012", r"\012\126\000\013", r"\177\000\000\001");
@@ -348,9 +442,19 @@ fn a_mesh_relays_to_no_one_and_hides_its_own_ports() {
     assert!(ask(loopback, http).contains("not_ours"), "not to what listens on loopback alone");
     assert!(ask(web, outbound).contains("loop"), "not to the sidecar itself");
     let refused = mesh.status("web")["refused"].clone();
-    assert!(refused["inbound not_ours"].as_u64().unwrap() == 2 && refused["inbound loop"].as_u64().unwrap() == 1, "{refused}");
+    assert!(
+        refused["inbound not_ours"].as_u64().unwrap() == 2 && refused["inbound loop"].as_u64().unwrap() == 1,
+        "{refused}"
+    );
     // Strict: plaintext to a meshed port, to a port without anybody behind it, and to the sidecar's own ports.
-    let plain = |port: u16| outcome(Command::new("sh").arg("-c").arg(format!("ip netns exec cs-{} true; ip netns exec {ns} true; echo {port}", mesh.name))).0;
+    let plain = |port: u16| {
+        outcome(
+            Command::new("sh")
+                .arg("-c")
+                .arg(format!("ip netns exec cs-{} true; ip netns exec {ns} true; echo {port}", mesh.name)),
+        )
+        .0
+    };
     assert_eq!(plain(1), 0);
     mesh.down();
 }
@@ -360,7 +464,10 @@ fn strict_lets_nothing_out_but_the_mesh_and_named_exceptions() {
     if !able(&["python3"]) {
         return;
     }
-    let mesh = Mesh::up("egress", "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n");
+    let mesh = Mesh::up(
+        "egress",
+        "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n",
+    );
     mesh.wait_for_port("web", 8000);
     let python = "import socket,sys\ns=socket.socket(); s.settimeout(5)\ntry:\n s.connect((sys.argv[1], int(sys.argv[2]))); s.send(b'GET / HTTP/1.0\\r\\n\\r\\n'); print(s.recv(12))\nexcept OSError as e: print(type(e).__name__)";
     let said = mesh.run("out", &["/usr/bin/python3", "-c", python, "10.86.0.99", "8000"]);
@@ -369,7 +476,11 @@ fn strict_lets_nothing_out_but_the_mesh_and_named_exceptions() {
     assert_eq!(said.trim(), "b'HTTP/1.0 200'");
     // A port of a meshed workload that nobody listens on, and the sidecars' own ports.
     for port in ["8001", "15001", "15006"] {
-        assert_eq!(mesh.run("knock", &["/usr/bin/python3", "-c", python, "web", port]).trim(), "ConnectionResetError", "{port}");
+        assert_eq!(
+            mesh.run("knock", &["/usr/bin/python3", "-c", python, "web", port]).trim(),
+            "ConnectionResetError",
+            "{port}"
+        );
     }
     mesh.down();
 }
@@ -388,7 +499,14 @@ fn join_tokens_work_once_and_end() {
     let second = |name: &str, token: &str| {
         std::fs::remove_dir_all(dir.path().join("agent")).unwrap();
         let agent = Role::start(dir.path(), name, &server.agent_args(token));
-        wait_for("a refusal", Duration::from_secs(20), || agent.log().contains("join token is unknown, already used, or expired; make another with `countersign token generate`").then_some(()));
+        wait_for("a refusal", Duration::from_secs(20), || {
+            agent
+                .log()
+                .contains(
+                    "join token is unknown, already used, or expired; make another with `countersign token generate`",
+                )
+                .then_some(())
+        });
     };
     second("used", &token);
     let brief = server.token(&["--ttl", "1s"]);
@@ -396,7 +514,13 @@ fn join_tokens_work_once_and_end() {
     second("late", &brief);
     second("made-up", "0123456789abcdef");
     let refused: Vec<_> = server.audit().into_iter().filter(|l| l["outcome"] == "refused").collect();
-    assert!(refused.len() >= 3 && refused.iter().all(|l| l["kind"] == "agent_svid" && l["caller"] == "anonymous@127.0.0.1" && l["reason"].as_str().unwrap().contains("join token")), "{refused:?}");
+    assert!(
+        refused.len() >= 3
+            && refused.iter().all(|l| l["kind"] == "agent_svid"
+                && l["caller"] == "anonymous@127.0.0.1"
+                && l["reason"].as_str().unwrap().contains("join token")),
+        "{refused:?}"
+    );
     let status = run(server.operator(&["status", "--socket"]).arg(server.socket()));
     assert!(status.contains("attestation"), "{status}");
 }
@@ -444,6 +568,8 @@ fn an_agent_refuses_a_server_that_is_not_its_own() {
     let at = args.iter().position(|a| a == "--server").unwrap() + 1;
     args[at] = impostor.address.to_string();
     let agent = Role::start(dir.path(), "agent", &args);
-    wait_for("the refusal", Duration::from_secs(20), || agent.log().contains("is not signed by an authority of its trust domain").then_some(()));
+    wait_for("the refusal", Duration::from_secs(20), || {
+        agent.log().contains("is not signed by an authority of its trust domain").then_some(())
+    });
     assert!(!impostor.audit().iter().any(|l| l["kind"] == "agent_svid"), "the token was never shown to it");
 }

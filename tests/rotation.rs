@@ -20,7 +20,23 @@ fn nothing_fails_while_svids_and_authorities_rotate_under_load() {
     let workload = format!("  - name: server\n    ports: [9080]\n    command: [{COUNTERSIGN}, shop, ratings]\n");
     let mesh = Mesh::up_with("rotation", "mode: strict\nsvid_ttl: 20s\nca_ttl: 2m", &workload);
     mesh.wait_for_port("server", 9080);
-    let load = mesh.join("client", &[], &[COUNTERSIGN, "probe", "http://server:9080/", "--seconds", &seconds.to_string(), "--kept", "4", "--fresh", "4", "--pause-ms", "10"]);
+    let load = mesh.join(
+        "client",
+        &[],
+        &[
+            COUNTERSIGN,
+            "probe",
+            "http://server:9080/",
+            "--seconds",
+            &seconds.to_string(),
+            "--kept",
+            "4",
+            "--fresh",
+            "4",
+            "--pause-ms",
+            "10",
+        ],
+    );
     let mut load = load;
     let load = load.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null()).spawn().unwrap();
     let (mut serials, mut authorities, mut client_log) = (BTreeSet::new(), BTreeSet::new(), vec![]);
@@ -35,17 +51,23 @@ fn nothing_fails_while_svids_and_authorities_rotate_under_load() {
         client_log = mesh.access_log("client");
     }
     let output = load.wait_with_output().unwrap();
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
+    let report: serde_json::Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
     assert_eq!(report["failed"], 0, "{report}");
     assert!(report["ok"].as_u64().unwrap() > seconds * 50, "{report}");
     // A new SVID every five to ten seconds, a new authority every two minutes less a sixth.
     assert!(serials.len() as u64 > seconds / 15, "only {} SVIDs in {seconds} s", serials.len());
     assert!(authorities.len() as u64 >= seconds / 130, "only {} authorities in {seconds} s", authorities.len());
-    let time = |line: &serde_json::Value, key: &str| OffsetDateTime::parse(line[key].as_str().unwrap_or_else(|| panic!("no {key} in {line}")), &Rfc3339).unwrap();
+    let time = |line: &serde_json::Value, key: &str| {
+        OffsetDateTime::parse(line[key].as_str().unwrap_or_else(|| panic!("no {key} in {line}")), &Rfc3339).unwrap()
+    };
     let server_log = mesh.access_log("server");
     for line in server_log.iter().chain(&client_log).filter(|l| l["mode"] != "plain") {
         assert_eq!(line["mode"], "mtls", "{line}");
-        assert!(time(line, "peer_expires_at") > time(line, "time") && time(line, "own_expires_at") > time(line, "time"), "{line}");
+        assert!(
+            time(line, "peer_expires_at") > time(line, "time") && time(line, "own_expires_at") > time(line, "time"),
+            "{line}"
+        );
     }
     assert!(server_log.len() > 100 && client_log.len() > 100, "{} and {} lines", server_log.len(), client_log.len());
     let audit = std::fs::read_to_string(mesh.dir().join("server/audit.log")).unwrap();

@@ -1,4 +1,4 @@
-//! Unmodified SPIFFE clients get their SVID from the agent and follow its rotation: PyPI's and crates.io's.
+//! Unmodified SPIFFE clients get their SVID from the agent and follow its rotation: `PyPI`'s and crates.io's.
 
 use std::collections::HashSet;
 use std::process::Command;
@@ -12,7 +12,18 @@ fn world(dir: &std::path::Path) -> (Server, crate::support::roles::Role) {
     let server = Server::start(dir, &["--svid-ttl", "20s", "--agent-svid-ttl", "1h"]);
     let (agent, parent) = server.agent();
     let uid = format!("unix:uid:{}", nix::unistd::geteuid());
-    server.json(&["entry", "create", "--spiffe-id", &format!("spiffe://{TD}/me"), "--parent-id", &parent, "--selector", &uid, "--dns-name", "me.test"]);
+    server.json(&[
+        "entry",
+        "create",
+        "--spiffe-id",
+        &format!("spiffe://{TD}/me"),
+        "--parent-id",
+        &parent,
+        "--selector",
+        &uid,
+        "--dns-name",
+        "me.test",
+    ]);
     (server, agent)
 }
 
@@ -43,11 +54,13 @@ bundle = source.get_bundle_for_trust_domain(svid.spiffe_id.trust_domain)
 print(svid.spiffe_id, len(bundle.x509_authorities), *seen)
 source.close()
 ";
-    let said = run(Command::new(python).args(["-c", script]).arg(format!("unix://{}", server.agent_socket().display())));
+    let said =
+        run(Command::new(python).args(["-c", script]).arg(format!("unix://{}", server.agent_socket().display())));
     let words: Vec<&str> = said.split_whitespace().collect();
     assert_eq!(&words[..2], [&format!("spiffe://{TD}/me"), "1"], "{said}");
     assert_eq!(words.len(), 5, "three serials: {said}");
-    let issued: HashSet<String> = server.audit().iter().filter_map(|l| l["serial"].as_str().map(str::to_owned)).collect();
+    let issued: HashSet<String> =
+        server.audit().iter().filter_map(|l| l["serial"].as_str().map(str::to_owned)).collect();
     assert!(words[2..].iter().all(|s| issued.contains(*s)), "all of them are in the audit record: {said}");
 }
 
@@ -60,7 +73,11 @@ fn the_crates_io_client_follows_rotating_svids() {
     let (server, _agent) = world(dir.path());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let seen = runtime.block_on(async {
-        let source = spiffe::X509Source::builder().endpoint(format!("unix:{}", server.agent_socket().display())).build().await.unwrap();
+        let source = spiffe::X509Source::builder()
+            .endpoint(format!("unix:{}", server.agent_socket().display()))
+            .build()
+            .await
+            .unwrap();
         let mut seen = Vec::new();
         let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
         while seen.len() < 3 && tokio::time::Instant::now() < deadline {
@@ -89,20 +106,42 @@ fn a_caller_without_an_entry_is_refused_and_a_withdrawn_one_is_told() {
     let fetch = || crate::support::outcome(&mut crate::support::countersign(&["x509", "fetch", "--socket", &socket]));
     wait_for("the first SVID", Duration::from_secs(20), || (fetch().0 == 0).then_some(()));
     let mut stranger = Command::new("setpriv");
-    stranger.args(["--reuid", "12345", "--regid", "12345", "--clear-groups", crate::support::COUNTERSIGN, "x509", "fetch", "--socket", &socket]);
+    stranger.args([
+        "--reuid",
+        "12345",
+        "--regid",
+        "12345",
+        "--clear-groups",
+        crate::support::COUNTERSIGN,
+        "x509",
+        "fetch",
+        "--socket",
+        &socket,
+    ]);
     crate::support::sh(&format!("chmod 755 {}", dir.path().display()));
     let (code, said) = crate::support::outcome(&mut stranger);
     assert_eq!(code, 1);
     assert!(said.contains("no identity issued: attested unix:gid:12345, unix:uid:12345; the closest entry, `spiffe://test.local/me`, also needs unix:uid:0"), "{said}");
     // One that watches is told when its entry goes.
-    let watch = crate::support::countersign(&["x509", "watch", "--socket", &socket]).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let watch = crate::support::countersign(&["x509", "watch", "--socket", &socket])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     std::thread::sleep(Duration::from_millis(500));
     let id = server.json(&["entry", "show"])[0]["id"].as_str().unwrap().to_owned();
     server.json(&["entry", "delete", "--id", &id]);
     let output = watch.wait_with_output().unwrap();
-    assert!(String::from_utf8_lossy(&output.stderr).contains("no identity issued"), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("no identity issued"),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(agent.log().contains("caller attested"));
-    let status: serde_json::Value = serde_json::from_str(&run(&mut crate::support::countersign(&["status", "--output", "json", "--socket", &socket]))).unwrap();
+    let status: serde_json::Value = serde_json::from_str(&run(&mut crate::support::countersign(&[
+        "status", "--output", "json", "--socket", &socket,
+    ])))
+    .unwrap();
     assert!(status["refused"]["no_identity"].as_u64().unwrap() >= 1, "{status}");
 }
 
@@ -113,7 +152,9 @@ fn a_workload_gets_its_svid_while_the_server_is_stopped() {
     }
     let dir = tempfile::tempdir().unwrap();
     let (mut server, agent) = world(dir.path());
-    wait_for("the SVID to be ready before anybody asks", Duration::from_secs(20), || agent.log().contains("SVID ready").then_some(()));
+    wait_for("the SVID to be ready before anybody asks", Duration::from_secs(20), || {
+        agent.log().contains("SVID ready").then_some(())
+    });
     server.kill();
     let socket = server.agent_socket().display().to_string();
     let said = run(&mut crate::support::countersign(&["x509", "fetch", "--socket", &socket]));

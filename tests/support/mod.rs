@@ -74,7 +74,12 @@ pub fn success(what: &str, output: &Output) -> String {
 /// What a command says, and its exit code.
 pub fn outcome(command: &mut Command) -> (i32, String) {
     let shown = format!("{command:?}");
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap_or_else(|e| panic!("{shown}: {e}"));
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{shown}: {e}"));
     // A command that should have failed but runs on must not hang the story.
     let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
     let (done, finished) = std::sync::mpsc::channel();
@@ -224,9 +229,11 @@ impl Mesh {
     pub fn wait_for_port(&self, workload: &str, port: u16) {
         let ns = format!("cs-{}-{workload}", self.name);
         let probe = format!("ip netns exec {ns} ss -Hltn 'sport = :{port}' | grep -q .");
-        wait_for(&format!("{workload} to listen on {port} (its log: {})", self.log(workload)), Duration::from_secs(60), || {
-            Command::new("sh").arg("-c").arg(&probe).status().unwrap().success().then_some(())
-        });
+        wait_for(
+            &format!("{workload} to listen on {port} (its log: {})", self.log(workload)),
+            Duration::from_secs(60),
+            || Command::new("sh").arg("-c").arg(&probe).status().unwrap().success().then_some(()),
+        );
     }
 
     /// A process of the mesh by what its command line holds.
@@ -274,7 +281,11 @@ impl Drop for Mesh {
             for entry in std::fs::read_dir(self.folder.path().join("logs")).into_iter().flatten().flatten() {
                 let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
                 let lines: Vec<&str> = text.lines().collect();
-                eprintln!("--- {}\n{}", entry.file_name().display(), lines[lines.len().saturating_sub(15)..].join("\n"));
+                eprintln!(
+                    "--- {}\n{}",
+                    entry.file_name().display(),
+                    lines[lines.len().saturating_sub(15)..].join("\n")
+                );
             }
         }
     }

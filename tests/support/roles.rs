@@ -87,8 +87,21 @@ impl Server {
     pub fn start(dir: &Path, more: &[&str]) -> Self {
         let address: SocketAddr = format!("127.0.0.1:{}", free_port()).parse().unwrap();
         let place = |n: &str| dir.join(n).display().to_string();
-        let (bind, socket, data, audit) = (address.to_string(), place("server.sock"), place("server"), place("audit.log"));
-        let args = ["server", "--trust-domain", TD, "--bind", &bind, "--socket", &socket, "--data-dir", &data, "--audit-log", &audit];
+        let (bind, socket, data, audit) =
+            (address.to_string(), place("server.sock"), place("server"), place("audit.log"));
+        let args = [
+            "server",
+            "--trust-domain",
+            TD,
+            "--bind",
+            &bind,
+            "--socket",
+            &socket,
+            "--data-dir",
+            &data,
+            "--audit-log",
+            &audit,
+        ];
         let args: Vec<String> = args.iter().chain(more).map(|a| (*a).to_owned()).collect();
         let mut server = Self { role: None, dir: dir.to_owned(), address, args };
         server.again();
@@ -150,8 +163,23 @@ impl Server {
         std::fs::write(self.dir.join("token"), token).unwrap();
         let (server, bundle) = (self.address.to_string(), self.bundle().display().to_string());
         let (socket, data, token) = (place("agent.sock"), place("agent"), place("token"));
-        let args = ["agent", "--trust-domain", TD, "--server", &server, "--socket", &socket, "--data-dir", &data, "--trust-bundle", &bundle,
-            "--join-token-file", &token, "--log", "info,countersign_agent=debug"];
+        let args = [
+            "agent",
+            "--trust-domain",
+            TD,
+            "--server",
+            &server,
+            "--socket",
+            &socket,
+            "--data-dir",
+            &data,
+            "--trust-bundle",
+            &bundle,
+            "--join-token-file",
+            &token,
+            "--log",
+            "info,countersign_agent=debug",
+        ];
         args.map(str::to_owned).to_vec()
     }
 

@@ -93,7 +93,8 @@ impl Cache {
 fn closest_miss(state: &State, attested: &SelectorSet) -> String {
     let list = |set: &mut dyn Iterator<Item = String>| set.collect::<Vec<_>>().join(", ");
     let have = list(&mut attested.iter().map(ToString::to_string));
-    let nearest = state.entries.values().map(|c| (missing(&c.entry.selectors, attested), &c.entry)).min_by_key(|(m, _)| m.len());
+    let nearest =
+        state.entries.values().map(|c| (missing(&c.entry.selectors, attested), &c.entry)).min_by_key(|(m, _)| m.len());
     match nearest {
         None => format!("attested {have}; this agent has no registration entries"),
         Some((lacking, entry)) => {

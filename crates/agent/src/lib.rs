@@ -47,7 +47,9 @@ pub enum AgentError {
     #[error(transparent)]
     Link(#[from] LinkError),
     /// No bundle to know the server by.
-    #[error("no trust bundle to know the server by; fetch it with `countersign bundle show > bundle.pem` on the server and name the file as --trust-bundle")]
+    #[error(
+        "no trust bundle to know the server by; fetch it with `countersign bundle show > bundle.pem` on the server and name the file as --trust-bundle"
+    )]
     NoBundle,
     /// The gRPC service ended by itself.
     #[error("gRPC: {0}")]
@@ -55,7 +57,12 @@ pub enum AgentError {
 }
 
 /// Runs an agent until `shutdown`. `ready` is called once its socket serves.
-pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, ready: impl FnOnce()) -> Result<(), AgentError> {
+pub async fn run(
+    config: Config,
+    clock: Clock,
+    shutdown: CancellationToken,
+    ready: impl FnOnce(),
+) -> Result<(), AgentError> {
     let config = Arc::new(config);
     let link = Arc::new(Link::new(config.clone(), clock.clone())?);
     if link.bundle().is_none() {
@@ -75,7 +82,10 @@ pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, read
         None => None,
     };
     let core = Arc::new(Core {
-        attestors: vec![Box::new(workload_attestor::Unix { discover_path: config.discover_path, hash_limit: config.hash_limit })],
+        attestors: vec![Box::new(workload_attestor::Unix {
+            discover_path: config.discover_path,
+            hash_limit: config.hash_limit,
+        })],
         started_at: clock(),
         cache: Arc::default(),
         directory: Subscriptions::default(),

@@ -35,7 +35,9 @@ pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     /// No evidence, and no identity from an earlier run.
-    #[error("this agent has no identity yet; start it with a join token (`countersign token generate`) or an x509pop certificate")]
+    #[error(
+        "this agent has no identity yet; start it with a join token (`countersign token generate`) or an x509pop certificate"
+    )]
     NoEvidence,
     /// The evidence.
     #[error(transparent)]
@@ -117,7 +119,8 @@ impl Link {
             (kept, Some(path)) => {
                 let wrong = |why: String| LinkError::Evidence(EvidenceError::File { path: path.clone(), why });
                 let pem = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
-                let given = X509Bundle::from_pem(config.trust_domain.clone(), &pem).map_err(|e| wrong(e.to_string()))?;
+                let given =
+                    X509Bundle::from_pem(config.trust_domain.clone(), &pem).map_err(|e| wrong(e.to_string()))?;
                 let kept = kept.filter(|k| identity.is_some() && k.authorities.iter().any(|a| a.not_after() > now));
                 Some(kept.unwrap_or(given))
             }
@@ -173,10 +176,10 @@ impl Link {
             let bundles = bundles.clone();
             let verifier = SvidVerifier::new(move || bundles.load_full(), only(expected.clone()));
             let own = svid.as_deref().map(certified_key).transpose();
-            own.and_then(|own| client_config(own, verifier, &[b"h2"])).map(Arc::new).unwrap_or_else(|error| {
+            own.and_then(|own| client_config(own, verifier, &[b"h2"])).map_or_else(|error| {
                 tracing::error!(%error, "cannot use the agent's own SVID");
                 trusting_nobody()
-            })
+            }, Arc::new)
         })
     }
 

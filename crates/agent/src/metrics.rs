@@ -42,17 +42,31 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("countersign_agent");
-        let (svids_signed, signing_failures, attestations) = (Counter::default(), Counter::default(), Counter::default());
+        let (svids_signed, signing_failures, attestations) =
+            (Counter::default(), Counter::default(), Counter::default());
         let streams = Gauge::default();
         let refused = Family::<Reason, Counter>::default();
         let expiry = Family::<Identity, Gauge>::default();
         registry.register("svids_signed", "SVIDs that the server signed for this agent", svids_signed.clone());
-        registry.register("signing_failures", "Calls to the server that got no or not all signatures", signing_failures.clone());
+        registry.register(
+            "signing_failures",
+            "Calls to the server that got no or not all signatures",
+            signing_failures.clone(),
+        );
         registry.register("attestations", "Callers that were attested", attestations.clone());
         registry.register("streams", "Open streams of workloads and sidecars", streams.clone());
         registry.register("callers_refused", "Callers that were refused, by reason", refused.clone());
         registry.register("svid_expiry_timestamp_seconds", "When each SVID ends, seconds since 1970", expiry.clone());
-        Self { registry, svids_signed, signing_failures, attestations, streams, refused, expiry, refused_counts: Mutex::default() }
+        Self {
+            registry,
+            svids_signed,
+            signing_failures,
+            attestations,
+            streams,
+            refused,
+            expiry,
+            refused_counts: Mutex::default(),
+        }
     }
 }
 

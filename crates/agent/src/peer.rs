@@ -17,7 +17,9 @@ pub enum PeerError {
     #[error("the calling process {0} has ended; whoever has its number now is somebody else")]
     Gone(i32),
     /// Its uid is the word of another namespace.
-    #[error("the calling process {pid} lives in another {namespace} namespace than the agent; its uid proves nothing here")]
+    #[error(
+        "the calling process {pid} lives in another {namespace} namespace than the agent; its uid proves nothing here"
+    )]
     ForeignNamespace {
         /// Process.
         pid: i32,

@@ -56,7 +56,13 @@ impl Signing {
             let now = self.link.now();
             let due: Vec<EntryId> = {
                 let state = self.cache.read();
-                state.entries.values().filter(|c| is_due(c, &state, now)).map(|c| c.entry.id.clone()).take(BATCH).collect()
+                state
+                    .entries
+                    .values()
+                    .filter(|c| is_due(c, &state, now))
+                    .map(|c| c.entry.id.clone())
+                    .take(BATCH)
+                    .collect()
             };
             if due.is_empty() {
                 tokio::select! {
@@ -86,7 +92,11 @@ impl Signing {
             };
             self.metrics.signing_failures.inc();
             let delay = backoff.next_delay();
-            tracing::warn!(failed, due = due.len(), "cannot get SVIDs signed; those at hand stay until they expire; trying again in {delay:.1?}");
+            tracing::warn!(
+                failed,
+                due = due.len(),
+                "cannot get SVIDs signed; those at hand stay until they expire; trying again in {delay:.1?}"
+            );
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
                 // Something new may have come that can be signed.

@@ -15,7 +15,12 @@ use crate::link::Link;
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Runs until `shutdown`. `denials` brings the server's refusals that other calls met.
-pub async fn keep(link: Arc<Link>, cache: Arc<Cache>, mut denials: mpsc::Receiver<Reason>, shutdown: CancellationToken) {
+pub async fn keep(
+    link: Arc<Link>,
+    cache: Arc<Cache>,
+    mut denials: mpsc::Receiver<Reason>,
+    shutdown: CancellationToken,
+) {
     let work = async {
         let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(30));
         let mut jitter = draw();
@@ -30,7 +35,9 @@ pub async fn keep(link: Arc<Link>, cache: Arc<Cache>, mut denials: mpsc::Receive
                 }
                 Some(svid) if svid.renew_at(jitter) <= link.now() => {
                     jitter = draw();
-                    link.renew().await.inspect(|svid| tracing::debug!(serial = svid.facts().serial, "agent SVID renewed"))
+                    link.renew()
+                        .await
+                        .inspect(|svid| tracing::debug!(serial = svid.facts().serial, "agent SVID renewed"))
                 }
                 Some(_) => {
                     tokio::select! {

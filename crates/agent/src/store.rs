@@ -45,7 +45,9 @@ impl Store {
             let chain = certificates_from_pem(&pem).map_err(|e| e.to_string())?;
             X509Svid::new(chain, key).map_err(|e| e.to_string())
         };
-        read().map_err(|why| tracing::warn!(path = %self.identity.display(), why, "the kept identity cannot be used")).ok()
+        read()
+            .map_err(|why| tracing::warn!(path = %self.identity.display(), why, "the kept identity cannot be used"))
+            .ok()
     }
 
     /// Keeps the identity.

@@ -84,7 +84,10 @@ impl Sync {
                 let _ = self.denials.try_send(reason);
             }
             let delay = backoff.next_delay();
-            tracing::warn!(status = describe(&ended), "lost the server; serving from memory, trying again in {delay:.1?}");
+            tracing::warn!(
+                status = describe(&ended),
+                "lost the server; serving from memory, trying again in {delay:.1?}"
+            );
             tokio::time::sleep(delay).await;
         }
     }
@@ -202,7 +205,9 @@ impl Sync {
 fn put_entry(state: &mut State, entry: Entry) {
     let before = state.entries.remove(&entry.id);
     let kept = before.filter(|b| b.entry.spiffe_id == entry.spiffe_id);
-    let changed = kept.as_ref().is_some_and(|b| b.entry.dns_names != entry.dns_names || b.entry.x509_svid_ttl != entry.x509_svid_ttl);
+    let changed = kept
+        .as_ref()
+        .is_some_and(|b| b.entry.dns_names != entry.dns_names || b.entry.x509_svid_ttl != entry.x509_svid_ttl);
     let cached = Cached {
         stale: changed || kept.as_ref().is_some_and(|b| b.stale),
         jitter: kept.as_ref().map_or(0.0, |b| b.jitter),
@@ -220,7 +225,10 @@ fn read_entry(wire: types::Entry) -> Option<Entry> {
         return None;
     }
     let read = entry_from_wire(wire, || unreachable!("an entry with an ID needs no fresh one"));
-    read.map_err(|error| tracing::warn!(entry = id, %error, "the server sent an entry that cannot be read; it is left out")).ok()
+    read.map_err(
+        |error| tracing::warn!(entry = id, %error, "the server sent an entry that cannot be read; it is left out"),
+    )
+    .ok()
 }
 
 fn read_bundle(wire: types::Bundle) -> Option<X509Bundle> {

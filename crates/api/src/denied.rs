@@ -21,7 +21,10 @@ struct RpcStatus {
 
 /// A status that carries a reason.
 pub fn denied(reason: Reason, message: String) -> Status {
-    let detail = prost_types::Any { type_url: TYPE_URL.into(), value: PermissionDeniedDetails { reason: reason.into() }.encode_to_vec() };
+    let detail = prost_types::Any {
+        type_url: TYPE_URL.into(),
+        value: PermissionDeniedDetails { reason: reason.into() }.encode_to_vec(),
+    };
     let envelope = RpcStatus { code: Code::PermissionDenied.into(), message: message.clone(), details: vec![detail] };
     Status::with_details(Code::PermissionDenied, message, envelope.encode_to_vec().into())
 }

@@ -22,9 +22,9 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::peer::{TlsPeer, UnixPeer, start_time};
 use crate::tls::explain;
 use crate::unix_authority;
-use crate::peer::{TlsPeer, UnixPeer, start_time};
 
 /// A handshake that takes longer is dropped.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -47,7 +47,12 @@ impl VerifiedChains {
     }
 
     /// As [`verify_chain`]. A leaf that serves one role serves the other: X509-SVID asks for both usages.
-    pub fn verify(&self, chain: &[CertificateDer<'_>], now: OffsetDateTime, role: PeerRole) -> Result<Arc<VerifiedPeer>, Refusal> {
+    pub fn verify(
+        &self,
+        chain: &[CertificateDer<'_>],
+        now: OffsetDateTime,
+        role: PeerRole,
+    ) -> Result<Arc<VerifiedPeer>, Refusal> {
         let digest = digest(chain);
         if let Some(known) = self.known().get(&digest).filter(|k| k.from <= now && now <= k.until) {
             return Ok(known.peer.clone());
@@ -69,9 +74,11 @@ impl VerifiedChains {
 
     /// From the latest beginning to the earliest end in the chain and among the authorities that could stand behind it.
     fn span(&self, chain: &[CertificateDer<'_>]) -> (OffsetDateTime, OffsetDateTime) {
-        let facts: Vec<_> = chain.iter().filter_map(|c| X509Certificate::from_der(c).ok()).map(|(_, c)| LeafFacts::of(&c)).collect();
+        let facts: Vec<_> =
+            chain.iter().filter_map(|c| X509Certificate::from_der(c).ok()).map(|(_, c)| LeafFacts::of(&c)).collect();
         let from = facts.iter().map(|f| f.not_before).max();
-        let authorities = self.bundles.iter().flat_map(|b| b.authorities.iter().map(countersign_identity::X509Authority::not_after));
+        let authorities =
+            self.bundles.iter().flat_map(|b| b.authorities.iter().map(countersign_identity::X509Authority::not_after));
         let latest_from = from.unwrap_or(OffsetDateTime::UNIX_EPOCH);
         let until = facts.iter().map(|f| f.not_after).chain(authorities.filter(|end| *end >= latest_from)).min();
         (latest_from, until.unwrap_or(OffsetDateTime::UNIX_EPOCH))
@@ -108,7 +115,9 @@ mod tests {
         let key = PrivateKey::generate(KeyType::EcP256).unwrap();
         let id = SpiffeId::new("spiffe://td/a").unwrap();
         let key = RequestedKey::from_csr(&request(&key, None).unwrap()).unwrap();
-        issue_leaf(&LeafRequest { id: &id, dns_names: &[], key: &key, ttl: Duration::from_secs(60) }, ca, now).unwrap().chain
+        issue_leaf(&LeafRequest { id: &id, dns_names: &[], key: &key, ttl: Duration::from_secs(60) }, ca, now)
+            .unwrap()
+            .chain
     }
 
     #[test]
@@ -117,13 +126,19 @@ mod tests {
         let now = OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap();
         let (ca, root) = authority(&td, now);
         let (stranger, _) = authority(&td, now);
-        let bundle = X509Bundle { trust_domain: td, authorities: vec![root], sequence: 1, refresh_hint: Duration::ZERO };
+        let bundle =
+            X509Bundle { trust_domain: td, authorities: vec![root], sequence: 1, refresh_hint: Duration::ZERO };
         let chains = VerifiedChains::new(Arc::new([bundle].into_iter().collect()));
         let good = leaf(&ca, now);
-        let at = |chain: &[CertificateDer<'_>], s: i64| chains.verify(chain, now + time::Duration::seconds(s), PeerRole::Client).map_err(|e| e.code());
+        let at = |chain: &[CertificateDer<'_>], s: i64| {
+            chains.verify(chain, now + time::Duration::seconds(s), PeerRole::Client).map_err(|e| e.code())
+        };
         assert!(chains.recall(&good).is_none());
         assert_eq!(at(&good, 0).unwrap().id.path(), "/a");
-        assert!(Arc::ptr_eq(&at(&good, 5).unwrap(), &chains.recall(&good).unwrap()), "the second time it is remembered");
+        assert!(
+            Arc::ptr_eq(&at(&good, 5).unwrap(), &chains.recall(&good).unwrap()),
+            "the second time it is remembered"
+        );
         assert_eq!(at(&good, 61), Err("expired"));
         assert_eq!(at(&good, -11), Err("not_yet_valid"));
         let foreign = leaf(&stranger, now);

@@ -30,16 +30,22 @@ impl ServerArg {
 /// A channel to a socket that is there.
 pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Channel> {
     if !socket.exists() {
-        return Err(anyhow!("no {role} listens at {}: is it running here? (name another place with --socket)", socket.display()));
+        return Err(anyhow!(
+            "no {role} listens at {}: is it running here? (name another place with --socket)",
+            socket.display()
+        ));
     }
-    std::os::unix::net::UnixStream::connect(socket).with_context(|| format!("cannot reach the {role} at {}", socket.display()))?;
+    std::os::unix::net::UnixStream::connect(socket)
+        .with_context(|| format!("cannot reach the {role} at {}", socket.display()))?;
     Ok(unix_channel(socket))
 }
 
 /// A client of a service with our message bound.
 macro_rules! client {
     ($service:ident, $channel:expr) => {
-        $service::new($channel).max_decoding_message_size($crate::clients::MAX_MESSAGE).max_encoding_message_size($crate::clients::MAX_MESSAGE)
+        $service::new($channel)
+            .max_decoding_message_size($crate::clients::MAX_MESSAGE)
+            .max_encoding_message_size($crate::clients::MAX_MESSAGE)
     };
 }
 pub(crate) use client;

@@ -54,7 +54,8 @@ pub fn run(args: &LaunchArgs) -> Result<Infallible> {
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("cannot make mounts private")?;
-        mount(Some(hosts), "/etc/hosts", none, MsFlags::MS_BIND, none).context("cannot put the names in place of /etc/hosts")?;
+        mount(Some(hosts), "/etc/hosts", none, MsFlags::MS_BIND, none)
+            .context("cannot put the names in place of /etc/hosts")?;
     }
     let groups: Vec<Gid> = args.groups.iter().map(|g| Gid::from_raw(*g)).collect();
     setgroups(&groups).context("cannot set groups")?;

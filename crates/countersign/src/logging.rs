@@ -23,7 +23,8 @@ pub struct LogArgs {
 impl LogArgs {
     /// Starts logging.
     pub fn start(&self) -> Result<(), Mistake> {
-        let filter = Targets::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
+        let filter =
+            Targets::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
         let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
         let layer = if self.log_format == "json" { layer.json().boxed() } else { layer.boxed() };
         // A second start in one process (tests) keeps the first.

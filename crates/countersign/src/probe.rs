@@ -73,15 +73,13 @@ struct Client {
 
 impl Client {
     async fn request(&mut self, keep: bool) -> Result<String> {
-        let mut sender = match self.kept.take() {
-            Some(sender) => sender,
-            None => {
-                self.report.connections += 1;
-                let stream = TcpStream::connect(&self.authority).await.context("connect")?;
-                let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("handshake")?;
-                tokio::spawn(connection);
-                sender
-            }
+        let mut sender = if let Some(sender) = self.kept.take() { sender } else {
+            self.report.connections += 1;
+            let stream = TcpStream::connect(&self.authority).await.context("connect")?;
+            let (sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("handshake")?;
+            tokio::spawn(connection);
+            sender
         };
         let mut request = Request::get(&self.path).header("host", &self.authority);
         if !keep {
@@ -126,7 +124,8 @@ pub fn run(args: ProbeArgs) -> Result<ExitCode> {
         let until = args.seconds.map(|s| Instant::now() + Duration::from_secs(s));
         let mut clients = tokio::task::JoinSet::new();
         for n in 0..args.kept + args.fresh {
-            let client = Client { authority: authority.to_owned(), path: path.clone(), kept: None, report: Report::default() };
+            let client =
+                Client { authority: authority.to_owned(), path: path.clone(), kept: None, report: Report::default() };
             clients.spawn(client.run(until, n < args.kept, Duration::from_millis(args.pause_ms)));
         }
         let mut all = Report::default();

@@ -43,7 +43,8 @@ pub enum Service {
 /// Serves until the process ends.
 pub fn run(args: ShopArgs) -> Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let listener = TcpListener::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT)).await.context("cannot listen")?;
+        let listener =
+            TcpListener::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT)).await.context("cannot listen")?;
         loop {
             let (stream, _) = listener.accept().await?;
             let service = service_fn(move |request| respond(args.service, request));
@@ -89,7 +90,8 @@ async fn get(host: &str) -> Result<Value> {
         let request = Request::get("/").header("host", host).body(String::new())?;
         let response = sender.send_request(request).await?;
         let status = response.status();
-        let body: Bytes = Limited::new(response.into_body(), MAX_BODY).collect().await.map_err(|e| anyhow!("{e}"))?.to_bytes();
+        let body: Bytes =
+            Limited::new(response.into_body(), MAX_BODY).collect().await.map_err(|e| anyhow!("{e}"))?.to_bytes();
         connection.abort();
         if !status.is_success() {
             return Err(anyhow!("it answered {status}: {}", String::from_utf8_lossy(&body).trim()));

@@ -75,7 +75,9 @@ impl Connections {
     /// Cuts every connection whose peer's authority was trusted before, has not ended, and is trusted no more.
     pub fn cut_revoked(&self, before: &BundleSet, after: &BundleSet, now: OffsetDateTime) {
         let ids = |set: &BundleSet| {
-            let alive = set.iter().flat_map(|b| b.authorities.iter().filter(|a| a.not_after() > now).map(|a| a.id().to_owned()));
+            let alive = set
+                .iter()
+                .flat_map(|b| b.authorities.iter().filter(|a| a.not_after() > now).map(|a| a.id().to_owned()));
             alive.collect::<std::collections::HashSet<_>>()
         };
         let (before, after) = (ids(before), ids(after));
@@ -84,7 +86,10 @@ impl Connections {
             return;
         }
         let open = self.open();
-        let hit = open.cuts.values().filter(|(authority, _)| authority.as_ref().is_some_and(|a| revoked.contains(&a.to_string())));
+        let hit = open
+            .cuts
+            .values()
+            .filter(|(authority, _)| authority.as_ref().is_some_and(|a| revoked.contains(&a.to_string())));
         let cut = hit.map(|(_, cut)| cut.revoke()).count();
         tracing::warn!(?revoked, cut, "an authority was revoked; its connections are cut");
     }

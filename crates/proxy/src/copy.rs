@@ -176,7 +176,9 @@ impl<'a> Flow<'a> {
             let mut buffer = ReadBuf::new(scratch);
             match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => return Poll::Ready(Err(Failure::Truncated)),
+                Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Poll::Ready(Err(Failure::Truncated));
+                }
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Reset)),
                 Poll::Ready(Ok(())) => {}
             }
@@ -234,7 +236,9 @@ pub async fn carry(
         let b = if back.state == State::Ended { Poll::Ready(Ok(())) } else { back.poll(cx, second, first) };
         match (a, b) {
             (Poll::Ready(Err(Failure::Reset)), _) | (_, Poll::Ready(Err(Failure::Reset))) => Poll::Ready(End::Reset),
-            (Poll::Ready(Err(Failure::Truncated)), _) | (_, Poll::Ready(Err(Failure::Truncated))) => Poll::Ready(End::Truncated),
+            (Poll::Ready(Err(Failure::Truncated)), _) | (_, Poll::Ready(Err(Failure::Truncated))) => {
+                Poll::Ready(End::Truncated)
+            }
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Closed),
             _ => Poll::Pending,
         }

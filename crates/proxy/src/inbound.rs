@@ -32,7 +32,12 @@ pub async fn from_mesh(sidecar: &Sidecar, tcp: TcpStream, source: SocketAddr, ta
     story.end(result.as_ref().err());
 }
 
-async fn carry_mesh(sidecar: &Sidecar, tcp: TcpStream, story: &mut Story<'_>, target: Target<'_>) -> Result<(), Refused> {
+async fn carry_mesh(
+    sidecar: &Sidecar,
+    tcp: TcpStream,
+    story: &mut Story<'_>,
+    target: Target<'_>,
+) -> Result<(), Refused> {
     let admitted = sidecar.connections.admit(story.record.source.ip());
     let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
     let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
@@ -84,7 +89,7 @@ async fn open_app(
         Target::Fixed(way) => {
             story.record.destination = Some(way.target);
             way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
-            return dial(way.target, sidecar.config.timeouts.connect).await;
+            dial(way.target, sidecar.config.timeouts.connect).await
         }
         Target::AsAsked => {
             let to = request.destination;

@@ -27,9 +27,9 @@ use std::time::Duration;
 
 use countersign_api::clock::Clock;
 use countersign_api::directory::Subscriptions;
+use countersign_api::http;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::transport::{accept_unix, bind_unix, unix_channel};
-use countersign_api::http;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -78,13 +78,20 @@ enum Door {
 }
 
 /// Runs a sidecar until `shutdown` and then until its connections have ended or the drain is over.
-pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, ready: impl FnOnce()) -> Result<(), ProxyError> {
+pub async fn run(
+    config: Config,
+    clock: Clock,
+    shutdown: CancellationToken,
+    ready: impl FnOnce(),
+) -> Result<(), ProxyError> {
     let tasks = TaskTracker::new();
     // What serves the connections to their end outlives the shutdown that ends the accepting.
     let end = CancellationToken::new();
     let doors = doors(&config)?;
     let http = match config.http {
-        Some(bind) => Some(TcpListener::bind(bind).await.map_err(|source| ProxyError::Listen { name: bind.to_string(), source })?),
+        Some(bind) => Some(
+            TcpListener::bind(bind).await.map_err(|source| ProxyError::Listen { name: bind.to_string(), source })?,
+        ),
         None => None,
     };
     let telemetry = Telemetry::new(config.access_log.as_ref()).map_err(ProxyError::AccessLog)?;
@@ -137,7 +144,8 @@ pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, read
 fn doors(config: &Config) -> Result<Vec<(std::net::TcpListener, Door)>, ProxyError> {
     let mut all = vec![];
     let mut at = |address: SocketAddr, door: Door| {
-        let listener = sockets::listen(address).map_err(|source| ProxyError::Listen { name: address.to_string(), source })?;
+        let listener =
+            sockets::listen(address).map_err(|source| ProxyError::Listen { name: address.to_string(), source })?;
         all.push((listener, door));
         Ok::<_, ProxyError>(())
     };
@@ -151,9 +159,12 @@ fn doors(config: &Config) -> Result<Vec<(std::net::TcpListener, Door)>, ProxyErr
             }
         }
         Routing::Redirected(ports) => {
-            for (port, door) in [(ports.outbound, Door::Outbound), (ports.inbound, Door::Plaintext), (ports.mesh, Door::Mesh)] {
+            for (port, door) in
+                [(ports.outbound, Door::Outbound), (ports.inbound, Door::Plaintext), (ports.mesh, Door::Mesh)]
+            {
                 let listeners = sockets::listen_everywhere(port);
-                let listeners = listeners.map_err(|source| ProxyError::Listen { name: format!("port {port}"), source })?;
+                let listeners =
+                    listeners.map_err(|source| ProxyError::Listen { name: format!("port {port}"), source })?;
                 all.extend(listeners.into_iter().map(|l| (l, door.clone())));
             }
         }
@@ -234,7 +245,9 @@ async fn watch_identity(sidecar: Arc<Sidecar>, end: CancellationToken) {
         if let Some(identity) = &now {
             match &before {
                 None => warm_up::warm_up(identity),
-                Some(before) => sidecar.connections.cut_revoked(before.bundles(), identity.bundles(), sidecar.current.now()),
+                Some(before) => {
+                    sidecar.connections.cut_revoked(before.bundles(), identity.bundles(), sidecar.current.now());
+                }
             }
             sidecar.telemetry.rotations.inc();
         }
@@ -256,12 +269,20 @@ async fn flush_log(sidecar: Arc<Sidecar>, end: CancellationToken) {
     }
 }
 
-fn serve_status(tasks: &TaskTracker, sidecar: Arc<Sidecar>, path: std::path::PathBuf, end: CancellationToken) -> Result<(), ProxyError> {
-    let listener = bind_unix(&path, 0o600).map_err(|source| ProxyError::Listen { name: path.display().to_string(), source })?;
+fn serve_status(
+    tasks: &TaskTracker,
+    sidecar: Arc<Sidecar>,
+    path: std::path::PathBuf,
+    end: CancellationToken,
+) -> Result<(), ProxyError> {
+    let listener =
+        bind_unix(&path, 0o600).map_err(|source| ProxyError::Listen { name: path.display().to_string(), source })?;
     let incoming = accept_unix(listener, path, 0o600);
     let service = StatusServer::new(status::StatusEndpoint(sidecar)).max_decoding_message_size(64 * 1024);
     tasks.spawn(async move {
-        let served = tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(incoming, end.cancelled_owned());
+        let served = tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming_shutdown(incoming, end.cancelled_owned());
         if let Err(error) = served.await {
             tracing::error!(%error, "the status socket has failed");
         }

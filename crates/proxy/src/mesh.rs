@@ -1,6 +1,5 @@
 //! Both ends of a mesh connection: mTLS with the identity that is expected, then the preamble.
 
-
 use std::sync::Arc;
 
 use countersign_identity::verify::{Refusal, VerifiedPeer};
@@ -29,7 +28,7 @@ impl Peer {
     fn of(state: &CommonState, identity: &Identity) -> Result<Self, Refused> {
         let chain = state.peer_certificates().unwrap_or_default();
         let svid = identity.chains().recall(chain).ok_or(Refusal::NoCertificate)?;
-        let tls = match state.negotiated_key_exchange_group().map(|g| g.name()) {
+        let tls = match state.negotiated_key_exchange_group().map(rustls::crypto::SupportedKxGroup::name) {
             Some(NamedGroup::X25519MLKEM768) => "TLSv1.3 X25519MLKEM768",
             Some(NamedGroup::X25519) => "TLSv1.3 X25519",
             Some(NamedGroup::secp256r1) => "TLSv1.3 P-256",
@@ -113,4 +112,3 @@ pub async fn refuse(tls: &mut server::TlsStream<TcpStream>, refused: &Refused) {
     };
     let _ = tokio::time::timeout(std::time::Duration::from_secs(1), say).await;
 }
-

@@ -99,7 +99,9 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
             }
             Ok(Route::Mesh { to: SocketAddr::new(destination.ip(), workload.mesh_port), workload })
         }
-        Answer::NotMeshed if own.policy.mode == Mode::Strict && !own.policy.lets_out(destination.ip()) => Err(Refused::NotMeshed(destination)),
+        Answer::NotMeshed if own.policy.mode == Mode::Strict && !own.policy.lets_out(destination.ip()) => {
+            Err(Refused::NotMeshed(destination))
+        }
         Answer::NotMeshed => Ok(Route::Plain),
     }
 }

@@ -102,7 +102,8 @@ pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refuse
 /// No delay for small writes; probes for silent peers. Both are for the better; neither is worth a refusal.
 fn tune(stream: &TcpStream) {
     let _ = stream.set_nodelay(true);
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES);
+    let keepalive =
+        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES);
     let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
 }
 

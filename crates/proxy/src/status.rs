@@ -20,7 +20,9 @@ impl StatusService for StatusEndpoint {
         let t = &sidecar.telemetry;
         let identity = sidecar.current.peek();
         let workload = identity.as_ref().and_then(|i| sidecar.own.workload(i));
-        let count = |direction, modes: &[Carried]| modes.iter().map(|m| t.connection_count(direction, *m)).sum::<u64>().to_string();
+        let count = |direction, modes: &[Carried]| {
+            modes.iter().map(|m| t.connection_count(direction, *m)).sum::<u64>().to_string()
+        };
         let mut facts = vec![
             ("open connections", sidecar.connections.count().borrow().to_string()),
             ("connections in, mtls", count(Direction::Inbound, &[Carried::Mtls])),

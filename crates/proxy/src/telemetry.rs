@@ -99,14 +99,23 @@ impl Telemetry {
         let connections = Family::<ConnectionLabels, Counter>::default();
         let refused = Family::<RefusalLabels, Counter>::default();
         let bytes = Family::<ByteLabels, Counter>::default();
-        let (active, svid_expiry, authority_expiry, followed) = (Gauge::default(), Gauge::default(), Gauge::default(), Gauge::default());
+        let (active, svid_expiry, authority_expiry, followed) =
+            (Gauge::default(), Gauge::default(), Gauge::default(), Gauge::default());
         let rotations = Counter::<u64, AtomicU64>::default();
-        registry.register("connections", "Connections that ended or were refused, by direction and mode", connections.clone());
+        registry.register(
+            "connections",
+            "Connections that ended or were refused, by direction and mode",
+            connections.clone(),
+        );
         registry.register("refused", "Connections refused or cut, by direction and reason", refused.clone());
         registry.register("bytes", "Bytes carried for the workload, by direction and flow", bytes.clone());
         registry.register("active_connections", "Open connections", active.clone());
         registry.register("identity_rotations", "Identities taken up since the start", rotations.clone());
-        registry.register("svid_expiry_timestamp_seconds", "When the SVID ends, seconds since 1970; 0 without one", svid_expiry.clone());
+        registry.register(
+            "svid_expiry_timestamp_seconds",
+            "When the SVID ends, seconds since 1970; 0 without one",
+            svid_expiry.clone(),
+        );
         registry.register(
             "authority_expiry_timestamp_seconds",
             "When the first of the trusted authorities ends, seconds since 1970",
@@ -119,7 +128,18 @@ impl Telemetry {
         };
         let bytes = [of(Direction::Inbound), of(Direction::Outbound)];
         let log = target.map(AccessLog::open).transpose()?;
-        Ok(Self { registry, connections, refused, bytes, active, rotations, svid_expiry, authority_expiry, followed, log })
+        Ok(Self {
+            registry,
+            connections,
+            refused,
+            bytes,
+            active,
+            rotations,
+            svid_expiry,
+            authority_expiry,
+            followed,
+            log,
+        })
     }
 
     /// The byte counters of a direction.
@@ -133,7 +153,10 @@ impl Telemetry {
     /// Shows an identity's ends.
     pub fn identity(&self, identity: Option<&Identity>) {
         self.svid_expiry.set(identity.map_or(0, |i| i.svid().facts().not_after.unix_timestamp()));
-        let ends = identity.into_iter().flat_map(|i| i.bundles().iter()).flat_map(|b| b.authorities.iter().map(|a| a.not_after().unix_timestamp()));
+        let ends = identity
+            .into_iter()
+            .flat_map(|i| i.bundles().iter())
+            .flat_map(|b| b.authorities.iter().map(|a| a.not_after().unix_timestamp()));
         self.authority_expiry.set(ends.min().unwrap_or(0));
     }
 
@@ -142,7 +165,9 @@ impl Telemetry {
         self.connections.get_or_create(&ConnectionLabels { direction: record.direction, mode: record.mode }).inc();
         if let Some(refused) = refused {
             // A peer's code is its own choice of words; only the fact is counted.
-            self.refused.get_or_create(&RefusalLabels { direction: record.direction, reason: refused.code().to_owned() }).inc();
+            self.refused
+                .get_or_create(&RefusalLabels { direction: record.direction, reason: refused.code().to_owned() })
+                .inc();
             tracing::warn!(direction = ?record.direction, source = %record.source, destination = record.destination.map(|d| d.to_string()),
                 code = refused.code(), reason = %refused, "connection refused");
         }
@@ -160,7 +185,9 @@ impl Telemetry {
     pub fn refused_counts(&self) -> BTreeMap<String, u64> {
         let mut text = String::new();
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
-        let field = |line: &str, name: &str| line.split_once(&format!("{name}=\"")).and_then(|(_, r)| r.split_once('"')).map(|(v, _)| v.to_owned());
+        let field = |line: &str, name: &str| {
+            line.split_once(&format!("{name}=\"")).and_then(|(_, r)| r.split_once('"')).map(|(v, _)| v.to_owned())
+        };
         text.lines()
             .filter(|l| l.starts_with("countersign_proxy_refused_total{"))
             .filter_map(|l| {
@@ -260,7 +287,8 @@ impl AccessLog {
             Direction::Inbound => (peer_id.as_deref(), own_id),
             Direction::Outbound => (own_id, peer_id.as_deref()),
         };
-        let (peer_facts, own_facts) = (r.peer.as_ref().map(|p| &p.svid.facts), r.own.as_ref().map(|i| i.svid().facts()));
+        let (peer_facts, own_facts) =
+            (r.peer.as_ref().map(|p| &p.svid.facts), r.own.as_ref().map(|i| i.svid().facts()));
         let line = Line {
             time: rfc3339(r.began_at),
             direction: r.direction,

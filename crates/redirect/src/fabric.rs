@@ -71,7 +71,9 @@ impl Fabric {
                 let bridge = index(&netlink, BRIDGE).await?;
                 let (near, far) = (index(&netlink, &port).await?, index(&netlink, &other).await?);
                 let set = |message| netlink.link().set(message).execute();
-                set(LinkUnspec::new_with_index(near).controller(bridge).up().build()).await.map_err(io::Error::other)?;
+                set(LinkUnspec::new_with_index(near).controller(bridge).up().build())
+                    .await
+                    .map_err(io::Error::other)?;
                 let moved = LinkUnspec::new_with_index(far).name(INTERFACE).setns_by_fd(target.as_raw_fd()).build();
                 set(moved).await.map_err(io::Error::other)
             })
@@ -102,7 +104,12 @@ fn configure(addresses: Addresses) -> io::Result<()> {
         let eth0 = index(&netlink, INTERFACE).await?;
         for name in ["lo", INTERFACE] {
             let link = index(&netlink, name).await?;
-            netlink.link().set(LinkUnspec::new_with_index(link).up().build()).execute().await.map_err(io::Error::other)?;
+            netlink
+                .link()
+                .set(LinkUnspec::new_with_index(link).up().build())
+                .execute()
+                .await
+                .map_err(io::Error::other)?;
         }
         let (address, prefix) = addresses.v4;
         let v4 = AddressMessageBuilder::<Ipv4Addr>::new().index(eth0).address(address, prefix).build();

@@ -80,7 +80,9 @@ fn unhook(v6: bool) -> Result<(), RedirectError> {
     let Ok(rules) = run(binary, &["-w", "5", "-t", "nat", "-S"], None) else { return Ok(()) };
     for hook in [Hook::Output, Hook::Prerouting] {
         let (chain, builtin) = chain_of(hook);
-        for line in rules.lines().filter(|l| l.starts_with(&format!("-A {builtin} ")) && l.ends_with(&format!("-j {chain}"))) {
+        for line in
+            rules.lines().filter(|l| l.starts_with(&format!("-A {builtin} ")) && l.ends_with(&format!("-j {chain}")))
+        {
             let arguments: Vec<&str> = std::iter::once("-D").chain(line.split(' ').skip(1)).collect();
             run(binary, &[&["-w", "5", "-t", "nat"], &arguments[..]].concat(), None)?;
         }
@@ -132,5 +134,9 @@ fn run(binary: &str, arguments: &[&str], input: Option<&str>) -> Result<String, 
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    if why.contains("Permission denied") || why.contains("you must be root") { Err(RedirectError::NotPermitted) } else { Err(failed(why)) }
+    if why.contains("Permission denied") || why.contains("you must be root") {
+        Err(RedirectError::NotPermitted)
+    } else {
+        Err(failed(why))
+    }
 }

@@ -24,7 +24,9 @@ pub enum RedirectError {
     #[error("this kernel has no nf_tables NAT ({0})")]
     NoNftables(std::io::Error),
     /// Neither way works.
-    #[error("the redirect cannot be installed here: {nftables}, and {iptables}; load the kernel modules nf_tables and nft_redir, or install iptables")]
+    #[error(
+        "the redirect cannot be installed here: {nftables}, and {iptables}; load the kernel modules nf_tables and nft_redir, or install iptables"
+    )]
     NoNetfilter {
         /// What nf_tables said.
         nftables: Box<RedirectError>,
@@ -99,7 +101,9 @@ pub fn install(redirect: &Redirect, backend: Backend) -> Result<Backend, Redirec
             Ok(()) => Ok(Backend::Nftables),
             Err(nftables @ RedirectError::NoNftables(_)) => match iptables::install(redirect) {
                 Ok(()) => Ok(Backend::Iptables),
-                Err(iptables) => Err(RedirectError::NoNetfilter { nftables: nftables.into(), iptables: iptables.into() }),
+                Err(iptables) => {
+                    Err(RedirectError::NoNetfilter { nftables: nftables.into(), iptables: iptables.into() })
+                }
             },
             Err(error) => Err(error),
         },

@@ -107,7 +107,8 @@ impl Redirect {
     /// Its rules in order: the exemptions, then the rest.
     pub fn rules(&self) -> Vec<Rule> {
         let exempt = |hook, matches| Rule { hook, matches, verdict: Verdict::Exempt };
-        let ports = |hook, ports: &BTreeSet<u16>| ports.iter().map(|p| exempt(hook, Match::Port(*p))).collect::<Vec<_>>();
+        let ports =
+            |hook, ports: &BTreeSet<u16>| ports.iter().map(|p| exempt(hook, Match::Port(*p))).collect::<Vec<_>>();
         let nets = |hook, nets: &BTreeSet<IpNet>| nets.iter().map(|n| exempt(hook, Match::Net(*n))).collect::<Vec<_>>();
         let rest = |hook, port| Rule { hook, matches: Match::Rest, verdict: Verdict::To(port) };
         let mut rules = vec![exempt(Hook::Output, Match::Uid(self.proxy_uid)), exempt(Hook::Output, Match::Loopback)];

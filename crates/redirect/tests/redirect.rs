@@ -77,7 +77,8 @@ fn catches_what_it_should(backend: Backend, test: &str) {
         listen(&world.there, any4(port), name);
         listen(&world.here, any4(port), "own");
     }
-    for ip in [Ipv6Addr::UNSPECIFIED] {
+    {
+        let ip = Ipv6Addr::UNSPECIFIED;
         listen(&world.here, SocketAddr::new(ip.into(), 15011), "outbound");
         listen(&world.there, SocketAddr::new(ip.into(), 15016), "inbound");
     }
@@ -103,13 +104,19 @@ fn catches_what_it_should(backend: Backend, test: &str) {
     assert_eq!(who(&world.here, HERE.0, 80), "own", "its own address never leaves the namespace");
     let rules = world.here.run(|| Ok(installed().unwrap())).unwrap();
     let comments: Vec<_> = rules.iter().map(|r| r.comment.clone()).collect();
-    let expected: Vec<_> = redirect.rules().iter().map(|r| r.comment()).collect();
+    let expected: Vec<_> = redirect.rules().iter().map(countersign_redirect::rules::Rule::comment).collect();
     assert_eq!(comments, expected);
     let rest = rules.iter().find(|r| r.comment.ends_with("rest to 15011")).unwrap();
     assert!(rest.packets >= 3, "its counter shows what was caught: {rest:?}");
     for ns in [&world.here, &world.there] {
-        ns.run(|| Ok(remove().unwrap())).unwrap();
-        ns.run(|| Ok(remove().unwrap())).unwrap();
+        ns.run(|| {
+            remove().unwrap();
+            Ok(())
+        }).unwrap();
+        ns.run(|| {
+            remove().unwrap();
+            Ok(())
+        }).unwrap();
         assert_eq!(ns.run(|| Ok(installed().unwrap())).unwrap(), []);
     }
     assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught after");

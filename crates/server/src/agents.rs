@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, RwLock};
 
+use countersign_identity::SpiffeId;
 use countersign_identity::selector::SelectorSet;
 use countersign_identity::trust_domain::parse_workload_id;
-use countersign_identity::SpiffeId;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -127,7 +127,13 @@ impl Agents {
     }
 
     /// Whether an agent with this SVID may act now.
-    pub fn admit(&self, id: &SpiffeId, serial: &str, not_after: OffsetDateTime, now: OffsetDateTime) -> Result<Arc<AttestedAgent>, Denied> {
+    pub fn admit(
+        &self,
+        id: &SpiffeId,
+        serial: &str,
+        not_after: OffsetDateTime,
+        now: OffsetDateTime,
+    ) -> Result<Arc<AttestedAgent>, Denied> {
         let agent = self.get(id).ok_or(Denied::NotAttested)?;
         match () {
             () if agent.banned => Err(Denied::Banned),
@@ -141,7 +147,10 @@ impl Agents {
     pub async fn put(&self, agent: AttestedAgent) -> Result<(), DataStoreError> {
         self.store.put_agent(&agent).await?;
         let changed = agent.banned;
-        self.by_id.write().unwrap_or_else(std::sync::PoisonError::into_inner).insert(agent.id.to_string(), Arc::new(agent));
+        self.by_id
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .insert(agent.id.to_string(), Arc::new(agent));
         if changed {
             self.changed.send_modify(|n| *n += 1);
         }
@@ -151,7 +160,8 @@ impl Agents {
     /// Forgets an agent; whether it was there.
     pub async fn remove(&self, id: &SpiffeId) -> Result<bool, DataStoreError> {
         self.store.delete_agent(id).await?;
-        let was = self.by_id.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id.to_string()).is_some();
+        let was =
+            self.by_id.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id.to_string()).is_some();
         self.changed.send_modify(|n| *n += 1);
         Ok(was)
     }

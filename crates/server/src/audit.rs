@@ -75,9 +75,9 @@ impl Audit {
             record: &'a Record<'a>,
         }
         let line = serde_json::to_string(&Line { time: rfc3339(now), record }).map(|l| l + "\n");
-        let written = line.map_err(std::io::Error::other).and_then(|line| {
-            file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes())
-        });
+        let written = line
+            .map_err(std::io::Error::other)
+            .and_then(|line| file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes()));
         if let Err(error) = written {
             tracing::error!(path = %path.display(), %error, ?record, "cannot write the audit record");
         }

@@ -49,10 +49,14 @@ impl Caller {
             return if peer.uid == 0 || peer.uid == own {
                 Ok(Self::Local { uid: peer.uid })
             } else {
-                Err(Status::permission_denied(format!("uid {} may not use the server's socket: only root and uid {own} may", peer.uid)))
+                Err(Status::permission_denied(format!(
+                    "uid {} may not use the server's socket: only root and uid {own} may",
+                    peer.uid
+                )))
             };
         }
-        let peer = request.extensions().get::<TlsPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
+        let peer =
+            request.extensions().get::<TlsPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
         let Some(svid) = &peer.svid else { return Ok(Self::Anonymous(peer.address.ip().to_canonical())) };
         if svid.id.path().starts_with("/spire/agent/") {
             let admitted = core.agents.admit(&svid.id, &svid.facts.serial, svid.facts.not_after, core.now());
@@ -60,7 +64,10 @@ impl Caller {
         }
         // The handshake checked the SVID when the connection began; it may have ended since.
         if svid.facts.not_after <= core.now() {
-            return Err(Status::unauthenticated(format!("the SVID of `{}` expired at {}", svid.id, svid.facts.not_after)));
+            return Err(Status::unauthenticated(format!(
+                "the SVID of `{}` expired at {}",
+                svid.id, svid.facts.not_after
+            )));
         }
         let admin = core.entries.list().iter().any(|e| e.admin && e.spiffe_id == svid.id && !e.is_expired(core.now()));
         Ok(if admin { Self::Admin(svid.id.clone()) } else { Self::Workload(svid.id.clone()) })
@@ -70,7 +77,9 @@ impl Caller {
     pub fn operator<T>(core: &Core, request: &Request<T>) -> Result<Self, Status> {
         match Self::of(core, request)? {
             caller @ (Self::Local { .. } | Self::Admin(_)) => Ok(caller),
-            other => Err(Status::permission_denied(format!("{other} may not call this: it takes the server's Unix socket or an admin entry"))),
+            other => Err(Status::permission_denied(format!(
+                "{other} may not call this: it takes the server's Unix socket or an admin entry"
+            ))),
         }
     }
 
@@ -78,7 +87,9 @@ impl Caller {
     pub fn local<T>(core: &Core, request: &Request<T>) -> Result<Self, Status> {
         match Self::of(core, request)? {
             caller @ Self::Local { .. } => Ok(caller),
-            other => Err(Status::permission_denied(format!("{other} may not call this: it takes the server's Unix socket"))),
+            other => {
+                Err(Status::permission_denied(format!("{other} may not call this: it takes the server's Unix socket")))
+            }
         }
     }
 
@@ -95,8 +106,12 @@ impl Caller {
 pub fn denied_status(denied: Denied, id: &SpiffeId) -> Status {
     let (reason, message) = match denied {
         Denied::Expired => (Reason::AgentExpired, format!("agent `{id}`: its SVID has expired; it must attest again")),
-        Denied::NotAttested => (Reason::AgentNotAttested, format!("agent `{id}` is not attested here; it must attest again")),
-        Denied::NotActive => (Reason::AgentNotActive, format!("agent `{id}` uses an SVID that was replaced; it must attest again")),
+        Denied::NotAttested => {
+            (Reason::AgentNotAttested, format!("agent `{id}` is not attested here; it must attest again"))
+        }
+        Denied::NotActive => {
+            (Reason::AgentNotActive, format!("agent `{id}` uses an SVID that was replaced; it must attest again"))
+        }
         Denied::Banned => (Reason::AgentBanned, format!("agent `{id}` is banned")),
     };
     countersign_api::denied::denied(reason, message)

@@ -86,7 +86,14 @@ impl Core {
             Ok(issued) => issued,
             Err(error) => {
                 let reason = if matches!(error, AuthorityError::Issue(_)) { "bad_request" } else { "no_authority" };
-                self.refuse(request.kind, request.caller, request.entry_id, &request.id.to_string(), reason, &error.to_string());
+                self.refuse(
+                    request.kind,
+                    request.caller,
+                    request.entry_id,
+                    &request.id.to_string(),
+                    reason,
+                    &error.to_string(),
+                );
                 return Err(status_of(&error));
             }
         };
@@ -107,10 +114,28 @@ impl Core {
     }
 
     /// Keeps the record of a refusal: `code` for the metric, `reason` for people.
-    pub fn refuse(&self, kind: &'static str, caller: &str, entry_id: &str, spiffe_id: &str, code: &'static str, reason: &str) {
+    pub fn refuse(
+        &self,
+        kind: &'static str,
+        caller: &str,
+        entry_id: &str,
+        spiffe_id: &str,
+        code: &'static str,
+        reason: &str,
+    ) {
         self.metrics.refused(code);
         tracing::warn!(kind, caller, entry_id, spiffe_id, code, reason, "refused to sign");
-        let record = Record { outcome: Outcome::Refused, kind, caller, entry_id, spiffe_id, serial: "", expires_at: "", authority_id: "", reason };
+        let record = Record {
+            outcome: Outcome::Refused,
+            kind,
+            caller,
+            entry_id,
+            spiffe_id,
+            serial: "",
+            expires_at: "",
+            authority_id: "",
+            reason,
+        };
         self.audit.write(&record, self.now());
     }
 
@@ -144,7 +169,9 @@ pub fn status_of(error: &AuthorityError) -> Status {
     let text = error.to_string();
     match error {
         AuthorityError::Unknown(_) => Status::not_found(text),
-        AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::NothingPrepared => Status::failed_precondition(text),
+        AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::NothingPrepared => {
+            Status::failed_precondition(text)
+        }
         AuthorityError::Issue(_) | AuthorityError::Bundle(_) => Status::invalid_argument(text),
         AuthorityError::NotReady | AuthorityError::Store(_) => Status::unavailable(text),
         AuthorityError::Key(_) | AuthorityError::UpstreamRefused(_) => Status::internal(text),

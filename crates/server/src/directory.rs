@@ -159,7 +159,11 @@ mod tests {
     fn publishing_the_same_again_is_no_change() {
         let d = Directory::default();
         let first = d.publish(true, vec![workload("a", "10.0.0.1")], &[]);
-        assert_eq!(d.publish(true, vec![workload("a", "::ffff:10.0.0.1"), ], &[]), first + 1, "another spelling is another workload");
+        assert_eq!(
+            d.publish(true, vec![workload("a", "::ffff:10.0.0.1"),], &[]),
+            first + 1,
+            "another spelling is another workload"
+        );
         assert_eq!(d.publish(true, vec![workload("a", "::ffff:10.0.0.1")], &[]), first + 1);
         assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("a"));
     }

@@ -68,7 +68,13 @@ impl Entries {
             index.insert(Arc::new(entry));
         }
         index.log.clear();
-        Ok(Self { store, root: server_id(td).to_string(), writer: Mutex::default(), revision: watch::Sender::new(index.revision), index: RwLock::new(index) })
+        Ok(Self {
+            store,
+            root: server_id(td).to_string(),
+            writer: Mutex::default(),
+            revision: watch::Sender::new(index.revision),
+            index: RwLock::new(index),
+        })
     }
 
     fn index(&self) -> std::sync::RwLockReadGuard<'_, Index> {

@@ -86,10 +86,19 @@ fn io(what: &'static str, name: impl ToString) -> impl FnOnce(std::io::Error) ->
 }
 
 /// Runs a server until `shutdown`. `ready` is called once it serves, with the address that agents reach it at.
-pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, ready: impl FnOnce(SocketAddr)) -> Result<(), ServerError> {
+pub async fn run(
+    config: Config,
+    clock: Clock,
+    shutdown: CancellationToken,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<(), ServerError> {
     use std::os::unix::fs::DirBuilderExt;
     let data = &config.data_dir;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data).map_err(io("make the data folder", data.display()))?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(data)
+        .map_err(io("make the data folder", data.display()))?;
     // Addresses first: a second server on the same machine stops here, before it touches anything.
     let tcp = TcpListener::bind(config.bind).await.map_err(io("listen on", config.bind))?;
     let address = tcp.local_addr().map_err(io("listen on", config.bind))?;
@@ -114,7 +123,8 @@ pub async fn run(config: Config, clock: Clock, shutdown: CancellationToken, read
     core.tasks.spawn(rotate(core.clone(), own.clone()));
     let tls = accept_tls(tcp, move || own.tls());
     let unix = accept_unix(unix, core.config.admin_socket.clone(), 0o600);
-    let serve_tls = grpc().add_routes(routes.clone()).serve_with_incoming_shutdown(tls, shutdown.clone().cancelled_owned());
+    let serve_tls =
+        grpc().add_routes(routes.clone()).serve_with_incoming_shutdown(tls, shutdown.clone().cancelled_owned());
     let serve_unix = grpc().add_routes(routes).serve_with_incoming_shutdown(unix, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.trust_domain(), %address, socket = %core.config.admin_socket.display(), "server ready");
     ready(address);
@@ -156,8 +166,11 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
         clock: clock.clone(),
     })
     .await?;
-    let mut attestors: Vec<Box<dyn node_attestor::NodeAttestor>> =
-        vec![Box::new(node_attestor::JoinToken { store: store.clone(), trust_domain: td.clone(), clock: clock.clone() })];
+    let mut attestors: Vec<Box<dyn node_attestor::NodeAttestor>> = vec![Box::new(node_attestor::JoinToken {
+        store: store.clone(),
+        trust_domain: td.clone(),
+        clock: clock.clone(),
+    })];
     if let Some(ca) = &config.x509pop_ca {
         attestors.push(Box::new(node_attestor::X509Pop::new(ca, td.clone(), clock.clone())?));
     }

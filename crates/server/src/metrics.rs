@@ -60,7 +60,16 @@ impl Default for Metrics {
             "When each authority ends, seconds since 1970",
             authority_expiry.clone(),
         );
-        Self { registry, signed, refused, push_streams, entries, agents, authority_expiry, refused_counts: Mutex::default() }
+        Self {
+            registry,
+            signed,
+            refused,
+            push_streams,
+            entries,
+            agents,
+            authority_expiry,
+            refused_counts: Mutex::default(),
+        }
     }
 }
 

@@ -76,7 +76,9 @@ fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
 fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerConfig>, TlsError> {
     let bundles = {
         let bundle = core.authorities.bundle();
-        move || Arc::new(std::iter::once(countersign_identity::X509Bundle::clone(&bundle.borrow())).collect::<BundleSet>())
+        move || {
+            Arc::new(std::iter::once(countersign_identity::X509Bundle::clone(&bundle.borrow())).collect::<BundleSet>())
+        }
     };
     let verifier = SvidVerifier::new(bundles, |_| Ok(())).client_may_be_anonymous();
     Ok(Arc::new(server_config(certified_key(svid)?, verifier, &[b"h2"])?))

@@ -29,7 +29,8 @@ impl RateLimit {
     /// Takes `count` tokens from a source's bucket; false when it holds fewer.
     pub fn take(&self, source: IpAddr, count: u32, now: Instant) -> bool {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        let refilled = |b: &Bucket| (b.tokens + now.duration_since(b.filled).as_secs_f64() * self.per_second).min(self.burst);
+        let refilled =
+            |b: &Bucket| (b.tokens + now.duration_since(b.filled).as_secs_f64() * self.per_second).min(self.burst);
         if buckets.len() >= MAX_SOURCES {
             buckets.retain(|_, b| refilled(b) < self.burst);
         }

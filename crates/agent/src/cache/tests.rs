@@ -31,7 +31,16 @@ fn cache(entries: &[(&str, &[&str])]) -> Cache {
                 revision: 0,
                 created_at: OffsetDateTime::UNIX_EPOCH,
             };
-            state.entries.insert(entry.id.clone(), Cached { entry: entry.into(), svid: None, stale: false, obtained: OffsetDateTime::UNIX_EPOCH, jitter: 0.0 });
+            state.entries.insert(
+                entry.id.clone(),
+                Cached {
+                    entry: entry.into(),
+                    svid: None,
+                    stale: false,
+                    obtained: OffsetDateTime::UNIX_EPOCH,
+                    jitter: 0.0,
+                },
+            );
         }
     });
     cache
@@ -43,7 +52,12 @@ fn names(found: Result<Vec<Cached>, NoIdentity>) -> Vec<String> {
 
 #[test]
 fn a_caller_gets_exactly_the_entries_whose_selectors_it_has_all() {
-    let c = cache(&[("a", &["unix:uid:1"]), ("b", &["unix:uid:1", "unix:gid:1"]), ("c", &["unix:uid:2"]), ("ended", &["unix:uid:1"])]);
+    let c = cache(&[
+        ("a", &["unix:uid:1"]),
+        ("b", &["unix:uid:1", "unix:gid:1"]),
+        ("c", &["unix:uid:2"]),
+        ("ended", &["unix:uid:1"]),
+    ]);
     let now = OffsetDateTime::now_utc();
     assert_eq!(names(c.matching(&set(&["unix:uid:1", "unix:gid:9"]), now)), ["a"]);
     assert_eq!(names(c.matching(&set(&["unix:uid:1", "unix:gid:1"]), now)), ["a", "b"]);

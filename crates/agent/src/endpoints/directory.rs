@@ -21,7 +21,10 @@ impl Directory for Endpoint {
         Err(Status::permission_denied("the directory is fed at the server, not here"))
     }
 
-    async fn resolve(&self, request: Request<Streaming<ResolveRequest>>) -> Result<Response<Self::ResolveStream>, Status> {
+    async fn resolve(
+        &self,
+        request: Request<Streaming<ResolveRequest>>,
+    ) -> Result<Response<Self::ResolveStream>, Status> {
         let attested = self.0.attest(&request)?;
         self.0.identities(&attested)?;
         let (tx, rx) = mpsc::channel(1);

@@ -74,7 +74,8 @@ impl Core {
 
     /// Attests the caller of a request.
     fn attest<T>(&self, request: &Request<T>) -> Result<Attested, Status> {
-        let peer = request.extensions().get::<UnixPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
+        let peer =
+            request.extensions().get::<UnixPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
         match look_up(peer, self.config.foreign_namespaces) {
             Ok(process) => {
                 let selectors: SelectorSet = self.attestors.iter().flat_map(|a| a.attest(&process)).collect();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_api::workload::spiffe_workload_api_server::SpiffeWorkloadApi;
-use countersign_api::workload::*;
+use countersign_api::workload::{X509svidResponse, X509svid, X509BundlesResponse, JwtBundlesResponse, X509svidRequest, X509BundlesRequest, JwtsvidRequest, JwtsvidResponse, JwtBundlesRequest, ValidateJwtsvidRequest, ValidateJwtsvidResponse};
 use countersign_identity::X509Bundle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,7 +28,9 @@ fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
     if values.len() == 1 && values[0] == "true" {
         Ok(())
     } else {
-        Err(Status::invalid_argument("security header missing from request: send the metadata `workload.spiffe.io: true`"))
+        Err(Status::invalid_argument(
+            "security header missing from request: send the metadata `workload.spiffe.io: true`",
+        ))
     }
 }
 
@@ -65,7 +67,9 @@ impl Feed for Svids {
                 hint: c.entry.hint.clone(),
             })
             .collect();
-        let federated_bundles = federated(&state, &identities).map(|b| (format!("spiffe://{}", b.trust_domain), b.concatenated_der())).collect();
+        let federated_bundles = federated(&state, &identities)
+            .map(|b| (format!("spiffe://{}", b.trust_domain), b.concatenated_der()))
+            .collect();
         (!svids.is_empty()).then_some(X509svidResponse { svids, crl: vec![], federated_bundles })
     }
 }
@@ -80,13 +84,15 @@ impl Feed for Bundles {
         let own = state.bundle.as_ref()?;
         let identities: Vec<&Cached> = identities.iter().collect();
         let all = std::iter::once(own).chain(federated(&state, &identities));
-        let bundles: HashMap<String, Vec<u8>> = all.map(|b| (format!("spiffe://{}", b.trust_domain), b.concatenated_der())).collect();
+        let bundles: HashMap<String, Vec<u8>> =
+            all.map(|b| (format!("spiffe://{}", b.trust_domain), b.concatenated_der())).collect();
         Some(X509BundlesResponse { crl: vec![], bundles })
     }
 }
 
 fn federated<'a>(state: &'a crate::cache::State, identities: &[&Cached]) -> impl Iterator<Item = &'a Arc<X509Bundle>> {
-    let wanted: std::collections::BTreeSet<String> = identities.iter().flat_map(|c| c.entry.federates_with.iter().map(ToString::to_string)).collect();
+    let wanted: std::collections::BTreeSet<String> =
+        identities.iter().flat_map(|c| c.entry.federates_with.iter().map(ToString::to_string)).collect();
     state.federated.iter().filter(move |(td, _)| wanted.contains(*td)).map(|(_, b)| b)
 }
 
@@ -110,7 +116,11 @@ impl Endpoint {
 }
 
 /// Sends the message of each moment until the caller is gone (`None`) or has no identity any more.
-async fn feed<F: Feed>(core: &Core, attested: &Attested, tx: &mpsc::Sender<Result<F::Message, Status>>) -> Option<Status> {
+async fn feed<F: Feed>(
+    core: &Core,
+    attested: &Attested,
+    tx: &mpsc::Sender<Result<F::Message, Status>>,
+) -> Option<Status> {
     let mut versions = core.cache.versions();
     let mut sent: Option<F::Message> = None;
     let patience = tokio::time::sleep(FIRST_SVID_PATIENCE);
@@ -144,14 +154,20 @@ impl SpiffeWorkloadApi for Endpoint {
     type FetchX509BundlesStream = BoxStream<X509BundlesResponse>;
     type FetchJWTBundlesStream = BoxStream<JwtBundlesResponse>;
 
-    async fn fetch_x509svid(&self, request: Request<X509svidRequest>) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
+    async fn fetch_x509svid(
+        &self,
+        request: Request<X509svidRequest>,
+    ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
         check_header(&request)?;
         let attested = self.0.attest(&request)?;
         self.0.identities(&attested)?;
         Ok(Response::new(self.stream::<Svids>(attested)))
     }
 
-    async fn fetch_x509_bundles(&self, request: Request<X509BundlesRequest>) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
+    async fn fetch_x509_bundles(
+        &self,
+        request: Request<X509BundlesRequest>,
+    ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
         check_header(&request)?;
         let attested = self.0.attest(&request)?;
         self.0.identities(&attested)?;
@@ -163,12 +179,18 @@ impl SpiffeWorkloadApi for Endpoint {
         Err(Status::unimplemented(NOT_YET))
     }
 
-    async fn fetch_jwt_bundles(&self, request: Request<JwtBundlesRequest>) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
+    async fn fetch_jwt_bundles(
+        &self,
+        request: Request<JwtBundlesRequest>,
+    ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
         check_header(&request)?;
         Err(Status::unimplemented(NOT_YET))
     }
 
-    async fn validate_jwtsvid(&self, request: Request<ValidateJwtsvidRequest>) -> Result<Response<ValidateJwtsvidResponse>, Status> {
+    async fn validate_jwtsvid(
+        &self,
+        request: Request<ValidateJwtsvidRequest>,
+    ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
         check_header(&request)?;
         Err(Status::unimplemented(NOT_YET))
     }

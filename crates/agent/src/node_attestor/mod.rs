@@ -58,7 +58,9 @@ impl NodeAttestor {
     /// The answer to a challenge.
     pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
         match self {
-            Self::JoinToken(_) => Err(EvidenceError::Challenge("the server challenged a join token, which has no answer".into())),
+            Self::JoinToken(_) => {
+                Err(EvidenceError::Challenge("the server challenged a join token, which has no answer".into()))
+            }
             Self::X509Pop(pop) => pop.answer(challenge),
         }
     }

@@ -34,8 +34,9 @@ impl X509Pop {
         let pem = std::fs::read(certificate).map_err(|e| wrong(certificate, e.to_string()))?;
         let chain = certificates_from_pem(&pem).map_err(|e| wrong(certificate, e.to_string()))?;
         let pem = Zeroizing::new(std::fs::read(key).map_err(|e| wrong(key, e.to_string()))?);
-        let key = PrivatePkcs8KeyDer::from_pem_slice(&pem)
-            .map_err(|e| wrong(key, format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`")))?;
+        let key = PrivatePkcs8KeyDer::from_pem_slice(&pem).map_err(|e| {
+            wrong(key, format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`"))
+        })?;
         Ok(Self { chain, key: Zeroizing::new(key.secret_pkcs8_der().to_vec()) })
     }
 
@@ -48,7 +49,9 @@ impl X509Pop {
     /// A signature over the server's nonce and ours.
     pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
         let challenge: Value = serde_json::from_slice(challenge).map_err(challenge_error)?;
-        let nonce = |kind: &str| challenge[kind]["nonce"].as_str().and_then(|n| base64::engine::general_purpose::STANDARD.decode(n).ok());
+        let nonce = |kind: &str| {
+            challenge[kind]["nonce"].as_str().and_then(|n| base64::engine::general_purpose::STANDARD.decode(n).ok())
+        };
         let mut ours = [0u8; 32];
         aws_lc_rs::rand::fill(&mut ours).map_err(|_| challenge_error("no randomness"))?;
         let random = SystemRandom::new();
@@ -62,9 +65,11 @@ impl X509Pop {
             json!({ "ecdsa_signature": { "nonce": base64(&ours), "r": base64(r), "s": base64(s) } })
         } else if let Some(theirs) = nonce("rsa_signature") {
             let message = [&theirs[..], &ours].concat();
-            let pair = RsaKeyPair::from_pkcs8(&self.key).map_err(|_| challenge_error("the server asks for RSA, and the key is none"))?;
+            let pair = RsaKeyPair::from_pkcs8(&self.key)
+                .map_err(|_| challenge_error("the server asks for RSA, and the key is none"))?;
             let mut signature = vec![0; pair.public_modulus_len()];
-            pair.sign(&signature::RSA_PSS_SHA256, &random, &message, &mut signature).map_err(|_| challenge_error("cannot sign"))?;
+            pair.sign(&signature::RSA_PSS_SHA256, &random, &message, &mut signature)
+                .map_err(|_| challenge_error("cannot sign"))?;
             json!({ "rsa_signature": { "nonce": base64(&ours), "signature": base64(&signature) } })
         } else {
             return Err(challenge_error("the server's challenge is of an unknown kind"));

@@ -8,8 +8,18 @@ use tokio::net::{UnixListener, UnixStream};
 async fn caller(dir: &std::path::Path, script: &str) -> (UnixStream, std::process::Child) {
     let path = dir.join("s");
     let listener = UnixListener::bind(&path).unwrap();
-    let child = Command::new("sh").arg("-c").arg(script).env("S", &path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let (stream, _) = tokio::time::timeout(std::time::Duration::from_secs(20), listener.accept()).await.expect("the script connects").unwrap();
+    let child = Command::new("sh")
+        .arg("-c")
+        .arg(script)
+        .env("S", &path)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (stream, _) = tokio::time::timeout(std::time::Duration::from_secs(20), listener.accept())
+        .await
+        .expect("the script connects")
+        .unwrap();
     (stream, child)
 }
 

@@ -95,8 +95,15 @@ mod tests {
         };
         let attestor = Unix { discover_path: true, hash_limit: u64::MAX };
         let found: Vec<String> = attestor.attest(&process).iter().map(ToString::to_string).collect();
-        for expected in ["unix:uid:0", "unix:gid:0", "unix:user:root", "unix:group:root", "unix:supplementary_gid:0",
-            "unix:supplementary_gid:4000000", "unix:supplementary_group:root"] {
+        for expected in [
+            "unix:uid:0",
+            "unix:gid:0",
+            "unix:user:root",
+            "unix:group:root",
+            "unix:supplementary_gid:0",
+            "unix:supplementary_gid:4000000",
+            "unix:supplementary_group:root",
+        ] {
             assert!(found.contains(&expected.to_owned()), "{expected} is missing in {found:?}");
         }
         let exe = process.exe.unwrap();
@@ -104,9 +111,18 @@ mod tests {
         let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&exe).unwrap());
         assert!(found.contains(&format!("unix:sha256:{}", hex::encode(hash))));
         let plain = Unix { discover_path: false, hash_limit: u64::MAX };
-        assert!(!plain.attest(&Process { exe: Some(exe.clone()), ..Process { pid: 1, uid: 0, gid: 0, groups: [].into(), exe: None } }).iter().any(|s| s.value().starts_with("path")));
+        assert!(
+            !plain
+                .attest(&Process {
+                    exe: Some(exe.clone()),
+                    ..Process { pid: 1, uid: 0, gid: 0, groups: [].into(), exe: None }
+                })
+                .iter()
+                .any(|s| s.value().starts_with("path"))
+        );
         let limited = Unix { discover_path: true, hash_limit: 1 };
-        let own = Process { pid: std::process::id().try_into().unwrap(), uid: 0, gid: 0, groups: [].into(), exe: Some(exe) };
+        let own =
+            Process { pid: std::process::id().try_into().unwrap(), uid: 0, gid: 0, groups: [].into(), exe: Some(exe) };
         assert!(!limited.attest(&own).iter().any(|s| s.value().starts_with("sha256")), "too large to hash");
     }
 

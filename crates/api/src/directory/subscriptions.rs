@@ -111,7 +111,9 @@ impl Subscriptions {
                         });
                     }
                 }
-                Err(error) => tracing::warn!(%error, "the directory sent an answer that cannot be read; it is left out"),
+                Err(error) => {
+                    tracing::warn!(%error, "the directory sent an answer that cannot be read; it is left out");
+                }
             }
         }
         if any {

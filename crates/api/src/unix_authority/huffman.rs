@@ -38,7 +38,10 @@ fn symbol_at(coded: &[u8], bit: usize) -> Option<(u8, usize)> {
         let count = u32::try_from(symbols.len()).ok()?;
         let code = bits(coded, bit, length)?;
         if code < first + count {
-            return Some((*symbols.get(usize::try_from(code.checked_sub(first)?).ok()?)?, usize::try_from(length).ok()?));
+            return Some((
+                *symbols.get(usize::try_from(code.checked_sub(first)?).ok()?)?,
+                usize::try_from(length).ok()?,
+            ));
         }
         first += count;
         before = length;

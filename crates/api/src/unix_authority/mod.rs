@@ -69,11 +69,14 @@ impl Filter {
                     bytes = later;
                     if header.len() == FRAME_HEADER {
                         self.out.extend(header.iter());
-                        let length = usize::from(header[0]) << 16 | usize::from(header[1]) << 8 | usize::from(header[2]);
+                        let length =
+                            usize::from(header[0]) << 16 | usize::from(header[1]) << 8 | usize::from(header[2]);
                         let whole = header[3] == TYPE_HEADERS && header[4] & FLAG_END_HEADERS != 0;
                         self.state = match length {
                             0 => State::Header(Vec::with_capacity(FRAME_HEADER)),
-                            1..=MAX_FRAME if whole => State::Collect { flags: header[4], length, payload: Vec::with_capacity(length) },
+                            1..=MAX_FRAME if whole => {
+                                State::Collect { flags: header[4], length, payload: Vec::with_capacity(length) }
+                            }
                             _ => State::Pass(length),
                         };
                     }
@@ -83,7 +86,8 @@ impl Filter {
                     payload.extend(now);
                     bytes = later;
                     if payload.len() == *length {
-                        let skip = usize::from(*flags & FLAG_PADDED != 0) + if *flags & FLAG_PRIORITY == 0 { 0 } else { 5 };
+                        let skip =
+                            usize::from(*flags & FLAG_PADDED != 0) + if *flags & FLAG_PRIORITY == 0 { 0 } else { 5 };
                         if let Some(block) = payload.get_mut(skip..) {
                             mend_block(block);
                         }

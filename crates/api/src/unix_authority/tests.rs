@@ -20,7 +20,10 @@ fn filtered(bytes: &[u8], cut: usize) -> Vec<u8> {
 #[test]
 fn the_code_is_the_one_of_the_standard() {
     // RFC 7541 C.4.1 and C.4.3.
-    assert_eq!(huffman::encode("www.example.com"), [0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff]);
+    assert_eq!(
+        huffman::encode("www.example.com"),
+        [0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff]
+    );
     assert_eq!(huffman::encode(":authority"), CODED_NAME);
     assert_eq!(huffman::encode("no-cache"), [0xa8, 0xeb, 0x10, 0x64, 0x9c, 0xbf]);
 }
@@ -32,9 +35,16 @@ fn a_path_as_authority_becomes_an_authority_of_the_same_length_and_nothing_else_
         let value = |text: &str| if coded { huffman::encode(text) } else { text.as_bytes().to_vec() };
         let request = |authority: &str| {
             let name = [&[0x00, 6][..], b"x-path", &[5], b"/a%2F"].concat();
-            let block = [&[0x83, 0x86][..], &literal(4, &value("/Service/Method%2F"), coded), &literal(1, &value(authority), coded), &name].concat();
+            let block = [
+                &[0x83, 0x86][..],
+                &literal(4, &value("/Service/Method%2F"), coded),
+                &literal(1, &value(authority), coded),
+                &name,
+            ]
+            .concat();
             let (flags, head) = if priority { (0x24, &[0, 0, 0, 0, 16][..]) } else { (0x4, &[][..]) };
-            [&preface[..], &frame(4, 0, &[0; 6]), &frame(1, flags, &[head, &block].concat()), &frame(0, 1, b"body%/")].concat()
+            [&preface[..], &frame(4, 0, &[0; 6]), &frame(1, flags, &[head, &block].concat()), &frame(0, 1, b"body%/")]
+                .concat()
         };
         let (sent, expected) = (request("tmp%2Fim%2Fag.sock"), request("tmp-2Fim-2Fag.sock"));
         for cut in [1, 7, 10_000] {
@@ -49,8 +59,12 @@ fn a_path_as_authority_becomes_an_authority_of_the_same_length_and_nothing_else_
 fn a_name_that_is_spelled_out_is_known_too() {
     for coded in [false, true] {
         let value = |text: &str| if coded { huffman::encode(text) } else { text.as_bytes().to_vec() };
-        let string = |text: &str| [&[u8::from(coded) << 7 | u8::try_from(value(text).len()).unwrap()][..], &value(text)].concat();
-        let request = |authority: &str| [&[b'x'; 24][..], &frame(1, 4, &[&[0x40][..], &string(":authority"), &string(authority)].concat())].concat();
+        let string = |text: &str| {
+            [&[u8::from(coded) << 7 | u8::try_from(value(text).len()).unwrap()][..], &value(text)].concat()
+        };
+        let request = |authority: &str| {
+            [&[b'x'; 24][..], &frame(1, 4, &[&[0x40][..], &string(":authority"), &string(authority)].concat())].concat()
+        };
         assert_eq!(filtered(&request("run%2Fa"), 3), request("run-2Fa"), "coded {coded}");
     }
 }
@@ -59,7 +73,10 @@ fn a_name_that_is_spelled_out_is_known_too() {
 fn garbage_passes_as_it_is() {
     let mut bytes = vec![0u8; 5_000];
     for seed in 0..50u8 {
-        bytes.iter_mut().enumerate().for_each(|(n, b)| *b = (n as u8).wrapping_mul(31).wrapping_add(seed) ^ (n >> 8) as u8);
+        bytes
+            .iter_mut()
+            .enumerate()
+            .for_each(|(n, b)| *b = (n as u8).wrapping_mul(31).wrapping_add(seed) ^ (n >> 8) as u8);
         bytes[24 + 3] = 1;
         bytes[24 + 4] = 0x4;
         bytes[24] = 0;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::localauthority::local_authority_client::LocalAuthorityClient;
-use countersign_api::spire::localauthority::*;
+use countersign_api::spire::localauthority::{AuthorityState, GetX509AuthorityStateRequest, PrepareX509AuthorityRequest, ActivateX509AuthorityRequest, TaintX509AuthorityRequest, RevokeX509AuthorityRequest};
 use serde_json::{Value, json};
 
 use super::output::{Output, Table};
@@ -76,7 +76,8 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
     match command {
         AuthorityCommand::Show { server, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
-            let s = client.get_x509_authority_state(GetX509AuthorityStateRequest {}).await.map_err(refused)?.into_inner();
+            let s =
+                client.get_x509_authority_state(GetX509AuthorityStateRequest {}).await.map_err(refused)?.into_inner();
             print(&output, &[("active", s.active), ("prepared", s.prepared), ("old", s.old)]);
         }
         AuthorityCommand::Prepare { server, output } => {
@@ -86,17 +87,29 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
         }
         AuthorityCommand::Activate { server, id, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
-            let s = client.activate_x509_authority(ActivateX509AuthorityRequest { authority_id: id }).await.map_err(refused)?.into_inner();
+            let s = client
+                .activate_x509_authority(ActivateX509AuthorityRequest { authority_id: id })
+                .await
+                .map_err(refused)?
+                .into_inner();
             print(&output, &[("active", s.activated_authority)]);
         }
         AuthorityCommand::Taint { server, id, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
-            let s = client.taint_x509_authority(TaintX509AuthorityRequest { authority_id: id }).await.map_err(refused)?.into_inner();
+            let s = client
+                .taint_x509_authority(TaintX509AuthorityRequest { authority_id: id })
+                .await
+                .map_err(refused)?
+                .into_inner();
             print(&output, &[("tainted", s.tainted_authority)]);
         }
         AuthorityCommand::Revoke { server, id, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
-            let s = client.revoke_x509_authority(RevokeX509AuthorityRequest { authority_id: id }).await.map_err(refused)?.into_inner();
+            let s = client
+                .revoke_x509_authority(RevokeX509AuthorityRequest { authority_id: id })
+                .await
+                .map_err(refused)?
+                .into_inner();
             print(&output, &[("revoked", s.revoked_authority)]);
         }
     }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire};
 use countersign_api::spire::bundle::bundle_client::BundleClient;
-use countersign_api::spire::bundle::*;
+use countersign_api::spire::bundle::{GetBundleRequest, GetFederatedBundleRequest, BatchSetFederatedBundleRequest};
 use countersign_identity::X509Bundle;
 use countersign_identity::trust_domain::parse_trust_domain;
 use serde_json::json;
@@ -79,7 +79,8 @@ pub async fn run(command: BundleCommand) -> Result<()> {
             let pem = std::fs::read(&path).map_err(|e| wrong(e.to_string()))?;
             let bundle = X509Bundle::from_pem(td, &pem).map_err(|e| wrong(e.to_string()))?;
             let request = BatchSetFederatedBundleRequest { bundle: vec![bundle_to_wire(&bundle)], output_mask: None };
-            let response = client!(BundleClient, server.channel()?).batch_set_federated_bundle(request).await.map_err(refused)?;
+            let response =
+                client!(BundleClient, server.channel()?).batch_set_federated_bundle(request).await.map_err(refused)?;
             response.into_inner().results.into_iter().try_for_each(|r| ok(r.status))?;
             eprintln!("bundle of {trust_domain} set: {} authorities", bundle.authorities.len());
         }

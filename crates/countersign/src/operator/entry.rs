@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::entry::entry_client::EntryClient;
-use countersign_api::spire::entry::*;
+use countersign_api::spire::entry::{list_entries_request, ListEntriesRequest, BatchCreateEntryRequest, BatchDeleteEntryRequest, GetEntryRequest, BatchUpdateEntryRequest};
 use countersign_api::spire::types::{self, EntryMask};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
@@ -145,7 +145,15 @@ fn print(output: &Output, entries: &[types::Entry]) {
     for e in entries {
         let selectors = e.selectors.iter().map(|s| format!("{}:{}", s.r#type, s.value)).collect::<Vec<_>>().join(" ");
         let ttl = if e.x509_svid_ttl == 0 { "default".into() } else { format!("{}s", e.x509_svid_ttl) };
-        table.row(vec![e.id.clone(), shown(e.spiffe_id.as_ref()), shown(e.parent_id.as_ref()), selectors, ttl, e.revision_number.to_string(), when(e.created_at)]);
+        table.row(vec![
+            e.id.clone(),
+            shown(e.spiffe_id.as_ref()),
+            shown(e.parent_id.as_ref()),
+            selectors,
+            ttl,
+            e.revision_number.to_string(),
+            when(e.created_at),
+        ]);
     }
     output.print(&table, &Value::Array(entries.iter().map(json_of).collect()));
 }
@@ -155,7 +163,8 @@ pub async fn list(channel: Channel, filter: list_entries_request::Filter) -> Res
     let mut client = client!(EntryClient, channel);
     let (mut all, mut page_token) = (vec![], String::new());
     loop {
-        let request = ListEntriesRequest { filter: Some(filter.clone()), output_mask: None, page_size: 1_000, page_token };
+        let request =
+            ListEntriesRequest { filter: Some(filter.clone()), output_mask: None, page_size: 1_000, page_token };
         let page = client.list_entries(request).await.map_err(refused)?.into_inner();
         all.extend(page.entries);
         if page.next_page_token.is_empty() {
@@ -176,7 +185,11 @@ pub async fn create(channel: Channel, entry: types::Entry) -> Result<types::Entr
 
 /// Deletes entries; fails with the first reason.
 pub async fn delete(channel: Channel, ids: Vec<String>) -> Result<Vec<String>> {
-    let response = client!(EntryClient, channel).batch_delete_entry(BatchDeleteEntryRequest { ids }).await.map_err(refused)?.into_inner();
+    let response = client!(EntryClient, channel)
+        .batch_delete_entry(BatchDeleteEntryRequest { ids })
+        .await
+        .map_err(refused)?
+        .into_inner();
     response.results.into_iter().map(|r| ok(r.status).map(|()| r.id)).collect()
 }
 
@@ -197,14 +210,21 @@ pub async fn run(command: EntryCommand) -> Result<()> {
         EntryCommand::Show { server, id, spiffe_id, parent_id, selector, output } => {
             let channel = server.channel()?;
             if let Some(id) = id {
-                let found = client!(EntryClient, channel).get_entry(GetEntryRequest { id, output_mask: None }).await.map_err(refused)?;
+                let found = client!(EntryClient, channel)
+                    .get_entry(GetEntryRequest { id, output_mask: None })
+                    .await
+                    .map_err(refused)?;
                 print(&output, &[found.into_inner()]);
                 return Ok(());
             }
             let filter = list_entries_request::Filter {
                 by_spiffe_id: spiffe_id.map(|id| workload_id("--spiffe-id", &id)).transpose()?,
                 by_parent_id: parent_id.map(|id| workload_id("--parent-id", &id)).transpose()?,
-                by_selectors: if selector.is_empty() { None } else { Some(types::SelectorMatch { selectors: selectors(&selector)?, r#match: 0 }) },
+                by_selectors: if selector.is_empty() {
+                    None
+                } else {
+                    Some(types::SelectorMatch { selectors: selectors(&selector)?, r#match: 0 })
+                },
                 ..Default::default()
             };
             print(&output, &list(channel, filter).await?);
@@ -227,7 +247,11 @@ pub async fn run(command: EntryCommand) -> Result<()> {
             entry.spiffe_id = spiffe_id.map(|id| workload_id("--spiffe-id", &id)).transpose()?;
             entry.parent_id = parent_id.map(|id| workload_id("--parent-id", &id)).transpose()?;
             let request = BatchUpdateEntryRequest { entries: vec![entry], input_mask: Some(mask), output_mask: None };
-            let response = client!(EntryClient, server.channel()?).batch_update_entry(request).await.map_err(refused)?.into_inner();
+            let response = client!(EntryClient, server.channel()?)
+                .batch_update_entry(request)
+                .await
+                .map_err(refused)?
+                .into_inner();
             let result = response.results.into_iter().next().unwrap_or_default();
             ok(result.status)?;
             print(&output, &result.entry.into_iter().collect::<Vec<_>>());

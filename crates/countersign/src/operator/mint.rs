@@ -46,7 +46,9 @@ pub enum MintCommand {
 pub async fn run(command: MintCommand) -> Result<()> {
     let MintCommand::X509 { server, spiffe_id, ttl, key_type, write, output } = command;
     let id = any_id("--spiffe-id", &spiffe_id)?;
-    let key_type: KeyType = key_type.parse().map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--key-type", &e.to_string()))?;
+    let key_type: KeyType = key_type
+        .parse()
+        .map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--key-type", &e.to_string()))?;
     if !write.is_dir() {
         return Err(Mistake::flag("--write", &format!("{} is no folder", write.display())).into());
     }
@@ -54,7 +56,8 @@ pub async fn run(command: MintCommand) -> Result<()> {
     let csr = request(&key, Some(&id))?;
     let ttl = ttl.map_or(0, |t| t.0.as_secs().try_into().unwrap_or(i32::MAX));
     let channel = server.channel()?;
-    let minted = client!(SvidClient, channel.clone()).mint_x509svid(MintX509svidRequest { csr, ttl }).await.map_err(refused)?;
+    let minted =
+        client!(SvidClient, channel.clone()).mint_x509svid(MintX509svidRequest { csr, ttl }).await.map_err(refused)?;
     let svid = minted.into_inner().svid.context("the server's answer holds no SVID")?;
     let roots = bundle::own(channel).await?;
     let place = |name: &str| write.join(name);
@@ -62,8 +65,13 @@ pub async fn run(command: MintCommand) -> Result<()> {
     put(&place("svid.pem"), chain.as_bytes(), false)?;
     put(&place("key.pem"), Zeroizing::new(pem_block("PRIVATE KEY", key.as_pkcs8())).as_bytes(), true)?;
     put(&place("bundle.pem"), roots.to_pem().as_bytes(), false)?;
-    let files: Vec<String> = ["svid.pem", "key.pem", "bundle.pem"].iter().map(|n| place(n).display().to_string()).collect();
-    let table = Table::facts([("spiffe id".into(), spiffe_id.clone()), ("expires".into(), when(svid.expires_at)), ("files".into(), files.join(" "))]);
+    let files: Vec<String> =
+        ["svid.pem", "key.pem", "bundle.pem"].iter().map(|n| place(n).display().to_string()).collect();
+    let table = Table::facts([
+        ("spiffe id".into(), spiffe_id.clone()),
+        ("expires".into(), when(svid.expires_at)),
+        ("files".into(), files.join(" ")),
+    ]);
     output.print(&table, &json!({ "spiffe_id": spiffe_id, "expires_at": svid.expires_at, "files": files }));
     Ok(())
 }

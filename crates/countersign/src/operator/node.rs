@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::agent::agent_client::AgentClient;
-use countersign_api::spire::agent::*;
+use countersign_api::spire::agent::{ListAgentsRequest, DeleteAgentRequest, BanAgentRequest};
 use serde_json::{Value, json};
 
 use super::output::{Output, Table};
@@ -53,11 +53,19 @@ pub async fn run(command: NodeCommand) -> Result<()> {
                 }
                 page_token = page.next_page_token;
             }
-            let mut table = Table::new(&["spiffe id", "attestation", "serial", "svid expires", "banned", "can reattest"]);
+            let mut table =
+                Table::new(&["spiffe id", "attestation", "serial", "svid expires", "banned", "can reattest"]);
             let mut all = vec![];
             for a in &agents {
                 let id = shown(a.id.as_ref());
-                table.row(vec![id.clone(), a.attestation_type.clone(), a.x509svid_serial_number.clone(), when(a.x509svid_expires_at), a.banned.to_string(), a.can_reattest.to_string()]);
+                table.row(vec![
+                    id.clone(),
+                    a.attestation_type.clone(),
+                    a.x509svid_serial_number.clone(),
+                    when(a.x509svid_expires_at),
+                    a.banned.to_string(),
+                    a.can_reattest.to_string(),
+                ]);
                 all.push(json!({
                     "spiffe_id": id,
                     "attestation_type": a.attestation_type,

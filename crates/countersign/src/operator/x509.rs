@@ -54,7 +54,8 @@ fn facts(response: &X509svidResponse) -> Result<Vec<(String, String, i64, Value)
     let one = |svid: &countersign_api::workload::X509svid| {
         let leaf = LeafFacts::of_first(&svid.x509_svid).context("the agent's SVID cannot be read")?;
         let expires_at = leaf.not_after.unix_timestamp();
-        let json = json!({ "spiffe_id": svid.spiffe_id, "serial": leaf.serial, "expires_at": expires_at, "hint": svid.hint });
+        let json =
+            json!({ "spiffe_id": svid.spiffe_id, "serial": leaf.serial, "expires_at": expires_at, "hint": svid.hint });
         Ok((svid.spiffe_id.clone(), leaf.serial, expires_at, json))
     };
     response.svids.iter().map(one).collect()

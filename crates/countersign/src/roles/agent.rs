@@ -89,8 +89,14 @@ impl AgentSettings {
     fn config(self) -> Result<Config, Mistake> {
         let domain = self.trust_domain.ok_or_else(|| Mistake::missing("--trust-domain", "trust_domain"))?;
         let server = self.server.ok_or_else(|| Mistake::missing("--server", "server"))?;
-        if !server.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p != 0)) {
-            return Err(Mistake::flag("--server", &format!("`{server}` is no address: write host:port, as in 10.0.0.1:8081")));
+        if !server
+            .rsplit_once(':')
+            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p != 0))
+        {
+            return Err(Mistake::flag(
+                "--server",
+                &format!("`{server}` is no address: write host:port, as in 10.0.0.1:8081"),
+            ));
         }
         Ok(Config {
             trust_domain: parse_trust_domain(&domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
@@ -100,7 +106,9 @@ impl AgentSettings {
             trust_bundle: self.trust_bundle,
             evidence: evidence(self.join_token_file, self.x509pop_cert, self.x509pop_key)?,
             key_type: match self.workload_key_type {
-                Some(text) => text.parse().map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--workload-key-type", &e.to_string()))?,
+                Some(text) => text.parse().map_err(|e: countersign_identity::key::KeyError| {
+                    Mistake::flag("--workload-key-type", &e.to_string())
+                })?,
                 None => countersign_identity::KeyType::default(),
             },
             sync_interval: self.sync_interval.map_or(Duration::from_secs(5), |t| t.0),
@@ -115,7 +123,8 @@ impl AgentSettings {
 fn evidence(token: Option<PathBuf>, cert: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Evidence>, Mistake> {
     match (token, cert, key) {
         (Some(path), None, None) => {
-            let text = std::fs::read_to_string(&path).map_err(|e| Mistake::flag("--join-token-file", &format!("{}: {e}", path.display())))?;
+            let text = std::fs::read_to_string(&path)
+                .map_err(|e| Mistake::flag("--join-token-file", &format!("{}: {e}", path.display())))?;
             Ok(Some(Evidence::JoinToken(Zeroizing::new(text.trim().to_owned()))))
         }
         (None, Some(certificate), Some(key)) => Ok(Some(Evidence::X509Pop { certificate, key })),
@@ -148,8 +157,22 @@ mod tests {
         let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/agent.yaml"));
         let (settings, text): (AgentSettings, String) = crate::settings::load(path).unwrap();
         AgentSettings { join_token_file: None, ..settings }.config().unwrap();
-        for key in ["trust_domain", "server", "socket", "data_dir", "trust_bundle", "join_token_file", "x509pop_cert", "x509pop_key",
-            "workload_key_type", "sync_interval", "discover_workload_path", "workload_size_limit", "foreign_namespaces", "metrics"] {
+        for key in [
+            "trust_domain",
+            "server",
+            "socket",
+            "data_dir",
+            "trust_bundle",
+            "join_token_file",
+            "x509pop_cert",
+            "x509pop_key",
+            "workload_key_type",
+            "sync_interval",
+            "discover_workload_path",
+            "workload_size_limit",
+            "foreign_namespaces",
+            "metrics",
+        ] {
             assert!(text.contains(&format!("{key}:")), "{key} is not in the example");
         }
     }

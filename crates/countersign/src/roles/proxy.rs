@@ -149,7 +149,10 @@ impl ProxySettings {
         };
         let all = BTreeSet::from([ports.outbound, ports.inbound, ports.mesh, ports.http]);
         if all.len() < 4 || all.contains(&0) {
-            return Err(Mistake("--outbound-port, --inbound-port, --mesh-port and the port of --http must be four different ports".into()));
+            return Err(Mistake(
+                "--outbound-port, --inbound-port, --mesh-port and the port of --http must be four different ports"
+                    .into(),
+            ));
         }
         Ok(ports)
     }
@@ -159,34 +162,51 @@ impl ProxySettings {
             let parsed = ids.iter().flatten().map(|id| parse_workload_id(id).map(|id| id.to_string()));
             parsed.collect::<Result<BTreeSet<_>, _>>().map_err(|e| Mistake::flag(flag, &e.to_string()))
         };
-        let (expect, allow) = (ids("--outbound-expect", &self.outbound_expect)?, ids("--inbound-allow", &self.inbound_allow)?);
+        let (expect, allow) =
+            (ids("--outbound-expect", &self.outbound_expect)?, ids("--inbound-allow", &self.inbound_allow)?);
         let outbound = match (self.outbound_listen, self.outbound_target) {
-            (Some(_), Some(_)) if expect.is_empty() => return Err(Mistake("--outbound-expect is missing: say who must stand at --outbound-target".into())),
+            (Some(_), Some(_)) if expect.is_empty() => {
+                return Err(Mistake("--outbound-expect is missing: say who must stand at --outbound-target".into()));
+            }
             (Some(listen), Some(target)) => Some(FixedOutbound { listen, target, expect }),
             (None, None) => None,
             _ => return Err(Mistake("a fixed way out needs both --outbound-listen and --outbound-target".into())),
         };
         let inbound = match (self.inbound_listen, self.inbound_target) {
-            (Some(listen), Some(target)) => Some(FixedInbound { listen, target, policy: Policy { allow, ..Policy::default() } }),
+            (Some(listen), Some(target)) => {
+                Some(FixedInbound { listen, target, policy: Policy { allow, ..Policy::default() } })
+            }
             (None, None) => None,
             _ => return Err(Mistake("a fixed way in needs both --inbound-listen and --inbound-target".into())),
         };
-        Ok(if outbound.is_none() && inbound.is_none() { Routing::Redirected(ports) } else { Routing::Fixed { outbound, inbound } })
+        Ok(if outbound.is_none() && inbound.is_none() {
+            Routing::Redirected(ports)
+        } else {
+            Routing::Fixed { outbound, inbound }
+        })
     }
 
     fn identity(&self, redirected: bool) -> Result<IdentitySource, Mistake> {
         match (&self.svid, &self.key, &self.bundle) {
-            (None, None, None) => Ok(IdentitySource::Agent { socket: self.agent_socket.clone().unwrap_or_else(|| AGENT_SOCKET.into()) }),
-            (Some(_), Some(_), Some(_)) if redirected => {
-                Err(Mistake("--svid works on a fixed way only: behind a redirect it takes an agent to say who is where".into()))
+            (None, None, None) => {
+                Ok(IdentitySource::Agent { socket: self.agent_socket.clone().unwrap_or_else(|| AGENT_SOCKET.into()) })
             }
+            (Some(_), Some(_), Some(_)) if redirected => Err(Mistake(
+                "--svid works on a fixed way only: behind a redirect it takes an agent to say who is where".into(),
+            )),
             (Some(chain), Some(key), Some(bundles)) => {
                 let bundles = bundles.iter().map(|b| {
-                    let (td, path) = b.split_once('=').ok_or_else(|| Mistake::flag("--bundle", &format!("`{b}`: write NAME=FILE")))?;
+                    let (td, path) = b
+                        .split_once('=')
+                        .ok_or_else(|| Mistake::flag("--bundle", &format!("`{b}`: write NAME=FILE")))?;
                     let td = parse_trust_domain(td).map_err(|e| Mistake::flag("--bundle", &e.to_string()))?;
                     Ok((td, PathBuf::from(path)))
                 });
-                Ok(IdentitySource::Files { chain: chain.clone(), key: key.clone(), bundles: bundles.collect::<Result<_, Mistake>>()? })
+                Ok(IdentitySource::Files {
+                    chain: chain.clone(),
+                    key: key.clone(),
+                    bundles: bundles.collect::<Result<_, Mistake>>()?,
+                })
             }
             _ => Err(Mistake("an identity from files needs --svid, --key and --bundle".into())),
         }
@@ -216,9 +236,28 @@ mod tests {
         let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/proxy.yaml"));
         let (settings, text): (ProxySettings, String) = crate::settings::load(path).unwrap();
         settings.config().unwrap();
-        for key in ["agent_socket", "svid", "key", "bundle", "outbound_listen", "outbound_target", "outbound_expect", "inbound_listen",
-            "inbound_target", "inbound_allow", "outbound_port", "inbound_port", "mesh_port", "http", "admin_socket", "access_log",
-            "workers", "drain", "max_connections", "max_connections_per_peer"] {
+        for key in [
+            "agent_socket",
+            "svid",
+            "key",
+            "bundle",
+            "outbound_listen",
+            "outbound_target",
+            "outbound_expect",
+            "inbound_listen",
+            "inbound_target",
+            "inbound_allow",
+            "outbound_port",
+            "inbound_port",
+            "mesh_port",
+            "http",
+            "admin_socket",
+            "access_log",
+            "workers",
+            "drain",
+            "max_connections",
+            "max_connections_per_peer",
+        ] {
             assert!(text.contains(&format!("{key}:")), "{key} is not in the example");
         }
     }

@@ -59,7 +59,8 @@ fn list<T: std::str::FromStr, C: FromIterator<T>>(flag: &str, what: &str, items:
 impl RedirectArgs {
     fn redirect(&self) -> Result<Redirect, Mistake> {
         let cidrs = |flag: &str, items: &[String]| list::<IpNet, _>(flag, "CIDR, such as 10.0.0.0/8", items);
-        let mut exempt_inbound_ports: std::collections::BTreeSet<u16> = list("--exclude-inbound-ports", "port", &self.exclude_inbound_ports)?;
+        let mut exempt_inbound_ports: std::collections::BTreeSet<u16> =
+            list("--exclude-inbound-ports", "port", &self.exclude_inbound_ports)?;
         exempt_inbound_ports.insert(self.mesh_port);
         Ok(Redirect {
             proxy_uid: self.proxy_uid,
@@ -77,7 +78,9 @@ impl RedirectArgs {
 pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
     let redirect = args.redirect()?;
     let mendable = |error: RedirectError| match error {
-        RedirectError::NotPermitted | RedirectError::NoNftables(_) | RedirectError::NoNetfilter { .. } => anyhow!(Mistake(error.to_string())),
+        RedirectError::NotPermitted | RedirectError::NoNftables(_) | RedirectError::NoNetfilter { .. } => {
+            anyhow!(Mistake(error.to_string()))
+        }
         other => other.into(),
     };
     if args.remove {
@@ -86,7 +89,10 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
     }
     if !args.check {
         let backend = install(&redirect, args.backend).map_err(mendable)?;
-        eprintln!("redirect installed with {backend}: out to {}, in to {}", redirect.outbound_port, redirect.inbound_port);
+        eprintln!(
+            "redirect installed with {backend}: out to {}, in to {}",
+            redirect.outbound_port, redirect.inbound_port
+        );
         return Ok(ExitCode::SUCCESS);
     }
     let found = installed().map_err(mendable)?;
@@ -96,7 +102,8 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
     for rule in &found {
         table.row(vec![rule.comment.clone(), rule.packets.to_string(), rule.bytes.to_string()]);
     }
-    let rules: Vec<_> = found.iter().map(|r| serde_json::json!({"rule": r.comment, "packets": r.packets, "bytes": r.bytes})).collect();
+    let rules: Vec<_> =
+        found.iter().map(|r| serde_json::json!({"rule": r.comment, "packets": r.packets, "bytes": r.bytes})).collect();
     args.output.print(&table, &serde_json::json!({"in_force": in_force, "rules": rules}));
     match (found.is_empty(), in_force) {
         (true, _) => Err(anyhow!("no redirect is installed in this network namespace")),

@@ -94,7 +94,10 @@ impl ServerSettings {
         let svid_ttl = self.svid_ttl.map_or(hours(1), |t| t.0);
         let ca_ttl = self.ca_ttl.map_or(hours(24), |t| t.0);
         if svid_ttl > ca_ttl {
-            return Err(Mistake::flag("--svid-ttl", "an SVID cannot outlive its authority: make it shorter than --ca-ttl"));
+            return Err(Mistake::flag(
+                "--svid-ttl",
+                "an SVID cannot outlive its authority: make it shorter than --ca-ttl",
+            ));
         }
         let upstream = match (self.upstream_cert, self.upstream_key, self.upstream_bundle) {
             (None, None, None) => None,
@@ -110,13 +113,20 @@ impl ServerSettings {
             svid_ttl,
             agent_svid_ttl: self.agent_svid_ttl.map_or(svid_ttl, |t| t.0),
             ca_key_type: match self.ca_key_type {
-                Some(text) => text.parse().map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--ca-key-type", &e.to_string()))?,
+                Some(text) => text
+                    .parse()
+                    .map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--ca-key-type", &e.to_string()))?,
                 None => countersign_identity::KeyType::default(),
             },
             key_manager: match self.key_manager.as_deref() {
                 None | Some("disk") => KeyManagerKind::Disk,
                 Some("memory") => KeyManagerKind::Memory,
-                Some(other) => return Err(Mistake::flag("--key-manager", &format!("`{other}` is no key manager: use disk or memory"))),
+                Some(other) => {
+                    return Err(Mistake::flag(
+                        "--key-manager",
+                        &format!("`{other}` is no key manager: use disk or memory"),
+                    ));
+                }
             },
             upstream,
             x509pop_ca: self.x509pop_ca,
@@ -132,7 +142,9 @@ pub fn run(args: ServerArgs) -> Result<()> {
     let config = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         let stop = on_signal()?;
-        countersign_server::run(config, system_clock(), stop, |address| args.ready.write(&address.to_string())).await.map_err(mistake_or_failure)
+        countersign_server::run(config, system_clock(), stop, |address| args.ready.write(&address.to_string()))
+            .await
+            .map_err(mistake_or_failure)
     })
 }
 
@@ -154,8 +166,23 @@ mod tests {
         let path = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/server.yaml"));
         let (settings, text): (ServerSettings, String) = crate::settings::load(path).unwrap();
         settings.config().unwrap();
-        for key in ["trust_domain", "bind", "socket", "data_dir", "ca_ttl", "svid_ttl", "agent_svid_ttl", "ca_key_type", "key_manager",
-            "upstream_cert", "upstream_key", "upstream_bundle", "x509pop_ca", "audit_log", "metrics"] {
+        for key in [
+            "trust_domain",
+            "bind",
+            "socket",
+            "data_dir",
+            "ca_ttl",
+            "svid_ttl",
+            "agent_svid_ttl",
+            "ca_key_type",
+            "key_manager",
+            "upstream_cert",
+            "upstream_key",
+            "upstream_bundle",
+            "x509pop_ca",
+            "audit_log",
+            "metrics",
+        ] {
             assert!(text.contains(&format!("{key}:")), "{key} is not in the example");
         }
     }

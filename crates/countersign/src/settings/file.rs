@@ -20,7 +20,11 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<(T, String), Mistake> {
     let text = std::fs::read_to_string(path).map_err(|e| Mistake(format!("{shown}: cannot be read: {e}")))?;
     let parsed = serde_saphyr::from_str(&text).map_err(|e| {
         let why = e.without_snippet().to_string();
-        let why = why.split(" at line ").next().unwrap_or(&why).replace(", set DuplicateKeyPolicy in Options if acceptable", "");
+        let why = why
+            .split(" at line ")
+            .next()
+            .unwrap_or(&why)
+            .replace(", set DuplicateKeyPolicy in Options if acceptable", "");
         match e.location() {
             Some(location) => located(path, &text, location, &why),
             None => Mistake(format!("{shown}: {why}")),

@@ -59,7 +59,11 @@ impl<'de> Deserialize<'de> for Ttl {
 
 /// A mode; YAML reads a bare `off` as false, and that is what was meant.
 pub fn parse_mode(text: &str) -> Result<Mode, String> {
-    if text == "false" { Ok(Mode::Off) } else { text.parse().map_err(|e: countersign_identity::policy::ModeError| e.to_string()) }
+    if text == "false" {
+        Ok(Mode::Off)
+    } else {
+        text.parse().map_err(|e: countersign_identity::policy::ModeError| e.to_string())
+    }
 }
 
 #[cfg(test)]

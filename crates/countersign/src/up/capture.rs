@@ -38,7 +38,8 @@ impl Capture {
             let all = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)?;
             Ok(all)
         })?;
-        let (stop, packets, hits) = (Arc::new(AtomicBool::new(false)), Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let (stop, packets, hits) =
+            (Arc::new(AtomicBool::new(false)), Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let thread = std::thread::spawn({
             let (stop, packets, hits, needle) = (stop.clone(), packets.clone(), hits.clone(), needle.to_vec());
             move || look(&socket, &needle, &stop, &packets, &hits)

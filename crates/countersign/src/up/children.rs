@@ -62,7 +62,11 @@ pub struct Process {
 impl Program {
     fn start(&self, log: &Path) -> Result<Child> {
         let own = std::env::current_exe().context("cannot find this program")?;
-        let file = OpenOptions::new().create(true).append(true).open(log).with_context(|| format!("cannot open the log {}", log.display()))?;
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("cannot open the log {}", log.display()))?;
         let mut command = Command::new(own);
         command.arg("launch").args(["--uid", &self.account.uid.to_string(), "--gid", &self.account.gid.to_string()]);
         command.args(["--parent", &std::process::id().to_string()]);
@@ -89,7 +93,9 @@ impl Program {
 
 /// What every program may expect to find.
 fn small_environment() -> impl Iterator<Item = (String, String)> {
-    ["PATH", "LANG", "TZ", "RUST_BACKTRACE", "COUNTERSIGN_LOG"].into_iter().filter_map(|k| Some((k.to_owned(), std::env::var(k).ok()?)))
+    ["PATH", "LANG", "TZ", "RUST_BACKTRACE", "COUNTERSIGN_LOG"]
+        .into_iter()
+        .filter_map(|k| Some((k.to_owned(), std::env::var(k).ok()?)))
 }
 
 impl Process {
@@ -117,7 +123,12 @@ impl Process {
     }
 
     /// Waits until something is true, for as long as the process runs.
-    pub async fn wait_until(&self, what: &str, patience: Duration, mut is_true: impl AsyncFnMut() -> bool) -> Result<()> {
+    pub async fn wait_until(
+        &self,
+        what: &str,
+        patience: Duration,
+        mut is_true: impl AsyncFnMut() -> bool,
+    ) -> Result<()> {
         let wait = async {
             loop {
                 if is_true().await {

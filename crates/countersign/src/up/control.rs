@@ -119,10 +119,16 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let known = mesh.workloads();
     let allow = join.allow.iter().map(|a| match known.get(a) {
         Some(w) => Ok(w.spiffe_id.to_string()),
-        None => countersign_identity::trust_domain::parse_workload_id(a).map(|id| id.to_string()).map_err(|e| anyhow!("--allow: {e}")),
+        None => countersign_identity::trust_domain::parse_workload_id(a)
+            .map(|id| id.to_string())
+            .map_err(|e| anyhow!("--allow: {e}")),
     });
     let spec = WorkloadSpec {
-        policy: Policy { mode: mesh.spec.mode.narrowed_by(mode), allow: allow.collect::<Result<_>>()?, ..Policy::default() },
+        policy: Policy {
+            mode: mesh.spec.mode.narrowed_by(mode),
+            allow: allow.collect::<Result<_>>()?,
+            ..Policy::default()
+        },
         name: join.name.clone(),
         namespace: join.namespace,
         service_account: join.service_account,

@@ -11,14 +11,16 @@ use crate::settings::Ttl;
 use crate::shop::PORT;
 
 /// The shop's services, and who may call each; nobody named means everybody of the mesh.
-const SERVICES: [(&str, &[&str]); 4] = [("productpage", &[]), ("details", &[]), ("reviews", &[]), ("ratings", &["reviews"])];
+const SERVICES: [(&str, &[&str]); 4] =
+    [("productpage", &[]), ("details", &[]), ("reviews", &[]), ("ratings", &["reviews"])];
 
 /// The shop, strict.
 pub fn shop() -> MeshSpec {
     // The name is a constant, and right.
     let trust_domain = parse_trust_domain("shop.local").unwrap_or_else(|_| unreachable!("a valid constant"));
     let program = std::env::current_exe().map_or_else(|_| "countersign".into(), |p| p.display().to_string());
-    let id = |name: &str| service_account_id(&trust_domain, "default", name).map(|id| id.to_string()).unwrap_or_default();
+    let id =
+        |name: &str| service_account_id(&trust_domain, "default", name).map(|id| id.to_string()).unwrap_or_default();
     let workloads = SERVICES.iter().map(|(name, callers)| WorkloadSpec {
         name: (*name).into(),
         namespace: "default".into(),
@@ -47,5 +49,10 @@ pub fn shop() -> MeshSpec {
 
 /// The shop as `--verify` runs it.
 pub fn verification() -> MeshSpec {
-    MeshSpec { name: "verify".into(), ca_ttl: Ttl(Duration::from_secs(40)), svid_ttl: Ttl(Duration::from_secs(20)), ..shop() }
+    MeshSpec {
+        name: "verify".into(),
+        ca_ttl: Ttl(Duration::from_secs(40)),
+        svid_ttl: Ttl(Duration::from_secs(20)),
+        ..shop()
+    }
 }

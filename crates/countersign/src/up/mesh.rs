@@ -106,10 +106,16 @@ fn port_name(number: usize) -> String {
 
 impl Mesh {
     /// Brings a mesh up. What it leaves behind when it fails, `Place::tidy` removes.
-    pub async fn start(spec: MeshSpec, place: &Place, log_dir: Option<PathBuf>, progress: &dyn Fn(&str)) -> Result<Rc<Self>> {
+    pub async fn start(
+        spec: MeshSpec,
+        place: &Place,
+        log_dir: Option<PathBuf>,
+        progress: &dyn Fn(&str),
+    ) -> Result<Rc<Self>> {
         let logs = match log_dir {
             Some(dir) => {
-                std::fs::create_dir_all(&dir).with_context(|| format!("cannot make the log folder {}", dir.display()))?;
+                std::fs::create_dir_all(&dir)
+                    .with_context(|| format!("cannot make the log folder {}", dir.display()))?;
                 dir.canonicalize()?
             }
             None => place.folder("logs", 0)?,
@@ -125,7 +131,8 @@ impl Mesh {
         rand::fill(&mut random);
         let publish = Arc::new(Notify::new());
         let directory = Arc::<Mutex<Vec<Workload>>>::default();
-        let publisher = tokio::spawn(keep_published(unix_channel(server_socket(&dir)), directory.clone(), publish.clone()));
+        let publisher =
+            tokio::spawn(keep_published(unix_channel(server_socket(&dir)), directory.clone(), publish.clone()));
         let mesh = Rc::new(Self {
             names: Names { fabric: place.fabric_name(), mesh: spec.name.clone() },
             run_id: format!("{:08x}", u32::from_be_bytes(random)),
@@ -200,7 +207,9 @@ impl Mesh {
 
     fn free_number(&self) -> Result<usize> {
         let used: Vec<usize> = self.workloads().values().map(|w| w.number).collect();
-        (0..MAX_WORKLOADS).find(|n| !used.contains(n)).ok_or_else(|| anyhow!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads"))
+        (0..MAX_WORKLOADS)
+            .find(|n| !used.contains(n))
+            .ok_or_else(|| anyhow!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads"))
     }
 
     /// Namespace, redirect, entry and sidecar of a workload; its program comes later.
@@ -212,7 +221,9 @@ impl Mesh {
         let netns = netns.with_context(|| format!("cannot make the namespace of {name}"))?;
         // In force before anything runs there: NAT sees only a connection's first packet.
         let redirect = redirect_of(&spec, proxy_uid);
-        netns.run(move || Ok(install(&redirect, Backend::Auto)))?.with_context(|| format!("cannot redirect the traffic of {name}"))?;
+        netns
+            .run(move || Ok(install(&redirect, Backend::Auto)))?
+            .with_context(|| format!("cannot redirect the traffic of {name}"))?;
         let selector = Selector::new("unix", format!("uid:{proxy_uid}"))?;
         let entry = types::Entry {
             spiffe_id: Some(id_to_wire(&spiffe_id)),
@@ -221,12 +232,14 @@ impl Mesh {
             dns_names: vec![name.clone()],
             ..types::Entry::default()
         };
-        let entry_id = operator::entry::create(self.channel(), entry).await.with_context(|| format!("cannot register {name}"))?.id;
+        let entry_id =
+            operator::entry::create(self.channel(), entry).await.with_context(|| format!("cannot register {name}"))?.id;
         let home = self.dir.join("sidecars").join(name);
         std::fs::create_dir_all(&home)?;
         std::os::unix::fs::chown(&home, Some(proxy_uid), Some(proxy_uid))?;
         let admin_socket = home.join("admin.sock");
-        let sidecar = Process::start(self.sidecar(name, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar")))?;
+        let sidecar =
+            Process::start(self.sidecar(name, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar")))?;
         let (v4, v6) = addresses(number);
         let running = Rc::new(Running {
             account: spec.user.clone().unwrap_or_else(|| Account::of_number(number)),
@@ -240,7 +253,10 @@ impl Mesh {
             admin_socket,
             sidecar,
         });
-        self.workloads.lock().unwrap_or_else(PoisonError::into_inner).insert(running.spec.name.clone(), running.clone());
+        self.workloads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(running.spec.name.clone(), running.clone());
         self.write_hosts()?;
         self.publish_now();
         Ok(running)
@@ -254,7 +270,12 @@ impl Mesh {
             status.is_ok_and(|s| s.facts.get("ready").is_some_and(|r| r == "yes"))
         };
         let waited = running.sidecar.wait_until("it had an identity", PATIENCE, ready).await;
-        waited.with_context(|| format!("the sidecar of {name} did not come up; its log ends:\n{}", last_lines(&self.log(&format!("{name}.sidecar")), 5)))
+        waited.with_context(|| {
+            format!(
+                "the sidecar of {name} did not come up; its log ends:\n{}",
+                last_lines(&self.log(&format!("{name}.sidecar")), 5)
+            )
+        })
     }
 
     /// Starts a workload's own program.
@@ -338,7 +359,18 @@ impl Mesh {
         let shown = |file: &str| home.join(file).display().to_string();
         let own = std::env::current_exe().unwrap_or_default().display().to_string();
         let agent_socket = agent_socket(&self.dir).display().to_string();
-        let command = [own.as_str(), "proxy", "--agent-socket", &agent_socket, "--admin-socket", &shown("admin.sock"), "--access-log", &shown("access.log"), "--drain", "3s"];
+        let command = [
+            own.as_str(),
+            "proxy",
+            "--agent-socket",
+            &agent_socket,
+            "--admin-socket",
+            &shown("admin.sock"),
+            "--access-log",
+            &shown("access.log"),
+            "--drain",
+            "3s",
+        ];
         Program {
             name: format!("{name}'s sidecar"),
             netns: Some(netns.clone()),
@@ -425,7 +457,10 @@ async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Pro
     let home = place.folder("server", SERVER_UID)?;
     let shown = |file: &str| home.join(file).display().to_string();
     // One port for the mesh's whole life: the agent finds a server that was started again.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).context("no free port on loopback")?.port();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .context("no free port on loopback")?
+        .port();
     std::fs::write(place.dir.join("server.port"), port.to_string())?;
     let own = std::env::current_exe()?.display().to_string();
     let mut command: Vec<String> = vec![own, "server".into()];
@@ -456,13 +491,23 @@ async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Pro
     }
     let log = logs.join("countersign-server.log");
     let account = Account { uid: SERVER_UID, gid: SERVER_UID, groups: vec![] };
-    let program = Program { name: "server".into(), netns: None, hosts: None, account, no_new_privs: true, command, env: BTreeMap::new(), restart: true };
+    let program = Program {
+        name: "server".into(),
+        netns: None,
+        hosts: None,
+        account,
+        no_new_privs: true,
+        command,
+        env: BTreeMap::new(),
+        restart: true,
+    };
     let process = Process::start(program, log.clone())?;
     let ready = home.join("ready");
     let waited = process.wait_until("it was ready", PATIENCE, async || ready.exists()).await;
     if let Err(error) = waited {
         process.stop().await;
-        return Err(error).with_context(|| format!("the server did not come up; its log ends:\n{}", last_lines(&log, 5)));
+        return Err(error)
+            .with_context(|| format!("the server did not come up; its log ends:\n{}", last_lines(&log, 5)));
     }
     Ok(process)
 }
@@ -478,20 +523,48 @@ async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Proc
     let port = std::fs::read_to_string(place.dir.join("server.port"))?;
     let server = format!("127.0.0.1:{port}");
     let own = std::env::current_exe()?.display().to_string();
-    let command = [own.as_str(), "agent", "--trust-domain", spec.trust_domain.as_str(), "--server", &server, "--socket", &shown("agent.sock"),
-        "--data-dir", &shown("data"), "--trust-bundle", &shown("bundle.pem"), "--join-token-file", &shown("join-token")];
+    let command = [
+        own.as_str(),
+        "agent",
+        "--trust-domain",
+        spec.trust_domain.as_str(),
+        "--server",
+        &server,
+        "--socket",
+        &shown("agent.sock"),
+        "--data-dir",
+        &shown("data"),
+        "--trust-bundle",
+        &shown("bundle.pem"),
+        "--join-token-file",
+        &shown("join-token"),
+    ];
     let log = logs.join("countersign-agent.log");
     // Root: it reads what the kernel knows of every caller.
     let account = Account { uid: 0, gid: 0, groups: vec![] };
     let command = command.map(String::from).to_vec();
-    let program = Program { name: "agent".into(), netns: None, hosts: None, account, no_new_privs: true, command, env: BTreeMap::new(), restart: true };
+    let program = Program {
+        name: "agent".into(),
+        netns: None,
+        hosts: None,
+        account,
+        no_new_privs: true,
+        command,
+        env: BTreeMap::new(),
+        restart: true,
+    };
     let process = Process::start(program, log.clone())?;
     let socket = home.join("agent.sock");
-    let attested = async || operator::status::get(&socket).await.is_ok_and(|s| s.facts.get("agent ID").is_some_and(|id| id.starts_with("spiffe://")));
+    let attested = async || {
+        operator::status::get(&socket)
+            .await
+            .is_ok_and(|s| s.facts.get("agent ID").is_some_and(|id| id.starts_with("spiffe://")))
+    };
     let waited = process.wait_until("it was attested", PATIENCE, attested).await;
     if let Err(error) = waited {
         process.stop().await;
-        return Err(error).with_context(|| format!("the agent did not come up; its log ends:\n{}", last_lines(&log, 5)));
+        return Err(error)
+            .with_context(|| format!("the agent did not come up; its log ends:\n{}", last_lines(&log, 5)));
     }
     Ok(process)
 }
@@ -499,7 +572,8 @@ async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Proc
 /// Publishes the directory on each change, and again every now and then.
 async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, changed: Arc<Notify>) {
     loop {
-        let all = directory.lock().unwrap_or_else(PoisonError::into_inner).iter().map(workload_to_wire).collect::<Vec<_>>();
+        let all =
+            directory.lock().unwrap_or_else(PoisonError::into_inner).iter().map(workload_to_wire).collect::<Vec<_>>();
         if !all.is_empty() {
             let request = PublishRequest { replace: true, upserted: all, removed: vec![] };
             let mut client = client!(DirectoryClient, channel.clone());

@@ -98,9 +98,11 @@ impl Account {
         if let Ok(uid) = text.parse::<u32>() {
             return Ok(Self { uid, gid: uid, groups: vec![] });
         }
-        let user = User::from_name(text).ok().flatten().ok_or_else(|| format!("there is no user `{text}` on this machine"))?;
+        let user =
+            User::from_name(text).ok().flatten().ok_or_else(|| format!("there is no user `{text}` on this machine"))?;
         let name = std::ffi::CString::new(text).map_err(|_| format!("`{text}` is no user name"))?;
-        let groups = getgrouplist(&name, user.gid).unwrap_or_default().into_iter().map(nix::unistd::Gid::as_raw).collect();
+        let groups =
+            getgrouplist(&name, user.gid).unwrap_or_default().into_iter().map(nix::unistd::Gid::as_raw).collect();
         Ok(Self { uid: user.uid.as_raw(), gid: user.gid.as_raw(), groups })
     }
 }
@@ -182,7 +184,11 @@ impl Reader<'_> {
         located(self.path, self.text, at.referenced, why)
     }
 
-    fn parse<T, U, E: std::fmt::Display>(&self, at: &Spanned<T>, parse: impl FnOnce(&T) -> Result<U, E>) -> Result<U, Mistake> {
+    fn parse<T, U, E: std::fmt::Display>(
+        &self,
+        at: &Spanned<T>,
+        parse: impl FnOnce(&T) -> Result<U, E>,
+    ) -> Result<U, Mistake> {
         parse(&at.value).map_err(|e| self.wrong(at, &e.to_string()))
     }
 
@@ -214,14 +220,18 @@ impl Reader<'_> {
             return Err(self.wrong(&yaml.workloads, "name at least one workload"));
         }
         if yaml.workloads.value.len() > MAX_WORKLOADS {
-            return Err(self.wrong(&yaml.workloads, &format!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads")));
+            return Err(
+                self.wrong(&yaml.workloads, &format!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads"))
+            );
         }
         let mut ids = BTreeMap::new();
         for w in &yaml.workloads.value {
             self.parse(&w.name, |n| check_name(n))?;
             let id = self.spiffe_id(&trust_domain, w)?;
             if ids.insert(w.name.value.clone(), id).is_some() {
-                return Err(self.wrong(&w.name, &format!("`{}` is there twice; names are unique in a mesh", w.name.value)));
+                return Err(
+                    self.wrong(&w.name, &format!("`{}` is there twice; names are unique in a mesh", w.name.value))
+                );
             }
         }
         let workloads = yaml.workloads.value.iter().map(|w| self.workload(w, mode, &ids)).collect::<Result<_, _>>()?;
@@ -241,11 +251,20 @@ impl Reader<'_> {
     fn spiffe_id(&self, td: &TrustDomain, w: &WorkloadYaml) -> Result<SpiffeId, Mistake> {
         let namespace = w.namespace.as_ref().map_or("default", |n| &n.value);
         let account = w.service_account.as_ref().map_or(&w.name.value, |a| &a.value);
-        service_account_id(td, namespace, account).map_err(|e| self.wrong(w.service_account.as_ref().or(w.namespace.as_ref()).unwrap_or(&w.name), &e.to_string()))
+        service_account_id(td, namespace, account).map_err(|e| {
+            self.wrong(w.service_account.as_ref().or(w.namespace.as_ref()).unwrap_or(&w.name), &e.to_string())
+        })
     }
 
-    fn workload(&self, w: &WorkloadYaml, mesh_mode: Mode, ids: &BTreeMap<String, SpiffeId>) -> Result<WorkloadSpec, Mistake> {
-        let Some(program) = w.command.value.first() else { return Err(self.wrong(&w.command, "it is empty; name a program and its arguments")) };
+    fn workload(
+        &self,
+        w: &WorkloadYaml,
+        mesh_mode: Mode,
+        ids: &BTreeMap<String, SpiffeId>,
+    ) -> Result<WorkloadSpec, Mistake> {
+        let Some(program) = w.command.value.first() else {
+            return Err(self.wrong(&w.command, "it is empty; name a program and its arguments"));
+        };
         find_program(program).map_err(|why| self.wrong(&w.command, &why))?;
         let mut ports = BTreeSet::new();
         for at in &w.ports {
@@ -257,16 +276,28 @@ impl Reader<'_> {
         if let (Some(account), Some(at)) = (&user, &w.user) {
             let proxies = FIRST_PROXY_UID..FIRST_PROXY_UID + u32::try_from(MAX_WORKLOADS).unwrap_or(0);
             if proxies.contains(&account.uid) || account.uid == SERVER_UID {
-                return Err(self.wrong(at, &format!("uid {} is kept for sidecars, whose traffic is never caught; use another user", account.uid)));
+                return Err(self.wrong(
+                    at,
+                    &format!(
+                        "uid {} is kept for sidecars, whose traffic is never caught; use another user",
+                        account.uid
+                    ),
+                ));
             }
         }
-        let ids_of = |list: &[Spanned<String>]| list.iter().map(|at| self.caller(at, ids)).collect::<Result<BTreeSet<_>, _>>();
+        let ids_of =
+            |list: &[Spanned<String>]| list.iter().map(|at| self.caller(at, ids)).collect::<Result<BTreeSet<_>, _>>();
         let nets = |list: &[Spanned<String>]| {
-            let parse = |at: &Spanned<String>| self.parse(at, |n| n.parse::<IpNet>().map_err(|_| format!("`{n}` is no network: write 10.0.0.0/8")));
+            let parse = |at: &Spanned<String>| {
+                self.parse(at, |n| n.parse::<IpNet>().map_err(|_| format!("`{n}` is no network: write 10.0.0.0/8")))
+            };
             list.iter().map(parse).collect::<Result<BTreeSet<_>, _>>()
         };
-        let plain_ports = |list: &[Spanned<u32>]| list.iter().map(|at| any_port(at.value).map_err(|e| self.wrong(at, &e))).collect::<Result<BTreeSet<_>, _>>();
-        let mut policy = Policy { allow: ids_of(&w.allow)?, egress: nets(&w.egress)?.into_iter().collect(), ..Policy::default() };
+        let plain_ports = |list: &[Spanned<u32>]| {
+            list.iter().map(|at| any_port(at.value).map_err(|e| self.wrong(at, &e))).collect::<Result<BTreeSet<_>, _>>()
+        };
+        let mut policy =
+            Policy { allow: ids_of(&w.allow)?, egress: nets(&w.egress)?.into_iter().collect(), ..Policy::default() };
         let own_mode = w.mode.as_ref().map(|at| self.parse(at, |m| parse_mode(m))).transpose()?;
         policy.mode = mesh_mode.narrowed_by(own_mode);
         for (port, at) in &w.port_modes {
@@ -297,7 +328,9 @@ impl Reader<'_> {
     fn port(&self, at: &Spanned<u32>) -> Result<u16, Mistake> {
         let port = any_port(at.value).map_err(|e| self.wrong(at, &e))?;
         if SIDECAR_PORTS.contains(&port) {
-            return Err(self.wrong(at, &format!("port {port} is the sidecar's own; let the program listen on another one")));
+            return Err(
+                self.wrong(at, &format!("port {port} is the sidecar's own; let the program listen on another one"))
+            );
         }
         Ok(port)
     }
@@ -308,7 +341,14 @@ impl Reader<'_> {
             return self.parse(at, |id| parse_workload_id(id).map(|id| id.to_string()));
         }
         ids.get(&at.value).map(ToString::to_string).ok_or_else(|| {
-            self.wrong(at, &format!("`{}` is no workload of this mesh; name one of {}, or a SPIFFE ID", at.value, ids.keys().cloned().collect::<Vec<_>>().join(", ")))
+            self.wrong(
+                at,
+                &format!(
+                    "`{}` is no workload of this mesh; name one of {}, or a SPIFFE ID",
+                    at.value,
+                    ids.keys().cloned().collect::<Vec<_>>().join(", ")
+                ),
+            )
         })
     }
 }
@@ -333,7 +373,6 @@ pub fn find_program(program: &str) -> Result<PathBuf, String> {
     let found = std::env::split_paths(&path).map(|d| d.join(program)).find(|p| executable(p));
     found.ok_or_else(|| format!("there is no program `{program}` on the PATH; install it, or write its whole path"))
 }
-
 
 #[cfg(test)]
 mod tests;

@@ -50,7 +50,11 @@ pub struct UpArgs {
 /// Runs a mesh until it is told to stop, or verifies it.
 pub fn up(args: UpArgs) -> Result<ExitCode> {
     let table = !args.plain && !args.verify && std::io::IsTerminal::is_terminal(&std::io::stdout());
-    let log = if args.log.log == "info" && (table || args.verify) { LogArgs { log: "warn".into(), ..args.log.clone() } } else { args.log.clone() };
+    let log = if args.log.log == "info" && (table || args.verify) {
+        LogArgs { log: "warn".into(), ..args.log.clone() }
+    } else {
+        args.log.clone()
+    };
     log.start()?;
     let spec = match &args.file {
         Some(path) => mesh_file::load(path)?,
@@ -79,7 +83,11 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
         };
         let mesh = started.inspect_err(|_| place.tidy())?;
         control::serve(&mesh)?;
-        if table { table::live(&mesh, &stop).await } else { table::plain(&mesh, &stop).await }
+        if table {
+            table::live(&mesh, &stop).await;
+        } else {
+            table::plain(&mesh, &stop).await;
+        }
         eprintln!("taking the mesh down");
         mesh.stop().await;
         place.tidy();

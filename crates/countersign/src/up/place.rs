@@ -34,7 +34,9 @@ impl Place {
         let path = Path::new(RUN_DIR).join(format!("{name}.lock"));
         let file = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-            Mistake(format!("a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"))
+            Mistake(format!(
+                "a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"
+            ))
         })?;
         let place = Self { name: name.to_owned(), dir, _lock: lock };
         place.tidy();
@@ -85,7 +87,9 @@ impl Place {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
         match std::fs::remove_dir_all(&self.dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!(path = %self.dir.display(), %error, "cannot remove the mesh's folder"),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.dir.display(), %error, "cannot remove the mesh's folder");
+            }
             _ => {}
         }
     }

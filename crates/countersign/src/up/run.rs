@@ -55,7 +55,9 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
         None => the_one_mesh()?,
     };
     let path = socket_of(&mesh);
-    let mut stream = UnixStream::connect(&path).map_err(|e| Mistake(format!("no mesh `{mesh}` is up here ({}: {e}); start one with `countersign up`", path.display())))?;
+    let mut stream = UnixStream::connect(&path).map_err(|e| {
+        Mistake(format!("no mesh `{mesh}` is up here ({}: {e}); start one with `countersign up`", path.display()))
+    })?;
     let join = Join {
         service_account: args.service_account.unwrap_or_else(|| args.name.clone()),
         name: args.name,
@@ -69,16 +71,33 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     let mut answer = String::new();
     BufReader::new(stream.try_clone()?).read_line(&mut answer).context("the mesh went away")?;
     let joined: Joined = serde_json::from_str(&answer).map_err(|_| {
-        let said = serde_json::from_str::<serde_json::Value>(&answer).ok().and_then(|v| v["error"].as_str().map(str::to_owned));
+        let said = serde_json::from_str::<serde_json::Value>(&answer)
+            .ok()
+            .and_then(|v| v["error"].as_str().map(str::to_owned));
         anyhow!(said.unwrap_or_else(|| "the mesh went away".into()))
     })?;
     eprintln!("joined {mesh} as {} at {}", joined.spiffe_id, joined.address);
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["launch", "--uid", &joined.uid.to_string(), "--gid", &joined.gid.to_string(), "--parent", &std::process::id().to_string()]);
+    command.args([
+        "launch",
+        "--uid",
+        &joined.uid.to_string(),
+        "--gid",
+        &joined.gid.to_string(),
+        "--parent",
+        &std::process::id().to_string(),
+    ]);
     if !joined.groups.is_empty() {
         command.args(["--groups", &joined.groups.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")]);
     }
-    command.arg("--netns").arg(&joined.netns).arg("--hosts").arg(&joined.hosts).arg("--").arg(program).args(&args.command[1..]);
+    command
+        .arg("--netns")
+        .arg(&joined.netns)
+        .arg("--hosts")
+        .arg(&joined.hosts)
+        .arg("--")
+        .arg(program)
+        .args(&args.command[1..]);
     // Ctrl-C reaches the program through the terminal; this one waits for it and leaves the mesh.
     let _ignored = ignore_interrupts()?;
     let status = command.status().context("cannot start the program")?;
@@ -101,7 +120,10 @@ fn ignore_interrupts() -> Result<tokio::runtime::Runtime> {
 
 fn the_one_mesh() -> Result<String, Mistake> {
     let entries = std::fs::read_dir(RUN_DIR).into_iter().flatten().flatten();
-    let mut up: Vec<String> = entries.filter(|e| e.path().join("up.sock").exists()).filter_map(|e| e.file_name().into_string().ok()).collect();
+    let mut up: Vec<String> = entries
+        .filter(|e| e.path().join("up.sock").exists())
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect();
     up.sort();
     match &up[..] {
         [one] => Ok(one.clone()),

@@ -35,7 +35,8 @@ pub async fn live(mesh: &Rc<Mesh>, stop: &CancellationToken) {
 
 async fn draw(mesh: &Rc<Mesh>) -> String {
     let spec = &mesh.spec;
-    let mut table = Table::new(&["workload", "spiffe id", "serial", "expires in", "in", "out", "bytes", "refused", "state"]);
+    let mut table =
+        Table::new(&["workload", "spiffe id", "serial", "expires in", "in", "out", "bytes", "refused", "state"]);
     for (name, running) in mesh.workloads() {
         let status = running.status().await.ok();
         table.row(row(&name, &running, status.as_ref()));
@@ -65,7 +66,8 @@ fn example_host(spec: &super::mesh_file::MeshSpec) -> String {
 fn row(name: &str, running: &Running, status: Option<&GetStatusResponse>) -> Vec<String> {
     let number = |key: &str| status.and_then(|s| s.facts.get(key)?.parse::<u64>().ok()).unwrap_or(0);
     let identity = status.and_then(|s| s.identities.first());
-    let expires = identity.map_or_else(|| "-".into(), |i| format!("{}s", i.expires_at - OffsetDateTime::now_utc().unix_timestamp()));
+    let expires = identity
+        .map_or_else(|| "-".into(), |i| format!("{}s", i.expires_at - OffsetDateTime::now_utc().unix_timestamp()));
     let serial = identity.map_or_else(|| "-".into(), |i| i.serial.chars().take(12).collect());
     let refused: u64 = status.map_or(0, |s| s.refused.values().sum());
     let state = match (running.program(), status) {

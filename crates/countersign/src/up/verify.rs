@@ -70,7 +70,10 @@ pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, stop: 
             return Err(error);
         }
     };
-    checks.line("the mesh comes up", Ok(format!("{} workloads in {:.1} s", mesh.workloads().len(), began.elapsed().as_secs_f64())));
+    checks.line(
+        "the mesh comes up",
+        Ok(format!("{} workloads in {:.1} s", mesh.workloads().len(), began.elapsed().as_secs_f64())),
+    );
     tokio::select! {
         () = all(&mesh, &mut checks, full) => {}
         () = stop.cancelled() => checks.line("the verification", Err(anyhow!("stopped"))),
@@ -79,7 +82,14 @@ pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, stop: 
     drop(mesh);
     place.tidy();
     let left = place.leftovers();
-    checks.line("everything is gone afterwards", if left.is_empty() { Ok("no process, namespace, link or file left".into()) } else { Err(anyhow!(left.join(", "))) });
+    checks.line(
+        "everything is gone afterwards",
+        if left.is_empty() {
+            Ok("no process, namespace, link or file left".into())
+        } else {
+            Err(anyhow!(left.join(", ")))
+        },
+    );
     println!("{} passed, {} failed", checks.passed, checks.failed);
     Ok(ExitCode::from(u8::from(checks.failed > 0)))
 }
@@ -90,10 +100,13 @@ async fn all(mesh: &Rc<Mesh>, checks: &mut Checks, full: bool) {
     checks.line("a stranger without a sidecar is refused where the mesh is strict", stranger(mesh).await);
     if full {
         let hidden = canary(mesh, "strict").await;
-        checks.line("no link shows a byte of a payload", hidden.and_then(|seen| match seen {
-            (packets, 0) => Ok(format!("0 of {packets} packets")),
-            (packets, hits) => Err(anyhow!("{hits} of {packets} packets held it")),
-        }));
+        checks.line(
+            "no link shows a byte of a payload",
+            hidden.and_then(|seen| match seen {
+                (packets, 0) => Ok(format!("0 of {packets} packets")),
+                (packets, hits) => Err(anyhow!("{hits} of {packets} packets held it")),
+            }),
+        );
         mesh.set_mode(Some(Mode::Off));
         let shown = shown_when_off(mesh).await;
         checks.line("the same capture sees the payload with the mesh off, so that it could have failed", shown);
@@ -104,7 +117,10 @@ async fn all(mesh: &Rc<Mesh>, checks: &mut Checks, full: bool) {
 }
 
 /// Runs blocking work in a workload's namespace, off this thread.
-async fn within<T: Send + 'static>(ns: &NetNs, work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T> {
+async fn within<T: Send + 'static>(
+    ns: &NetNs,
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T> {
     let ns = ns.clone();
     Ok(tokio::task::spawn_blocking(move || ns.run(work)).await??)
 }
@@ -112,11 +128,19 @@ async fn within<T: Send + 'static>(ns: &NetNs, work: impl FnOnce() -> std::io::R
 async fn programs_run(mesh: &Rc<Mesh>) -> Result<String> {
     // A program that cannot start ends at once.
     sleep(Duration::from_millis(500)).await;
-    let ended: Vec<String> = mesh.workloads().iter().filter_map(|(name, w)| match w.program() {
-        Some(State::Ended(how)) => Some(format!("{name} {how}")),
-        _ => None,
-    }).collect();
-    if ended.is_empty() { Ok(format!("{} of them", mesh.workloads().len())) } else { Err(anyhow!("{} (logs: {})", ended.join(", "), mesh.logs().display())) }
+    let ended: Vec<String> = mesh
+        .workloads()
+        .iter()
+        .filter_map(|(name, w)| match w.program() {
+            Some(State::Ended(how)) => Some(format!("{name} {how}")),
+            _ => None,
+        })
+        .collect();
+    if ended.is_empty() {
+        Ok(format!("{} of them", mesh.workloads().len()))
+    } else {
+        Err(anyhow!("{} (logs: {})", ended.join(", "), mesh.logs().display()))
+    }
 }
 
 /// What came of an attempt to reach a port.
@@ -157,8 +181,14 @@ async fn pairs(mesh: &Rc<Mesh>) -> Result<String> {
                     match (allowed, reached) {
                         (true, Reached::Yes) => open += 1,
                         (false, Reached::No(_)) => shut += 1,
-                        (true, Reached::No(why)) => return Err(anyhow!("{from_name} cannot reach {to_name} at {address} port {port}: {why}")),
-                        (false, Reached::Yes) => return Err(anyhow!("{from_name} is not on the allow-list of {to_name} port {port}, and got through")),
+                        (true, Reached::No(why)) => {
+                            return Err(anyhow!("{from_name} cannot reach {to_name} at {address} port {port}: {why}"));
+                        }
+                        (false, Reached::Yes) => {
+                            return Err(anyhow!(
+                                "{from_name} is not on the allow-list of {to_name} port {port}, and got through"
+                            ));
+                        }
                     }
                 }
             }
@@ -223,7 +253,8 @@ async fn canary(mesh: &Rc<Mesh>, mark: &str) -> Result<(u64, u64)> {
     let mut random = [0u8; 12];
     rand::fill(&mut random);
     let word: String = format!("canary-{mark}-{}", random.iter().map(|b| format!("{b:02x}")).collect::<String>());
-    let captures = mesh.workloads().values().map(|w| Capture::start(&w.netns, word.as_bytes())).collect::<Result<Vec<_>, _>>()?;
+    let captures =
+        mesh.workloads().values().map(|w| Capture::start(&w.netns, word.as_bytes())).collect::<Result<Vec<_>, _>>()?;
     let td = mesh.spec.trust_domain.to_string();
     for from in mesh.workloads().values() {
         for to in mesh.workloads().values().filter(|to| to.number != from.number) {
@@ -236,7 +267,11 @@ async fn canary(mesh: &Rc<Mesh>, mark: &str) -> Result<(u64, u64)> {
                 let answer = answer.with_context(|| format!("{} cannot ask {}", from.spec.name, to.spec.name))?;
                 // Once on the way there, and once in the answer.
                 if !answer.contains(&word) {
-                    return Err(anyhow!("{} did not echo: {}", to.spec.name, answer.lines().next().unwrap_or_default()));
+                    return Err(anyhow!(
+                        "{} did not echo: {}",
+                        to.spec.name,
+                        answer.lines().next().unwrap_or_default()
+                    ));
                 }
             }
         }
@@ -254,7 +289,9 @@ async fn shown_when_off(mesh: &Rc<Mesh>) -> Result<String> {
     loop {
         match canary(mesh, "off").await {
             Ok((packets, hits)) if hits > 0 => return Ok(format!("{hits} of {packets} packets")),
-            other if Instant::now() > deadline => return Err(other.err().unwrap_or_else(|| anyhow!("the capture saw nothing"))),
+            other if Instant::now() > deadline => {
+                return Err(other.err().unwrap_or_else(|| anyhow!("the capture saw nothing")));
+            }
             // The mode is on its way to the sidecars.
             _ => sleep(Duration::from_millis(200)).await,
         }
@@ -268,7 +305,9 @@ async fn strict_again(mesh: &Rc<Mesh>) -> Result<String> {
         let hidden = canary(mesh, "again").await;
         match (&last, &hidden) {
             (Ok(_), Ok((_, 0))) => return last,
-            _ if Instant::now() > deadline => return Err(last.err().or(hidden.err()).unwrap_or_else(|| anyhow!("payloads still show"))),
+            _ if Instant::now() > deadline => {
+                return Err(last.err().or(hidden.err()).unwrap_or_else(|| anyhow!("payloads still show")));
+            }
             _ => sleep(Duration::from_millis(200)).await,
         }
     }
@@ -278,7 +317,13 @@ async fn strict_again(mesh: &Rc<Mesh>) -> Result<String> {
 async fn rotation(mesh: &Rc<Mesh>, checks: &mut Checks) {
     let first_authority = active_authority(mesh).await;
     let mut serials: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let ways = [("productpage", "details"), ("productpage", "reviews"), ("reviews", "ratings"), ("details", "productpage"), ("ratings", "productpage")];
+    let ways = [
+        ("productpage", "details"),
+        ("productpage", "reviews"),
+        ("reviews", "ratings"),
+        ("details", "productpage"),
+        ("ratings", "productpage"),
+    ];
     let mut load = vec![];
     for (from, to) in ways {
         match start_load(mesh, from, to) {
@@ -298,16 +343,24 @@ async fn rotation(mesh: &Rc<Mesh>, checks: &mut Checks) {
     }
     checks.line("no request failed while everything rotated", requests(&load));
     let fewest = serials.iter().min_by_key(|(_, s)| s.len());
-    checks.line(&format!("each SVID rotated at least {ROTATIONS} times meanwhile"), match fewest {
-        Some((_, s)) if s.len() > ROTATIONS => Ok(serials.iter().map(|(n, s)| format!("{n} {}", s.len() - 1)).collect::<Vec<_>>().join(", ")),
-        Some((name, s)) => Err(anyhow!("{name} only {} times", s.len().saturating_sub(1))),
-        None => Err(anyhow!("no sidecar answered")),
-    });
-    checks.line("the signing authority rotated meanwhile", match (first_authority, active_authority(mesh).await) {
-        (Ok(before), Ok(after)) if before != after => Ok(format!("{before} to {after}")),
-        (Ok(_), Ok(_)) => Err(anyhow!("it is still the same")),
-        (Err(e), _) | (_, Err(e)) => Err(e),
-    });
+    checks.line(
+        &format!("each SVID rotated at least {ROTATIONS} times meanwhile"),
+        match fewest {
+            Some((_, s)) if s.len() > ROTATIONS => {
+                Ok(serials.iter().map(|(n, s)| format!("{n} {}", s.len() - 1)).collect::<Vec<_>>().join(", "))
+            }
+            Some((name, s)) => Err(anyhow!("{name} only {} times", s.len().saturating_sub(1))),
+            None => Err(anyhow!("no sidecar answered")),
+        },
+    );
+    checks.line(
+        "the signing authority rotated meanwhile",
+        match (first_authority, active_authority(mesh).await) {
+            (Ok(before), Ok(after)) if before != after => Ok(format!("{before} to {after}")),
+            (Ok(_), Ok(_)) => Err(anyhow!("it is still the same")),
+            (Err(e), _) | (_, Err(e)) => Err(e),
+        },
+    );
     for (process, _) in &load {
         process.stop().await;
     }
@@ -335,7 +388,7 @@ fn start_load(mesh: &Rc<Mesh>, from: &str, to: &str) -> Result<(Process, PathBuf
         hosts: Some(mesh.hosts()),
         account: from.account.clone(),
         no_new_privs: true,
-        command: command.map(|c| c.to_owned()).to_vec(),
+        command: command.map(std::borrow::ToOwned::to_owned).to_vec(),
         env: BTreeMap::new(),
         restart: false,
     };
@@ -346,9 +399,15 @@ fn requests(load: &[(Process, PathBuf)]) -> Result<String> {
     let (mut ok, mut connections) = (0, 0);
     for (_, log) in load {
         let text = std::fs::read_to_string(log)?;
-        let report: Report = serde_json::from_str(text.trim()).with_context(|| format!("the load did not report: {}", text.trim()))?;
+        let report: Report =
+            serde_json::from_str(text.trim()).with_context(|| format!("the load did not report: {}", text.trim()))?;
         if report.failed > 0 || report.ok == 0 {
-            return Err(anyhow!("{} of {} failed: {}", report.failed, report.ok + report.failed, report.errors.join("; ")));
+            return Err(anyhow!(
+                "{} of {} failed: {}",
+                report.failed,
+                report.ok + report.failed,
+                report.errors.join("; ")
+            ));
         }
         ok += report.ok;
         connections += report.connections;
@@ -358,14 +417,19 @@ fn requests(load: &[(Process, PathBuf)]) -> Result<String> {
 
 fn lines(path: &Path) -> Result<Vec<Value>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    text.lines().map(|l| serde_json::from_str(l).with_context(|| format!("{}: not JSON: {l}", path.display()))).collect()
+    text.lines()
+        .map(|l| serde_json::from_str(l).with_context(|| format!("{}: not JSON: {l}", path.display())))
+        .collect()
 }
 
 fn certificates_in_time(mesh: &Rc<Mesh>) -> Result<String> {
     let mut count = 0;
     for w in mesh.workloads().values() {
         for line in lines(&w.access_log())?.iter().filter(|l| l["mode"] == "mtls") {
-            let time = |key: &str| OffsetDateTime::parse(line[key].as_str().unwrap_or_default(), &Rfc3339).with_context(|| format!("no {key} in {line}"));
+            let time = |key: &str| {
+                OffsetDateTime::parse(line[key].as_str().unwrap_or_default(), &Rfc3339)
+                    .with_context(|| format!("no {key} in {line}"))
+            };
             let began = time("time")?;
             if time("peer_expires_at")? <= began || time("own_expires_at")? <= began {
                 return Err(anyhow!("{line}"));
@@ -373,12 +437,17 @@ fn certificates_in_time(mesh: &Rc<Mesh>) -> Result<String> {
             count += 1;
         }
     }
-    if count == 0 { Err(anyhow!("the access logs hold no mTLS connection")) } else { Ok(format!("{count} connections in the access logs")) }
+    if count == 0 {
+        Err(anyhow!("the access logs hold no mTLS connection"))
+    } else {
+        Ok(format!("{count} connections in the access logs"))
+    }
 }
 
 fn serials_in_audit(mesh: &Rc<Mesh>, serials: &BTreeMap<String, BTreeSet<String>>) -> Result<String> {
     let audit = lines(&mesh.dir().join("server").join("audit.log"))?;
-    let issued: BTreeSet<&str> = audit.iter().filter(|l| l["outcome"] == "signed").filter_map(|l| l["serial"].as_str()).collect();
+    let issued: BTreeSet<&str> =
+        audit.iter().filter(|l| l["outcome"] == "signed").filter_map(|l| l["serial"].as_str()).collect();
     let unknown = serials.values().flatten().find(|s| !issued.contains(s.as_str()));
     match unknown {
         Some(serial) => Err(anyhow!("serial {serial} is in no audit record")),

@@ -78,8 +78,14 @@ fn identity_from_wire(mut message: X509svidResponse) -> Result<Identity, String>
 }
 
 fn bundle_from_der(trust_domain: TrustDomain, der: &[u8]) -> Result<X509Bundle, String> {
-    let authorities = split_der(der)?.into_iter().map(|c| X509Authority::from_der(c.to_vec()).map_err(|e| e.to_string()));
-    Ok(X509Bundle { trust_domain, authorities: authorities.collect::<Result<_, _>>()?, sequence: 0, refresh_hint: Duration::ZERO })
+    let authorities =
+        split_der(der)?.into_iter().map(|c| X509Authority::from_der(c.to_vec()).map_err(|e| e.to_string()));
+    Ok(X509Bundle {
+        trust_domain,
+        authorities: authorities.collect::<Result<_, _>>()?,
+        sequence: 0,
+        refresh_hint: Duration::ZERO,
+    })
 }
 
 /// Cuts concatenated DER into its certificates (X.690 8.1.3: tag, length, value).

@@ -48,11 +48,13 @@ impl Files {
         let key = PrivatePkcs8KeyDer::from_pem_slice(&pem).map_err(|e| {
             failed(&self.key, format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`"))
         })?;
-        let key = PrivateKey::from_pkcs8(key.secret_pkcs8_der().to_vec()).map_err(|e| failed(&self.key, e.to_string()))?;
+        let key =
+            PrivateKey::from_pkcs8(key.secret_pkcs8_der().to_vec()).map_err(|e| failed(&self.key, e.to_string()))?;
         let svid = X509Svid::new(chain, key).map_err(|e| failed(&self.chain, e.to_string()))?;
-        let bundles = self.bundles.iter().map(|(td, path)| {
-            X509Bundle::from_pem(td.clone(), &read(path)?).map_err(|e| failed(path, e.to_string()))
-        });
+        let bundles = self
+            .bundles
+            .iter()
+            .map(|(td, path)| X509Bundle::from_pem(td.clone(), &read(path)?).map_err(|e| failed(path, e.to_string())));
         Identity::new(svid, bundles.collect::<Result<_, _>>()?).map_err(|e| failed(&self.key, e.to_string()))
     }
 
@@ -64,7 +66,11 @@ impl Files {
 }
 
 /// Loads the files, or says why not, and follows them in the background until `shutdown`.
-pub fn follow_files(files: Files, current: Arc<Current>, shutdown: CancellationToken) -> Result<impl Future<Output = ()>, FilesError> {
+pub fn follow_files(
+    files: Files,
+    current: Arc<Current>,
+    shutdown: CancellationToken,
+) -> Result<impl Future<Output = ()>, FilesError> {
     let mut stamp = files.stamp();
     current.set(files.load()?);
     Ok(async move {

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use countersign_api::clock::Clock;
-use countersign_api::verified::VerifiedChains;
 use countersign_api::tls::{SvidVerifier, TlsError, certified_key, client_config, server_config};
+use countersign_api::verified::VerifiedChains;
 use countersign_identity::verify::Refusal;
 use countersign_identity::{BundleSet, X509Svid};
 use rustls::sign::CertifiedKey;

@@ -110,7 +110,8 @@ impl Answer {
             Self::Refused { code, text } => {
                 let code = &code.as_bytes()[..code.len().min(255)];
                 let text = &text.as_bytes()[..text.len().min(MAX_REASON)];
-                let lengths = (u8::try_from(code.len()).unwrap_or(u8::MAX), u16::try_from(text.len()).unwrap_or(u16::MAX));
+                let lengths =
+                    (u8::try_from(code.len()).unwrap_or(u8::MAX), u16::try_from(text.len()).unwrap_or(u16::MAX));
                 [&[REFUSED, lengths.0][..], code, &lengths.1.to_be_bytes(), text].concat()
             }
         }

@@ -39,12 +39,21 @@ fn garbage_is_refused_without_reading_more_than_a_preamble() {
     for cut in 0..good.len() {
         assert!(block(Request::read(&mut &good[..cut])).is_err(), "cut at {cut}");
     }
-    for bad in [&b"GET / HTTP/1.1\r\n"[..], &[2, 0, 7, 4, 1, 2, 3, 4, 0, 80], &[1, 255, 255], &[1, 0, 0], &[1, 0, 7, 5, 1, 2, 3, 4, 0, 80],
-        &[1, 0, 8, 4, 1, 2, 3, 4, 0, 80, 0xff]] {
+    for bad in [
+        &b"GET / HTTP/1.1\r\n"[..],
+        &[2, 0, 7, 4, 1, 2, 3, 4, 0, 80],
+        &[1, 255, 255],
+        &[1, 0, 0],
+        &[1, 0, 7, 5, 1, 2, 3, 4, 0, 80],
+        &[1, 0, 8, 4, 1, 2, 3, 4, 0, 80, 0xff],
+    ] {
         assert!(block(Request::read(&mut &bad[..])).is_err(), "{bad:?}");
     }
     assert!(block(Answer::read(&mut &[1, 1, b'x', 255, 255][..])).is_err());
     assert!(block(Answer::read(&mut &[7][..])).is_err());
     let hostile = Answer::Refused { code: "a\nb".into(), text: "\x1b[31mred".into() }.encode();
-    assert_eq!(block(Answer::read(&mut &hostile[..])).unwrap(), Answer::Refused { code: "ab".into(), text: "[31mred".into() });
+    assert_eq!(
+        block(Answer::read(&mut &hostile[..])).unwrap(),
+        Answer::Refused { code: "ab".into(), text: "[31mred".into() }
+    );
 }

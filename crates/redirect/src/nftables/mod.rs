@@ -102,9 +102,13 @@ fn transact(batch: Batch) -> Result<(), RedirectError> {
 fn from_kernel(error: io::Error) -> RedirectError {
     match error.raw_os_error() {
         Some(nix::libc::EPERM | nix::libc::EACCES) => RedirectError::NotPermitted,
-        Some(nix::libc::EOPNOTSUPP | nix::libc::EPROTONOSUPPORT | nix::libc::ENOENT | nix::libc::EAFNOSUPPORT | nix::libc::EINVAL) => {
-            RedirectError::NoNftables(error)
-        }
+        Some(
+            nix::libc::EOPNOTSUPP
+            | nix::libc::EPROTONOSUPPORT
+            | nix::libc::ENOENT
+            | nix::libc::EAFNOSUPPORT
+            | nix::libc::EINVAL,
+        ) => RedirectError::NoNftables(error),
         _ => RedirectError::Kernel(error),
     }
 }

@@ -1,4 +1,4 @@
-//! Netlink messages of nf_tables: nested type-length-value attributes (linux/netfilter/nf_tables.h, netlink(7)).
+//! Netlink messages of nf_tables: nested type-length-value attributes (`linux/netfilter/nf_tables.h`, netlink(7)).
 
 use crate::InstalledRule;
 use crate::rules::Hook;
@@ -117,7 +117,8 @@ pub struct Batch {
 impl Batch {
     /// An empty transaction.
     pub fn new() -> Self {
-        let begin = Message::bytes(BATCH_BEGIN, NLM_F_REQUEST, 0, NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES, &Attributes::default());
+        let begin =
+            Message::bytes(BATCH_BEGIN, NLM_F_REQUEST, 0, NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES, &Attributes::default());
         Self { bytes: begin, messages: 0 }
     }
 
@@ -164,7 +165,14 @@ impl Batch {
 
     /// The bytes to send, and how many acknowledgements come back.
     pub fn finish(mut self) -> (Vec<u8>, u32) {
-        let end = Message::bytes(BATCH_END, NLM_F_REQUEST, self.messages + 1, NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES, &Attributes::default());
+        let end = Message::bytes(
+            BATCH_END,
+            NLM_F_REQUEST,
+            self.messages + 1,
+            NFPROTO_UNSPEC,
+            NFNL_SUBSYS_NFTABLES,
+            &Attributes::default(),
+        );
         self.bytes.extend(end);
         (self.bytes, self.messages)
     }
@@ -226,7 +234,9 @@ impl Expressions {
         let value = |bytes: &[u8]| Attributes::with(|a| a.put(1, bytes));
         let (keep, flip) = (value(mask), value(&vec![0; mask.len()]));
         let length = u32::try_from(mask.len()).unwrap_or(0);
-        self.step("bitwise", |a| a.u32(1, REGISTER_1).u32(2, REGISTER_1).u32(3, length).nested(4, &keep).nested(5, &flip))
+        self.step("bitwise", |a| {
+            a.u32(1, REGISTER_1).u32(2, REGISTER_1).u32(3, length).nested(4, &keep).nested(5, &flip)
+        })
     }
 
     /// Counts.

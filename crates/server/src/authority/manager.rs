@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use countersign_api::clock::Clock;
-use countersign_identity::profile::{Issued, IssueError, LeafRequest, SigningAuthority, issue_leaf, issue_root};
+use countersign_identity::profile::{IssueError, Issued, LeafRequest, SigningAuthority, issue_leaf, issue_root};
 use countersign_identity::rotation::{activate_at, prepare_at};
 use countersign_identity::{KeyType, TrustDomain, X509Authority, X509Bundle};
 use rustls::pki_types::CertificateDer;
@@ -96,12 +96,13 @@ impl Authorities {
     pub async fn load(settings: Settings) -> Result<Self, AuthorityError> {
         let td = &settings.trust_domain;
         let mut journal = settings.store.authorities().await?;
-        let bundle = settings.store.bundles().await?.into_iter().find(|b| b.trust_domain == *td).unwrap_or(X509Bundle {
-            trust_domain: td.clone(),
-            authorities: vec![],
-            sequence: 0,
-            refresh_hint: (settings.ca_ttl / 10).min(MAX_REFRESH_HINT),
-        });
+        let bundle =
+            settings.store.bundles().await?.into_iter().find(|b| b.trust_domain == *td).unwrap_or(X509Bundle {
+                trust_domain: td.clone(),
+                authorities: vec![],
+                sequence: 0,
+                refresh_hint: (settings.ca_ttl / 10).min(MAX_REFRESH_HINT),
+            });
         // An authority whose key is gone (key manager `memory`) signs no more; it stays trusted until its end.
         let mut active = None;
         for record in &mut journal {
@@ -110,7 +111,8 @@ impl Authorities {
             }
             match settings.keys.get(&record.key_name)? {
                 Some(key) if record.status == Status::Active => {
-                    active = Some(Arc::new(SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?));
+                    active =
+                        Some(Arc::new(SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?));
                 }
                 Some(_) => {}
                 None => {
@@ -165,7 +167,9 @@ impl Authorities {
         if due.prepare && find(&journal, Status::Prepared).is_none() {
             self.prepare_in(&mut journal, now).await?;
         }
-        if due.activate && let Some(prepared) = find(&journal, Status::Prepared) {
+        if due.activate
+            && let Some(prepared) = find(&journal, Status::Prepared)
+        {
             self.activate_in(&mut journal, &prepared.id).await?;
         }
         Ok(())
@@ -277,7 +281,9 @@ impl Authorities {
         }
         .await;
         match &made {
-            Ok(record) => tracing::info!(authority = record.id, until = %validity_of(&record.certificate).1, "authority prepared and published"),
+            Ok(record) => {
+                tracing::info!(authority = record.id, until = %validity_of(&record.certificate).1, "authority prepared and published");
+            }
             Err(_) => keys.remove(&key_name)?,
         }
         made

@@ -30,7 +30,11 @@ impl Sqlite {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(Duration::from_secs(5));
         // One writer at a time is SQLite's nature; a pool of one queues fairly instead of colliding.
-        let pool = SqlitePoolOptions::new().max_connections(1).acquire_timeout(Duration::from_secs(5)).connect_with(options).await?;
+        let pool = SqlitePoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(Duration::from_secs(5))
+            .connect_with(options)
+            .await?;
         sqlx::migrate!("migrations/sqlite").run(&pool).await?;
         Ok(Self(pool))
     }
@@ -44,7 +48,8 @@ fn entry_of(id: String, body: &[u8]) -> Result<Entry, DataStoreError> {
     let read = types::Entry::decode(body).map_err(|e| e.to_string());
     let read = read.and_then(|e| {
         let own: Result<EntryId, _> = e.id.parse();
-        entry_from_wire(e, || own.unwrap_or_else(|_| unreachable!("stored entries carry their ID"))).map_err(|e| e.to_string())
+        entry_from_wire(e, || own.unwrap_or_else(|_| unreachable!("stored entries carry their ID")))
+            .map_err(|e| e.to_string())
     });
     read.map_err(|why| bad_row("entry", id, why))
 }
@@ -102,7 +107,10 @@ impl DataStore for Sqlite {
 
     async fn put_token(&self, token: &JoinToken, now: OffsetDateTime) -> Result<(), DataStoreError> {
         let mut tx = self.0.begin().await?;
-        sqlx::query("DELETE FROM join_tokens WHERE expires_at <= ?").bind(now.unix_timestamp()).execute(&mut *tx).await?;
+        sqlx::query("DELETE FROM join_tokens WHERE expires_at <= ?")
+            .bind(now.unix_timestamp())
+            .execute(&mut *tx)
+            .await?;
         sqlx::query("INSERT INTO join_tokens (token, expires_at, agent_id) VALUES (?, ?, ?)")
             .bind(&token.token)
             .bind(token.expires_at.unix_timestamp())
@@ -129,7 +137,9 @@ impl DataStore for Sqlite {
 
     async fn bundles(&self) -> Result<Vec<X509Bundle>, DataStoreError> {
         let rows = sqlx::query("SELECT trust_domain, body FROM bundles").fetch_all(&self.0).await?;
-        let read = |body: &[u8]| bundle_from_wire(types::Bundle::decode(body).map_err(|e| e.to_string())?).map_err(|e| e.to_string());
+        let read = |body: &[u8]| {
+            bundle_from_wire(types::Bundle::decode(body).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
+        };
         rows.iter().map(|r| read(r.get("body")).map_err(|e| bad_row("bundle", r.get("trust_domain"), e))).collect()
     }
 
@@ -148,12 +158,15 @@ impl DataStore for Sqlite {
     }
 
     async fn authorities(&self) -> Result<Vec<Record>, DataStoreError> {
-        let rows = sqlx::query("SELECT id, status, key_name, certificate, chain FROM authorities ORDER BY position").fetch_all(&self.0).await?;
+        let rows = sqlx::query("SELECT id, status, key_name, certificate, chain FROM authorities ORDER BY position")
+            .fetch_all(&self.0)
+            .await?;
         rows.iter()
             .map(|r| {
                 let id: String = r.get("id");
                 let status: &str = r.get("status");
-                let chain: Vec<Vec<u8>> = serde_json::from_slice(r.get("chain")).map_err(|e| bad_row("authority", id.clone(), e))?;
+                let chain: Vec<Vec<u8>> =
+                    serde_json::from_slice(r.get("chain")).map_err(|e| bad_row("authority", id.clone(), e))?;
                 Ok(Record {
                     status: status.parse().map_err(|e| bad_row("authority", id.clone(), e))?,
                     key_name: r.get("key_name"),

@@ -8,7 +8,7 @@ use countersign_api::peer::TlsPeer;
 use countersign_api::spire::agent::agent_server::Agent;
 use countersign_api::spire::agent::attest_agent_request::Step as Asked;
 use countersign_api::spire::agent::attest_agent_response::{Result as Attested, Step as Answered};
-use countersign_api::spire::agent::*;
+use countersign_api::spire::agent::{AttestAgentRequest, AttestAgentResponse, attest_agent_request, CountAgentsRequest, CountAgentsResponse, ListAgentsRequest, ListAgentsResponse, GetAgentRequest, DeleteAgentRequest, BanAgentRequest, RenewAgentRequest, RenewAgentResponse, CreateJoinTokenRequest, PostStatusRequest, PostStatusResponse};
 use countersign_api::spire::types;
 use countersign_identity::profile::Issued;
 use countersign_identity::selector::SelectorSet;
@@ -42,7 +42,11 @@ impl Challenger for StreamChallenger {
         let step = AttestAgentResponse { step: Some(Answered::Challenge(challenge)) };
         self.responses.send(Ok(step)).await.map_err(|_| AttestError::NoAnswer)?;
         match self.requests.message().await {
-            Ok(Some(AttestAgentRequest { step: Some(Asked::ChallengeResponse(answer)) })) if answer.len() <= MAX_PAYLOAD_BYTES => Ok(answer),
+            Ok(Some(AttestAgentRequest { step: Some(Asked::ChallengeResponse(answer)) }))
+                if answer.len() <= MAX_PAYLOAD_BYTES =>
+            {
+                Ok(answer)
+            }
             _ => Err(AttestError::NoAnswer),
         }
     }
@@ -69,7 +73,12 @@ fn agent_to_wire(agent: &AttestedAgent) -> types::Agent {
     }
 }
 
-async fn attest(core: &Core, params: attest_agent_request::Params, challenger: &mut StreamChallenger, caller: &str) -> Result<Attested, Status> {
+async fn attest(
+    core: &Core,
+    params: attest_agent_request::Params,
+    challenger: &mut StreamChallenger,
+    caller: &str,
+) -> Result<Attested, Status> {
     let evidence = params.data.ok_or_else(|| invalid("data is missing"))?;
     let csr = params.params.ok_or_else(|| invalid("params is missing"))?.csr;
     if evidence.payload.len() > MAX_PAYLOAD_BYTES {
@@ -77,7 +86,11 @@ async fn attest(core: &Core, params: attest_agent_request::Params, challenger: &
     }
     let attestor = core.attestors.iter().find(|a| a.kind() == evidence.r#type).ok_or_else(|| {
         let known: Vec<_> = core.attestors.iter().map(|a| a.kind()).collect();
-        Status::failed_precondition(format!("no node attestor `{}` is configured here, only {}", evidence.r#type, known.join(", ")))
+        Status::failed_precondition(format!(
+            "no node attestor `{}` is configured here, only {}",
+            evidence.r#type,
+            known.join(", ")
+        ))
     })?;
     let node = attestor.attest(&evidence.payload, challenger).await.map_err(|e| match e {
         AttestError::Malformed(why) => Status::invalid_argument(why),
@@ -89,7 +102,10 @@ async fn attest(core: &Core, params: attest_agent_request::Params, challenger: &
             return Err(denied_status(Denied::Banned, &node.id));
         }
         if !known.can_reattest {
-            return Err(Status::permission_denied(format!("agent `{}` was attested with evidence that works once; evict it first", node.id)));
+            return Err(Status::permission_denied(format!(
+                "agent `{}` was attested with evidence that works once; evict it first",
+                node.id
+            )));
         }
     }
     let issued = core.sign(&SigningRequest {
@@ -194,7 +210,10 @@ impl Endpoint {
 impl Agent for Endpoint {
     type AttestAgentStream = BoxStream<AttestAgentResponse>;
 
-    async fn count_agents(&self, request: Request<CountAgentsRequest>) -> Result<Response<CountAgentsResponse>, Status> {
+    async fn count_agents(
+        &self,
+        request: Request<CountAgentsRequest>,
+    ) -> Result<Response<CountAgentsResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let filter = request.into_inner().filter.map(|f| Filter {
             attestation_type: f.by_attestation_type,
@@ -215,8 +234,11 @@ impl Agent for Endpoint {
             banned: f.by_banned,
             can_reattest: f.by_can_reattest,
         });
-        let name = |a: &types::Agent| a.id.as_ref().map(|id| format!("spiffe://{}{}", id.trust_domain, id.path)).unwrap_or_default();
-        let (page, next_page_token) = paging::page(self.agents_matching(filter)?, request.page_size, &request.page_token, name);
+        let name = |a: &types::Agent| {
+            a.id.as_ref().map(|id| format!("spiffe://{}{}", id.trust_domain, id.path)).unwrap_or_default()
+        };
+        let (page, next_page_token) =
+            paging::page(self.agents_matching(filter)?, request.page_size, &request.page_token, name);
         let agents = page.into_iter().map(|a| masks::agent(a, request.output_mask)).collect();
         Ok(Response::new(ListAgentsResponse { agents, next_page_token }))
     }
@@ -245,7 +267,10 @@ impl Agent for Endpoint {
         Ok(Response::new(()))
     }
 
-    async fn attest_agent(&self, request: Request<Streaming<AttestAgentRequest>>) -> Result<Response<Self::AttestAgentStream>, Status> {
+    async fn attest_agent(
+        &self,
+        request: Request<Streaming<AttestAgentRequest>>,
+    ) -> Result<Response<Self::AttestAgentStream>, Status> {
         let source = request.extensions().get::<TlsPeer>().map(|p| p.address.ip().to_canonical());
         let caller = source.map_or_else(|| "local".to_owned(), |ip| format!("anonymous@{ip}"));
         if source.is_some_and(|ip| !self.0.attest_limit.take(ip, 1, Instant::now())) {
@@ -258,7 +283,9 @@ impl Agent for Endpoint {
             let mut challenger = StreamChallenger { requests: request.into_inner(), responses: tx.clone() };
             let attested = async {
                 match challenger.requests.message().await? {
-                    Some(AttestAgentRequest { step: Some(Asked::Params(params)) }) => attest(&core, params, &mut challenger, &caller).await,
+                    Some(AttestAgentRequest { step: Some(Asked::Params(params)) }) => {
+                        attest(&core, params, &mut challenger, &caller).await
+                    }
                     _ => Err(invalid("the first message must hold params")),
                 }
             };
@@ -303,7 +330,10 @@ impl Agent for Endpoint {
         Ok(Response::new(RenewAgentResponse { svid: Some(svid_to_wire(&agent.id, &issued)) }))
     }
 
-    async fn create_join_token(&self, request: Request<CreateJoinTokenRequest>) -> Result<Response<types::JoinToken>, Status> {
+    async fn create_join_token(
+        &self,
+        request: Request<CreateJoinTokenRequest>,
+    ) -> Result<Response<types::JoinToken>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let ttl = match u64::try_from(request.ttl) {
@@ -313,7 +343,8 @@ impl Agent for Endpoint {
         };
         let token = if request.token.is_empty() { random_token()? } else { request.token };
         // The token becomes the last segment of the agent's SPIFFE ID.
-        agent_id(self.0.trust_domain(), "join_token", &token).map_err(|_| invalid("token: use letters, digits, `.`, `_`, `-`"))?;
+        agent_id(self.0.trust_domain(), "join_token", &token)
+            .map_err(|_| invalid("token: use letters, digits, `.`, `_`, `-`"))?;
         if token.len() > 255 || token.contains('/') {
             return Err(invalid("token: use 1 to 255 letters, digits, `.`, `_`, `-`"));
         }

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire, trust_domain_from_wire};
 use countersign_api::spire::bundle::bundle_server::Bundle;
-use countersign_api::spire::bundle::*;
+use countersign_api::spire::bundle::{batch_delete_federated_bundle_request, CountBundlesRequest, CountBundlesResponse, GetBundleRequest, AppendBundleRequest, PublishJwtAuthorityRequest, PublishJwtAuthorityResponse, ListFederatedBundlesRequest, ListFederatedBundlesResponse, GetFederatedBundleRequest, BatchCreateFederatedBundleRequest, BatchCreateFederatedBundleResponse, batch_create_federated_bundle_response, BatchUpdateFederatedBundleRequest, BatchUpdateFederatedBundleResponse, batch_update_federated_bundle_response, BatchSetFederatedBundleRequest, BatchSetFederatedBundleResponse, batch_set_federated_bundle_response, BatchDeleteFederatedBundleRequest, BatchDeleteFederatedBundleResponse, batch_delete_federated_bundle_response};
 use countersign_api::spire::types;
 use countersign_identity::{X509Authority, X509Bundle};
 use tonic::{Request, Response, Status};
@@ -23,13 +23,20 @@ impl Endpoint {
     fn parse_foreign(&self, wire: types::Bundle) -> Result<X509Bundle, Status> {
         let bundle = bundle_from_wire(wire).map_err(invalid)?;
         if bundle.trust_domain == *self.0.trust_domain() {
-            return Err(invalid(format!("`{}` is this server's own trust domain; use AppendBundle", bundle.trust_domain)));
+            return Err(invalid(format!(
+                "`{}` is this server's own trust domain; use AppendBundle",
+                bundle.trust_domain
+            )));
         }
         Ok(bundle)
     }
 
     /// Sets bundles one by one: `exists` says which are allowed (`Some(true)`: only known ones, `Some(false)`: only new ones).
-    async fn set_foreign(&self, bundles: Vec<types::Bundle>, exists: Option<bool>) -> Result<Vec<(types::Status, Option<types::Bundle>)>, Status> {
+    async fn set_foreign(
+        &self,
+        bundles: Vec<types::Bundle>,
+        exists: Option<bool>,
+    ) -> Result<Vec<(types::Status, Option<types::Bundle>)>, Status> {
         if bundles.len() > MAX_BATCH {
             return Err(invalid(format!("a batch holds at most {MAX_BATCH} bundles")));
         }
@@ -39,8 +46,12 @@ impl Endpoint {
                 let bundle = self.parse_foreign(wire)?;
                 let known = self.0.federated.all().contains_key(bundle.trust_domain.as_str());
                 match (exists, known) {
-                    (Some(true), false) => return Err(Status::not_found(format!("no bundle of `{}` is here", bundle.trust_domain))),
-                    (Some(false), true) => return Err(Status::already_exists(format!("a bundle of `{}` is here", bundle.trust_domain))),
+                    (Some(true), false) => {
+                        return Err(Status::not_found(format!("no bundle of `{}` is here", bundle.trust_domain)));
+                    }
+                    (Some(false), true) => {
+                        return Err(Status::already_exists(format!("a bundle of `{}` is here", bundle.trust_domain)));
+                    }
                     _ => {}
                 }
                 let set = self.0.federated.set(bundle).await.map_err(|e| store_status(&e))?;
@@ -58,7 +69,10 @@ impl Endpoint {
 
 #[async_trait]
 impl Bundle for Endpoint {
-    async fn count_bundles(&self, request: Request<CountBundlesRequest>) -> Result<Response<CountBundlesResponse>, Status> {
+    async fn count_bundles(
+        &self,
+        request: Request<CountBundlesRequest>,
+    ) -> Result<Response<CountBundlesResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let count = (self.0.federated.all().len() + 1).try_into().unwrap_or(i32::MAX);
         Ok(Response::new(CountBundlesResponse { count }))
@@ -74,25 +88,40 @@ impl Bundle for Endpoint {
         if !request.jwt_authorities.is_empty() {
             return Err(Status::unimplemented("JWT authorities are not served by this version"));
         }
-        let more = request.x509_authorities.into_iter().map(|c| X509Authority::from_der(c.asn1)).collect::<Result<_, _>>().map_err(invalid)?;
+        let more = request
+            .x509_authorities
+            .into_iter()
+            .map(|c| X509Authority::from_der(c.asn1))
+            .collect::<Result<_, _>>()
+            .map_err(invalid)?;
         self.0.authorities.append(more).await.map_err(|e| status_of(&e))?;
         Ok(Response::new(self.own_bundle(request.output_mask)))
     }
 
-    async fn publish_jwt_authority(&self, _: Request<PublishJwtAuthorityRequest>) -> Result<Response<PublishJwtAuthorityResponse>, Status> {
+    async fn publish_jwt_authority(
+        &self,
+        _: Request<PublishJwtAuthorityRequest>,
+    ) -> Result<Response<PublishJwtAuthorityResponse>, Status> {
         Err(Status::unimplemented("JWT authorities are not served by this version"))
     }
 
-    async fn list_federated_bundles(&self, request: Request<ListFederatedBundlesRequest>) -> Result<Response<ListFederatedBundlesResponse>, Status> {
+    async fn list_federated_bundles(
+        &self,
+        request: Request<ListFederatedBundlesRequest>,
+    ) -> Result<Response<ListFederatedBundlesResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let all = self.0.federated.all().values().cloned().collect();
-        let (page, next_page_token) = paging::page(all, request.page_size, &request.page_token, |b| b.trust_domain.to_string());
+        let (page, next_page_token) =
+            paging::page(all, request.page_size, &request.page_token, |b| b.trust_domain.to_string());
         let bundles = page.iter().map(|b| masks::bundle(bundle_to_wire(b), request.output_mask)).collect();
         Ok(Response::new(ListFederatedBundlesResponse { bundles, next_page_token }))
     }
 
-    async fn get_federated_bundle(&self, request: Request<GetFederatedBundleRequest>) -> Result<Response<types::Bundle>, Status> {
+    async fn get_federated_bundle(
+        &self,
+        request: Request<GetFederatedBundleRequest>,
+    ) -> Result<Response<types::Bundle>, Status> {
         match Caller::of(&self.0, &request)? {
             Caller::Local { .. } | Caller::Admin(_) | Caller::Agent(_) => {}
             other => return Err(Status::permission_denied(format!("{other} may not read foreign bundles"))),
@@ -104,7 +133,10 @@ impl Bundle for Endpoint {
         Ok(Response::new(masks::bundle(bundle_to_wire(found), request.output_mask)))
     }
 
-    async fn batch_create_federated_bundle(&self, request: Request<BatchCreateFederatedBundleRequest>) -> Result<Response<BatchCreateFederatedBundleResponse>, Status> {
+    async fn batch_create_federated_bundle(
+        &self,
+        request: Request<BatchCreateFederatedBundleRequest>,
+    ) -> Result<Response<BatchCreateFederatedBundleResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let results = self.set_foreign(request.bundle, Some(false)).await?.into_iter().map(|(status, bundle)| {
@@ -114,7 +146,10 @@ impl Bundle for Endpoint {
         Ok(Response::new(BatchCreateFederatedBundleResponse { results: results.collect() }))
     }
 
-    async fn batch_update_federated_bundle(&self, request: Request<BatchUpdateFederatedBundleRequest>) -> Result<Response<BatchUpdateFederatedBundleResponse>, Status> {
+    async fn batch_update_federated_bundle(
+        &self,
+        request: Request<BatchUpdateFederatedBundleRequest>,
+    ) -> Result<Response<BatchUpdateFederatedBundleResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         if request.input_mask.is_some_and(|m| !m.x509_authorities) {
@@ -127,7 +162,10 @@ impl Bundle for Endpoint {
         Ok(Response::new(BatchUpdateFederatedBundleResponse { results: results.collect() }))
     }
 
-    async fn batch_set_federated_bundle(&self, request: Request<BatchSetFederatedBundleRequest>) -> Result<Response<BatchSetFederatedBundleResponse>, Status> {
+    async fn batch_set_federated_bundle(
+        &self,
+        request: Request<BatchSetFederatedBundleRequest>,
+    ) -> Result<Response<BatchSetFederatedBundleResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let results = self.set_foreign(request.bundle, None).await?.into_iter().map(|(status, bundle)| {
@@ -137,7 +175,10 @@ impl Bundle for Endpoint {
         Ok(Response::new(BatchSetFederatedBundleResponse { results: results.collect() }))
     }
 
-    async fn batch_delete_federated_bundle(&self, request: Request<BatchDeleteFederatedBundleRequest>) -> Result<Response<BatchDeleteFederatedBundleResponse>, Status> {
+    async fn batch_delete_federated_bundle(
+        &self,
+        request: Request<BatchDeleteFederatedBundleRequest>,
+    ) -> Result<Response<BatchDeleteFederatedBundleResponse>, Status> {
         use batch_delete_federated_bundle_request::Mode;
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
@@ -151,7 +192,12 @@ impl Bundle for Endpoint {
                 let ids: Vec<_> = linked.iter().map(|e| e.id.clone()).collect();
                 match mode {
                     _ if linked.is_empty() => {}
-                    Mode::Restrict => return Err(Status::failed_precondition(format!("{} entries federate with `{td}`", linked.len()))),
+                    Mode::Restrict => {
+                        return Err(Status::failed_precondition(format!(
+                            "{} entries federate with `{td}`",
+                            linked.len()
+                        )));
+                    }
                     Mode::Delete => self.0.entries.delete(&ids).await.map_err(|e| store_status(&e))?,
                     Mode::Dissociate => {
                         let changed = linked.iter().map(|e| {
@@ -170,7 +216,10 @@ impl Bundle for Endpoint {
                 }
             };
             let verdict = deleted.await;
-            results.push(batch_delete_federated_bundle_response::Result { status: Some(item_status(&verdict)), trust_domain: name });
+            results.push(batch_delete_federated_bundle_response::Result {
+                status: Some(item_status(&verdict)),
+                trust_domain: name,
+            });
         }
         Ok(Response::new(BatchDeleteFederatedBundleResponse { results }))
     }

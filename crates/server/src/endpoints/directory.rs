@@ -26,12 +26,16 @@ impl Directory for Endpoint {
         if request.upserted.len() > MAX_WORKLOADS {
             return Err(invalid(format!("the directory holds at most {MAX_WORKLOADS} workloads")));
         }
-        let upserted = request.upserted.into_iter().map(workload_from_wire).collect::<Result<_, _>>().map_err(invalid)?;
+        let upserted =
+            request.upserted.into_iter().map(workload_from_wire).collect::<Result<_, _>>().map_err(invalid)?;
         let revision = self.0.directory.publish(request.replace, upserted, &request.removed);
         Ok(Response::new(PublishResponse { revision }))
     }
 
-    async fn resolve(&self, request: Request<Streaming<ResolveRequest>>) -> Result<Response<Self::ResolveStream>, Status> {
+    async fn resolve(
+        &self,
+        request: Request<Streaming<ResolveRequest>>,
+    ) -> Result<Response<Self::ResolveStream>, Status> {
         match Caller::of(&self.0, &request)? {
             Caller::Agent(_) | Caller::Local { .. } => {}
             other => return Err(Status::permission_denied(format!("{other} may not read the directory"))),

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use async_trait::async_trait;
 use countersign_api::convert::{entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire};
 use countersign_api::spire::entry::entry_server::Entry as EntryService;
-use countersign_api::spire::entry::*;
+use countersign_api::spire::entry::{SyncAuthorizedEntriesResponse, CountEntriesRequest, CountEntriesResponse, ListEntriesRequest, ListEntriesResponse, GetEntryRequest, BatchCreateEntryRequest, BatchCreateEntryResponse, batch_create_entry_response, BatchUpdateEntryRequest, BatchUpdateEntryResponse, batch_update_entry_response, BatchDeleteEntryRequest, BatchDeleteEntryResponse, batch_delete_entry_response, GetAuthorizedEntriesRequest, GetAuthorizedEntriesResponse, SyncAuthorizedEntriesRequest, EntryRevision};
 use countersign_api::spire::types;
 use countersign_identity::{Entry, EntryId};
 use tokio::sync::mpsc;
@@ -60,12 +60,15 @@ macro_rules! filter {
 
 impl Endpoint {
     fn entries_matching(&self, filter: Filter) -> Result<Vec<std::sync::Arc<Entry>>, Status> {
-        let id = |name, id: Option<types::Spiffeid>| id.map(|id| id_from_wire(name, Some(id))).transpose().map_err(invalid);
+        let id =
+            |name, id: Option<types::Spiffeid>| id.map(|id| id_from_wire(name, Some(id))).transpose().map_err(invalid);
         let spiffe_id = id("by_spiffe_id", filter.spiffe_id)?;
         let parent_id = id("by_parent_id", filter.parent_id)?;
-        let selectors = filter.selectors.map(|m| Ok::<_, Status>((selectors_from_wire(m.selectors).map_err(invalid)?, m.r#match)));
+        let selectors =
+            filter.selectors.map(|m| Ok::<_, Status>((selectors_from_wire(m.selectors).map_err(invalid)?, m.r#match)));
         let selectors = selectors.transpose()?;
-        let federates = filter.federates_with.map(|m| (m.trust_domains.into_iter().collect::<BTreeSet<_>>(), m.r#match));
+        let federates =
+            filter.federates_with.map(|m| (m.trust_domains.into_iter().collect::<BTreeSet<_>>(), m.r#match));
         let mut all = self.0.entries.list();
         all.retain(|e| {
             spiffe_id.as_ref().is_none_or(|id| e.spiffe_id == *id)
@@ -94,20 +97,30 @@ impl Endpoint {
 }
 
 fn check_batch(len: usize) -> Result<(), Status> {
-    if len > MAX_BATCH { Err(invalid(format!("a batch holds at most {MAX_BATCH} entries, this one {len}"))) } else { Ok(()) }
+    if len > MAX_BATCH {
+        Err(invalid(format!("a batch holds at most {MAX_BATCH} entries, this one {len}")))
+    } else {
+        Ok(())
+    }
 }
 
 #[async_trait]
 impl EntryService for Endpoint {
     type SyncAuthorizedEntriesStream = BoxStream<SyncAuthorizedEntriesResponse>;
 
-    async fn count_entries(&self, request: Request<CountEntriesRequest>) -> Result<Response<CountEntriesResponse>, Status> {
+    async fn count_entries(
+        &self,
+        request: Request<CountEntriesRequest>,
+    ) -> Result<Response<CountEntriesResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let count = self.entries_matching(filter!(request.into_inner().filter))?.len();
         Ok(Response::new(CountEntriesResponse { count: count.try_into().unwrap_or(i32::MAX) }))
     }
 
-    async fn list_entries(&self, request: Request<ListEntriesRequest>) -> Result<Response<ListEntriesResponse>, Status> {
+    async fn list_entries(
+        &self,
+        request: Request<ListEntriesRequest>,
+    ) -> Result<Response<ListEntriesResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let found = self.entries_matching(filter!(request.filter))?;
@@ -124,7 +137,10 @@ impl EntryService for Endpoint {
         Ok(Response::new(masks::entry(entry_to_wire(&entry), request.output_mask)))
     }
 
-    async fn batch_create_entry(&self, request: Request<BatchCreateEntryRequest>) -> Result<Response<BatchCreateEntryResponse>, Status> {
+    async fn batch_create_entry(
+        &self,
+        request: Request<BatchCreateEntryRequest>,
+    ) -> Result<Response<BatchCreateEntryResponse>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         check_batch(request.entries.len())?;
@@ -137,7 +153,10 @@ impl EntryService for Endpoint {
                 Ok(entry) => {
                     let twin = good.iter().find(|g| g.registers_the_same_as(&entry)).map(entry_to_wire);
                     if let Some(same) = twin.or_else(|| self.0.entries.same_as(&entry).map(|e| entry_to_wire(&e))) {
-                        return (Err(Status::already_exists("an entry with this SPIFFE ID, parent and selectors exists")), Some(same));
+                        return (
+                            Err(Status::already_exists("an entry with this SPIFFE ID, parent and selectors exists")),
+                            Some(same),
+                        );
                     }
                     if self.0.entries.get(&entry.id).is_some() || good.iter().any(|g| g.id == entry.id) {
                         return (Err(Status::already_exists(format!("entry `{}` exists", entry.id))), None);
@@ -166,7 +185,10 @@ impl EntryService for Endpoint {
         Ok(Response::new(BatchCreateEntryResponse { results: results.collect() }))
     }
 
-    async fn batch_update_entry(&self, request: Request<BatchUpdateEntryRequest>) -> Result<Response<BatchUpdateEntryResponse>, Status> {
+    async fn batch_update_entry(
+        &self,
+        request: Request<BatchUpdateEntryRequest>,
+    ) -> Result<Response<BatchUpdateEntryResponse>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         check_batch(request.entries.len())?;
@@ -174,7 +196,8 @@ impl EntryService for Endpoint {
         for wire in request.entries {
             let updated = async {
                 let id = Self::entry_id(&wire.id)?;
-                let before = self.0.entries.get(&id).ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))?;
+                let before =
+                    self.0.entries.get(&id).ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))?;
                 let merged = masks::update_entry(entry_to_wire(&before), wire, request.input_mask);
                 let mut entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
                 entry.check(self.0.trust_domain()).map_err(invalid)?;
@@ -194,7 +217,10 @@ impl EntryService for Endpoint {
         Ok(Response::new(BatchUpdateEntryResponse { results }))
     }
 
-    async fn batch_delete_entry(&self, request: Request<BatchDeleteEntryRequest>) -> Result<Response<BatchDeleteEntryResponse>, Status> {
+    async fn batch_delete_entry(
+        &self,
+        request: Request<BatchDeleteEntryRequest>,
+    ) -> Result<Response<BatchDeleteEntryResponse>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let ids = request.into_inner().ids;
         check_batch(ids.len())?;
@@ -202,7 +228,11 @@ impl EntryService for Endpoint {
             .iter()
             .map(|text| {
                 let id = Self::entry_id(text)?;
-                self.0.entries.get(&id).map(|_| id).ok_or_else(|| Status::not_found(format!("there is no entry `{text}`")))
+                self.0
+                    .entries
+                    .get(&id)
+                    .map(|_| id)
+                    .ok_or_else(|| Status::not_found(format!("there is no entry `{text}`")))
             })
             .collect();
         let good: Vec<EntryId> = judged.iter().flatten().cloned().collect();
@@ -217,16 +247,29 @@ impl EntryService for Endpoint {
         Ok(Response::new(BatchDeleteEntryResponse { results: results.collect() }))
     }
 
-    async fn get_authorized_entries(&self, request: Request<GetAuthorizedEntriesRequest>) -> Result<Response<GetAuthorizedEntriesResponse>, Status> {
+    async fn get_authorized_entries(
+        &self,
+        request: Request<GetAuthorizedEntriesRequest>,
+    ) -> Result<Response<GetAuthorizedEntriesResponse>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
         let mask = request.into_inner().output_mask;
         let now = self.0.now();
-        let entries = self.0.entries.authorized(&agent).iter().filter(|e| !e.is_expired(now)).map(|e| masks::entry(entry_to_wire(e), mask)).collect();
+        let entries = self
+            .0
+            .entries
+            .authorized(&agent)
+            .iter()
+            .filter(|e| !e.is_expired(now))
+            .map(|e| masks::entry(entry_to_wire(e), mask))
+            .collect();
         Ok(Response::new(GetAuthorizedEntriesResponse { entries }))
     }
 
     /// The agent gets every entry's revision and asks back for those that it holds in another one (SPIRE API).
-    async fn sync_authorized_entries(&self, request: Request<Streaming<SyncAuthorizedEntriesRequest>>) -> Result<Response<Self::SyncAuthorizedEntriesStream>, Status> {
+    async fn sync_authorized_entries(
+        &self,
+        request: Request<Streaming<SyncAuthorizedEntriesRequest>>,
+    ) -> Result<Response<Self::SyncAuthorizedEntriesStream>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
         let mut requests = request.into_inner();
         let first = requests.message().await?.ok_or_else(|| invalid("the first message is missing"))?;
@@ -246,9 +289,16 @@ impl EntryService for Endpoint {
                 let by_id: HashMap<&str, _> = entries.iter().map(|e| (e.id.as_str(), e)).collect();
                 let mut pages = entries.chunks(SYNC_PAGE * 10).peekable();
                 while let Some(page) = pages.next() {
-                    let entry_revisions = page.iter().map(|e| EntryRevision { id: e.id.to_string(), revision_number: e.revision }).collect();
+                    let entry_revisions = page
+                        .iter()
+                        .map(|e| EntryRevision { id: e.id.to_string(), revision_number: e.revision })
+                        .collect();
                     let more = pages.peek().is_some();
-                    if tx.send(Ok(SyncAuthorizedEntriesResponse { entry_revisions, entries: vec![], more })).await.is_err() {
+                    if tx
+                        .send(Ok(SyncAuthorizedEntriesResponse { entry_revisions, entries: vec![], more }))
+                        .await
+                        .is_err()
+                    {
                         return;
                     }
                 }
@@ -261,7 +311,11 @@ impl EntryService for Endpoint {
                     while let Some(page) = pages.next() {
                         let entries = page.iter().map(|e| masks::entry(entry_to_wire(e), mask)).collect();
                         let more = pages.peek().is_some();
-                        if tx.send(Ok(SyncAuthorizedEntriesResponse { entry_revisions: vec![], entries, more })).await.is_err() {
+                        if tx
+                            .send(Ok(SyncAuthorizedEntriesResponse { entry_revisions: vec![], entries, more }))
+                            .await
+                            .is_err()
+                        {
                             return;
                         }
                     }

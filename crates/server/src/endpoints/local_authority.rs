@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthority;
-use countersign_api::spire::localauthority::*;
+use countersign_api::spire::localauthority::{AuthorityState, GetX509AuthorityStateRequest, GetX509AuthorityStateResponse, PrepareX509AuthorityRequest, PrepareX509AuthorityResponse, ActivateX509AuthorityRequest, ActivateX509AuthorityResponse, TaintX509AuthorityRequest, TaintX509AuthorityResponse, RevokeX509AuthorityRequest, RevokeX509AuthorityResponse, TaintX509UpstreamAuthorityRequest, TaintX509UpstreamAuthorityResponse, RevokeX509UpstreamAuthorityRequest, RevokeX509UpstreamAuthorityResponse, GetJwtAuthorityStateRequest, GetJwtAuthorityStateResponse, PrepareJwtAuthorityRequest, PrepareJwtAuthorityResponse, ActivateJwtAuthorityRequest, ActivateJwtAuthorityResponse, TaintJwtAuthorityRequest, TaintJwtAuthorityResponse, RevokeJwtAuthorityRequest, RevokeJwtAuthorityResponse};
 use tonic::{Request, Response, Status};
 
 use super::Endpoint;
@@ -20,7 +20,10 @@ fn no_jwt<T>() -> Result<Response<T>, Status> {
 
 #[async_trait]
 impl LocalAuthority for Endpoint {
-    async fn get_x509_authority_state(&self, request: Request<GetX509AuthorityStateRequest>) -> Result<Response<GetX509AuthorityStateResponse>, Status> {
+    async fn get_x509_authority_state(
+        &self,
+        request: Request<GetX509AuthorityStateRequest>,
+    ) -> Result<Response<GetX509AuthorityStateResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let journal = self.0.authorities.journal().await;
         // Of several old ones the API shows the newest.
@@ -32,55 +35,89 @@ impl LocalAuthority for Endpoint {
         }))
     }
 
-    async fn prepare_x509_authority(&self, request: Request<PrepareX509AuthorityRequest>) -> Result<Response<PrepareX509AuthorityResponse>, Status> {
+    async fn prepare_x509_authority(
+        &self,
+        request: Request<PrepareX509AuthorityRequest>,
+    ) -> Result<Response<PrepareX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let record = self.0.authorities.prepare().await.map_err(|e| status_of(&e))?;
         Ok(Response::new(PrepareX509AuthorityResponse { prepared_authority: Some(state(&record)) }))
     }
 
-    async fn activate_x509_authority(&self, request: Request<ActivateX509AuthorityRequest>) -> Result<Response<ActivateX509AuthorityResponse>, Status> {
+    async fn activate_x509_authority(
+        &self,
+        request: Request<ActivateX509AuthorityRequest>,
+    ) -> Result<Response<ActivateX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let record = self.0.authorities.activate(&request.into_inner().authority_id).await.map_err(|e| status_of(&e))?;
+        let record =
+            self.0.authorities.activate(&request.into_inner().authority_id).await.map_err(|e| status_of(&e))?;
         Ok(Response::new(ActivateX509AuthorityResponse { activated_authority: Some(state(&record)) }))
     }
 
-    async fn taint_x509_authority(&self, request: Request<TaintX509AuthorityRequest>) -> Result<Response<TaintX509AuthorityResponse>, Status> {
+    async fn taint_x509_authority(
+        &self,
+        request: Request<TaintX509AuthorityRequest>,
+    ) -> Result<Response<TaintX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let record = self.0.authorities.taint(&request.into_inner().authority_id).await.map_err(|e| status_of(&e))?;
         Ok(Response::new(TaintX509AuthorityResponse { tainted_authority: Some(state(&record)) }))
     }
 
-    async fn revoke_x509_authority(&self, request: Request<RevokeX509AuthorityRequest>) -> Result<Response<RevokeX509AuthorityResponse>, Status> {
+    async fn revoke_x509_authority(
+        &self,
+        request: Request<RevokeX509AuthorityRequest>,
+    ) -> Result<Response<RevokeX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let record = self.0.authorities.revoke(&request.into_inner().authority_id).await.map_err(|e| status_of(&e))?;
         Ok(Response::new(RevokeX509AuthorityResponse { revoked_authority: Some(state(&record)) }))
     }
 
-    async fn taint_x509_upstream_authority(&self, _: Request<TaintX509UpstreamAuthorityRequest>) -> Result<Response<TaintX509UpstreamAuthorityResponse>, Status> {
+    async fn taint_x509_upstream_authority(
+        &self,
+        _: Request<TaintX509UpstreamAuthorityRequest>,
+    ) -> Result<Response<TaintX509UpstreamAuthorityResponse>, Status> {
         Err(Status::unimplemented("upstream authorities cannot be tainted by this version"))
     }
 
-    async fn revoke_x509_upstream_authority(&self, _: Request<RevokeX509UpstreamAuthorityRequest>) -> Result<Response<RevokeX509UpstreamAuthorityResponse>, Status> {
+    async fn revoke_x509_upstream_authority(
+        &self,
+        _: Request<RevokeX509UpstreamAuthorityRequest>,
+    ) -> Result<Response<RevokeX509UpstreamAuthorityResponse>, Status> {
         Err(Status::unimplemented("upstream authorities cannot be revoked by this version"))
     }
 
-    async fn get_jwt_authority_state(&self, _: Request<GetJwtAuthorityStateRequest>) -> Result<Response<GetJwtAuthorityStateResponse>, Status> {
+    async fn get_jwt_authority_state(
+        &self,
+        _: Request<GetJwtAuthorityStateRequest>,
+    ) -> Result<Response<GetJwtAuthorityStateResponse>, Status> {
         no_jwt()
     }
 
-    async fn prepare_jwt_authority(&self, _: Request<PrepareJwtAuthorityRequest>) -> Result<Response<PrepareJwtAuthorityResponse>, Status> {
+    async fn prepare_jwt_authority(
+        &self,
+        _: Request<PrepareJwtAuthorityRequest>,
+    ) -> Result<Response<PrepareJwtAuthorityResponse>, Status> {
         no_jwt()
     }
 
-    async fn activate_jwt_authority(&self, _: Request<ActivateJwtAuthorityRequest>) -> Result<Response<ActivateJwtAuthorityResponse>, Status> {
+    async fn activate_jwt_authority(
+        &self,
+        _: Request<ActivateJwtAuthorityRequest>,
+    ) -> Result<Response<ActivateJwtAuthorityResponse>, Status> {
         no_jwt()
     }
 
-    async fn taint_jwt_authority(&self, _: Request<TaintJwtAuthorityRequest>) -> Result<Response<TaintJwtAuthorityResponse>, Status> {
+    async fn taint_jwt_authority(
+        &self,
+        _: Request<TaintJwtAuthorityRequest>,
+    ) -> Result<Response<TaintJwtAuthorityResponse>, Status> {
         no_jwt()
     }
 
-    async fn revoke_jwt_authority(&self, _: Request<RevokeJwtAuthorityRequest>) -> Result<Response<RevokeJwtAuthorityResponse>, Status> {
+    async fn revoke_jwt_authority(
+        &self,
+        _: Request<RevokeJwtAuthorityRequest>,
+    ) -> Result<Response<RevokeJwtAuthorityResponse>, Status> {
         no_jwt()
     }
 }

@@ -16,10 +16,37 @@ macro_rules! mask {
     };
 }
 
-mask!(entry, Entry, EntryMask, spiffe_id, parent_id, selectors, x509_svid_ttl, federates_with, admin, downstream, expires_at,
-    dns_names, revision_number, store_svid, jwt_svid_ttl, hint, created_at);
+mask!(
+    entry,
+    Entry,
+    EntryMask,
+    spiffe_id,
+    parent_id,
+    selectors,
+    x509_svid_ttl,
+    federates_with,
+    admin,
+    downstream,
+    expires_at,
+    dns_names,
+    revision_number,
+    store_svid,
+    jwt_svid_ttl,
+    hint,
+    created_at
+);
 mask!(bundle, Bundle, BundleMask, x509_authorities, jwt_authorities, refresh_hint, sequence_number);
-mask!(agent, Agent, AgentMask, attestation_type, x509svid_serial_number, x509svid_expires_at, selectors, banned, can_reattest);
+mask!(
+    agent,
+    Agent,
+    AgentMask,
+    attestation_type,
+    x509svid_serial_number,
+    x509svid_expires_at,
+    selectors,
+    banned,
+    can_reattest
+);
 
 /// Takes the fields of the mask from `change`, the others stay; no mask takes all.
 pub fn update_entry(before: types::Entry, change: types::Entry, mask: Option<types::EntryMask>) -> types::Entry {
@@ -30,6 +57,18 @@ pub fn update_entry(before: types::Entry, change: types::Entry, mask: Option<typ
                 $($field: if m.$field { change.$field } else { before.$field }),* }
         };
     }
-    pick!(spiffe_id, parent_id, selectors, x509_svid_ttl, federates_with, admin, downstream, expires_at, dns_names, store_svid,
-        jwt_svid_ttl, hint)
+    pick!(
+        spiffe_id,
+        parent_id,
+        selectors,
+        x509_svid_ttl,
+        federates_with,
+        admin,
+        downstream,
+        expires_at,
+        dns_names,
+        store_svid,
+        jwt_svid_ttl,
+        hint
+    )
 }

@@ -22,7 +22,11 @@ impl Push for Endpoint {
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
-        let peer = request.extensions().get::<TlsPeer>().and_then(|p| p.svid.clone()).ok_or_else(|| Status::internal("an agent without an SVID"))?;
+        let peer = request
+            .extensions()
+            .get::<TlsPeer>()
+            .and_then(|p| p.svid.clone())
+            .ok_or_else(|| Status::internal("an agent without an SVID"))?;
         let request = request.into_inner();
         let revision = (request.epoch == self.0.epoch).then_some(request.revision);
         let (tx, rx) = mpsc::channel(1);

@@ -27,7 +27,10 @@ impl StatusService for Endpoint {
         ];
         for record in core.authorities.journal().await {
             if record.status != authority::Status::Old {
-                facts.push((format!("authority {}", record.status), format!("{} until {}", record.id, rfc3339(record.validity().1))));
+                facts.push((
+                    format!("authority {}", record.status),
+                    format!("{} until {}", record.id, rfc3339(record.validity().1)),
+                ));
             }
         }
         Ok(Response::new(GetStatusResponse {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use countersign_api::convert::id_to_wire;
 use countersign_api::spire::svid::svid_server::Svid;
-use countersign_api::spire::svid::*;
+use countersign_api::spire::svid::{MintX509svidRequest, MintX509svidResponse, BatchNewX509svidRequest, BatchNewX509svidResponse, batch_new_x509svid_response, MintJwtsvidRequest, MintJwtsvidResponse, NewJwtsvidRequest, NewJwtsvidResponse, NewDownstreamX509caRequest, NewDownstreamX509caResponse};
 use countersign_api::spire::types;
 use countersign_identity::SpiffeId;
 use countersign_identity::profile::{Issued, RequestedKey};
@@ -34,7 +34,10 @@ fn not_yet<T>(what: &str) -> Result<Response<T>, Status> {
 
 #[async_trait]
 impl Svid for Endpoint {
-    async fn mint_x509svid(&self, request: Request<MintX509svidRequest>) -> Result<Response<MintX509svidResponse>, Status> {
+    async fn mint_x509svid(
+        &self,
+        request: Request<MintX509svidRequest>,
+    ) -> Result<Response<MintX509svidResponse>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let key = RequestedKey::from_csr(&request.csr).map_err(invalid)?;
@@ -62,7 +65,10 @@ impl Svid for Endpoint {
         Ok(Response::new(MintX509svidResponse { svid: Some(svid_to_wire(&id, &issued, "")) }))
     }
 
-    async fn batch_new_x509svid(&self, request: Request<BatchNewX509svidRequest>) -> Result<Response<BatchNewX509svidResponse>, Status> {
+    async fn batch_new_x509svid(
+        &self,
+        request: Request<BatchNewX509svidRequest>,
+    ) -> Result<Response<BatchNewX509svidResponse>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
         let count = request.get_ref().params.len();
         if count > MAX_BATCH {
@@ -72,11 +78,14 @@ impl Svid for Endpoint {
         let caller = Caller::Agent(agent.clone());
         let results = request.into_inner().params.into_iter().map(|p| {
             let signed = p.entry_id.parse().map_err(invalid).and_then(|id| {
-                let entry = self.0.entries.authorized_one(&agent, &id).filter(|e| !e.is_expired(self.0.now())).ok_or_else(|| {
-                    let why = "the entry does not exist or is not this agent's";
-                    self.0.refuse("x509_svid", &agent.id.to_string(), &p.entry_id, "", "not_authorized", why);
-                    Status::not_found(why)
-                })?;
+                let entry =
+                    self.0.entries.authorized_one(&agent, &id).filter(|e| !e.is_expired(self.0.now())).ok_or_else(
+                        || {
+                            let why = "the entry does not exist or is not this agent's";
+                            self.0.refuse("x509_svid", &agent.id.to_string(), &p.entry_id, "", "not_authorized", why);
+                            Status::not_found(why)
+                        },
+                    )?;
                 let issued = self.0.sign_entry(&caller, &entry, &p.csr)?;
                 Ok(svid_to_wire(&entry.spiffe_id, &issued, &entry.hint))
             });
@@ -97,7 +106,10 @@ impl Svid for Endpoint {
         not_yet("JWT-SVIDs are")
     }
 
-    async fn new_downstream_x509ca(&self, _: Request<NewDownstreamX509caRequest>) -> Result<Response<NewDownstreamX509caResponse>, Status> {
+    async fn new_downstream_x509ca(
+        &self,
+        _: Request<NewDownstreamX509caRequest>,
+    ) -> Result<Response<NewDownstreamX509caResponse>, Status> {
         not_yet("downstream authorities are")
     }
 }

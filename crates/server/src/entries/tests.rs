@@ -77,14 +77,20 @@ async fn a_change_reaches_the_agent_it_concerns_and_costs_what_was_missed() {
     assert_eq!(first, Update::Snapshot(vec![]));
     e.put(vec![entry("a", "/a", "/spire/agent/x/1", "unix:uid:1")]).await.unwrap();
     let (rev, update) = e.since(&one, Some(start));
-    assert!(matches!(update, Update::Delta { upserted, removed } if ids(upserted.clone()) == ["a"] && removed.is_empty()));
+    assert!(
+        matches!(update, Update::Delta { upserted, removed } if ids(upserted.clone()) == ["a"] && removed.is_empty())
+    );
     let nothing = Update::Delta { upserted: vec![], removed: vec![] };
     assert_eq!(e.since(&two, Some(start)).1, nothing, "another agent learns nothing of it");
     assert_eq!(e.since(&one, Some(rev)).1, nothing);
     // It moves to the other agent: one loses it, two gains it.
     e.put(vec![entry("a", "/a", "/spire/agent/x/2", "unix:uid:1")]).await.unwrap();
-    assert!(matches!(e.since(&one, Some(rev)).1, Update::Delta { upserted, removed } if upserted.is_empty() && removed.len() == 1));
-    assert!(matches!(e.since(&two, Some(rev)).1, Update::Delta { upserted, removed } if upserted.len() == 1 && removed.is_empty()));
+    assert!(
+        matches!(e.since(&one, Some(rev)).1, Update::Delta { upserted, removed } if upserted.is_empty() && removed.len() == 1)
+    );
+    assert!(
+        matches!(e.since(&two, Some(rev)).1, Update::Delta { upserted, removed } if upserted.len() == 1 && removed.is_empty())
+    );
     e.delete(&["a".parse().unwrap()]).await.unwrap();
     assert!(matches!(e.since(&two, Some(rev)).1, Update::Delta { removed, .. } if removed.len() == 1));
     assert!(matches!(e.since(&one, Some(rev + 1_000_000)).1, Update::Snapshot(_)), "a revision from another world");

@@ -43,7 +43,9 @@ impl KeyManager for Disk {
         match std::fs::metadata(&path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(io("read", &path)(e)),
-            Ok(meta) if meta.mode() & 0o077 != 0 => return Err(KeyManagerError::Exposed { path, mode: meta.mode() & 0o777 }),
+            Ok(meta) if meta.mode() & 0o077 != 0 => {
+                return Err(KeyManagerError::Exposed { path, mode: meta.mode() & 0o777 });
+            }
             Ok(_) => {}
         }
         Ok(Some(PrivateKey::from_pkcs8(std::fs::read(&path).map_err(io("read", &path))?)?))

@@ -28,14 +28,21 @@ impl NodeAttestor for JoinToken {
     }
 
     async fn attest(&self, payload: &[u8], _: &mut dyn Challenger) -> Result<AttestedNode, AttestError> {
-        let token = std::str::from_utf8(payload).map_err(|_| AttestError::Malformed("the join token is not text".into()))?;
-        let refused = || AttestError::Refused("join token is unknown, already used, or expired; make another with `countersign token generate`".into());
+        let token =
+            std::str::from_utf8(payload).map_err(|_| AttestError::Malformed("the join token is not text".into()))?;
+        let refused = || {
+            AttestError::Refused(
+                "join token is unknown, already used, or expired; make another with `countersign token generate`"
+                    .into(),
+            )
+        };
         // Taken out before its time is looked at: a token is used up by the first attempt, whatever comes of it.
         let token = self.store.take_token(token).await?.ok_or_else(refused)?;
         if token.expires_at <= (self.clock)() {
             return Err(refused());
         }
-        let id = agent_id(&self.trust_domain, "join_token", &token.token).map_err(|e| AttestError::Malformed(e.to_string()))?;
+        let id = agent_id(&self.trust_domain, "join_token", &token.token)
+            .map_err(|e| AttestError::Malformed(e.to_string()))?;
         Ok(AttestedNode { id, selectors: SelectorSet::new(), can_reattest: false, alias: token.agent_id })
     }
 }

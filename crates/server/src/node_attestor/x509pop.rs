@@ -46,14 +46,17 @@ impl X509Pop {
     }
 
     fn verify_chain(&self, chain: &[CertificateDer<'_>]) -> Result<(), AttestError> {
-        let refused = |e: webpki::Error| AttestError::Refused(format!("the node's certificate does not chain to a configured CA: {e}"));
+        let refused = |e: webpki::Error| {
+            AttestError::Refused(format!("the node's certificate does not chain to a configured CA: {e}"))
+        };
         let (leaf, rest) = chain.split_first().ok_or_else(|| AttestError::Malformed("no certificate".into()))?;
         let anchors: Vec<_> = self.roots.iter().map(|r| r.anchor().clone()).collect();
         let seconds = (self.clock)().unix_timestamp().try_into().unwrap_or(0);
         let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
         let usage = webpki::KeyUsage::client_auth();
         let leaf = webpki::EndEntityCert::try_from(leaf).map_err(refused)?;
-        leaf.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, rest, now, usage, None, None).map_err(refused)?;
+        leaf.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, rest, now, usage, None, None)
+            .map_err(refused)?;
         Ok(())
     }
 }
@@ -141,7 +144,11 @@ impl NodeAttestor for X509Pop {
             Ok(PublicKey::RSA(_)) => Scheme::Rsa,
             Ok(PublicKey::EC(point)) if point.key_size() <= 256 => Scheme::Ecdsa(&signature::ECDSA_P256_SHA256_ASN1),
             Ok(PublicKey::EC(point)) if point.key_size() == 384 => Scheme::Ecdsa(&signature::ECDSA_P384_SHA256_ASN1),
-            _ => return Err(AttestError::Refused("the node's key type is not supported: use RSA, P-256 or P-384".into())),
+            _ => {
+                return Err(AttestError::Refused(
+                    "the node's key type is not supported: use RSA, P-256 or P-384".into(),
+                ));
+            }
         };
         let mut nonce = [0u8; NONCE_BYTES];
         aws_lc_rs::rand::fill(&mut nonce).map_err(|_| AttestError::Refused("no randomness".into()))?;
@@ -150,25 +157,35 @@ impl NodeAttestor for X509Pop {
             Scheme::Rsa => Challenge::RsaSignature(ours),
             Scheme::Ecdsa(_) => Challenge::EcdsaSignature(ours),
         };
-        let answer = challenger.challenge(serde_json::to_vec(&challenge).map_err(|e| malformed("challenge", &e))?).await?;
+        let answer =
+            challenger.challenge(serde_json::to_vec(&challenge).map_err(|e| malformed("challenge", &e))?).await?;
         let answer: Response = serde_json::from_slice(&answer).map_err(|e| malformed("answer to the challenge", &e))?;
-        let (theirs, signature, algorithm): (_, _, &dyn VerificationAlgorithm) = match (scheme, answer.rsa_signature, answer.ecdsa_signature) {
-            (Scheme::Rsa, Some(a), _) => (a.nonce.0, a.signature.0, &signature::RSA_PSS_2048_8192_SHA256),
-            (Scheme::Ecdsa(algorithm), _, Some(a)) => (a.nonce.0, der_signature(&a.r.0, &a.s.0), algorithm),
-            _ => return Err(AttestError::Malformed("the answer is for another kind of key".into())),
-        };
+        let (theirs, signature, algorithm): (_, _, &dyn VerificationAlgorithm) =
+            match (scheme, answer.rsa_signature, answer.ecdsa_signature) {
+                (Scheme::Rsa, Some(a), _) => (a.nonce.0, a.signature.0, &signature::RSA_PSS_2048_8192_SHA256),
+                (Scheme::Ecdsa(algorithm), _, Some(a)) => (a.nonce.0, der_signature(&a.r.0, &a.s.0), algorithm),
+                _ => return Err(AttestError::Malformed("the answer is for another kind of key".into())),
+            };
         if theirs.len() != NONCE_BYTES {
-            return Err(AttestError::Malformed(format!("the answer's nonce has {} bytes, not {NONCE_BYTES}", theirs.len())));
+            return Err(AttestError::Malformed(format!(
+                "the answer's nonce has {} bytes, not {NONCE_BYTES}",
+                theirs.len()
+            )));
         }
         UnparsedPublicKey::new(algorithm, &key.subject_public_key.data)
             .verify(&[&nonce[..], &theirs].concat(), &signature)
-            .map_err(|_| AttestError::Refused("the node's signature is wrong: it does not hold the certificate's key".into()))?;
+            .map_err(|_| {
+                AttestError::Refused("the node's signature is wrong: it does not hold the certificate's key".into())
+            })?;
         // SPIRE names an x509pop agent by the SHA-1 of its certificate: a name, not a proof.
-        let digest = |der: &[u8]| hex::encode(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY, der));
+        let digest =
+            |der: &[u8]| hex::encode(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY, der));
         let mut selectors = SelectorSet::new();
-        let mut add = |value: String| Selector::new("x509pop", value).map(|s| {
-            selectors.insert(s);
-        });
+        let mut add = |value: String| {
+            Selector::new("x509pop", value).map(|s| {
+                selectors.insert(s);
+            })
+        };
         if let Some(cn) = cert.subject().iter_common_name().next().and_then(|cn| cn.as_str().ok()) {
             add(format!("subject:cn:{cn}")).map_err(|e| malformed("subject", &e))?;
         }

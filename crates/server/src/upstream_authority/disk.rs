@@ -38,17 +38,16 @@ impl Disk {
         let mut chain = certificates_from_pem(&read(path)?).map_err(|e| wrong(e.to_string()))?;
         check_chain(&chain, now).map_err(wrong)?;
         let key = load_key(&self.0.key)?;
-        let signer = SigningAuthority::new(chain[0].clone(), vec![], &key).map_err(|e| wrong(format!("{e} (key: {})", self.0.key.display())))?;
-        let roots = match &self.0.bundle {
-            Some(bundle) => certificates_from_pem(&read(bundle)?).map_err(|e| UpstreamError::Content { path: bundle.clone(), why: e.to_string() })?,
-            None => {
-                let last = chain.last().cloned().into_iter().collect::<Vec<_>>();
-                if !last.first().is_some_and(is_self_signed) {
-                    return Err(wrong("the last certificate is not self-signed, so the root is unknown; name the file with the roots as `bundle`".into()));
-                }
-                chain.pop();
-                last
+        let signer = SigningAuthority::new(chain[0].clone(), vec![], &key)
+            .map_err(|e| wrong(format!("{e} (key: {})", self.0.key.display())))?;
+        let roots = if let Some(bundle) = &self.0.bundle { certificates_from_pem(&read(bundle)?)
+        .map_err(|e| UpstreamError::Content { path: bundle.clone(), why: e.to_string() })? } else {
+            let last = chain.last().cloned().into_iter().collect::<Vec<_>>();
+            if !last.first().is_some_and(is_self_signed) {
+                return Err(wrong("the last certificate is not self-signed, so the root is unknown; name the file with the roots as `bundle`".into()));
             }
+            chain.pop();
+            last
         };
         let roots = roots
             .iter()
@@ -88,7 +87,10 @@ fn check_chain(chain: &[CertificateDer<'_>], now: OffsetDateTime) -> Result<(), 
             return Err(format!("the CA certificate `{subject}` expired at {}", validity.not_after.to_datetime()));
         }
         if validity.not_before.to_datetime() > now {
-            return Err(format!("the CA certificate `{subject}` is not valid before {}", validity.not_before.to_datetime()));
+            return Err(format!(
+                "the CA certificate `{subject}` is not valid before {}",
+                validity.not_before.to_datetime()
+            ));
         }
         // Below the first certificate stands our own CA, so the first needs room for one, the next for two, …
         let limit = cert.basic_constraints().ok().flatten().and_then(|bc| bc.value.path_len_constraint);

@@ -21,7 +21,8 @@ fn node(dir: &Path, usage: rcgen::KeyUsagePurpose) -> (X509Pop, Node) {
     leaf.key_usages = vec![usage];
     leaf.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
     let leaf = leaf.signed_by(&key, &rcgen::Issuer::new(ca, ca_key)).unwrap();
-    let attestor = X509Pop::new(&path, TrustDomain::new("td").unwrap(), countersign_api::clock::system_clock()).unwrap();
+    let attestor =
+        X509Pop::new(&path, TrustDomain::new("td").unwrap(), countersign_api::clock::system_clock()).unwrap();
     (attestor, Node { chain: vec![leaf.der().to_vec()], key: key.serialize_der() })
 }
 
@@ -58,7 +59,10 @@ async fn the_holder_of_the_key_is_attested_under_its_certificates_fingerprint() 
     let (attestor, node) = node(dir.path(), rcgen::KeyUsagePurpose::DigitalSignature);
     let attested = attestor.attest(&payload(&node), &mut Signer { key: node.key.clone(), flip: false }).await.unwrap();
     assert!(attested.id.path().starts_with("/spire/agent/x509pop/") && attested.id.path().len() == 21 + 40);
-    assert!(attested.selectors.contains(&"x509pop:subject:cn:rcgen self signed cert".parse().unwrap()) || !attested.selectors.is_empty());
+    assert!(
+        attested.selectors.contains(&"x509pop:subject:cn:rcgen self signed cert".parse().unwrap())
+            || !attested.selectors.is_empty()
+    );
     assert!(attested.can_reattest);
 }
 
