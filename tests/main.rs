@@ -2,6 +2,8 @@
 //!
 //! Most need root (network namespaces); without it they say so and are passed over, but never in CI.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
+
 mod bad_input;
 mod faults;
 mod fidelity;

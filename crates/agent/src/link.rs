@@ -176,10 +176,13 @@ impl Link {
             let bundles = bundles.clone();
             let verifier = SvidVerifier::new(move || bundles.load_full(), only(expected.clone()));
             let own = svid.as_deref().map(certified_key).transpose();
-            own.and_then(|own| client_config(own, verifier, &[b"h2"])).map_or_else(|error| {
-                tracing::error!(%error, "cannot use the agent's own SVID");
-                trusting_nobody()
-            }, Arc::new)
+            own.and_then(|own| client_config(own, verifier, &[b"h2"])).map_or_else(
+                |error| {
+                    tracing::error!(%error, "cannot use the agent's own SVID");
+                    trusting_nobody()
+                },
+                Arc::new,
+            )
         })
     }
 

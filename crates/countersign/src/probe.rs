@@ -73,7 +73,9 @@ struct Client {
 
 impl Client {
     async fn request(&mut self, keep: bool) -> Result<String> {
-        let mut sender = if let Some(sender) = self.kept.take() { sender } else {
+        let mut sender = if let Some(sender) = self.kept.take() {
+            sender
+        } else {
             self.report.connections += 1;
             let stream = TcpStream::connect(&self.authority).await.context("connect")?;
             let (sender, connection) =

@@ -142,7 +142,7 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
 /// Plaintext proves nobody: strict refuses it, and so does a port that asks who is calling.
 fn admits_plaintext(policy: &Policy, port: u16) -> Result<(), Refused> {
     match policy.mode_of(port) {
-        Mode::Strict => Err(Refused::PlaintextRefused(port)),
+        Mode::Strict => Err(Refused::Plaintext(port)),
         Mode::Permissive if policy.has_allow_list(port) => Err(Refused::PlaintextUnproven(port)),
         Mode::Permissive | Mode::Off => Ok(()),
     }

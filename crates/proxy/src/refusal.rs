@@ -55,7 +55,7 @@ pub enum Refused {
     NotMeshed(SocketAddr),
     /// Strict, and it came in the clear.
     #[error("plaintext to port {0} is refused: this workload is strict")]
-    PlaintextRefused(u16),
+    Plaintext(u16),
     /// An allow-list, and it came in the clear.
     #[error("plaintext to port {0} is refused: the port has an allow-list, and plaintext proves nobody")]
     PlaintextUnproven(u16),
@@ -100,7 +100,7 @@ impl Refused {
             Self::DirectoryUnknown(_) => "directory_unknown",
             Self::PolicyUnknown => "policy_unknown",
             Self::NotMeshed(_) => "not_meshed",
-            Self::PlaintextRefused(_) => "plaintext",
+            Self::Plaintext(_) => "plaintext",
             Self::PlaintextUnproven(_) => "plaintext_unproven",
             Self::NoSvid => "no_svid",
             Self::SvidExpired(_) => "svid_expired",

@@ -1,5 +1,7 @@
 //! The redirect in real network namespaces: what is caught, what is not, and that nothing stays behind.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
+
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
@@ -112,11 +114,13 @@ fn catches_what_it_should(backend: Backend, test: &str) {
         ns.run(|| {
             remove().unwrap();
             Ok(())
-        }).unwrap();
+        })
+        .unwrap();
         ns.run(|| {
             remove().unwrap();
             Ok(())
-        }).unwrap();
+        })
+        .unwrap();
         assert_eq!(ns.run(|| Ok(installed().unwrap())).unwrap(), []);
     }
     assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught after");

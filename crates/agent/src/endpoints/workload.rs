@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_api::workload::spiffe_workload_api_server::SpiffeWorkloadApi;
-use countersign_api::workload::{X509svidResponse, X509svid, X509BundlesResponse, JwtBundlesResponse, X509svidRequest, X509BundlesRequest, JwtsvidRequest, JwtsvidResponse, JwtBundlesRequest, ValidateJwtsvidRequest, ValidateJwtsvidResponse};
+use countersign_api::workload::{
+    JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
+    ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest, X509svidResponse,
+};
 use countersign_identity::X509Bundle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;

@@ -73,6 +73,7 @@ pub fn replace(coded: &mut [u8], is_foreign: fn(u8) -> bool) {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 pub fn encode(text: &str) -> Vec<u8> {
     let mut all: Vec<bool> = vec![];
     for symbol in text.bytes() {

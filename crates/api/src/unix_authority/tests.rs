@@ -1,5 +1,7 @@
 //! What goes in comes out, but for an authority that is none, however it is cut into reads.
 
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // small numbers made up by the tests
+
 use super::*;
 
 fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {

@@ -3,7 +3,10 @@
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::localauthority::local_authority_client::LocalAuthorityClient;
-use countersign_api::spire::localauthority::{AuthorityState, GetX509AuthorityStateRequest, PrepareX509AuthorityRequest, ActivateX509AuthorityRequest, TaintX509AuthorityRequest, RevokeX509AuthorityRequest};
+use countersign_api::spire::localauthority::{
+    ActivateX509AuthorityRequest, AuthorityState, GetX509AuthorityStateRequest, PrepareX509AuthorityRequest,
+    RevokeX509AuthorityRequest, TaintX509AuthorityRequest,
+};
 use serde_json::{Value, json};
 
 use super::output::{Output, Table};

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire};
 use countersign_api::spire::bundle::bundle_client::BundleClient;
-use countersign_api::spire::bundle::{GetBundleRequest, GetFederatedBundleRequest, BatchSetFederatedBundleRequest};
+use countersign_api::spire::bundle::{BatchSetFederatedBundleRequest, GetBundleRequest, GetFederatedBundleRequest};
 use countersign_identity::X509Bundle;
 use countersign_identity::trust_domain::parse_trust_domain;
 use serde_json::json;

@@ -3,7 +3,10 @@
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::entry::entry_client::EntryClient;
-use countersign_api::spire::entry::{list_entries_request, ListEntriesRequest, BatchCreateEntryRequest, BatchDeleteEntryRequest, GetEntryRequest, BatchUpdateEntryRequest};
+use countersign_api::spire::entry::{
+    BatchCreateEntryRequest, BatchDeleteEntryRequest, BatchUpdateEntryRequest, GetEntryRequest, ListEntriesRequest,
+    list_entries_request,
+};
 use countersign_api::spire::types::{self, EntryMask};
 use serde_json::{Value, json};
 use tonic::transport::Channel;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::agent::agent_client::AgentClient;
-use countersign_api::spire::agent::{ListAgentsRequest, DeleteAgentRequest, BanAgentRequest};
+use countersign_api::spire::agent::{BanAgentRequest, DeleteAgentRequest, ListAgentsRequest};
 use serde_json::{Value, json};
 
 use super::output::{Output, Table};

@@ -94,7 +94,7 @@ fn bytes(n: u64) -> String {
         0..1_024 => format!("{n} B"),
         1_024..1_048_576 => format!("{} KiB", n / 1_024),
         1_048_576..1_073_741_824 => format!("{} MiB", n / 1_048_576),
-        _ => format!("{:.1} GiB", n as f64 / 1_073_741_824.0), // shown with one digit: exactness is no matter
+        _ => format!("{}.{} GiB", n / 1_073_741_824, n % 1_073_741_824 * 10 / 1_073_741_824),
     }
 }
 

@@ -8,7 +8,11 @@ use countersign_api::peer::TlsPeer;
 use countersign_api::spire::agent::agent_server::Agent;
 use countersign_api::spire::agent::attest_agent_request::Step as Asked;
 use countersign_api::spire::agent::attest_agent_response::{Result as Attested, Step as Answered};
-use countersign_api::spire::agent::{AttestAgentRequest, AttestAgentResponse, attest_agent_request, CountAgentsRequest, CountAgentsResponse, ListAgentsRequest, ListAgentsResponse, GetAgentRequest, DeleteAgentRequest, BanAgentRequest, RenewAgentRequest, RenewAgentResponse, CreateJoinTokenRequest, PostStatusRequest, PostStatusResponse};
+use countersign_api::spire::agent::{
+    AttestAgentRequest, AttestAgentResponse, BanAgentRequest, CountAgentsRequest, CountAgentsResponse,
+    CreateJoinTokenRequest, DeleteAgentRequest, GetAgentRequest, ListAgentsRequest, ListAgentsResponse,
+    PostStatusRequest, PostStatusResponse, RenewAgentRequest, RenewAgentResponse, attest_agent_request,
+};
 use countersign_api::spire::types;
 use countersign_identity::profile::Issued;
 use countersign_identity::selector::SelectorSet;

@@ -3,7 +3,16 @@
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire, trust_domain_from_wire};
 use countersign_api::spire::bundle::bundle_server::Bundle;
-use countersign_api::spire::bundle::{batch_delete_federated_bundle_request, CountBundlesRequest, CountBundlesResponse, GetBundleRequest, AppendBundleRequest, PublishJwtAuthorityRequest, PublishJwtAuthorityResponse, ListFederatedBundlesRequest, ListFederatedBundlesResponse, GetFederatedBundleRequest, BatchCreateFederatedBundleRequest, BatchCreateFederatedBundleResponse, batch_create_federated_bundle_response, BatchUpdateFederatedBundleRequest, BatchUpdateFederatedBundleResponse, batch_update_federated_bundle_response, BatchSetFederatedBundleRequest, BatchSetFederatedBundleResponse, batch_set_federated_bundle_response, BatchDeleteFederatedBundleRequest, BatchDeleteFederatedBundleResponse, batch_delete_federated_bundle_response};
+use countersign_api::spire::bundle::{
+    AppendBundleRequest, BatchCreateFederatedBundleRequest, BatchCreateFederatedBundleResponse,
+    BatchDeleteFederatedBundleRequest, BatchDeleteFederatedBundleResponse, BatchSetFederatedBundleRequest,
+    BatchSetFederatedBundleResponse, BatchUpdateFederatedBundleRequest, BatchUpdateFederatedBundleResponse,
+    CountBundlesRequest, CountBundlesResponse, GetBundleRequest, GetFederatedBundleRequest,
+    ListFederatedBundlesRequest, ListFederatedBundlesResponse, PublishJwtAuthorityRequest, PublishJwtAuthorityResponse,
+    batch_create_federated_bundle_response, batch_delete_federated_bundle_request,
+    batch_delete_federated_bundle_response, batch_set_federated_bundle_response,
+    batch_update_federated_bundle_response,
+};
 use countersign_api::spire::types;
 use countersign_identity::{X509Authority, X509Bundle};
 use tonic::{Request, Response, Status};

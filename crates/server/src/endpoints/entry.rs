@@ -6,7 +6,13 @@ use std::collections::HashMap;
 use async_trait::async_trait;
 use countersign_api::convert::{entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire};
 use countersign_api::spire::entry::entry_server::Entry as EntryService;
-use countersign_api::spire::entry::{SyncAuthorizedEntriesResponse, CountEntriesRequest, CountEntriesResponse, ListEntriesRequest, ListEntriesResponse, GetEntryRequest, BatchCreateEntryRequest, BatchCreateEntryResponse, batch_create_entry_response, BatchUpdateEntryRequest, BatchUpdateEntryResponse, batch_update_entry_response, BatchDeleteEntryRequest, BatchDeleteEntryResponse, batch_delete_entry_response, GetAuthorizedEntriesRequest, GetAuthorizedEntriesResponse, SyncAuthorizedEntriesRequest, EntryRevision};
+use countersign_api::spire::entry::{
+    BatchCreateEntryRequest, BatchCreateEntryResponse, BatchDeleteEntryRequest, BatchDeleteEntryResponse,
+    BatchUpdateEntryRequest, BatchUpdateEntryResponse, CountEntriesRequest, CountEntriesResponse, EntryRevision,
+    GetAuthorizedEntriesRequest, GetAuthorizedEntriesResponse, GetEntryRequest, ListEntriesRequest,
+    ListEntriesResponse, SyncAuthorizedEntriesRequest, SyncAuthorizedEntriesResponse, batch_create_entry_response,
+    batch_delete_entry_response, batch_update_entry_response,
+};
 use countersign_api::spire::types;
 use countersign_identity::{Entry, EntryId};
 use tokio::sync::mpsc;

@@ -2,7 +2,16 @@
 
 use async_trait::async_trait;
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthority;
-use countersign_api::spire::localauthority::{AuthorityState, GetX509AuthorityStateRequest, GetX509AuthorityStateResponse, PrepareX509AuthorityRequest, PrepareX509AuthorityResponse, ActivateX509AuthorityRequest, ActivateX509AuthorityResponse, TaintX509AuthorityRequest, TaintX509AuthorityResponse, RevokeX509AuthorityRequest, RevokeX509AuthorityResponse, TaintX509UpstreamAuthorityRequest, TaintX509UpstreamAuthorityResponse, RevokeX509UpstreamAuthorityRequest, RevokeX509UpstreamAuthorityResponse, GetJwtAuthorityStateRequest, GetJwtAuthorityStateResponse, PrepareJwtAuthorityRequest, PrepareJwtAuthorityResponse, ActivateJwtAuthorityRequest, ActivateJwtAuthorityResponse, TaintJwtAuthorityRequest, TaintJwtAuthorityResponse, RevokeJwtAuthorityRequest, RevokeJwtAuthorityResponse};
+use countersign_api::spire::localauthority::{
+    ActivateJwtAuthorityRequest, ActivateJwtAuthorityResponse, ActivateX509AuthorityRequest,
+    ActivateX509AuthorityResponse, AuthorityState, GetJwtAuthorityStateRequest, GetJwtAuthorityStateResponse,
+    GetX509AuthorityStateRequest, GetX509AuthorityStateResponse, PrepareJwtAuthorityRequest,
+    PrepareJwtAuthorityResponse, PrepareX509AuthorityRequest, PrepareX509AuthorityResponse, RevokeJwtAuthorityRequest,
+    RevokeJwtAuthorityResponse, RevokeX509AuthorityRequest, RevokeX509AuthorityResponse,
+    RevokeX509UpstreamAuthorityRequest, RevokeX509UpstreamAuthorityResponse, TaintJwtAuthorityRequest,
+    TaintJwtAuthorityResponse, TaintX509AuthorityRequest, TaintX509AuthorityResponse,
+    TaintX509UpstreamAuthorityRequest, TaintX509UpstreamAuthorityResponse,
+};
 use tonic::{Request, Response, Status};
 
 use super::Endpoint;

@@ -72,8 +72,8 @@ impl Stream {
             let facts = &self.peer.facts;
             let admitted = core.agents.admit(&self.id, &facts.serial, facts.not_after, core.now());
             let agent = match (admitted, core.agents.get(&self.id)) {
-                (Ok(agent), _) => agent,
-                (Err(crate::agents::Denied::Expired | crate::agents::Denied::NotActive), Some(agent)) => agent,
+                (Ok(agent), _)
+                | (Err(crate::agents::Denied::Expired | crate::agents::Denied::NotActive), Some(agent)) => agent,
                 (Err(denied), _) => return Some(denied_status(denied, &self.id)),
             };
             let (revision, update) = core.entries.since(&agent, self.revision);

@@ -5,7 +5,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use countersign_api::convert::id_to_wire;
 use countersign_api::spire::svid::svid_server::Svid;
-use countersign_api::spire::svid::{MintX509svidRequest, MintX509svidResponse, BatchNewX509svidRequest, BatchNewX509svidResponse, batch_new_x509svid_response, MintJwtsvidRequest, MintJwtsvidResponse, NewJwtsvidRequest, NewJwtsvidResponse, NewDownstreamX509caRequest, NewDownstreamX509caResponse};
+use countersign_api::spire::svid::{
+    BatchNewX509svidRequest, BatchNewX509svidResponse, MintJwtsvidRequest, MintJwtsvidResponse, MintX509svidRequest,
+    MintX509svidResponse, NewDownstreamX509caRequest, NewDownstreamX509caResponse, NewJwtsvidRequest,
+    NewJwtsvidResponse, batch_new_x509svid_response,
+};
 use countersign_api::spire::types;
 use countersign_identity::SpiffeId;
 use countersign_identity::profile::{Issued, RequestedKey};

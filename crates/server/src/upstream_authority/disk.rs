@@ -1,6 +1,6 @@
 //! An upstream CA from files: certificate, key, and the roots where the certificate is not one itself.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -40,8 +40,10 @@ impl Disk {
         let key = load_key(&self.0.key)?;
         let signer = SigningAuthority::new(chain[0].clone(), vec![], &key)
             .map_err(|e| wrong(format!("{e} (key: {})", self.0.key.display())))?;
-        let roots = if let Some(bundle) = &self.0.bundle { certificates_from_pem(&read(bundle)?)
-        .map_err(|e| UpstreamError::Content { path: bundle.clone(), why: e.to_string() })? } else {
+        let roots = if let Some(bundle) = &self.0.bundle {
+            certificates_from_pem(&read(bundle)?)
+                .map_err(|e| UpstreamError::Content { path: bundle.clone(), why: e.to_string() })?
+        } else {
             let last = chain.last().cloned().into_iter().collect::<Vec<_>>();
             if !last.first().is_some_and(is_self_signed) {
                 return Err(wrong("the last certificate is not self-signed, so the root is unknown; name the file with the roots as `bundle`".into()));
@@ -64,8 +66,8 @@ fn read(path: &Path) -> Result<Vec<u8>, UpstreamError> {
 }
 
 /// Reads a PEM private key (PKCS#8).
-fn load_key(path: &PathBuf) -> Result<PrivateKey, UpstreamError> {
-    let wrong = |why: String| UpstreamError::Content { path: path.clone(), why };
+fn load_key(path: &Path) -> Result<PrivateKey, UpstreamError> {
+    let wrong = |why: String| UpstreamError::Content { path: path.to_owned(), why };
     let pem = zeroize::Zeroizing::new(read(path)?);
     let der = PrivatePkcs8KeyDer::from_pem_slice(&pem)
         .map_err(|e| wrong(format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`")))?;
