@@ -1,11 +1,12 @@
 //! `countersign up` and `countersign run`: the whole mesh on one machine.
 //!
 //! `mesh_file` says what is wanted, `place` where it stands on this machine, `mesh` brings it up and takes it down,
-//! `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it with `capture`.
+//! `control_plane` is its server and agent, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it with `capture`.
 
 mod capture;
 mod children;
 mod control;
+mod control_plane;
 mod example;
 mod mesh;
 mod mesh_file;

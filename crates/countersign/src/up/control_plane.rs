@@ -1,0 +1,154 @@
+//! The two processes every workload's identity comes from: the mesh's own server and agent.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use countersign_api::files::write_secret;
+use countersign_api::transport::unix_channel;
+use countersign_identity::SpiffeId;
+use countersign_identity::trust_domain::parse_workload_id;
+
+use super::children::{Process, Program, last_lines};
+use super::mesh_file::{Account, MeshSpec, SERVER_UID};
+use super::place::Place;
+use crate::operator;
+use crate::settings::Ttl;
+
+/// How long a part of the mesh may take to come up.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where a mesh's server listens for operators.
+pub fn server_socket(dir: &Path) -> PathBuf {
+    dir.join("server").join("server.sock")
+}
+
+/// Where a mesh's agent listens.
+pub fn agent_socket(dir: &Path) -> PathBuf {
+    dir.join("agent").join("agent.sock")
+}
+
+/// What every entry names as its parent: it stays right when the agent has to attest anew.
+pub fn node_alias(spec: &MeshSpec) -> Result<SpiffeId> {
+    Ok(parse_workload_id(&format!("spiffe://{}/node", spec.trust_domain))?)
+}
+
+/// Starts the server, as a user of its own, and waits until it serves.
+pub async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Process> {
+    let home = place.folder("server", SERVER_UID)?;
+    let shown = |file: &str| home.join(file).display().to_string();
+    // One port for the mesh's whole life: the agent finds a server that was started again.
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .context("no free port on loopback")?
+        .port();
+    std::fs::write(place.dir.join("server.port"), port.to_string())?;
+    let own = std::env::current_exe()?.display().to_string();
+    let mut command: Vec<String> = vec![own, "server".into()];
+    let mut set = |flag: &str, value: &str| command.extend([flag.to_owned(), value.to_owned()]);
+    set("--trust-domain", spec.trust_domain.as_str());
+    set("--bind", &SocketAddr::from((Ipv4Addr::LOCALHOST, port)).to_string());
+    set("--socket", &shown("server.sock"));
+    set("--data-dir", &shown("data"));
+    set("--audit-log", &shown("audit.log"));
+    set("--ca-ttl", &spec.ca_ttl.to_string());
+    set("--svid-ttl", &spec.svid_ttl.to_string());
+    set("--ca-key-type", &spec.ca_key_type);
+    set("--ready-file", &shown("ready"));
+    if let Some((certificate, key, bundle)) = &spec.upstream {
+        // The server's user may not read the operator's files: it gets copies of its own.
+        let copy = |from: &Path, name: &str| -> Result<String> {
+            let to = home.join(name);
+            let content = std::fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+            write_secret(&to, &content).with_context(|| format!("cannot write {}", to.display()))?;
+            std::os::unix::fs::chown(&to, Some(SERVER_UID), Some(SERVER_UID))?;
+            Ok(to.display().to_string())
+        };
+        set("--upstream-cert", &copy(certificate, "upstream.crt")?);
+        set("--upstream-key", &copy(key, "upstream.key")?);
+        if let Some(bundle) = bundle {
+            set("--upstream-bundle", &copy(bundle, "upstream-roots.crt")?);
+        }
+    }
+    let log = logs.join("countersign-server.log");
+    let account = Account { uid: SERVER_UID, gid: SERVER_UID, groups: vec![] };
+    let program = Program {
+        name: "server".into(),
+        netns: None,
+        hosts: None,
+        account,
+        no_new_privs: true,
+        command,
+        env: BTreeMap::new(),
+        restart: true,
+    };
+    let process = Process::start(program, log.clone())?;
+    let ready = home.join("ready");
+    let waited = process.wait_until("it was ready", PATIENCE, async || ready.exists()).await;
+    if let Err(error) = waited {
+        process.stop().await;
+        return Err(error)
+            .with_context(|| format!("the server did not come up; its log ends:\n{}", last_lines(&log, 5)));
+    }
+    Ok(process)
+}
+
+/// Starts the agent with a fresh join token, and waits until it is attested.
+pub async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Process> {
+    let home = place.folder("agent", 0)?;
+    let shown = |file: &str| home.join(file).display().to_string();
+    let channel = unix_channel(server_socket(&place.dir));
+    let alias = node_alias(spec)?.to_string();
+    let (token, _) = operator::token::generate(channel.clone(), Ttl(Duration::from_secs(600)), Some(&alias)).await?;
+    write_secret(&home.join("join-token"), token.as_bytes())?;
+    std::fs::write(home.join("bundle.pem"), operator::bundle::own(channel).await?.to_pem())?;
+    let port = std::fs::read_to_string(place.dir.join("server.port"))?;
+    let server = format!("127.0.0.1:{port}");
+    let own = std::env::current_exe()?.display().to_string();
+    let command = [
+        own.as_str(),
+        "agent",
+        "--trust-domain",
+        spec.trust_domain.as_str(),
+        "--server",
+        &server,
+        "--socket",
+        &shown("agent.sock"),
+        "--data-dir",
+        &shown("data"),
+        "--trust-bundle",
+        &shown("bundle.pem"),
+        "--join-token-file",
+        &shown("join-token"),
+    ];
+    let log = logs.join("countersign-agent.log");
+    // Root: it reads what the kernel knows of every caller.
+    let account = Account { uid: 0, gid: 0, groups: vec![] };
+    let command = command.map(String::from).to_vec();
+    let program = Program {
+        name: "agent".into(),
+        netns: None,
+        hosts: None,
+        account,
+        no_new_privs: true,
+        command,
+        env: BTreeMap::new(),
+        restart: true,
+    };
+    let process = Process::start(program, log.clone())?;
+    let socket = home.join("agent.sock");
+    let attested = async || {
+        operator::status::get(&socket)
+            .await
+            .is_ok_and(|s| s.facts.get("agent ID").is_some_and(|id| id.starts_with("spiffe://")))
+    };
+    let waited = process.wait_until("it was attested", PATIENCE, attested).await;
+    if let Err(error) = waited {
+        process.stop().await;
+        return Err(error)
+            .with_context(|| format!("the agent did not come up; its log ends:\n{}", last_lines(&log, 5)));
+    }
+    Ok(process)
+}
