@@ -30,10 +30,9 @@ impl Place {
     /// Takes the place of a mesh, and removes what a killed `up` left there.
     pub fn take(name: &str) -> Result<Self> {
         let dir = Path::new(RUN_DIR).join(name);
-        std::fs::create_dir_all(RUN_DIR).with_context(|| format!("cannot make {RUN_DIR}"))?;
-        let path = Path::new(RUN_DIR).join(format!("{name}.lock"));
-        let file = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+        let lock =
+            lock(&Path::new(RUN_DIR).join(format!("{name}.lock"))).with_context(|| format!("cannot lock {RUN_DIR}"))?;
+        let lock = lock.ok_or_else(|| {
             Mistake(format!(
                 "a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"
             ))
@@ -102,6 +101,23 @@ impl Drop for Place {
         let up = Path::new(RUN_DIR);
         let _ = std::fs::remove_dir(up);
         let _ = up.parent().map(std::fs::remove_dir);
+    }
+}
+
+/// Locks a file, made where it is missing; `None`: somebody else has it. A mesh that ends removes its file, and the folder
+/// when it was the last, so a lock counts only while the file is still the one at that path.
+fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
+    loop {
+        std::fs::create_dir_all(RUN_DIR)?;
+        let file = match File::create(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            file => file?,
+        };
+        let ours = file.metadata()?.ino();
+        let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(None) };
+        if std::fs::metadata(path).is_ok_and(|m| m.ino() == ours) {
+            return Ok(Some(lock));
+        }
     }
 }
 
