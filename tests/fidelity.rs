@@ -196,7 +196,7 @@ fn a_sidecar_that_is_killed_looks_like_a_reset_never_like_an_end() {
         "c = dial(); assert c.recv(4) == b'part'; open(sys.argv[1], 'w').close()\ntry: say('clean end', c.recv(1))\nexcept ConnectionResetError: say('reset')",
     );
     let mesh = Mesh::up(
-        "killed",
+        "cut-sidecar",
         &format!("  - name: server\n    ports: [7000]\n    command: [/usr/bin/python3, {server}]\n"),
     );
     mesh.wait_for_port("server", 7000);
