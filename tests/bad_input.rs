@@ -176,8 +176,6 @@ fn up_and_run_say_what_to_mend() {
         std::fs::write(&path, text).unwrap();
         path.display().to_string()
     };
-    let before = sh("ip netns list | sort | tr '\\n' ' '; ls /run/countersign/up 2>/dev/null | sort | tr '\\n' ' '");
-    let _ = before;
     let bad = file("name: bad-one\nworkloads:\n  - name: a\n    command: [no-such-program]\n");
     one_line(
         &mut countersign(&["up", &bad]),

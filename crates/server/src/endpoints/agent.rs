@@ -14,7 +14,6 @@ use countersign_api::spire::agent::{
     PostStatusRequest, PostStatusResponse, RenewAgentRequest, RenewAgentResponse, attest_agent_request,
 };
 use countersign_api::spire::types;
-use countersign_identity::profile::Issued;
 use countersign_identity::selector::SelectorSet;
 use countersign_identity::trust_domain::{agent_id, server_id};
 use countersign_identity::{Entry, Selector, SpiffeId};
@@ -22,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::svid::svid_to_wire;
 use super::{BoxStream, Endpoint, invalid, masks, paging};
 use crate::agents::{AttestedAgent, Denied};
 use crate::caller::{Caller, denied_status};
@@ -53,15 +53,6 @@ impl Challenger for StreamChallenger {
             }
             _ => Err(AttestError::NoAnswer),
         }
-    }
-}
-
-fn svid_to_wire(id: &SpiffeId, issued: &Issued) -> types::X509svid {
-    types::X509svid {
-        cert_chain: issued.chain.iter().map(|c| c.to_vec()).collect(),
-        id: Some(id_to_wire(id)),
-        expires_at: issued.facts.not_after.unix_timestamp(),
-        hint: String::new(),
     }
 }
 
@@ -139,7 +130,7 @@ async fn attest(
     };
     core.agents.put(agent).await.map_err(|e| store_status(&e))?;
     tracing::info!(agent = %id, "agent attested");
-    Ok(Attested { svid: Some(svid_to_wire(&id, &issued)), reattestable: can_reattest })
+    Ok(Attested { svid: Some(svid_to_wire(&id, &issued, "")), reattestable: can_reattest })
 }
 
 fn own_id_selector(id: &SpiffeId) -> SelectorSet {
@@ -331,7 +322,7 @@ impl Agent for Endpoint {
         renewed.serial.clone_from(&issued.facts.serial);
         renewed.expires_at = issued.facts.not_after;
         self.0.agents.put(renewed).await.map_err(|e| store_status(&e))?;
-        Ok(Response::new(RenewAgentResponse { svid: Some(svid_to_wire(&agent.id, &issued)) }))
+        Ok(Response::new(RenewAgentResponse { svid: Some(svid_to_wire(&agent.id, &issued, "")) }))
     }
 
     async fn create_join_token(

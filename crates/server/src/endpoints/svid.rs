@@ -23,7 +23,8 @@ use crate::core::SigningRequest;
 /// Requests in one batch at most (SPIRE: 500).
 const MAX_BATCH: usize = 500;
 
-fn svid_to_wire(id: &SpiffeId, issued: &Issued, hint: &str) -> types::X509svid {
+/// A signed SVID; `hint` is the entry's, empty where there is none.
+pub(super) fn svid_to_wire(id: &SpiffeId, issued: &Issued, hint: &str) -> types::X509svid {
     types::X509svid {
         cert_chain: issued.chain.iter().map(|c| c.to_vec()).collect(),
         id: Some(id_to_wire(id)),
