@@ -305,12 +305,11 @@ fn a_clock_that_is_off_by_thirty_seconds_is_named() {
                 let _ = std::io::Write::write_all(&mut stream, b"hello");
             }
         });
-        let log = dir.path().join(format!("{name}.log"));
-        let shifted = Command::new("faketime")
-            .args([
-                "-f",
-                shift,
-                COUNTERSIGN,
+        let shifted = Role::start_shifted(
+            dir.path(),
+            name,
+            shift,
+            &[
                 "proxy",
                 "--svid",
                 &file(&own, "svid.pem"),
@@ -318,21 +317,13 @@ fn a_clock_that_is_off_by_thirty_seconds_is_named() {
                 &file(&own, "key.pem"),
                 "--bundle",
                 &format!("{TD}={}", file(&own, "bundle.pem")),
-            ])
-            .args(["--inbound-listen", &format!("127.0.0.1:{inner}"), "--inbound-target", &format!("127.0.0.1:{echo}")])
-            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
-            .stdout(Stdio::null())
-            .stderr(std::fs::File::create(&log).unwrap())
-            .spawn()
-            .unwrap();
-        struct Kill(Child);
-        impl Drop for Kill {
-            fn drop(&mut self) {
-                let _ = self.0.kill();
-                let _ = self.0.wait();
-            }
-        }
-        let _shifted = Kill(shifted);
+                "--inbound-listen",
+                &format!("127.0.0.1:{inner}"),
+                "--inbound-target",
+                &format!("127.0.0.1:{echo}"),
+            ]
+            .map(str::to_owned),
+        );
         let _caller = Role::start(
             dir.path(),
             &format!("caller-{name}"),
@@ -353,14 +344,11 @@ fn a_clock_that_is_off_by_thirty_seconds_is_named() {
             ]
             .map(str::to_owned),
         );
-        wait_for("the shifted sidecar", Duration::from_secs(10), || {
-            std::net::TcpStream::connect(("127.0.0.1", inner)).ok()
-        });
         let mut text = String::new();
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", outer)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let read = std::io::Read::read_to_string(&mut stream, &mut text);
-        (read.map(|_| text), std::fs::read_to_string(log).unwrap())
+        (read.map(|_| text), shifted.log())
     };
     assert_eq!(call("five-behind", "-5s").0.unwrap(), "hello", "ten seconds are tolerated");
     assert_eq!(call("thirty-ahead", "+30s").0.unwrap(), "hello");

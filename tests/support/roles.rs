@@ -4,6 +4,7 @@ use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::{countersign, run, wait_for};
@@ -11,9 +12,17 @@ use super::{countersign, run, wait_for};
 /// The trust domain of servers started by hand.
 pub const TD: &str = "test.local";
 
-/// A free port on loopback.
+/// A free port on loopback, given to no other test: below the range that the kernel takes clients' ports from.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    const PORTS: std::ops::Range<u32> = 20_000..32_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let at = NEXT.fetch_add(1, Ordering::Relaxed) + std::process::id() * 97;
+        let port = u16::try_from(PORTS.start + at % (PORTS.end - PORTS.start)).unwrap();
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A process that ends with the test.
@@ -25,9 +34,27 @@ pub struct Role {
 impl Role {
     /// Starts `countersign` with these arguments and waits until it is ready.
     pub fn start(dir: &Path, name: &str, args: &[String]) -> Self {
+        Self::start_command(dir, name, countersign(&[]).args(args))
+    }
+
+    /// The same with a clock that is off: `shift` is `libfaketime`'s, as in `-30s`. (Its wrapper `faketime` would leave
+    /// its child behind when killed.)
+    pub fn start_shifted(dir: &Path, name: &str, shift: &str, args: &[String]) -> Self {
+        let library = std::fs::read_dir("/usr/lib")
+            .unwrap()
+            .flatten()
+            .map(|d| d.path().join("faketime/libfaketimeMT.so.1"))
+            .find(|p| p.is_file())
+            .expect("Debian's package libfaketime");
+        let mut command = countersign(&[]);
+        command.args(args).env("LD_PRELOAD", library).env("FAKETIME", shift).env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        Self::start_command(dir, name, &mut command)
+    }
+
+    fn start_command(dir: &Path, name: &str, command: &mut Command) -> Self {
         let ready = dir.join(format!("{name}.ready"));
         let _ = std::fs::remove_file(&ready);
-        let mut role = Self::spawn(dir, name, countersign(&[]).args(args).arg("--ready-file").arg(&ready));
+        let mut role = Self::spawn(dir, name, command.arg("--ready-file").arg(&ready));
         wait_for(&format!("{name} to be ready"), Duration::from_secs(30), || {
             if let Some(status) = role.child.try_wait().unwrap() {
                 panic!("{name} ended with {status}: {}", role.log());
