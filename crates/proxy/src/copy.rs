@@ -1,10 +1,9 @@
 //! Bytes both ways between two legs, and faithfulness at the end: FIN for FIN, reset for reset, and a TLS stream that is cut
 //! in the middle never looks like a clean end.
 //!
-//! An idle connection holds no buffer: what is read goes through one buffer a thread, and only what the other leg does
-//! not take at once is kept.
+//! An idle connection holds no buffer: what is read goes through a buffer that the thread lends, and only one with bytes
+//! that the other leg does not take at once is kept. Nothing more is read before they are gone.
 
-use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -13,16 +12,12 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::buffer::{Buffer, CHUNK};
 use crate::cut::Cut;
+use crate::tls::{Engine, TlsStream};
 
-/// Bytes moved at once: four TLS records.
-const CHUNK: usize = 64 * 1024;
 /// Chunks moved in one direction before others get their turn.
 const TURN: usize = 16;
-
-thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into_boxed_slice());
-}
 
 /// One side of a connection.
 pub trait Leg: AsyncRead + AsyncWrite + Unpin {
@@ -36,15 +31,9 @@ impl Leg for TcpStream {
     }
 }
 
-impl Leg for tokio_rustls::client::TlsStream<TcpStream> {
+impl<E: Engine> Leg for TlsStream<E> {
     fn tcp(&self) -> &TcpStream {
-        self.get_ref().0
-    }
-}
-
-impl Leg for tokio_rustls::server::TlsStream<TcpStream> {
-    fn tcp(&self) -> &TcpStream {
-        self.get_ref().0
+        self.tcp()
     }
 }
 
@@ -89,8 +78,7 @@ fn end_on_close(tcp: &TcpStream) {
 /// One direction.
 struct Flow<'a> {
     /// What was read and not taken yet.
-    rest: Vec<u8>,
-    taken: usize,
+    rest: Option<Buffer>,
     state: State,
     /// Something was written that may still be on its way through the TLS layer.
     unflushed: bool,
@@ -113,24 +101,31 @@ enum Failure {
 impl<'a> Flow<'a> {
     fn new(counter: &'a Counter, ended: bool) -> Self {
         let state = if ended { State::Ending } else { State::Open };
-        Self { rest: Vec::new(), taken: 0, state, unflushed: false, bytes: 0, counter }
+        Self { rest: None, state, unflushed: false, bytes: 0, counter }
     }
 
     /// Moves what can be moved. Ready when this direction has ended.
     fn poll(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
         for _ in 0..TURN {
-            while self.taken < self.rest.len() {
-                let n = match Pin::new(&mut *to).poll_write(cx, &self.rest[self.taken..]) {
-                    Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Failure::Reset)),
-                    Poll::Ready(Ok(n)) => n,
-                    Poll::Pending => return Poll::Pending,
-                };
-                self.taken += n;
-                self.unflushed = true;
+            if let Some(mut rest) = self.rest.take() {
+                while !rest.content().is_empty() {
+                    match Pin::new(&mut *to).poll_write(cx, rest.content()) {
+                        Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+                        Poll::Ready(Ok(n)) => rest.consume(n),
+                        Poll::Pending => {
+                            self.rest = Some(rest);
+                            return Poll::Pending;
+                        }
+                    }
+                    self.unflushed = true;
+                }
             }
-            if !self.rest.is_empty() {
-                self.rest = Vec::new();
-                self.taken = 0;
+            if self.unflushed {
+                match Pin::new(&mut *to).poll_flush(cx) {
+                    Poll::Ready(Ok(())) => self.unflushed = false,
+                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+                    Poll::Pending => return Poll::Pending,
+                }
             }
             match self.state {
                 State::Ended => return Poll::Ready(Ok(())),
@@ -154,16 +149,7 @@ impl<'a> Flow<'a> {
             match self.step(cx, from, to) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(failure)) => return Poll::Ready(Err(failure)),
-                Poll::Pending => {
-                    if self.unflushed {
-                        match Pin::new(&mut *to).poll_flush(cx) {
-                            Poll::Ready(Ok(())) => self.unflushed = false,
-                            Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Reset)),
-                            Poll::Pending => {}
-                        }
-                    }
-                    return Poll::Pending;
-                }
+                Poll::Pending => return Poll::Pending,
             }
         }
         cx.waker().wake_by_ref();
@@ -172,34 +158,36 @@ impl<'a> Flow<'a> {
 
     /// Reads once and passes on what the other leg takes.
     fn step(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                    return Poll::Ready(Err(Failure::Truncated));
-                }
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Reset)),
-                Poll::Ready(Ok(())) => {}
+        let mut buffer = Buffer::lend();
+        let mut read = ReadBuf::new(&mut buffer.room()[..CHUNK]);
+        match Pin::new(&mut *from).poll_read(cx, &mut read) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                return Poll::Ready(Err(Failure::Truncated));
             }
-            let read = buffer.filled();
-            if read.is_empty() {
-                self.state = State::Ending;
-                return Poll::Ready(Ok(()));
+            Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+            Poll::Ready(Ok(())) => {}
+        }
+        let n = read.filled().len();
+        if n == 0 {
+            self.state = State::Ending;
+            return Poll::Ready(Ok(()));
+        }
+        buffer.extend(n);
+        self.bytes += n as u64;
+        self.counter.inc_by(n as u64);
+        match Pin::new(&mut *to).poll_write(cx, buffer.content()) {
+            Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+            Poll::Ready(Ok(taken)) => {
+                buffer.consume(taken);
+                self.unflushed = true;
             }
-            self.bytes += read.len() as u64;
-            self.counter.inc_by(read.len() as u64);
-            let taken = match Pin::new(&mut *to).poll_write(cx, read) {
-                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Failure::Reset)),
-                Poll::Ready(Ok(n)) => n,
-                Poll::Pending => 0,
-            };
-            self.unflushed |= taken > 0;
-            if taken < read.len() {
-                self.rest = read[taken..].to_vec();
-            }
-            Poll::Ready(Ok(()))
-        })
+            Poll::Pending => {}
+        }
+        if !buffer.content().is_empty() {
+            self.rest = Some(buffer);
+        }
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use countersign_identity::policy::{Mode, Policy};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use tokio_rustls::server::TlsStream;
 
 use crate::config::FixedInbound;
 use crate::copy::{End, carry, reset_on_close};
@@ -16,6 +15,7 @@ use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
 use crate::sockets::{dial, dial_app, original_destination};
 use crate::telemetry::{Carried, Direction};
+use crate::tls::ServerStream;
 
 /// Where a connection of the mesh port may go.
 pub enum Target<'a> {
@@ -70,7 +70,7 @@ async fn carry_mesh(
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
 }
 
-async fn accept(mesh: &mut TlsStream<TcpStream>) -> std::io::Result<()> {
+async fn accept(mesh: &mut ServerStream) -> std::io::Result<()> {
     mesh.write_all(&Answer::Accepted.encode()).await?;
     mesh.flush().await
 }

@@ -2,8 +2,9 @@
 //! certificates without dropping a connection.
 //!
 //! Top down: [`run`] opens listeners and starts workers; `outbound` and `inbound` carry a connection each; `mesh` is the
-//! handshake and preamble between sidecars; `copy` moves the bytes.
+//! handshake and preamble between sidecars; `tls` is the stream below it; `copy` moves the bytes.
 
+mod buffer;
 pub mod config;
 mod connections;
 mod copy;
@@ -19,6 +20,7 @@ mod sidecar;
 mod sockets;
 mod status;
 mod telemetry;
+mod tls;
 mod warm_up;
 
 use std::net::SocketAddr;

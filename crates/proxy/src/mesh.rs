@@ -7,12 +7,12 @@ use rustls::pki_types::ServerName;
 use rustls::{CommonState, NamedGroup};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use crate::config::Timeouts;
 use crate::identity::Identity;
 use crate::preamble::{ALPN, Answer, Request};
 use crate::refusal::Refused;
+use crate::tls::{self, ClientStream, ServerStream};
 
 /// Who is on the other end, as its verified certificate says.
 #[derive(Debug, Clone)]
@@ -50,18 +50,18 @@ pub async fn dial(
     request: &Request,
     early: impl FnOnce() -> Result<Vec<u8>, Refused>,
     timeouts: &Timeouts,
-) -> Result<(client::TlsStream<TcpStream>, Peer), Refused> {
+) -> Result<(ClientStream, Peer), Refused> {
     let config = identity.client(expected).map_err(|e| Refused::Tls(e.to_string()))?;
     // The name is never sent nor checked: identity is the SPIFFE ID alone.
     let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
-    let handshake = TlsConnector::from(config).connect(name, tcp);
+    let handshake = tls::connect(config, name, tcp);
     let mut tls = match tokio::time::timeout(timeouts.handshake, handshake).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(e)) => return Err(Refused::of_handshake(&e)),
         Err(_) => return Err(Refused::HandshakeTimeout(timeouts.handshake)),
     };
-    check_protocol(tls.get_ref().1)?;
-    let peer = Peer::of(tls.get_ref().1, identity)?;
+    check_protocol(tls.state())?;
+    let peer = Peer::of(tls.state(), identity)?;
     let mut first = request.encode();
     first.extend(early()?);
     let talk = async {
@@ -83,15 +83,15 @@ pub async fn accept(
     tcp: TcpStream,
     identity: &Arc<Identity>,
     timeouts: &Timeouts,
-) -> Result<(server::TlsStream<TcpStream>, Peer, Request), (Refused, Option<Peer>)> {
-    let handshake = TlsAcceptor::from(identity.server()).accept(tcp);
+) -> Result<(ServerStream, Peer, Request), (Refused, Option<Peer>)> {
+    let handshake = tls::accept(identity.server(), tcp);
     let mut tls = match tokio::time::timeout(timeouts.handshake, handshake).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(e)) => return Err((Refused::of_handshake(&e), None)),
         Err(_) => return Err((Refused::HandshakeTimeout(timeouts.handshake), None)),
     };
-    check_protocol(tls.get_ref().1).map_err(|e| (e, None))?;
-    let peer = Peer::of(tls.get_ref().1, identity).map_err(|e| (e, None))?;
+    check_protocol(tls.state()).map_err(|e| (e, None))?;
+    let peer = Peer::of(tls.state(), identity).map_err(|e| (e, None))?;
     match tokio::time::timeout(timeouts.preamble, Request::read(&mut tls)).await {
         Ok(Ok(request)) => Ok((tls, peer, request)),
         Ok(Err(e)) => Err((Refused::Preamble(e.to_string()), Some(peer))),
@@ -100,7 +100,7 @@ pub async fn accept(
 }
 
 /// Tells the caller why, and lets it hear that before the connection goes.
-pub async fn refuse(tls: &mut server::TlsStream<TcpStream>, refused: &Refused) {
+pub async fn refuse(tls: &mut ServerStream, refused: &Refused) {
     let answer = Answer::Refused { code: refused.code().to_owned(), text: refused.to_string() };
     let say = async {
         tls.write_all(&answer.encode()).await?;

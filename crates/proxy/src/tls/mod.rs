@@ -1,0 +1,355 @@
+//! TLS over a socket, for many connections that are mostly idle: rustls without buffers of its own.
+//!
+//! What comes in is read 64 KiB at a time into a buffer that the thread lends and decrypted there; what goes out is
+//! encrypted into another and sent with one call. A connection keeps only what could not be finished: a record's first
+//! part, or bytes that the socket did not take. Records, keys and handshake are the engine's business
+//! ([`rustls::unbuffered`]).
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
+use rustls::pki_types::ServerName;
+use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
+use rustls::unbuffered::{ConnectionState, UnbufferedStatus, WriteTraffic};
+use rustls::{ClientConfig, CommonState, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::buffer::{Buffer, CHUNK};
+
+/// Unsent bytes that the next write may still join.
+const JOIN: usize = 4 * 1024;
+
+/// One end's state machine.
+pub trait Engine: Unpin {
+    /// What tells the ends apart.
+    type Data;
+    /// [`UnbufferedClientConnection`]'s or [`UnbufferedServerConnection`]'s.
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
+    /// What the handshake agreed.
+    fn state(&self) -> &CommonState;
+}
+
+impl Engine for UnbufferedClientConnection {
+    type Data = ClientConnectionData;
+
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+
+    fn state(&self) -> &CommonState {
+        self
+    }
+}
+
+impl Engine for UnbufferedServerConnection {
+    type Data = ServerConnectionData;
+
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+
+    fn state(&self) -> &CommonState {
+        self
+    }
+}
+
+/// The end that dials.
+pub type ClientStream = TlsStream<UnbufferedClientConnection>;
+/// The end that is dialled.
+pub type ServerStream = TlsStream<UnbufferedServerConnection>;
+
+/// A TLS connection. Its end is part of its data: an end without `close_notify` is [`io::ErrorKind::UnexpectedEof`].
+pub struct TlsStream<E> {
+    tcp: TcpStream,
+    engine: E,
+    /// The beginning of a record or handshake message whose end has not come.
+    incoming: Vec<u8>,
+    /// Decrypted, and not taken yet.
+    plain: Vec<u8>,
+    taken: usize,
+    /// Encrypted, and not sent yet.
+    outgoing: Option<Buffer>,
+    /// The peer has said its last word.
+    ended: bool,
+    /// We have.
+    closing: bool,
+    /// The engine has given up, and is not to be asked again.
+    failed: bool,
+}
+
+/// Shakes hands as the end that dials. Our last flight waits for the first write, to go with it.
+///
+/// # Errors
+/// The engine's errors as [`io::ErrorKind::InvalidData`], which hold a [`rustls::Error`]; the socket's as they are.
+pub async fn connect(config: Arc<ClientConfig>, name: ServerName<'static>, tcp: TcpStream) -> io::Result<ClientStream> {
+    let engine = UnbufferedClientConnection::new(config, name).map_err(invalid)?;
+    TlsStream::new(tcp, engine).shake_hands().await
+}
+
+/// Shakes hands as the end that is dialled.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn accept(config: Arc<ServerConfig>, tcp: TcpStream) -> io::Result<ServerStream> {
+    let engine = UnbufferedServerConnection::new(config).map_err(invalid)?;
+    TlsStream::new(tcp, engine).shake_hands().await
+}
+
+impl<E: Engine> TlsStream<E> {
+    fn new(tcp: TcpStream, engine: E) -> Self {
+        Self {
+            tcp,
+            engine,
+            incoming: vec![],
+            plain: vec![],
+            taken: 0,
+            outgoing: None,
+            ended: false,
+            closing: false,
+            failed: false,
+        }
+    }
+
+    /// What the handshake agreed.
+    pub fn state(&self) -> &CommonState {
+        self.engine.state()
+    }
+
+    /// The socket below.
+    pub fn tcp(&self) -> &TcpStream {
+        &self.tcp
+    }
+
+    async fn shake_hands(mut self) -> io::Result<Self> {
+        let shaken = std::future::poll_fn(|cx| self.poll_shake_hands(cx)).await;
+        shaken.map(|()| self)
+    }
+
+    fn poll_shake_hands(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let begun = self.queue(|_, _| Ok(()));
+        begun.map_err(|error| self.last_gasp(cx, error))?;
+        while self.engine.state().is_handshaking() {
+            ready!(self.poll_drain(cx))?;
+            let mut plain = std::mem::take(&mut self.plain);
+            let got = self.poll_receive(cx, |bytes| plain.extend_from_slice(bytes));
+            self.plain = plain;
+            ready!(got).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof => io::Error::new(e.kind(), "the connection ended during the TLS handshake"),
+                _ => e,
+            })?;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Receives once, and hands on what can be decrypted now.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, plain: impl FnMut(&[u8])) -> Poll<io::Result<()>> {
+        if self.failed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let mut incoming = Buffer::lend();
+        incoming.put(&self.incoming);
+        let mut buffer = ReadBuf::new(incoming.room());
+        if buffer.remaining() == 0 {
+            let error = rustls::Error::General(format!("a message of more than {} bytes", self.incoming.len()));
+            return Poll::Ready(Err(self.last_gasp(cx, invalid(error))));
+        }
+        ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut buffer))?;
+        let received = buffer.filled().len();
+        if received == 0 {
+            return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+        }
+        incoming.extend(received);
+        let whole = incoming.content_mut();
+        match digest(&mut self.engine, whole, &mut self.outgoing, &mut self.ended, plain, |_, _| Ok(())) {
+            Ok(used) if used == whole.len() => self.incoming = vec![],
+            Ok(used) => self.incoming = whole[used..].to_vec(),
+            Err(error) => return Poll::Ready(Err(self.last_gasp(cx, error))),
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Lets the engine say what it has to say, and then, when it may write, `write`; what comes of it waits to be sent.
+    fn queue(
+        &mut self,
+        write: impl FnOnce(&mut WriteTraffic<'_, E::Data>, &mut Option<Buffer>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let plain = &mut self.plain;
+        let plain = |bytes: &[u8]| plain.extend_from_slice(bytes);
+        let used =
+            digest(&mut self.engine, &mut self.incoming, &mut self.outgoing, &mut self.ended, plain, write)?;
+        self.incoming.drain(..used);
+        Ok(())
+    }
+
+    /// After an error of the engine: its alert is sent if the socket takes it; the error is what counts.
+    fn last_gasp(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
+        self.failed = true;
+        let _ = self.poll_drain(cx);
+        error
+    }
+
+    /// Sends what is unsent.
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(outgoing) = &mut self.outgoing {
+            while !outgoing.content().is_empty() {
+                match ready!(Pin::new(&mut self.tcp).poll_write(cx, outgoing.content()))? {
+                    0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    n => outgoing.consume(n),
+                }
+            }
+            self.outgoing = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<E: Engine> AsyncRead for TlsStream<E> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        loop {
+            if this.taken < this.plain.len() {
+                let n = buf.remaining().min(this.plain.len() - this.taken);
+                buf.put_slice(&this.plain[this.taken..this.taken + n]);
+                this.taken += n;
+                if this.taken == this.plain.len() {
+                    this.plain = vec![];
+                    this.taken = 0;
+                }
+                return Poll::Ready(Ok(()));
+            }
+            if this.ended {
+                return Poll::Ready(Ok(()));
+            }
+            // An answer of the engine's own, such as to a change of keys; reading does not wait for it. A peer that makes
+            // us answer and does not listen runs into the buffer's end.
+            if let Poll::Ready(Err(error)) = this.poll_drain(cx) {
+                return Poll::Ready(Err(error));
+            }
+            let before = buf.filled().len();
+            let mut more = vec![];
+            let received = this.poll_receive(cx, |bytes| {
+                let (now, later) = bytes.split_at(bytes.len().min(buf.remaining()));
+                buf.put_slice(now);
+                more.extend_from_slice(later);
+            });
+            this.plain = more;
+            ready!(received)?;
+            if buf.filled().len() > before {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl<E: Engine> AsyncWrite for TlsStream<E> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        if this.closing || this.failed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if this.outgoing.as_ref().is_some_and(|o| o.content().len() > JOIN) {
+            ready!(this.poll_drain(cx))?;
+        }
+        let bytes = &bytes[..bytes.len().min(CHUNK)];
+        let mut written = false;
+        let queued = this.queue(|traffic, out| {
+            written = true;
+            fill(out, |room| traffic.encrypt(bytes, room))
+        });
+        queued.map_err(|error| this.last_gasp(cx, error))?;
+        if !written {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        }
+        // What the socket does not take now, a flush or the next write sends; the task is woken for it.
+        match this.poll_drain(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            _ => Poll::Ready(Ok(bytes.len())),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_drain(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if !this.closing {
+            this.closing = true;
+            if !this.failed {
+                let goodbye = this.queue(|traffic, out| fill(out, |room| traffic.queue_close_notify(room)));
+                goodbye.map_err(|error| this.last_gasp(cx, error))?;
+            }
+        }
+        ready!(this.poll_drain(cx))?;
+        Pin::new(&mut this.tcp).poll_shutdown(cx)
+    }
+}
+
+/// Lets the engine take what came in, hand out what it decrypts, and say what it has to say into `out`; then, when it
+/// may write, `write`. Gives the bytes taken.
+fn digest<E: Engine>(
+    engine: &mut E,
+    incoming: &mut [u8],
+    out: &mut Option<Buffer>,
+    ended: &mut bool,
+    mut plain: impl FnMut(&[u8]),
+    write: impl FnOnce(&mut WriteTraffic<'_, E::Data>, &mut Option<Buffer>) -> io::Result<()>,
+) -> io::Result<usize> {
+    let mut used = 0;
+    loop {
+        let UnbufferedStatus { discard, state } = engine.process(&mut incoming[used..]);
+        match state {
+            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+                while let Some(record) = traffic.next_record() {
+                    let record = record.map_err(invalid)?;
+                    used += record.discard;
+                    plain(record.payload);
+                }
+            }
+            Ok(ConnectionState::EncodeTlsData(mut data)) => fill(out, |room| data.encode(room))?,
+            Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
+            Ok(ConnectionState::PeerClosed) => *ended = true,
+            Ok(ConnectionState::WriteTraffic(mut traffic)) => {
+                write(&mut traffic, out)?;
+                return Ok(used + discard);
+            }
+            Ok(ConnectionState::BlockedHandshake | ConnectionState::Closed) => return Ok(used + discard),
+            Ok(_) => return Err(invalid(rustls::Error::General("early data, which we never offer".into()))),
+            Err(error) => {
+                // What it has for the peer still; it must not be shown the same bytes again beyond that.
+                while engine.state().wants_write() {
+                    match engine.process(&mut []).state {
+                        Ok(ConnectionState::EncodeTlsData(mut data)) => fill(out, |room| data.encode(room))?,
+                        _ => break,
+                    }
+                }
+                return Err(invalid(error));
+            }
+        }
+        used += discard;
+    }
+}
+
+/// Lets the engine put something behind what is there.
+fn fill<E: std::fmt::Display>(
+    out: &mut Option<Buffer>,
+    put: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+) -> io::Result<()> {
+    let out = out.get_or_insert_with(Buffer::lend);
+    let written = put(out.room()).map_err(|e| invalid(rustls::Error::General(e.to_string())))?;
+    out.extend(written);
+    Ok(())
+}
+
+fn invalid(error: rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,246 @@
+//! The stream against rustls' own buffered streams, over real sockets: same bytes, same ends, bounded memory.
+
+use std::time::Duration;
+
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{RootCertStore, version};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use super::*;
+
+fn configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+    let made = rcgen::generate_simple_self_signed(["peer.test".to_owned()]).unwrap();
+    let certificate: CertificateDer<'static> = made.cert.der().clone();
+    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate.clone()).unwrap();
+    let client = ClientConfig::builder_with_protocol_versions(&[&version::TLS13])
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let mut server = ServerConfig::builder_with_protocol_versions(&[&version::TLS13])
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    server.send_tls13_tickets = 0;
+    (Arc::new(client), Arc::new(server))
+}
+
+fn name() -> ServerName<'static> {
+    ServerName::try_from("peer.test").unwrap()
+}
+
+async fn sockets() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (a, b) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    (a.unwrap(), b.unwrap().0)
+}
+
+/// Both ends ours.
+async fn pair() -> (ClientStream, ServerStream) {
+    let (client, server) = configs();
+    let (a, b) = sockets().await;
+    let dial = async {
+        let mut tls = connect(client, name(), a).await.unwrap();
+        tls.flush().await.unwrap();
+        tls
+    };
+    tokio::join!(dial, async { accept(server, b).await.unwrap() })
+}
+
+fn bytes(n: usize, seed: u8) -> Vec<u8> {
+    (0..n).map(|i| (i.wrapping_mul(31) >> 3) as u8 ^ seed).collect()
+}
+
+/// Sends `up`, ends, and reads to the end.
+async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, up: Vec<u8>) -> Vec<u8> {
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let send = async {
+        writer.write_all(&up).await.unwrap();
+        writer.shutdown().await.unwrap();
+    };
+    let mut down = vec![];
+    let (_, got) = tokio::join!(send, reader.read_to_end(&mut down));
+    got.unwrap();
+    down
+}
+
+#[tokio::test]
+async fn megabytes_go_both_ways_at_once_and_both_ends_are_heard() {
+    let (client, server) = pair().await;
+    let (up, down) = (bytes(9_000_001, 1), bytes(7_000_003, 2));
+    let (got_down, got_up) = tokio::join!(talk(client, up.clone()), talk(server, down.clone()));
+    assert!(got_up == up && got_down == down);
+}
+
+#[tokio::test]
+async fn it_speaks_with_the_buffered_streams_in_both_roles() {
+    let (client, server) = configs();
+    let (up, down) = (bytes(3_000_001, 3), bytes(2_000_003, 4));
+    let (a, b) = sockets().await;
+    let ours = async { talk(connect(client.clone(), name(), a).await.unwrap(), up.clone()).await };
+    let theirs = async { talk(TlsAcceptor::from(server.clone()).accept(b).await.unwrap(), down.clone()).await };
+    let (got_down, got_up) = tokio::join!(ours, theirs);
+    assert!(got_up == up && got_down == down);
+    let (a, b) = sockets().await;
+    let theirs = async { talk(TlsConnector::from(client).connect(name(), a).await.unwrap(), up.clone()).await };
+    let ours = async { talk(accept(server, b).await.unwrap(), down.clone()).await };
+    let (got_down, got_up) = tokio::join!(theirs, ours);
+    assert!(got_up == up && got_down == down);
+}
+
+#[tokio::test]
+async fn a_change_of_keys_in_the_middle_is_followed_and_answered() {
+    let (client, server) = configs();
+    let (a, b) = sockets().await;
+    let ours = async { accept(server, b).await.unwrap() };
+    let theirs = async { TlsConnector::from(client).connect(name(), a).await.unwrap() };
+    let (mut ours, mut theirs) = tokio::join!(ours, theirs);
+    for round in 0..3 {
+        let (up, down) = (bytes(100_000, round), bytes(50_000, round + 9));
+        theirs.get_mut().1.refresh_traffic_keys().unwrap();
+        let (mut got_up, mut got_down) = (vec![0; up.len()], vec![0; down.len()]);
+        let there = async {
+            theirs.write_all(&up).await.unwrap();
+            theirs.flush().await.unwrap();
+            theirs.read_exact(&mut got_down).await.unwrap();
+        };
+        let here = async {
+            ours.read_exact(&mut got_up).await.unwrap();
+            ours.write_all(&down).await.unwrap();
+            ours.flush().await.unwrap();
+        };
+        tokio::join!(there, here);
+        assert!(got_up == up && got_down == down);
+    }
+}
+
+/// Passes the client's bytes on one by one, so that every record and handshake message arrives in pieces.
+async fn crumble(mut from: TcpStream, mut to: TcpStream) {
+    to.set_nodelay(true).unwrap();
+    let (mut a, mut b) = from.split();
+    let (mut c, mut d) = to.split();
+    let forth = async {
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let n = a.read(&mut buffer).await.unwrap();
+            for byte in &buffer[..n] {
+                d.write_all(&[*byte]).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+            if n == 0 {
+                return d.shutdown().await.unwrap();
+            }
+        }
+    };
+    tokio::join!(forth, async { tokio::io::copy(&mut c, &mut b).await.unwrap() });
+}
+
+#[tokio::test]
+async fn bytes_that_come_one_by_one_make_the_same_stream() {
+    let (client, server) = configs();
+    let ((a, from), (to, b)) = (sockets().await, sockets().await);
+    let between = tokio::spawn(crumble(from, to));
+    let (up, down) = (bytes(20_000, 5), bytes(20_000, 6));
+    let there = async { talk(connect(client, name(), a).await.unwrap(), up.clone()).await };
+    let here = async { talk(accept(server, b).await.unwrap(), down.clone()).await };
+    let (got_down, got_up) = tokio::join!(there, here);
+    assert!(got_up == up && got_down == down);
+    between.abort();
+}
+
+#[tokio::test]
+async fn a_cut_is_no_end() {
+    let (mut client, mut server) = pair().await;
+    client.write_all(b"half of it").await.unwrap();
+    drop(client);
+    let mut got = vec![];
+    let error = server.read_to_end(&mut got).await.unwrap_err();
+    assert_eq!((error.kind(), &got[..]), (io::ErrorKind::UnexpectedEof, &b"half of it"[..]));
+}
+
+#[tokio::test]
+async fn a_forged_record_ends_the_connection_and_the_peer_is_told() {
+    let (client, server) = configs();
+    let (a, b) = sockets().await;
+    let ours = async { accept(server, b).await.unwrap() };
+    let theirs = async { TlsConnector::from(client).connect(name(), a).await.unwrap() };
+    let (mut ours, mut theirs) = tokio::join!(ours, theirs);
+    theirs.get_mut().0.write_all(&[23, 3, 3, 0, 32, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9]).await.unwrap();
+    theirs.get_mut().0.write_all(&[9; 20]).await.unwrap();
+    let error = ours.read_u8().await.unwrap_err();
+    let told = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    assert!(matches!(told, Some(rustls::Error::DecryptError)), "{error}");
+    let error = theirs.read_u8().await.unwrap_err();
+    assert!(error.to_string().contains("BadRecordMac"), "{error}");
+    // And nothing more is believed or said.
+    assert!(ours.read_u8().await.is_err() && ours.write_all(b"x").await.is_err());
+}
+
+#[tokio::test]
+async fn a_certificate_of_a_stranger_is_refused_with_an_alert() {
+    let ((client, _), (_, server)) = (configs(), configs());
+    let (a, b) = sockets().await;
+    let (here, there) = tokio::join!(connect(client, name(), a), accept(server, b));
+    let refused = here.err().unwrap();
+    let tls = refused.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    assert!(matches!(tls, Some(rustls::Error::InvalidCertificate(_))), "{refused}");
+    let told = there.err().unwrap();
+    let tls = told.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    assert!(matches!(tls, Some(rustls::Error::AlertReceived(_))), "{told}");
+}
+
+#[tokio::test]
+async fn a_handshake_message_without_end_is_bounded() {
+    let (_, server) = configs();
+    let (mut a, b) = sockets().await;
+    let accepting = tokio::spawn(async move { accept(server, b).await.err().unwrap() });
+    // A ClientHello that says 16 MiB, in records of 16 KiB.
+    let mut record = vec![22, 3, 1, 0x40, 0];
+    record.extend([1, 255, 255, 255]);
+    record.resize(5 + 16 * 1024, 7);
+    let mut sent = 0;
+    while sent < 1024 * 1024 && a.write_all(&record).await.is_ok() {
+        sent += record.len();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let error = tokio::time::timeout(Duration::from_secs(5), accepting).await.unwrap().unwrap();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+}
+
+#[tokio::test]
+async fn a_peer_that_makes_us_answer_and_does_not_listen_is_not_read_for_ever() {
+    let (client, server) = configs();
+    let (a, b) = sockets().await;
+    let ours = async { accept(server, b).await.unwrap() };
+    let theirs = async { TlsConnector::from(client).connect(name(), a).await.unwrap() };
+    let (mut ours, mut theirs) = tokio::join!(ours, theirs);
+    let reading = tokio::spawn(async move {
+        let mut one = [0; 1];
+        let _ = ours.read(&mut one).await;
+        ours
+    });
+    let flood = async {
+        for _ in 0..200_000 {
+            if theirs.get_mut().1.refresh_traffic_keys().is_err() || theirs.flush().await.is_err() {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(5), flood).await;
+    // Either it has given up, or it waits; what it owes is one buffer at most.
+    assert!(!reading.is_finished() || reading.await.unwrap().failed);
+}
+
+#[tokio::test]
+async fn an_idle_connection_holds_nothing() {
+    let (mut client, mut server) = pair().await;
+    let mut got = [0; 1000];
+    client.write_all(&[1; 1000]).await.unwrap();
+    server.read_exact(&mut got).await.unwrap();
+    server.write_all(&[2; 1000]).await.unwrap();
+    client.read_exact(&mut got).await.unwrap();
+    assert_eq!((client.incoming.capacity(), client.plain.capacity(), client.outgoing.is_none()), (0, 0, true));
+    assert_eq!((server.incoming.capacity(), server.plain.capacity(), server.outgoing.is_none()), (0, 0, true));
+}
