@@ -1,6 +1,6 @@
 //! TLS over a socket, for many connections that are mostly idle: rustls without buffers of its own.
 //!
-//! What comes in is read 64 KiB at a time into a buffer that the thread lends and decrypted there; what goes out is
+//! What comes in is read a chunk at a time into a buffer that the thread lends and decrypted there; what goes out is
 //! encrypted into another and sent with one call. A connection keeps only what could not be finished: a record's first
 //! part, or bytes that the socket did not take. Records, keys and handshake are the engine's business
 //! ([`rustls::unbuffered`]).
@@ -138,7 +138,9 @@ impl<E: Engine> TlsStream<E> {
             let got = self.poll_receive(cx, |bytes| plain.extend_from_slice(bytes));
             self.plain = plain;
             ready!(got).map_err(|e| match e.kind() {
-                io::ErrorKind::UnexpectedEof => io::Error::new(e.kind(), "the connection ended during the TLS handshake"),
+                io::ErrorKind::UnexpectedEof => {
+                    io::Error::new(e.kind(), "the connection ended during the TLS handshake")
+                }
                 _ => e,
             })?;
         }
@@ -179,8 +181,7 @@ impl<E: Engine> TlsStream<E> {
     ) -> io::Result<()> {
         let plain = &mut self.plain;
         let plain = |bytes: &[u8]| plain.extend_from_slice(bytes);
-        let used =
-            digest(&mut self.engine, &mut self.incoming, &mut self.outgoing, &mut self.ended, plain, write)?;
+        let used = digest(&mut self.engine, &mut self.incoming, &mut self.outgoing, &mut self.ended, plain, write)?;
         self.incoming.drain(..used);
         Ok(())
     }
@@ -348,8 +349,6 @@ fn fill<E: std::fmt::Display>(
 fn invalid(error: rustls::Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
-
-
 
 #[cfg(test)]
 mod tests;
