@@ -4,12 +4,13 @@
   propagation.py [N]     with `cargo build --release` done; COUNTERSIGN names another binary.
 Server and agent run as processes on loopback in a temporary folder. The agent logs when an SVID is ready.
 """
-import json, os, subprocess as sp, sys, tempfile, time
+import json, os, re, subprocess as sp, sys, tempfile, time
 from datetime import datetime
 
 N = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BIN = os.environ.get("COUNTERSIGN", os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), "release", "countersign"))
+HOST = re.search(r"host: (\S+)", sp.run(["rustc", "-vV"], check=True, stdout=sp.PIPE, text=True).stdout)[1]
+BIN = os.environ.get("COUNTERSIGN", os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), HOST, "release", "countersign"))
 
 def seconds(text):
     return datetime.fromisoformat(text[:26].rstrip("Z") + "+00:00").timestamp()

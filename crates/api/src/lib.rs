@@ -8,6 +8,7 @@ pub mod denied;
 pub mod directory;
 pub mod files;
 pub mod http;
+pub mod names;
 pub mod peer;
 pub mod tls;
 pub mod transport;

@@ -247,7 +247,7 @@ pub fn tls_channel(server: String, config: impl Fn() -> Arc<ClientConfig> + Send
     endpoint("http://server").connect_with_connector_lazy(tower::service_fn(move |_: http::Uri| {
         let (config, server) = (config.clone(), server.clone());
         async move {
-            let tcp = TcpStream::connect(&*server).await?;
+            let tcp = crate::names::connect(&server).await?;
             tcp.set_nodelay(true)?;
             // The name is never sent nor checked: identity is the SPIFFE ID alone.
             let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());

@@ -71,7 +71,31 @@ enum Command {
     Probe(probe::ProbeArgs),
 }
 
+/// The command line of a sidecar alone. One stands beside every workload, so it should not load the code of all other
+/// commands only to read its flags.
+#[derive(Parser)]
+#[command(name = "countersign", version, propagate_version = true, max_term_width = 120)]
+struct SidecarCli {
+    #[command(subcommand)]
+    command: SidecarCommand,
+}
+
+#[derive(Subcommand)]
+enum SidecarCommand {
+    /// Run a sidecar.
+    Proxy(Box<roles::proxy::ProxyArgs>),
+}
+
 impl Cli {
+    /// Reads the process's command line; with a mistake in it, or for help, prints and exits.
+    pub fn read() -> Self {
+        if std::env::args_os().nth(1).is_some_and(|command| command == "proxy") {
+            let SidecarCommand::Proxy(args) = SidecarCli::parse().command;
+            return Self { command: Command::Proxy(args) };
+        }
+        Self::parse()
+    }
+
     /// Runs the command to its end.
     pub fn run(self) -> Result<ExitCode> {
         let done = |result: Result<()>| result.map(|()| ExitCode::SUCCESS);

@@ -4,11 +4,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use countersign_api::names::connect;
 use http_body_util::BodyExt;
 use hyper::Request;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
 
 /// Request a URL many times and report.
 #[derive(Debug, clap::Args)]
@@ -77,7 +77,7 @@ impl Client {
             sender
         } else {
             self.report.connections += 1;
-            let stream = TcpStream::connect(&self.authority).await.context("connect")?;
+            let stream = connect(&self.authority).await.context("connect")?;
             let (sender, connection) =
                 hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("handshake")?;
             tokio::spawn(connection);

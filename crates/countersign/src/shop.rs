@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
+use countersign_api::names::connect;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
 /// Every service listens here.
 pub const PORT: u16 = 9080;
@@ -84,7 +85,7 @@ async fn both(name: &str, needs: &[(&str, &str)]) -> Result<Value> {
 
 async fn get(host: &str) -> Result<Value> {
     let ask = async {
-        let stream = TcpStream::connect((host, PORT)).await?;
+        let stream = connect(&format!("{host}:{PORT}")).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
         let request = Request::get("/").header("host", host).body(String::new())?;

@@ -89,10 +89,7 @@ impl AgentSettings {
     fn config(self) -> Result<Config, Mistake> {
         let domain = self.trust_domain.ok_or_else(|| Mistake::missing("--trust-domain", "trust_domain"))?;
         let server = self.server.ok_or_else(|| Mistake::missing("--server", "server"))?;
-        if !server
-            .rsplit_once(':')
-            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p != 0))
-        {
+        if countersign_api::names::split(&server).is_none() {
             return Err(Mistake::flag(
                 "--server",
                 &format!("`{server}` is no address: write host:port, as in 10.0.0.1:8081"),

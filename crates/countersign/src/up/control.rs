@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
+use super::account::Account;
 use super::mesh::Mesh;
-use super::mesh_file::{Account, WorkloadSpec, check_name};
+use super::mesh_file::{WorkloadSpec, check_name};
 use super::place::RUN_DIR;
 use crate::settings::parse_mode;
 

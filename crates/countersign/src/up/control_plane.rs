@@ -11,8 +11,9 @@ use countersign_api::transport::unix_channel;
 use countersign_identity::SpiffeId;
 use countersign_identity::trust_domain::parse_workload_id;
 
+use super::account::Account;
 use super::children::{Process, Program, last_lines};
-use super::mesh_file::{Account, MeshSpec, SERVER_UID};
+use super::mesh_file::{MeshSpec, SERVER_UID};
 use super::place::Place;
 use crate::operator;
 use crate::settings::Ttl;

@@ -23,9 +23,10 @@ use countersign_redirect::{Backend, Redirect, install};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
+use super::account::Account;
 use super::children::{Process, Program, last_lines};
 use super::control_plane::{PATIENCE, agent_socket, node_alias, server_socket, start_agent, start_server};
-use super::mesh_file::{Account, FIRST_PROXY_UID, MAX_WORKLOADS, MeshSpec, WorkloadSpec};
+use super::mesh_file::{FIRST_PROXY_UID, MAX_WORKLOADS, MeshSpec, WorkloadSpec};
 use super::place::{Place, kill_inside};
 use crate::clients::client;
 use crate::operator;

@@ -8,18 +8,16 @@ use countersign_identity::policy::{Mode, Policy};
 use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id, service_account_id};
 use countersign_identity::{SpiffeId, TrustDomain};
 use ipnet::IpNet;
-use nix::unistd::{User, getgrouplist};
 use serde::Deserialize;
 use serde_saphyr::Spanned;
 
+use super::account::Account;
 use crate::settings::{Mistake, Ttl, load as load_file, located, parse_mode};
 
 /// First user of sidecars; one more for each.
 pub const FIRST_PROXY_UID: u32 = 2102;
 /// The server's own user.
 pub const SERVER_UID: u32 = 2100;
-/// First user of workloads that name none.
-const FIRST_WORKLOAD_UID: u32 = 20_000;
 /// Workloads in one mesh at most.
 pub const MAX_WORKLOADS: usize = 200;
 /// Ports that sidecars need for themselves.
@@ -73,38 +71,6 @@ pub struct WorkloadSpec {
     pub exclude_outbound_cidrs: BTreeSet<IpNet>,
     /// Sources that are not caught.
     pub exclude_inbound_cidrs: BTreeSet<IpNet>,
-}
-
-/// A user and its groups.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Account {
-    /// User.
-    pub uid: u32,
-    /// Main group.
-    pub gid: u32,
-    /// Further groups.
-    pub groups: Vec<u32>,
-}
-
-impl Account {
-    /// A user of its own for the workload with this number.
-    pub fn of_number(n: usize) -> Self {
-        let id = FIRST_WORKLOAD_UID + u32::try_from(n).unwrap_or(0);
-        Self { uid: id, gid: id, groups: vec![] }
-    }
-
-    /// Looks a user up by name or number.
-    pub fn find(text: &str) -> Result<Self, String> {
-        if let Ok(uid) = text.parse::<u32>() {
-            return Ok(Self { uid, gid: uid, groups: vec![] });
-        }
-        let user =
-            User::from_name(text).ok().flatten().ok_or_else(|| format!("there is no user `{text}` on this machine"))?;
-        let name = std::ffi::CString::new(text).map_err(|_| format!("`{text}` is no user name"))?;
-        let groups =
-            getgrouplist(&name, user.gid).unwrap_or_default().into_iter().map(nix::unistd::Gid::as_raw).collect();
-        Ok(Self { uid: user.uid.as_raw(), gid: user.gid.as_raw(), groups })
-    }
 }
 
 /// A name for meshes and workloads: what fits into host names and paths.
