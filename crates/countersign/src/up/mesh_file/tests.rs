@@ -63,7 +63,7 @@ fn mistakes_name_file_line_key_and_mend() {
             one("allow: ['spiffe://A/b']"),
             "mesh.yaml:4: allow: `spiffe://A/b` is not a SPIFFE ID: the trust domain has upper-case letters",
         ),
-        (one("user: no-such-user"), "mesh.yaml:4: user: there is no user `no-such-user` on this machine"),
+        (one("user: no-such-user"), "mesh.yaml:4: user: there is no user `no-such-user` in this machine's /etc/passwd"),
         (
             one("user: '2102'"),
             "mesh.yaml:4: user: uid 2102 is kept for sidecars, whose traffic is never caught; use another user",
