@@ -49,6 +49,7 @@ impl StatusService for StatusEndpoint {
             spiffe_id: i.svid().id().to_string(),
             serial: i.svid().facts().serial.clone(),
             expires_at: i.svid().facts().not_after.unix_timestamp(),
+            authority_id: i.svid().facts().authority_id.clone(),
         });
         Ok(Response::new(GetStatusResponse {
             role: "proxy".into(),

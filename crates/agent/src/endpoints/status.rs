@@ -36,6 +36,7 @@ impl StatusService for Endpoint {
             spiffe_id: c.entry.spiffe_id.to_string(),
             serial: c.svid.as_ref().map(|s| s.facts().serial.clone()).unwrap_or_default(),
             expires_at: c.svid.as_ref().map_or(0, |s| s.facts().not_after.unix_timestamp()),
+            authority_id: c.svid.as_ref().map(|s| s.facts().authority_id.clone()).unwrap_or_default(),
         });
         Ok(Response::new(GetStatusResponse {
             role: "agent".into(),

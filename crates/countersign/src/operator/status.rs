@@ -32,7 +32,8 @@ pub async fn run(args: StatusArgs) -> Result<()> {
     let s = get(&args.socket).await?;
     if args.output.is_json() {
         let identities: Vec<_> = s.identities.iter().map(|i| {
-            json!({ "entry_id": i.entry_id, "spiffe_id": i.spiffe_id, "serial": i.serial, "expires_at": i.expires_at })
+            json!({ "entry_id": i.entry_id, "spiffe_id": i.spiffe_id, "serial": i.serial, "expires_at": i.expires_at,
+                "authority_id": i.authority_id })
         }).collect();
         let all = json!({ "role": s.role, "version": s.version, "trust_domain": s.trust_domain, "started_at": s.started_at,
             "facts": s.facts, "refused": s.refused, "identities": identities });
@@ -50,9 +51,9 @@ pub async fn run(args: StatusArgs) -> Result<()> {
     facts.extend(more);
     print!("{}", Table::facts(facts).render());
     if !s.identities.is_empty() {
-        let mut table = Table::new(&["spiffe id", "serial", "expires", "entry"]);
+        let mut table = Table::new(&["spiffe id", "serial", "expires", "authority", "entry"]);
         for i in s.identities {
-            table.row(vec![i.spiffe_id, i.serial, when(i.expires_at), i.entry_id]);
+            table.row(vec![i.spiffe_id, i.serial, when(i.expires_at), i.authority_id, i.entry_id]);
         }
         print!("\n{}", table.render());
     }
