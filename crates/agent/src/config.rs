@@ -33,6 +33,8 @@ pub struct Config {
     pub hash_limit: u64,
     /// Whether callers in other PID and user namespaces are attested by uid. Off: a container's uid is its own word.
     pub foreign_namespaces: bool,
+    /// This node's kubelet, where callers are attested by their pods too.
+    pub kubelet: Option<Kubelet>,
     /// Where `/metrics`, `/ready` and `/live` are served.
     pub metrics: Option<SocketAddr>,
 }
@@ -49,4 +51,22 @@ pub enum Evidence {
         /// PKCS#8.
         key: PathBuf,
     },
+    /// A projected service account token, read anew for each attestation.
+    K8sPsat {
+        /// What the server calls this cluster.
+        cluster: String,
+        /// The token's file.
+        token: PathBuf,
+    },
+}
+
+/// The kubelet of this node.
+#[derive(Debug, Clone)]
+pub struct Kubelet {
+    /// `host:port`; the host is what its certificate must name.
+    pub address: String,
+    /// PEM CAs that its certificate must chain to.
+    pub ca: PathBuf,
+    /// Our service account's token, read anew for each query.
+    pub token: PathBuf,
 }

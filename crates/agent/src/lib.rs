@@ -46,6 +46,9 @@ pub enum AgentError {
     /// The way to the server cannot be set up.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The workload attestor of pods.
+    #[error(transparent)]
+    Kubelet(#[from] workload_attestor::SetupError),
     /// No bundle to know the server by.
     #[error(
         "no trust bundle to know the server by; fetch it with `countersign bundle show > bundle.pem` on the server and name the file as --trust-bundle"
@@ -71,6 +74,11 @@ pub async fn run(
     if link.identity().borrow().is_none() && config.evidence.is_none() {
         return Err(LinkError::NoEvidence.into());
     }
+    let mut attestors: Vec<Box<dyn workload_attestor::WorkloadAttestor>> =
+        vec![Box::new(workload_attestor::Unix { discover_path: config.discover_path, hash_limit: config.hash_limit })];
+    if let Some(kubelet) = config.kubelet.clone() {
+        attestors.push(Box::new(workload_attestor::K8s::new(kubelet)?));
+    }
     let unix = bind_unix(&config.socket, 0o666);
     let unix = unix.map_err(|source| AgentError::Listen { name: config.socket.display().to_string(), source })?;
     let metrics_listener = match config.metrics {
@@ -82,10 +90,7 @@ pub async fn run(
         None => None,
     };
     let core = Arc::new(Core {
-        attestors: vec![Box::new(workload_attestor::Unix {
-            discover_path: config.discover_path,
-            hash_limit: config.hash_limit,
-        })],
+        attestors,
         started_at: clock(),
         cache: Arc::default(),
         directory: Subscriptions::default(),

@@ -2,10 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use countersign_api::files::read_bounded;
 use countersign_api::peer::{UnixPeer, start_time};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Largest file of a process that is read, in bytes.
+const MAX_PROC_BYTES: u64 = 256 * 1024;
 
 /// Why a caller is not attested.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -63,6 +67,10 @@ pub struct Process {
     pub groups: BTreeSet<u32>,
     /// Its executable as the process sees it.
     pub exe: Option<PathBuf>,
+    /// Its cgroups, as `/proc/PID/cgroup` lists them.
+    pub cgroup: String,
+    /// Lives in another PID or user namespace than the agent.
+    pub foreign: bool,
 }
 
 /// Looks a caller up. What is read counts only if the process that connected is still the one with this number.
@@ -71,20 +79,29 @@ pub fn look_up(peer: &UnixPeer, foreign_namespaces: bool) -> Result<Process, Pee
     if pid <= 0 {
         return Err(PeerError::Invisible);
     }
-    if !foreign_namespaces {
-        for namespace in ["pid", "user"] {
-            if !shares_namespace(pid, namespace)? {
+    let mut foreign = false;
+    for namespace in ["pid", "user"] {
+        if !shares_namespace(pid, namespace)? {
+            if !foreign_namespaces {
                 return Err(PeerError::ForeignNamespace { pid, namespace });
             }
+            foreign = true;
         }
     }
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
-    let status = status.map_err(|e| PeerError::Proc { pid, file: "status", why: e.to_string() });
+    let read = |file: &'static str| {
+        let content = read_bounded(Path::new(&format!("/proc/{pid}/{file}")), MAX_PROC_BYTES);
+        content.map(|c| String::from_utf8_lossy(&c).into_owned()).map_err(|e| PeerError::Proc {
+            pid,
+            file,
+            why: e.to_string(),
+        })
+    };
+    let (status, cgroup) = (read("status"), read("cgroup"));
     let exe = std::fs::read_link(format!("/proc/{pid}/exe")).ok();
     // Only now is it certain whose data was read: a process that is alive still has its number.
     still_there(peer)?;
     let groups = status?.lines().find_map(|l| l.strip_prefix("Groups:").map(parse_groups)).unwrap_or_default();
-    Ok(Process { pid, uid: peer.uid, gid: peer.gid, groups, exe })
+    Ok(Process { pid, uid: peer.uid, gid: peer.gid, groups, exe, cgroup: cgroup?, foreign })
 }
 
 /// Fails when the process that connected has ended.

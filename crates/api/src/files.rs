@@ -1,9 +1,19 @@
-//! Files that hold secrets, written so that no crash leaves half of one and nobody else reads it.
+//! Files, read with a bound; and those that hold secrets, written so that no crash leaves half of one and nobody else reads it.
 
 use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+
+/// Reads a file of at most `most` bytes.
+pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let mut content = vec![];
+    std::fs::File::open(path)?.take(most + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > most {
+        return Err(io::Error::other(format!("it is longer than {most} bytes")));
+    }
+    Ok(content)
+}
 
 /// Writes a file of mode 0600 atomically: a fresh file beside it, synced, renamed over it, the folder synced.
 pub fn write_secret(path: &Path, content: &[u8]) -> io::Result<()> {

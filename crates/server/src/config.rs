@@ -1,5 +1,6 @@
 //! What a server is told when it starts.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,10 +32,42 @@ pub struct Config {
     pub upstream: Option<UpstreamDisk>,
     /// CA bundle that `x509pop` agents' certificates must chain to; `None` turns the attestor off.
     pub x509pop_ca: Option<PathBuf>,
+    /// The cluster whose agents attest with service account tokens; `None` turns the attestor off.
+    pub k8s_psat: Option<PsatCluster>,
+    /// ConfigMap that the bundle is published to.
+    pub k8s_bundle: Option<BundleConfigMap>,
+    /// Label `KEY=VALUE` of the webhook configurations whose caBundle is kept the same as our bundle.
+    pub k8s_webhook_label: Option<String>,
     /// Where the audit record goes; `None` writes none.
     pub audit_log: Option<PathBuf>,
     /// Where `/metrics`, `/ready` and `/live` are served.
     pub metrics: Option<SocketAddr>,
+}
+
+/// A cluster whose nodes prove themselves by their agents' service account tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PsatCluster {
+    /// Its name, part of its agents' IDs.
+    pub name: String,
+    /// `namespace:serviceaccount` of agents.
+    pub service_accounts: BTreeSet<String>,
+    /// A token must be made for one of these.
+    pub audiences: BTreeSet<String>,
+    /// Node labels that become selectors.
+    pub node_labels: BTreeSet<String>,
+    /// Labels of the agent's pod that become selectors.
+    pub pod_labels: BTreeSet<String>,
+}
+
+/// A ConfigMap with the bundle as PEM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BundleConfigMap {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// The key of its data.
+    pub key: String,
 }
 
 /// Where the authorities' keys live.

@@ -14,6 +14,7 @@ use tonic::Status;
 use crate::agents::Agents;
 use crate::audit::{Audit, Outcome, Record, rfc3339};
 use crate::authority::{Authorities, AuthorityError};
+use crate::bundle_publisher::BundlePublisher;
 use crate::caller::Caller;
 use crate::config::Config;
 use crate::datastore::{DataStore, DataStoreError};
@@ -35,6 +36,7 @@ pub struct Core {
     pub federated: FederatedBundles,
     pub directory: Directory,
     pub attestors: Vec<Box<dyn NodeAttestor>>,
+    pub publishers: Vec<Arc<dyn BundlePublisher>>,
     pub audit: Audit,
     pub metrics: Metrics,
     pub attest_limit: RateLimit,

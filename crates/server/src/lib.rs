@@ -6,6 +6,7 @@
 pub mod agents;
 pub mod audit;
 pub mod authority;
+pub mod bundle_publisher;
 mod caller;
 pub mod config;
 mod core;
@@ -33,7 +34,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{Config, KeyManagerKind, UpstreamDisk};
+pub use config::{BundleConfigMap, Config, KeyManagerKind, PsatCluster, UpstreamDisk};
 
 use crate::core::Core;
 
@@ -73,6 +74,9 @@ pub enum ServerError {
     /// The x509pop attestor.
     #[error(transparent)]
     X509Pop(#[from] node_attestor::SetupError),
+    /// The Kubernetes API.
+    #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
+    Kubernetes(String),
     /// TLS.
     #[error(transparent)]
     Tls(#[from] countersign_api::tls::TlsError),
@@ -121,6 +125,9 @@ pub async fn run(
         core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
     }
     core.tasks.spawn(rotate(core.clone(), own.clone()));
+    for publisher in &core.publishers {
+        core.tasks.spawn(bundle_publisher::keep(publisher.clone(), core.authorities.bundle(), shutdown.clone()));
+    }
     let tls = accept_tls(tcp, move || own.tls());
     let unix = accept_unix(unix, core.config.admin_socket.clone(), 0o600);
     let serve_tls =
@@ -174,6 +181,20 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
     if let Some(ca) = &config.x509pop_ca {
         attestors.push(Box::new(node_attestor::X509Pop::new(ca, td.clone(), clock.clone())?));
     }
+    let mut publishers: Vec<Arc<dyn bundle_publisher::BundlePublisher>> = vec![];
+    if config.k8s_psat.is_some() || config.k8s_bundle.is_some() || config.k8s_webhook_label.is_some() {
+        let client = kube::Client::try_default().await.map_err(|e| ServerError::Kubernetes(e.to_string()))?;
+        if let Some(cluster) = config.k8s_psat.clone() {
+            let (client, trust_domain) = (client.clone(), td.clone());
+            attestors.push(Box::new(node_attestor::K8sPsat { cluster, trust_domain, client }));
+        }
+        if let Some(place) = config.k8s_bundle.clone() {
+            publishers.push(Arc::new(bundle_publisher::K8sConfigMap::new(place, client.clone())));
+        }
+        if let Some(label) = config.k8s_webhook_label.clone() {
+            publishers.push(Arc::new(bundle_publisher::K8sWebhook::new(label, client)));
+        }
+    }
     let audit = audit::Audit::open(config.audit_log.as_deref());
     let audit = audit.map_err(io("open the audit log", config.audit_log.as_deref().unwrap_or(&path).display()))?;
     let mut epoch = [0u8; 8];
@@ -191,6 +212,7 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
         tasks: TaskTracker::new(),
         audit,
         attestors,
+        publishers,
         authorities,
         store,
         shutdown,

@@ -25,7 +25,7 @@ impl Directory for Endpoint {
         &self,
         request: Request<Streaming<ResolveRequest>>,
     ) -> Result<Response<Self::ResolveStream>, Status> {
-        let attested = self.0.attest(&request)?;
+        let attested = self.0.attest(&request).await?;
         self.0.identities(&attested)?;
         let (tx, rx) = mpsc::channel(1);
         let core = self.0.clone();

@@ -25,7 +25,7 @@ use crate::cache::{Cache, Cached, NoIdentity};
 use crate::config::Config;
 use crate::link::Link;
 use crate::metrics::Metrics;
-use crate::peer::look_up;
+use crate::peer::{PeerError, look_up, still_there};
 use crate::workload_attestor::WorkloadAttestor;
 
 /// A response stream.
@@ -73,23 +73,33 @@ impl Core {
     }
 
     /// Attests the caller of a request.
-    fn attest<T>(&self, request: &Request<T>) -> Result<Attested, Status> {
-        let peer =
-            request.extensions().get::<UnixPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
-        match look_up(peer, self.config.foreign_namespaces) {
-            Ok(process) => {
-                let selectors: SelectorSet = self.attestors.iter().flat_map(|a| a.attest(&process)).collect();
-                let listed = selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-                tracing::info!(pid = process.pid, selectors = listed, "caller attested");
-                self.metrics.attestations.inc();
-                Ok(Attested { peer: peer.clone(), selectors })
-            }
-            Err(error) => {
-                self.metrics.refused(error.code());
-                tracing::warn!(pid = peer.pid, uid = peer.uid, %error, "caller refused");
-                Err(Status::permission_denied(format!("no identity issued: {error}")))
+    async fn attest<T>(&self, request: &Request<T>) -> Result<Attested, Status> {
+        let peer = request.extensions().get::<UnixPeer>().cloned();
+        let peer = peer.ok_or_else(|| Status::internal("the connection has no peer"))?;
+        let refused = |error: PeerError| {
+            self.metrics.refused(error.code());
+            tracing::warn!(pid = peer.pid, uid = peer.uid, %error, "caller refused");
+            Status::permission_denied(format!("no identity issued: {error}"))
+        };
+        let process = look_up(&peer, self.config.foreign_namespaces).map_err(refused)?;
+        let mut selectors = SelectorSet::new();
+        for attestor in &self.attestors {
+            match attestor.attest(&process).await {
+                Ok(found) => selectors.extend(found),
+                // Half of what could be known is no basis for an identity.
+                Err(error) => {
+                    self.metrics.refused("attestor_failed");
+                    tracing::warn!(pid = peer.pid, uid = peer.uid, %error, "caller not attested");
+                    return Err(Status::unavailable(format!("no identity issued: {error}")));
+                }
             }
         }
+        // Attestors may take their time: what they found counts only if the caller is still there.
+        still_there(&peer).map_err(refused)?;
+        let listed = selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        tracing::info!(pid = process.pid, selectors = listed, "caller attested");
+        self.metrics.attestations.inc();
+        Ok(Attested { peer, selectors })
     }
 
     /// The caller's identities.

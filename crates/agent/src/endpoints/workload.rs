@@ -162,7 +162,7 @@ impl SpiffeWorkloadApi for Endpoint {
         request: Request<X509svidRequest>,
     ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
         check_header(&request)?;
-        let attested = self.0.attest(&request)?;
+        let attested = self.0.attest(&request).await?;
         self.0.identities(&attested)?;
         Ok(Response::new(self.stream::<Svids>(attested)))
     }
@@ -172,7 +172,7 @@ impl SpiffeWorkloadApi for Endpoint {
         request: Request<X509BundlesRequest>,
     ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
         check_header(&request)?;
-        let attested = self.0.attest(&request)?;
+        let attested = self.0.attest(&request).await?;
         self.0.identities(&attested)?;
         Ok(Response::new(self.stream::<Bundles>(attested)))
     }

@@ -1,5 +1,6 @@
 //! How this node proves itself to the server.
 
+mod k8s_psat;
 mod x509pop;
 
 use std::path::PathBuf;
@@ -28,6 +29,8 @@ pub enum NodeAttestor {
     JoinToken(zeroize::Zeroizing<String>),
     /// Signs the server's nonce.
     X509Pop(x509pop::X509Pop),
+    /// Nothing more to say: the API server knows the token.
+    K8sPsat(k8s_psat::K8sPsat),
 }
 
 impl NodeAttestor {
@@ -36,6 +39,7 @@ impl NodeAttestor {
         match evidence {
             Evidence::JoinToken(token) => Ok(Self::JoinToken(token.clone())),
             Evidence::X509Pop { certificate, key } => x509pop::X509Pop::load(certificate, key).map(Self::X509Pop),
+            Evidence::K8sPsat { cluster, token } => k8s_psat::K8sPsat::load(cluster, token).map(Self::K8sPsat),
         }
     }
 
@@ -44,6 +48,7 @@ impl NodeAttestor {
         match self {
             Self::JoinToken(_) => "join_token",
             Self::X509Pop(_) => "x509pop",
+            Self::K8sPsat(_) => "k8s_psat",
         }
     }
 
@@ -52,14 +57,15 @@ impl NodeAttestor {
         match self {
             Self::JoinToken(token) => Ok(token.as_bytes().to_vec()),
             Self::X509Pop(pop) => pop.payload(),
+            Self::K8sPsat(psat) => psat.payload(),
         }
     }
 
     /// The answer to a challenge.
     pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
         match self {
-            Self::JoinToken(_) => {
-                Err(EvidenceError::Challenge("the server challenged a join token, which has no answer".into()))
+            Self::JoinToken(_) | Self::K8sPsat(_) => {
+                Err(EvidenceError::Challenge("the server challenged a token, which has no answer".into()))
             }
             Self::X509Pop(pop) => pop.answer(challenge),
         }

@@ -1,15 +1,24 @@
 //! What can be proven about a caller, as selectors.
 
+mod k8s;
 mod unix;
 
+use async_trait::async_trait;
 use countersign_identity::selector::SelectorSet;
 
 use crate::peer::Process;
 
+pub use k8s::{K8s, SetupError};
 pub use unix::Unix;
 
+/// Why nothing can be said of a caller now. It may ask again.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct AttestorError(pub String);
+
 /// One way to learn about a process.
+#[async_trait]
 pub trait WorkloadAttestor: Send + Sync {
     /// The selectors of a process whose identity as a process is certain.
-    fn attest(&self, process: &Process) -> SelectorSet;
+    async fn attest(&self, process: &Process) -> Result<SelectorSet, AttestorError>;
 }

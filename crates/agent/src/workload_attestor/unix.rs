@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io::Read;
 
+use async_trait::async_trait;
 use countersign_identity::Selector;
 use countersign_identity::selector::SelectorSet;
 
-use super::WorkloadAttestor;
+use super::{AttestorError, WorkloadAttestor};
 use crate::peer::Process;
 
 /// Largest `/etc/passwd` or `/etc/group` that is read, in bytes.
@@ -20,20 +21,28 @@ pub struct Unix {
     pub hash_limit: u64,
 }
 
+#[async_trait]
 impl WorkloadAttestor for Unix {
-    fn attest(&self, process: &Process) -> SelectorSet {
+    async fn attest(&self, process: &Process) -> Result<SelectorSet, AttestorError> {
+        Ok(self.selectors(process))
+    }
+}
+
+impl Unix {
+    fn selectors(&self, process: &Process) -> SelectorSet {
         let mut found = SelectorSet::new();
         let mut add = |key: &str, value: String| found.extend(Selector::new("unix", format!("{key}:{value}")));
         add("uid", process.uid.to_string());
         add("gid", process.gid.to_string());
-        // The databases are read as they are: no name service is asked, so no network and no plug-in decides an identity.
-        let (users, groups) = (names("/etc/passwd"), names("/etc/group"));
-        let name_of = |table: &str, id: u32| name_of(table, id);
-        name_of(&users, process.uid).into_iter().for_each(|name| add("user", name));
-        name_of(&groups, process.gid).into_iter().for_each(|name| add("group", name));
-        for group in &process.groups {
-            add("supplementary_gid", group.to_string());
-            name_of(&groups, *group).into_iter().for_each(|name| add("supplementary_group", name));
+        process.groups.iter().for_each(|g| add("supplementary_gid", g.to_string()));
+        // This machine's names are not those of a process that lives in a container.
+        if !process.foreign {
+            // The databases are read as they are: no name service is asked, so no network and no plug-in decides an identity.
+            let (users, groups) = (names("/etc/passwd"), names("/etc/group"));
+            name_of(&users, process.uid).into_iter().for_each(|name| add("user", name));
+            name_of(&groups, process.gid).into_iter().for_each(|name| add("group", name));
+            let more = process.groups.iter().filter_map(|g| name_of(&groups, *g));
+            more.for_each(|name| add("supplementary_group", name));
         }
         if self.discover_path {
             if let Some(exe) = process.exe.as_ref().and_then(|p| p.to_str()) {
@@ -45,9 +54,7 @@ impl WorkloadAttestor for Unix {
         }
         found
     }
-}
 
-impl Unix {
     /// SHA-256 of the executable itself, reached through `/proc` so that a replaced file cannot stand in for it.
     fn hash(&self, pid: i32) -> Option<String> {
         let mut file = File::open(format!("/proc/{pid}/exe")).ok()?;
@@ -84,17 +91,26 @@ fn name_of(table: &str, id: u32) -> Option<String> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_process_has_every_selector_of_the_table() {
-        let process = Process {
+    fn process() -> Process {
+        Process {
             pid: std::process::id().try_into().unwrap(),
             uid: 0,
             gid: 0,
             groups: [0, 4_000_000].into(),
             exe: std::env::current_exe().ok(),
-        };
+            cgroup: String::new(),
+            foreign: false,
+        }
+    }
+
+    fn found(attestor: &Unix, process: &Process) -> Vec<String> {
+        attestor.selectors(process).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_process_has_every_selector_of_the_table() {
         let attestor = Unix { discover_path: true, hash_limit: u64::MAX };
-        let found: Vec<String> = attestor.attest(&process).iter().map(ToString::to_string).collect();
+        let here = found(&attestor, &process());
         for expected in [
             "unix:uid:0",
             "unix:gid:0",
@@ -104,26 +120,23 @@ mod tests {
             "unix:supplementary_gid:4000000",
             "unix:supplementary_group:root",
         ] {
-            assert!(found.contains(&expected.to_owned()), "{expected} is missing in {found:?}");
+            assert!(here.contains(&expected.to_owned()), "{expected} is missing in {here:?}");
         }
-        let exe = process.exe.unwrap();
-        assert!(found.contains(&format!("unix:path:{}", exe.display())));
+        let exe = process().exe.unwrap();
+        assert!(here.contains(&format!("unix:path:{}", exe.display())));
         let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&exe).unwrap());
-        assert!(found.contains(&format!("unix:sha256:{}", hex::encode(hash))));
+        assert!(here.contains(&format!("unix:sha256:{}", hex::encode(hash))));
         let plain = Unix { discover_path: false, hash_limit: u64::MAX };
-        assert!(
-            !plain
-                .attest(&Process {
-                    exe: Some(exe.clone()),
-                    ..Process { pid: 1, uid: 0, gid: 0, groups: [].into(), exe: None }
-                })
-                .iter()
-                .any(|s| s.value().starts_with("path"))
-        );
+        assert!(!found(&plain, &process()).iter().any(|s| s.starts_with("unix:path") || s.starts_with("unix:sha256")));
         let limited = Unix { discover_path: true, hash_limit: 1 };
-        let own =
-            Process { pid: std::process::id().try_into().unwrap(), uid: 0, gid: 0, groups: [].into(), exe: Some(exe) };
-        assert!(!limited.attest(&own).iter().any(|s| s.value().starts_with("sha256")), "too large to hash");
+        assert!(!found(&limited, &process()).iter().any(|s| s.starts_with("unix:sha256")), "too large to hash");
+    }
+
+    #[test]
+    fn a_process_of_a_container_has_numbers_and_no_names() {
+        let attestor = Unix { discover_path: false, hash_limit: 0 };
+        let there = found(&attestor, &Process { foreign: true, ..process() });
+        assert_eq!(there, ["unix:gid:0", "unix:supplementary_gid:0", "unix:supplementary_gid:4000000", "unix:uid:0"]);
     }
 
     #[test]

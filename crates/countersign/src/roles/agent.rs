@@ -58,6 +58,21 @@ pub struct AgentSettings {
     /// PEM key (PKCS#8) of that certificate.
     #[arg(long, value_name = "FILE")]
     x509pop_key: Option<PathBuf>,
+    /// Attest as a node of this Kubernetes cluster (k8s_psat); the name is the server's --k8s-psat-cluster.
+    #[arg(long, value_name = "NAME")]
+    k8s_psat_cluster: Option<String>,
+    /// Projected service account token to attest with [default: /var/run/secrets/tokens/countersign-agent].
+    #[arg(long, value_name = "FILE")]
+    k8s_psat_token: Option<PathBuf>,
+    /// Attest callers by their pods: this node's kubelet, host:port. Its certificate must name the host.
+    #[arg(long, value_name = "ADDRESS")]
+    kubelet: Option<String>,
+    /// PEM CAs of the kubelet's certificate [default: the service account's ca.crt].
+    #[arg(long, value_name = "FILE")]
+    kubelet_ca: Option<PathBuf>,
+    /// Token to show the kubelet [default: the service account's token].
+    #[arg(long, value_name = "FILE")]
+    kubelet_token: Option<PathBuf>,
     /// Key type of workloads' SVIDs [default: ec-p256].
     #[arg(long, value_name = "TYPE")]
     workload_key_type: Option<String>,
@@ -81,7 +96,8 @@ pub struct AgentSettings {
 impl AgentSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
-            trust_domain, server, socket, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, workload_key_type,
+            trust_domain, server, socket, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, k8s_psat_cluster,
+            k8s_psat_token, kubelet, kubelet_ca, kubelet_token, workload_key_type,
             sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, metrics,
         })
     }
@@ -101,7 +117,11 @@ impl AgentSettings {
             socket: self.socket.unwrap_or_else(|| AGENT_SOCKET.into()),
             data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/countersign/agent".into()),
             trust_bundle: self.trust_bundle,
-            evidence: evidence(self.join_token_file, self.x509pop_cert, self.x509pop_key)?,
+            evidence: evidence(
+                self.join_token_file,
+                (self.x509pop_cert, self.x509pop_key),
+                (self.k8s_psat_cluster, self.k8s_psat_token),
+            )?,
             key_type: match self.workload_key_type {
                 Some(text) => text.parse().map_err(|e: countersign_identity::key::KeyError| {
                     Mistake::flag("--workload-key-type", &e.to_string())
@@ -112,23 +132,59 @@ impl AgentSettings {
             discover_path: self.discover_workload_path.unwrap_or(false),
             hash_limit: self.workload_size_limit.unwrap_or(100 * 1024 * 1024),
             foreign_namespaces: self.foreign_namespaces.unwrap_or(false),
+            kubelet: kubelet(self.kubelet, self.kubelet_ca, self.kubelet_token)?,
             metrics: self.metrics,
         })
     }
 }
 
-fn evidence(token: Option<PathBuf>, cert: Option<PathBuf>, key: Option<PathBuf>) -> Result<Option<Evidence>, Mistake> {
-    match (token, cert, key) {
-        (Some(path), None, None) => {
+fn evidence(
+    token: Option<PathBuf>,
+    x509pop: (Option<PathBuf>, Option<PathBuf>),
+    psat: (Option<String>, Option<PathBuf>),
+) -> Result<Option<Evidence>, Mistake> {
+    let given = [token.is_some(), x509pop.0.is_some() || x509pop.1.is_some(), psat.0.is_some()];
+    if given.iter().filter(|g| **g).count() > 1 {
+        return Err(Mistake(
+            "give one way to attest: a join token, an x509pop certificate, or a Kubernetes cluster".into(),
+        ));
+    }
+    match (token, x509pop, psat) {
+        (Some(path), ..) => {
             let text = std::fs::read_to_string(&path)
                 .map_err(|e| Mistake::flag("--join-token-file", &format!("{}: {e}", path.display())))?;
             Ok(Some(Evidence::JoinToken(Zeroizing::new(text.trim().to_owned()))))
         }
-        (None, Some(certificate), Some(key)) => Ok(Some(Evidence::X509Pop { certificate, key })),
-        (None, None, None) => Ok(None),
-        (Some(_), ..) => Err(Mistake("give either a join token or an x509pop certificate, not both".into())),
+        (_, (Some(certificate), Some(key)), _) => Ok(Some(Evidence::X509Pop { certificate, key })),
+        (_, (None, None), (Some(cluster), token)) => {
+            let token = token.unwrap_or_else(|| "/var/run/secrets/tokens/countersign-agent".into());
+            Ok(Some(Evidence::K8sPsat { cluster, token }))
+        }
+        (_, (None, None), (None, None)) => Ok(None),
+        (_, (None, None), (None, Some(_))) => {
+            Err(Mistake::flag("--k8s-psat-token", "has no effect without --k8s-psat-cluster"))
+        }
         _ => Err(Mistake("x509pop needs both --x509pop-cert and --x509pop-key".into())),
     }
+}
+
+fn kubelet(
+    address: Option<String>,
+    ca: Option<PathBuf>,
+    token: Option<PathBuf>,
+) -> Result<Option<countersign_agent::config::Kubelet>, Mistake> {
+    let Some(address) = address else {
+        return match (ca, token) {
+            (None, None) => Ok(None),
+            _ => Err(Mistake("--kubelet-ca and --kubelet-token have no effect without --kubelet".into())),
+        };
+    };
+    if countersign_api::names::split(&address).is_none() {
+        return Err(Mistake::flag("--kubelet", &format!("`{address}` is no address: write host:port")));
+    }
+    let account = |file: &str| PathBuf::from("/var/run/secrets/kubernetes.io/serviceaccount").join(file);
+    let (ca, token) = (ca.unwrap_or_else(|| account("ca.crt")), token.unwrap_or_else(|| account("token")));
+    Ok(Some(countersign_agent::config::Kubelet { address, ca, token }))
 }
 
 /// Runs an agent until it is told to stop.
@@ -163,6 +219,11 @@ mod tests {
             "join_token_file",
             "x509pop_cert",
             "x509pop_key",
+            "k8s_psat_cluster",
+            "k8s_psat_token",
+            "kubelet",
+            "kubelet_ca",
+            "kubelet_token",
             "workload_key_type",
             "sync_interval",
             "discover_workload_path",

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use countersign_api::clock::system_clock;
 use countersign_identity::trust_domain::parse_trust_domain;
-use countersign_server::{Config, KeyManagerKind, UpstreamDisk};
+use countersign_server::{BundleConfigMap, Config, KeyManagerKind, PsatCluster, UpstreamDisk};
 use serde::Deserialize;
 
 use super::{ConfigFile, merge};
@@ -72,6 +72,28 @@ pub struct ServerSettings {
     /// PEM CAs whose certificates agents may attest with (x509pop).
     #[arg(long, value_name = "FILE")]
     x509pop_ca: Option<PathBuf>,
+    /// Attest agents of this Kubernetes cluster by their projected service account tokens (k8s_psat); the name is part of
+    /// their IDs.
+    #[arg(long, value_name = "NAME")]
+    k8s_psat_cluster: Option<String>,
+    /// Service accounts of agents, namespace:name, comma separated [default: countersign:countersign-agent].
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    k8s_psat_allow: Option<Vec<String>>,
+    /// Audiences that a token may be made for, comma separated [default: spire-server].
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    k8s_psat_audience: Option<Vec<String>>,
+    /// Node labels that become selectors, comma separated.
+    #[arg(long, value_name = "KEYS", value_delimiter = ',')]
+    k8s_psat_node_labels: Option<Vec<String>>,
+    /// Labels of the agent's pod that become selectors, comma separated.
+    #[arg(long, value_name = "KEYS", value_delimiter = ',')]
+    k8s_psat_pod_labels: Option<Vec<String>>,
+    /// Publish the trust bundle to this ConfigMap, namespace/name, under the key bundle.crt.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    k8s_bundle_configmap: Option<String>,
+    /// Keep the caBundle of mutating webhook configurations with this label, KEY=VALUE, the same as the trust bundle.
+    #[arg(long, value_name = "KEY=VALUE")]
+    k8s_webhook_label: Option<String>,
     /// Append one JSON line here for each SVID signed or refused.
     #[arg(long, value_name = "FILE")]
     audit_log: Option<PathBuf>,
@@ -84,7 +106,8 @@ impl ServerSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
             trust_domain, bind, socket, data_dir, ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type, key_manager, upstream_cert,
-            upstream_key, upstream_bundle, x509pop_ca, audit_log, metrics,
+            upstream_key, upstream_bundle, x509pop_ca, k8s_psat_cluster, k8s_psat_allow, k8s_psat_audience,
+            k8s_psat_node_labels, k8s_psat_pod_labels, k8s_bundle_configmap, k8s_webhook_label, audit_log, metrics,
         })
     }
 
@@ -104,6 +127,13 @@ impl ServerSettings {
             (Some(certificate), Some(key), bundle) => Some(UpstreamDisk { certificate, key, bundle }),
             _ => return Err(Mistake("an upstream authority needs both --upstream-cert and --upstream-key".into())),
         };
+        let k8s_psat = psat(
+            self.k8s_psat_cluster,
+            self.k8s_psat_allow,
+            self.k8s_psat_audience,
+            self.k8s_psat_node_labels,
+            self.k8s_psat_pod_labels,
+        )?;
         Ok(Config {
             trust_domain: parse_trust_domain(&domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
             bind: self.bind.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 8081))),
@@ -130,9 +160,67 @@ impl ServerSettings {
             },
             upstream,
             x509pop_ca: self.x509pop_ca,
+            k8s_psat,
+            k8s_bundle: self.k8s_bundle_configmap.as_deref().map(config_map).transpose()?,
+            k8s_webhook_label: self.k8s_webhook_label.map(label).transpose()?,
             audit_log: self.audit_log,
             metrics: self.metrics,
         })
+    }
+}
+
+fn psat(
+    cluster: Option<String>,
+    allow: Option<Vec<String>>,
+    audiences: Option<Vec<String>>,
+    node_labels: Option<Vec<String>>,
+    pod_labels: Option<Vec<String>>,
+) -> Result<Option<PsatCluster>, Mistake> {
+    let Some(name) = cluster else {
+        let set = [
+            ("--k8s-psat-allow", allow.is_some()),
+            ("--k8s-psat-audience", audiences.is_some()),
+            ("--k8s-psat-node-labels", node_labels.is_some()),
+            ("--k8s-psat-pod-labels", pod_labels.is_some()),
+        ];
+        return match set.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Mistake::flag(flag, "has no effect without --k8s-psat-cluster")),
+            None => Ok(None),
+        };
+    };
+    let word = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    if name.is_empty() || !name.bytes().all(word) {
+        return Err(Mistake::flag(
+            "--k8s-psat-cluster",
+            &format!("`{name}` cannot be part of a SPIFFE ID: use letters, digits, `.`, `_`, `-`"),
+        ));
+    }
+    let service_accounts = allow.unwrap_or_else(|| vec!["countersign:countersign-agent".into()]);
+    if let Some(wrong) = service_accounts.iter().find(|a| a.split(':').filter(|p| !p.is_empty()).count() != 2) {
+        return Err(Mistake::flag("--k8s-psat-allow", &format!("`{wrong}` is no namespace:serviceaccount")));
+    }
+    Ok(Some(PsatCluster {
+        name,
+        service_accounts: service_accounts.into_iter().collect(),
+        audiences: audiences.unwrap_or_else(|| vec!["spire-server".into()]).into_iter().collect(),
+        node_labels: node_labels.unwrap_or_default().into_iter().collect(),
+        pod_labels: pod_labels.unwrap_or_default().into_iter().collect(),
+    }))
+}
+
+fn config_map(text: &str) -> Result<BundleConfigMap, Mistake> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok(BundleConfigMap { namespace: namespace.into(), name: name.into(), key: "bundle.crt".into() })
+        }
+        _ => Err(Mistake::flag("--k8s-bundle-configmap", &format!("`{text}` is no namespace/name"))),
+    }
+}
+
+fn label(text: String) -> Result<String, Mistake> {
+    match text.split_once('=') {
+        Some((key, _)) if !key.is_empty() => Ok(text),
+        _ => Err(Mistake::flag("--k8s-webhook-label", &format!("`{text}` is no KEY=VALUE"))),
     }
 }
 
@@ -152,7 +240,9 @@ pub fn run(args: ServerArgs) -> Result<()> {
 fn mistake_or_failure(error: countersign_server::ServerError) -> anyhow::Error {
     use countersign_server::ServerError as E;
     match error {
-        E::Io { .. } | E::Upstream(_) | E::X509Pop(_) | E::Keys(_) => Mistake(error.to_string()).into(),
+        E::Io { .. } | E::Upstream(_) | E::X509Pop(_) | E::Keys(_) | E::Kubernetes(_) => {
+            Mistake(error.to_string()).into()
+        }
         other => other.into(),
     }
 }
@@ -180,6 +270,13 @@ mod tests {
             "upstream_key",
             "upstream_bundle",
             "x509pop_ca",
+            "k8s_psat_cluster",
+            "k8s_psat_allow",
+            "k8s_psat_audience",
+            "k8s_psat_node_labels",
+            "k8s_psat_pod_labels",
+            "k8s_bundle_configmap",
+            "k8s_webhook_label",
             "audit_log",
             "metrics",
         ] {

@@ -90,6 +90,7 @@ async fn attest(
     let node = attestor.attest(&evidence.payload, challenger).await.map_err(|e| match e {
         AttestError::Malformed(why) => Status::invalid_argument(why),
         AttestError::Store(e) => store_status(&e),
+        AttestError::Unavailable(why) => Status::unavailable(why),
         AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(e.to_string()),
     })?;
     if let Some(known) = core.agents.get(&node.id) {

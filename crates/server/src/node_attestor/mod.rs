@@ -1,6 +1,7 @@
 //! How an agent proves which node it is.
 
 mod join_token;
+mod k8s_psat;
 mod x509pop;
 
 use async_trait::async_trait;
@@ -10,6 +11,7 @@ use countersign_identity::selector::SelectorSet;
 use crate::datastore::DataStoreError;
 
 pub use join_token::JoinToken;
+pub use k8s_psat::K8sPsat;
 pub use x509pop::{SetupError, X509Pop};
 
 /// Longest evidence or answer to a challenge, in bytes.
@@ -27,6 +29,9 @@ pub enum AttestError {
     /// The agent went away, or took too long to answer.
     #[error("the agent did not answer the challenge")]
     NoAnswer,
+    /// Whom we ask did not answer; the agent may try again.
+    #[error("{0}")]
+    Unavailable(String),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] DataStoreError),

@@ -1,0 +1,123 @@
+//! What a kubelet's pod list says, kept as selectors.
+
+use std::collections::{BTreeSet, HashMap};
+
+use countersign_identity::Selector;
+use countersign_identity::selector::SelectorSet;
+use k8s_openapi::List;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+
+/// A node's pods by UID.
+#[derive(Default)]
+pub struct Pods(HashMap<String, KnownPod>);
+
+struct KnownPod {
+    selectors: SelectorSet,
+    /// By container ID.
+    containers: HashMap<String, SelectorSet>,
+}
+
+impl Pods {
+    /// Reads a `PodList` in JSON.
+    pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let list: List<Pod> = serde_json::from_slice(json)?;
+        Ok(Self(list.items.iter().filter_map(|p| Some((p.metadata.uid.clone()?, known(p)))).collect()))
+    }
+
+    /// What is known of a process in this container; `None` while the kubelet does not know the container.
+    pub fn selectors(&self, pod_uid: &str, container: &str) -> Option<SelectorSet> {
+        let pod = self.0.get(pod_uid)?;
+        let container = pod.containers.get(container)?;
+        Some(pod.selectors.iter().chain(container).cloned().collect())
+    }
+}
+
+fn selectors(values: impl IntoIterator<Item = String>) -> SelectorSet {
+    values.into_iter().filter_map(|v| Selector::new("k8s", v).ok()).collect()
+}
+
+/// An image under both of its names: as it was asked for, and by its digest.
+fn images<'a>(statuses: impl Iterator<Item = &'a ContainerStatus>) -> BTreeSet<&'a str> {
+    statuses.flat_map(|s| [s.image.as_str(), s.image_id.as_str()]).filter(|i| !i.is_empty()).collect()
+}
+
+fn known(pod: &Pod) -> KnownPod {
+    let meta = &pod.metadata;
+    let status = pod.status.as_ref();
+    let statuses = |of: Option<&Option<Vec<ContainerStatus>>>| of.cloned().flatten().unwrap_or_default();
+    let app = statuses(status.map(|s| &s.container_statuses));
+    let init = statuses(status.map(|s| &s.init_container_statuses));
+    let ephemeral = statuses(status.map(|s| &s.ephemeral_container_statuses));
+    let mut values = vec![
+        format!("ns:{}", meta.namespace.as_deref().unwrap_or_default()),
+        format!("pod-uid:{}", meta.uid.as_deref().unwrap_or_default()),
+        format!("pod-name:{}", meta.name.as_deref().unwrap_or_default()),
+        format!("pod-image-count:{}", app.len()),
+        format!("pod-init-image-count:{}", init.len()),
+    ];
+    if let Some(spec) = &pod.spec {
+        values.push(format!("sa:{}", spec.service_account_name.as_deref().unwrap_or("default")));
+        values.extend(spec.node_name.iter().map(|n| format!("node-name:{n}")));
+    }
+    values.extend(images(app.iter()).into_iter().map(|i| format!("pod-image:{i}")));
+    values.extend(images(init.iter()).into_iter().map(|i| format!("pod-init-image:{i}")));
+    values.extend(meta.labels.iter().flatten().map(|(k, v)| format!("pod-label:{k}:{v}")));
+    for owner in meta.owner_references.iter().flatten() {
+        values.push(format!("pod-owner:{}:{}", owner.kind, owner.name));
+        values.push(format!("pod-owner-uid:{}:{}", owner.kind, owner.uid));
+    }
+    let containers = app.iter().chain(&init).chain(&ephemeral).filter_map(|c| {
+        // `containerd://ID`
+        let id = c.container_id.as_deref()?.rsplit('/').next()?.to_owned();
+        let image = images(std::iter::once(c)).into_iter().map(|i| format!("container-image:{i}"));
+        Some((id, selectors(std::iter::once(format!("container-name:{}", c.name)).chain(image))))
+    });
+    KnownPod { containers: containers.collect(), selectors: selectors(values) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIST: &str = r#"{"kind":"PodList","apiVersion":"v1","metadata":{},"items":[{
+      "metadata":{"name":"web-0","namespace":"shop","uid":"u1","labels":{"app":"web","version":"v1"},
+        "ownerReferences":[{"apiVersion":"apps/v1","kind":"StatefulSet","name":"web","uid":"o1"}]},
+      "spec":{"nodeName":"n1","serviceAccountName":"web-sa","containers":[{"name":"app","image":"img:1"}]},
+      "status":{"containerStatuses":[{"name":"app","image":"img:1","imageID":"img@sha256:1","containerID":"containerd://c1","ready":true,"restartCount":0}],
+        "initContainerStatuses":[{"name":"proxy","image":"cs:1","imageID":"","containerID":"containerd://c2","ready":true,"restartCount":0}]}},
+      {"metadata":{"name":"pending","namespace":"shop","uid":"u2"},"spec":{"containers":[]}}]}"#;
+
+    #[test]
+    fn a_container_has_every_selector_of_the_table_and_none_of_its_neighbours() {
+        let pods = Pods::parse(LIST.as_bytes()).unwrap();
+        let found: Vec<String> = pods.selectors("u1", "c2").unwrap().iter().map(ToString::to_string).collect();
+        let expected = [
+            "k8s:container-image:cs:1",
+            "k8s:container-name:proxy",
+            "k8s:node-name:n1",
+            "k8s:ns:shop",
+            "k8s:pod-image-count:1",
+            "k8s:pod-image:img:1",
+            "k8s:pod-image:img@sha256:1",
+            "k8s:pod-init-image-count:1",
+            "k8s:pod-init-image:cs:1",
+            "k8s:pod-label:app:web",
+            "k8s:pod-label:version:v1",
+            "k8s:pod-name:web-0",
+            "k8s:pod-owner-uid:StatefulSet:o1",
+            "k8s:pod-owner:StatefulSet:web",
+            "k8s:pod-uid:u1",
+            "k8s:sa:web-sa",
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_container_that_the_kubelet_does_not_know_has_none() {
+        let pods = Pods::parse(LIST.as_bytes()).unwrap();
+        assert!(pods.selectors("u1", "c3").is_none());
+        assert!(pods.selectors("u2", "c1").is_none());
+        assert!(pods.selectors("u3", "c1").is_none());
+        assert!(Pods::parse(b"{").is_err());
+    }
+}
