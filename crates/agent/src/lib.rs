@@ -176,7 +176,7 @@ async fn observe(core: Arc<Core>) {
 }
 
 fn pages(core: Arc<Core>) -> Arc<http::Handler> {
-    Arc::new(move |path| match path {
+    http::pages(move |path| match path {
         "/metrics" => Some(http::Answer::metrics(&core.metrics.registry)),
         "/live" => Some(http::Answer::ready(None)),
         "/ready" => {

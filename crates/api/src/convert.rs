@@ -1,9 +1,9 @@
 //! Between wire messages and domain types. Wire to domain parses and may fail; domain to wire cannot.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use countersign_identity::directory::{Answer, Workload};
+use countersign_identity::directory::{Answer, Endpoint, Service, Workload};
 use countersign_identity::entry::EntryError;
 use countersign_identity::policy::{Mode, Policy};
 use countersign_identity::selector::{SelectorError, SelectorSet};
@@ -261,20 +261,61 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
 /// An answer of the directory, with the address that it is about.
 pub fn answer_from_wire(a: push::Answer) -> Result<(IpAddr, Answer), ParseError> {
     let address = address_from_wire(&a.address)?;
-    let answer = match a.workload {
-        Some(w) => Answer::Meshed(workload_from_wire(w)?.into()),
-        None => Answer::NotMeshed,
+    let answer = match (a.workload, a.service) {
+        (Some(w), _) => Answer::Meshed(workload_from_wire(w)?.into()),
+        (None, Some(s)) => Answer::Service(service_from_wire(s)?.into()),
+        (None, None) => Answer::NotMeshed,
     };
     Ok((address, answer))
 }
 
 /// The wire form of an answer.
 pub fn answer_to_wire(address: IpAddr, answer: &Answer) -> push::Answer {
-    let workload = match answer {
-        Answer::Meshed(w) => Some(workload_to_wire(w)),
-        Answer::NotMeshed => None,
+    let (workload, service) = match answer {
+        Answer::Meshed(w) => (Some(workload_to_wire(w)), None),
+        Answer::Service(s) => (None, Some(service_to_wire(s))),
+        Answer::NotMeshed => (None, None),
     };
-    push::Answer { address: address_to_wire(address), workload }
+    push::Answer { address: address_to_wire(address), workload, service }
+}
+
+/// Parses a service.
+pub fn service_from_wire(s: push::Service) -> Result<Service, ParseError> {
+    let endpoint = |e: &push::Endpoint| {
+        let address = SocketAddr::new(address_from_wire(&e.address)?, port("endpoint", e.port)?);
+        Ok::<_, ParseError>(Endpoint { address, meshed: e.meshed })
+    };
+    let one_port = |p: push::ServicePort| {
+        let endpoints = p.endpoints.iter().map(endpoint).collect::<Result<_, ParseError>>()?;
+        Ok::<_, ParseError>((port("ports", p.port)?, endpoints))
+    };
+    Ok(Service {
+        uid: s.uid,
+        name: s.name,
+        addresses: s.addresses.iter().map(|a| address_from_wire(a)).collect::<Result<_, _>>()?,
+        ports: s.ports.into_iter().map(one_port).collect::<Result<_, _>>()?,
+    })
+}
+
+/// The wire form of a service.
+pub fn service_to_wire(s: &Service) -> push::Service {
+    let endpoint = |e: &Endpoint| push::Endpoint {
+        address: address_to_wire(e.address.ip()),
+        port: e.address.port().into(),
+        meshed: e.meshed,
+    };
+    let ports = s.ports.iter();
+    push::Service {
+        uid: s.uid.clone(),
+        name: s.name.clone(),
+        addresses: s.addresses.iter().copied().map(address_to_wire).collect(),
+        ports: ports
+            .map(|(port, all)| push::ServicePort {
+                port: (*port).into(),
+                endpoints: all.iter().map(endpoint).collect(),
+            })
+            .collect(),
+    }
 }
 
 /// A trust domain that a caller named, with or without `spiffe://`.
@@ -303,6 +344,25 @@ mod tests {
             },
         };
         assert_eq!(workload_from_wire(workload_to_wire(&w)).unwrap(), w);
+    }
+
+    #[test]
+    fn a_service_comes_back_from_the_wire_as_it_went() {
+        let endpoint = |address: &str, meshed| Endpoint { address: address.parse().unwrap(), meshed };
+        let s = Service {
+            uid: "s1".into(),
+            name: "shop/web".into(),
+            addresses: vec!["10.91.0.7".parse().unwrap()],
+            ports: [
+                (80, vec![endpoint("10.0.0.1:8080", true), endpoint("[fd00::1]:8080", false)]),
+                (443, vec![]),
+            ]
+            .into(),
+        };
+        assert_eq!(service_from_wire(service_to_wire(&s)).unwrap(), s);
+        let mut wrong = service_to_wire(&s);
+        wrong.ports[0].endpoints[0].port = 0;
+        assert_eq!(service_from_wire(wrong).unwrap_err().to_string(), "endpoint: 0 is no port");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The small HTTP/1.1 server behind `/metrics`, `/ready` and `/live` of every role.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,8 +56,24 @@ impl Answer {
     }
 }
 
-/// Answers a GET of a path; `None` is 404.
-pub type Handler = dyn Fn(&str) -> Option<Answer> + Send + Sync;
+/// A GET that came in.
+pub struct Asked {
+    /// Its path.
+    pub path: String,
+    /// The address that it came to.
+    pub local: SocketAddr,
+}
+
+/// An answer on its way.
+pub type Answering = Pin<Box<dyn Future<Output = Option<Answer>> + Send>>;
+
+/// Answers a GET; `None` is 404.
+pub type Handler = dyn Fn(Asked) -> Answering + Send + Sync;
+
+/// A handler of pages that are there at once.
+pub fn pages(at_once: impl Fn(&str) -> Option<Answer> + Send + Sync + 'static) -> Arc<Handler> {
+    Arc::new(move |asked| Box::pin(std::future::ready(at_once(&asked.path))))
+}
 
 /// Serves until `shutdown`.
 pub async fn serve(listener: TcpListener, handler: Arc<Handler>, shutdown: CancellationToken) {
@@ -74,12 +92,14 @@ pub async fn serve(listener: TcpListener, handler: Arc<Handler>, shutdown: Cance
                 }
             },
         };
+        let Ok(local) = stream.local_addr() else { continue };
         let handler = handler.clone();
         connections.spawn(async move {
             let _slot = slot;
             let service = service_fn(move |request: Request<Incoming>| {
-                let response = respond(&*handler, &request);
-                async move { Ok::<_, Infallible>(response) }
+                let answering = (request.method() == hyper::Method::GET)
+                    .then(|| handler(Asked { path: request.uri().path().to_owned(), local }));
+                async move { Ok::<_, Infallible>(respond(answering).await) }
             });
             let served = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -93,11 +113,10 @@ pub async fn serve(listener: TcpListener, handler: Arc<Handler>, shutdown: Cance
     }
 }
 
-fn respond(handler: &Handler, request: &Request<Incoming>) -> Response<String> {
-    let answer = if request.method() == hyper::Method::GET {
-        handler(request.uri().path()).unwrap_or_else(|| Answer::text(404, "not found\n"))
-    } else {
-        Answer::text(405, "only GET is served here\n")
+async fn respond(answering: Option<Answering>) -> Response<String> {
+    let answer = match answering {
+        Some(answering) => answering.await.unwrap_or_else(|| Answer::text(404, "not found\n")),
+        None => Answer::text(405, "only GET is served here\n"),
     };
     let mut response = Response::new(answer.text);
     *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

@@ -14,6 +14,7 @@ pub mod tls;
 pub mod transport;
 mod unix_authority;
 pub mod verified;
+pub mod workload_api;
 
 /// The SPIFFE Workload API (no package).
 #[allow(missing_docs, clippy::all, clippy::pedantic)]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{launch, operator, probe, roles, shop, up};
+use crate::{kubernetes, launch, operator, probe, roles, shop, up};
 
 /// Zero-touch mutual TLS between services.
 ///
@@ -30,6 +30,12 @@ enum Command {
     Agent(Box<roles::agent::AgentArgs>),
     /// Run a sidecar.
     Proxy(Box<roles::proxy::ProxyArgs>),
+    /// Run the Kubernetes controller: injector, registrar, directory feed.
+    Controller(Box<roles::controller::ControllerArgs>),
+    /// Print the Kubernetes manifests of an installation, for `kubectl apply -f -`.
+    Install(kubernetes::InstallArgs),
+    /// Put redirect and sidecar into the manifests of a file, as the webhook would.
+    Inject(kubernetes::InjectArgs),
     /// Install, check or remove the NAT redirect in this network namespace.
     Redirect(roles::redirect::RedirectArgs),
     /// Registration entries: who gets which identity.
@@ -105,6 +111,9 @@ impl Cli {
             Command::Server(args) => done(roles::server::run(*args)),
             Command::Agent(args) => done(roles::agent::run(*args)),
             Command::Proxy(args) => done(roles::proxy::run(*args)),
+            Command::Controller(args) => done(roles::controller::run(*args)),
+            Command::Install(args) => done(kubernetes::install(&args)),
+            Command::Inject(args) => done(kubernetes::inject(args)),
             Command::Redirect(args) => roles::redirect::run(&args),
             Command::Entry(command) => done(operator::block(operator::entry::run(command))),
             Command::Node(command) => done(operator::block(operator::node::run(command))),

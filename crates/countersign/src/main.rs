@@ -2,6 +2,7 @@
 
 mod cli;
 mod clients;
+mod kubernetes;
 mod launch;
 mod logging;
 mod operator;

@@ -1,7 +1,7 @@
 //! Who is at an address.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::policy::Policy;
@@ -23,11 +23,35 @@ pub struct Workload {
     pub policy: Policy,
 }
 
+/// A virtual address that stands for several endpoints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Names this run of it.
+    pub uid: String,
+    /// For people.
+    pub name: String,
+    /// Where it is reached.
+    pub addresses: Vec<IpAddr>,
+    /// What stands behind each of its ports.
+    pub ports: BTreeMap<u16, Vec<Endpoint>>,
+}
+
+/// One place behind a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Where.
+    pub address: SocketAddr,
+    /// A workload of the mesh is there.
+    pub meshed: bool,
+}
+
 /// What the directory says about an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
     /// A workload with a sidecar.
     Meshed(Arc<Workload>),
+    /// A virtual address.
+    Service(Arc<Service>),
     /// The directory is complete and nobody of the mesh is there.
     NotMeshed,
 }

@@ -1,6 +1,6 @@
 //! What a sidecar is told when it starts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -29,6 +29,52 @@ pub struct Config {
     pub limits: Limits,
     /// Timeouts.
     pub timeouts: Timeouts,
+    /// How an endpoint of a service is chosen.
+    pub balance: Balance,
+    /// The app's probes, which are asked through us.
+    pub probes: BTreeMap<String, Probe>,
+}
+
+/// How an endpoint of a service is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Balance {
+    /// The one with fewer connections under way of two random ones.
+    #[default]
+    LeastConnections,
+    /// One after the other.
+    RoundRobin,
+}
+
+/// One question to the app, asked at the address that the question came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// The app's port.
+    pub port: u16,
+    /// What is asked there.
+    pub kind: ProbeKind,
+    /// How long the answer may take.
+    pub timeout: Duration,
+}
+
+/// What a probe asks, as Kubernetes defines it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProbeKind {
+    /// A GET; 200 to 399 is good.
+    Http {
+        /// Over TLS, whose certificate is not checked.
+        tls: bool,
+        /// Path and query.
+        path: String,
+        /// Headers in order.
+        headers: Vec<(String, String)>,
+    },
+    /// A connection that opens is good.
+    Tcp,
+    /// `grpc.health.v1.Health/Check`; SERVING is good.
+    Grpc {
+        /// Service name, may be empty.
+        service: String,
+    },
 }
 
 /// Where access log lines go.

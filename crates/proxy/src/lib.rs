@@ -4,6 +4,7 @@
 //! Top down: [`run`] opens listeners and starts workers; `outbound` and `inbound` carry a connection each; `mesh` is the
 //! handshake and preamble between sidecars; `tls` is the stream below it; `copy` moves the bytes.
 
+mod balance;
 mod buffer;
 pub mod config;
 mod connections;
@@ -15,6 +16,7 @@ mod mesh;
 mod outbound;
 mod own;
 mod preamble;
+mod probes;
 mod refusal;
 mod sidecar;
 mod sockets;
@@ -39,11 +41,13 @@ use tokio_util::task::TaskTracker;
 
 pub use config::{Config, IdentitySource, Routing};
 
+use crate::balance::Balancer;
 use crate::config::{FixedInbound, FixedOutbound};
 use crate::connections::Connections;
 use crate::identity::{Current, Files, FilesError, follow_agent, follow_files};
 use crate::inbound::Target;
 use crate::own::Own;
+use crate::probes::Prober;
 use crate::sidecar::Sidecar;
 use crate::telemetry::{FLUSH_EVERY, Telemetry};
 
@@ -102,6 +106,7 @@ pub async fn run(
         current: Arc::new(Current::new(clock)),
         own: Own::new(directory.clone()),
         connections: Arc::new(Connections::new(config.limits, telemetry.active.clone())),
+        balancer: Arc::new(Balancer::new(config.balance)),
         started_at: time::OffsetDateTime::now_utc(),
         directory,
         telemetry,
@@ -293,17 +298,25 @@ fn serve_status(
 }
 
 fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handler> {
-    Arc::new(move |path| match path {
-        "/metrics" => {
-            sidecar.telemetry.followed.set(i64::try_from(sidecar.directory.len()).unwrap_or(i64::MAX));
-            Some(http::Answer::metrics(&sidecar.telemetry.registry))
+    let prober = Arc::new(Prober::new(sidecar.config.probes.clone()));
+    Arc::new(move |asked| {
+        if let Some(name) = asked.path.strip_prefix(probes::PREFIX) {
+            let (prober, name, app) = (prober.clone(), name.to_owned(), asked.local.ip().to_canonical());
+            return Box::pin(async move { prober.ask(&name, app).await });
         }
-        "/live" => Some(http::Answer::ready(None)),
-        "/ready" => {
-            let draining = shutdown.is_cancelled().then(|| "shutting down".to_owned());
-            Some(http::Answer::ready(draining.or_else(|| sidecar.missing())))
-        }
-        _ => None,
+        let answer = match asked.path.as_str() {
+            "/metrics" => {
+                sidecar.telemetry.followed.set(i64::try_from(sidecar.directory.len()).unwrap_or(i64::MAX));
+                Some(http::Answer::metrics(&sidecar.telemetry.registry))
+            }
+            "/live" => Some(http::Answer::ready(None)),
+            "/ready" => {
+                let draining = shutdown.is_cancelled().then(|| "shutting down".to_owned());
+                Some(http::Answer::ready(draining.or_else(|| sidecar.missing())))
+            }
+            _ => None,
+        };
+        Box::pin(std::future::ready(answer))
     })
 }
 

@@ -43,12 +43,12 @@ fn check_protocol(state: &CommonState) -> Result<(), Refused> {
 }
 
 /// Dials another sidecar and says where the connection is going. `early` goes with it.
-pub async fn dial(
+pub async fn dial<'a>(
     tcp: TcpStream,
     identity: &Identity,
     expected: &std::collections::BTreeSet<String>,
     request: &Request,
-    early: impl FnOnce() -> Result<Vec<u8>, Refused>,
+    early: impl FnOnce() -> Result<&'a [u8], Refused>,
     timeouts: &Timeouts,
 ) -> Result<(ClientStream, Peer), Refused> {
     let config = identity.client(expected).map_err(|e| Refused::Tls(e.to_string()))?;
@@ -63,7 +63,7 @@ pub async fn dial(
     check_protocol(tls.state())?;
     let peer = Peer::of(tls.state(), identity)?;
     let mut first = request.encode();
-    first.extend(early()?);
+    first.extend_from_slice(early()?);
     let talk = async {
         tls.write_all(&first).await?;
         tls.flush().await?;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use countersign_identity::directory::{Answer, Workload};
+use countersign_identity::directory::{Answer, Service, Workload};
 use countersign_identity::policy::Mode;
 use tokio::net::TcpStream;
 
@@ -11,20 +11,53 @@ use crate::config::FixedOutbound;
 use crate::connections::Admitted;
 use crate::copy::{End, carry, reset_on_close};
 use crate::identity::Identity;
-use crate::mesh;
+use crate::mesh::{self, Peer};
 use crate::preamble::Request;
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
 use crate::sockets::{dial, original_destination};
 use crate::telemetry::{Carried, Direction};
+use crate::tls::ClientStream;
 
 /// Bytes of the app that travel with the preamble, at most.
 const EARLY: usize = 16 * 1024;
 
+/// Endpoints of a service that one connection tries, at most.
+const MAX_TRIES: usize = 3;
+
 /// Where a connection goes.
 enum Route {
     Mesh { to: SocketAddr, workload: Arc<Workload> },
+    Service { service: Arc<Service>, strict: bool },
     Plain,
+}
+
+/// What the app has said already; kept until somebody took it.
+#[derive(Default)]
+struct Early {
+    bytes: Vec<u8>,
+    ended: bool,
+    read: bool,
+}
+
+impl Early {
+    /// Reads what is there, once.
+    fn take(&mut self, app: &TcpStream, to: SocketAddr) -> Result<&[u8], Refused> {
+        if !self.read {
+            let mut buffer = vec![0; EARLY];
+            match app.try_read(&mut buffer) {
+                Ok(n) => {
+                    self.ended = n == 0;
+                    buffer.truncate(n);
+                    self.bytes = buffer;
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(Refused::Connect { to, why: format!("the app went away: {e}") }),
+            }
+            self.read = true;
+        }
+        Ok(&self.bytes)
+    }
 }
 
 /// Carries one connection that the redirect brought.
@@ -46,7 +79,9 @@ pub async fn fixed(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr, wa
         let admitted = sidecar.connections.admit(source.ip())?;
         let identity = own_identity(sidecar, &mut story)?;
         let request = Request { destination: way.target, workload: String::new() };
-        over_mesh(sidecar, &mut app, &mut story, &admitted, &identity, way.target, &way.expect, &request).await
+        let mut early = Early::default();
+        let reached = reach(sidecar, &app, &identity, way.target, &way.expect, &request, &mut early).await?;
+        over_mesh(sidecar, &mut app, &mut story, &admitted, reached, early).await
     };
     let result = result.await;
     story.end(result.as_ref().err());
@@ -68,17 +103,75 @@ async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut St
     let identity = own_identity(sidecar, story)?;
     match route(sidecar, &identity, destination).await? {
         Route::Mesh { to, workload } => {
+            let mut early = Early::default();
             let request = Request { destination, workload: workload.uid.clone() };
-            over_mesh(sidecar, app, story, &admitted, &identity, to, &workload.spiffe_ids, &request).await
+            let reached = reach(sidecar, app, &identity, to, &workload.spiffe_ids, &request, &mut early).await?;
+            over_mesh(sidecar, app, story, &admitted, reached, early).await
         }
-        Route::Plain => {
-            let mut server = dial(destination, sidecar.config.timeouts.connect).await?;
-            let bytes = sidecar.telemetry.bytes(Direction::Outbound);
-            let carried = carry(app, &mut server, false, (&bytes.sent, &bytes.received), admitted.cut()).await;
-            story.carried(Carried::Plain, carried);
-            Ok(())
+        Route::Service { service, strict } => {
+            through_service(sidecar, app, story, &admitted, &identity, destination, &service, strict).await
         }
+        Route::Plain => in_clear(sidecar, app, story, &admitted, destination).await,
     }
+}
+
+async fn in_clear(
+    sidecar: &Sidecar,
+    app: &mut TcpStream,
+    story: &mut Story<'_>,
+    admitted: &Admitted,
+    to: SocketAddr,
+) -> Result<(), Refused> {
+    let mut server = dial(to, sidecar.config.timeouts.connect).await?;
+    let bytes = sidecar.telemetry.bytes(Direction::Outbound);
+    let carried = carry(app, &mut server, false, (&bytes.sent, &bytes.received), admitted.cut()).await;
+    story.carried(Carried::Plain, carried);
+    Ok(())
+}
+
+/// Goes to one of a service's endpoints, and to another one while nobody has taken the connection.
+#[allow(clippy::too_many_arguments)] // the facts of one connection
+async fn through_service(
+    sidecar: &Sidecar,
+    app: &mut TcpStream,
+    story: &mut Story<'_>,
+    admitted: &Admitted,
+    identity: &Identity,
+    asked: SocketAddr,
+    service: &Service,
+    strict: bool,
+) -> Result<(), Refused> {
+    let all = service.ports.get(&asked.port()).map_or(&[][..], Vec::as_slice);
+    let mut left: Vec<SocketAddr> = all.iter().filter(|e| e.meshed || !strict).map(|e| e.address).collect();
+    let mut early = Early::default();
+    let mut last = Refused::NoEndpoint { service: service.name.clone(), to: asked, strict };
+    for _ in 0..MAX_TRIES {
+        let Some(chosen) = sidecar.balancer.choose(&left) else { break };
+        let to = chosen.address;
+        left.retain(|a| *a != to);
+        story.record.destination = Some(to);
+        let refused = match route(sidecar, identity, to).await {
+            Ok(Route::Mesh { to: mesh, workload }) => {
+                let request = Request { destination: to, workload: workload.uid.clone() };
+                match reach(sidecar, app, identity, mesh, &workload.spiffe_ids, &request, &mut early).await {
+                    Ok(reached) => return over_mesh(sidecar, app, story, admitted, reached, early).await,
+                    Err(refused) => refused,
+                }
+            }
+            // Something that the mesh already has bytes for does not go out in the clear.
+            Ok(Route::Plain) if !early.read => match in_clear(sidecar, app, story, admitted, to).await {
+                Ok(()) => return Ok(()),
+                Err(refused) => refused,
+            },
+            Ok(Route::Plain | Route::Service { .. }) => continue,
+            Err(refused) => refused,
+        };
+        if !refused.may_go_elsewhere() {
+            return Err(refused);
+        }
+        last = refused;
+    }
+    Err(last)
 }
 
 /// Decides by both modes and the directory; whatever is not known is refused, never guessed.
@@ -99,6 +192,14 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
             }
             Ok(Route::Mesh { to: SocketAddr::new(destination.ip(), workload.mesh_port), workload })
         }
+        // An exception that is named as such goes where it was going.
+        Answer::Service(_) if own.policy.lets_out(destination.ip()) => Ok(Route::Plain),
+        Answer::Service(service) => {
+            let strict = own.policy.mode == Mode::Strict;
+            // A service without a meshed endpoint is the network's business, not ours.
+            let meshed = service.ports.get(&destination.port()).is_some_and(|all| all.iter().any(|e| e.meshed));
+            if strict || meshed { Ok(Route::Service { service, strict }) } else { Ok(Route::Plain) }
+        }
         Answer::NotMeshed if own.policy.mode == Mode::Strict && !own.policy.lets_out(destination.ip()) => {
             Err(Refused::NotMeshed(destination))
         }
@@ -106,35 +207,31 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
     }
 }
 
-#[allow(clippy::too_many_arguments)] // the facts of one connection, gathered by two callers
+/// Opens the way to a workload's sidecar; what the app has said already goes with it.
+async fn reach(
+    sidecar: &Sidecar,
+    app: &TcpStream,
+    identity: &Identity,
+    to: SocketAddr,
+    expected: &std::collections::BTreeSet<String>,
+    request: &Request,
+    early: &mut Early,
+) -> Result<(ClientStream, Peer), Refused> {
+    let timeouts = &sidecar.config.timeouts;
+    let tcp = dial(to, timeouts.connect).await?;
+    mesh::dial(tcp, identity, expected, request, || early.take(app, to), timeouts).await
+}
+
 async fn over_mesh(
     sidecar: &Sidecar,
     app: &mut TcpStream,
     story: &mut Story<'_>,
     admitted: &Admitted,
-    identity: &Identity,
-    to: SocketAddr,
-    expected: &std::collections::BTreeSet<String>,
-    request: &Request,
+    (mut mesh, peer): (ClientStream, Peer),
+    early: Early,
 ) -> Result<(), Refused> {
-    let timeouts = &sidecar.config.timeouts;
-    let tcp = dial(to, timeouts.connect).await?;
-    let (mut ended, mut early_bytes) = (false, 0);
-    let early = || {
-        let mut buffer = vec![0; EARLY];
-        match app.try_read(&mut buffer) {
-            Ok(n) => {
-                ended = n == 0;
-                early_bytes = n as u64;
-                buffer.truncate(n);
-                Ok(buffer)
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => Ok(vec![]),
-            Err(e) => Err(Refused::Connect { to, why: format!("the app went away: {e}") }),
-        }
-    };
-    let dialled = mesh::dial(tcp, identity, expected, request, early, timeouts).await;
-    let (mut mesh, peer) = dialled?;
+    let (ended, early_bytes) = (early.ended, early.bytes.len() as u64);
+    drop(early);
     story.peer(&peer);
     admitted.authenticated_by(&peer.svid.authority);
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);

@@ -53,6 +53,16 @@ pub enum Refused {
     /// Strict, and nobody of the mesh is there.
     #[error("{0} is not in the mesh, and this workload is strict; name it under `egress` to let it out")]
     NotMeshed(SocketAddr),
+    /// Nothing stands behind a service.
+    #[error("{service} has no endpoint for {to} that may be used{}", if *.strict { "; this workload is strict, so only endpoints in the mesh count" } else { "" })]
+    NoEndpoint {
+        /// The service's name.
+        service: String,
+        /// Where the app was going.
+        to: SocketAddr,
+        /// Whether only meshed endpoints count.
+        strict: bool,
+    },
     /// Strict, and it came in the clear.
     #[error("plaintext to port {0} is refused: this workload is strict")]
     Plaintext(u16),
@@ -100,6 +110,7 @@ impl Refused {
             Self::DirectoryUnknown(_) => "directory_unknown",
             Self::PolicyUnknown => "policy_unknown",
             Self::NotMeshed(_) => "not_meshed",
+            Self::NoEndpoint { .. } => "no_endpoint",
             Self::Plaintext(_) => "plaintext",
             Self::PlaintextUnproven(_) => "plaintext_unproven",
             Self::NoSvid => "no_svid",
@@ -108,6 +119,18 @@ impl Refused {
             Self::TooMany(_) => "too_many",
             Self::NoOriginalDestination(_) => "no_original_destination",
             Self::AuthorityRevoked => "authority_revoked",
+        }
+    }
+
+    /// Whether nothing has reached any app, so that another endpoint may be tried: nobody took the connection, or the other
+    /// sidecar said before it dialled that its workload is not there (any more).
+    pub fn may_go_elsewhere(&self) -> bool {
+        match self {
+            Self::Connect { .. } => true,
+            Self::ByPeer { code, .. } => {
+                ["connect", "stale_workload", "not_ours", "policy_unknown"].contains(&code.as_str())
+            }
+            _ => false,
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use countersign_api::directory::Subscriptions;
 use time::OffsetDateTime;
 
+use crate::balance::Balancer;
 use crate::config::{Config, Ports, Routing};
 use crate::connections::Connections;
 use crate::copy::Carried as Bytes;
@@ -26,6 +27,8 @@ pub struct Sidecar {
     pub directory: Subscriptions,
     /// Where we are.
     pub own: Own,
+    /// Which endpoint of a service is next.
+    pub balancer: Arc<Balancer>,
     /// What is open.
     pub connections: Arc<Connections>,
     /// What is counted and written down.

@@ -5,12 +5,12 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock};
 
-use countersign_identity::directory::{Answer, Workload};
+use countersign_identity::directory::{Answer, Service, Workload};
 use tokio::sync::watch;
 
-/// Workloads held at most.
+/// Workloads and services held at most, together.
 pub const MAX_WORKLOADS: usize = 200_000;
 
 /// The directory of one server.
@@ -22,8 +22,8 @@ pub struct Directory {
 #[derive(Default)]
 struct State {
     complete: bool,
-    by_uid: HashMap<String, Arc<Workload>>,
-    by_address: HashMap<IpAddr, Arc<Workload>>,
+    by_uid: HashMap<String, Answer>,
+    by_address: HashMap<IpAddr, Answer>,
 }
 
 impl Default for Directory {
@@ -37,12 +37,12 @@ impl Directory {
     pub fn lookup(&self, address: IpAddr) -> Option<Answer> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         match state.by_address.get(&address.to_canonical()) {
-            Some(workload) => Some(Answer::Meshed(workload.clone())),
+            Some(known) => Some(known.clone()),
             None => state.complete.then_some(Answer::NotMeshed),
         }
     }
 
-    /// How many workloads it holds.
+    /// How many workloads and services it holds.
     pub fn len(&self) -> usize {
         self.state.read().unwrap_or_else(PoisonError::into_inner).by_uid.len()
     }
@@ -52,19 +52,22 @@ impl Directory {
         self.len() == 0
     }
 
-    /// Adds and removes workloads; with `replace`, what is not named goes, and the directory is complete from then on.
-    /// Returns the revision after it; one that changes nothing makes no new revision.
-    pub fn publish(&self, replace: bool, upserted: Vec<Workload>, removed: &[String]) -> u64 {
+    /// Adds and removes workloads and services; with `replace`, what is not named goes, and the directory is complete from
+    /// then on. Returns the revision after it; one that changes nothing makes no new revision.
+    pub fn publish(&self, replace: bool, workloads: Vec<Workload>, services: Vec<Service>, removed: &[String]) -> u64 {
+        let workloads = workloads.into_iter().map(|w| Answer::Meshed(w.into()));
+        let upserted: Vec<Answer> =
+            workloads.chain(services.into_iter().map(|s| Answer::Service(s.into()))).collect();
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let mut changed = replace && !state.complete;
         state.complete |= replace;
         if replace {
-            let named: std::collections::HashSet<&str> = upserted.iter().map(|w| w.uid.as_str()).collect();
+            let named: std::collections::HashSet<&str> = upserted.iter().map(|a| facts(a).0).collect();
             let gone: Vec<String> = state.by_uid.keys().filter(|uid| !named.contains(uid.as_str())).cloned().collect();
             gone.iter().for_each(|uid| changed |= state.remove(uid));
         }
         removed.iter().for_each(|uid| changed |= state.remove(uid));
-        upserted.into_iter().for_each(|w| changed |= state.insert(w));
+        upserted.into_iter().for_each(|a| changed |= state.insert(a));
         drop(state);
         if changed {
             self.revision.send_modify(|n| *n += 1);
@@ -87,28 +90,38 @@ impl countersign_api::directory::Source for Directory {
     }
 }
 
+/// UID and addresses of what is in the directory.
+fn facts(known: &Answer) -> (&str, &[IpAddr]) {
+    match known {
+        Answer::Meshed(w) => (&w.uid, &w.addresses),
+        Answer::Service(s) => (&s.uid, &s.addresses),
+        Answer::NotMeshed => ("", &[]),
+    }
+}
+
 impl State {
     fn remove(&mut self, uid: &str) -> bool {
-        let Some(workload) = self.by_uid.remove(uid) else { return false };
-        for address in &workload.addresses {
+        let Some(known) = self.by_uid.remove(uid) else { return false };
+        for address in facts(&known).1 {
             // An address that another workload has taken over in the meantime is no longer this one's.
-            if self.by_address.get(address).is_some_and(|w| w.uid == uid) {
-                self.by_address.remove(address);
+            let address = address.to_canonical();
+            if self.by_address.get(&address).is_some_and(|now| facts(now).0 == uid) {
+                self.by_address.remove(&address);
             }
         }
         true
     }
 
-    fn insert(&mut self, workload: Workload) -> bool {
-        if self.by_uid.get(&workload.uid).is_some_and(|before| **before == workload) {
+    fn insert(&mut self, fresh: Answer) -> bool {
+        let (uid, addresses) = facts(&fresh);
+        if self.by_uid.get(uid).is_some_and(|before| *before == fresh) {
             return false;
         }
-        self.remove(&workload.uid);
-        let workload = Arc::new(workload);
-        for address in &workload.addresses {
-            self.by_address.insert(address.to_canonical(), workload.clone());
+        self.remove(uid);
+        for address in addresses {
+            self.by_address.insert(address.to_canonical(), fresh.clone());
         }
-        self.by_uid.insert(workload.uid.clone(), workload);
+        self.by_uid.insert(uid.to_owned(), fresh);
         true
     }
 }
@@ -132,6 +145,7 @@ mod tests {
     fn who(d: &Directory, address: &str) -> Option<String> {
         d.lookup(address.parse().unwrap()).map(|a| match a {
             Answer::Meshed(w) => w.uid.clone(),
+            Answer::Service(s) => s.uid.clone(),
             Answer::NotMeshed => "-".into(),
         })
     }
@@ -139,32 +153,48 @@ mod tests {
     #[test]
     fn nobody_is_declared_outside_before_the_directory_is_complete() {
         let d = Directory::default();
-        d.publish(false, vec![workload("a", "10.0.0.1")], &[]);
+        d.publish(false, vec![workload("a", "10.0.0.1")], vec![], &[]);
         assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("a"));
         assert_eq!(who(&d, "10.0.0.2"), None);
-        d.publish(true, vec![workload("a", "10.0.0.1")], &[]);
+        d.publish(true, vec![workload("a", "10.0.0.1")], vec![], &[]);
         assert_eq!(who(&d, "10.0.0.2").as_deref(), Some("-"));
     }
 
     #[test]
     fn an_address_used_again_is_the_new_ones_even_when_the_old_one_goes_later() {
         let d = Directory::default();
-        d.publish(true, vec![workload("old", "10.0.0.1")], &[]);
-        d.publish(false, vec![workload("new", "10.0.0.1")], &[]);
-        d.publish(false, vec![], &["old".into()]);
+        d.publish(true, vec![workload("old", "10.0.0.1")], vec![], &[]);
+        d.publish(false, vec![workload("new", "10.0.0.1")], vec![], &[]);
+        d.publish(false, vec![], vec![], &["old".into()]);
         assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("new"));
     }
 
     #[test]
     fn publishing_the_same_again_is_no_change() {
         let d = Directory::default();
-        let first = d.publish(true, vec![workload("a", "10.0.0.1")], &[]);
+        let first = d.publish(true, vec![workload("a", "10.0.0.1")], vec![], &[]);
         assert_eq!(
-            d.publish(true, vec![workload("a", "::ffff:10.0.0.1"),], &[]),
+            d.publish(true, vec![workload("a", "::ffff:10.0.0.1"),], vec![], &[]),
             first + 1,
             "another spelling is another workload"
         );
-        assert_eq!(d.publish(true, vec![workload("a", "::ffff:10.0.0.1")], &[]), first + 1);
+        assert_eq!(d.publish(true, vec![workload("a", "::ffff:10.0.0.1")], vec![], &[]), first + 1);
+        assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn a_service_is_known_by_its_virtual_address_and_goes_with_its_uid() {
+        let service = Service {
+            uid: "s".into(),
+            name: "s".into(),
+            addresses: vec!["10.91.0.1".parse().unwrap()],
+            ports: Default::default(),
+        };
+        let d = Directory::default();
+        d.publish(true, vec![workload("a", "10.0.0.1")], vec![service], &[]);
+        assert_eq!(who(&d, "10.91.0.1").as_deref(), Some("s"));
+        d.publish(false, vec![], vec![], &["s".into()]);
+        assert_eq!(who(&d, "10.91.0.1").as_deref(), Some("-"));
         assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("a"));
     }
 }

@@ -241,7 +241,7 @@ async fn rotate(core: Arc<Core>, own: Arc<own_svid::OwnSvid>) {
 }
 
 fn pages(core: Arc<Core>) -> Arc<http::Handler> {
-    Arc::new(move |path| match path {
+    http::pages(move |path| match path {
         "/metrics" => Some(http::Answer::metrics(&core.metrics.registry)),
         "/ready" | "/live" => Some(http::Answer::ready(None)),
         _ => None,

@@ -1,6 +1,7 @@
 //! The long-running roles: flags and file become a role's config, and the role runs until it is told to stop.
 
 pub mod agent;
+pub mod controller;
 pub mod proxy;
 pub mod redirect;
 pub mod server;

@@ -1,6 +1,6 @@
 //! `countersign proxy`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use anyhow::Result;
 use countersign_api::clock::system_clock;
 use countersign_identity::policy::Policy;
 use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
-use countersign_proxy::config::{AccessLogTarget, FixedInbound, FixedOutbound, Limits, Ports, Timeouts};
+use countersign_proxy::config::{AccessLogTarget, Balance, FixedInbound, FixedOutbound, Limits, Ports, Probe, ProbeKind, Timeouts};
 use countersign_proxy::{Config, IdentitySource, Routing};
 use serde::Deserialize;
 
@@ -85,6 +85,14 @@ pub struct ProxySettings {
     /// One JSON line a connection: `-` for standard output, `off`, or a file [default: - behind a redirect, off on a fixed way].
     #[arg(long, value_name = "FILE")]
     access_log: Option<String>,
+    /// How an endpoint of a Kubernetes Service is chosen: least-connections (of two random ones) or round-robin
+    /// [default: least-connections].
+    #[arg(long, value_name = "HOW")]
+    balance: Option<String>,
+    /// The app's probes that are asked through this sidecar, as the injector writes them: JSON, an object of
+    /// CONTAINER/KIND to {port, timeout_seconds, http|tcp|grpc}.
+    #[arg(long, env = "COUNTERSIGN_PROBES", value_name = "JSON")]
+    probes: Option<String>,
     /// Threads that carry traffic [default: 1].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -103,7 +111,8 @@ impl ProxySettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
             agent_socket, svid, key, bundle, outbound_listen, outbound_target, outbound_expect, inbound_listen, inbound_target,
-            inbound_allow, outbound_port, inbound_port, mesh_port, http, admin_socket, access_log, workers, drain,
+            inbound_allow, outbound_port, inbound_port, mesh_port, http, admin_socket, access_log, balance, probes, workers,
+            drain,
             max_connections, max_connections_per_peer,
         })
     }
@@ -136,6 +145,18 @@ impl ProxySettings {
                 connections_per_peer: self.max_connections_per_peer.unwrap_or(limits.connections_per_peer),
             },
             timeouts: Timeouts::default(),
+            balance: match self.balance.as_deref() {
+                None | Some("least-connections") => Balance::LeastConnections,
+                Some("round-robin") => Balance::RoundRobin,
+                Some(other) => {
+                    let why = format!("`{other}` is no way to choose: use least-connections or round-robin");
+                    return Err(Mistake::flag("--balance", &why));
+                }
+            },
+            probes: match &self.probes {
+                None => BTreeMap::new(),
+                Some(json) => probes(json).map_err(|e| Mistake::flag("--probes", &e.to_string()))?,
+            },
         })
     }
 
@@ -213,6 +234,51 @@ impl ProxySettings {
     }
 }
 
+/// A probe as the injector writes it.
+#[derive(Deserialize)]
+struct WrittenProbe {
+    port: u16,
+    #[serde(default = "one")]
+    timeout_seconds: u64,
+    #[serde(flatten)]
+    kind: WrittenKind,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum WrittenKind {
+    Http {
+        #[serde(default)]
+        tls: bool,
+        path: String,
+        #[serde(default)]
+        headers: Vec<(String, String)>,
+    },
+    Tcp {},
+    Grpc {
+        #[serde(default)]
+        service: String,
+    },
+}
+
+fn one() -> u64 {
+    1
+}
+
+fn probes(json: &str) -> Result<BTreeMap<String, Probe>, serde_json::Error> {
+    let written: BTreeMap<String, WrittenProbe> = serde_json::from_str(json)?;
+    let read = |w: WrittenProbe| Probe {
+        port: w.port,
+        timeout: std::time::Duration::from_secs(w.timeout_seconds.max(1)),
+        kind: match w.kind {
+            WrittenKind::Http { tls, path, headers } => ProbeKind::Http { tls, path, headers },
+            WrittenKind::Tcp {} => ProbeKind::Tcp,
+            WrittenKind::Grpc { service } => ProbeKind::Grpc { service },
+        },
+    };
+    Ok(written.into_iter().map(|(name, probe)| (name, read(probe))).collect())
+}
+
 /// Runs a sidecar until it is told to stop.
 pub fn run(args: ProxyArgs) -> Result<()> {
     args.log.start()?;
@@ -253,6 +319,8 @@ mod tests {
             "http",
             "admin_socket",
             "access_log",
+            "balance",
+            "probes",
             "workers",
             "drain",
             "max_connections",

@@ -444,7 +444,7 @@ async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, 
         let all =
             directory.lock().unwrap_or_else(PoisonError::into_inner).iter().map(workload_to_wire).collect::<Vec<_>>();
         if !all.is_empty() {
-            let request = PublishRequest { replace: true, upserted: all, removed: vec![] };
+            let request = PublishRequest { replace: true, upserted: all, ..Default::default() };
             let mut client = client!(DirectoryClient, channel.clone());
             if let Err(status) = client.publish(request).await {
                 tracing::debug!(status = status.message(), "cannot publish the directory; trying again");

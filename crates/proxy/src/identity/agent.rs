@@ -4,15 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
-use countersign_api::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
-use countersign_api::workload::{X509svidRequest, X509svidResponse};
-use countersign_identity::trust_domain::{parse_trust_domain, trust_domain_of};
-use countersign_identity::{BundleSet, PrivateKey, TrustDomain, X509Authority, X509Bundle, X509Svid};
+use countersign_api::workload_api;
 use tokio_util::sync::CancellationToken;
-use tonic::metadata::MetadataValue;
+use tonic::Code;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
-use zeroize::Zeroize;
 
 use super::{Current, Identity};
 
@@ -20,8 +15,15 @@ use super::{Current, Identity};
 pub async fn follow_agent(current: Arc<Current>, channel: Channel, shutdown: CancellationToken) {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     loop {
+        let heard = |update: workload_api::Update| match Identity::new(update.svid, update.bundles) {
+            Ok(identity) => {
+                backoff.reset();
+                current.set(identity);
+            }
+            Err(error) => tracing::error!(%error, "the agent's answer cannot be used; the identity stays as it is"),
+        };
         let ended = tokio::select! {
-            ended = follow(&current, channel.clone(), &mut backoff) => ended,
+            ended = workload_api::follow(channel.clone(), heard) => ended,
             () = shutdown.cancelled() => return,
         };
         // Withdrawn is withdrawn; an agent that is only away leaves us who we are.
@@ -33,94 +35,6 @@ pub async fn follow_agent(current: Arc<Current>, channel: Channel, shutdown: Can
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = shutdown.cancelled() => return,
-        }
-    }
-}
-
-async fn follow(current: &Current, channel: Channel, backoff: &mut Backoff) -> Status {
-    let mut client = SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(4 * 1024 * 1024);
-    let mut request = Request::new(X509svidRequest {});
-    request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
-    let mut stream = match client.fetch_x509svid(request).await {
-        Ok(stream) => stream.into_inner(),
-        Err(status) => return status,
-    };
-    loop {
-        match stream.message().await {
-            Ok(Some(message)) => match identity_from_wire(message) {
-                Ok(identity) => {
-                    backoff.reset();
-                    current.set(identity);
-                }
-                Err(why) => tracing::error!(why, "the agent's answer cannot be used; the identity stays as it is"),
-            },
-            Ok(None) => return Status::unavailable("the agent closed the stream"),
-            Err(status) => return status,
-        }
-    }
-}
-
-fn identity_from_wire(mut message: X509svidResponse) -> Result<Identity, String> {
-    let mut first = message.svids.drain(..).next().ok_or("it holds no SVID")?;
-    let key = std::mem::take(&mut first.x509_svid_key);
-    let key = PrivateKey::from_pkcs8(key).map_err(|e| e.to_string())?;
-    let svid = X509Svid::new(split_der(&first.x509_svid)?.into_iter().map(|c| c.to_vec().into()).collect(), key);
-    let svid = svid.map_err(|e| e.to_string())?;
-    let mut bundles = BundleSet::default();
-    bundles.insert(bundle_from_der(trust_domain_of(svid.id()), &first.bundle)?);
-    for (name, der) in &message.federated_bundles {
-        let td = parse_trust_domain(name.strip_prefix("spiffe://").unwrap_or(name)).map_err(|e| e.to_string())?;
-        bundles.insert(bundle_from_der(td, der)?);
-    }
-    // The other identities' keys are of no use here.
-    message.svids.iter_mut().for_each(|s| s.x509_svid_key.zeroize());
-    Identity::new(svid, bundles).map_err(|e| e.to_string())
-}
-
-fn bundle_from_der(trust_domain: TrustDomain, der: &[u8]) -> Result<X509Bundle, String> {
-    let authorities =
-        split_der(der)?.into_iter().map(|c| X509Authority::from_der(c.to_vec()).map_err(|e| e.to_string()));
-    Ok(X509Bundle {
-        trust_domain,
-        authorities: authorities.collect::<Result<_, _>>()?,
-        sequence: 0,
-        refresh_hint: Duration::ZERO,
-    })
-}
-
-/// Cuts concatenated DER into its certificates (X.690 8.1.3: tag, length, value).
-fn split_der(mut bytes: &[u8]) -> Result<Vec<&[u8]>, String> {
-    let mut all = vec![];
-    while !bytes.is_empty() {
-        let malformed = || format!("certificate {} is no DER", all.len() + 1);
-        let [0x30, first, rest @ ..] = bytes else { return Err(malformed()) };
-        let (header, length) = match *first {
-            short if short < 0x80 => (2, usize::from(short)),
-            long @ 0x81..=0x83 => {
-                let count = usize::from(long & 0x7f);
-                let digits = rest.get(..count).ok_or_else(malformed)?;
-                (2 + count, digits.iter().fold(0, |n, d| n << 8 | usize::from(*d)))
-            }
-            _ => return Err(malformed()),
-        };
-        let (one, more) = bytes.split_at_checked(header + length).ok_or_else(malformed)?;
-        all.push(one);
-        bytes = more;
-    }
-    Ok(all)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn concatenated_der_is_cut_at_its_own_lengths() {
-        let long = [&[0x30, 0x82, 0x01, 0x00][..], &[7; 256]].concat();
-        let both = [&[0x30, 1, 9][..], &long].concat();
-        assert_eq!(split_der(&both).unwrap(), [&[0x30, 1, 9][..], &long]);
-        for bad in [&[0x31, 0][..], &[0x30], &[0x30, 5, 1], &[0x30, 0x82, 1], &[0x30, 0x84, 0, 0, 0, 0]] {
-            assert!(split_der(bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `countersign.v1.Directory`: fed by local callers, followed by agents.
 
 use async_trait::async_trait;
-use countersign_api::convert::workload_from_wire;
+use countersign_api::convert::{service_from_wire, workload_from_wire};
 use countersign_api::directory;
 use countersign_api::push::directory_server::Directory;
 use countersign_api::push::{PublishRequest, PublishResponse, ResolveRequest, ResolveResponse};
@@ -23,12 +23,14 @@ impl Directory for Endpoint {
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
         Caller::local(&self.0, &request)?;
         let request = request.into_inner();
-        if request.upserted.len() > MAX_WORKLOADS {
-            return Err(invalid(format!("the directory holds at most {MAX_WORKLOADS} workloads")));
+        if request.upserted.len() + request.upserted_services.len() > MAX_WORKLOADS {
+            return Err(invalid(format!("the directory holds at most {MAX_WORKLOADS} workloads and services")));
         }
         let upserted =
             request.upserted.into_iter().map(workload_from_wire).collect::<Result<_, _>>().map_err(invalid)?;
-        let revision = self.0.directory.publish(request.replace, upserted, &request.removed);
+        let services = request.upserted_services.into_iter().map(service_from_wire);
+        let services = services.collect::<Result<_, _>>().map_err(invalid)?;
+        let revision = self.0.directory.publish(request.replace, upserted, services, &request.removed);
         Ok(Response::new(PublishResponse { revision }))
     }
 

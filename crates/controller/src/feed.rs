@@ -1,0 +1,287 @@
+//! The directory: who is at each pod's address, and which endpoints stand behind each service.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_api::backoff::Backoff;
+use countersign_api::convert::{service_to_wire, workload_to_wire};
+use countersign_identity::TrustDomain;
+use countersign_identity::directory::{Endpoint, Service, Workload};
+use countersign_identity::policy::Policy;
+use ipnet::IpNet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::DirectoryConfig;
+use crate::facts::{Facts, Key, Pod};
+use crate::metrics::Metrics;
+use crate::server_link::ServerLink;
+use crate::watch::Cluster;
+
+/// Where every sidecar of a cluster takes mesh traffic.
+const MESH_PORT: u16 = 15008;
+/// The whole is published again after this time, for a server may have lost it without our noticing.
+const PUBLISH_AGAIN: Duration = Duration::from_secs(300);
+
+/// The feed.
+pub struct Feed {
+    /// Settings.
+    pub config: DirectoryConfig,
+    /// What the server signs for.
+    pub trust_domain: TrustDomain,
+    /// What is known of the cluster.
+    pub cluster: Arc<Cluster>,
+    /// The server.
+    pub server: ServerLink,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Everything that should be in the directory, by UID.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Directory {
+    workloads: HashMap<String, Workload>,
+    services: HashMap<String, Service>,
+}
+
+impl Feed {
+    /// Works until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut versions = self.cluster.versions();
+        let mut published: Option<Directory> = None;
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let work = async {
+            loop {
+                versions.mark_unchanged();
+                let now = self.cluster.facts().map(|facts| directory(&facts, &self.config, &self.trust_domain));
+                if let Some(now) = now {
+                    self.metrics.workloads.set(i64::try_from(now.workloads.len()).unwrap_or(i64::MAX));
+                    self.metrics.services.set(i64::try_from(now.services.len()).unwrap_or(i64::MAX));
+                    match self.publish(published.as_ref(), &now).await {
+                        Ok(()) => {
+                            backoff.reset();
+                            published = Some(now);
+                        }
+                        Err(status) => {
+                            let delay = backoff.next_delay();
+                            published = None;
+                            self.metrics.directory_errors.inc();
+                            tracing::warn!(server = self.server.name(), status = status.message(), "cannot feed the directory; trying again in {delay:.1?}");
+                            tokio::time::sleep(delay).await;
+                            continue;
+                        }
+                    }
+                }
+                tokio::select! {
+                    changed = versions.changed() => if changed.is_err() { return },
+                    () = tokio::time::sleep(PUBLISH_AGAIN) => published = None,
+                    _ = self.server.gone(), if published.is_some() => {
+                        published = None;
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = work => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+
+    /// Tells the server the difference, or everything.
+    async fn publish(&self, before: Option<&Directory>, now: &Directory) -> Result<(), tonic::Status> {
+        let empty = Directory::default();
+        let old = before.unwrap_or(&empty);
+        let workloads: Vec<_> =
+            now.workloads.iter().filter(|(uid, w)| old.workloads.get(*uid) != Some(*w)).map(|(_, w)| w).collect();
+        let services: Vec<_> =
+            now.services.iter().filter(|(uid, s)| old.services.get(*uid) != Some(*s)).map(|(_, s)| s).collect();
+        let gone = old.workloads.keys().filter(|uid| !now.workloads.contains_key(*uid));
+        let gone: Vec<String> =
+            gone.chain(old.services.keys().filter(|uid| !now.services.contains_key(*uid))).cloned().collect();
+        if before.is_some() && workloads.is_empty() && services.is_empty() && gone.is_empty() {
+            return Ok(());
+        }
+        let workloads = workloads.into_iter().map(workload_to_wire).collect();
+        let services = services.into_iter().map(service_to_wire).collect();
+        self.server.publish(before.is_none(), workloads, services, gone).await
+    }
+}
+
+fn directory(facts: &Facts, config: &DirectoryConfig, trust_domain: &TrustDomain) -> Directory {
+    let egress = api_server(facts);
+    let meshed = facts.pods.values().filter(|p| p.meshed && !p.over && !p.host_network && !p.addresses.is_empty());
+    let workload = |pod: &Pod| {
+        let id = config.template.id_of(pod, trust_domain)?.ok()?;
+        Some(Workload {
+            uid: pod.uid.clone(),
+            name: format!("{}/{}", pod.namespace, pod.name),
+            addresses: pod.addresses.clone(),
+            spiffe_ids: [id.to_string()].into(),
+            mesh_port: MESH_PORT,
+            policy: Policy { mode: facts.mode_of(pod, config.mode), egress: egress.clone(), ..Policy::default() },
+        })
+    };
+    let workloads: HashMap<String, Workload> =
+        meshed.filter_map(workload).map(|w| (w.uid.clone(), w)).collect();
+    let in_mesh: HashSet<IpAddr> = workloads.values().flat_map(|w| w.addresses.iter().copied()).collect();
+    let mut slices: HashMap<Key, Vec<&crate::facts::Slice>> = HashMap::new();
+    for ((namespace, _), slice) in &facts.slices {
+        slices.entry((namespace.clone(), slice.service.clone())).or_default().push(slice);
+    }
+    let services = facts.services.values().filter(|s| !s.addresses.is_empty()).map(|service| {
+        let key = (service.namespace.clone(), service.name.clone());
+        let behind = slices.get(&key).map_or(&[][..], Vec::as_slice);
+        let ports = service.ports.iter().map(|(number, name)| (*number, endpoints(behind, name, &in_mesh)));
+        let service = Service {
+            uid: service.uid.clone(),
+            name: format!("{}/{}", service.namespace, service.name),
+            addresses: service.addresses.clone(),
+            ports: ports.collect::<BTreeMap<_, _>>(),
+        };
+        (service.uid.clone(), service)
+    });
+    Directory { services: services.collect(), workloads }
+}
+
+/// What takes connections for a service's port of this name.
+fn endpoints(slices: &[&crate::facts::Slice], name: &str, in_mesh: &HashSet<IpAddr>) -> Vec<Endpoint> {
+    let mut all: Vec<Endpoint> = slices
+        .iter()
+        .flat_map(|slice| {
+            let ports = slice.ports.iter().filter(move |(n, _)| n == name).map(|(_, p)| *p);
+            ports.flat_map(|port| slice.addresses.iter().map(move |ip| SocketAddr::new(*ip, port)))
+        })
+        .map(|address| Endpoint { address, meshed: in_mesh.contains(&address.ip()) })
+        .collect();
+    all.sort_unstable_by_key(|e| e.address);
+    all.dedup();
+    all
+}
+
+/// The Kubernetes API server, which no strict workload is cut off from.
+fn api_server(facts: &Facts) -> Vec<IpNet> {
+    let key = ("default".to_owned(), "kubernetes".to_owned());
+    let service = facts.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());
+    let slices = facts.slices.iter().filter(|((ns, _), s)| ns == "default" && s.service == "kubernetes");
+    let mut all: Vec<IpNet> =
+        service.chain(slices.flat_map(|(_, s)| s.addresses.iter().copied())).map(IpNet::from).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use countersign_identity::policy::Mode;
+
+    fn key(namespace: &str, name: &str) -> Key {
+        (namespace.to_owned(), name.to_owned())
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn pod(name: &str, address: &str, meshed: bool) -> (Key, Pod) {
+        let pod = Pod {
+            namespace: "shop".into(),
+            name: name.into(),
+            uid: format!("u-{name}"),
+            service_account: "web".into(),
+            addresses: vec![ip(address)],
+            meshed,
+            ..Pod::default()
+        };
+        (key("shop", name), pod)
+    }
+
+    fn facts() -> Facts {
+        let slice = |service: &str, addresses: &[&str], port| crate::facts::Slice {
+            service: service.into(),
+            addresses: addresses.iter().map(|a| ip(a)).collect(),
+            ports: vec![("http".into(), port)],
+        };
+        let service = |uid: &str, namespace: &str, name: &str, address: &[&str]| crate::facts::Service {
+            uid: uid.into(),
+            namespace: namespace.into(),
+            name: name.into(),
+            addresses: address.iter().map(|a| ip(a)).collect(),
+            ports: vec![(80, "http".into())],
+            selector: BTreeMap::new(),
+        };
+        Facts {
+            pods: [pod("a", "10.0.0.1", true), pod("b", "10.0.0.2", false)].into(),
+            services: [
+                (key("shop", "web"), service("s-web", "shop", "web", &["10.91.0.7"])),
+                (key("shop", "headless"), service("s-headless", "shop", "headless", &[])),
+                (key("default", "kubernetes"), service("s-api", "default", "kubernetes", &["10.91.0.1"])),
+            ]
+            .into(),
+            slices: [
+                (key("shop", "web-1"), slice("web", &["10.0.0.1", "10.0.0.2"], 8080)),
+                (key("shop", "web-2"), slice("web", &["10.0.0.1"], 8080)),
+                (key("other", "web-1"), slice("web", &["10.0.0.9"], 8080)),
+                (key("default", "kubernetes"), slice("kubernetes", &["10.89.0.1"], 6443)),
+            ]
+            .into(),
+            ..Facts::default()
+        }
+    }
+
+    fn made(facts: &Facts, mode: Mode) -> Directory {
+        let config = DirectoryConfig {
+            server_socket: "/x".into(),
+            template: crate::template::DEFAULT.parse().unwrap(),
+            mode,
+            mesh_configmap: None,
+        };
+        directory(facts, &config, &TrustDomain::new("td").unwrap())
+    }
+
+    #[test]
+    fn a_meshed_pod_is_a_workload_and_a_service_has_its_own_endpoints_once_each() {
+        let made = made(&facts(), Mode::Strict);
+        assert_eq!(made.workloads.len(), 1);
+        let a = &made.workloads["u-a"];
+        assert_eq!(a.spiffe_ids, ["spiffe://td/ns/shop/sa/web".to_owned()].into());
+        assert_eq!(a.policy.mode, Mode::Strict);
+        assert_eq!(a.policy.egress, ["10.89.0.1/32".parse().unwrap(), "10.91.0.1/32".parse().unwrap()]);
+        let web = &made.services["s-web"].ports[&80];
+        let seen: Vec<_> = web.iter().map(|e| (e.address.to_string(), e.meshed)).collect();
+        assert_eq!(seen, [("10.0.0.1:8080".to_owned(), true), ("10.0.0.2:8080".to_owned(), false)]);
+        assert!(!made.services.contains_key("s-headless"), "its endpoints are reached by their own addresses");
+    }
+
+    #[test]
+    fn a_mesh_that_is_being_removed_is_transparent_even_where_it_was_strict() {
+        let mut facts = facts();
+        facts.mesh.insert(key("m", "m"), crate::facts::Mesh { mode: Some(Mode::Strict), transparent: false });
+        assert_eq!(made(&facts, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
+        facts.mesh.insert(key("m", "m"), crate::facts::Mesh { mode: Some(Mode::Strict), transparent: true });
+        assert_eq!(made(&facts, Mode::Strict).workloads["u-a"].policy.mode, Mode::Off);
+    }
+
+    #[test]
+    fn a_pod_that_is_over_or_uses_its_nodes_network_is_nobody() {
+        let mut facts = facts();
+        facts.pods.get_mut(&key("shop", "a")).unwrap().over = true;
+        assert!(made(&facts, Mode::Strict).workloads.is_empty());
+        let a = facts.pods.get_mut(&key("shop", "a")).unwrap();
+        (a.over, a.host_network) = (false, true);
+        assert!(made(&facts, Mode::Strict).workloads.is_empty());
+    }
+
+    #[test]
+    fn the_nearest_mode_wins_and_strict_is_not_weakened() {
+        let mut facts = facts();
+        facts.namespaces.insert(key("", "shop"), crate::facts::Namespace { mode: Some(Mode::Strict) });
+        facts.pods.get_mut(&key("shop", "a")).unwrap().annotations.insert(crate::facts::MODE.into(), "off".into());
+        assert_eq!(made(&facts, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
+        facts.namespaces.clear();
+        assert_eq!(made(&facts, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Off);
+        assert_eq!(made(&facts, Mode::Strict).workloads["u-a"].policy.mode, Mode::Strict);
+    }
+}

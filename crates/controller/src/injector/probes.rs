@@ -1,0 +1,125 @@
+//! The kubelet's probes go to the sidecar, which asks the app: under strict nothing else may reach it in the clear.
+
+use serde_json::{Map, Value, json};
+
+/// Where the sidecar is asked.
+const PROBE_PORT: u16 = 15020;
+
+/// Rewrites the probes of one container; what is asked of the app goes into `written`, for the sidecar.
+pub fn rewrite(container: &mut Value, written: &mut Map<String, Value>) {
+    let Some(name) = container["name"].as_str().map(ToOwned::to_owned) else { return };
+    let ports = container["ports"].clone();
+    for (field, kind) in [("livenessProbe", "liveness"), ("readinessProbe", "readiness"), ("startupProbe", "startup")] {
+        let Some(probe) = container.get_mut(field).and_then(Value::as_object_mut) else { continue };
+        let timeout = probe.get("timeoutSeconds").and_then(Value::as_u64).unwrap_or(1);
+        let Some(mut asked) = app_side(probe, &ports) else { continue };
+        asked["timeout_seconds"] = timeout.into();
+        let asked_as = format!("{name}/{kind}");
+        for handler in ["httpGet", "tcpSocket", "grpc"] {
+            probe.remove(handler);
+        }
+        probe.insert("httpGet".into(), json!({ "path": format!("/probe/{asked_as}"), "port": PROBE_PORT }));
+        written.insert(asked_as, asked);
+    }
+}
+
+/// What the sidecar is to ask; `None`: the probe asks nothing of this pod over the network, or a port it does not have.
+fn app_side(probe: &Map<String, Value>, ports: &Value) -> Option<Value> {
+    if let Some(http) = probe.get("httpGet") {
+        // Another host is not the app.
+        if http["host"].as_str().is_some_and(|h| !h.is_empty()) {
+            return None;
+        }
+        let headers: Vec<Value> = http["httpHeaders"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|h| json!([h["name"].as_str().unwrap_or_default(), h["value"].as_str().unwrap_or_default()]))
+            .collect();
+        let path = http["path"].as_str().filter(|p| !p.is_empty()).unwrap_or("/");
+        let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
+        let tls = http["scheme"].as_str() == Some("HTTPS");
+        let port = number(&http["port"], ports)?;
+        return Some(json!({ "port": port, "http": { "tls": tls, "path": path, "headers": headers } }));
+    }
+    if let Some(tcp) = probe.get("tcpSocket") {
+        if tcp["host"].as_str().is_some_and(|h| !h.is_empty()) {
+            return None;
+        }
+        return Some(json!({ "port": number(&tcp["port"], ports)?, "tcp": {} }));
+    }
+    let grpc = probe.get("grpc")?;
+    let service = grpc["service"].as_str().unwrap_or_default();
+    Some(json!({ "port": number(&grpc["port"], ports)?, "grpc": { "service": service } }))
+}
+
+/// A port's number; one that goes by a name is looked up among the container's own.
+fn number(port: &Value, ports: &Value) -> Option<u16> {
+    if let Some(number) = port.as_u64() {
+        return number.try_into().ok().filter(|p| *p != PROBE_PORT);
+    }
+    let name = port.as_str()?;
+    if let Ok(number) = name.parse() {
+        return Some(number);
+    }
+    let found = ports.as_array()?.iter().find(|p| p["name"].as_str() == Some(name))?;
+    found["containerPort"].as_u64()?.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rewritten(container: Value) -> (Value, Value) {
+        let (mut container, mut written) = (container, Map::new());
+        rewrite(&mut container, &mut written);
+        (container, Value::Object(written))
+    }
+
+    #[test]
+    fn http_tcp_and_grpc_probes_go_through_the_sidecar() {
+        let (container, written) = rewritten(json!({
+            "name": "app", "ports": [{"name": "web", "containerPort": 8080}],
+            "livenessProbe": {"httpGet": {"path": "/live?x=1", "port": "web", "scheme": "HTTPS", "httpHeaders": [{"name": "A", "value": "b"}]},
+                              "timeoutSeconds": 3, "periodSeconds": 7},
+            "readinessProbe": {"tcpSocket": {"port": 5432}},
+            "startupProbe": {"grpc": {"port": 9000, "service": "db"}, "failureThreshold": 30},
+        }));
+        assert_eq!(
+            container["livenessProbe"],
+            json!({"httpGet": {"path": "/probe/app/liveness", "port": 15020}, "timeoutSeconds": 3, "periodSeconds": 7})
+        );
+        assert_eq!(container["readinessProbe"], json!({"httpGet": {"path": "/probe/app/readiness", "port": 15020}}));
+        assert_eq!(container["startupProbe"]["failureThreshold"], 30);
+        assert_eq!(
+            written,
+            json!({
+                "app/liveness": {"port": 8080, "timeout_seconds": 3,
+                                 "http": {"tls": true, "path": "/live?x=1", "headers": [["A", "b"]]}},
+                "app/readiness": {"port": 5432, "timeout_seconds": 1, "tcp": {}},
+                "app/startup": {"port": 9000, "timeout_seconds": 1, "grpc": {"service": "db"}},
+            })
+        );
+    }
+
+    #[test]
+    fn what_asks_nothing_of_the_app_over_the_network_stays() {
+        let probes = json!({
+            "name": "app",
+            "livenessProbe": {"exec": {"command": ["true"]}},
+            "readinessProbe": {"httpGet": {"host": "example.org", "port": 80}},
+            "startupProbe": {"httpGet": {"port": "no-such-port"}},
+        });
+        let (container, written) = rewritten(probes.clone());
+        assert_eq!(container, probes);
+        assert_eq!(written, json!({}));
+    }
+
+    #[test]
+    fn what_is_rewritten_already_is_left_as_it_is() {
+        let (once, _) = rewritten(json!({"name": "a", "livenessProbe": {"tcpSocket": {"port": 1}}}));
+        let (twice, written) = rewritten(once.clone());
+        assert_eq!(once, twice);
+        assert_eq!(written, json!({}));
+    }
+}

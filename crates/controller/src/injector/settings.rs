@@ -1,0 +1,154 @@
+//! What a pod's annotations ask of its sidecar, checked one by one.
+
+use std::collections::BTreeMap;
+
+use countersign_identity::policy::Mode;
+use ipnet::IpNet;
+
+/// What an annotation with a mistake is answered with.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("annotation {key}: `{value}` {why}")]
+pub struct Mistake {
+    key: String,
+    value: String,
+    why: &'static str,
+}
+
+/// What a pod's annotations say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Incoming ports that are not caught.
+    pub inbound_ports: Vec<u16>,
+    /// Outgoing ports that are not caught.
+    pub outbound_ports: Vec<u16>,
+    /// Sources that are not caught.
+    pub inbound_cidrs: Vec<IpNet>,
+    /// Destinations that are not caught.
+    pub outbound_cidrs: Vec<IpNet>,
+    /// Log filter of the sidecar.
+    pub log_level: Option<String>,
+    /// Resource requests and limits that stand instead of the defaults: `requests` or `limits`, then `cpu` or `memory`.
+    pub resources: BTreeMap<(&'static str, &'static str), String>,
+}
+
+/// The annotations that there are. `mode` is read by the directory feed; here it is only checked.
+const KEYS: [&str; 11] = [
+    "mode",
+    "inject",
+    "injected",
+    "ignore-inbound-ports",
+    "ignore-outbound-ports",
+    "ignore-inbound-cidrs",
+    "ignore-outbound-cidrs",
+    "log-level",
+    "cpu-request",
+    "memory-request",
+    "cpu-limit",
+];
+
+/// Reads a list whose items may have blanks around them; empty items are passed over.
+fn list<T: std::str::FromStr>(key: &str, text: &str, why: &'static str) -> Result<Vec<T>, Mistake> {
+    let items = text.split(',').map(str::trim).filter(|i| !i.is_empty());
+    let wrong = |item: &str| Mistake { key: key.to_owned(), value: item.to_owned(), why };
+    items.map(|item| item.parse().map_err(|_| wrong(item))).collect()
+}
+
+/// A Kubernetes quantity: digits, perhaps a fraction, perhaps a suffix.
+fn is_quantity(text: &str) -> bool {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, suffix) = text.split_at(split);
+    let suffixes = ["", "m", "k", "M", "G", "T", "Ki", "Mi", "Gi", "Ti"];
+    number.parse::<f64>().is_ok_and(|n| n > 0.0) && suffixes.contains(&suffix)
+}
+
+impl Settings {
+    /// Reads a pod's annotations.
+    pub fn read<'a>(annotations: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Self, Mistake> {
+        let mut settings = Self::default();
+        for (full, value) in annotations {
+            let Some(key) = full.strip_prefix(crate::facts::OURS) else { continue };
+            let wrong = |why| Mistake { key: full.to_owned(), value: value.to_owned(), why };
+            let mut resource = |kind, what| {
+                if !is_quantity(value) {
+                    return Err(wrong("is no quantity, such as 100m or 64Mi"));
+                }
+                settings.resources.insert((kind, what), value.to_owned());
+                Ok(())
+            };
+            match key {
+                "mode" => drop(value.parse::<Mode>().map_err(|_| wrong("is no mode: use off, permissive or strict"))?),
+                "ignore-inbound-ports" => settings.inbound_ports = ports(full, value)?,
+                "ignore-outbound-ports" => settings.outbound_ports = ports(full, value)?,
+                "ignore-inbound-cidrs" => settings.inbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
+                "ignore-outbound-cidrs" => settings.outbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
+                "log-level" => {
+                    if !["error", "warn", "info", "debug", "trace"].contains(&value) {
+                        return Err(wrong("is no level: use error, warn, info, debug or trace"));
+                    }
+                    settings.log_level = Some(value.to_owned());
+                }
+                "cpu-request" => resource("requests", "cpu")?,
+                "memory-request" => resource("requests", "memory")?,
+                "cpu-limit" => resource("limits", "cpu")?,
+                "memory-limit" => resource("limits", "memory")?,
+                known if KEYS.contains(&known) => {}
+                _ => return Err(wrong("is set on an annotation that does not exist; see docs/kubernetes.md for those that do")),
+            }
+        }
+        Ok(settings)
+    }
+}
+
+fn ports(key: &str, value: &str) -> Result<Vec<u16>, Mistake> {
+    let why = "is no port: use numbers from 1 to 65535, comma separated";
+    let all: Vec<u16> = list(key, value, why)?;
+    match all.iter().find(|p| **p == 0) {
+        Some(_) => Err(Mistake { key: key.to_owned(), value: "0".to_owned(), why }),
+        None => Ok(all),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(key: &str, value: &str) -> Result<Settings, String> {
+        let full = format!("countersign.dev/{key}");
+        Settings::read([(full.as_str(), value), ("other.io/x", "y")].into_iter()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn lists_have_blanks_or_not() {
+        for text in ["80,443", "80, 443", " 80 ,443, "] {
+            assert_eq!(read("ignore-inbound-ports", text).unwrap().inbound_ports, [80, 443], "{text}");
+        }
+        let cidrs = read("ignore-outbound-cidrs", "10.0.0.0/8, fd00::/8").unwrap().outbound_cidrs;
+        assert_eq!(cidrs.len(), 2);
+        assert_eq!(read("ignore-outbound-ports", "").unwrap().outbound_ports, [0; 0]);
+    }
+
+    #[test]
+    fn a_mistake_names_annotation_and_value() {
+        for (key, value, said) in [
+            ("ignore-inbound-ports", "80,http", "annotation countersign.dev/ignore-inbound-ports: `http` is no port"),
+            ("ignore-outbound-ports", "0", "annotation countersign.dev/ignore-outbound-ports: `0` is no port"),
+            ("ignore-inbound-cidrs", "10.0.0.0/40", "annotation countersign.dev/ignore-inbound-cidrs: `10.0.0.0/40` is no CIDR"),
+            ("mode", "loose", "annotation countersign.dev/mode: `loose` is no mode"),
+            ("log-level", "loud", "annotation countersign.dev/log-level: `loud` is no level"),
+            ("memory-limit", "much", "annotation countersign.dev/memory-limit: `much` is no quantity"),
+            ("cpu-request", "-1", "annotation countersign.dev/cpu-request: `-1` is no quantity"),
+            ("mod", "strict", "annotation countersign.dev/mod: `strict` is set on an annotation that does not exist"),
+        ] {
+            let why = read(key, value).unwrap_err();
+            assert!(why.starts_with(said), "{why}");
+        }
+    }
+
+    #[test]
+    fn resources_and_level_are_taken() {
+        let settings = read("memory-limit", "64Mi").unwrap();
+        assert_eq!(settings.resources[&("limits", "memory")], "64Mi");
+        assert_eq!(read("log-level", "debug").unwrap().log_level.as_deref(), Some("debug"));
+        assert!(read("mode", "strict").is_ok());
+    }
+}

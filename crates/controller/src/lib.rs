@@ -1,0 +1,161 @@
+//! Kubernetes: injects sidecars into pods, registers pods with the server, and feeds the directory.
+//!
+//! Three parts that run together or apart: [`injector`] is the webhook and needs no permission in the cluster; [`registrar`]
+//! and [`feed`] stand beside a server, whose Unix socket they use, and share one view of the cluster ([`watch`], [`facts`]).
+
+pub mod config;
+pub mod crd;
+pub mod facts;
+pub mod feed;
+pub mod injector;
+mod leader;
+pub mod metrics;
+pub mod registrar;
+mod server_link;
+pub mod template;
+pub mod watch;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use countersign_api::http;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use config::{Config, DirectoryConfig, InjectorConfig, RegistrarConfig};
+
+use crate::feed::Feed;
+use crate::leader::Leader;
+use crate::metrics::Metrics;
+use crate::registrar::Registrar;
+use crate::server_link::ServerLink;
+use crate::watch::Cluster;
+
+/// Why a controller did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ControllerError {
+    /// The Kubernetes API.
+    #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
+    Kubernetes(#[from] kube::Error),
+    /// The webhook.
+    #[error(transparent)]
+    Webhook(#[from] injector::WebhookError),
+    /// A port is taken.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+/// Runs a controller until `shutdown`. `ready` is called once its parts have begun.
+pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce()) -> Result<(), ControllerError> {
+    let tasks = TaskTracker::new();
+    let metrics = Arc::new(Metrics::default());
+    let serving = injector::Serving::default();
+    let cluster = Arc::new(Cluster::new(mesh_configmap(&config).is_some()));
+    if let Some(settings) = config.injector.clone() {
+        injector::serve(settings, serving.clone(), metrics.clone(), &tasks, shutdown.clone()).await?;
+    }
+    let watches = config.registrar.is_some() || config.directory.is_some();
+    if watches {
+        let client = kube::Client::try_default().await?;
+        start_watchers(&config, &client, &cluster, &metrics, &tasks, &shutdown);
+    }
+    if let Some(address) = config.metrics {
+        let listener =
+            TcpListener::bind(address).await.map_err(|source| ControllerError::Listen { address, source })?;
+        let injects = config.injector.is_some();
+        let pages = http::pages({
+            let metrics = metrics.clone();
+            move |path| match path {
+                "/metrics" => Some(http::Answer::metrics(&metrics.registry)),
+                "/live" => Some(http::Answer::ready(None)),
+                "/ready" => {
+                    let missing = match () {
+                        () if injects && !serving.is_ready() => Some("the agent has given us no certificate yet"),
+                        () if watches && cluster.facts().is_none() => Some("the API server has not been heard whole yet"),
+                        () => None,
+                    };
+                    Some(http::Answer::ready(missing.map(ToOwned::to_owned)))
+                }
+                _ => None,
+            }
+        });
+        tasks.spawn(http::serve(listener, pages, shutdown.clone()));
+    }
+    tracing::info!(
+        registrar = config.registrar.is_some(),
+        directory = config.directory.is_some(),
+        injector = config.injector.is_some(),
+        "controller ready"
+    );
+    ready();
+    shutdown.cancelled().await;
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+fn mesh_configmap(config: &Config) -> Option<(String, String)> {
+    config.directory.as_ref().and_then(|d| d.mesh_configmap.clone())
+}
+
+fn start_watchers(
+    config: &Config,
+    client: &kube::Client,
+    cluster: &Arc<Cluster>,
+    metrics: &Arc<Metrics>,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) {
+    let (follow, stop) = (cluster.clone().follow(client.clone(), mesh_configmap(config)), shutdown.clone());
+    tasks.spawn(async move {
+        tokio::select! {
+            () = follow => {}
+            () = stop.cancelled() => {}
+        }
+    });
+    if let Some(settings) = config.directory.clone() {
+        let feed = Feed {
+            server: ServerLink::new(&settings.server_socket),
+            config: settings,
+            trust_domain: config.trust_domain.clone(),
+            cluster: cluster.clone(),
+            metrics: metrics.clone(),
+        };
+        tasks.spawn(feed.run(shutdown.clone()));
+    }
+    if let Some(settings) = config.registrar.clone() {
+        let (cluster, client, metrics) = (cluster.clone(), client.clone(), metrics.clone());
+        let (trust_domain, shutdown) = (config.trust_domain.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            let registrar = || Registrar {
+                server: ServerLink::new(&settings.server_socket),
+                config: settings.clone(),
+                trust_domain: trust_domain.clone(),
+                client: client.clone(),
+                cluster: cluster.clone(),
+                metrics: metrics.clone(),
+            };
+            let Some(namespace) = &settings.lease_namespace else { return registrar().run(shutdown).await };
+            let me = std::env::var("POD_NAME").or_else(|_| std::env::var("HOSTNAME"));
+            let me = me.unwrap_or_else(|_| format!("countersign-{}", std::process::id()));
+            let leader = Leader::new(client.clone(), namespace, "countersign-registrar", me);
+            while !shutdown.is_cancelled() {
+                tokio::select! {
+                    () = leader.wait() => {}
+                    () = shutdown.cancelled() => return,
+                }
+                let term = shutdown.child_token();
+                tokio::select! {
+                    () = registrar().run(term.clone()) => {}
+                    () = leader.hold() => term.cancel(),
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,62 @@
+//! What a controller counts.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// Labels of the injector's counter.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Outcome {
+    /// `injected`, `left`, `refused`, `malformed`.
+    pub outcome: &'static str,
+}
+
+/// A controller's metrics.
+pub struct Metrics {
+    /// All of them.
+    pub registry: Registry,
+    /// Entries that the registrar keeps.
+    pub registered: Gauge,
+    /// Passes of the registrar that could not do everything.
+    pub registrar_errors: Counter,
+    /// Workloads in the directory.
+    pub workloads: Gauge,
+    /// Services in the directory.
+    pub services: Gauge,
+    /// Times that the directory could not be fed.
+    pub directory_errors: Counter,
+    /// Pods that came by the webhook.
+    pub admissions: Family<Outcome, Counter>,
+    /// End of the webhook's certificate, Unix seconds.
+    pub webhook_expiry: Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("countersign_controller");
+        let metrics = Self {
+            registered: Gauge::default(),
+            registrar_errors: Counter::default(),
+            workloads: Gauge::default(),
+            services: Gauge::default(),
+            directory_errors: Counter::default(),
+            admissions: Family::default(),
+            webhook_expiry: Gauge::default(),
+            registry: Registry::default(),
+        };
+        registry.register("registered_entries", "Entries that the registrar keeps", metrics.registered.clone());
+        registry.register("registrar_errors", "Passes that could not do everything", metrics.registrar_errors.clone());
+        registry.register("directory_workloads", "Workloads in the directory", metrics.workloads.clone());
+        registry.register("directory_services", "Services in the directory", metrics.services.clone());
+        registry.register("directory_errors", "Times that the directory could not be fed", metrics.directory_errors.clone());
+        registry.register("admissions", "Pods that came by the webhook", metrics.admissions.clone());
+        registry.register(
+            "webhook_certificate_expiry_seconds",
+            "End of the webhook's certificate, Unix time",
+            metrics.webhook_expiry.clone(),
+        );
+        Self { registry, ..metrics }
+    }
+}

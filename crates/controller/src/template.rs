@@ -1,0 +1,143 @@
+//! How a pod's SPIFFE ID is made, in the words of the reference's registrar: `ns/{{.Pod.Namespace}}/sa/{{.Pod.ServiceAccount}}`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use countersign_identity::trust_domain::parse_workload_id;
+use countersign_identity::{SpiffeId, TrustDomain};
+
+use crate::facts::Pod;
+
+/// What every pod has without being told.
+pub const DEFAULT: &str = "ns/{{.Pod.Namespace}}/sa/{{.Pod.ServiceAccount}}";
+
+/// The path of a pod's SPIFFE ID, with blanks to fill.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Template {
+    parts: Vec<Part>,
+    text: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Part {
+    Text(String),
+    Namespace,
+    ServiceAccount,
+    Name,
+    Uid,
+    Label(String),
+    Annotation(String),
+}
+
+/// A template that cannot be read.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum TemplateError {
+    /// A blank that nothing fills.
+    #[error("`{{{{{0}}}}}` names nothing of a pod: use .Pod.Namespace, .Pod.ServiceAccount, .Pod.Name, .Pod.UID, .Pod.Labels.KEY or .Pod.Annotations.KEY")]
+    Blank(String),
+    /// Braces that do not close.
+    #[error("`{{{{` without `}}}}` in `{0}`")]
+    Open(String),
+    /// It makes no SPIFFE ID.
+    #[error("`{text}` makes no SPIFFE ID: {why}")]
+    Id {
+        /// What came out.
+        text: String,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl FromStr for Template {
+    type Err = TemplateError;
+
+    fn from_str(text: &str) -> Result<Self, TemplateError> {
+        let mut parts = vec![];
+        let mut rest = text.trim_start_matches('/');
+        while let Some((before, after)) = rest.split_once("{{") {
+            let (blank, after) = after.split_once("}}").ok_or_else(|| TemplateError::Open(text.to_owned()))?;
+            parts.push(Part::Text(before.to_owned()));
+            let blank = blank.trim();
+            parts.push(match blank {
+                ".Pod.Namespace" => Part::Namespace,
+                ".Pod.ServiceAccount" => Part::ServiceAccount,
+                ".Pod.Name" => Part::Name,
+                ".Pod.UID" => Part::Uid,
+                other => match (other.strip_prefix(".Pod.Labels."), other.strip_prefix(".Pod.Annotations.")) {
+                    (Some(key), _) if !key.is_empty() => Part::Label(key.to_owned()),
+                    (_, Some(key)) if !key.is_empty() => Part::Annotation(key.to_owned()),
+                    _ => return Err(TemplateError::Blank(blank.to_owned())),
+                },
+            });
+            rest = after;
+        }
+        parts.push(Part::Text(rest.to_owned()));
+        Ok(Self { parts, text: text.to_owned() })
+    }
+}
+
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Template {
+    /// A pod's SPIFFE ID. `None`: the pod lacks what the template asks for, and gets no identity.
+    pub fn id_of(&self, pod: &Pod, trust_domain: &TrustDomain) -> Option<Result<SpiffeId, TemplateError>> {
+        let mut path = String::new();
+        for part in &self.parts {
+            path.push_str(match part {
+                Part::Text(text) => text,
+                Part::Namespace => &pod.namespace,
+                Part::ServiceAccount => &pod.service_account,
+                Part::Name => &pod.name,
+                Part::Uid => &pod.uid,
+                Part::Label(key) => pod.labels.get(key)?,
+                Part::Annotation(key) => pod.annotations.get(key)?,
+            });
+        }
+        let text = format!("spiffe://{trust_domain}/{path}");
+        Some(parse_workload_id(&text).map_err(|e| TemplateError::Id { text, why: e.to_string() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod() -> Pod {
+        Pod {
+            namespace: "shop".into(),
+            name: "web-0".into(),
+            uid: "u1".into(),
+            service_account: "web".into(),
+            labels: [("spiffe".to_owned(), "front".to_owned()), ("bad".to_owned(), "a b".to_owned())].into(),
+            ..Pod::default()
+        }
+    }
+
+    fn id(template: &str) -> Option<String> {
+        let td = TrustDomain::new("td").unwrap();
+        template.parse::<Template>().unwrap().id_of(&pod(), &td).map(|id| match id {
+            Ok(id) => id.to_string(),
+            Err(e) => e.to_string(),
+        })
+    }
+
+    #[test]
+    fn blanks_are_filled_from_the_pod() {
+        assert_eq!(id(DEFAULT).as_deref(), Some("spiffe://td/ns/shop/sa/web"));
+        assert_eq!(id("/{{ .Pod.Labels.spiffe }}/{{.Pod.Name}}/{{.Pod.UID}}").as_deref(), Some("spiffe://td/front/web-0/u1"));
+        assert_eq!(id("{{.Pod.Labels.absent}}"), None);
+        assert!(id("{{.Pod.Labels.bad}}").unwrap().contains("makes no SPIFFE ID"));
+    }
+
+    #[test]
+    fn a_template_with_a_mistake_says_what_there_is() {
+        assert_eq!("x/{{.Pod.Node}}".parse::<Template>(), Err(TemplateError::Blank(".Pod.Node".into())));
+        assert_eq!("x/{{.Pod.Name".parse::<Template>(), Err(TemplateError::Open("x/{{.Pod.Name".into())));
+        let said = "{{x}}".parse::<Template>().unwrap_err().to_string();
+        assert!(said.starts_with("`{{x}}` names nothing of a pod"), "{said}");
+    }
+}

@@ -1,0 +1,97 @@
+//! `countersign inject`: what the webhook does to pods, done to manifests.
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use countersign_controller::injector::{self, Sidecar, Verdict};
+use serde_json::Value;
+
+use super::install::yaml;
+use crate::roles::controller::SidecarArgs;
+use crate::settings::Mistake;
+
+/// Largest file that is read, in bytes.
+const MAX_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Put redirect and sidecar into the pods of a file, as the webhook would: `countersign inject -f app.yaml | kubectl apply -f -`.
+///
+/// Works on Pods and on whatever holds pod templates: Deployments, StatefulSets, DaemonSets, ReplicaSets, Jobs, CronJobs,
+/// Lists of them. Everything else passes as it is. What was done is said on standard error.
+#[derive(Debug, clap::Args)]
+pub struct InjectArgs {
+    /// YAML or JSON file; `-` reads standard input.
+    #[arg(short = 'f', long = "filename", value_name = "FILE")]
+    file: PathBuf,
+    #[command(flatten)]
+    sidecar: SidecarArgs,
+}
+
+/// Prints the file with sidecars.
+pub fn inject(args: InjectArgs) -> Result<()> {
+    let name = args.file.display().to_string();
+    let mut text = String::new();
+    let read = if name == "-" {
+        std::io::stdin().take(MAX_BYTES).read_to_string(&mut text)
+    } else {
+        std::fs::File::open(&args.file).and_then(|f| f.take(MAX_BYTES).read_to_string(&mut text))
+    };
+    read.map_err(|e| Mistake(format!("{name}: cannot be read: {e}")))?;
+    let documents: Vec<Value> = serde_saphyr::from_multiple(&text)
+        .map_err(|e| Mistake(format!("{name}: {}", e.without_snippet())))?;
+    let sidecar = args.sidecar.sidecar();
+    let mut out = vec![];
+    for mut document in documents.into_iter().filter(|d| !d.is_null()) {
+        document_in(&mut document, &sidecar).with_context(|| name.clone())?;
+        out.push(yaml(&document)?);
+    }
+    print!("{}", out.join("---\n"));
+    Ok(())
+}
+
+/// Injects wherever a document holds a pod.
+fn document_in(document: &mut Value, sidecar: &Sidecar) -> Result<()> {
+    let kind = document["kind"].as_str().unwrap_or_default().to_owned();
+    let place = match kind.as_str() {
+        "List" => {
+            for item in document["items"].as_array_mut().into_iter().flatten() {
+                document_in(item, sidecar)?;
+            }
+            return Ok(());
+        }
+        "Pod" => "",
+        "Deployment" | "StatefulSet" | "DaemonSet" | "ReplicaSet" | "ReplicationController" | "Job" => "/spec/template",
+        "CronJob" => "/spec/jobTemplate/spec/template",
+        _ => return Ok(()),
+    };
+    let name = document["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+    let pod = document.pointer_mut(place).with_context(|| format!("{kind} {name} has no pod template"))?;
+    match injector::inject(pod, sidecar, true).map_err(|e| Mistake(format!("{kind} {name}: {e}")))? {
+        Verdict::Injected => eprintln!("{kind} {name}: injected"),
+        Verdict::Left(why) => eprintln!("{kind} {name}: left as it is: {why}"),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn every_kind_that_holds_a_pod_is_injected_and_the_rest_passes() {
+        let pod = json!({ "spec": { "containers": [{ "name": "a", "image": "i" }] } });
+        let sidecar = Sidecar::new("cs:1".into());
+        let with = |mut document: Value| {
+            document_in(&mut document, &sidecar).unwrap();
+            document.to_string().contains("countersign-proxy")
+        };
+        assert!(with(json!({ "kind": "Pod", "spec": pod["spec"] })));
+        for kind in ["Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"] {
+            assert!(with(json!({ "kind": kind, "spec": { "template": pod } })), "{kind}");
+        }
+        assert!(with(json!({ "kind": "CronJob", "spec": { "jobTemplate": { "spec": { "template": pod } } } })));
+        assert!(with(json!({ "kind": "List", "items": [{ "kind": "Pod", "spec": pod["spec"] }] })));
+        assert!(!with(json!({ "kind": "Service", "spec": {} })));
+    }
+}

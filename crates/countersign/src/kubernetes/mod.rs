@@ -1,0 +1,9 @@
+//! Commands for Kubernetes: the manifests of an installation, and injection into files.
+
+mod chart;
+mod inject;
+mod install;
+mod values;
+
+pub use inject::{InjectArgs, inject};
+pub use install::{InstallArgs, install};

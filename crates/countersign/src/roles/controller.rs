@@ -1,0 +1,154 @@
+//! `countersign controller`.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use countersign_controller::injector::Sidecar;
+use countersign_controller::template::{DEFAULT, Template};
+use countersign_controller::{Config, DirectoryConfig, InjectorConfig, RegistrarConfig};
+use countersign_identity::policy::Mode;
+use countersign_identity::trust_domain::parse_trust_domain;
+
+use crate::clients::{AGENT_SOCKET, SERVER_SOCKET};
+use crate::logging::LogArgs;
+use crate::settings::Mistake;
+use crate::stop::{ReadyFile, on_signal};
+
+/// Run the Kubernetes controller, whole or in parts: the injector puts sidecars into pods, the registrar registers pods with
+/// the server, the directory feed tells who is at each address. Registrar and feed use the server's Unix socket.
+#[derive(Debug, clap::Args)]
+pub struct ControllerArgs {
+    /// Which parts run, comma separated: injector, registrar, directory.
+    #[arg(long, value_name = "PARTS", value_delimiter = ',', default_value = "injector,registrar,directory")]
+    only: Vec<String>,
+    /// Trust domain of the server.
+    #[arg(long, value_name = "NAME")]
+    trust_domain: String,
+    /// The server's Unix socket.
+    #[arg(long, default_value = SERVER_SOCKET, value_name = "PATH")]
+    server_socket: PathBuf,
+    /// Registrar: the cluster's name, as the server's --k8s-psat-cluster.
+    #[arg(long, value_name = "NAME", default_value = "kubernetes")]
+    cluster: String,
+    /// Registrar: how a pod's SPIFFE ID is made.
+    #[arg(long, value_name = "TEMPLATE", default_value = DEFAULT)]
+    id_template: String,
+    /// Registrar: namespaces whose pods get no identity, comma separated.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "kube-system,kube-public")]
+    exclude_namespaces: Vec<String>,
+    /// Registrar: namespace of the lease by which several replicas agree who works; without it there is only one.
+    #[arg(long, value_name = "NAMESPACE")]
+    lease_namespace: Option<String>,
+    /// Directory: the mesh's mode, where namespace and pod say nothing: off, permissive, strict.
+    #[arg(long, value_name = "MODE", default_value = "permissive")]
+    mode: String,
+    /// Directory: ConfigMap, namespace/name, whose `mode` stands instead of --mode and is followed while the mesh runs.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    mesh_configmap: Option<String>,
+    /// Injector: where the API server calls.
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443")]
+    bind: SocketAddr,
+    /// Injector: the agent's Unix socket, from which its certificate comes.
+    #[arg(long, default_value = AGENT_SOCKET, value_name = "PATH")]
+    agent_socket: PathBuf,
+    #[command(flatten)]
+    sidecar: SidecarArgs,
+    /// Serve /metrics, /ready and /live here; off unless set.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+    #[command(flatten)]
+    ready: ReadyFile,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// What is put into pods.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SidecarArgs {
+    /// Image of redirect and sidecar.
+    #[arg(long, value_name = "IMAGE", default_value = concat!("docker.io/countersign/countersign:", env!("CARGO_PKG_VERSION")))]
+    image: String,
+    /// When nodes look for the image: Always, IfNotPresent, Never.
+    #[arg(long, value_name = "POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
+    image_pull_policy: String,
+    /// Folder of a node where its agent's socket is.
+    #[arg(long, value_name = "DIR", default_value = "/run/countersign/agent")]
+    agent_dir: String,
+    /// What sidecars log, where a pod says nothing.
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = ["error", "warn", "info", "debug", "trace"])]
+    sidecar_log: String,
+}
+
+impl SidecarArgs {
+    /// As the injector takes it.
+    pub fn sidecar(self) -> Sidecar {
+        Sidecar {
+            image: self.image,
+            pull_policy: self.image_pull_policy,
+            agent_dir: self.agent_dir,
+            log_level: self.sidecar_log,
+        }
+    }
+}
+
+impl ControllerArgs {
+    fn config(self) -> Result<Config, Mistake> {
+        let only: BTreeSet<&str> = self.only.iter().map(|p| p.trim()).filter(|p| !p.is_empty()).collect();
+        if let Some(other) = only.iter().find(|p| !["injector", "registrar", "directory"].contains(*p)) {
+            let why = format!("`{other}` is no part: use injector, registrar, directory");
+            return Err(Mistake::flag("--only", &why));
+        }
+        if only.is_empty() {
+            return Err(Mistake::flag("--only", "names no part: use injector, registrar, directory"));
+        }
+        let template: Template =
+            self.id_template.parse().map_err(|e| Mistake::flag("--id-template", &format!("{e}")))?;
+        let mode: Mode = self.mode.parse().map_err(|e| Mistake::flag("--mode", &format!("{e}")))?;
+        let mesh_configmap = self.mesh_configmap.map(|text| match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
+                Ok((namespace.to_owned(), name.to_owned()))
+            }
+            _ => Err(Mistake::flag("--mesh-configmap", &format!("`{text}` is no namespace/name"))),
+        });
+        Ok(Config {
+            trust_domain: parse_trust_domain(&self.trust_domain)
+                .map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
+            registrar: only.contains("registrar").then(|| RegistrarConfig {
+                server_socket: self.server_socket.clone(),
+                cluster: self.cluster,
+                template: template.clone(),
+                excluded_namespaces: self.exclude_namespaces.into_iter().collect(),
+                lease_namespace: self.lease_namespace,
+            }),
+            directory: match only.contains("directory") {
+                true => Some(DirectoryConfig {
+                    server_socket: self.server_socket,
+                    template,
+                    mode,
+                    mesh_configmap: mesh_configmap.transpose()?,
+                }),
+                false => None,
+            },
+            injector: only.contains("injector").then(|| InjectorConfig {
+                bind: self.bind,
+                agent_socket: self.agent_socket,
+                sidecar: self.sidecar.sidecar(),
+            }),
+            metrics: self.metrics,
+        })
+    }
+}
+
+/// Runs a controller until it is told to stop.
+pub fn run(args: ControllerArgs) -> Result<()> {
+    args.log.start()?;
+    let ready = args.ready.clone();
+    let config = args.config()?;
+    super::runtime()?.block_on(async {
+        let stop = on_signal()?;
+        let ran = countersign_controller::run(config, stop, || ready.write("ready")).await;
+        ran.map_err(|error| Mistake(error.to_string()).into())
+    })
+}
