@@ -81,11 +81,14 @@ pub fn look_up(peer: &UnixPeer, foreign_namespaces: bool) -> Result<Process, Pee
     }
     let mut foreign = false;
     for namespace in ["pid", "user"] {
-        if !shares_namespace(pid, namespace)? {
-            if !foreign_namespaces {
-                return Err(PeerError::ForeignNamespace { pid, namespace });
-            }
-            foreign = true;
+        match shares_namespace(pid, namespace) {
+            Ok(shares) => foreign |= !shares,
+            // An agent without the right to look (ptrace(2), "access mode checking") takes everybody for foreign.
+            Err(PeerError::Proc { .. }) if foreign_namespaces => foreign = true,
+            Err(error) => return Err(error),
+        }
+        if foreign && !foreign_namespaces {
+            return Err(PeerError::ForeignNamespace { pid, namespace });
         }
     }
     let read = |file: &'static str| {

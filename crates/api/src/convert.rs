@@ -283,7 +283,7 @@ pub fn answer_to_wire(address: IpAddr, answer: &Answer) -> push::Answer {
 pub fn service_from_wire(s: push::Service) -> Result<Service, ParseError> {
     let endpoint = |e: &push::Endpoint| {
         let address = SocketAddr::new(address_from_wire(&e.address)?, port("endpoint", e.port)?);
-        Ok::<_, ParseError>(Endpoint { address, meshed: e.meshed })
+        Ok::<_, ParseError>(Endpoint { address, meshed: e.meshed, ready: e.ready })
     };
     let one_port = |p: push::ServicePort| {
         let endpoints = p.endpoints.iter().map(endpoint).collect::<Result<_, ParseError>>()?;
@@ -303,6 +303,7 @@ pub fn service_to_wire(s: &Service) -> push::Service {
         address: address_to_wire(e.address.ip()),
         port: e.address.port().into(),
         meshed: e.meshed,
+        ready: e.ready,
     };
     let ports = s.ports.iter();
     push::Service {
@@ -348,16 +349,13 @@ mod tests {
 
     #[test]
     fn a_service_comes_back_from_the_wire_as_it_went() {
-        let endpoint = |address: &str, meshed| Endpoint { address: address.parse().unwrap(), meshed };
+        let endpoint = |address: &str, meshed| Endpoint { address: address.parse().unwrap(), meshed, ready: !meshed };
         let s = Service {
             uid: "s1".into(),
             name: "shop/web".into(),
             addresses: vec!["10.91.0.7".parse().unwrap()],
-            ports: [
-                (80, vec![endpoint("10.0.0.1:8080", true), endpoint("[fd00::1]:8080", false)]),
-                (443, vec![]),
-            ]
-            .into(),
+            ports: [(80, vec![endpoint("10.0.0.1:8080", true), endpoint("[fd00::1]:8080", false)]), (443, vec![])]
+                .into(),
         };
         assert_eq!(service_from_wire(service_to_wire(&s)).unwrap(), s);
         let mut wrong = service_to_wire(&s);

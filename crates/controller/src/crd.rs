@@ -116,7 +116,8 @@ impl SpiffeIdSelector {
             ("container-name", &self.container_name),
             ("container-image", &self.container_image),
         ];
-        let one = |(key, value): (&str, &Option<String>)| value.as_ref().map(|v| ("k8s".to_owned(), format!("{key}:{v}")));
+        let one =
+            |(key, value): (&str, &Option<String>)| value.as_ref().map(|v| ("k8s".to_owned(), format!("{key}:{v}")));
         let mut all: Vec<_> = k8s.into_iter().filter_map(one).collect();
         all.extend(self.pod_label.iter().map(|(k, v)| ("k8s".to_owned(), format!("pod-label:{k}:{v}"))));
         all.extend(self.cluster.iter().map(|c| ("k8s_psat".to_owned(), format!("cluster:{c}"))));

@@ -78,8 +78,8 @@ pub struct Service {
 pub struct Slice {
     /// The service's name.
     pub service: String,
-    /// Addresses that take connections.
-    pub addresses: Vec<IpAddr>,
+    /// Addresses, and whether they take new connections.
+    pub addresses: Vec<(IpAddr, bool)>,
     /// Ports, name and number.
     pub ports: Vec<(String, u16)>,
 }
@@ -97,7 +97,9 @@ impl Mesh {
     /// What matters of the mesh's ConfigMap.
     pub fn read(map: &v1::ConfigMap) -> Option<Self> {
         let value = |key: &str| map.data.as_ref().and_then(|d| d.get(key));
-        let mode = value("mode").and_then(|m| m.parse().inspect_err(|error| tracing::warn!(%error, "mode of the mesh's ConfigMap; it is left out")).ok());
+        let mode = value("mode").and_then(|m| {
+            m.parse().inspect_err(|error| tracing::warn!(%error, "mode of the mesh's ConfigMap; it is left out")).ok()
+        });
         Some(Self { mode, transparent: value("transparent").is_some_and(|t| t == "true") })
     }
 }
@@ -161,7 +163,12 @@ impl Pod {
             node: spec.node_name.clone(),
             addresses: addresses(ips),
             labels: pod.labels().clone(),
-            annotations: pod.annotations().iter().filter(|(k, _)| ours(k)).map(|(k, v)| (k.clone(), v.clone())).collect(),
+            annotations: pod
+                .annotations()
+                .iter()
+                .filter(|(k, _)| ours(k))
+                .map(|(k, v)| (k.clone(), v.clone()))
+                .collect(),
             over: status.and_then(|s| s.phase.as_deref()).is_some_and(|p| p == "Succeeded" || p == "Failed"),
             host_network: spec.host_network == Some(true),
             meshed: named(spec.init_containers.as_deref().unwrap_or_default()) || named(&spec.containers),
@@ -213,12 +220,15 @@ impl Slice {
     pub fn read(slice: &EndpointSlice) -> Option<Self> {
         let service = slice.labels().get("kubernetes.io/service-name")?.clone();
         // An endpoint that says nothing of itself is ready (discovery/v1).
-        let ready = slice.endpoints.iter().filter(|e| e.conditions.as_ref().is_none_or(|c| c.ready != Some(false)));
+        let each = slice.endpoints.iter().flat_map(|e| {
+            let ready = e.conditions.as_ref().is_none_or(|c| c.ready != Some(false));
+            addresses(&e.addresses).into_iter().map(move |address| (address, ready))
+        });
         let tcp = |p: &&k8s_openapi::api::discovery::v1::EndpointPort| p.protocol.as_deref().is_none_or(|p| p == "TCP");
         let ports = slice.ports.iter().flatten().filter(tcp);
         Some(Self {
             service,
-            addresses: addresses(ready.flat_map(|e| &e.addresses)),
+            addresses: each.collect(),
             ports: ports.filter_map(|p| Some((p.name.clone().unwrap_or_default(), port(p.port?)?))).collect(),
         })
     }

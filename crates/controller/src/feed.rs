@@ -67,7 +67,11 @@ impl Feed {
                             let delay = backoff.next_delay();
                             published = None;
                             self.metrics.directory_errors.inc();
-                            tracing::warn!(server = self.server.name(), status = status.message(), "cannot feed the directory; trying again in {delay:.1?}");
+                            tracing::warn!(
+                                server = self.server.name(),
+                                status = status.message(),
+                                "cannot feed the directory; trying again in {delay:.1?}"
+                            );
                             tokio::time::sleep(delay).await;
                             continue;
                         }
@@ -123,8 +127,7 @@ fn directory(facts: &Facts, config: &DirectoryConfig, trust_domain: &TrustDomain
             policy: Policy { mode: facts.mode_of(pod, config.mode), egress: egress.clone(), ..Policy::default() },
         })
     };
-    let workloads: HashMap<String, Workload> =
-        meshed.filter_map(workload).map(|w| (w.uid.clone(), w)).collect();
+    let workloads: HashMap<String, Workload> = meshed.filter_map(workload).map(|w| (w.uid.clone(), w)).collect();
     let in_mesh: HashSet<IpAddr> = workloads.values().flat_map(|w| w.addresses.iter().copied()).collect();
     let mut slices: HashMap<Key, Vec<&crate::facts::Slice>> = HashMap::new();
     for ((namespace, _), slice) in &facts.slices {
@@ -151,12 +154,13 @@ fn endpoints(slices: &[&crate::facts::Slice], name: &str, in_mesh: &HashSet<IpAd
         .iter()
         .flat_map(|slice| {
             let ports = slice.ports.iter().filter(move |(n, _)| n == name).map(|(_, p)| *p);
-            ports.flat_map(|port| slice.addresses.iter().map(move |ip| SocketAddr::new(*ip, port)))
+            ports.flat_map(|port| slice.addresses.iter().map(move |(ip, ready)| (SocketAddr::new(*ip, port), *ready)))
         })
-        .map(|address| Endpoint { address, meshed: in_mesh.contains(&address.ip()) })
+        .map(|(address, ready)| Endpoint { address, meshed: in_mesh.contains(&address.ip()), ready })
         .collect();
-    all.sort_unstable_by_key(|e| e.address);
-    all.dedup();
+    // One that is listed twice while it moves from slice to slice is ready where either says so.
+    all.sort_unstable_by_key(|e| (e.address, !e.ready));
+    all.dedup_by_key(|e| e.address);
     all
 }
 
@@ -166,7 +170,7 @@ fn api_server(facts: &Facts) -> Vec<IpNet> {
     let service = facts.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());
     let slices = facts.slices.iter().filter(|((ns, _), s)| ns == "default" && s.service == "kubernetes");
     let mut all: Vec<IpNet> =
-        service.chain(slices.flat_map(|(_, s)| s.addresses.iter().copied())).map(IpNet::from).collect();
+        service.chain(slices.flat_map(|(_, s)| s.addresses.iter().map(|(ip, _)| *ip))).map(IpNet::from).collect();
     all.sort_unstable();
     all.dedup();
     all
@@ -201,7 +205,7 @@ mod tests {
     fn facts() -> Facts {
         let slice = |service: &str, addresses: &[&str], port| crate::facts::Slice {
             service: service.into(),
-            addresses: addresses.iter().map(|a| ip(a)).collect(),
+            addresses: addresses.iter().map(|a| (ip(a), true)).collect(),
             ports: vec![("http".into(), port)],
         };
         let service = |uid: &str, namespace: &str, name: &str, address: &[&str]| crate::facts::Service {

@@ -77,7 +77,9 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
                 "/ready" => {
                     let missing = match () {
                         () if injects && !serving.is_ready() => Some("the agent has given us no certificate yet"),
-                        () if watches && cluster.facts().is_none() => Some("the API server has not been heard whole yet"),
+                        () if watches && cluster.facts().is_none() => {
+                            Some("the API server has not been heard whole yet")
+                        }
                         () => None,
                     };
                     Some(http::Answer::ready(missing.map(ToOwned::to_owned)))

@@ -50,10 +50,14 @@ impl Default for Metrics {
         registry.register("registrar_errors", "Passes that could not do everything", metrics.registrar_errors.clone());
         registry.register("directory_workloads", "Workloads in the directory", metrics.workloads.clone());
         registry.register("directory_services", "Services in the directory", metrics.services.clone());
-        registry.register("directory_errors", "Times that the directory could not be fed", metrics.directory_errors.clone());
+        registry.register(
+            "directory_errors",
+            "Times that the directory could not be fed",
+            metrics.directory_errors.clone(),
+        );
         registry.register("admissions", "Pods that came by the webhook", metrics.admissions.clone());
         registry.register(
-            "webhook_certificate_expiry_seconds",
+            "webhook_certificate_expiry_timestamp_seconds",
             "End of the webhook's certificate, Unix time",
             metrics.webhook_expiry.clone(),
         );

@@ -84,7 +84,10 @@ impl Wanted {
     fn entry(&self, id: &str) -> Result<Entry, String> {
         let wire = |text: &str| {
             let id = parse_workload_id(text).map_err(|e| e.to_string())?;
-            Ok::<_, String>(Some(Spiffeid { trust_domain: id.trust_domain_name().to_owned(), path: id.path().to_owned() }))
+            Ok::<_, String>(Some(Spiffeid {
+                trust_domain: id.trust_domain_name().to_owned(),
+                path: id.path().to_owned(),
+            }))
         };
         let selectors = self.selectors.iter().map(|(t, v)| Selector { r#type: t.clone(), value: v.clone() });
         Ok(Entry {
@@ -162,13 +165,17 @@ impl Registrar {
         }
         match failed.first() {
             None => Ok(()),
-            Some(first) => Err(format!("{first}{}", if failed.len() > 1 { format!(" (and {} more)", failed.len() - 1) } else { String::new() })),
+            Some(first) => Err(format!(
+                "{first}{}",
+                if failed.len() > 1 { format!(" (and {} more)", failed.len() - 1) } else { String::new() }
+            )),
         }
     }
 
     /// The object that each pod should have.
     fn desired(&self, facts: &Facts) -> HashMap<Key, SpiffeID> {
-        let pods = facts.pods.iter().filter(|(_, p)| !p.over && !self.config.excluded_namespaces.contains(&p.namespace));
+        let pods =
+            facts.pods.iter().filter(|(_, p)| !p.over && !self.config.excluded_namespaces.contains(&p.namespace));
         pods.filter_map(|(key, pod)| Some((key.clone(), self.object_of(pod, facts)?))).collect()
     }
 
@@ -263,7 +270,8 @@ impl Registrar {
         match self.api(wanted).create(&PostParams::default(), wanted).await {
             Ok(created) => self.heard(created),
             // The watch will tell; and a pod or namespace that is going needs nothing any more.
-            Err(kube::Error::Api(e)) if e.code == 409 || e.code == 404 || e.code == 403 && e.message.contains("being terminated") => {}
+            Err(kube::Error::Api(e))
+                if e.code == 409 || e.code == 404 || e.code == 403 && e.message.contains("being terminated") => {}
             Err(error) => return Err(error),
         }
         Ok(())
@@ -431,4 +439,3 @@ fn is_ours(object: &SpiffeID) -> bool {
 fn owner_uid(object: &SpiffeID) -> Option<&str> {
     object.owner_references().iter().find(|o| o.kind == "Pod").map(|o| o.uid.as_str())
 }
-

@@ -33,7 +33,9 @@ enum Part {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum TemplateError {
     /// A blank that nothing fills.
-    #[error("`{{{{{0}}}}}` names nothing of a pod: use .Pod.Namespace, .Pod.ServiceAccount, .Pod.Name, .Pod.UID, .Pod.Labels.KEY or .Pod.Annotations.KEY")]
+    #[error(
+        "`{{{{{0}}}}}` names nothing of a pod: use .Pod.Namespace, .Pod.ServiceAccount, .Pod.Name, .Pod.UID, .Pod.Labels.KEY or .Pod.Annotations.KEY"
+    )]
     Blank(String),
     /// Braces that do not close.
     #[error("`{{{{` without `}}}}` in `{0}`")]
@@ -128,7 +130,10 @@ mod tests {
     #[test]
     fn blanks_are_filled_from_the_pod() {
         assert_eq!(id(DEFAULT).as_deref(), Some("spiffe://td/ns/shop/sa/web"));
-        assert_eq!(id("/{{ .Pod.Labels.spiffe }}/{{.Pod.Name}}/{{.Pod.UID}}").as_deref(), Some("spiffe://td/front/web-0/u1"));
+        assert_eq!(
+            id("/{{ .Pod.Labels.spiffe }}/{{.Pod.Name}}/{{.Pod.UID}}").as_deref(),
+            Some("spiffe://td/front/web-0/u1")
+        );
         assert_eq!(id("{{.Pod.Labels.absent}}"), None);
         assert!(id("{{.Pod.Labels.bad}}").unwrap().contains("makes no SPIFFE ID"));
     }

@@ -65,13 +65,33 @@ impl Cluster {
             follow_mesh,
             self.kind(Api::<v1::Pod>::all(all(&client)), everything.clone(), |f| &mut f.pods, |p| Pod::read(&p)),
             self.kind(Api::<v1::Node>::all(all(&client)), everything.clone(), |f| &mut f.nodes, |n| n.uid()),
-            self.kind(Api::<v1::Namespace>::all(all(&client)), everything.clone(), |f| &mut f.namespaces, |n| Namespace::read(&n)),
-            self.kind(Api::<v1::Service>::all(all(&client)), everything.clone(), |f| &mut f.services, |s| Service::read(&s)),
-            self.kind(Api::<EndpointSlice>::all(all(&client)), everything.clone(), |f| &mut f.slices, |s| Slice::read(&s)),
-            self.kind(Api::<SpiffeID>::all(all(&client)), everything.clone(), |f| &mut f.spiffe_ids, |mut s| {
-                s.metadata.managed_fields = None;
-                Some(s)
-            }),
+            self.kind(
+                Api::<v1::Namespace>::all(all(&client)),
+                everything.clone(),
+                |f| &mut f.namespaces,
+                |n| Namespace::read(&n)
+            ),
+            self.kind(
+                Api::<v1::Service>::all(all(&client)),
+                everything.clone(),
+                |f| &mut f.services,
+                |s| Service::read(&s)
+            ),
+            self.kind(
+                Api::<EndpointSlice>::all(all(&client)),
+                everything.clone(),
+                |f| &mut f.slices,
+                |s| Slice::read(&s)
+            ),
+            self.kind(
+                Api::<SpiffeID>::all(all(&client)),
+                everything.clone(),
+                |f| &mut f.spiffe_ids,
+                |mut s| {
+                    s.metadata.managed_fields = None;
+                    Some(s)
+                }
+            ),
         );
     }
 

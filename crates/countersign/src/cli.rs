@@ -34,6 +34,8 @@ enum Command {
     Controller(Box<roles::controller::ControllerArgs>),
     /// Print the Kubernetes manifests of an installation, for `kubectl apply -f -`.
     Install(kubernetes::InstallArgs),
+    /// Take an installation out of a cluster: sidecars forward in the clear first, then everything is removed.
+    Uninstall(kubernetes::UninstallArgs),
     /// Put redirect and sidecar into the manifests of a file, as the webhook would.
     Inject(kubernetes::InjectArgs),
     /// Install, check or remove the NAT redirect in this network namespace.
@@ -113,6 +115,7 @@ impl Cli {
             Command::Proxy(args) => done(roles::proxy::run(*args)),
             Command::Controller(args) => done(roles::controller::run(*args)),
             Command::Install(args) => done(kubernetes::install(&args)),
+            Command::Uninstall(args) => done(operator::block(kubernetes::uninstall(args))),
             Command::Inject(args) => done(kubernetes::inject(args)),
             Command::Redirect(args) => roles::redirect::run(&args),
             Command::Entry(command) => done(operator::block(operator::entry::run(command))),

@@ -43,6 +43,15 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// A workload of the mesh is there.
     pub meshed: bool,
+    /// It takes new connections.
+    pub ready: bool,
+}
+
+impl Service {
+    /// What stands behind a port, ready or not.
+    pub fn endpoints(&self, port: u16) -> &[Endpoint] {
+        self.ports.get(&port).map_or(&[], Vec::as_slice)
+    }
 }
 
 /// What the directory says about an address.

@@ -129,7 +129,11 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
     if !sidecar.own.is_own(destination.ip()) {
         return Err(Refused::NotOurs(destination));
     }
-    let identity = sidecar.current.get()?;
+    let identity = match sidecar.current.get() {
+        Err(refused) if !sidecar.is_transparent() => return Err(refused),
+        Err(_) => sidecar.current.peek().ok_or(Refused::NoSvid)?,
+        Ok(identity) => identity,
+    };
     let workload = sidecar.own.at(destination.ip(), &identity).ok_or(Refused::PolicyUnknown)?;
     admits_plaintext(&workload.policy, destination.port())?;
     let mut app = dial_app(destination, &workload.addresses, sidecar.config.timeouts.connect).await?;

@@ -310,6 +310,10 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
                 Some(http::Answer::metrics(&sidecar.telemetry.registry))
             }
             "/live" => Some(http::Answer::ready(None)),
+            "/mode" => Some(match sidecar.mode() {
+                Some(mode) => http::Answer::text(200, format!("{mode}\n")),
+                None => http::Answer::text(503, "not known yet\n"),
+            }),
             "/ready" => {
                 let draining = shutdown.is_cancelled().then(|| "shutting down".to_owned());
                 Some(http::Answer::ready(draining.or_else(|| sidecar.missing())))

@@ -100,7 +100,11 @@ async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut St
     if sidecar.ports().contains(destination.port()) && sidecar.own.is_own(destination.ip()) {
         return Err(Refused::Loop(destination));
     }
-    let identity = own_identity(sidecar, story)?;
+    let identity = match own_identity(sidecar, story) {
+        Ok(identity) => identity,
+        Err(_) if sidecar.is_transparent() => return in_clear(sidecar, app, story, &admitted, destination).await,
+        Err(refused) => return Err(refused),
+    };
     match route(sidecar, &identity, destination).await? {
         Route::Mesh { to, workload } => {
             let mut early = Early::default();
@@ -141,8 +145,10 @@ async fn through_service(
     service: &Service,
     strict: bool,
 ) -> Result<(), Refused> {
-    let all = service.ports.get(&asked.port()).map_or(&[][..], Vec::as_slice);
-    let mut left: Vec<SocketAddr> = all.iter().filter(|e| e.meshed || !strict).map(|e| e.address).collect();
+    let mut left = endpoints(service, asked.port(), strict);
+    if left.is_empty() {
+        left = wait_for_endpoint(sidecar, asked, strict).await;
+    }
     let mut early = Early::default();
     let mut last = Refused::NoEndpoint { service: service.name.clone(), to: asked, strict };
     for _ in 0..MAX_TRIES {
@@ -174,6 +180,27 @@ async fn through_service(
     Err(last)
 }
 
+/// Where a service's new connections may go.
+fn endpoints(service: &Service, port: u16, strict: bool) -> Vec<SocketAddr> {
+    let usable = service.endpoints(port).iter().filter(|e| e.ready && (e.meshed || !strict));
+    usable.map(|e| e.address).collect()
+}
+
+/// Waits, bounded, for somebody to stand behind a service: a node's kubelet that starts again has all its pods unready for a
+/// moment, though nothing of them has changed.
+async fn wait_for_endpoint(sidecar: &Sidecar, asked: SocketAddr, strict: bool) -> Vec<SocketAddr> {
+    let mut answers = sidecar.directory.follow(asked.ip());
+    let usable = |answer: &Option<Answer>| match answer {
+        Some(Answer::Service(service)) => endpoints(service, asked.port(), strict),
+        _ => vec![],
+    };
+    let there = answers.wait_for(|answer| !usable(answer).is_empty());
+    match tokio::time::timeout(sidecar.config.timeouts.lookup, there).await {
+        Ok(Ok(answer)) => usable(&answer),
+        _ => vec![],
+    }
+}
+
 /// Decides by both modes and the directory; whatever is not known is refused, never guessed.
 async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) -> Result<Route, Refused> {
     let own = sidecar.own.workload(identity).ok_or(Refused::PolicyUnknown)?;
@@ -196,8 +223,8 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
         Answer::Service(_) if own.policy.lets_out(destination.ip()) => Ok(Route::Plain),
         Answer::Service(service) => {
             let strict = own.policy.mode == Mode::Strict;
-            // A service without a meshed endpoint is the network's business, not ours.
-            let meshed = service.ports.get(&destination.port()).is_some_and(|all| all.iter().any(|e| e.meshed));
+            // A service without a meshed endpoint, ready or not, is the network's business, not ours.
+            let meshed = service.endpoints(destination.port()).iter().any(|e| e.meshed);
             if strict || meshed { Ok(Route::Service { service, strict }) } else { Ok(Route::Plain) }
         }
         Answer::NotMeshed if own.policy.mode == Mode::Strict && !own.policy.lets_out(destination.ip()) => {

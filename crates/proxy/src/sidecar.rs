@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use countersign_api::directory::Subscriptions;
+use countersign_identity::policy::Mode;
 use time::OffsetDateTime;
 
 use crate::balance::Balancer;
@@ -44,6 +45,16 @@ impl Sidecar {
             Routing::Redirected(ports) => ports,
             Routing::Fixed { .. } => Ports::default(),
         }
+    }
+
+    /// Our own mode, as far as it was ever known.
+    pub fn mode(&self) -> Option<Mode> {
+        self.current.peek().and_then(|identity| self.own.workload(&identity)).map(|w| w.policy.mode)
+    }
+
+    /// Whether we were told to forward in the clear. Then no identity is needed: whoever said so may be gone since.
+    pub fn is_transparent(&self) -> bool {
+        self.mode() == Some(Mode::Off)
     }
 
     /// What is still missing before traffic can be served.

@@ -56,8 +56,7 @@ impl Directory {
     /// then on. Returns the revision after it; one that changes nothing makes no new revision.
     pub fn publish(&self, replace: bool, workloads: Vec<Workload>, services: Vec<Service>, removed: &[String]) -> u64 {
         let workloads = workloads.into_iter().map(|w| Answer::Meshed(w.into()));
-        let upserted: Vec<Answer> =
-            workloads.chain(services.into_iter().map(|s| Answer::Service(s.into()))).collect();
+        let upserted: Vec<Answer> = workloads.chain(services.into_iter().map(|s| Answer::Service(s.into()))).collect();
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let mut changed = replace && !state.complete;
         state.complete |= replace;

@@ -17,7 +17,9 @@ pub enum Refused {
     #[error(transparent)]
     Annotation(#[from] Mistake),
     /// It would bypass the sidecar.
-    #[error("container `{0}` runs as UID 2102, which is the sidecar's: its traffic would bypass the mesh; give it another runAsUser")]
+    #[error(
+        "container `{0}` runs as UID 2102, which is the sidecar's: its traffic would bypass the mesh; give it another runAsUser"
+    )]
     ProxyUid(String),
     /// No pod.
     #[error("the pod has no spec with containers")]
@@ -39,7 +41,9 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
     match (label, namespace_enabled) {
         (Some("disabled"), _) => return Ok(Verdict::Left("the pod is labelled countersign.dev/inject: disabled")),
         (Some("enabled"), _) | (None, true) => {}
-        (None, false) => return Ok(Verdict::Left("neither the pod nor its namespace is labelled countersign.dev/inject: enabled")),
+        (None, false) => {
+            return Ok(Verdict::Left("neither the pod nor its namespace is labelled countersign.dev/inject: enabled"));
+        }
         (Some(_), _) => return Ok(Verdict::Left("countersign.dev/inject is neither enabled nor disabled")),
     }
     if pod["spec"]["hostNetwork"].as_bool() == Some(true) {
@@ -158,7 +162,6 @@ fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>) -
         "env": env,
         "ports": [{ "name": "countersign", "containerPort": 15008 }, { "name": "cs-http", "containerPort": 15020 }],
         "startupProbe": { "httpGet": get("/ready"), "periodSeconds": 1, "timeoutSeconds": 3, "failureThreshold": 300 },
-        "readinessProbe": { "httpGet": get("/ready"), "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 3 },
         "securityContext": {
             "runAsUser": PROXY_UID, "runAsGroup": PROXY_UID, "runAsNonRoot": true, "privileged": false,
             "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"] },

@@ -80,7 +80,9 @@ impl Settings {
                 "ignore-inbound-ports" => settings.inbound_ports = ports(full, value)?,
                 "ignore-outbound-ports" => settings.outbound_ports = ports(full, value)?,
                 "ignore-inbound-cidrs" => settings.inbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
-                "ignore-outbound-cidrs" => settings.outbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
+                "ignore-outbound-cidrs" => {
+                    settings.outbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?
+                }
                 "log-level" => {
                     if !["error", "warn", "info", "debug", "trace"].contains(&value) {
                         return Err(wrong("is no level: use error, warn, info, debug or trace"));
@@ -92,7 +94,11 @@ impl Settings {
                 "cpu-limit" => resource("limits", "cpu")?,
                 "memory-limit" => resource("limits", "memory")?,
                 known if KEYS.contains(&known) => {}
-                _ => return Err(wrong("is set on an annotation that does not exist; see docs/kubernetes.md for those that do")),
+                _ => {
+                    return Err(wrong(
+                        "is set on an annotation that does not exist; see docs/kubernetes.md for those that do",
+                    ));
+                }
             }
         }
         Ok(settings)
@@ -132,7 +138,11 @@ mod tests {
         for (key, value, said) in [
             ("ignore-inbound-ports", "80,http", "annotation countersign.dev/ignore-inbound-ports: `http` is no port"),
             ("ignore-outbound-ports", "0", "annotation countersign.dev/ignore-outbound-ports: `0` is no port"),
-            ("ignore-inbound-cidrs", "10.0.0.0/40", "annotation countersign.dev/ignore-inbound-cidrs: `10.0.0.0/40` is no CIDR"),
+            (
+                "ignore-inbound-cidrs",
+                "10.0.0.0/40",
+                "annotation countersign.dev/ignore-inbound-cidrs: `10.0.0.0/40` is no CIDR",
+            ),
             ("mode", "loose", "annotation countersign.dev/mode: `loose` is no mode"),
             ("log-level", "loud", "annotation countersign.dev/log-level: `loud` is no level"),
             ("memory-limit", "much", "annotation countersign.dev/memory-limit: `much` is no quantity"),

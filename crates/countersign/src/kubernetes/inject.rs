@@ -37,8 +37,8 @@ pub fn inject(args: InjectArgs) -> Result<()> {
         std::fs::File::open(&args.file).and_then(|f| f.take(MAX_BYTES).read_to_string(&mut text))
     };
     read.map_err(|e| Mistake(format!("{name}: cannot be read: {e}")))?;
-    let documents: Vec<Value> = serde_saphyr::from_multiple(&text)
-        .map_err(|e| Mistake(format!("{name}: {}", e.without_snippet())))?;
+    let documents: Vec<Value> =
+        serde_saphyr::from_multiple(&text).map_err(|e| Mistake(format!("{name}: {}", e.without_snippet())))?;
     let sidecar = args.sidecar.sidecar();
     let mut out = vec![];
     for mut document in documents.into_iter().filter(|d| !d.is_null()) {

@@ -33,7 +33,7 @@ pub fn install(args: &InstallArgs) -> Result<()> {
 }
 
 /// All manifests as one YAML stream.
-fn manifests(namespace: &str, values: &ValuesArgs) -> Result<String> {
+pub fn manifests(namespace: &str, values: &ValuesArgs) -> Result<String> {
     let form = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     if namespace.is_empty() || namespace.len() > 63 || !namespace.bytes().all(form) {
         return Err(Mistake::flag("--namespace", &format!("`{namespace}` is no namespace's name")).into());
@@ -89,7 +89,11 @@ mod tests {
         assert!(all.iter().all(|o| o["kind"].is_string() && o["metadata"]["name"].is_string()));
         let server = one(&all, "StatefulSet", "countersign-server");
         assert_eq!(server["metadata"]["namespace"], "mesh");
-        assert!(server["spec"]["template"]["spec"]["containers"][0]["args"].to_string().contains("--trust-domain=example.org"));
+        assert!(
+            server["spec"]["template"]["spec"]["containers"][0]["args"]
+                .to_string()
+                .contains("--trust-domain=example.org")
+        );
         assert_eq!(one(&all, "ConfigMap", "countersign-mesh")["data"]["mode"], "strict");
         assert!(!server.to_string().contains("upstream"));
         let with = objects(&["--set", "server.upstreamSecret=ca"]);

@@ -3,7 +3,9 @@
 mod chart;
 mod inject;
 mod install;
+mod uninstall;
 mod values;
 
 pub use inject::{InjectArgs, inject};
 pub use install::{InstallArgs, install};
+pub use uninstall::{UninstallArgs, uninstall};

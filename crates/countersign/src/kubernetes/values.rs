@@ -8,7 +8,7 @@ use super::chart;
 use crate::settings::{Mistake, load};
 
 /// Settings from a file and from the command line.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub struct ValuesArgs {
     /// One setting, KEY=VALUE, as in `mesh.mode=strict`; may be repeated. `--show-values` lists them all.
     #[arg(long, value_name = "KEY=VALUE")]
@@ -50,7 +50,9 @@ fn merge(into: &mut Value, given: Value, at: &str, path: &Path) -> Result<(), Mi
         let full = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
         match into.get_mut(&key) {
             Some(known) => merge(known, value, &full, path)?,
-            None => return Err(Mistake(format!("{}: `{full}` is no setting; --show-values lists them", path.display()))),
+            None => {
+                return Err(Mistake(format!("{}: `{full}` is no setting; --show-values lists them", path.display())));
+            }
         }
     }
     Ok(())
@@ -83,7 +85,12 @@ fn judge_one(value: &Value, schema: &Value, at: &str) -> Result<(), Mistake> {
         }
         return Ok(());
     }
-    let wrong = |what: String| Err(Mistake(format!("setting {at}: `{}` {what}", value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned))));
+    let wrong = |what: String| {
+        Err(Mistake(format!(
+            "setting {at}: `{}` {what}",
+            value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned)
+        )))
+    };
     if let Some(allowed) = schema["enum"].as_array()
         && !allowed.contains(value)
     {
@@ -153,7 +160,9 @@ mod tests {
 
     #[test]
     fn settings_from_the_command_line_keep_their_kind() {
-        let values = read(&["mesh.mode=strict", "injector.replicas=3", "agent.nodesProxyPermission=true", "clusterName=123"]).unwrap();
+        let values =
+            read(&["mesh.mode=strict", "injector.replicas=3", "agent.nodesProxyPermission=true", "clusterName=123"])
+                .unwrap();
         assert_eq!(values["mesh"]["mode"], "strict");
         assert_eq!(values["injector"]["replicas"], 3);
         assert_eq!(values["agent"]["nodesProxyPermission"], true);

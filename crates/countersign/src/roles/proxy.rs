@@ -8,7 +8,9 @@ use anyhow::Result;
 use countersign_api::clock::system_clock;
 use countersign_identity::policy::Policy;
 use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
-use countersign_proxy::config::{AccessLogTarget, Balance, FixedInbound, FixedOutbound, Limits, Ports, Probe, ProbeKind, Timeouts};
+use countersign_proxy::config::{
+    AccessLogTarget, Balance, FixedInbound, FixedOutbound, Limits, Ports, Probe, ProbeKind, Timeouts,
+};
 use countersign_proxy::{Config, IdentitySource, Routing};
 use serde::Deserialize;
 

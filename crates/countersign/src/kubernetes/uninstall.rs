@@ -1,0 +1,171 @@
+//! `countersign uninstall`: first every sidecar forwards in the clear, then everything that was installed is removed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use kube::{Client, ResourceExt};
+use serde_json::{Value, json};
+
+use super::install::manifests;
+use super::values::ValuesArgs;
+use crate::settings::Mistake;
+
+/// How often is looked whether something has come about.
+const LOOK: Duration = Duration::from_millis(500);
+/// Where a sidecar says its mode.
+const SIDECAR_PORT: u16 = 15020;
+
+/// Take an installation out of the cluster of the current KUBECONFIG, without failing a request.
+///
+/// First the mesh is made transparent: every sidecar forwards in the clear, whatever the modes say. When all of them do,
+/// webhook, control plane, identities and the namespace are removed. Pods keep their idle sidecars until they are restarted.
+#[derive(Debug, clap::Args)]
+pub struct UninstallArgs {
+    /// Namespace of the installation.
+    #[arg(long, short, value_name = "NAMESPACE", default_value = "countersign")]
+    namespace: String,
+    /// Traffic will no longer be encrypted: say that this is what you want.
+    #[arg(long)]
+    yes: bool,
+    /// How long may pass until every sidecar is transparent, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    patience: u64,
+}
+
+/// Removes everything.
+pub async fn uninstall(args: UninstallArgs) -> Result<()> {
+    if !args.yes {
+        return Err(Mistake(
+            "traffic between the pods will no longer be encrypted nor authenticated; run it again with --yes".into(),
+        )
+        .into());
+    }
+    let client = Client::try_default()
+        .await
+        .map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {e}; set KUBECONFIG")))?;
+    let until = Instant::now() + Duration::from_secs(args.patience);
+    make_transparent(&client, &args.namespace).await?;
+    wait_for_sidecars(&client, until).await?;
+    remove(&client, &args.namespace).await
+}
+
+async fn make_transparent(client: &Client, namespace: &str) -> Result<()> {
+    let api = Api::<ConfigMap>::namespaced(client.clone(), namespace);
+    let patch = json!({ "data": { "transparent": "true" } });
+    match api.patch("countersign-mesh", &PatchParams::default(), &Patch::Merge(patch)).await {
+        Ok(_) => {
+            eprintln!("the mesh is told to be transparent");
+            Ok(())
+        }
+        Err(kube::Error::Api(e)) if e.code == 404 => {
+            Err(Mistake(format!("there is no installation in namespace `{namespace}` (no ConfigMap countersign-mesh)"))
+                .into())
+        }
+        Err(error) => Err(error).context("cannot change the mesh's settings"),
+    }
+}
+
+/// Returns when every running sidecar says that its mode is off.
+async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
+    let mut said = usize::MAX;
+    loop {
+        let (mut waiting, mut why) = (vec![], String::new());
+        let pods: Api<Pod> = Api::all(client.clone());
+        for pod in pods.list(&ListParams::default()).await.context("cannot list pods")?.items {
+            let running = pod.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Running");
+            if !running || pod.metadata.deletion_timestamp.is_some() || !is_meshed(&pod) {
+                continue;
+            }
+            let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
+            match mode_of(client, &pod).await {
+                Ok(mode) if mode == "off" => {}
+                Ok(mode) => {
+                    why = format!("its mode is {mode}");
+                    waiting.push(name);
+                }
+                Err(error) => {
+                    why = error.to_string();
+                    waiting.push(name);
+                }
+            }
+        }
+        if waiting.is_empty() {
+            eprintln!("every sidecar is transparent");
+            return Ok(());
+        }
+        if waiting.len() != said {
+            said = waiting.len();
+            eprintln!("waiting for {said} sidecars, {} among them", waiting[0]);
+        }
+        if Instant::now() > until {
+            return Err(anyhow!(
+                "{} sidecars are not transparent yet, {} among them ({why}); nothing was removed. Restart or delete these pods, or give more --patience",
+                waiting.len(),
+                waiting[0]
+            ));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn is_meshed(pod: &Pod) -> bool {
+    let init = pod.spec.as_ref().and_then(|s| s.init_containers.as_ref());
+    init.into_iter().flatten().any(|c| c.name == countersign_controller::injector::SIDECAR)
+}
+
+async fn mode_of(client: &Client, pod: &Pod) -> Result<String> {
+    let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+    let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{SIDECAR_PORT}/proxy/mode");
+    let asked = client.request_text(http::Request::get(path).body(vec![])?);
+    Ok(tokio::time::timeout(Duration::from_secs(5), asked)
+        .await
+        .context("the sidecar does not answer")??
+        .trim()
+        .to_owned())
+}
+
+/// Plural names of the kinds that we install.
+fn plural(kind: &str) -> String {
+    match kind {
+        "NetworkPolicy" => "networkpolicies".to_owned(),
+        other => format!("{}s", other.to_lowercase()),
+    }
+}
+
+/// Removes what `install` prints, the last first: nobody is injected any more, then nobody asks for an identity any more,
+/// then the identities go.
+async fn remove(client: &Client, namespace: &str) -> Result<()> {
+    let printed = manifests(namespace, &ValuesArgs::default())?;
+    let objects: Vec<Value> = serde_saphyr::from_multiple(&printed)?;
+    for object in objects.iter().rev() {
+        let (version, kind) =
+            (object["apiVersion"].as_str().unwrap_or_default(), object["kind"].as_str().unwrap_or_default());
+        let (group, version) = version.split_once('/').unwrap_or(("", version));
+        let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), &plural(kind));
+        let api: Api<DynamicObject> = match object["metadata"]["namespace"].as_str() {
+            Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+            None => Api::all_with(client.clone(), &resource),
+        };
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        match api.delete(name, &DeleteParams::foreground()).await {
+            Ok(_) => eprintln!("{} {name} is removed", kind),
+            Err(kube::Error::Api(e)) if e.code == 404 => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot remove {kind} {name}")),
+        }
+        // Who hands out identities is gone before they are: a sidecar keeps what it has.
+        if matches!(kind, "DaemonSet" | "StatefulSet" | "Deployment") {
+            while api.get_opt(name).await?.is_some() {
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+    }
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    while namespaces.get_opt(namespace).await?.is_some() {
+        tokio::time::sleep(LOOK).await;
+    }
+    eprintln!("nothing of Countersign is left; pods lose their idle sidecars when they are restarted");
+    Ok(())
+}

@@ -1,0 +1,102 @@
+"""What is promised when something fails: traffic between running pods never stops, and new pods recover without a hand."""
+import time, unittest
+
+import cluster, mesh
+from mesh import NAMESPACE, deploy, deployment, kubectl, pod_of, run_in, wait
+from suite.test_traffic import Load
+
+NGINX = ("pid /tmp/p; error_log stderr; events {} http { access_log off; client_body_temp_path /tmp/c; proxy_temp_path /tmp/x; fastcgi_temp_path /tmp/f;"
+         " uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s; server { listen 8080; location / { return 200 ok; } } }")
+
+# A request after the other, each over a connection of its own; one line each.
+ENDLESS = """
+import http.client, time
+n = 0
+while True:
+    try:
+        c = http.client.HTTPConnection("web", 8080, timeout=15); c.request("GET", "/")
+        assert c.getresponse().read() == b"ok"
+        n += 1; print("ok", n, flush=True)
+    except Exception as e:
+        print("failed", time.time(), repr(e), flush=True)
+    time.sleep(0.05)
+"""
+
+
+def web(name="web", replicas=1):
+    return deployment(name, ["bash", "-c", f"echo '{NGINX}' > /tmp/n.conf; exec nginx -c /tmp/n.conf -g 'daemon off;'"], port=8080, replicas=replicas)
+
+
+class Faults(unittest.TestCase):
+    def under_load(self, ns, break_it):
+        deploy(ns, web(replicas=2), deployment("client", ["sleep", "infinity"]))
+        load = Load(ns, pod_of(ns, "client"), "web", 8080)
+        break_it()
+        made, failed = load.end()
+        self.assertEqual(failed, [])
+        self.assertGreater(made, 100)
+
+    def new_pod_works(self, ns):
+        deploy(ns, web("fresh"))
+        client = pod_of(ns, "client")
+        wait("a new pod to be reached", lambda: run_in(ns, client, "curl", "-sSf", "-m", "5", "http://fresh:8080/", check=False).stdout == "ok", 30)
+
+    def test_agent_pods_deleted(self):
+        with mesh.namespace("no-agent") as ns:
+            def break_it():
+                kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app.kubernetes.io/component=agent")
+                mesh.ready()
+                time.sleep(2)
+            self.under_load(ns, break_it)
+            self.new_pod_works(ns)
+
+    def test_server_pod_deleted(self):
+        with mesh.namespace("no-server") as ns:
+            def break_it():
+                kubectl("-n", NAMESPACE, "delete", "pod", "countersign-server-0")
+                mesh.ready()
+                time.sleep(2)
+            self.under_load(ns, break_it)
+            self.new_pod_works(ns)
+
+    def test_injectors_deleted(self):
+        with mesh.namespace("no-injector") as ns:
+            def break_it():
+                kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app.kubernetes.io/component=injector")
+                mesh.ready()
+            self.under_load(ns, break_it)
+            self.new_pod_works(ns)
+
+    def inside_load(self, ns, break_it, least):
+        """As `under_load`, but the requests are a pod's own work: `kubectl exec` would end with what is broken here."""
+        deploy(ns, web(replicas=2), deployment("client", ["python3", "-c", ENDLESS]))
+        client = pod_of(ns, "client")
+        told = lambda: (mesh.logs(ns, client, "app", check=False).stdout or "").splitlines()
+        wait("the load", lambda: len(told()) > 10, 30)
+        break_it()
+        wait("the load to go on", lambda: len(told()) > least, 60)
+        self.assertEqual([line for line in told() if not line.startswith("ok ")], [])
+
+    def test_the_api_server_is_away_for_a_minute(self):
+        with mesh.namespace("no-api") as ns:
+            def break_it():
+                cluster.NODES[0].stop("kube-apiserver")
+                try:
+                    time.sleep(60)
+                finally:
+                    cluster.NODES[0].start("kube-apiserver")
+                wait("the API server", lambda: kubectl("get", "--raw", "/readyz", check=False).returncode == 0, 60)
+            # The cluster's DNS answers from memory meanwhile; the mesh must not add a failure.
+            self.inside_load(ns, break_it, 600)
+            self.new_pod_works(ns)
+
+    def test_kubelets_restarted(self):
+        with mesh.namespace("no-kubelet") as ns:
+            def break_it():
+                for node in cluster.NODES:
+                    node.restart("kubelet")
+                time.sleep(15)
+                ready = lambda: kubectl("get", "nodes", "-o", "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}").split()
+                wait("the nodes", lambda: ready() == ["True"] * len(cluster.NODES), 60)
+            self.inside_load(ns, break_it, 200)
+            self.new_pod_works(ns)

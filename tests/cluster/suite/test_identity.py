@@ -1,0 +1,140 @@
+"""Who gets which identity: registrar, agents, selectors."""
+import json, re, unittest
+
+import cluster, images, mesh
+from mesh import NAMESPACE, TRUST_DOMAIN, get, kubectl, pods, wait
+
+
+def reference_pod(ns):
+    """A pod in the shape of the reference's: container `proxy`, uid 2102, gid 1000, the agent's socket mounted."""
+    return f"""
+apiVersion: v1
+kind: ServiceAccount
+metadata: {{name: web-sa}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: shaped, labels: {{spiffe.io/spiffeid: "true", spire-workload: shaped, version: v1, app: shaped, countersign.dev/inject: disabled}}}}
+spec:
+  serviceAccountName: web-sa
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: proxy
+      image: {images.COUNTERSIGN}
+      imagePullPolicy: Never
+      args: [x509, watch, --socket=/agent/agent.sock]
+      securityContext: {{runAsUser: 2102, runAsGroup: 1000}}
+      volumeMounts: [{{name: agent, mountPath: /agent, readOnly: true}}]
+    - name: idle
+      image: {images.BOX}
+      imagePullPolicy: Never
+      args: [sleep, infinity]
+  volumes: [{{name: agent, hostPath: {{path: /run/countersign/agent}}}}]
+"""
+
+
+class Identity(unittest.TestCase):
+    def entry_of(self, ns, pod):
+        return wait(f"the entry of {pod}", lambda: get("-n", ns, "spiffeid", pod).get("status", {}).get("entryId"), 20)
+
+    def test_05_12_14_there_is_one_spiffeid_a_pod_with_its_entry_in_its_status(self):
+        with mesh.namespace("one-each") as ns:
+            kubectl("-n", ns, "create", "serviceaccount", "web-sa")
+            mesh.deploy(ns, mesh.deployment("web", ["sleep", "infinity"], replicas=3, port=80, account="web-sa"))
+            running = pods(ns, "app=web")
+            objects = {o["metadata"]["name"]: o for o in get("-n", ns, "spiffeids")["items"]}
+            self.assertEqual(sorted(objects), [p["metadata"]["name"] for p in running])
+            nodes = {n["metadata"]["name"]: n["metadata"]["uid"] for n in get("nodes")["items"]}
+            for pod in running:
+                name, uid, node = pod["metadata"]["name"], pod["metadata"]["uid"], pod["spec"]["nodeName"]
+                entry = json.loads(mesh.server("entry", "show", "--id", self.entry_of(ns, name), "--output=json"))
+                entry = entry[0] if isinstance(entry, list) else entry
+                self.assertEqual(entry["spiffe_id"], f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/web-sa")
+                self.assertEqual(entry["parent_id"], f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{nodes[node]}")
+                self.assertEqual(entry["selectors"], [f"k8s:pod-uid:{uid}"])
+                self.assertEqual(entry["dns_names"], [f"web.{ns}.svc"])
+            kubectl("-n", ns, "delete", "pod", running[0]["metadata"]["name"])
+            gone = running[0]["metadata"]["name"]
+            wait("its object to go with the pod", lambda: kubectl("-n", ns, "get", "spiffeid", gone, check=False).returncode != 0, 20)
+
+    def test_05_system_namespaces_are_left_out(self):
+        mesh.apply(f"apiVersion: v1\nkind: Pod\nmetadata: {{name: idle, namespace: kube-public}}\nspec: {{terminationGracePeriodSeconds: 1, containers: [{{name: app, image: {images.BOX}, imagePullPolicy: Never, args: [sleep, infinity]}}]}}")
+        try:
+            kubectl("-n", "kube-public", "wait", "pod/idle", "--for=condition=Ready", "--timeout=60s")
+            self.assertEqual(get("-n", "kube-public", "spiffeids")["items"], [])
+        finally:
+            kubectl("-n", "kube-public", "delete", "pod", "idle")
+
+    def test_15_the_agent_holds_the_svid_before_anybody_asks(self):
+        with mesh.namespace("before", inject=False) as ns:
+            mesh.deploy(ns, mesh.deployment("nobody-asks", ["sleep", "infinity"]))
+            pod = pods(ns, "app=nobody-asks")[0]
+            entry = self.entry_of(ns, pod["metadata"]["name"])
+            held = lambda: [i for i in mesh.agent_status(pod["spec"]["nodeName"])["identities"] if i["entry_id"] == entry]
+            found = wait("the agent to hold it", lambda: held() and held()[0]["serial"] and held()[0], 10)
+            self.assertEqual(found["spiffe_id"], f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/default")
+
+    def test_08_34_the_whole_selector_set_of_a_pod_is_logged_once_with_its_pid(self):
+        with mesh.namespace("shape") as ns:
+            kubectl("-n", ns, "apply", "-f", "-", input=reference_pod(ns))
+            kubectl("-n", ns, "wait", "pod/shaped", "--for=condition=Ready", "--timeout=60s")
+            pod = get("-n", ns, "pod", "shaped")
+            uid, node = pod["metadata"]["uid"], pod["spec"]["nodeName"]
+            proxy = next(c for c in pod["status"]["containerStatuses"] if c["name"] == "proxy")
+            idle = next(c for c in pod["status"]["containerStatuses"] if c["name"] == "idle")
+            attested = lambda: [l for l in mesh.logs(NAMESPACE, mesh.agent_on(node), "agent").splitlines() if "caller attested" in l and uid in l]
+            lines = wait("the agent's line", attested, 20)
+            self.assertEqual(len(lines), 1, "one line an attestation")
+            self.assertRegex(lines[0], r"pid=\d+")
+            found = re.search(r'selectors="([^"]+)"', lines[0]).group(1).split()
+            expected = {
+                "unix:uid:2102", "unix:gid:1000", "unix:supplementary_gid:1000", "k8s:sa:web-sa", f"k8s:ns:{ns}", f"k8s:pod-uid:{uid}", "k8s:pod-name:shaped",
+                "k8s:container-name:proxy", f"k8s:node-name:{node}", "k8s:pod-image-count:2", "k8s:pod-init-image-count:0",
+                "k8s:pod-label:spire-workload:shaped", "k8s:pod-label:version:v1", "k8s:pod-label:app:shaped", "k8s:pod-label:spiffe.io/spiffeid:true",
+                "k8s:pod-label:countersign.dev/inject:disabled",
+                *(f"k8s:container-image:{i}" for i in (proxy["image"], proxy["imageID"])),
+                *(f"k8s:pod-image:{i}" for c in (proxy, idle) for i in (c["image"], c["imageID"])),
+            }
+            self.assertEqual(set(found), expected)
+            self.assertEqual(len(found), len(expected))
+
+    def test_33_two_pods_of_one_service_account_have_svids_of_their_own(self):
+        with mesh.namespace("twins") as ns:
+            mesh.deploy(ns, mesh.deployment("twin", ["sleep", "infinity"], replicas=2))
+            entries = {self.entry_of(ns, p["metadata"]["name"]) for p in pods(ns, "app=twin")}
+            identities = [i for n in cluster.NODES for i in mesh.agent_status(n.name)["identities"] if i["entry_id"] in entries]
+            self.assertEqual(len(identities), 2)
+            self.assertEqual(len({i["spiffe_id"] for i in identities}), 1)
+            self.assertEqual(len({i["serial"] for i in identities}), 2)
+
+    def test_another_container_of_the_node_gets_its_own_identity_or_none(self):
+        with mesh.namespace("own-only") as ns:
+            text = reference_pod(ns).replace("x509, watch", "x509, fetch, --output=json").replace("name: shaped", "name: fetches")
+            kubectl("-n", ns, "apply", "-f", "-", input=text.replace("terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 1\n  restartPolicy: Never"))
+            told = wait("its answer", lambda: "spiffe_id" in (t := mesh.logs(ns, "fetches", "proxy", check=False).stdout or "") and t, 40)
+            ids = re.findall(r"spiffe://[^\"\s]+", told)
+            self.assertEqual(set(ids), {f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/web-sa"}, "its own, and no other of the node")
+        # In a namespace that is left out there is no entry, and so no identity.
+        text = reference_pod("kube-public").replace("x509, watch", "x509, fetch").replace("name: shaped", "name: nobody")
+        try:
+            kubectl("-n", "kube-public", "apply", "-f", "-", input=text)
+            said = wait("the refusal", lambda: "no identity issued" in (t := mesh.logs("kube-public", "nobody", "proxy", check=False).stdout or "") and t, 60)
+            self.assertIn("also needs k8s:pod-uid:", said, "and the closest miss is named")
+        finally:
+            kubectl("-n", "kube-public", "delete", "pod/nobody", "sa/web-sa", "--ignore-not-found")
+
+    def test_a_statefulsets_pod_made_again_never_gets_its_predecessors_svid(self):
+        with mesh.namespace("again") as ns:
+            mesh.deploy(ns, mesh.deployment("db", ["sleep", "infinity"]).replace("kind: Deployment", "kind: StatefulSet").replace("spec:\n  replicas", "spec:\n  serviceName: db\n  replicas"))
+            first_uid = get("-n", ns, "pod", "db-0")["metadata"]["uid"]
+            first = self.entry_of(ns, "db-0")
+            kubectl("-n", ns, "delete", "pod", "db-0")
+            kubectl("-n", ns, "rollout", "status", "statefulset/db", "--timeout=60s")
+            pod = get("-n", ns, "pod", "db-0")
+            self.assertNotEqual(pod["metadata"]["uid"], first_uid)
+            second = wait("a new entry", lambda: (e := self.entry_of(ns, "db-0")) != first and e, 20)
+            entry = json.loads(mesh.server("entry", "show", "--id", second, "--output=json"))
+            entry = entry[0] if isinstance(entry, list) else entry
+            self.assertEqual(entry["selectors"], [f"k8s:pod-uid:{pod['metadata']['uid']}"])
+            for node in cluster.NODES:
+                wait("the old one to be gone from the agents", lambda: first not in [i["entry_id"] for i in mesh.agent_status(node.name)["identities"]], 10)

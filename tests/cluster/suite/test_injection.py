@@ -1,0 +1,100 @@
+"""From a pod without any mesh configuration to one with a sidecar."""
+import json, unittest
+
+import images, mesh
+from mesh import get, kubectl, pods, wait
+
+
+def plain(name="web", extra=""):
+    return f"""
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}{extra}}}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{{name: app, image: {images.BOX}, imagePullPolicy: Never, args: [sleep, infinity], securityContext: {{runAsUser: 1000}}}}]
+"""
+
+
+class Injection(unittest.TestCase):
+    def submit(self, ns, text, check=True):
+        return kubectl("-n", ns, "apply", "-f", "-", input=text, check=check)
+
+    def test_10_11_a_pod_with_no_mesh_configuration_is_stored_with_redirect_and_sidecar(self):
+        with mesh.namespace("inject") as ns:
+            self.submit(ns, plain())
+            stored = get("-n", ns, "pod", "web")["spec"]
+            self.assertEqual([c["name"] for c in stored["initContainers"]], ["countersign-redirect", "countersign-proxy"])
+            self.assertEqual([c["name"] for c in stored["containers"]], ["app"])
+            self.assertEqual(stored["containers"][0]["args"], ["sleep", "infinity"], "the app is as it was submitted")
+
+    def test_16_the_pod_comes_up_with_the_sidecar_ready_before_the_app_starts(self):
+        with mesh.namespace("comes-up") as ns:
+            self.submit(ns, plain())
+            kubectl("-n", ns, "wait", "pod/web", "--for=condition=Ready", "--timeout=60s")
+            status = get("-n", ns, "pod", "web")["status"]
+            proxy = next(c for c in status["initContainerStatuses"] if c["name"] == "countersign-proxy")
+            self.assertTrue(proxy["ready"] and proxy["started"])
+            self.assertLessEqual(proxy["state"]["running"]["startedAt"], status["containerStatuses"][0]["state"]["running"]["startedAt"])
+
+    def test_the_pods_label_wins_over_its_namespace(self):
+        with mesh.namespace("label-wins") as ns:
+            self.submit(ns, plain(extra=", labels: {countersign.dev/inject: disabled}"))
+            self.assertNotIn("initContainers", get("-n", ns, "pod", "web")["spec"])
+        with mesh.namespace("label-asks", inject=False) as ns:
+            self.submit(ns, plain(extra=", labels: {countersign.dev/inject: enabled}"))
+            self.assertIn("initContainers", get("-n", ns, "pod", "web")["spec"])
+            self.submit(ns, plain(name="other"))
+            self.assertNotIn("initContainers", get("-n", ns, "pod", "other")["spec"])
+
+    def test_an_annotation_with_a_mistake_is_refused_and_named(self):
+        with mesh.namespace("mistakes") as ns:
+            for annotation, said in [("ignore-inbound-ports: '80, http'", "`http` is no port"), ("mode: loose", "`loose` is no mode"),
+                                     ("ignore-outbound-cidrs: 10.0.0.0/99", "`10.0.0.0/99` is no CIDR"), ("memory-limit: lots", "`lots` is no quantity")]:
+                done = self.submit(ns, plain(extra=f", annotations: {{countersign.dev/{annotation}}}"), check=False)
+                self.assertNotEqual(done.returncode, 0)
+                self.assertIn(said, done.stderr)
+            done = self.submit(ns, plain().replace("runAsUser: 1000", "runAsUser: 2102"), check=False)
+            self.assertIn("runs as UID 2102", done.stderr)
+
+    def test_lists_with_and_without_blanks_reach_the_redirect(self):
+        with mesh.namespace("lists") as ns:
+            self.submit(ns, plain(extra=", annotations: {countersign.dev/ignore-inbound-ports: '9090, 9091', countersign.dev/ignore-outbound-cidrs: '10.8.0.0/16,10.9.0.0/16'}"))
+            args = get("-n", ns, "pod", "web")["spec"]["initContainers"][0]["args"]
+            self.assertIn("--exclude-inbound-ports=15020,9090,9091", args)
+            self.assertIn("--exclude-outbound-cidrs=10.8.0.0/16,10.9.0.0/16", args)
+
+    def test_a_pod_on_its_nodes_network_and_the_control_plane_are_left_alone(self):
+        with mesh.namespace("host-network") as ns:
+            done = self.submit(ns, plain().replace("spec:\n", "spec:\n  hostNetwork: true\n"), check=False)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("uses its node's network", done.stderr, "the user is warned")
+            self.assertNotIn("initContainers", get("-n", ns, "pod", "web")["spec"])
+        for pod in pods(mesh.NAMESPACE, "app.kubernetes.io/name=countersign"):
+            self.assertNotIn("initContainers", pod["spec"])
+
+    def test_sidecar_and_redirect_are_confined(self):
+        with mesh.namespace("confined") as ns:
+            self.submit(ns, plain())
+            redirect, proxy = get("-n", ns, "pod", "web")["spec"]["initContainers"]
+            self.assertEqual(redirect["securityContext"]["capabilities"], {"drop": ["ALL"], "add": ["NET_ADMIN"]})
+            self.assertEqual(proxy["securityContext"]["capabilities"], {"drop": ["ALL"]})
+            self.assertEqual(proxy["securityContext"]["runAsUser"], 2102)
+            for container in (redirect, proxy):
+                self.assertTrue(container["securityContext"]["readOnlyRootFilesystem"])
+                self.assertEqual(container["securityContext"]["seccompProfile"], {"type": "RuntimeDefault"})
+            kubectl("-n", ns, "wait", "pod/web", "--for=condition=Ready", "--timeout=60s")
+
+    def test_inject_by_hand_gives_what_the_webhook_gives(self):
+        import subprocess as sp
+        made = sp.run([mesh.binary(), "inject", "-f", "-", "--image", images.COUNTERSIGN, "--image-pull-policy", "Never"],
+                      input=plain(), text=True, stdout=sp.PIPE, stderr=sp.PIPE, check=True)
+        self.assertIn("Pod web: injected", made.stderr)
+        with mesh.namespace("by-hand") as ns:
+            self.submit(ns, plain())
+            by_webhook = get("-n", ns, "pod", "web")["spec"]["initContainers"]
+        with mesh.namespace("by-hand-2", inject=False) as ns:
+            self.submit(ns, made.stdout)
+            by_hand = get("-n", ns, "pod", "web")["spec"]["initContainers"]
+        bare = lambda containers: [{k: v for k, v in c.items() if k != "volumeMounts"} for c in containers]
+        self.assertEqual(bare(by_hand), bare(by_webhook))
