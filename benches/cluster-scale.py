@@ -69,7 +69,7 @@ def main():
             proxy = next(c for c in pod["status"]["initContainerStatuses"] if c["name"] == "countersign-proxy")
             app_began = parsed(pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])
             started.append(app_began - parsed(proxy["state"]["running"]["startedAt"]))
-            said = [l for l in mesh.logs(ns, name, "app").splitlines() if l.startswith("first ")]
+            said = mesh.wait("its first answer", lambda: [l for l in mesh.logs(ns, name, "app").splitlines() if l.startswith("first ")], 60)
             first.append(float(said[0].split()[1]) - created[name])
         show("sidecar start to app start", started)
         show("creation to first mTLS byte", first)

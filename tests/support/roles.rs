@@ -40,7 +40,8 @@ impl Role {
     /// The same with a clock that is off: `shift` is `libfaketime`'s, as in `-30s`. (Its wrapper `faketime` would leave
     /// its child behind when killed.)
     pub fn start_shifted(dir: &Path, name: &str, shift: &str, args: &[String]) -> Self {
-        assert!(!cfg!(target_feature = "crt-static"), "a static binary's clock cannot be shifted: use `tests/run`");
+        let is_static = cfg!(target_feature = "crt-static");
+        assert!(!is_static, "a static binary's clock cannot be shifted: use `tests/run`");
         let library = std::fs::read_dir("/usr/lib")
             .unwrap()
             .flatten()

@@ -42,7 +42,8 @@ async fn look_up(host: &str) -> io::Result<Vec<IpAddr>> {
     if let Ok(address) = host.parse() {
         return Ok(vec![address]);
     }
-    let resolver = TokioResolver::builder_tokio().and_then(|b| b.build()).map_err(|e| failed(&e))?;
+    let resolver =
+        TokioResolver::builder_tokio().and_then(hickory_resolver::ResolverBuilder::build).map_err(|e| failed(&e))?;
     Ok(resolver.lookup_ip(host).await.map_err(|e| failed(&e))?.iter().collect())
 }
 

@@ -30,7 +30,7 @@ pub struct Config {
 pub struct RegistrarConfig {
     /// The server's Unix socket.
     pub server_socket: PathBuf,
-    /// What the server calls this cluster (k8s_psat).
+    /// What the server calls this cluster (`k8s_psat`).
     pub cluster: String,
     /// How a pod's SPIFFE ID is made.
     pub template: Template,

@@ -317,13 +317,12 @@ impl Registrar {
             let own = desired.get(key).is_some_and(|d| d.spec == object.spec && owner_uid(d) == owner_uid(object));
             wanted.insert(format!("{ENTRY_PREFIX}{uid}"), (uid, entry_of(object, own)));
         }
-        let held = match known {
-            Some(held) => held,
-            None => {
-                let listed = self.server.list().await?;
-                let ours = listed.iter().filter(|e| e.id.starts_with(ENTRY_PREFIX));
-                known.insert(ours.map(|e| (e.id.clone(), Wanted::read(e))).collect())
-            }
+        let held = if let Some(held) = known {
+            held
+        } else {
+            let listed = self.server.list().await?;
+            let ours = listed.iter().filter(|e| e.id.starts_with(ENTRY_PREFIX));
+            known.insert(ours.map(|e| (e.id.clone(), Wanted::read(e))).collect())
         };
         // What is gone goes first: its successor may want the very same.
         let orphans: Vec<String> = held.keys().filter(|id| !wanted.contains_key(*id)).cloned().collect();

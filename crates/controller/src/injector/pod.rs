@@ -49,7 +49,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
     if pod["spec"]["hostNetwork"].as_bool() == Some(true) {
         return Ok(Verdict::Left("the pod uses its node's network, where a redirect would catch the node's traffic"));
     }
-    if !pod["spec"]["containers"].as_array().is_some_and(|c| !c.is_empty()) {
+    if pod["spec"]["containers"].as_array().is_none_or(Vec::is_empty) {
         return Err(Refused::Malformed);
     }
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();

@@ -81,7 +81,7 @@ impl Settings {
                 "ignore-outbound-ports" => settings.outbound_ports = ports(full, value)?,
                 "ignore-inbound-cidrs" => settings.inbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
                 "ignore-outbound-cidrs" => {
-                    settings.outbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?
+                    settings.outbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?;
                 }
                 "log-level" => {
                     if !["error", "warn", "info", "debug", "trace"].contains(&value) {

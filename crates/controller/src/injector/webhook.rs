@@ -1,4 +1,4 @@
-//! AdmissionReview (admission.k8s.io/v1) in over TLS, JSON Patch out. `/inject/namespace` takes pods whose namespace asks for
+//! `AdmissionReview` (admission.k8s.io/v1) in over TLS, JSON Patch out. `/inject/namespace` takes pods whose namespace asks for
 //! injection, `/inject/pod` those that must ask themselves: the API server's own selectors tell them apart, so that we need
 //! no permission to look. The certificate is our own SVID, whose
 //! DNS names are those of the webhook's Service; it is swapped whenever the agent renews it.
@@ -201,17 +201,13 @@ impl Hook {
             Err(_) => return plain(StatusCode::REQUEST_TIMEOUT, "the review did not come in time\n"),
         };
         let review: Option<Value> = serde_json::from_slice(&body).ok();
-        match review.as_ref().and_then(|review| self.review(review, namespace_enabled)) {
-            Some(answer) => {
-                let mut response = Response::new(answer.to_string());
-                response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
-                response
-            }
-            None => {
-                self.count("malformed");
-                plain(StatusCode::BAD_REQUEST, "the body is no admission.k8s.io/v1 AdmissionReview of a pod\n")
-            }
-        }
+        let Some(answer) = review.as_ref().and_then(|review| self.review(review, namespace_enabled)) else {
+            self.count("malformed");
+            return plain(StatusCode::BAD_REQUEST, "the body is no admission.k8s.io/v1 AdmissionReview of a pod\n");
+        };
+        let mut response = Response::new(answer.to_string());
+        response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
+        response
     }
 
     fn count(&self, outcome: &'static str) {

@@ -50,9 +50,10 @@ pub fn render(template: &str, values: &Value, namespace: &str) -> Result<String,
         out.push_str(rest);
         out.push('\n');
     }
-    match open.is_empty() {
-        true => Ok(out),
-        false => Err(TemplateError { line: template.lines().count(), why: "`if` without `end`".into() }),
+    if open.is_empty() {
+        Ok(out)
+    } else {
+        Err(TemplateError { line: template.lines().count(), why: "`if` without `end`".into() })
     }
 }
 

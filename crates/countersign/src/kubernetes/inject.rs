@@ -16,8 +16,8 @@ const MAX_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Put redirect and sidecar into the pods of a file, as the webhook would: `countersign inject -f app.yaml | kubectl apply -f -`.
 ///
-/// Works on Pods and on whatever holds pod templates: Deployments, StatefulSets, DaemonSets, ReplicaSets, Jobs, CronJobs,
-/// Lists of them. Everything else passes as it is. What was done is said on standard error.
+/// Works on pods and on whatever holds pod templates: deployments, stateful sets, daemon sets, replica sets, jobs, cron jobs,
+/// lists of them. Everything else passes as it is. What was done is said on standard error.
 #[derive(Debug, clap::Args)]
 pub struct InjectArgs {
     /// YAML or JSON file; `-` reads standard input.

@@ -151,7 +151,7 @@ async fn remove(client: &Client, namespace: &str) -> Result<()> {
         };
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         match api.delete(name, &DeleteParams::foreground()).await {
-            Ok(_) => eprintln!("{} {name} is removed", kind),
+            Ok(_) => eprintln!("{kind} {name} is removed"),
             Err(kube::Error::Api(e)) if e.code == 404 => {}
             Err(error) => return Err(error).with_context(|| format!("cannot remove {kind} {name}")),
         }

@@ -131,7 +131,7 @@ fn judge_form(at: &str, text: &str) -> Result<(), Mistake> {
             countersign_identity::trust_domain::parse_trust_domain(text).map_err(|e| wrong(e.to_string()))?;
         }
         _ if at.ends_with("TTL") => {
-            text.parse::<crate::settings::Ttl>().map_err(|e| wrong(e.to_string()))?;
+            text.parse::<crate::settings::Ttl>().map_err(wrong)?;
         }
         _ => {
             let ok = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));

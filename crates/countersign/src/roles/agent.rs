@@ -58,7 +58,7 @@ pub struct AgentSettings {
     /// PEM key (PKCS#8) of that certificate.
     #[arg(long, value_name = "FILE")]
     x509pop_key: Option<PathBuf>,
-    /// Attest as a node of this Kubernetes cluster (k8s_psat); the name is the server's --k8s-psat-cluster.
+    /// Attest as a node of this Kubernetes cluster (`k8s_psat`); the name is the server's --k8s-psat-cluster.
     #[arg(long, value_name = "NAME")]
     k8s_psat_cluster: Option<String>,
     /// Projected service account token to attest with [default: /var/run/secrets/tokens/countersign-agent].

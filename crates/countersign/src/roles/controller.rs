@@ -70,7 +70,7 @@ pub struct SidecarArgs {
     /// Image of redirect and sidecar.
     #[arg(long, value_name = "IMAGE", default_value = concat!("docker.io/countersign/countersign:", env!("CARGO_PKG_VERSION")))]
     image: String,
-    /// When nodes look for the image: Always, IfNotPresent, Never.
+    /// When nodes look for the image.
     #[arg(long, value_name = "POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     image_pull_policy: String,
     /// Folder of a node where its agent's socket is.
@@ -122,15 +122,12 @@ impl ControllerArgs {
                 excluded_namespaces: self.exclude_namespaces.into_iter().collect(),
                 lease_namespace: self.lease_namespace,
             }),
-            directory: match only.contains("directory") {
-                true => Some(DirectoryConfig {
-                    server_socket: self.server_socket,
-                    template,
-                    mode,
-                    mesh_configmap: mesh_configmap.transpose()?,
-                }),
-                false => None,
-            },
+            directory: only.contains("directory").then_some(DirectoryConfig {
+                server_socket: self.server_socket,
+                template,
+                mode,
+                mesh_configmap: mesh_configmap.transpose()?,
+            }),
             injector: only.contains("injector").then(|| InjectorConfig {
                 bind: self.bind,
                 agent_socket: self.agent_socket,

@@ -92,7 +92,7 @@ pub struct ProxySettings {
     #[arg(long, value_name = "HOW")]
     balance: Option<String>,
     /// The app's probes that are asked through this sidecar, as the injector writes them: JSON, an object of
-    /// CONTAINER/KIND to {port, timeout_seconds, http|tcp|grpc}.
+    /// CONTAINER/KIND to `{port, timeout_seconds, http|tcp|grpc}`.
     #[arg(long, env = "COUNTERSIGN_PROBES", value_name = "JSON")]
     probes: Option<String>,
     /// Threads that carry traffic [default: 1].

@@ -72,7 +72,7 @@ pub struct ServerSettings {
     /// PEM CAs whose certificates agents may attest with (x509pop).
     #[arg(long, value_name = "FILE")]
     x509pop_ca: Option<PathBuf>,
-    /// Attest agents of this Kubernetes cluster by their projected service account tokens (k8s_psat); the name is part of
+    /// Attest agents of this Kubernetes cluster by their projected service account tokens (`k8s_psat`); the name is part of
     /// their IDs.
     #[arg(long, value_name = "NAME")]
     k8s_psat_cluster: Option<String>,

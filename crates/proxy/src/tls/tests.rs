@@ -50,7 +50,7 @@ async fn pair() -> (ClientStream, ServerStream) {
 }
 
 fn bytes(n: usize, seed: u8) -> Vec<u8> {
-    (0..n).map(|i| (i.wrapping_mul(31) >> 3) as u8 ^ seed).collect()
+    (0..n).map(|i| u8::try_from((i.wrapping_mul(31) >> 3) % 256).unwrap() ^ seed).collect()
 }
 
 /// Sends `up`, ends, and reads to the end.
@@ -61,7 +61,7 @@ async fn talk(stream: impl AsyncRead + AsyncWrite + Unpin, up: Vec<u8>) -> Vec<u
         writer.shutdown().await.unwrap();
     };
     let mut down = vec![];
-    let (_, got) = tokio::join!(send, reader.read_to_end(&mut down));
+    let ((), got) = tokio::join!(send, reader.read_to_end(&mut down));
     got.unwrap();
     down
 }
@@ -119,22 +119,22 @@ async fn a_change_of_keys_in_the_middle_is_followed_and_answered() {
 /// Passes the client's bytes on one by one, so that every record and handshake message arrives in pieces.
 async fn crumble(mut from: TcpStream, mut to: TcpStream) {
     to.set_nodelay(true).unwrap();
-    let (mut a, mut b) = from.split();
-    let (mut c, mut d) = to.split();
+    let (mut heard, mut said) = from.split();
+    let (mut answered, mut asked) = to.split();
     let forth = async {
         let mut buffer = vec![0; 64 * 1024];
         loop {
-            let n = a.read(&mut buffer).await.unwrap();
-            for byte in &buffer[..n] {
-                d.write_all(&[*byte]).await.unwrap();
+            let count = heard.read(&mut buffer).await.unwrap();
+            for byte in &buffer[..count] {
+                asked.write_all(&[*byte]).await.unwrap();
                 tokio::task::yield_now().await;
             }
-            if n == 0 {
-                return d.shutdown().await.unwrap();
+            if count == 0 {
+                return asked.shutdown().await.unwrap();
             }
         }
     };
-    tokio::join!(forth, async { tokio::io::copy(&mut c, &mut b).await.unwrap() });
+    tokio::join!(forth, async { tokio::io::copy(&mut answered, &mut said).await.unwrap() });
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! A projected service account token that the cluster's API server vouches for (TokenReview). SPIRE's own wire form.
+//! A projected service account token that the cluster's API server vouches for (`TokenReview`). SPIRE's own wire form.
 
 use std::collections::{BTreeMap, BTreeSet};
 
