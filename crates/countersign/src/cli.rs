@@ -34,6 +34,12 @@ enum Command {
     Controller(Box<roles::controller::ControllerArgs>),
     /// Print the Kubernetes manifests of an installation, for `kubectl apply -f -`.
     Install(kubernetes::InstallArgs),
+    /// Check a cluster before an installation, and an installation afterwards.
+    Check(kubernetes::CheckArgs),
+    /// Explain how a pod came into the mesh, or why it is not in it.
+    Explain(kubernetes::ExplainArgs),
+    /// Move a namespace or the whole mesh to strict, and see before whom that would cut off.
+    Strict(kubernetes::StrictArgs),
     /// Take an installation out of a cluster: sidecars forward in the clear first, then everything is removed.
     Uninstall(kubernetes::UninstallArgs),
     /// Put redirect and sidecar into the manifests of a file, as the webhook would.
@@ -115,6 +121,9 @@ impl Cli {
             Command::Proxy(args) => done(roles::proxy::run(*args)),
             Command::Controller(args) => done(roles::controller::run(*args)),
             Command::Install(args) => done(kubernetes::install(&args)),
+            Command::Check(args) => kubernetes::check(&args),
+            Command::Explain(args) => kubernetes::explain(&args),
+            Command::Strict(args) => kubernetes::strict(&args),
             Command::Uninstall(args) => done(operator::block(kubernetes::uninstall(args))),
             Command::Inject(args) => done(kubernetes::inject(args)),
             Command::Redirect(args) => roles::redirect::run(&args),

@@ -1,15 +1,11 @@
 """The way out. Last of all: it leaves a cluster without Countersign."""
-import json, os, subprocess as sp, unittest
+import unittest
 
-import cluster, mesh
-from mesh import deploy, deployment, get, kubectl, pod_of, run_in, wait
+import mesh
+from mesh import deploy, deployment, kubectl, pod_of, run_in
 from suite.test_faults import web
+from suite.test_operator import countersign
 from suite.test_traffic import Load
-
-
-def countersign(*command):
-    environment = {**os.environ, "KUBECONFIG": str(cluster.STATE / "pki" / "admin.conf")}
-    return sp.run(["nsenter", f"--net=/run/netns/{cluster.NODES[0].netns}", str(mesh.binary()), *command], env=environment, text=True, capture_output=True)
 
 
 class Uninstall(unittest.TestCase):

@@ -1,11 +1,18 @@
-//! Commands for Kubernetes: the manifests of an installation, and injection into files.
+//! Commands for Kubernetes: the manifests of an installation, injection into files, and a look at a running mesh.
 
 mod chart;
+mod check;
+mod cluster;
+mod explain;
 mod inject;
 mod install;
+mod strict;
 mod uninstall;
 mod values;
 
+pub use check::{CheckArgs, check};
+pub use explain::{ExplainArgs, explain};
 pub use inject::{InjectArgs, inject};
 pub use install::{InstallArgs, install};
+pub use strict::{StrictArgs, strict};
 pub use uninstall::{UninstallArgs, uninstall};

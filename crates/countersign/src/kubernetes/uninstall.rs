@@ -9,14 +9,13 @@ use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 
+use super::cluster::{SIDECAR_PORT, client, is_meshed, page};
 use super::install::manifests;
 use super::values::ValuesArgs;
 use crate::settings::Mistake;
 
 /// How often is looked whether something has come about.
 const LOOK: Duration = Duration::from_millis(500);
-/// Where a sidecar says its mode.
-const SIDECAR_PORT: u16 = 15020;
 
 /// Take an installation out of the cluster of the current KUBECONFIG, without failing a request.
 ///
@@ -43,9 +42,7 @@ pub async fn uninstall(args: UninstallArgs) -> Result<()> {
         )
         .into());
     }
-    let client = Client::try_default()
-        .await
-        .map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {e}; set KUBECONFIG")))?;
+    let client = client().await?;
     let until = Instant::now() + Duration::from_secs(args.patience);
     make_transparent(&client, &args.namespace).await?;
     wait_for_sidecars(&client, until).await?;
@@ -80,10 +77,10 @@ async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
                 continue;
             }
             let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
-            match mode_of(client, &pod).await {
-                Ok(mode) if mode == "off" => {}
+            match page(client, &pod, SIDECAR_PORT, "/mode").await {
+                Ok(mode) if mode.trim() == "off" => {}
                 Ok(mode) => {
-                    why = format!("its mode is {mode}");
+                    why = format!("its mode is {}", mode.trim());
                     waiting.push(name);
                 }
                 Err(error) => {
@@ -109,22 +106,6 @@ async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
         }
         tokio::time::sleep(LOOK).await;
     }
-}
-
-fn is_meshed(pod: &Pod) -> bool {
-    let init = pod.spec.as_ref().and_then(|s| s.init_containers.as_ref());
-    init.into_iter().flatten().any(|c| c.name == countersign_controller::injector::SIDECAR)
-}
-
-async fn mode_of(client: &Client, pod: &Pod) -> Result<String> {
-    let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
-    let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{SIDECAR_PORT}/proxy/mode");
-    let asked = client.request_text(http::Request::get(path).body(vec![])?);
-    Ok(tokio::time::timeout(Duration::from_secs(5), asked)
-        .await
-        .context("the sidecar does not answer")??
-        .trim()
-        .to_owned())
 }
 
 /// Plural names of the kinds that we install.

@@ -1,0 +1,377 @@
+//! `countersign check`: whether a cluster can take an installation, and whether one is well.
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use countersign_identity::X509Authority;
+use countersign_identity::bundle::certificates_from_pem;
+use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
+use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{Api, ListParams, PostParams};
+use kube::{Client, ResourceExt};
+use serde_json::json;
+use time::OffsetDateTime;
+
+use super::cluster::{client, is_ready, label, metric, page, pods};
+use crate::operator::block;
+use crate::operator::output::{Output, Table};
+
+/// The first version with native sidecars.
+const OLDEST: (u32, u32) = (1, 29);
+/// The first version whose kubelets know `nodes/pods`.
+const NARROW_KUBELET: (u32, u32) = (1, 33);
+/// A clock may be off by this much (seconds): SVIDs are backdated by it.
+const MAX_SKEW: i64 = 10;
+/// Pages of the server's metrics.
+const SERVER_PAGES: u16 = 9464;
+
+/// Check a cluster before an installation, and an installation afterwards: each finding with what mends it. Exit 1 if any.
+#[derive(Debug, clap::Args)]
+pub struct CheckArgs {
+    /// Namespace of the installation.
+    #[arg(long, short, value_name = "NAMESPACE", default_value = "countersign")]
+    namespace: String,
+    /// Check only whether the cluster can take an installation.
+    #[arg(long)]
+    before: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// What a check found.
+struct Finding {
+    check: &'static str,
+    /// What is wrong and what mends it.
+    outcome: Result<String, (String, &'static str)>,
+}
+
+/// Checks.
+pub fn check(args: &CheckArgs) -> Result<ExitCode> {
+    let findings = block(find(args))?;
+    let mut table = Table::new(&["check", "result", "found", "mend"]);
+    let mut all = vec![];
+    for Finding { check, outcome } in &findings {
+        let (ok, found, mend) = match outcome {
+            Ok(found) => (true, found, ""),
+            Err((found, mend)) => (false, found, *mend),
+        };
+        let row = [*check, if ok { "ok" } else { "FAILED" }, found.as_str(), mend];
+        table.row(row.into_iter().map(ToOwned::to_owned).collect());
+        all.push(json!({ "check": check, "ok": ok, "found": found, "mend": mend }));
+    }
+    let good = findings.iter().all(|f| f.outcome.is_ok());
+    args.output.print(&table, &json!({ "ok": good, "checks": all }));
+    Ok(ExitCode::from(u8::from(!good)))
+}
+
+async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
+    let client = client().await?;
+    let namespace = &args.namespace;
+    let version = client.apiserver_version().await?;
+    let number = |text: &str| text.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
+    let version = (number(&version.major), number(&version.minor));
+    let mut findings = vec![
+        Finding { check: "API version", outcome: api_version(version) },
+        Finding { check: "permissions", outcome: permissions(&client, namespace).await },
+        Finding { check: "clocks", outcome: clocks(&client).await },
+    ];
+    if args.before {
+        return Ok(findings);
+    }
+    let (server, map) = (server(&client, namespace).await, configmap(&client, namespace).await);
+    findings.extend([
+        Finding { check: "SpiffeID resource", outcome: resource(&client).await },
+        Finding { check: "server", outcome: server_ready(&client, namespace).await },
+        Finding { check: "agents", outcome: agents(&client, namespace, version).await },
+        Finding { check: "injector", outcome: injector(&client, namespace).await },
+        Finding { check: "authorities", outcome: authorities(server.as_ref()) },
+        Finding { check: "bundle", outcome: bundle(server.as_ref(), map.as_deref()) },
+        Finding { check: "webhook's caBundle", outcome: webhook_bundle(&client, map.as_deref()).await },
+        Finding { check: "webhook", outcome: webhook(&client).await },
+    ]);
+    Ok(findings)
+}
+
+type Outcome = Result<String, (String, &'static str)>;
+
+fn api_version((major, minor): (u32, u32)) -> Outcome {
+    let found = format!("Kubernetes {major}.{minor}");
+    if (major, minor) >= OLDEST {
+        Ok(found)
+    } else {
+        Err((found, "Countersign needs native sidecars: Kubernetes 1.29 or newer"))
+    }
+}
+
+/// Whether we may make what an installation needs.
+async fn permissions(client: &Client, namespace: &str) -> Outcome {
+    let needed = [
+        ("", "namespaces", ""),
+        ("apiextensions.k8s.io", "customresourcedefinitions", ""),
+        ("rbac.authorization.k8s.io", "clusterroles", ""),
+        ("rbac.authorization.k8s.io", "clusterrolebindings", ""),
+        ("admissionregistration.k8s.io", "mutatingwebhookconfigurations", ""),
+        ("apps", "daemonsets", namespace),
+        ("apps", "statefulsets", namespace),
+        ("apps", "deployments", namespace),
+    ];
+    let api: Api<SelfSubjectAccessReview> = Api::all(client.clone());
+    let mut lacking = vec![];
+    for (group, resource, namespace) in needed {
+        let attributes = ResourceAttributes {
+            group: Some(group.into()),
+            resource: Some(resource.into()),
+            verb: Some("create".into()),
+            namespace: (!namespace.is_empty()).then(|| namespace.to_owned()),
+            ..ResourceAttributes::default()
+        };
+        let spec = SelfSubjectAccessReviewSpec { resource_attributes: Some(attributes), ..Default::default() };
+        let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
+        let answer = api.create(&PostParams::default(), &review).await;
+        if !answer.is_ok_and(|a| a.status.is_some_and(|s| s.allowed)) {
+            lacking.push(resource);
+        }
+    }
+    match lacking.as_slice() {
+        [] => Ok("you may install".into()),
+        some => Err((format!("you may not create {}", some.join(", ")), "install as an administrator of the cluster")),
+    }
+}
+
+/// Compares the time that each kubelet writes into its lease with the time that the API server stamped on the writing.
+async fn clocks(client: &Client) -> Outcome {
+    let api: Api<Lease> = Api::namespaced(client.clone(), "kube-node-lease");
+    let leases = api.list(&ListParams::default()).await;
+    let leases = leases.map_err(|e| (format!("cannot read the nodes' leases: {e}"), "see whether nodes are ready"))?;
+    let (mut worst, mut whose) = (0, String::new());
+    for lease in &leases.items {
+        let written = lease
+            .metadata
+            .managed_fields
+            .iter()
+            .flatten()
+            .filter_map(|f| f.time.as_ref())
+            .map(|t| t.0.as_second())
+            .max();
+        let renewed = lease.spec.as_ref().and_then(|s| s.renew_time.as_ref()).map(|t| t.0.as_second());
+        if let (Some(written), Some(renewed)) = (written, renewed)
+            && (renewed - written).abs() > worst
+        {
+            (worst, whose) = ((renewed - written).abs(), lease.name_any());
+        }
+    }
+    if worst > MAX_SKEW {
+        return Err((
+            format!("node {whose} is {worst} s off the API server's clock"),
+            "set the clocks by NTP: certificates are dated",
+        ));
+    }
+    Ok(format!("{} nodes, at most {worst} s off", leases.items.len()))
+}
+
+async fn resource(client: &Client) -> Outcome {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let definition = countersign_controller::crd::definition();
+    match api.get(&definition.name_any()).await {
+        Ok(_) => Ok("defined".into()),
+        Err(e) => Err((e.to_string(), "apply the manifests of `countersign install`")),
+    }
+}
+
+/// What a server says of itself.
+struct Server {
+    /// Its page of metrics.
+    metrics: String,
+    /// It signs below a root that is not its own.
+    has_upstream: bool,
+}
+
+async fn server(client: &Client, namespace: &str) -> Result<Server, String> {
+    let found = pods(client, namespace, "app.kubernetes.io/component=server").await.map_err(|e| e.to_string())?;
+    let ready = found.iter().find(|p| is_ready(p)).ok_or("no server is ready")?;
+    let args = ready.spec.iter().flat_map(|s| &s.containers).flat_map(|c| c.args.iter().flatten());
+    let has_upstream = args.into_iter().any(|a| a.starts_with("--upstream-cert"));
+    let metrics = page(client, ready, SERVER_PAGES, "/metrics").await.map_err(|e| e.to_string())?;
+    Ok(Server { metrics, has_upstream })
+}
+
+async fn configmap(client: &Client, namespace: &str) -> Result<String, String> {
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let map = api.get("countersign-bundle").await.map_err(|e| e.to_string())?;
+    map.data.unwrap_or_default().remove("bundle.crt").ok_or_else(|| "it holds no bundle.crt yet".to_owned())
+}
+
+fn replicas(found: Option<i32>, wanted: Option<i32>, what: &str, mend: &'static str) -> Outcome {
+    let (found, wanted) = (found.unwrap_or(0), wanted.unwrap_or(1));
+    let said = format!("{found} of {wanted} {what} ready");
+    if found >= wanted { Ok(said) } else { Err((said, mend)) }
+}
+
+async fn server_ready(client: &Client, namespace: &str) -> Outcome {
+    let api: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
+    let mend = "see `kubectl describe` and the log of pod countersign-server-0";
+    let found = api
+        .get("countersign-server")
+        .await
+        .map_err(|e| (e.to_string(), "apply the manifests of `countersign install`"))?;
+    replicas(found.status.and_then(|s| s.ready_replicas), found.spec.and_then(|s| s.replicas), "servers", mend)
+}
+
+async fn injector(client: &Client, namespace: &str) -> Outcome {
+    let api: Api<Deployment> = Api::namespaced(client.clone(), namespace);
+    let mend = "see the injector's log: it is ready when the agent of its node has given it a certificate";
+    let found = api
+        .get("countersign-injector")
+        .await
+        .map_err(|e| (e.to_string(), "apply the manifests of `countersign install`"))?;
+    replicas(found.status.and_then(|s| s.ready_replicas), found.spec.and_then(|s| s.replicas), "injectors", mend)
+}
+
+async fn agents(client: &Client, namespace: &str, version: (u32, u32)) -> Outcome {
+    let fails = |e: kube::Error| (e.to_string(), "apply the manifests of `countersign install`");
+    let sets: Api<DaemonSet> = Api::namespaced(client.clone(), namespace);
+    sets.get("countersign-agent").await.map_err(fails)?;
+    let nodes: Api<Node> = Api::all(client.clone());
+    let nodes = nodes.list(&ListParams::default()).await.map_err(fails)?;
+    let running = pods(client, namespace, "app.kubernetes.io/component=agent").await;
+    let running = running.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
+    let ready: BTreeSet<&str> =
+        running.iter().filter(|p| is_ready(p)).filter_map(|p| p.spec.as_ref()?.node_name.as_deref()).collect();
+    let lacking: Vec<String> =
+        nodes.items.iter().map(ResourceExt::name_any).filter(|n| !ready.contains(n.as_str())).collect();
+    if lacking.is_empty() {
+        return Ok(format!("{} agents ready, one a node", ready.len()));
+    }
+    let mend = if version < NARROW_KUBELET {
+        "see the agent's log; before Kubernetes 1.33 install with agent.nodesProxyPermission=true"
+    } else {
+        "see the agent's log on that node: it is ready when the server has attested it"
+    };
+    Err((format!("no agent is ready on {}", lacking.join(", ")), mend))
+}
+
+/// Ends of the server's authorities, from its metrics.
+fn authorities(server: Result<&Server, &String>) -> Outcome {
+    let page = &server.map_err(|e| (e.clone(), "see the server's log"))?.metrics;
+    let now = OffsetDateTime::now_utc().unix_timestamp();
+    let ends = metric(page, "countersign_server_authority_expiry_timestamp_seconds");
+    #[allow(clippy::cast_possible_truncation)] // seconds since 1970
+    let active = ends.filter(|(l, _)| label(l, "status") == Some("active")).map(|(_, end)| end as i64 - now).max();
+    match active {
+        None => Err((
+            "no authority is active".into(),
+            "see the server's log; `countersign authority prepare`, then `activate`",
+        )),
+        Some(left) if left <= 0 => {
+            Err((format!("the active authority ended {} s ago", -left), "see the server's log: it should have rotated"))
+        }
+        Some(left) => Ok(format!("the active one has {left} s left")),
+    }
+}
+
+/// Whether what agents start with is what the server signs with.
+fn bundle(server: Result<&Server, &String>, map: Result<&str, &String>) -> Outcome {
+    let map = map.map_err(|e| {
+        (format!("ConfigMap countersign-bundle: {e}"), "see the server's log: it publishes the bundle there")
+    })?;
+    let server = server.map_err(|e| (e.clone(), "see the server's log"))?;
+    let unreadable =
+        |e: String| (format!("ConfigMap countersign-bundle: {e}"), "see the server's log; it mends what others change");
+    let published = certificates_from_pem(map.as_bytes()).map_err(|e| unreadable(e.to_string()))?;
+    let published = published.into_iter().map(|c| X509Authority::from_der(c.to_vec()));
+    let published = published.collect::<Result<Vec<_>, _>>().map_err(|e| unreadable(e.to_string()))?;
+    let ids: BTreeSet<&str> = published.iter().map(X509Authority::id).collect();
+    let ends = metric(&server.metrics, "countersign_server_authority_expiry_timestamp_seconds");
+    let own: BTreeSet<&str> = ends.filter_map(|(l, _)| label(l, "authority")).collect();
+    match own.iter().filter(|id| ids.contains(*id)).count() {
+        // Below an upstream root the bundle is that root, and none of our own.
+        0 if server.has_upstream && !ids.is_empty() => Ok(format!("{} roots above our own authorities", ids.len())),
+        n if n == own.len() => Ok(format!("all {n} authorities of the server are published")),
+        n => Err((
+            format!("{n} of {} authorities of the server are published", own.len()),
+            "see the server's log: it may not write the ConfigMap",
+        )),
+    }
+}
+
+async fn webhook_bundle(client: &Client, map: Result<&str, &String>) -> Outcome {
+    let api: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
+    let found = api
+        .get("countersign-injector")
+        .await
+        .map_err(|e| (e.to_string(), "apply the manifests of `countersign install`"))?;
+    let hooks = found.webhooks.unwrap_or_default();
+    let same = hooks
+        .iter()
+        .filter(|h| h.client_config.ca_bundle.as_ref().map(|b| b.0.as_slice()) == map.ok().map(str::as_bytes));
+    match same.count() {
+        n if n == hooks.len() && n > 0 => Ok("the same as the ConfigMap's".into()),
+        n => Err((
+            format!("{n} of {} webhooks have the bundle of the ConfigMap", hooks.len()),
+            "see the server's log: it may not change the webhook configuration",
+        )),
+    }
+}
+
+/// Lets the API server ask the webhook about a pod that is never made.
+async fn webhook(client: &Client) -> Outcome {
+    let pod = json!({
+        "metadata": { "name": "countersign-check", "labels": { "countersign.dev/inject": "enabled" } },
+        "spec": { "containers": [{ "name": "app", "image": "none" }] },
+    });
+    let pod: Pod = serde_json::from_value(pod).map_err(|e| (e.to_string(), ""))?;
+    let api: Api<Pod> = Api::namespaced(client.clone(), "default");
+    match api.create(&PostParams { dry_run: true, ..PostParams::default() }, &pod).await {
+        Ok(made) if super::cluster::is_meshed(&made) => Ok("it injects".into()),
+        Ok(_) => Err((
+            "a pod that asks for it is not injected".into(),
+            "see the webhook configuration's selectors and the injector's log",
+        )),
+        Err(e) => Err((e.to_string(), "is the injector ready, and may the API server reach its port 9443?")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use countersign_identity::profile::issue_root;
+
+    #[test]
+    fn an_old_cluster_and_an_authority_without_time_are_found() {
+        assert!(api_version((1, 29)).is_ok());
+        assert!(api_version((1, 28)).unwrap_err().1.contains("1.29"));
+        let now = OffsetDateTime::now_utc().unix_timestamp();
+        assert!(authorities(Ok(&server(&[("a", now + 60)], false))).is_ok());
+        assert!(authorities(Ok(&server(&[("a", now - 60)], false))).unwrap_err().0.contains("ended"));
+        assert!(authorities(Ok(&server(&[], false))).unwrap_err().0.contains("no authority"));
+    }
+
+    fn server(authorities: &[(&str, i64)], has_upstream: bool) -> Server {
+        let line = |(id, end): &(&str, i64)| {
+            format!(
+                "countersign_server_authority_expiry_timestamp_seconds{{authority=\"{id}\",status=\"active\"}} {end}\n"
+            )
+        };
+        Server { metrics: authorities.iter().map(line).collect(), has_upstream }
+    }
+
+    #[test]
+    fn a_bundle_that_lacks_an_authority_is_found() {
+        let key = countersign_identity::PrivateKey::generate(countersign_identity::KeyType::EcP256).unwrap();
+        let td = countersign_identity::TrustDomain::new("td").unwrap();
+        let made = issue_root(&td, &key, std::time::Duration::from_secs(60), OffsetDateTime::now_utc()).unwrap();
+        let made = X509Authority::from_der(made.to_vec()).unwrap();
+        let pem = countersign_identity::bundle::certificates_to_pem([made.der().as_ref()]);
+        let judged = |own: &[(&str, i64)], upstream, pem: &str| bundle(Ok(&server(own, upstream)), Ok(pem));
+        assert!(judged(&[(made.id(), 1)], false, &pem).unwrap().contains("all 1 authorities"));
+        assert!(judged(&[(made.id(), 1), ("other", 1)], false, &pem).unwrap_err().0.contains("1 of 2"));
+        assert!(judged(&[("other", 1)], false, &pem).unwrap_err().0.contains("0 of 1"), "somebody else's certificate");
+        assert!(judged(&[("other", 1)], true, &pem).unwrap().contains("1 roots above"));
+        assert!(judged(&[(made.id(), 1)], false, "garbage").is_err());
+    }
+}

@@ -1,0 +1,95 @@
+//! The cluster of the current KUBECONFIG, as the commands look at it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, LogParams};
+use kube::{Client, ResourceExt};
+use serde_json::Value;
+
+use crate::settings::Mistake;
+
+/// An answer of a pod's page takes no longer.
+const PAGE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where a sidecar serves its pages.
+pub const SIDECAR_PORT: u16 = 15020;
+
+/// Most of a log that is read, in bytes.
+const MAX_LOG_BYTES: i64 = 16 * 1024 * 1024;
+
+/// A way to the API server.
+pub async fn client() -> Result<Client> {
+    let client = Client::try_default().await;
+    Ok(client.map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {e}; set KUBECONFIG")))?)
+}
+
+/// A page of a pod, asked through the API server.
+pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String> {
+    let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+    let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy{path}");
+    let asked = client.request_text(http::Request::get(path).body(vec![])?);
+    Ok(tokio::time::timeout(PAGE_TIMEOUT, asked).await.context("it does not answer")??)
+}
+
+/// The value of each line of a metric, with the text of its labels.
+pub fn metric<'a>(page: &'a str, name: &'a str) -> impl Iterator<Item = (&'a str, f64)> {
+    page.lines().filter_map(move |line| {
+        let rest = line.strip_prefix(name)?;
+        let (labels, value) = rest.rsplit_once(' ')?;
+        (labels.is_empty() || labels.starts_with('{')).then_some(())?;
+        Some((labels.trim_matches(['{', '}']), value.parse().ok()?))
+    })
+}
+
+/// The value of a label in the text of a line's labels.
+pub fn label<'a>(labels: &'a str, name: &str) -> Option<&'a str> {
+    labels.split(',').find_map(|pair| pair.strip_prefix(name)?.strip_prefix("=\"")?.strip_suffix('"'))
+}
+
+/// Whether a pod has our sidecar.
+pub fn is_meshed(pod: &Pod) -> bool {
+    let init = pod.spec.as_ref().and_then(|s| s.init_containers.as_ref());
+    init.into_iter().flatten().any(|c| c.name == countersign_controller::injector::SIDECAR)
+}
+
+/// Pods of a namespace with these labels that are not on their way out.
+pub async fn pods(client: &Client, namespace: &str, labels: &str) -> Result<Vec<Pod>> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let listed = api.list(&kube::api::ListParams::default().labels(labels)).await.context("cannot list pods")?;
+    Ok(listed.items.into_iter().filter(|p| p.metadata.deletion_timestamp.is_none()).collect())
+}
+
+/// Whether a pod takes part.
+pub fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+    conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
+}
+
+/// What a pod's sidecar has logged last: its lines, and the connections among them.
+pub async fn sidecar_log(client: &Client, pod: &Pod, lines: i64) -> Result<(Vec<String>, Vec<Value>)> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+    let container = Some(countersign_controller::injector::SIDECAR.to_owned());
+    let params =
+        LogParams { container, tail_lines: Some(lines), limit_bytes: Some(MAX_LOG_BYTES), ..LogParams::default() };
+    let text = api.logs(&pod.name_any(), &params).await.context("cannot read the sidecar's log")?;
+    let connections =
+        text.lines().filter_map(|l| serde_json::from_str(l).ok()).filter(|v: &Value| v["direction"].is_string());
+    let connections = connections.collect();
+    Ok((text.lines().map(ToOwned::to_owned).collect(), connections))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_metrics_lines_are_read_with_their_labels() {
+        let page = "# TYPE x gauge\nx_ends{authority=\"a1\",status=\"active\"} 12\nx_ends_total 3\nx_ends{authority=\"b2\",status=\"old\"} 1.5e1\n";
+        let found: Vec<_> = metric(page, "x_ends").collect();
+        assert_eq!(found, [("authority=\"a1\",status=\"active\"", 12.0), ("authority=\"b2\",status=\"old\"", 15.0)]);
+        assert_eq!(label(found[1].0, "status"), Some("old"));
+        assert_eq!(label(found[1].0, "stat"), None);
+        assert_eq!(metric(page, "x_ends_total").next(), Some(("", 3.0)));
+    }
+}
