@@ -6,7 +6,18 @@ from cluster import NODES, kubectl
 
 NAMESPACE = "countersign"
 TRUST_DOMAIN = "cluster.local"
-BINARY = None
+# Where the server keeps its keys and database: a folder of the first node.
+VOLUME = """
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: countersign-data}
+spec:
+  capacity: {storage: 1Gi}
+  accessModes: [ReadWriteOnce]
+  storageClassName: local
+  local: {path: /var/lib/countersign}
+  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [node1]}]}]}}
+"""
 
 
 def binary():
@@ -24,17 +35,7 @@ def manifests(*settings):
 
 def install(*settings):
     """Installs, and waits until everything is ready."""
-    apply("""
-apiVersion: v1
-kind: PersistentVolume
-metadata: {name: countersign-data}
-spec:
-  capacity: {storage: 1Gi}
-  accessModes: [ReadWriteOnce]
-  storageClassName: local
-  local: {path: /var/lib/countersign}
-  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [node1]}]}]}}
-""")
+    apply(VOLUME)
     apply(manifests(*settings))
     ready()
 
