@@ -33,7 +33,7 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let ports = [free_port(), free_port(), free_port()];
+    let ports = [free_port(), free_port(), free_port(), free_port()];
     let at = |n: usize| format!("127.0.0.1:{}", ports[n]);
     let server = Server::start(dir.path(), &["--metrics", &at(0)]);
     let mut args = server.agent_args(&server.token(&[]));
@@ -57,6 +57,16 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         &at(2),
     ];
     let _proxy = Role::start(dir.path(), "proxy", &proxy.map(str::to_owned));
+    // A controller whose agent gives it no certificate is not ready, and says so; its metrics are there all the same.
+    let controller = [
+        "controller",
+        "--only=injector",
+        "--trust-domain=test.local",
+        &format!("--bind=127.0.0.1:{}", free_port()),
+        &format!("--agent-socket={}", dir.path().join("no-agent.sock").display()),
+        &format!("--metrics={}", at(3)),
+    ];
+    let _controller = Role::start(dir.path(), "controller", &controller.map(str::to_owned));
     let mut served = BTreeSet::new();
     for port in ports {
         let page = wait_for("the metrics", Duration::from_secs(10), || {
@@ -65,6 +75,10 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         assert!(page.contains("openmetrics-text") && page.trim_end().ends_with("# EOF"), "{page}");
         served.extend(names(&page));
         assert!(http_get(port, "/live").unwrap().starts_with("HTTP/1.1 200"));
+        if port == ports[3] {
+            assert!(http_get(port, "/ready").unwrap().contains("the agent has given us no certificate yet"));
+            continue;
+        }
         wait_for("readiness", Duration::from_secs(10), || {
             http_get(port, "/ready").filter(|p| p.starts_with("HTTP/1.1 200"))
         });
@@ -79,11 +93,14 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
     let unknown: Vec<_> = served.difference(&documented).collect();
     assert!(unknown.is_empty(), "not documented: {unknown:?}");
     // A family shows once it has a value; that the others exist is read from where they are registered.
-    let sources = ["server/src/metrics.rs", "agent/src/metrics.rs", "proxy/src/telemetry.rs"]
-        .map(|f| std::fs::read_to_string(format!("{}/../{f}", env!("CARGO_MANIFEST_DIR"))).unwrap());
+    let sources =
+        ["server/src/metrics.rs", "agent/src/metrics.rs", "proxy/src/telemetry.rs", "controller/src/metrics.rs"]
+            .map(|f| std::fs::read_to_string(format!("{}/../{f}", env!("CARGO_MANIFEST_DIR"))).unwrap());
     for name in &documented {
-        let role =
-            ["server", "agent", "proxy"].iter().position(|r| name.starts_with(&format!("countersign_{r}_"))).unwrap();
+        let role = ["server", "agent", "proxy", "controller"]
+            .iter()
+            .position(|r| name.starts_with(&format!("countersign_{r}_")))
+            .unwrap();
         let own = name.splitn(3, '_').nth(2).unwrap().trim_end_matches("_total");
         assert!(sources[role].contains(&format!("\"{own}\"")), "{name} does not exist");
     }
