@@ -27,7 +27,7 @@ def show(name, values):
 
 
 def memory(role, selector, container):
-    """Resident anonymous and file memory of a role's processes, MiB (VmRSS and its RssAnon)."""
+    """Memory of a role's processes in MiB: resident, its proportional share (a page that n processes map counts 1/n), anonymous."""
     out = []
     for pod in mesh.pods(mesh.NAMESPACE if role != "sidecar" else "scale", selector):
         node = mesh.node_of(pod["spec"]["nodeName"])
@@ -35,11 +35,11 @@ def memory(role, selector, container):
         wanted = next(s["containerID"].split("//")[1] for s in statuses if s["name"] == container)
         tasks = node.run("ctr", "-n", "k8s.io", "task", "ls", stdout=-1, check=True).stdout
         pid = next(l.split()[1] for l in tasks.splitlines() if l.startswith(wanted))
-        status = node.run("cat", f"/proc/{pid}/status", stdout=-1, check=True).stdout
+        status = node.run("cat", f"/proc/{pid}/smaps_rollup", stdout=-1, check=True).stdout
         field = lambda name: next(int(l.split()[1]) / 1024 for l in status.splitlines() if l.startswith(name))
-        out.append((field("VmRSS:"), field("RssAnon:")))
-    rss, anon = [r for r, _ in out], [a for _, a in out]
-    print(f"{role:10} {len(out):4} processes  RSS median {statistics.median(rss):6.1f} max {max(rss):6.1f} MiB   anonymous median {statistics.median(anon):6.1f} max {max(anon):6.1f} MiB")
+        out.append([field(name) for name in ("Rss:", "Pss:", "Anonymous:")])
+    shown = "  ".join(f"{name} median {statistics.median(values):5.1f} max {max(values):5.1f}" for name, values in zip(("RSS", "PSS", "anonymous"), zip(*out)))
+    print(f"{role:10} {len(out):4} processes, MiB: {shown}")
 
 
 def main():

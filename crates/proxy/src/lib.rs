@@ -23,6 +23,7 @@ mod sockets;
 mod status;
 mod telemetry;
 mod tls;
+mod trim;
 mod warm_up;
 
 use std::net::SocketAddr;
@@ -242,6 +243,9 @@ async fn carry(sidecar: Arc<Sidecar>, door: Door, stream: TcpStream, source: Soc
     }
 }
 
+/// A sidecar that has had its identity for this long has run what only the start needs.
+const SETTLED: Duration = Duration::from_secs(1);
+
 /// Follows each change of identity: warms up once, shows the ends, cuts what a revoked authority vouched for.
 async fn watch_identity(sidecar: Arc<Sidecar>, end: CancellationToken) {
     let mut changes = sidecar.current.changes();
@@ -251,7 +255,14 @@ async fn watch_identity(sidecar: Arc<Sidecar>, end: CancellationToken) {
         sidecar.telemetry.identity(now.as_deref());
         if let Some(identity) = &now {
             match &before {
-                None => warm_up::warm_up(identity),
+                None => {
+                    warm_up::warm_up(identity);
+                    trim::give_back_code();
+                    tokio::spawn(async {
+                        tokio::time::sleep(SETTLED).await;
+                        trim::give_back_code();
+                    });
+                }
                 Some(before) => {
                     sidecar.connections.cut_revoked(before.bundles(), identity.bundles(), sidecar.current.now());
                 }

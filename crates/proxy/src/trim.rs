@@ -1,0 +1,66 @@
+//! Gives back the memory of code that only the start has run. The binary holds every role, and what a start touches of it
+//! stays mapped; what is needed again comes back from the page cache at its next use.
+
+use std::ffi::c_void;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+/// Unmaps the executable's code pages from this process; they are read in again as they are run.
+pub fn give_back_code() {
+    let Ok(exe) = std::fs::read_link("/proc/self/exe") else { return };
+    let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
+    for (start, length) in code_of(&maps, &exe.to_string_lossy()) {
+        unmap(start, length);
+    }
+}
+
+/// Start and length of each mapping of code of a file (proc(5): `start-end perms offset dev inode path`). Only pages that
+/// nobody can have written: what was relocated is not executable.
+fn code_of(maps: &str, exe: &str) -> Vec<(NonZeroUsize, usize)> {
+    let read = |line: &str| {
+        let mut fields = line.split_whitespace();
+        let (start, end) = fields.next()?.split_once('-')?;
+        let (start, end) = (usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?);
+        let is_code = fields.next()? == "r-xp";
+        let path = fields.nth(3)?;
+        (is_code && path == exe).then_some((NonZeroUsize::new(start)?, end.checked_sub(start)?))
+    };
+    maps.lines().filter_map(read).collect()
+}
+
+#[allow(unsafe_code)]
+fn unmap(start: NonZeroUsize, length: usize) {
+    let address = NonNull::<c_void>::without_provenance(start);
+    // SAFETY: the range is a private mapping of the executable without write permission, as the kernel has just listed it.
+    // MADV_DONTNEED drops its pages; the next access reads the same bytes from the same file.
+    if let Err(error) = unsafe { nix::sys::mman::madvise(address, length, nix::sys::mman::MmapAdvise::MADV_DONTNEED) } {
+        tracing::debug!(%error, "the pages of the start's code stay");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_unwritten_code_of_the_executable_is_given_back() {
+        let maps = "\
+5000-6000 r--p 00000000 fe:00 7 /bin/x
+6000-9000 r-xp 00001000 fe:00 7 /bin/x
+9000-a000 r--p 00004000 fe:00 7 /bin/x
+a000-b000 rw-p 00005000 fe:00 7 /bin/x
+b000-c000 r-xp 00000000 fe:00 8 /lib/y
+c000-d000 r-xp 00000000 00:00 0 [vdso]
+d000-e000 rw-p 00000000 00:00 0
+";
+        assert_eq!(code_of(maps, "/bin/x"), [(NonZeroUsize::new(0x6000).unwrap(), 0x3000)]);
+    }
+
+    #[test]
+    fn the_process_goes_on_without_its_pages() {
+        give_back_code();
+        let own = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let exe = std::fs::read_link("/proc/self/exe").unwrap();
+        assert!(!code_of(&own, &exe.to_string_lossy()).is_empty(), "there was something to give back");
+    }
+}
