@@ -4,11 +4,11 @@ mTLS byte; and the memory of each role.
 
   benches/cluster-scale.py [--pods 200]      in a cluster that `tests/cluster/run up` brought up
 """
-import argparse, datetime, json, pathlib, statistics, sys, time
+import argparse, datetime, pathlib, statistics, sys, time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
-import cluster, images, mesh  # noqa: E402
+import cluster, mesh  # noqa: E402
 from mesh import get, kubectl  # noqa: E402
 
 # As soon as it starts, the app asks a meshed service and says when it was answered.
@@ -47,9 +47,7 @@ def main():
     flags.add_argument("--pods", type=int, default=200)
     pods = flags.parse_args().pods
     with mesh.namespace("scale-web") as web_ns, mesh.namespace("scale") as ns:
-        nginx = ("pid /tmp/p; error_log stderr; events {} http { access_log off; client_body_temp_path /tmp/c; proxy_temp_path /tmp/x; fastcgi_temp_path /tmp/f;"
-                 " uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s; server { listen 8080; location / { return 200 ok; } } }")
-        mesh.deploy(web_ns, mesh.deployment("web", ["bash", "-c", f"echo '{nginx}' > /tmp/n.conf; exec nginx -c /tmp/n.conf -g 'daemon off;'"], port=8080, replicas=2))
+        mesh.deploy(web_ns, mesh.web(replicas=2))
         began = time.time()
         app = mesh.deployment("many", ["python3", "-c", FIRST % web_ns], replicas=pods)
         kubectl("-n", ns, "apply", "-f", "-", input=app)

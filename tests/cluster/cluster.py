@@ -176,11 +176,20 @@ def wait(what, seconds, look):
     raise SystemExit(f"cluster: {what} did not come within {seconds} s; the logs are in {STATE}/node*/log")
 
 
+def operators(*command):
+    """A command where the cluster's administrator would run it: within reach of the API server, with KUBECONFIG."""
+    return ["nsenter", f"--net=/run/netns/{NODES[0].netns}", "env", f"KUBECONFIG={STATE}/pki/admin.conf", *map(str, command)]
+
+
+def kubectl_command(*args):
+    """kubectl as the cluster's administrator."""
+    return operators(binaries.build() / "kubectl", *args)
+
+
 def kubectl(*args, check=True, **options):
-    """kubectl as the cluster's administrator; its output."""
+    """Runs kubectl; its output, or without `check` what became of it."""
     options.setdefault("stdout", sp.PIPE)
-    command = ["nsenter", f"--net=/run/netns/{NODES[0].netns}", str(binaries.build() / "kubectl"), "--kubeconfig", str(STATE / "pki" / "admin.conf")]
-    done = sp.run([*command, *map(str, args)], text=True, stderr=sp.PIPE, **options)
+    done = sp.run(kubectl_command(*args), text=True, stderr=sp.PIPE, **options)
     if check and done.returncode:
         raise RuntimeError(f"kubectl {' '.join(map(str, args))}: {done.stderr.strip()}")
     return done.stdout if check else done
@@ -219,8 +228,6 @@ def up(images):
     kubectl("create", "clusterrolebinding", "coredns-more", "--clusterrole=coredns", "--user=coredns")
     ready = lambda: kubectl("get", "nodes", "-o", "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}", check=False).stdout
     wait("both nodes", 90, lambda: ready().split() == ["True"] * len(NODES))
-    for n in NODES:  # a node's own processes may use the cluster's DNS names
-        kubectl("label", "node", n.name, f"test/node={n.number}")
 
 
 def load(n, image):

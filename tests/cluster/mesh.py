@@ -144,6 +144,17 @@ spec:
 """
 
 
+# An unmodified nginx that needs no root and answers `ok`; one shell command.
+NGINX = ("echo 'pid /tmp/p; error_log stderr; events {} http { access_log off; client_body_temp_path /tmp/c; proxy_temp_path /tmp/x;"
+         " fastcgi_temp_path /tmp/f; uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s; server { listen 8080; location / { return 200 ok; } } }'"
+         " > /tmp/n.conf; exec nginx -c /tmp/n.conf -g 'daemon off;'")
+
+
+def web(name="web", replicas=1):
+    """A Deployment of it, with its Service."""
+    return deployment(name, ["bash", "-c", NGINX], port=8080, replicas=replicas)
+
+
 def deploy(ns, *texts, timeout=90):
     kubectl("-n", ns, "apply", "-f", "-", input="\n---\n".join(texts))
     for what in kubectl("-n", ns, "get", "deployments,statefulsets", "-o", "name").split():

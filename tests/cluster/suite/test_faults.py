@@ -2,11 +2,8 @@
 import time, unittest
 
 import cluster, mesh
-from mesh import NAMESPACE, deploy, deployment, kubectl, pod_of, run_in, wait
+from mesh import NAMESPACE, deploy, deployment, kubectl, pod_of, run_in, wait, web
 from suite.test_traffic import Load
-
-NGINX = ("pid /tmp/p; error_log stderr; events {} http { access_log off; client_body_temp_path /tmp/c; proxy_temp_path /tmp/x; fastcgi_temp_path /tmp/f;"
-         " uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s; server { listen 8080; location / { return 200 ok; } } }")
 
 # A request after the other, each over a connection of its own; one line each.
 ENDLESS = """
@@ -21,10 +18,6 @@ while True:
         print("failed", time.time(), repr(e), flush=True)
     time.sleep(0.05)
 """
-
-
-def web(name="web", replicas=1):
-    return deployment(name, ["bash", "-c", f"echo '{NGINX}' > /tmp/n.conf; exec nginx -c /tmp/n.conf -g 'daemon off;'"], port=8080, replicas=replicas)
 
 
 class Faults(unittest.TestCase):

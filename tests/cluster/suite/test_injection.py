@@ -1,8 +1,9 @@
 """From a pod without any mesh configuration to one with a sidecar."""
-import json, unittest
+import subprocess as sp
+import unittest
 
 import images, mesh
-from mesh import get, kubectl, pods, wait
+from mesh import get, kubectl, pods
 
 
 def plain(name="web", extra=""):
@@ -86,7 +87,6 @@ class Injection(unittest.TestCase):
             kubectl("-n", ns, "wait", "pod/web", "--for=condition=Ready", "--timeout=60s")
 
     def test_inject_by_hand_gives_what_the_webhook_gives(self):
-        import subprocess as sp
         made = sp.run([mesh.binary(), "inject", "-f", "-", "--image", images.COUNTERSIGN, "--image-pull-policy", "Never"],
                       input=plain(), text=True, stdout=sp.PIPE, stderr=sp.PIPE, check=True)
         self.assertIn("Pod web: injected", made.stderr)

@@ -1,5 +1,5 @@
 """What an operator asks of a running mesh."""
-import json, os, subprocess as sp, unittest
+import json, subprocess as sp, unittest
 
 import cluster, mesh
 from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, run_in, wait
@@ -7,8 +7,7 @@ from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, run_in, wa
 
 def countersign(*command):
     """A command of an operator with the cluster's KUBECONFIG."""
-    environment = {**os.environ, "KUBECONFIG": str(cluster.STATE / "pki" / "admin.conf")}
-    return sp.run(["nsenter", f"--net=/run/netns/{cluster.NODES[0].netns}", str(mesh.binary()), *command], env=environment, text=True, capture_output=True)
+    return sp.run(cluster.operators(mesh.binary(), *command), text=True, capture_output=True)
 
 
 class Operator(unittest.TestCase):

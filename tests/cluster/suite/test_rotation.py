@@ -2,9 +2,8 @@
 import base64, json, subprocess as sp, tempfile, time, unittest
 
 import mesh
-from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, run_in, wait
+from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, run_in, wait, web
 from suite.test_bootstrap import certificates, configmap
-from suite.test_faults import web
 from suite.test_traffic import Load
 
 

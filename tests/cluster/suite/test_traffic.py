@@ -1,5 +1,5 @@
 """Unmodified services that talk over the mesh, under strict."""
-import json, subprocess as sp, threading, time, unittest
+import json, subprocess as sp, time, unittest
 
 import cluster, images, mesh
 from mesh import deploy, deployment, get, kubectl, pod_of, run_in, wait
@@ -51,8 +51,7 @@ class Load:
     """Constant requests from a pod while something happens."""
 
     def __init__(self, ns, pod, host, port, path="/"):
-        command = ["nsenter", f"--net=/run/netns/{cluster.NODES[0].netns}", str(cluster.binaries.build() / "kubectl"), "--kubeconfig",
-                   str(cluster.STATE / "pki" / "admin.conf"), "-n", ns, "exec", "-i", pod, "-c", "app", "--", "python3", "-c", LOAD, host, str(port), path]
+        command = cluster.kubectl_command("-n", ns, "exec", "-i", pod, "-c", "app", "--", "python3", "-c", LOAD, host, port, path)
         self.process = sp.Popen(command, stdin=sp.PIPE, stdout=sp.PIPE, stderr=sp.STDOUT, text=True)
         assert self.process.stdout.readline().strip() == "begun", self.process.stdout.read()
 
@@ -123,8 +122,7 @@ spec:
         with mesh.namespace("rollout") as ns:
             probe = """readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
           lifecycle: {preStop: {sleep: {seconds: 3}}}"""
-            conf = "pid /tmp/p; error_log stderr; events {} http { access_log off; client_body_temp_path /tmp/c; proxy_temp_path /tmp/x; fastcgi_temp_path /tmp/f; uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s; server { listen 8080; location / { return 200 ok; } } }"
-            deploy(ns, deployment("web", ["bash", "-c", f"echo '{conf}' > /tmp/n.conf; nginx -c /tmp/n.conf -g 'daemon off;' & trap 'nginx -c /tmp/n.conf -s quit' TERM; wait; wait"], replicas=2, port=8080, container=probe, grace=20),
+            deploy(ns, deployment("web", ["bash", "-c", f"{mesh.NGINX} & trap 'nginx -c /tmp/n.conf -s quit' TERM; wait; wait"], replicas=2, port=8080, container=probe, grace=20),
                    deployment("client", ["sleep", "infinity"]))
             load = Load(ns, pod_of(ns, "client"), "web", 8080)
             for _ in range(2):

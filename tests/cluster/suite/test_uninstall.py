@@ -2,8 +2,7 @@
 import unittest
 
 import mesh
-from mesh import deploy, deployment, kubectl, pod_of, run_in
-from suite.test_faults import web
+from mesh import deploy, deployment, kubectl, pod_of, run_in, web
 from suite.test_operator import countersign
 from suite.test_traffic import Load
 
