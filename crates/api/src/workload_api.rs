@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use countersign_identity::trust_domain::{parse_trust_domain, trust_domain_of};
 use countersign_identity::{BundleSet, PrivateKey, TrustDomain, X509Authority, X509Bundle, X509Svid};
+use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use zeroize::Zeroize;
 
+use crate::backoff::Backoff;
 use crate::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::workload::{X509svidRequest, X509svidResponse};
 
@@ -23,8 +25,37 @@ pub struct Update {
     pub bundles: BundleSet,
 }
 
-/// Hands each update to `heard` until the stream ends; says why it ended. `PermissionDenied`: there is no identity for us.
-pub async fn follow(channel: Channel, mut heard: impl FnMut(Update)) -> Status {
+/// What the agent says.
+pub enum Told {
+    /// Who we are from now on.
+    Update(Box<Update>),
+    /// There is no identity for us any more.
+    Withdrawn,
+}
+
+/// Hands on what the agent says, until `shutdown`. An agent that is away says nothing: it is dialled again, with a jittered
+/// delay of 50 ms to 2 s.
+pub async fn follow(channel: Channel, shutdown: CancellationToken, mut told: impl FnMut(Told)) {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+    loop {
+        let ended = tokio::select! {
+            ended = stream(channel.clone(), |update| { backoff.reset(); told(Told::Update(Box::new(update))) }) => ended,
+            () = shutdown.cancelled() => return,
+        };
+        if ended.code() == Code::PermissionDenied {
+            told(Told::Withdrawn);
+        }
+        let delay = backoff.next_delay();
+        tracing::warn!(status = ended.message(), "no identity from the agent; trying again in {delay:.1?}");
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// Hands each update to `heard` until the stream ends; says why it ended.
+async fn stream(channel: Channel, mut heard: impl FnMut(Update)) -> Status {
     let mut client = SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
     let mut request = Request::new(X509svidRequest {});
     request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));

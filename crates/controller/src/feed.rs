@@ -52,6 +52,8 @@ impl Feed {
         let mut published: Option<Directory> = None;
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         let work = async {
+            let gone = self.server.gone();
+            tokio::pin!(gone);
             loop {
                 versions.mark_unchanged();
                 let now = self.cluster.facts().map(|facts| directory(&facts, &self.config, &self.trust_domain));
@@ -80,7 +82,8 @@ impl Feed {
                 tokio::select! {
                     changed = versions.changed() => if changed.is_err() { return },
                     () = tokio::time::sleep(PUBLISH_AGAIN) => published = None,
-                    _ = self.server.gone(), if published.is_some() => {
+                    _ = gone.as_mut(), if published.is_some() => {
+                        gone.set(self.server.gone());
                         published = None;
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }

@@ -10,10 +10,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use base64::Engine;
-use countersign_api::backoff::Backoff;
 use countersign_api::tls::{TlsError, certified_key};
 use countersign_api::transport::{back_off_after, unix_channel};
-use countersign_api::workload_api;
+use countersign_api::workload_api::{Told, Update, follow};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -110,7 +109,7 @@ pub async fn serve(
     Ok(())
 }
 
-fn server_config(update: &workload_api::Update) -> Result<Arc<ServerConfig>, TlsError> {
+fn server_config(update: &Update) -> Result<Arc<ServerConfig>, TlsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -122,12 +121,11 @@ fn server_config(update: &workload_api::Update) -> Result<Arc<ServerConfig>, Tls
     Ok(Arc::new(config))
 }
 
-/// Keeps the serving certificate the same as our SVID.
+/// Keeps the serving certificate the same as our SVID. One that is withdrawn is served until it ends.
 async fn follow_identity(config: InjectorConfig, serving: Serving, metrics: Arc<Metrics>, shutdown: CancellationToken) {
-    let channel = unix_channel(&config.agent_socket);
-    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
-    loop {
-        let heard = |update: workload_api::Update| match server_config(&update) {
+    let told = |told| {
+        let Told::Update(update) = told else { return };
+        match server_config(&update) {
             Ok(tls) => {
                 let facts = update.svid.facts();
                 metrics.webhook_expiry.set(facts.not_after.unix_timestamp());
@@ -135,18 +133,9 @@ async fn follow_identity(config: InjectorConfig, serving: Serving, metrics: Arc<
                 serving.set(tls);
             }
             Err(error) => tracing::error!(%error, "our SVID cannot be served"),
-        };
-        let ended = tokio::select! {
-            ended = workload_api::follow(channel.clone(), heard) => ended,
-            () = shutdown.cancelled() => return,
-        };
-        let delay = backoff.next_delay();
-        tracing::warn!(status = ended.message(), "no identity from the agent; trying again in {delay:.1?}");
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            () = shutdown.cancelled() => return,
         }
-    }
+    };
+    follow(unix_channel(&config.agent_socket), shutdown, told).await;
 }
 
 async fn connection(

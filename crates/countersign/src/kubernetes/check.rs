@@ -99,6 +99,12 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
 
 type Outcome = Result<String, (String, &'static str)>;
 
+/// Something of an installation is not there.
+#[allow(clippy::needless_pass_by_value)] // taken by `map_err`
+fn absent(error: kube::Error) -> (String, &'static str) {
+    (error.to_string(), "apply the manifests of `countersign install`")
+}
+
 fn api_version((major, minor): (u32, u32)) -> Outcome {
     let found = format!("Kubernetes {major}.{minor}");
     if (major, minor) >= OLDEST {
@@ -179,7 +185,7 @@ async fn resource(client: &Client) -> Outcome {
     let definition = countersign_controller::crd::definition();
     match api.get(&definition.name_any()).await {
         Ok(_) => Ok("defined".into()),
-        Err(e) => Err((e.to_string(), "apply the manifests of `countersign install`")),
+        Err(e) => Err(absent(e)),
     }
 }
 
@@ -215,29 +221,22 @@ fn replicas(found: Option<i32>, wanted: Option<i32>, what: &str, mend: &'static 
 async fn server_ready(client: &Client, namespace: &str) -> Outcome {
     let api: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
     let mend = "see `kubectl describe` and the log of pod countersign-server-0";
-    let found = api
-        .get("countersign-server")
-        .await
-        .map_err(|e| (e.to_string(), "apply the manifests of `countersign install`"))?;
+    let found = api.get("countersign-server").await.map_err(absent)?;
     replicas(found.status.and_then(|s| s.ready_replicas), found.spec.and_then(|s| s.replicas), "servers", mend)
 }
 
 async fn injector(client: &Client, namespace: &str) -> Outcome {
     let api: Api<Deployment> = Api::namespaced(client.clone(), namespace);
     let mend = "see the injector's log: it is ready when the agent of its node has given it a certificate";
-    let found = api
-        .get("countersign-injector")
-        .await
-        .map_err(|e| (e.to_string(), "apply the manifests of `countersign install`"))?;
+    let found = api.get("countersign-injector").await.map_err(absent)?;
     replicas(found.status.and_then(|s| s.ready_replicas), found.spec.and_then(|s| s.replicas), "injectors", mend)
 }
 
 async fn agents(client: &Client, namespace: &str, version: (u32, u32)) -> Outcome {
-    let fails = |e: kube::Error| (e.to_string(), "apply the manifests of `countersign install`");
     let sets: Api<DaemonSet> = Api::namespaced(client.clone(), namespace);
-    sets.get("countersign-agent").await.map_err(fails)?;
+    sets.get("countersign-agent").await.map_err(absent)?;
     let nodes: Api<Node> = Api::all(client.clone());
-    let nodes = nodes.list(&ListParams::default()).await.map_err(fails)?;
+    let nodes = nodes.list(&ListParams::default()).await.map_err(absent)?;
     let running = pods(client, namespace, "app.kubernetes.io/component=agent").await;
     let running = running.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
     let ready: BTreeSet<&str> =
@@ -301,10 +300,7 @@ fn bundle(server: Result<&Server, &String>, map: Result<&str, &String>) -> Outco
 
 async fn webhook_bundle(client: &Client, map: Result<&str, &String>) -> Outcome {
     let api: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
-    let found = api
-        .get("countersign-injector")
-        .await
-        .map_err(|e| (e.to_string(), "apply the manifests of `countersign install`"))?;
+    let found = api.get("countersign-injector").await.map_err(absent)?;
     let hooks = found.webhooks.unwrap_or_default();
     let same = hooks
         .iter()

@@ -3,34 +3,35 @@
 //! Level-triggered: each pass compares the whole of what should be with the whole of what is, so that a pass after any
 //! downtime, on either side, mends whatever was missed. What is, is known from watches and from our own answers.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod object;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
-use countersign_api::spire::types::{Entry, Selector, Spiffeid};
+use countersign_api::spire::types::Entry;
 use countersign_identity::TrustDomain;
-use countersign_identity::trust_domain::{agent_id, parse_workload_id};
 use futures::{StreamExt, stream};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, ResourceExt};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use self::object::{Wanted, entry_of, is_ours, key_of, object_of, owner_uid, status_of};
 use crate::config::RegistrarConfig;
-use crate::crd::{Condition, SpiffeID, SpiffeIdSelector, SpiffeIdSpec, SpiffeIdStatus};
-use crate::facts::{FEDERATES_WITH, Facts, Key, Pod};
+use crate::crd::SpiffeID;
+use crate::facts::{Facts, Key};
 use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
 use crate::watch::Cluster;
 
 /// Prefix of the IDs of our entries; no other entry is touched.
 const ENTRY_PREFIX: &str = "k8s.";
-/// Label of the objects that we made.
-const MADE_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "countersign");
 /// Objects written at once.
 const AT_ONCE: usize = 16;
+/// Objects written in one pass, at most: the entries of the first pods do not wait for the objects of the last.
+const A_PASS: usize = 48;
 /// The server's entries are looked at anew after this time, for somebody may have changed them by hand.
 const LOOK_AGAIN: Duration = Duration::from_secs(300);
 
@@ -57,56 +58,20 @@ enum Step {
     Delete(SpiffeID),
 }
 
-/// What of an entry is ours to keep.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Wanted {
-    spiffe_id: String,
-    parent_id: String,
-    selectors: BTreeSet<(String, String)>,
-    dns_names: Vec<String>,
-    federates_with: Vec<String>,
+/// Whether a pass has left something for the next one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Nothing,
+    Something,
 }
 
-impl Wanted {
-    fn read(entry: &Entry) -> Self {
-        let id = |id: &Option<Spiffeid>| {
-            id.as_ref().map(|i| format!("spiffe://{}{}", i.trust_domain, i.path)).unwrap_or_default()
-        };
-        Self {
-            spiffe_id: id(&entry.spiffe_id),
-            parent_id: id(&entry.parent_id),
-            selectors: entry.selectors.iter().map(|s| (s.r#type.clone(), s.value.clone())).collect(),
-            dns_names: entry.dns_names.clone(),
-            federates_with: entry.federates_with.clone(),
-        }
+impl Left {
+    /// As many as one pass does; whether more are left.
+    fn cut<T>(all: &mut Vec<T>) -> Self {
+        let left = if all.len() > A_PASS { Self::Something } else { Self::Nothing };
+        all.truncate(A_PASS);
+        left
     }
-
-    fn entry(&self, id: &str) -> Result<Entry, String> {
-        let wire = |text: &str| {
-            let id = parse_workload_id(text).map_err(|e| e.to_string())?;
-            Ok::<_, String>(Some(Spiffeid {
-                trust_domain: id.trust_domain_name().to_owned(),
-                path: id.path().to_owned(),
-            }))
-        };
-        let selectors = self.selectors.iter().map(|(t, v)| Selector { r#type: t.clone(), value: v.clone() });
-        Ok(Entry {
-            id: id.to_owned(),
-            spiffe_id: wire(&self.spiffe_id)?,
-            parent_id: wire(&self.parent_id)?,
-            selectors: selectors.collect(),
-            dns_names: self.dns_names.clone(),
-            federates_with: self.federates_with.clone(),
-            ..Entry::default()
-        })
-    }
-}
-
-/// Turns the list of a `spiffe.io/federatesWith` annotation into names.
-fn federates_with(pod: &Pod) -> Vec<String> {
-    let listed = pod.annotations.get(FEDERATES_WITH).map(String::as_str).unwrap_or_default();
-    let names: BTreeSet<&str> = listed.split(',').map(str::trim).filter(|n| !n.is_empty()).collect();
-    names.into_iter().map(ToOwned::to_owned).collect()
 }
 
 impl Registrar {
@@ -116,12 +81,18 @@ impl Registrar {
         let mut known: Option<HashMap<String, Wanted>> = None;
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         let work = async {
+            let gone = self.server.gone();
+            tokio::pin!(gone);
             loop {
                 versions.mark_unchanged();
                 let done = self.pass(&mut known).await;
                 self.metrics.registered.set(known.as_ref().map_or(0, |k| i64::try_from(k.len()).unwrap_or(i64::MAX)));
                 let again = match done {
-                    Ok(()) => {
+                    Ok(Left::Something) => {
+                        backoff.reset();
+                        continue;
+                    }
+                    Ok(Left::Nothing) => {
                         backoff.reset();
                         LOOK_AGAIN
                     }
@@ -137,7 +108,8 @@ impl Registrar {
                     // What has failed is not tried faster because something else has changed.
                     changed = versions.changed(), if !failed => if changed.is_err() { return },
                     () = tokio::time::sleep(again) => if !failed { known = None },
-                    status = self.server.gone(), if known.is_some() && !failed => {
+                    status = gone.as_mut(), if known.is_some() && !failed => {
+                        gone.set(self.server.gone());
                         tracing::warn!(status = status.message(), "the server went away; its entries will be looked at anew");
                         known = None;
                         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -151,20 +123,25 @@ impl Registrar {
         }
     }
 
-    /// Makes everything as it should be, as far as it can be done; says what could not.
-    async fn pass(&self, known: &mut Option<HashMap<String, Wanted>>) -> Result<(), String> {
+    /// Makes things as they should be, as far as it can be done, and some of them only: first objects, then the entries of all
+    /// objects, last what objects say of themselves. Says what could not be done.
+    async fn pass(&self, known: &mut Option<HashMap<String, Wanted>>) -> Result<Left, String> {
         let Some((desired, actual)) = self.cluster.facts().map(|f| (self.desired(&f), f.spiffe_ids.clone())) else {
-            return Ok(());
+            return Ok(Left::Nothing);
         };
-        let mut failed = self.keep_objects(&desired, &actual).await;
+        let (mut left, mut failed) = self.keep_objects(&desired, &actual).await;
         let objects = self.cluster.facts().map(|f| f.spiffe_ids.clone()).unwrap_or_default();
-        let outcome = self.keep_entries(&desired, &objects, known).await;
-        match outcome {
-            Ok(outcome) => failed.extend(self.keep_statuses(&objects, &outcome).await),
+        match self.keep_entries(&desired, &objects, known).await {
+            Ok(outcome) if left == Left::Nothing => {
+                let (more, refused) = self.keep_statuses(&objects, &outcome).await;
+                left = more;
+                failed.extend(refused);
+            }
+            Ok(_) => {}
             Err(status) => failed.push(format!("server at {}: {}", self.server.name(), status.message())),
         }
         match failed.first() {
-            None => Ok(()),
+            None => Ok(left),
             Some(first) => Err(format!(
                 "{first}{}",
                 if failed.len() > 1 { format!(" (and {} more)", failed.len() - 1) } else { String::new() }
@@ -176,53 +153,16 @@ impl Registrar {
     fn desired(&self, facts: &Facts) -> HashMap<Key, SpiffeID> {
         let pods =
             facts.pods.iter().filter(|(_, p)| !p.over && !self.config.excluded_namespaces.contains(&p.namespace));
-        pods.filter_map(|(key, pod)| Some((key.clone(), self.object_of(pod, facts)?))).collect()
-    }
-
-    fn object_of(&self, pod: &Pod, facts: &Facts) -> Option<SpiffeID> {
-        let node = pod.node.clone()?;
-        let node_uid = facts.nodes.get(&(String::new(), node.clone()))?;
-        let id = match self.config.template.id_of(pod, &self.trust_domain)? {
-            Ok(id) => id,
-            Err(error) => {
-                tracing::warn!(namespace = pod.namespace, pod = pod.name, %error, "no identity for this pod");
-                return None;
-            }
-        };
-        let parent = agent_id(&self.trust_domain, "k8s_psat", &format!("{}/{node_uid}", self.config.cluster)).ok()?;
-        let services = facts.services.values().filter(|s| s.selects(pod));
-        let dns_names: BTreeSet<String> = services.map(|s| format!("{}.{}.svc", s.name, s.namespace)).collect();
-        let spec = SpiffeIdSpec {
-            spiffe_id: id.to_string(),
-            parent_id: parent.to_string(),
-            selector: SpiffeIdSelector {
-                pod_uid: Some(pod.uid.clone()),
-                node_name: Some(node),
-                ..SpiffeIdSelector::default()
-            },
-            dns_names: dns_names.into_iter().collect(),
-            federates_with: federates_with(pod),
-        };
-        let owner = OwnerReference {
-            api_version: "v1".into(),
-            kind: "Pod".into(),
-            name: pod.name.clone(),
-            uid: pod.uid.clone(),
-            controller: Some(true),
-            block_owner_deletion: Some(false),
-        };
-        let metadata = ObjectMeta {
-            name: Some(pod.name.clone()),
-            namespace: Some(pod.namespace.clone()),
-            labels: Some([(MADE_BY.0.to_owned(), MADE_BY.1.to_owned())].into()),
-            owner_references: Some(vec![owner]),
-            ..ObjectMeta::default()
-        };
-        Some(SpiffeID { metadata, spec, status: None })
+        pods.filter_map(|(key, pod)| Some((key.clone(), object_of(pod, facts, &self.config, &self.trust_domain)?)))
+            .collect()
     }
 
     /// Creates, replaces and deletes the objects of pods.
-    async fn keep_objects(&self, desired: &HashMap<Key, SpiffeID>, actual: &HashMap<Key, SpiffeID>) -> Vec<String> {
+    async fn keep_objects(
+        &self,
+        desired: &HashMap<Key, SpiffeID>,
+        actual: &HashMap<Key, SpiffeID>,
+    ) -> (Left, Vec<String>) {
         let mut steps = vec![];
         for (key, wanted) in desired {
             match actual.get(key) {
@@ -239,8 +179,9 @@ impl Registrar {
         }
         let gone = actual.iter().filter(|(key, found)| is_ours(found) && !desired.contains_key(*key));
         steps.extend(gone.map(|(_, found)| Step::Delete(found.clone())));
+        let left = Left::cut(&mut steps);
         let run = stream::iter(steps).map(|step| self.step(step)).buffer_unordered(AT_ONCE);
-        run.filter_map(std::future::ready).collect().await
+        (left, run.filter_map(std::future::ready).collect().await)
     }
 
     async fn step(&self, step: Step) -> Option<String> {
@@ -365,7 +306,7 @@ impl Registrar {
         &self,
         objects: &HashMap<Key, SpiffeID>,
         outcome: &HashMap<String, Result<String, String>>,
-    ) -> Vec<String> {
+    ) -> (Left, Vec<String>) {
         let stale = objects.values().filter_map(|object| {
             let outcome = outcome.get(&object.uid()?)?;
             let before = object.status.as_ref().and_then(|s| s.conditions.first().map(|c| (s.entry_id.as_ref(), c)));
@@ -376,9 +317,10 @@ impl Registrar {
             };
             (!same).then(|| (object.clone(), outcome.clone()))
         });
-        let stale: Vec<_> = stale.collect();
+        let mut stale: Vec<_> = stale.collect();
+        let left = Left::cut(&mut stale);
         let run = stream::iter(stale).map(|(object, outcome)| self.write_status(object, outcome));
-        run.buffer_unordered(AT_ONCE).filter_map(std::future::ready).collect().await
+        (left, run.buffer_unordered(AT_ONCE).filter_map(std::future::ready).collect().await)
     }
 
     async fn write_status(&self, object: SpiffeID, outcome: Result<String, String>) -> Option<String> {
@@ -394,47 +336,4 @@ impl Registrar {
             Err(error) => Some(format!("status of SpiffeID {namespace}/{name}: {error}")),
         }
     }
-}
-
-fn status_of(outcome: &Result<String, String>) -> SpiffeIdStatus {
-    let now = time::OffsetDateTime::now_utc().replace_nanosecond(0).unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
-    let (status, reason, message) = match outcome {
-        Ok(_) => ("True", "EntryKept", "the registration entry is as it should be"),
-        Err(why) => ("False", "Refused", why.as_str()),
-    };
-    let condition = Condition {
-        kind: "Registered".into(),
-        status: status.into(),
-        reason: reason.into(),
-        message: message.into(),
-        last_transition_time: now.format(&time::format_description::well_known::Rfc3339).unwrap_or_default(),
-    };
-    SpiffeIdStatus { entry_id: outcome.as_ref().ok().cloned(), conditions: vec![condition] }
-}
-
-/// The entry of an object. One that is not as we make them speaks for pods of its own namespace alone.
-fn entry_of(object: &SpiffeID, own: bool) -> Wanted {
-    let mut selectors: BTreeSet<_> = object.spec.selector.selectors().into_iter().collect();
-    if !own {
-        selectors.insert(("k8s".into(), format!("ns:{}", object.namespace().unwrap_or_default())));
-    }
-    Wanted {
-        spiffe_id: object.spec.spiffe_id.clone(),
-        parent_id: object.spec.parent_id.clone(),
-        selectors,
-        dns_names: object.spec.dns_names.clone(),
-        federates_with: object.spec.federates_with.clone(),
-    }
-}
-
-fn key_of(object: &SpiffeID) -> Key {
-    (object.namespace().unwrap_or_default(), object.name_any())
-}
-
-fn is_ours(object: &SpiffeID) -> bool {
-    object.labels().get(MADE_BY.0).map(String::as_str) == Some(MADE_BY.1)
-}
-
-fn owner_uid(object: &SpiffeID) -> Option<&str> {
-    object.owner_references().iter().find(|o| o.kind == "Pod").map(|o| o.uid.as_str())
 }

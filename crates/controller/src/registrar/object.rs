@@ -1,0 +1,161 @@
+//! Between pods, `SpiffeID` objects and registration entries: what follows from what, without asking anybody.
+
+use std::collections::BTreeSet;
+
+use countersign_api::spire::types::{Entry, Selector, Spiffeid};
+use countersign_identity::TrustDomain;
+use countersign_identity::trust_domain::{agent_id, parse_workload_id};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use kube::ResourceExt;
+
+use crate::config::RegistrarConfig;
+use crate::crd::{Condition, SpiffeID, SpiffeIdSelector, SpiffeIdSpec, SpiffeIdStatus};
+use crate::facts::{FEDERATES_WITH, Facts, Key, Pod};
+
+/// Label of the objects that we made.
+const MADE_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "countersign");
+
+/// What of an entry is ours to keep.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The identity.
+    pub spiffe_id: String,
+    parent_id: String,
+    selectors: BTreeSet<(String, String)>,
+    dns_names: Vec<String>,
+    federates_with: Vec<String>,
+}
+
+impl Wanted {
+    /// As the server has it.
+    pub fn read(entry: &Entry) -> Self {
+        let id = |id: &Option<Spiffeid>| {
+            id.as_ref().map(|i| format!("spiffe://{}{}", i.trust_domain, i.path)).unwrap_or_default()
+        };
+        Self {
+            spiffe_id: id(&entry.spiffe_id),
+            parent_id: id(&entry.parent_id),
+            selectors: entry.selectors.iter().map(|s| (s.r#type.clone(), s.value.clone())).collect(),
+            dns_names: entry.dns_names.clone(),
+            federates_with: entry.federates_with.clone(),
+        }
+    }
+
+    /// As the server takes it; an ID that cannot be one is said.
+    pub fn entry(&self, id: &str) -> Result<Entry, String> {
+        let wire = |text: &str| {
+            let id = parse_workload_id(text).map_err(|e| e.to_string())?;
+            Ok::<_, String>(Some(Spiffeid {
+                trust_domain: id.trust_domain_name().to_owned(),
+                path: id.path().to_owned(),
+            }))
+        };
+        let selectors = self.selectors.iter().map(|(t, v)| Selector { r#type: t.clone(), value: v.clone() });
+        Ok(Entry {
+            id: id.to_owned(),
+            spiffe_id: wire(&self.spiffe_id)?,
+            parent_id: wire(&self.parent_id)?,
+            selectors: selectors.collect(),
+            dns_names: self.dns_names.clone(),
+            federates_with: self.federates_with.clone(),
+            ..Entry::default()
+        })
+    }
+}
+
+/// Turns the list of a `spiffe.io/federatesWith` annotation into names.
+fn federates_with(pod: &Pod) -> Vec<String> {
+    let listed = pod.annotations.get(FEDERATES_WITH).map(String::as_str).unwrap_or_default();
+    let names: BTreeSet<&str> = listed.split(',').map(str::trim).filter(|n| !n.is_empty()).collect();
+    names.into_iter().map(ToOwned::to_owned).collect()
+}
+
+/// The object that a pod should have; `None`: it has no node yet, or nothing that an identity can be made of.
+pub fn object_of(pod: &Pod, facts: &Facts, config: &RegistrarConfig, trust_domain: &TrustDomain) -> Option<SpiffeID> {
+    let node = pod.node.clone()?;
+    let node_uid = facts.nodes.get(&(String::new(), node.clone()))?;
+    let id = match config.template.id_of(pod, trust_domain)? {
+        Ok(id) => id,
+        Err(error) => {
+            tracing::warn!(namespace = pod.namespace, pod = pod.name, %error, "no identity for this pod");
+            return None;
+        }
+    };
+    let parent = agent_id(trust_domain, "k8s_psat", &format!("{}/{node_uid}", config.cluster)).ok()?;
+    let services = facts.services.values().filter(|s| s.selects(pod));
+    let dns_names: BTreeSet<String> = services.map(|s| format!("{}.{}.svc", s.name, s.namespace)).collect();
+    let spec = SpiffeIdSpec {
+        spiffe_id: id.to_string(),
+        parent_id: parent.to_string(),
+        selector: SpiffeIdSelector {
+            pod_uid: Some(pod.uid.clone()),
+            node_name: Some(node),
+            ..SpiffeIdSelector::default()
+        },
+        dns_names: dns_names.into_iter().collect(),
+        federates_with: federates_with(pod),
+    };
+    let owner = OwnerReference {
+        api_version: "v1".into(),
+        kind: "Pod".into(),
+        name: pod.name.clone(),
+        uid: pod.uid.clone(),
+        controller: Some(true),
+        block_owner_deletion: Some(false),
+    };
+    let metadata = ObjectMeta {
+        name: Some(pod.name.clone()),
+        namespace: Some(pod.namespace.clone()),
+        labels: Some([(MADE_BY.0.to_owned(), MADE_BY.1.to_owned())].into()),
+        owner_references: Some(vec![owner]),
+        ..ObjectMeta::default()
+    };
+    Some(SpiffeID { metadata, spec, status: None })
+}
+
+/// What an object says of itself after this outcome.
+pub fn status_of(outcome: &Result<String, String>) -> SpiffeIdStatus {
+    let now = time::OffsetDateTime::now_utc().replace_nanosecond(0).unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
+    let (status, reason, message) = match outcome {
+        Ok(_) => ("True", "EntryKept", "the registration entry is as it should be"),
+        Err(why) => ("False", "Refused", why.as_str()),
+    };
+    let condition = Condition {
+        kind: "Registered".into(),
+        status: status.into(),
+        reason: reason.into(),
+        message: message.into(),
+        last_transition_time: now.format(&time::format_description::well_known::Rfc3339).unwrap_or_default(),
+    };
+    SpiffeIdStatus { entry_id: outcome.as_ref().ok().cloned(), conditions: vec![condition] }
+}
+
+/// The entry of an object. One that is not as we make them speaks for pods of its own namespace alone.
+pub fn entry_of(object: &SpiffeID, own: bool) -> Wanted {
+    let mut selectors: BTreeSet<_> = object.spec.selector.selectors().into_iter().collect();
+    if !own {
+        selectors.insert(("k8s".into(), format!("ns:{}", object.namespace().unwrap_or_default())));
+    }
+    Wanted {
+        spiffe_id: object.spec.spiffe_id.clone(),
+        parent_id: object.spec.parent_id.clone(),
+        selectors,
+        dns_names: object.spec.dns_names.clone(),
+        federates_with: object.spec.federates_with.clone(),
+    }
+}
+
+/// Namespace and name.
+pub fn key_of(object: &SpiffeID) -> Key {
+    (object.namespace().unwrap_or_default(), object.name_any())
+}
+
+/// Whether we made it.
+pub fn is_ours(object: &SpiffeID) -> bool {
+    object.labels().get(MADE_BY.0).map(String::as_str) == Some(MADE_BY.1)
+}
+
+/// The pod that it was made for.
+pub fn owner_uid(object: &SpiffeID) -> Option<&str> {
+    object.owner_references().iter().find(|o| o.kind == "Pod").map(|o| o.uid.as_str())
+}
