@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use countersign_identity::{KeyType, TrustDomain};
+use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 /// An agent's settings. Every combination of valid fields is a valid agent.
@@ -23,8 +24,8 @@ pub struct Config {
     pub trust_bundle: Option<PathBuf>,
     /// How this node proves itself; `None` needs an identity from an earlier run.
     pub evidence: Option<Evidence>,
-    /// Key type of workloads' SVIDs.
-    pub key_type: KeyType,
+    /// Key type of workloads' SVIDs, from now on.
+    pub key_type: watch::Receiver<KeyType>,
     /// How often a server without push is asked.
     pub sync_interval: Duration,
     /// Whether `unix:path` and `unix:sha256` are attested.

@@ -137,7 +137,7 @@ fn start_tasks(core: &Arc<Core>) {
         link: link.clone(),
         cache: cache.clone(),
         denials,
-        key_type: core.config.key_type,
+        key_type: core.config.key_type.clone(),
         metrics: core.metrics.clone(),
     };
     core.tasks.spawn(signing.run(shutdown.clone()));

@@ -11,7 +11,7 @@ use countersign_api::transport::MAX_MESSAGE_BYTES;
 use countersign_identity::profile::request;
 use countersign_identity::{EntryId, KeyType, PrivateKey};
 use time::OffsetDateTime;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
@@ -32,8 +32,8 @@ pub struct Signing {
     pub cache: Arc<Cache>,
     /// Where refusals of this agent go.
     pub denials: mpsc::Sender<Reason>,
-    /// Key type of workloads' SVIDs.
-    pub key_type: KeyType,
+    /// Key type of workloads' SVIDs, from now on.
+    pub key_type: watch::Receiver<KeyType>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -107,7 +107,7 @@ impl Signing {
 
     /// Gets a batch signed; how many of it were refused.
     async fn sign(&self, due: &[EntryId]) -> Result<usize, Status> {
-        let (count, key_type) = (due.len(), self.key_type);
+        let (count, key_type) = (due.len(), *self.key_type.borrow());
         // RSA keys take long to make; nobody else is to wait for them.
         let keys = tokio::task::spawn_blocking(move || {
             let one = || {

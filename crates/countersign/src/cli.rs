@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{kubernetes, launch, operator, probe, roles, shop, up};
+use crate::{capture, kubernetes, launch, operator, probe, roles, shop, up};
 
 /// Zero-touch mutual TLS between services.
 ///
@@ -38,6 +38,8 @@ enum Command {
     Check(kubernetes::CheckArgs),
     /// Explain how a pod came into the mesh, or why it is not in it.
     Explain(kubernetes::ExplainArgs),
+    /// Make a handshake between two pods, show both identities, and look at the wire.
+    Verify(kubernetes::VerifyArgs),
     /// Move a namespace or the whole mesh to strict, and see before whom that would cut off.
     Strict(kubernetes::StrictArgs),
     /// Take an installation out of a cluster: sidecars forward in the clear first, then everything is removed.
@@ -74,6 +76,9 @@ enum Command {
         /// Which shell.
         shell: clap_complete::Shell,
     },
+    /// Print every frame on this network namespace's links (used by `verify`).
+    #[command(hide = true)]
+    Capture(capture::CaptureArgs),
     /// Start a program in a network namespace (used by `up`).
     #[command(hide = true)]
     Launch(launch::LaunchArgs),
@@ -123,6 +128,7 @@ impl Cli {
             Command::Install(args) => done(kubernetes::install(&args)),
             Command::Check(args) => kubernetes::check(&args),
             Command::Explain(args) => kubernetes::explain(&args),
+            Command::Verify(args) => kubernetes::verify(args),
             Command::Strict(args) => kubernetes::strict(&args),
             Command::Uninstall(args) => done(operator::block(kubernetes::uninstall(args))),
             Command::Inject(args) => done(kubernetes::inject(args)),
@@ -139,6 +145,7 @@ impl Cli {
                 clap_complete::generate(shell, &mut Self::command(), "countersign", &mut std::io::stdout());
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Capture(args) => done(capture::run(&args)),
             Command::Launch(args) => launch::run(&args).map(|never| match never {}),
             Command::Shop(args) => done(shop::run(args)),
             Command::Probe(args) => probe::run(args),

@@ -1,5 +1,6 @@
 //! The `countersign` binary: reads the command line, runs one role or command, and says in one line what went wrong.
 
+mod capture;
 mod cli;
 mod clients;
 mod kubernetes;

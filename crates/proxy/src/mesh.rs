@@ -21,6 +21,8 @@ pub struct Peer {
     pub svid: Arc<VerifiedPeer>,
     /// TLS version and key exchange.
     pub tls: &'static str,
+    /// Cipher suite.
+    pub cipher: &'static str,
 }
 
 impl Peer {
@@ -34,7 +36,8 @@ impl Peer {
             Some(NamedGroup::secp256r1) => "TLSv1.3 P-256",
             _ => "TLSv1.3",
         };
-        Ok(Self { svid, tls })
+        let cipher = state.negotiated_cipher_suite().and_then(|s| s.suite().as_str()).unwrap_or_default();
+        Ok(Self { svid, tls, cipher })
     }
 }
 

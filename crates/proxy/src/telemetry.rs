@@ -247,6 +247,8 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     tls: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    cipher: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     peer_serial: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     peer_expires_at: Option<String>,
@@ -298,6 +300,7 @@ impl AccessLog {
             destination: r.destination,
             destination_id,
             tls: r.peer.as_ref().map(|p| p.tls),
+            cipher: r.peer.as_ref().map(|p| p.cipher),
             peer_serial: peer_facts.map(|f| f.serial.as_str()),
             peer_expires_at: peer_facts.map(|f| rfc3339(f.not_after)),
             own_serial: own_facts.map(|f| f.serial.as_str()),

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use countersign_identity::{KeyType, TrustDomain};
+use tokio::sync::watch;
 
 /// A server's settings. Every combination of valid fields is a valid server.
 #[derive(Debug, Clone)]
@@ -18,14 +19,8 @@ pub struct Config {
     pub admin_socket: PathBuf,
     /// Keys and database.
     pub data_dir: PathBuf,
-    /// Life of an authority.
-    pub ca_ttl: Duration,
-    /// Life of an X509-SVID whose entry names none.
-    pub svid_ttl: Duration,
-    /// Life of an agent's own SVID.
-    pub agent_svid_ttl: Duration,
-    /// Key type of authorities.
-    pub ca_key_type: KeyType,
+    /// How certificates are issued.
+    pub issuance: watch::Receiver<Issuance>,
     /// Where the authorities' keys live.
     pub key_manager: KeyManagerKind,
     /// The PKI above us, if there is one.
@@ -42,6 +37,19 @@ pub struct Config {
     pub audit_log: Option<PathBuf>,
     /// Where `/metrics`, `/ready` and `/live` are served.
     pub metrics: Option<SocketAddr>,
+}
+
+/// How certificates are issued from now on; those that are out stay as they are until they are renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Issuance {
+    /// Life of an authority.
+    pub ca_ttl: Duration,
+    /// Life of an X509-SVID whose entry names none.
+    pub svid_ttl: Duration,
+    /// Life of an agent's own SVID.
+    pub agent_svid_ttl: Duration,
+    /// Key type of authorities.
+    pub ca_key_type: KeyType,
 }
 
 /// A cluster whose nodes prove themselves by their agents' service account tokens.

@@ -16,7 +16,7 @@ use crate::audit::{Audit, Outcome, Record, rfc3339};
 use crate::authority::{Authorities, AuthorityError};
 use crate::bundle_publisher::BundlePublisher;
 use crate::caller::Caller;
-use crate::config::Config;
+use crate::config::{Config, Issuance};
 use crate::datastore::{DataStore, DataStoreError};
 use crate::directory::Directory;
 use crate::entries::Entries;
@@ -71,6 +71,11 @@ impl Core {
     /// The time.
     pub fn now(&self) -> OffsetDateTime {
         (self.clock)()
+    }
+
+    /// How certificates are issued now.
+    pub fn issuance(&self) -> Issuance {
+        *self.config.issuance.borrow()
     }
 
     /// What we sign for.
@@ -149,7 +154,7 @@ impl Core {
             entry_id: entry.id.as_str(),
             id: &entry.spiffe_id,
             dns_names: &entry.dns_names,
-            ttl: entry.x509_svid_ttl.unwrap_or(self.config.svid_ttl),
+            ttl: entry.x509_svid_ttl.unwrap_or_else(|| self.issuance().svid_ttl),
             csr,
         })
     }

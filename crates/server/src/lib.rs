@@ -34,7 +34,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{BundleConfigMap, Config, KeyManagerKind, PsatCluster, UpstreamDisk};
+pub use config::{BundleConfigMap, Config, Issuance, KeyManagerKind, PsatCluster, UpstreamDisk};
 
 use crate::core::Core;
 
@@ -165,8 +165,7 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
     let td = config.trust_domain.clone();
     let authorities = authority::Authorities::load(authority::Settings {
         trust_domain: td.clone(),
-        ca_ttl: config.ca_ttl,
-        key_type: config.ca_key_type,
+        issuance: config.issuance.clone(),
         keys,
         upstream,
         store: store.clone(),
@@ -223,13 +222,13 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
 
 /// Rotates the authorities and our own SVID when they are due.
 async fn rotate(core: Arc<Core>, own: Arc<own_svid::OwnSvid>) {
-    let pause = ROTATION_CHECK.min(core.config.ca_ttl / 60).max(Duration::from_millis(100));
-    let mut tick = tokio::time::interval(pause);
+    let mut pause = Duration::ZERO;
     loop {
         tokio::select! {
-            _ = tick.tick() => {}
+            () = tokio::time::sleep(pause) => {}
             () = core.shutdown.cancelled() => return,
         }
+        pause = ROTATION_CHECK.min(core.issuance().ca_ttl / 60).max(Duration::from_millis(100));
         if let Err(error) = core.authorities.rotate().await {
             tracing::error!(%error, "cannot rotate the authorities; trying again");
         }

@@ -63,7 +63,7 @@ fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
             entry_id: "",
             id: &id,
             dns_names: &[],
-            ttl: core.config.svid_ttl.max(std::time::Duration::from_secs(60)),
+            ttl: core.issuance().svid_ttl.max(std::time::Duration::from_secs(60)),
             csr: &csr,
         })
         .map_err(|e| failed(e.message().to_owned()))?;

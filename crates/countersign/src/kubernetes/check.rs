@@ -20,6 +20,7 @@ use time::OffsetDateTime;
 use super::cluster::{client, is_ready, label, metric, page, pods};
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
+use crate::settings::MeshSettings;
 
 /// The first version with native sidecars.
 const OLDEST: (u32, u32) = (1, 29);
@@ -89,6 +90,7 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
         Finding { check: "server", outcome: server_ready(&client, namespace).await },
         Finding { check: "agents", outcome: agents(&client, namespace, version).await },
         Finding { check: "injector", outcome: injector(&client, namespace).await },
+        Finding { check: "settings", outcome: settings(&client, namespace).await },
         Finding { check: "authorities", outcome: authorities(server.as_ref()) },
         Finding { check: "bundle", outcome: bundle(server.as_ref(), map.as_deref()) },
         Finding { check: "webhook's caBundle", outcome: webhook_bundle(&client, map.as_deref()).await },
@@ -210,6 +212,22 @@ async fn configmap(client: &Client, namespace: &str) -> Result<String, String> {
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let map = api.get("countersign-bundle").await.map_err(|e| e.to_string())?;
     map.data.unwrap_or_default().remove("bundle.crt").ok_or_else(|| "it holds no bundle.crt yet".to_owned())
+}
+
+/// What the mesh's settings are now; a wrong one is not taken by anybody.
+async fn settings(client: &Client, namespace: &str) -> Outcome {
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let map = api.get("countersign-mesh").await.map_err(absent)?;
+    let wrong = |why: String| (format!("ConfigMap countersign-mesh: {why}"), "mend it; until then the last ones stand");
+    let found = MeshSettings::read(&map.data.unwrap_or_default()).map_err(|e| wrong(e.to_string()))?;
+    match (found.transparent, found.mode, found.svid_ttl, found.ca_ttl) {
+        (Some(true), ..) => {
+            Err(("the mesh is transparent: nothing is encrypted".into(), "remove `transparent` from it"))
+        }
+        (_, None, ..) => Err(wrong("it names no mode, so the mesh is strict".into())),
+        (_, _, Some(svid), Some(ca)) if svid.0 > ca.0 => Err(wrong(format!("svidTTL {svid} is more than caTTL {ca}"))),
+        (_, Some(mode), ..) => Ok(format!("the mesh is {mode}")),
+    }
 }
 
 fn replicas(found: Option<i32>, wanted: Option<i32>, what: &str, mend: &'static str) -> Outcome {

@@ -9,6 +9,7 @@ mod install;
 mod strict;
 mod uninstall;
 mod values;
+mod verify;
 
 pub use check::{CheckArgs, check};
 pub use explain::{ExplainArgs, explain};
@@ -16,3 +17,4 @@ pub use inject::{InjectArgs, inject};
 pub use install::{InstallArgs, install};
 pub use strict::{StrictArgs, strict};
 pub use uninstall::{UninstallArgs, uninstall};
+pub use verify::{VerifyArgs, verify};

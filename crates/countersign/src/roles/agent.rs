@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use countersign_agent::{Config, Evidence};
 use countersign_api::clock::system_clock;
+use countersign_identity::KeyType;
 use countersign_identity::trust_domain::parse_trust_domain;
 use serde::Deserialize;
 use zeroize::Zeroizing;
@@ -14,7 +15,7 @@ use zeroize::Zeroizing;
 use super::{ConfigFile, merge};
 use crate::clients::AGENT_SOCKET;
 use crate::logging::LogArgs;
-use crate::settings::{Mistake, Ttl};
+use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, on_signal};
 
 /// Run the node's agent: it proves the node to the server, keeps its SVIDs fresh, and hands each local caller its own.
@@ -76,6 +77,10 @@ pub struct AgentSettings {
     /// Key type of workloads' SVIDs [default: ec-p256].
     #[arg(long, value_name = "TYPE")]
     workload_key_type: Option<String>,
+    /// Folder with a file a setting (workloadKeyType) that stands instead of the flag and is followed while the agent runs:
+    /// a mounted ConfigMap.
+    #[arg(long, value_name = "DIR")]
+    live_settings: Option<PathBuf>,
     /// How often a server without push is asked [default: 5s].
     #[arg(long, value_name = "TIME")]
     sync_interval: Option<Ttl>,
@@ -97,12 +102,20 @@ impl AgentSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
             trust_domain, server, socket, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, k8s_psat_cluster,
-            k8s_psat_token, kubelet, kubelet_ca, kubelet_token, workload_key_type,
+            k8s_psat_token, kubelet, kubelet_ca, kubelet_token, workload_key_type, live_settings,
             sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, metrics,
         })
     }
 
-    fn config(self) -> Result<Config, Mistake> {
+    fn config(self) -> Result<(Config, Option<Live<KeyType>>), Mistake> {
+        let key_type = match self.workload_key_type {
+            Some(text) => text.parse().map_err(|e: countersign_identity::key::KeyError| {
+                Mistake::flag("--workload-key-type", &e.to_string())
+            })?,
+            None => KeyType::default(),
+        };
+        let (key_type, follow) =
+            live(self.live_settings, move |found| Ok(found.workload_key_type.unwrap_or(key_type)))?;
         let domain = self.trust_domain.ok_or_else(|| Mistake::missing("--trust-domain", "trust_domain"))?;
         let server = self.server.ok_or_else(|| Mistake::missing("--server", "server"))?;
         if countersign_api::names::split(&server).is_none() {
@@ -111,7 +124,7 @@ impl AgentSettings {
                 &format!("`{server}` is no address: write host:port, as in 10.0.0.1:8081"),
             ));
         }
-        Ok(Config {
+        let config = Config {
             trust_domain: parse_trust_domain(&domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
             server,
             socket: self.socket.unwrap_or_else(|| AGENT_SOCKET.into()),
@@ -122,19 +135,15 @@ impl AgentSettings {
                 (self.x509pop_cert, self.x509pop_key),
                 (self.k8s_psat_cluster, self.k8s_psat_token),
             )?,
-            key_type: match self.workload_key_type {
-                Some(text) => text.parse().map_err(|e: countersign_identity::key::KeyError| {
-                    Mistake::flag("--workload-key-type", &e.to_string())
-                })?,
-                None => countersign_identity::KeyType::default(),
-            },
+            key_type,
             sync_interval: self.sync_interval.map_or(Duration::from_secs(5), |t| t.0),
             discover_path: self.discover_workload_path.unwrap_or(false),
             hash_limit: self.workload_size_limit.unwrap_or(100 * 1024 * 1024),
             foreign_namespaces: self.foreign_namespaces.unwrap_or(false),
             kubelet: kubelet(self.kubelet, self.kubelet_ca, self.kubelet_token)?,
             metrics: self.metrics,
-        })
+        };
+        Ok((config, follow))
     }
 }
 
@@ -190,9 +199,10 @@ fn kubelet(
 /// Runs an agent until it is told to stop.
 pub fn run(args: AgentArgs) -> Result<()> {
     args.log.start()?;
-    let config = args.settings.over(args.config.load()?).config()?;
+    let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         let stop = on_signal()?;
+        let _followed = follow.map(Live::start);
         let ran = countersign_agent::run(config, system_clock(), stop, || args.ready.write("ready")).await;
         ran.map_err(|error| match error {
             countersign_agent::AgentError::Grpc(e) => e.into(),
@@ -225,6 +235,7 @@ mod tests {
             "kubelet_ca",
             "kubelet_token",
             "workload_key_type",
+            "live_settings",
             "sync_interval",
             "discover_workload_path",
             "workload_size_limit",

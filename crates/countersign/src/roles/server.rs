@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use anyhow::Result;
 use countersign_api::clock::system_clock;
+use countersign_identity::KeyType;
 use countersign_identity::trust_domain::parse_trust_domain;
-use countersign_server::{BundleConfigMap, Config, KeyManagerKind, PsatCluster, UpstreamDisk};
+use countersign_server::{BundleConfigMap, Config, Issuance, KeyManagerKind, PsatCluster, UpstreamDisk};
 use serde::Deserialize;
 
 use super::{ConfigFile, merge};
 use crate::clients::SERVER_SOCKET;
 use crate::logging::LogArgs;
-use crate::settings::{Mistake, Ttl};
+use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, on_signal};
 
 /// Run the certificate authority: it holds the signing keys and the registration entries, attests agents, signs.
@@ -57,6 +58,10 @@ pub struct ServerSettings {
     /// Key type of authorities: ec-p256, ec-p384, rsa-2048, rsa-4096 [default: ec-p256].
     #[arg(long, value_name = "TYPE")]
     ca_key_type: Option<String>,
+    /// Folder with a file a setting (caTTL, svidTTL, caKeyType) that stands instead of the flag and is followed while the
+    /// server runs: a mounted ConfigMap.
+    #[arg(long, value_name = "DIR")]
+    live_settings: Option<PathBuf>,
     /// Where authorities' keys live: disk or memory [default: disk].
     #[arg(long, value_name = "KIND")]
     key_manager: Option<String>,
@@ -105,23 +110,36 @@ pub struct ServerSettings {
 impl ServerSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
-            trust_domain, bind, socket, data_dir, ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type, key_manager, upstream_cert,
+            trust_domain, bind, socket, data_dir, ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type, live_settings, key_manager, upstream_cert,
             upstream_key, upstream_bundle, x509pop_ca, k8s_psat_cluster, k8s_psat_allow, k8s_psat_audience,
             k8s_psat_node_labels, k8s_psat_pod_labels, k8s_bundle_configmap, k8s_webhook_label, audit_log, metrics,
         })
     }
 
-    fn config(self) -> Result<Config, Mistake> {
+    fn config(self) -> Result<(Config, Option<Live<Issuance>>), Mistake> {
         let domain = self.trust_domain.ok_or_else(|| Mistake::missing("--trust-domain", "trust_domain"))?;
-        let hours = |h: u64| Duration::from_secs(h * 3600);
-        let svid_ttl = self.svid_ttl.map_or(hours(1), |t| t.0);
-        let ca_ttl = self.ca_ttl.map_or(hours(24), |t| t.0);
-        if svid_ttl > ca_ttl {
-            return Err(Mistake::flag(
-                "--svid-ttl",
-                "an SVID cannot outlive its authority: make it shorter than --ca-ttl",
-            ));
-        }
+        let ca_key_type = match self.ca_key_type {
+            Some(text) => text
+                .parse()
+                .map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--ca-key-type", &e.to_string()))?,
+            None => KeyType::default(),
+        };
+        let (ca_ttl, svid_ttl, agent_svid_ttl) = (self.ca_ttl, self.svid_ttl, self.agent_svid_ttl);
+        let (issuance, follow) = live(self.live_settings, move |found| {
+            let hours = |h: u64| Duration::from_secs(h * 3600);
+            let svid_ttl = found.svid_ttl.or(svid_ttl).map_or(hours(1), |t| t.0);
+            let ca_ttl = found.ca_ttl.or(ca_ttl).map_or(hours(24), |t| t.0);
+            if svid_ttl > ca_ttl {
+                let why = "an SVID cannot outlive its authority: make it shorter than --ca-ttl";
+                return Err(Mistake::flag("--svid-ttl", why));
+            }
+            Ok(Issuance {
+                ca_ttl,
+                svid_ttl,
+                agent_svid_ttl: agent_svid_ttl.map_or(svid_ttl, |t| t.0),
+                ca_key_type: found.ca_key_type.unwrap_or(ca_key_type),
+            })
+        })?;
         let upstream = match (self.upstream_cert, self.upstream_key, self.upstream_bundle) {
             (None, None, None) => None,
             (Some(certificate), Some(key), bundle) => Some(UpstreamDisk { certificate, key, bundle }),
@@ -134,20 +152,12 @@ impl ServerSettings {
             self.k8s_psat_node_labels,
             self.k8s_psat_pod_labels,
         )?;
-        Ok(Config {
+        let config = Config {
             trust_domain: parse_trust_domain(&domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
             bind: self.bind.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 8081))),
             admin_socket: self.socket.unwrap_or_else(|| SERVER_SOCKET.into()),
             data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/countersign/server".into()),
-            ca_ttl,
-            svid_ttl,
-            agent_svid_ttl: self.agent_svid_ttl.map_or(svid_ttl, |t| t.0),
-            ca_key_type: match self.ca_key_type {
-                Some(text) => text
-                    .parse()
-                    .map_err(|e: countersign_identity::key::KeyError| Mistake::flag("--ca-key-type", &e.to_string()))?,
-                None => countersign_identity::KeyType::default(),
-            },
+            issuance,
             key_manager: match self.key_manager.as_deref() {
                 None | Some("disk") => KeyManagerKind::Disk,
                 Some("memory") => KeyManagerKind::Memory,
@@ -165,7 +175,8 @@ impl ServerSettings {
             k8s_webhook_label: self.k8s_webhook_label.map(label).transpose()?,
             audit_log: self.audit_log,
             metrics: self.metrics,
-        })
+        };
+        Ok((config, follow))
     }
 }
 
@@ -227,9 +238,10 @@ fn label(text: String) -> Result<String, Mistake> {
 /// Runs a server until it is told to stop.
 pub fn run(args: ServerArgs) -> Result<()> {
     args.log.start()?;
-    let config = args.settings.over(args.config.load()?).config()?;
+    let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         let stop = on_signal()?;
+        let _followed = follow.map(Live::start);
         countersign_server::run(config, system_clock(), stop, |address| args.ready.write(&address.to_string()))
             .await
             .map_err(mistake_or_failure)
@@ -265,6 +277,7 @@ mod tests {
             "svid_ttl",
             "agent_svid_ttl",
             "ca_key_type",
+            "live_settings",
             "key_manager",
             "upstream_cert",
             "upstream_key",

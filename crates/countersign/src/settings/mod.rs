@@ -1,9 +1,11 @@
 //! Settings from files and flags: parsed into types that cannot be wrong, with errors that name file, line, key and mend.
 
 mod file;
+mod live;
 mod values;
 
 pub use file::{load, located};
+pub use live::{Live, MeshSettings, live};
 pub use values::{Ttl, parse_mode};
 
 /// A mistake that somebody can mend: in a flag, a file, or the machine. Shown in one line; the exit code is 2.

@@ -1,10 +1,9 @@
 //! `countersign up` and `countersign run`: the whole mesh on one machine.
 //!
 //! `mesh_file` says what is wanted, `place` where it stands on this machine, `account` whose users run it, `mesh` brings it up and takes it down,
-//! `control_plane` is its server and agent, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it with `capture`.
+//! `control_plane` is its server and agent, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
 
 mod account;
-mod capture;
 mod children;
 mod control;
 mod control_plane;

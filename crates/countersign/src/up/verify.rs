@@ -19,11 +19,11 @@ use time::format_description::well_known::Rfc3339;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::capture::Capture;
 use super::children::{Process, Program, State};
 use super::mesh::{Mesh, Running};
 use super::mesh_file::MeshSpec;
 use super::place::Place;
+use crate::capture::Capture;
 use crate::operator;
 use crate::probe::Report;
 use crate::shop::PORT;

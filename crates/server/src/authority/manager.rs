@@ -7,13 +7,14 @@ use arc_swap::ArcSwapOption;
 use countersign_api::clock::Clock;
 use countersign_identity::profile::{IssueError, Issued, LeafRequest, SigningAuthority, issue_leaf, issue_root};
 use countersign_identity::rotation::{activate_at, prepare_at};
-use countersign_identity::{KeyType, TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{TrustDomain, X509Authority, X509Bundle};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use tokio::sync::{Mutex, watch};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::{Record, Status};
+use crate::config::Issuance;
 use crate::datastore::{DataStore, DataStoreError};
 use crate::key_manager::{KeyManager, KeyManagerError};
 use crate::upstream_authority::{UpstreamAuthority, UpstreamError};
@@ -69,10 +70,8 @@ pub enum AuthorityError {
 pub struct Settings {
     /// What it signs for.
     pub trust_domain: TrustDomain,
-    /// Life of an authority.
-    pub ca_ttl: Duration,
-    /// Type of an authority's key.
-    pub key_type: KeyType,
+    /// Life and key type of the next authority.
+    pub issuance: watch::Receiver<Issuance>,
     /// Where keys live.
     pub keys: Arc<dyn KeyManager>,
     /// The PKI above us.
@@ -101,7 +100,7 @@ impl Authorities {
                 trust_domain: td.clone(),
                 authorities: vec![],
                 sequence: 0,
-                refresh_hint: (settings.ca_ttl / 10).min(MAX_REFRESH_HINT),
+                refresh_hint: Duration::ZERO,
             });
         // An authority whose key is gone (key manager `memory`) signs no more; it stays trusted until its end.
         let mut active = None;
@@ -247,17 +246,18 @@ impl Authorities {
     }
 
     async fn prepare_in(&self, journal: &mut Vec<Record>, now: OffsetDateTime) -> Result<Record, AuthorityError> {
-        let Settings { trust_domain, ca_ttl, key_type, keys, upstream, .. } = &self.settings;
+        let Settings { trust_domain, issuance, keys, upstream, .. } = &self.settings;
+        let Issuance { ca_ttl, ca_key_type, .. } = *issuance.borrow();
         let key_name = random_name()?;
-        let key = keys.generate(&key_name, *key_type)?;
+        let key = keys.generate(&key_name, ca_key_type)?;
         let made = async {
             let (chain, roots) = match upstream {
                 None => {
-                    let root = issue_root(trust_domain, &key, *ca_ttl, now)?;
+                    let root = issue_root(trust_domain, &key, ca_ttl, now)?;
                     (vec![], vec![X509Authority::from_der(root.to_vec())?])
                 }
                 Some(upstream) => {
-                    let signed = upstream.sign_intermediate(trust_domain, &key, *ca_ttl, now).await?;
+                    let signed = upstream.sign_intermediate(trust_domain, &key, ca_ttl, now).await?;
                     (signed.chain, signed.roots)
                 }
             };
@@ -271,6 +271,7 @@ impl Authorities {
             next.drain(..excess);
             self.commit(journal, next, |bundle| {
                 bundle.authorities.retain(|a| !dropped.iter().any(|d| d.id == a.id()));
+                bundle.refresh_hint = (ca_ttl / 10).min(MAX_REFRESH_HINT);
                 add_missing(bundle, roots);
             })
             .await?;

@@ -110,7 +110,7 @@ async fn attest(
         entry_id: "",
         id: &node.id,
         dns_names: &[],
-        ttl: core.config.agent_svid_ttl,
+        ttl: core.issuance().agent_svid_ttl,
         csr: &csr,
     })?;
     let AttestedNode { id, selectors, can_reattest, alias } = node;
@@ -314,7 +314,7 @@ impl Agent for Endpoint {
             entry_id: "",
             id: &agent.id,
             dns_names: &[],
-            ttl: self.0.config.agent_svid_ttl,
+            ttl: self.0.issuance().agent_svid_ttl,
             csr: &csr,
         })?;
         let mut renewed = AttestedAgent::clone(&agent);

@@ -54,7 +54,7 @@ impl Svid for Endpoint {
             return Err(invalid(why));
         }
         let ttl = match u64::try_from(request.ttl) {
-            Ok(0) => self.0.config.svid_ttl,
+            Ok(0) => self.0.issuance().svid_ttl,
             Ok(seconds) => Duration::from_secs(seconds),
             Err(_) => return Err(invalid(format!("ttl: {} is below zero", request.ttl))),
         };

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use super::*;
 use crate::datastore::Sqlite;
 use crate::key_manager::Memory;
+use countersign_identity::KeyType;
 
 struct World {
     now: Arc<AtomicI64>,
@@ -24,8 +25,13 @@ impl World {
         let now = self.now.clone();
         Authorities::load(Settings {
             trust_domain: TrustDomain::new("td").unwrap(),
-            ca_ttl: Duration::from_secs(600),
-            key_type: KeyType::EcP256,
+            issuance: tokio::sync::watch::channel(Issuance {
+                ca_ttl: Duration::from_secs(600),
+                svid_ttl: Duration::from_secs(60),
+                agent_svid_ttl: Duration::from_secs(60),
+                ca_key_type: KeyType::EcP256,
+            })
+            .1,
             keys: self.keys.clone(),
             upstream: None,
             store: self.store.clone(),

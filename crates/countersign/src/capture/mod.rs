@@ -1,0 +1,117 @@
+//! Packet captures: `needle` answers whether anybody has seen some bytes; `pcap` is the file that tools read; `countersign
+//! capture` (used by `verify` in a pod) prints each frame.
+
+mod needle;
+pub mod pcap;
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use anyhow::{Context, Result};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, socket};
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+pub use needle::Capture;
+
+/// Longest frame, offloads included, in bytes.
+pub const MAX_FRAME: usize = 256 * 1024;
+
+/// A socket that sees every frame of the current network namespace.
+fn open() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)?)
+}
+
+/// Hands each frame on a link, loopback not among them, to `seen` until `stop` says so and nothing is left, or `seen` fails.
+fn frames(
+    socket: &OwnedFd,
+    mut stop: impl FnMut() -> bool,
+    mut seen: impl FnMut(&[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut frame = vec![0; MAX_FRAME];
+    loop {
+        // What was sent last may still be on its way through the socket: one more look after the stop.
+        let last = stop();
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        let wait: PollTimeout = 50u8.into();
+        match poll(&mut fds, wait) {
+            Ok(0) if last => return Ok(()),
+            Ok(0) | Err(Errno::EINTR) => continue,
+            Ok(_) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let Ok(n) = recv(socket.as_raw_fd(), &mut frame, MsgFlags::MSG_DONTWAIT) else { continue };
+        // The loopback's frames have no addresses; on a real link nobody has the address zero.
+        if !frame[..n].starts_with(&[0; 12]) {
+            seen(&frame[..n])?;
+        }
+    }
+}
+
+/// What `countersign capture` prints: first that it listens, then a line a frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Line {
+    /// Nothing is missed from here on.
+    Listening,
+    /// One frame.
+    Frame {
+        /// When, microseconds since 1970.
+        at_us: u64,
+        /// Its bytes, in base64.
+        bytes: String,
+    },
+}
+
+impl Line {
+    fn print(&self) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        serde_json::to_writer(&mut out, self)?;
+        out.write_all(b"\n")?;
+        out.flush()
+    }
+
+    /// The frames among printed lines.
+    pub fn frames(text: &str) -> Vec<pcap::Frame> {
+        let frame = |line: &str| match serde_json::from_str(line).ok()? {
+            Self::Frame { at_us, bytes } => Some(pcap::Frame { at_us, bytes: STANDARD.decode(bytes).ok()? }),
+            Self::Listening => None,
+        };
+        text.lines().filter_map(frame).collect()
+    }
+}
+
+/// Print every frame on the links of this network namespace until the process ends. Needs `CAP_NET_RAW`.
+#[derive(Debug, clap::Args)]
+pub struct CaptureArgs {}
+
+/// Captures.
+pub fn run(_: &CaptureArgs) -> Result<()> {
+    let socket = open().context("cannot capture packets; it needs CAP_NET_RAW")?;
+    Line::Listening.print()?;
+    let print = |frame: &[u8]| {
+        let at_us = u64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000).unwrap_or(0);
+        Line::Frame { at_us, bytes: STANDARD.encode(frame) }.print()
+    };
+    Ok(frames(&socket, || false, print)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn printed_frames_are_read_back_and_anything_else_is_passed_over() {
+        let line = Line::Frame { at_us: 7, bytes: STANDARD.encode([1, 2, 3]) };
+        let text = format!(
+            "{}\n\"listening\"\nnoise\n{{\"frame\":{{\"at_us\":1,\"bytes\":\"!\"}}}}\n",
+            serde_json::to_string(&line).unwrap()
+        );
+        assert_eq!(Line::frames(&text), [pcap::Frame { at_us: 7, bytes: vec![1, 2, 3] }]);
+        assert_eq!(serde_json::to_string(&Line::Listening).unwrap(), "\"listening\"");
+    }
+}

@@ -1,0 +1,206 @@
+//! The mesh's settings that may change while its roles run: a folder with a file a setting, as Kubernetes mounts a ConfigMap.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use countersign_api::files::read_bounded;
+use countersign_identity::KeyType;
+use countersign_identity::policy::Mode;
+use tokio::sync::watch;
+
+use super::{Mistake, Ttl};
+
+/// Largest setting, in bytes.
+const MAX_BYTES: u64 = 4096;
+/// Files of a folder that are looked at, at most.
+const MAX_FILES: usize = 64;
+/// How often the folder is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What the mesh's ConfigMap says; what it leaves out stands as each role was started with.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MeshSettings {
+    /// `mode`: the mode, where namespace and pod say nothing.
+    pub mode: Option<Mode>,
+    /// `transparent`: every sidecar forwards in the clear; the mesh is being removed.
+    pub transparent: Option<bool>,
+    /// `caTTL`: life of the next authorities.
+    pub ca_ttl: Option<Ttl>,
+    /// `svidTTL`: life of the next SVIDs.
+    pub svid_ttl: Option<Ttl>,
+    /// `caKeyType`: key type of the next authorities.
+    pub ca_key_type: Option<KeyType>,
+    /// `workloadKeyType`: key type of the next SVIDs.
+    pub workload_key_type: Option<KeyType>,
+}
+
+impl MeshSettings {
+    /// Takes all, or says the first thing that is wrong. An empty text is as none; what is not known here is passed over.
+    pub fn read(found: &BTreeMap<String, String>) -> Result<Self, Mistake> {
+        fn one<T>(
+            found: &BTreeMap<String, String>,
+            key: &str,
+            parse: impl Fn(&str) -> Result<T, String>,
+        ) -> Result<Option<T>, Mistake> {
+            let text = found.get(key).map(|t| t.trim()).filter(|t| !t.is_empty());
+            text.map(|t| parse(t).map_err(|why| Mistake(format!("{key}: {why}")))).transpose()
+        }
+        let key_type =
+            |text: &str| text.parse::<KeyType>().map_err(|e: countersign_identity::key::KeyError| e.to_string());
+        let truth = |text: &str| text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"));
+        Ok(Self {
+            mode: one(found, "mode", super::parse_mode)?,
+            transparent: one(found, "transparent", truth)?,
+            ca_ttl: one(found, "caTTL", str::parse)?,
+            svid_ttl: one(found, "svidTTL", str::parse)?,
+            ca_key_type: one(found, "caKeyType", key_type)?,
+            workload_key_type: one(found, "workloadKeyType", key_type)?,
+        })
+    }
+}
+
+/// What makes a role's part of the settings.
+type Take<T> = Box<dyn Fn(&MeshSettings) -> Result<T, Mistake> + Send>;
+
+/// Follows a folder and keeps a role's part of the settings; made by [`live`].
+pub struct Live<T> {
+    folder: PathBuf,
+    found: BTreeMap<String, String>,
+    take: Take<T>,
+    to: watch::Sender<T>,
+}
+
+/// A role's part of the settings: read now, so that a start with a mistake fails, and followed by what is returned beside it.
+/// Without a folder it is what `take` makes of nothing.
+pub fn live<T>(
+    folder: Option<PathBuf>,
+    take: impl Fn(&MeshSettings) -> Result<T, Mistake> + Send + 'static,
+) -> Result<(watch::Receiver<T>, Option<Live<T>>), Mistake> {
+    let Some(folder) = folder else {
+        let (_, receiver) = watch::channel(take(&MeshSettings::default())?);
+        return Ok((receiver, None));
+    };
+    let named = |e: Mistake| Mistake::flag("--live-settings", &format!("{}: {e}", folder.display()));
+    let found = read(&folder).map_err(named)?;
+    let first = MeshSettings::read(&found).and_then(|s| take(&s)).map_err(named)?;
+    let (to, receiver) = watch::channel(first);
+    Ok((receiver, Some(Live { folder, found, take: Box::new(take), to })))
+}
+
+/// Ends with what it stands for.
+pub struct Followed(tokio::task::JoinHandle<()>);
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl<T: PartialEq + std::fmt::Debug + Send + Sync + 'static> Live<T> {
+    /// Follows the folder until what is returned is dropped.
+    pub fn start(self) -> Followed {
+        Followed(tokio::spawn(self.follow()))
+    }
+
+    /// Follows the folder for ever. What is wrong, or half written, is not taken: the settings stay as they are.
+    async fn follow(mut self) {
+        let mut before = Ok(self.found.clone());
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let now = read(&self.folder).map_err(|e| e.0);
+            // Twice the same: not in the middle of a change.
+            let settled = now == before;
+            before.clone_from(&now);
+            if !settled || now.as_ref() == Ok(&self.found) {
+                continue;
+            }
+            let taken = now.clone().map_err(Mistake).and_then(|found| {
+                let taken = MeshSettings::read(&found).and_then(|s| (self.take)(&s));
+                self.found = found;
+                taken
+            });
+            match taken {
+                Ok(new) if *self.to.borrow() != new => {
+                    tracing::info!(settings = ?new, "settings have changed");
+                    self.to.send_replace(new);
+                }
+                Ok(_) => {}
+                Err(why) => tracing::error!(folder = %self.folder.display(), %why, "the settings stay as they are"),
+            }
+        }
+    }
+}
+
+/// Every setting's file; hidden ones are Kubernetes' own.
+fn read(folder: &Path) -> Result<BTreeMap<String, String>, Mistake> {
+    let io = |e: std::io::Error| Mistake(format!("cannot be read: {e}"));
+    let mut found = BTreeMap::new();
+    for file in std::fs::read_dir(folder).map_err(io)? {
+        let Ok(name) = file.map_err(io)?.file_name().into_string() else { continue };
+        if name.starts_with('.') {
+            continue;
+        }
+        if found.len() == MAX_FILES {
+            return Err(Mistake(format!("holds more than {MAX_FILES} files")));
+        }
+        let wrong = |why: String| Mistake(format!("{name}: {why}"));
+        let text = read_bounded(&folder.join(&name), MAX_BYTES).map_err(|e| wrong(e.to_string()))?;
+        let text = String::from_utf8(text).map_err(|_| wrong("is no text".into()))?;
+        found.insert(name, text);
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(pairs: &[(&str, &str)]) -> Result<MeshSettings, String> {
+        let found = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        MeshSettings::read(&found).map_err(|e| e.0)
+    }
+
+    #[test]
+    fn what_is_left_out_stands_and_what_is_wrong_is_named() {
+        assert_eq!(settings(&[("caTTL", ""), ("unknown", "x")]), Ok(MeshSettings::default()));
+        let all = settings(&[
+            ("mode", "strict\n"),
+            ("svidTTL", "10m"),
+            ("workloadKeyType", "rsa-2048"),
+            ("transparent", "true"),
+        ]);
+        let all = all.unwrap();
+        assert_eq!((all.mode, all.transparent), (Some(Mode::Strict), Some(true)));
+        assert_eq!(all.svid_ttl, Some(Ttl(Duration::from_secs(600))));
+        assert_eq!(all.workload_key_type, Some(KeyType::Rsa2048));
+        assert!(settings(&[("svidTTL", "soon")]).unwrap_err().starts_with("svidTTL: `soon` is no length of time"));
+        assert!(settings(&[("caKeyType", "dsa")]).unwrap_err().starts_with("caKeyType: "));
+        assert!(settings(&[("transparent", "1")]).unwrap_err().contains("neither true nor false"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_file_is_taken_up_and_a_wrong_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let put = |text: &str| std::fs::write(folder.path().join("svidTTL"), text).unwrap();
+        put("1h");
+        std::fs::create_dir(folder.path().join("..data")).unwrap();
+        let take = |s: &MeshSettings| Ok(s.svid_ttl.map(|t| t.0.as_secs()));
+        let (mut receiver, follower) = live(Some(folder.path().to_owned()), take).unwrap();
+        assert_eq!(*receiver.borrow_and_update(), Some(3600));
+        let following = tokio::spawn(follower.unwrap().follow());
+        put("5m");
+        receiver.changed().await.unwrap();
+        assert_eq!(*receiver.borrow_and_update(), Some(300));
+        put("soon");
+        tokio::time::sleep(LOOK * 5).await;
+        assert!(!receiver.has_changed().unwrap());
+        put("7m");
+        receiver.changed().await.unwrap();
+        assert_eq!(*receiver.borrow_and_update(), Some(420));
+        following.abort();
+        assert!(live(Some(folder.path().join("none")), take).is_err(), "a folder that is not there");
+        put("soon");
+        assert!(live(Some(folder.path().to_owned()), take).is_err(), "a start with a mistake");
+    }
+}
