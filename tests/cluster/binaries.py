@@ -5,6 +5,7 @@ HERE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get("COUNTERSIGN_CACHE", "/var/cache/countersign"))
 GO = "1.26.8"
 COREDNS = "v1.12.4"
+HELM = ["v3.22.0", "v4.3.1"]
 KUBERNETES = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"]
 
 
@@ -80,6 +81,21 @@ def build():
     sp.run([go_, "clean", "-cache"], env=env, check=False)
     shutil.rmtree(cache, ignore_errors=True)
     return out
+
+
+def helm(version):
+    """Helm of this version, built the first time it is asked for."""
+    out = CACHE / f"helm-{version}"
+    for old in CACHE.glob("helm-*"):
+        if old.name.removeprefix("helm-") not in HELM:
+            shutil.rmtree(old, ignore_errors=True)
+    if not (out / "helm").exists():
+        print(f"building helm {version}", flush=True)
+        env = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(out / "go-build"), "GOFLAGS": "-trimpath -buildvcs=false", "GOTOOLCHAIN": "local", "GOBIN": str(out / "bin")}
+        sp.run([go(), "install", "-p", "2", "-ldflags", "-s -w", f"helm.sh/helm/{version.split('.')[0]}/cmd/helm@{version}"], env=env, check=True)
+        shutil.rmtree(out / "go-build", ignore_errors=True)
+        (out / "bin" / "helm").rename(out / "helm")
+    return out / "helm"
 
 
 if __name__ == "__main__":

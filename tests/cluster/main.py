@@ -3,7 +3,7 @@ import pathlib, sys, tempfile, unittest
 
 import cluster, images, mesh
 
-SUITE = [f"suite.test_{name}" for name in ("bootstrap", "injection", "identity", "traffic", "operator", "faults", "rotation", "uninstall", "guide")]
+SUITE = [f"suite.test_{name}" for name in ("bootstrap", "injection", "identity", "traffic", "operator", "faults", "rotation", "plain", "uninstall", "helm", "guide")]
 
 
 def up():

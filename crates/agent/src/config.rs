@@ -70,4 +70,6 @@ pub struct Kubelet {
     pub ca: PathBuf,
     /// Our service account's token, read anew for each query.
     pub token: PathBuf,
+    /// Whether the API server is asked for the labels of pods' namespaces.
+    pub namespace_labels: bool,
 }

@@ -77,7 +77,7 @@ pub async fn run(
     let mut attestors: Vec<Box<dyn workload_attestor::WorkloadAttestor>> =
         vec![Box::new(workload_attestor::Unix { discover_path: config.discover_path, hash_limit: config.hash_limit })];
     if let Some(kubelet) = config.kubelet.clone() {
-        attestors.push(Box::new(workload_attestor::K8s::new(kubelet)?));
+        attestors.push(Box::new(workload_attestor::K8s::new(kubelet).await?));
     }
     let unix = bind_unix(&config.socket, 0o666);
     let unix = unix.map_err(|source| AgentError::Listen { name: config.socket.display().to_string(), source })?;
@@ -169,7 +169,10 @@ async fn observe(core: Arc<Core>) {
     let mut tick = tokio::time::interval(Duration::from_secs(5));
     loop {
         tokio::select! {
-            _ = tick.tick() => core.metrics.observe(&core.cache.read()),
+            _ = tick.tick() => {
+                let own = core.link.identity().borrow().as_ref().map(|svid| svid.facts().not_after);
+                core.metrics.observe(&core.cache.read(), own);
+            }
             () = core.shutdown.cancelled() => return,
         }
     }

@@ -8,6 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use time::OffsetDateTime;
 
 /// The label `reason`: why a caller was refused.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -36,6 +37,7 @@ pub struct Metrics {
     pub streams: Gauge,
     refused: Family<Reason, Counter>,
     expiry: Family<Identity, Gauge>,
+    own_expiry: Gauge,
     refused_counts: Mutex<BTreeMap<&'static str, u64>>,
 }
 
@@ -57,6 +59,12 @@ impl Default for Metrics {
         registry.register("streams", "Open streams of workloads and sidecars", streams.clone());
         registry.register("callers_refused", "Callers that were refused, by reason", refused.clone());
         registry.register("svid_expiry_timestamp_seconds", "When each SVID ends, seconds since 1970", expiry.clone());
+        let own_expiry = Gauge::default();
+        registry.register(
+            "own_svid_expiry_timestamp_seconds",
+            "When the agent's own SVID ends, seconds since 1970",
+            own_expiry.clone(),
+        );
         Self {
             registry,
             svids_signed,
@@ -65,6 +73,7 @@ impl Default for Metrics {
             streams,
             refused,
             expiry,
+            own_expiry,
             refused_counts: Mutex::default(),
         }
     }
@@ -82,8 +91,9 @@ impl Metrics {
         self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sets what is looked up rather than counted.
-    pub fn observe(&self, state: &crate::cache::State) {
+    /// Sets what is looked up rather than counted; `own`: the end of the agent's own SVID, if it has one.
+    pub fn observe(&self, state: &crate::cache::State, own: Option<OffsetDateTime>) {
+        self.own_expiry.set(own.map_or(0, OffsetDateTime::unix_timestamp));
         self.expiry.clear();
         for cached in state.entries.values() {
             if let Some(svid) = &cached.svid {

@@ -103,8 +103,8 @@ fn bundle_from_der(trust_domain: TrustDomain, der: &[u8]) -> Result<X509Bundle, 
     })
 }
 
-/// Cuts concatenated DER into its certificates (X.690 8.1.3: tag, length, value).
-fn split_der(mut bytes: &[u8]) -> Result<Vec<&[u8]>, String> {
+/// Cuts concatenated DER into its certificates (X.690 8.1.3: tag, length, value), or says which is none.
+pub fn split_der(mut bytes: &[u8]) -> Result<Vec<&[u8]>, String> {
     let mut all = vec![];
     while !bytes.is_empty() {
         let malformed = || format!("certificate {} is no DER", all.len() + 1);

@@ -79,6 +79,9 @@ enum Command {
     /// Print every frame on this network namespace's links (used by `verify`).
     #[command(hide = true)]
     Capture(capture::CaptureArgs),
+    /// Hold back a pod's containers, or wait for them (used in a sidecar that is a plain container).
+    #[command(hide = true, subcommand)]
+    SidecarHook(roles::sidecar_hook::SidecarHook),
     /// Start a program in a network namespace (used by `up`).
     #[command(hide = true)]
     Launch(launch::LaunchArgs),
@@ -146,6 +149,7 @@ impl Cli {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Capture(args) => done(capture::run(&args)),
+            Command::SidecarHook(hook) => done(roles::sidecar_hook::run(&hook)),
             Command::Launch(args) => launch::run(&args).map(|never| match never {}),
             Command::Shop(args) => done(shop::run(args)),
             Command::Probe(args) => probe::run(args),

@@ -72,6 +72,12 @@ struct Client {
 }
 
 impl Client {
+    fn new(url: &str) -> Result<Self> {
+        let rest = url.strip_prefix("http://").context("the URL must begin with http://")?;
+        let (authority, path) = rest.split_once('/').map_or((rest, "/".to_owned()), |(a, p)| (a, format!("/{p}")));
+        Ok(Self { authority: authority.to_owned(), path, kept: None, report: Report::default() })
+    }
+
     async fn request(&mut self, keep: bool) -> Result<String> {
         let mut sender = if let Some(sender) = self.kept.take() {
             sender
@@ -117,17 +123,20 @@ impl Client {
     }
 }
 
+/// One request; its body. An answer that is no success is an error.
+pub async fn get(url: &str) -> Result<String> {
+    Client::new(url)?.request(false).await
+}
+
 /// Prints the report; exit 1 when a request failed.
 pub fn run(args: ProbeArgs) -> Result<ExitCode> {
-    let rest = args.url.strip_prefix("http://").context("the URL must begin with http://")?;
-    let (authority, path) = rest.split_once('/').map_or((rest, "/".to_owned()), |(a, p)| (a, format!("/{p}")));
+    Client::new(&args.url)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let until = args.seconds.map(|s| Instant::now() + Duration::from_secs(s));
         let mut clients = tokio::task::JoinSet::new();
         for n in 0..args.kept + args.fresh {
-            let client =
-                Client { authority: authority.to_owned(), path: path.clone(), kept: None, report: Report::default() };
+            let Ok(client) = Client::new(&args.url) else { continue };
             clients.spawn(client.run(until, n < args.kept, Duration::from_millis(args.pause_ms)));
         }
         let mut all = Report::default();

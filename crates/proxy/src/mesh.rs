@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use countersign_identity::verify::{Refusal, VerifiedPeer};
 use rustls::pki_types::ServerName;
-use rustls::{CommonState, NamedGroup};
+use rustls::{CipherSuite, CommonState, NamedGroup};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
@@ -36,7 +36,13 @@ impl Peer {
             Some(NamedGroup::secp256r1) => "TLSv1.3 P-256",
             _ => "TLSv1.3",
         };
-        let cipher = state.negotiated_cipher_suite().and_then(|s| s.suite().as_str()).unwrap_or_default();
+        // By their names in RFC 8446 B.4.
+        let cipher = match state.negotiated_cipher_suite().map(|s| s.suite()) {
+            Some(CipherSuite::TLS13_AES_128_GCM_SHA256) => "TLS_AES_128_GCM_SHA256",
+            Some(CipherSuite::TLS13_AES_256_GCM_SHA384) => "TLS_AES_256_GCM_SHA384",
+            Some(CipherSuite::TLS13_CHACHA20_POLY1305_SHA256) => "TLS_CHACHA20_POLY1305_SHA256",
+            _ => "",
+        };
         Ok(Self { svid, tls, cipher })
     }
 }

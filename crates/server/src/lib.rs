@@ -235,6 +235,7 @@ async fn rotate(core: Arc<Core>, own: Arc<own_svid::OwnSvid>) {
         if let Err(error) = own.renew_if_due() {
             tracing::error!(%error, "cannot renew the server's own SVID; trying again");
         }
+        core.metrics.observe_trust(&core.authorities.bundle().borrow(), own.ends_at());
         core.metrics.observe(core.entries.len(), core.agents.list().len(), &core.authorities.journal().await);
     }
 }

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
+use countersign_identity::X509Bundle;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use time::OffsetDateTime;
 
 /// The label `kind`: what was signed.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -29,6 +31,12 @@ pub struct AuthorityLabels {
     status: &'static str,
 }
 
+/// The label `authority`: which root of trust ends.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct RootLabels {
+    authority: String,
+}
+
 /// The server's metrics.
 pub struct Metrics {
     /// All of them, for `/metrics`.
@@ -40,6 +48,8 @@ pub struct Metrics {
     entries: Gauge,
     agents: Gauge,
     authority_expiry: Family<AuthorityLabels, Gauge>,
+    root_expiry: Family<RootLabels, Gauge>,
+    own_expiry: Gauge,
     refused_counts: Mutex<BTreeMap<&'static str, u64>>,
 }
 
@@ -60,6 +70,18 @@ impl Default for Metrics {
             "When each authority ends, seconds since 1970",
             authority_expiry.clone(),
         );
+        let root_expiry = Family::<RootLabels, Gauge>::default();
+        let own_expiry = Gauge::default();
+        registry.register(
+            "bundle_authority_expiry_timestamp_seconds",
+            "When each authority of the trust bundle ends, seconds since 1970",
+            root_expiry.clone(),
+        );
+        registry.register(
+            "own_svid_expiry_timestamp_seconds",
+            "When the server's own SVID ends, seconds since 1970",
+            own_expiry.clone(),
+        );
         Self {
             registry,
             signed,
@@ -68,6 +90,8 @@ impl Default for Metrics {
             entries,
             agents,
             authority_expiry,
+            root_expiry,
+            own_expiry,
             refused_counts: Mutex::default(),
         }
     }
@@ -88,6 +112,16 @@ impl Metrics {
     /// Refusals by reason since the start.
     pub fn refused_counts(&self) -> BTreeMap<&'static str, u64> {
         self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets the ends of what agents trust and of the SVID that they meet.
+    pub fn observe_trust(&self, bundle: &X509Bundle, own_svid_ends: OffsetDateTime) {
+        self.own_expiry.set(own_svid_ends.unix_timestamp());
+        self.root_expiry.clear();
+        for a in &bundle.authorities {
+            let labels = RootLabels { authority: a.id().to_owned() };
+            self.root_expiry.get_or_create(&labels).set(a.not_after().unix_timestamp());
+        }
     }
 
     /// Sets what is looked up rather than counted.

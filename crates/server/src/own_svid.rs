@@ -37,6 +37,11 @@ impl OwnSvid {
         self.current.load().tls.clone()
     }
 
+    /// When the one of the moment ends.
+    pub fn ends_at(&self) -> time::OffsetDateTime {
+        self.current.load().svid.facts().not_after
+    }
+
     /// Issues a new one at half life, or at once when its authority is not to be used any more.
     pub fn renew_if_due(&self) -> Result<(), ServerError> {
         let current = self.current.load();

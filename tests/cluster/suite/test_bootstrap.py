@@ -22,6 +22,30 @@ class Bootstrap(unittest.TestCase):
             self.assertIn("socket", [m["name"] for m in container["volumeMounts"]])
         self.assertIn("emptyDir", volumes["socket"])
 
+    def test_the_control_plane_and_the_sidecar_meet_pod_security_restricted(self):
+        # What the level forbids beside the containers themselves is the folder of the agent's socket, which is the node's.
+        without_folder = lambda spec: {**spec, "volumes": [v for v in spec.get("volumes", []) if "hostPath" not in v]}
+        apply = lambda ns, name, spec: kubectl("-n", ns, "create", "--dry-run=server", "-f", "-", check=False, input=json.dumps(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": {**spec, "serviceAccountName": "default"}}))
+        with mesh.namespace("restricted", inject=False) as ns, mesh.namespace("sample") as sample:
+            kubectl("label", "namespace", ns, "pod-security.kubernetes.io/enforce=restricted")
+            server = get("-n", NAMESPACE, "statefulset", "countersign-server")["spec"]["template"]["spec"]
+            server["volumes"].append({"name": "data", "emptyDir": {}})
+            injector = get("-n", NAMESPACE, "deployment", "countersign-injector")["spec"]["template"]["spec"]
+            mesh.deploy(sample, mesh.deployment("web", ["sleep", "infinity"]))
+            pod = pods(sample, "app=web")[0]["spec"]
+            redirect, proxy = pod["initContainers"]
+            sidecar = {"containers": [{k: v for k, v in proxy.items() if k != "restartPolicy"}]}
+            for name, spec in [("server", server), ("injector", injector), ("sidecar", sidecar)]:
+                spec = without_folder(spec)
+                kept = {v["name"] for v in spec["volumes"]}
+                for container in spec["containers"]:
+                    container["volumeMounts"] = [m for m in container.get("volumeMounts", []) if m["name"] in kept]
+                done = apply(ns, name, spec)
+                self.assertEqual(done.returncode, 0, done.stderr)
+            refused = apply(ns, "redirect", {"containers": [{**redirect, "volumeMounts": []}]})
+            self.assertIn("restricted", refused.stderr, "the level can refuse: NET_ADMIN")
+
     def test_06_one_agent_runs_on_each_node(self):
         agents = pods(NAMESPACE, "app.kubernetes.io/component=agent")
         self.assertEqual(sorted(a["spec"]["nodeName"] for a in agents), [n.name for n in cluster.NODES])

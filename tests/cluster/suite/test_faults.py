@@ -1,5 +1,5 @@
 """What is promised when something fails: traffic between running pods never stops, and new pods recover without a hand."""
-import time, unittest
+import json, subprocess as sp, time, unittest
 
 import cluster, mesh
 from mesh import NAMESPACE, deploy, deployment, kubectl, pod_of, run_in, wait, web
@@ -51,6 +51,41 @@ class Faults(unittest.TestCase):
                 time.sleep(2)
             self.under_load(ns, break_it)
             self.new_pod_works(ns)
+
+    def test_of_two_registrars_one_works_and_the_other_takes_over_when_it_hangs(self):
+        server = mesh.get("-n", NAMESPACE, "statefulset", "countersign-server")["spec"]["template"]["spec"]["containers"]
+        second = next(c for c in server if c["name"] == "registrar")
+        second = {**second, "name": "second", "env": [{"name": "POD_NAME", "value": "second"}], "ports": [], "readinessProbe": None, "livenessProbe": None,
+                  "args": [a.replace("9465", "9466").replace("registrar,directory", "registrar") for a in second["args"]]}
+        change = lambda step: kubectl("-n", NAMESPACE, "patch", "statefulset", "countersign-server", "--type=json", "-p", json.dumps([step]))
+        change({"op": "add", "path": "/spec/template/spec/containers/-", "value": {k: v for k, v in second.items() if v is not None}})
+        try:
+            mesh.ready()
+            lease = lambda: mesh.get("-n", NAMESPACE, "lease", "countersign-registrar")["spec"]
+            containers = {"countersign-server-0": "registrar", "second": "second"}
+            began = lease()["renewTime"]
+            holder = wait("one of them to hold the lease", lambda: (l := lease())["renewTime"] > began and l["holderIdentity"], 40)
+            other = next(name for name in containers if name != holder)
+            registered = lambda name, ns: f"/ns/{ns}/" in mesh.logs(NAMESPACE, "countersign-server-0", containers[name])
+            with mesh.namespace("one-works") as ns, mesh.namespace("other-works") as later:
+                deploy(ns, web())
+                self.assertEqual((registered(holder, ns), registered(other, ns)), (True, False))
+                pod = mesh.get("-n", NAMESPACE, "pod", "countersign-server-0")
+                wanted = next(c["containerID"].split("//")[1] for c in pod["status"]["containerStatuses"] if c["name"] == containers[holder])
+                node = mesh.node_of(pod["spec"]["nodeName"])
+                tasks = node.run("ctr", "-n", "k8s.io", "task", "ls", stdout=sp.PIPE, check=True).stdout
+                pid = next(line.split()[1] for line in tasks.splitlines() if line.startswith(wanted))
+                node.run("kill", "-STOP", pid, check=True)
+                try:
+                    deploy(later, web(), timeout=60)
+                    self.assertEqual(lease()["holderIdentity"], other)
+                    self.assertTrue(registered(other, later))
+                finally:
+                    node.run("kill", "-CONT", pid, check=True)
+                wait("the first to see that it leads no more", lambda: "the lease is lost" in mesh.logs(NAMESPACE, "countersign-server-0", containers[holder]), 30)
+        finally:
+            change({"op": "remove", "path": f"/spec/template/spec/containers/{len(server)}"})
+            mesh.ready()
 
     def test_injectors_deleted(self):
         with mesh.namespace("no-injector") as ns:

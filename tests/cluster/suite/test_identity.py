@@ -1,5 +1,5 @@
 """Who gets which identity: registrar, agents, selectors."""
-import json, re, unittest
+import json, re, subprocess as sp, unittest
 
 import cluster, images, mesh
 from mesh import NAMESPACE, TRUST_DOMAIN, get, kubectl, pods, wait
@@ -98,6 +98,58 @@ class Identity(unittest.TestCase):
             self.assertEqual(set(found), expected)
             self.assertEqual(len(found), len(expected))
 
+    def fetches(self, ns, name, pod="restartPolicy: Never"):
+        """A pod that asks the agent's socket itself, and ends; what it was told."""
+        text = reference_pod(ns).replace("x509, watch", "x509, fetch, --output=json").replace("name: shaped", f"name: {name}")
+        kubectl("-n", ns, "apply", "-f", "-", input=text.replace("terminationGracePeriodSeconds: 1", f"terminationGracePeriodSeconds: 1\n  {pod}"))
+        return json.loads(wait("its answer", lambda: "spiffe_id" in (t := mesh.logs(ns, name, "proxy", check=False).stdout or "") and t, 40))
+
+    def test_17_the_sidecar_is_attested_on_the_nodes_own_socket(self):
+        with mesh.namespace("socket") as ns:
+            mesh.deploy(ns, mesh.deployment("web", ["sleep", "infinity"]))
+            pod = pods(ns, "app=web")[0]
+            uid, node = pod["metadata"]["uid"], mesh.node_of(pod["spec"]["nodeName"])
+            attested = lambda: [l for l in mesh.logs(NAMESPACE, mesh.agent_on(node.name), "agent").splitlines() if "caller attested" in l and uid in l]
+            line = wait("the agent's line", attested, 20)[0]
+            # The agent's pid is the node's own number of the sidecar, and that process holds a stream on the socket's path.
+            caller = re.search(r"pid=(\d+)", line).group(1)
+            command = node.run("cat", f"/proc/{caller}/cmdline", stdout=sp.PIPE, check=True).stdout.split("\0")
+            self.assertEqual(command[:2], ["/countersign", "proxy"])
+            self.assertIn("--agent-socket=/run/countersign/agent/agent.sock", command)
+            cgroup = node.run("cat", f"/proc/{caller}/cgroup", stdout=sp.PIPE, check=True).stdout
+            self.assertIn(uid.replace("-", "_"), cgroup.replace("-", "_"))
+            streams = node.run("nsenter", "-t", caller, "-n", "ss", "-Hxpn", stdout=sp.PIPE, check=True).stdout
+            self.assertIn(f"pid={caller},", streams, "an open stream of a Unix socket")
+            tcp = node.run("nsenter", "-t", caller, "-n", "ss", "-Htnp", "state", "established", stdout=sp.PIPE, check=True).stdout
+            self.assertNotIn(f"pid={caller},", tcp, "and no other way to anybody")
+
+    def granted(self, ns, wanted):
+        """Which of some SpiffeID objects, made by hand by name and selectors, a pod of node1 in the reference's shape is granted."""
+        node = get("nodes", "node1")["metadata"]["uid"]
+        for name, selector in wanted.items():
+            mesh.apply(json.dumps({
+                "apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID", "metadata": {"name": name, "namespace": ns},
+                "spec": {"spiffeId": f"spiffe://{TRUST_DOMAIN}/{name}", "parentId": f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{node}", "selector": selector}}))
+            self.entry_of(ns, name)
+        told = self.fetches(ns, "asks", pod="nodeName: node1")
+        return {i["spiffe_id"].removeprefix(f"spiffe://{TRUST_DOMAIN}/") for i in told} & set(wanted)
+
+    def test_32_a_certificate_needs_every_selector_of_its_entry(self):
+        with mesh.namespace("subset") as ns:
+            has = {"containerName": "proxy", "podLabel": {"app": "shaped", "version": "v1"}, "arbitrary": ["unix:uid:2102"]}
+            lacks = {**has, "podLabel": {"app": "shaped", "version": "v2"}}
+            self.assertEqual(self.granted(ns, {"all-of-them": has, "one-too-many": lacks}), {"all-of-them"})
+
+    def test_labels_of_a_namespace_are_attested_where_they_are_asked_for(self):
+        mesh.install("agent.namespaceLabels=true")
+        try:
+            with mesh.namespace("labelled") as ns:
+                kubectl("label", "namespace", ns, "team=blue")
+                team = lambda name: {"containerName": "proxy", "arbitrary": [f"k8s:ns-label:team:{name}"]}
+                self.assertEqual(self.granted(ns, {"blue": team("blue"), "red": team("red")}), {"blue"})
+        finally:
+            mesh.install()
+
     def test_33_two_pods_of_one_service_account_have_svids_of_their_own(self):
         with mesh.namespace("twins") as ns:
             mesh.deploy(ns, mesh.deployment("twin", ["sleep", "infinity"], replicas=2))
@@ -106,14 +158,16 @@ class Identity(unittest.TestCase):
             self.assertEqual(len(identities), 2)
             self.assertEqual(len({i["spiffe_id"] for i in identities}), 1)
             self.assertEqual(len({i["serial"] for i in identities}), 2)
+            # Asked for by two pods themselves: the same identity, other keys.
+            public = lambda name: sp.run(["openssl", "x509", "-noout", "-pubkey"], input=self.fetches(ns, name)[0]["certificates"], text=True, stdout=sp.PIPE, check=True).stdout
+            first, second = public("first"), public("second")
+            self.assertIn("BEGIN PUBLIC KEY", first)
+            self.assertNotEqual(first, second)
 
     def test_another_container_of_the_node_gets_its_own_identity_or_none(self):
         with mesh.namespace("own-only") as ns:
-            text = reference_pod(ns).replace("x509, watch", "x509, fetch, --output=json").replace("name: shaped", "name: fetches")
-            kubectl("-n", ns, "apply", "-f", "-", input=text.replace("terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 1\n  restartPolicy: Never"))
-            told = wait("its answer", lambda: "spiffe_id" in (t := mesh.logs(ns, "fetches", "proxy", check=False).stdout or "") and t, 40)
-            ids = re.findall(r"spiffe://[^\"\s]+", told)
-            self.assertEqual(set(ids), {f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/web-sa"}, "its own, and no other of the node")
+            ids = {i["spiffe_id"] for i in self.fetches(ns, "fetches")}
+            self.assertEqual(ids, {f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/web-sa"}, "its own, and no other of the node")
         # In a namespace that is left out there is no entry, and so no identity.
         text = reference_pod("kube-public").replace("x509, watch", "x509, fetch").replace("name: shaped", "name: nobody")
         try:
@@ -122,6 +176,31 @@ class Identity(unittest.TestCase):
             self.assertIn("also needs k8s:pod-uid:", said, "and the closest miss is named")
         finally:
             kubectl("-n", "kube-public", "delete", "pod/nobody", "sa/web-sa", "--ignore-not-found")
+
+    def test_a_deleted_pods_pid_that_another_process_gets_is_attested_anew(self):
+        with mesh.namespace("reused") as ns:
+            # A pod that holds a stream, and the pid that the agent knew it by.
+            mesh.deploy(ns, mesh.deployment("first", ["sleep", "infinity"], spec="nodeName: node1"))
+            pod, node = pods(ns, "app=first")[0], mesh.node_of("node1")
+            uid = pod["metadata"]["uid"]
+            attested = lambda what: [l for l in mesh.logs(NAMESPACE, mesh.agent_on("node1"), "agent").splitlines() if "caller attested" in l and what in l]
+            pid = int(re.search(r"pid=(\d+)", wait("the agent's line", lambda: attested(uid), 20)[-1]).group(1))
+            kubectl("-n", ns, "delete", "deployment", "first")
+            kubectl("-n", ns, "wait", "--for=delete", f"pod/{pod['metadata']['name']}", "--timeout=60s")
+            # A process outside of every pod takes that very pid (the kernel counts up from ns_last_pid) and asks the socket.
+            binary = str(mesh.binary())
+            script = f"""
+import os, subprocess as sp, sys
+for _ in range(200):
+    open("/proc/sys/kernel/ns_last_pid", "w").write(str({pid} - 1))
+    child = sp.Popen([{binary!r}, "x509", "fetch", "--socket=/run/countersign/agent/agent.sock"], stdout=sp.PIPE, stderr=sp.STDOUT, text=True)
+    said = child.communicate()[0]
+    if child.pid == {pid}: print(said); sys.exit(0)
+sys.exit("the pid was not to be had")
+"""
+            said = node.run("/usr/bin/python3", "-c", script, stdout=sp.PIPE, stderr=sp.STDOUT).stdout
+            self.assertIn("no identity issued", said)
+            self.assertNotIn(f"/ns/{ns}/", said, "nothing of the pod that had the number before")
 
     def test_a_statefulsets_pod_made_again_never_gets_its_predecessors_svid(self):
         with mesh.namespace("again") as ns:

@@ -1,7 +1,7 @@
 """Unmodified services that talk over the mesh, under strict."""
-import json, subprocess as sp, time, unittest
+import json, subprocess as sp, tempfile, time, unittest
 
-import cluster, images, mesh
+import binaries, cluster, images, mesh
 from mesh import deploy, deployment, get, kubectl, pod_of, run_in, wait
 
 SHOP = {"productpage": 1, "details": 1, "reviews": 2, "ratings": 1}
@@ -100,6 +100,35 @@ class Traffic(unittest.TestCase):
             self.assertTrue(ready())
             run_in(ns, pod_of(ns, "web"), "python3", "-c", "import os; os.remove('/tmp/ok')")
             wait("the app to be not ready", lambda: not ready(), 20)
+
+    def test_https_and_grpc_probes_and_hooks_work_under_strict(self):
+        with mesh.namespace("probes-2") as ns, tempfile.TemporaryDirectory() as folder:
+            sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout key -out crt -subj /CN=app && cat key crt > both",
+                   shell=True, check=True, cwd=folder, stderr=sp.DEVNULL)
+            kubectl("-n", ns, "create", "configmap", "cert", f"--from-file={folder}/both")
+            # Says which paths were asked for on its HTTPS port; a clean start needs the postStart hook to be answered.
+            app = ("import http.server as h, ssl\ns = h.HTTPServer(('', 8443), h.SimpleHTTPRequestHandler)\nc = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
+                   "c.load_cert_chain('/cert/both')\ns.socket = c.wrap_socket(s.socket, server_side=True)\ns.serve_forever()")
+            volume = "volumes: [{name: cert, configMap: {name: cert}}]"
+            get_ = lambda path: f"{{httpGet: {{path: {path}, port: 8443, scheme: HTTPS}}}}"
+            web = deployment("web", ["python3", "-u", "-c", app], spec=volume, grace=10, container=f"""volumeMounts: [{{name: cert, mountPath: /cert}}]
+          readinessProbe: {{httpGet: {{path: /tmp, port: 8443, scheme: HTTPS}}, periodSeconds: 1}}
+          lifecycle: {{preStop: {get_("/etc/hostname")}}}""")
+            # etcd serves gRPC's health protocol in the clear.
+            etcd = deployment("etcd", ["/programs/etcd", "--data-dir=/tmp/etcd", "--listen-client-urls=http://0.0.0.0:2379", "--advertise-client-urls=http://127.0.0.1:2379"],
+                              spec=f"volumes: [{{name: programs, hostPath: {{path: {binaries.build()}}}}}]", container="""volumeMounts: [{name: programs, mountPath: /programs, readOnly: true}]
+          readinessProbe: {grpc: {port: 2379}, periodSeconds: 1}""")
+            deploy(ns, web, etcd)
+            pod = pod_of(ns, "web")
+            follow = sp.Popen(cluster.kubectl_command("-n", ns, "logs", "-f", pod, "-c", "app"), stdout=sp.PIPE, stderr=sp.STDOUT, text=True)
+            kubectl("-n", ns, "delete", "pod", pod)
+            said = follow.communicate(timeout=60)[0]
+            self.assertIn("GET /tmp", said, "the HTTPS probe")
+            self.assertIn("GET /etc/hostname", said, "the preStop hook")
+            # And it is the app that is asked: an etcd that has stopped is not ready.
+            run_in(ns, pod_of(ns, "etcd"), "kill", "-STOP", "1")
+            wait("etcd to be not ready", lambda: not get("-n", ns, "pod", pod_of(ns, "etcd"))["status"]["containerStatuses"][0]["ready"], 20)
+            run_in(ns, pod_of(ns, "etcd"), "kill", "-CONT", "1")
 
     def test_a_job_completes(self):
         with mesh.namespace("jobs") as ns:

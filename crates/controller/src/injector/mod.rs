@@ -30,6 +30,8 @@ pub struct Sidecar {
     pub agent_dir: String,
     /// Log filter, where a pod names none.
     pub log_level: String,
+    /// As an init container that goes on (Kubernetes 1.29 and newer), or as the first of the pod's containers.
+    pub native: bool,
 }
 
 impl Sidecar {
@@ -40,6 +42,7 @@ impl Sidecar {
             pull_policy: "IfNotPresent".into(),
             agent_dir: "/run/countersign/agent".into(),
             log_level: "info".into(),
+            native: true,
         }
     }
 }

@@ -21,6 +21,11 @@ pub enum Refused {
         "container `{0}` runs as UID 2102, which is the sidecar's: its traffic would bypass the mesh; give it another runAsUser"
     )]
     ProxyUid(String),
+    /// It would never end.
+    #[error(
+        "the pod is to end by itself (restartPolicy {0}), but its sidecar, a plain container, would go on for ever: native sidecars (Kubernetes 1.29, injector.nativeSidecars) end with it; or label it countersign.dev/inject: disabled"
+    )]
+    NeverEnds(String),
     /// No pod.
     #[error("the pod has no spec with containers")]
     Malformed,
@@ -54,6 +59,9 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
     }
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();
     let settings = Settings::read(annotations.iter().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?))))?;
+    if let Some(policy) = pod["spec"]["restartPolicy"].as_str().filter(|p| *p != "Always" && !sidecar.native) {
+        return Err(Refused::NeverEnds(policy.to_owned()));
+    }
     let before = take_ours(&mut pod["spec"]);
     refuse_proxy_uid(&pod["spec"])?;
     let mut written = before;
@@ -62,9 +70,9 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
         all.for_each(|container| probes::rewrite(container, &mut written));
     }
     let spec = &mut pod["spec"];
-    let mut init = vec![redirect(sidecar, &settings), proxy(sidecar, &settings, &written)];
-    init.extend(spec["initContainers"].as_array().cloned().unwrap_or_default());
-    spec["initContainers"] = Value::Array(init);
+    let proxy = proxy(sidecar, &settings, &written);
+    put_first(spec, if sidecar.native { "initContainers" } else { "containers" }, proxy);
+    put_first(spec, "initContainers", redirect(sidecar, &settings));
     let mut volumes = spec["volumes"].as_array().cloned().unwrap_or_default();
     volumes.push(json!({ "name": VOLUME, "hostPath": { "path": sidecar.agent_dir, "type": "DirectoryOrCreate" } }));
     spec["volumes"] = Value::Array(volumes);
@@ -95,6 +103,12 @@ fn take_ours(spec: &mut Value) -> Map<String, Value> {
         volumes.retain(|v| v["name"] != VOLUME);
     }
     written
+}
+
+fn put_first(spec: &mut Value, list: &str, container: Value) {
+    let mut all = vec![container];
+    all.extend(spec[list].as_array().cloned().unwrap_or_default());
+    spec[list] = Value::Array(all);
 }
 
 /// A container under the sidecar's user would not be caught by the redirect.
@@ -138,7 +152,8 @@ fn redirect(sidecar: &Sidecar, settings: &Settings) -> Value {
     })
 }
 
-/// The sidecar: an init container that goes on, so that it is there before the app's own init containers and after its end.
+/// The sidecar. A native one is an init container that goes on: it is there before the app's own init containers and after
+/// the app's end. A plain one holds back the containers behind it until it is ready, and ends when they have gone.
 fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>) -> Value {
     let from = |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let mut env = vec![
@@ -156,8 +171,14 @@ fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>) -
     }
     let level = settings.log_level.as_ref().unwrap_or(&sidecar.log_level);
     let get = |path: &str| json!({ "path": path, "port": 15020 });
+    let hook = |what: &str| json!({ "exec": { "command": ["/countersign", "sidecar-hook", what] } });
+    let (key, kind) = if sidecar.native {
+        ("restartPolicy", "Always".into())
+    } else {
+        ("lifecycle", json!({ "postStart": hook("gate"), "preStop": hook("drain") }))
+    };
     json!({
-        "name": SIDECAR, "image": sidecar.image, "imagePullPolicy": sidecar.pull_policy, "restartPolicy": "Always",
+        "name": SIDECAR, "image": sidecar.image, "imagePullPolicy": sidecar.pull_policy, key: kind,
         "args": ["proxy", format!("--agent-socket={SOCKET_DIR}/agent.sock"), format!("--log={level}")],
         "env": env,
         "ports": [{ "name": "countersign", "containerPort": 15008 }, { "name": "cs-http", "containerPort": 15020 }],
@@ -209,6 +230,25 @@ mod tests {
         assert_eq!(pod["spec"]["containers"][0]["x-unknown"], 1, "what we do not know stays");
         assert_eq!(pod["spec"]["containers"][0]["readinessProbe"]["httpGet"]["port"], 15020);
         assert_eq!(names(&pod, "volumes"), ["data", VOLUME]);
+    }
+
+    #[test]
+    fn a_plain_sidecar_stands_first_among_the_containers_and_gates_and_drains() {
+        let plain = Sidecar { native: false, ..sidecar() };
+        let mut pod = pod();
+        assert_eq!(inject(&mut pod, &plain, true), Ok(Verdict::Injected));
+        assert_eq!(names(&pod, "initContainers"), [REDIRECT, "migrate"]);
+        assert_eq!(names(&pod, "containers"), [SIDECAR, "app"]);
+        let proxy = &pod["spec"]["containers"][0];
+        assert!(proxy["restartPolicy"].is_null());
+        assert_eq!(proxy["lifecycle"]["postStart"]["exec"]["command"], json!(["/countersign", "sidecar-hook", "gate"]));
+        assert_eq!(proxy["lifecycle"]["preStop"]["exec"]["command"], json!(["/countersign", "sidecar-hook", "drain"]));
+        let once = pod.clone();
+        assert_eq!(inject(&mut pod, &plain, true), Ok(Verdict::Injected));
+        assert_eq!(pod, once, "twice is as once");
+        pod["spec"]["restartPolicy"] = "OnFailure".into();
+        assert_eq!(inject(&mut pod, &plain, true), Err(Refused::NeverEnds("OnFailure".into())));
+        assert_eq!(inject(&mut pod, &sidecar(), true), Ok(Verdict::Injected));
     }
 
     #[test]

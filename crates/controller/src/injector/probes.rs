@@ -1,17 +1,29 @@
-//! The kubelet's probes go to the sidecar, which asks the app: under strict nothing else may reach it in the clear.
+//! The kubelet's probes and hooks go to the sidecar, which asks the app: under strict nothing else may reach it in the clear.
 
 use serde_json::{Map, Value, json};
 
 /// Where the sidecar is asked.
 const PROBE_PORT: u16 = 15020;
 
-/// Rewrites the probes of one container; what is asked of the app goes into `written`, for the sidecar.
+/// What the kubelet may ask of a container, and what the sidecar is asked for instead.
+const ASKED: [(&str, &str); 5] = [
+    ("/livenessProbe", "liveness"),
+    ("/readinessProbe", "readiness"),
+    ("/startupProbe", "startup"),
+    ("/lifecycle/postStart", "post-start"),
+    ("/lifecycle/preStop", "pre-stop"),
+];
+/// A hook has no timeout of its own: the pod's time to end bounds it, which is 30 s unless set.
+const HOOK_SECONDS: u64 = 30;
+
+/// Rewrites the probes and hooks of one container; what is asked of the app goes into `written`, for the sidecar.
 pub fn rewrite(container: &mut Value, written: &mut Map<String, Value>) {
     let Some(name) = container["name"].as_str().map(ToOwned::to_owned) else { return };
     let ports = container["ports"].clone();
-    for (field, kind) in [("livenessProbe", "liveness"), ("readinessProbe", "readiness"), ("startupProbe", "startup")] {
-        let Some(probe) = container.get_mut(field).and_then(Value::as_object_mut) else { continue };
-        let timeout = probe.get("timeoutSeconds").and_then(Value::as_u64).unwrap_or(1);
+    for (place, kind) in ASKED {
+        let Some(probe) = container.pointer_mut(place).and_then(Value::as_object_mut) else { continue };
+        let unless_set = if place.starts_with("/lifecycle") { HOOK_SECONDS } else { 1 };
+        let timeout = probe.get("timeoutSeconds").and_then(Value::as_u64).unwrap_or(unless_set);
         let Some(mut asked) = app_side(probe, &ports) else { continue };
         asked["timeout_seconds"] = timeout.into();
         let asked_as = format!("{name}/{kind}");
@@ -100,6 +112,18 @@ mod tests {
                 "app/startup": {"port": 9000, "timeout_seconds": 1, "grpc": {"service": "db"}},
             })
         );
+    }
+
+    #[test]
+    fn hooks_go_through_the_sidecar_too() {
+        let (container, written) = rewritten(json!({
+            "name": "app",
+            "lifecycle": {"preStop": {"httpGet": {"path": "/drain", "port": 8080}}, "postStart": {"exec": {"command": ["true"]}}},
+        }));
+        let asked = json!({"httpGet": {"path": "/probe/app/pre-stop", "port": 15020}});
+        assert_eq!(container["lifecycle"], json!({"preStop": asked, "postStart": {"exec": {"command": ["true"]}}}));
+        assert_eq!(written["app/pre-stop"]["timeout_seconds"], 30);
+        assert_eq!(written["app/pre-stop"]["http"]["path"], "/drain");
     }
 
     #[test]

@@ -22,12 +22,16 @@ use crate::operator::block;
 use crate::operator::output::{Output, Table};
 use crate::settings::MeshSettings;
 
+/// The first version that is supported.
+const OLDEST: (u32, u32) = (1, 24);
 /// The first version with native sidecars.
-const OLDEST: (u32, u32) = (1, 29);
+const NATIVE_SIDECARS: (u32, u32) = (1, 29);
 /// The first version whose kubelets know `nodes/pods`.
 const NARROW_KUBELET: (u32, u32) = (1, 33);
 /// A clock may be off by this much (seconds): SVIDs are backdated by it.
 const MAX_SKEW: i64 = 10;
+/// An upstream root is renewed by people: they are told this long before its end (seconds).
+const UPSTREAM_WARNING: i64 = 30 * 86_400;
 /// Pages of the server's metrics.
 const SERVER_PAGES: u16 = 9464;
 
@@ -76,8 +80,9 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
     let version = client.apiserver_version().await?;
     let number = |text: &str| text.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
     let version = (number(&version.major), number(&version.minor));
+    let native = if args.before { None } else { native_sidecars(&client, namespace).await };
     let mut findings = vec![
-        Finding { check: "API version", outcome: api_version(version) },
+        Finding { check: "API version", outcome: api_version(version, native) },
         Finding { check: "permissions", outcome: permissions(&client, namespace).await },
         Finding { check: "clocks", outcome: clocks(&client).await },
     ];
@@ -92,6 +97,7 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
         Finding { check: "injector", outcome: injector(&client, namespace).await },
         Finding { check: "settings", outcome: settings(&client, namespace).await },
         Finding { check: "authorities", outcome: authorities(server.as_ref()) },
+        Finding { check: "roots", outcome: roots(server.as_ref()) },
         Finding { check: "bundle", outcome: bundle(server.as_ref(), map.as_deref()) },
         Finding { check: "webhook's caBundle", outcome: webhook_bundle(&client, map.as_deref()).await },
         Finding { check: "webhook", outcome: webhook(&client).await },
@@ -107,13 +113,28 @@ fn absent(error: kube::Error) -> (String, &'static str) {
     (error.to_string(), "apply the manifests of `countersign install`")
 }
 
-fn api_version((major, minor): (u32, u32)) -> Outcome {
-    let found = format!("Kubernetes {major}.{minor}");
-    if (major, minor) >= OLDEST {
-        Ok(found)
-    } else {
-        Err((found, "Countersign needs native sidecars: Kubernetes 1.29 or newer"))
+/// `native`: whether an injector puts native sidecars in; `None`: none is installed.
+fn api_version(version: (u32, u32), native: Option<bool>) -> Outcome {
+    let found = format!("Kubernetes {}.{}", version.0, version.1);
+    match native {
+        _ if version < OLDEST => Err((found, "Countersign needs Kubernetes 1.24 or newer")),
+        Some(true) if version < NATIVE_SIDECARS => {
+            Err((format!("{found} has no native sidecars"), "install with injector.nativeSidecars=false"))
+        }
+        None if version < NATIVE_SIDECARS => {
+            Ok(format!("{found}; install with injector.nativeSidecars=false, agent.nodesProxyPermission=true"))
+        }
+        None if version < NARROW_KUBELET => Ok(format!("{found}; install with agent.nodesProxyPermission=true")),
+        _ => Ok(found),
     }
+}
+
+/// Whether the installed injector puts native sidecars in.
+async fn native_sidecars(client: &Client, namespace: &str) -> Option<bool> {
+    let api: Api<Deployment> = Api::namespaced(client.clone(), namespace);
+    let spec = api.get("countersign-injector").await.ok()?.spec?.template.spec?;
+    let args = spec.containers.first()?.args.clone().unwrap_or_default();
+    Some(!args.iter().any(|a| a == "--native-sidecars=false"))
 }
 
 /// Whether we may make what an installation needs.
@@ -291,6 +312,24 @@ fn authorities(server: Result<&Server, &String>) -> Outcome {
     }
 }
 
+/// Whether some root of trust goes on: its own authorities follow each other by themselves, an upstream's do not.
+fn roots(server: Result<&Server, &String>) -> Outcome {
+    let server = server.map_err(|e| (e.clone(), "see the server's log"))?;
+    let now = OffsetDateTime::now_utc().unix_timestamp();
+    let ends = metric(&server.metrics, "countersign_server_bundle_authority_expiry_timestamp_seconds");
+    #[allow(clippy::cast_possible_truncation)] // seconds since 1970
+    let left = ends.map(|(_, end)| end as i64 - now).max();
+    let warn = if server.has_upstream { UPSTREAM_WARNING } else { 0 };
+    match left {
+        None => Err(("the trust bundle is empty".into(), "see the server's log")),
+        Some(left) if left <= warn => Err((
+            format!("the last root of trust ends in {left} s"),
+            "bring a new upstream CA and restart the server; agents take it from the ConfigMap",
+        )),
+        Some(left) => Ok(format!("the last one has {left} s left")),
+    }
+}
+
 /// Whether what agents start with is what the server signs with.
 fn bundle(server: Result<&Server, &String>, map: Result<&str, &String>) -> Outcome {
     let map = map.map_err(|e| {
@@ -357,8 +396,12 @@ mod tests {
 
     #[test]
     fn an_old_cluster_and_an_authority_without_time_are_found() {
-        assert!(api_version((1, 29)).is_ok());
-        assert!(api_version((1, 28)).unwrap_err().1.contains("1.29"));
+        assert_eq!(api_version((1, 34), None), Ok("Kubernetes 1.34".into()));
+        assert!(api_version((1, 30), None).unwrap().contains("nodesProxyPermission"));
+        assert!(api_version((1, 28), None).unwrap().contains("nativeSidecars=false"));
+        assert!(api_version((1, 28), Some(true)).unwrap_err().1.contains("nativeSidecars=false"));
+        assert!(api_version((1, 28), Some(false)).is_ok());
+        assert!(api_version((1, 23), Some(false)).unwrap_err().1.contains("1.24"));
         let now = OffsetDateTime::now_utc().unix_timestamp();
         assert!(authorities(Ok(&server(&[("a", now + 60)], false))).is_ok());
         assert!(authorities(Ok(&server(&[("a", now - 60)], false))).unwrap_err().0.contains("ended"));
@@ -372,6 +415,20 @@ mod tests {
             )
         };
         Server { metrics: authorities.iter().map(line).collect(), has_upstream }
+    }
+
+    #[test]
+    fn an_upstream_root_that_ends_soon_is_told_of_in_time() {
+        let in_days = |days: i64, has_upstream| {
+            let end = OffsetDateTime::now_utc().unix_timestamp() + days * 86_400;
+            let name = "countersign_server_bundle_authority_expiry_timestamp_seconds";
+            roots(Ok(&Server { metrics: format!("{name}{{authority=\"a\"}} {end}\n"), has_upstream }))
+        };
+        assert!(in_days(31, true).is_ok());
+        assert!(in_days(29, true).unwrap_err().1.contains("new upstream CA"));
+        assert!(in_days(1, false).is_ok(), "our own follow each other");
+        assert!(in_days(-1, false).is_err());
+        assert!(roots(Ok(&server(&[], false))).unwrap_err().0.contains("empty"));
     }
 
     #[test]

@@ -49,8 +49,9 @@ pub fn label<'a>(labels: &'a str, name: &str) -> Option<&'a str> {
 
 /// Whether a pod has our sidecar.
 pub fn is_meshed(pod: &Pod) -> bool {
-    let init = pod.spec.as_ref().and_then(|s| s.init_containers.as_ref());
-    init.into_iter().flatten().any(|c| c.name == countersign_controller::injector::SIDECAR)
+    let Some(spec) = &pod.spec else { return false };
+    let mut all = spec.init_containers.iter().flatten().chain(&spec.containers);
+    all.any(|c| c.name == countersign_controller::injector::SIDECAR)
 }
 
 /// Pods of a namespace with these labels that are not on their way out.

@@ -6,6 +6,8 @@ use anyhow::{Context, Result, anyhow};
 use clap::Subcommand;
 use countersign_api::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use countersign_api::workload::{X509svidRequest, X509svidResponse};
+use countersign_api::workload_api::split_der;
+use countersign_identity::bundle::certificates_to_pem;
 use countersign_identity::svid::LeafFacts;
 use serde_json::{Value, json};
 use tonic::metadata::MetadataValue;
@@ -54,8 +56,11 @@ fn facts(response: &X509svidResponse) -> Result<Vec<(String, String, i64, Value)
     let one = |svid: &countersign_api::workload::X509svid| {
         let leaf = LeafFacts::of_first(&svid.x509_svid).context("the agent's SVID cannot be read")?;
         let expires_at = leaf.not_after.unix_timestamp();
-        let json =
-            json!({ "spiffe_id": svid.spiffe_id, "serial": leaf.serial, "expires_at": expires_at, "hint": svid.hint });
+        let chain = split_der(&svid.x509_svid).map_err(|e| anyhow!("the agent's SVID cannot be read: {e}"))?;
+        let json = json!({
+            "spiffe_id": svid.spiffe_id, "serial": leaf.serial, "expires_at": expires_at, "hint": svid.hint,
+            "certificates": certificates_to_pem(chain),
+        });
         Ok((svid.spiffe_id.clone(), leaf.serial, expires_at, json))
     };
     response.svids.iter().map(one).collect()

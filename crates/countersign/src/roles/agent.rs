@@ -74,6 +74,9 @@ pub struct AgentSettings {
     /// Token to show the kubelet [default: the service account's token].
     #[arg(long, value_name = "FILE")]
     kubelet_token: Option<PathBuf>,
+    /// Attest callers by the labels of their namespaces too (k8s:ns-label:KEY:VALUE), for which the API server is asked.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    namespace_labels: Option<bool>,
     /// Key type of workloads' SVIDs [default: ec-p256].
     #[arg(long, value_name = "TYPE")]
     workload_key_type: Option<String>,
@@ -102,7 +105,7 @@ impl AgentSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
             trust_domain, server, socket, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, k8s_psat_cluster,
-            k8s_psat_token, kubelet, kubelet_ca, kubelet_token, workload_key_type, live_settings,
+            k8s_psat_token, kubelet, kubelet_ca, kubelet_token, namespace_labels, workload_key_type, live_settings,
             sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, metrics,
         })
     }
@@ -140,7 +143,7 @@ impl AgentSettings {
             discover_path: self.discover_workload_path.unwrap_or(false),
             hash_limit: self.workload_size_limit.unwrap_or(100 * 1024 * 1024),
             foreign_namespaces: self.foreign_namespaces.unwrap_or(false),
-            kubelet: kubelet(self.kubelet, self.kubelet_ca, self.kubelet_token)?,
+            kubelet: kubelet(self.kubelet, self.kubelet_ca, self.kubelet_token, self.namespace_labels)?,
             metrics: self.metrics,
         };
         Ok((config, follow))
@@ -181,11 +184,17 @@ fn kubelet(
     address: Option<String>,
     ca: Option<PathBuf>,
     token: Option<PathBuf>,
+    namespace_labels: Option<bool>,
 ) -> Result<Option<countersign_agent::config::Kubelet>, Mistake> {
     let Some(address) = address else {
-        return match (ca, token) {
-            (None, None) => Ok(None),
-            _ => Err(Mistake("--kubelet-ca and --kubelet-token have no effect without --kubelet".into())),
+        let given = [
+            ("--kubelet-ca", ca.is_some()),
+            ("--kubelet-token", token.is_some()),
+            ("--namespace-labels", namespace_labels == Some(true)),
+        ];
+        return match given.iter().find(|(_, given)| *given) {
+            None => Ok(None),
+            Some((flag, _)) => Err(Mistake::flag(flag, "has no effect without --kubelet")),
         };
     };
     if countersign_api::names::split(&address).is_none() {
@@ -193,7 +202,12 @@ fn kubelet(
     }
     let account = |file: &str| PathBuf::from("/var/run/secrets/kubernetes.io/serviceaccount").join(file);
     let (ca, token) = (ca.unwrap_or_else(|| account("ca.crt")), token.unwrap_or_else(|| account("token")));
-    Ok(Some(countersign_agent::config::Kubelet { address, ca, token }))
+    Ok(Some(countersign_agent::config::Kubelet {
+        address,
+        ca,
+        token,
+        namespace_labels: namespace_labels.unwrap_or(false),
+    }))
 }
 
 /// Runs an agent until it is told to stop.
@@ -234,6 +248,7 @@ mod tests {
             "kubelet",
             "kubelet_ca",
             "kubelet_token",
+            "namespace_labels",
             "workload_key_type",
             "live_settings",
             "sync_interval",

@@ -76,6 +76,10 @@ pub struct SidecarArgs {
     /// Folder of a node where its agent's socket is.
     #[arg(long, value_name = "DIR", default_value = "/run/countersign/agent")]
     agent_dir: String,
+    /// Put sidecars in as native ones (Kubernetes 1.29 and newer); `false`: as plain containers, before which a pod's init
+    /// containers have no network.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    native_sidecars: bool,
     /// What sidecars log, where a pod says nothing.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = ["error", "warn", "info", "debug", "trace"])]
     sidecar_log: String,
@@ -89,6 +93,7 @@ impl SidecarArgs {
             pull_policy: self.image_pull_policy,
             agent_dir: self.agent_dir,
             log_level: self.sidecar_log,
+            native: self.native_sidecars,
         }
     }
 }

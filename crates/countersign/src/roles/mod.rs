@@ -5,6 +5,7 @@ pub mod controller;
 pub mod proxy;
 pub mod redirect;
 pub mod server;
+pub mod sidecar_hook;
 
 use std::path::PathBuf;
 

@@ -29,10 +29,18 @@ const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 /// Why the attestor could not be set up.
 #[derive(Debug, thiserror::Error)]
-#[error("kubelet CA {}: {why}", path.display())]
-pub struct SetupError {
-    path: PathBuf,
-    why: String,
+pub enum SetupError {
+    /// The kubelet's CA.
+    #[error("kubelet CA {}: {why}", path.display())]
+    Ca {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// The API server, which is asked for namespaces.
+    #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
+    Api(#[from] kube::Error),
 }
 
 /// Why there is no pod list.
@@ -79,7 +87,7 @@ pub struct Client {
 impl Client {
     /// Reads the CA.
     pub fn new(settings: Kubelet) -> Result<Self, SetupError> {
-        let wrong = |why: String| SetupError { path: settings.ca.clone(), why };
+        let wrong = |why: String| SetupError::Ca { path: settings.ca.clone(), why };
         let pem = read_bounded(&settings.ca, MAX_FILE_BYTES).map_err(|e| wrong(e.to_string()))?;
         let mut roots = RootCertStore::empty();
         for certificate in certificates_from_pem(&pem).map_err(|e| wrong(e.to_string()))? {

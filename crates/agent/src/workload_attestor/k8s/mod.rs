@@ -2,6 +2,7 @@
 
 mod cgroup;
 mod kubelet;
+mod namespaces;
 mod pods;
 
 use std::time::Duration;
@@ -13,6 +14,7 @@ use tokio::time::Instant;
 
 use self::cgroup::Container;
 use self::kubelet::Client;
+use self::namespaces::Namespaces;
 use super::{AttestorError, WorkloadAttestor};
 use crate::config::Kubelet;
 use crate::peer::Process;
@@ -25,12 +27,25 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Attests by pod.
 pub struct K8s {
     kubelet: Client,
+    namespaces: Option<Namespaces>,
 }
 
 impl K8s {
-    /// Reads the CA that the kubelet's certificate must chain to.
-    pub fn new(settings: Kubelet) -> Result<Self, SetupError> {
-        Ok(Self { kubelet: Client::new(settings)? })
+    /// Reads the CA that the kubelet's certificate must chain to, and finds the API server where namespaces are asked for.
+    pub async fn new(settings: Kubelet) -> Result<Self, SetupError> {
+        let namespaces = if settings.namespace_labels { Some(Namespaces::new().await?) } else { None };
+        Ok(Self { kubelet: Client::new(settings)?, namespaces })
+    }
+
+    /// Everything that can be known of a process in this container now.
+    async fn look(&self, Container { pod_uid, id }: &Container) -> Result<SelectorSet, String> {
+        let pods = self.kubelet.pods().await.map_err(|e| e.to_string())?;
+        let unknown = || format!("the kubelet does not know container {id} of pod {pod_uid}");
+        let (namespace, mut selectors) = pods.selectors(pod_uid, id).ok_or_else(unknown)?;
+        if let Some(namespaces) = &self.namespaces {
+            selectors.extend(namespaces.labels(namespace).await?);
+        }
+        Ok(selectors)
     }
 }
 
@@ -39,17 +54,13 @@ impl WorkloadAttestor for K8s {
     async fn attest(&self, process: &Process) -> Result<SelectorSet, AttestorError> {
         let found = cgroup::container_of(&process.cgroup).map_err(|e| AttestorError(e.to_string()))?;
         // A process of the node itself is in no pod.
-        let Some(Container { pod_uid, id }) = found else { return Ok(SelectorSet::new()) };
+        let Some(container) = found else { return Ok(SelectorSet::new()) };
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
         let end = Instant::now() + PATIENCE;
         loop {
-            let answer = self.kubelet.pods().await;
-            let why = match &answer {
-                Ok(pods) => match pods.selectors(&pod_uid, &id) {
-                    Some(selectors) => return Ok(selectors),
-                    None => format!("the kubelet does not know container {id} of pod {pod_uid}"),
-                },
-                Err(error) => error.to_string(),
+            let why = match self.look(&container).await {
+                Ok(selectors) => return Ok(selectors),
+                Err(why) => why,
             };
             let delay = backoff.next_delay();
             if Instant::now() + delay > end {

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 pub struct Pods(HashMap<String, KnownPod>);
 
 struct KnownPod {
+    namespace: String,
     selectors: SelectorSet,
     /// By container ID.
     containers: HashMap<String, SelectorSet>,
@@ -24,11 +25,11 @@ impl Pods {
         Ok(Self(list.items.iter().filter_map(|p| Some((p.metadata.uid.clone()?, known(p)))).collect()))
     }
 
-    /// What is known of a process in this container; `None` while the kubelet does not know the container.
-    pub fn selectors(&self, pod_uid: &str, container: &str) -> Option<SelectorSet> {
+    /// The namespace, and what is known of a process in this container; `None` while the kubelet does not know the container.
+    pub fn selectors(&self, pod_uid: &str, container: &str) -> Option<(&str, SelectorSet)> {
         let pod = self.0.get(pod_uid)?;
         let container = pod.containers.get(container)?;
-        Some(pod.selectors.iter().chain(container).cloned().collect())
+        Some((&pod.namespace, pod.selectors.iter().chain(container).cloned().collect()))
     }
 }
 
@@ -48,8 +49,9 @@ fn known(pod: &Pod) -> KnownPod {
     let app = statuses(status.map(|s| &s.container_statuses));
     let init = statuses(status.map(|s| &s.init_container_statuses));
     let ephemeral = statuses(status.map(|s| &s.ephemeral_container_statuses));
+    let namespace = meta.namespace.clone().unwrap_or_default();
     let mut values = vec![
-        format!("ns:{}", meta.namespace.as_deref().unwrap_or_default()),
+        format!("ns:{namespace}"),
         format!("pod-uid:{}", meta.uid.as_deref().unwrap_or_default()),
         format!("pod-name:{}", meta.name.as_deref().unwrap_or_default()),
         format!("pod-image-count:{}", app.len()),
@@ -72,7 +74,7 @@ fn known(pod: &Pod) -> KnownPod {
         let image = images(std::iter::once(c)).into_iter().map(|i| format!("container-image:{i}"));
         Some((id, selectors(std::iter::once(format!("container-name:{}", c.name)).chain(image))))
     });
-    KnownPod { containers: containers.collect(), selectors: selectors(values) }
+    KnownPod { namespace, containers: containers.collect(), selectors: selectors(values) }
 }
 
 #[cfg(test)]
@@ -90,7 +92,9 @@ mod tests {
     #[test]
     fn a_container_has_every_selector_of_the_table_and_none_of_its_neighbours() {
         let pods = Pods::parse(LIST.as_bytes()).unwrap();
-        let found: Vec<String> = pods.selectors("u1", "c2").unwrap().iter().map(ToString::to_string).collect();
+        let (namespace, found) = pods.selectors("u1", "c2").unwrap();
+        assert_eq!(namespace, "shop");
+        let found: Vec<String> = found.iter().map(ToString::to_string).collect();
         let expected = [
             "k8s:container-image:cs:1",
             "k8s:container-name:proxy",
