@@ -100,7 +100,7 @@ def node_of(name):
 
 @contextlib.contextmanager
 def namespace(name, inject=True, mode=None):
-    """A namespace for one test, gone afterwards."""
+    """A namespace for one test; it goes afterwards, while the next test begins."""
     label = "{countersign.dev/inject: enabled}" if inject else "{}"
     note = f"{{countersign.dev/mode: {mode}}}" if mode else "{}"
     apply(f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {label}, annotations: {note}}}")
@@ -108,7 +108,7 @@ def namespace(name, inject=True, mode=None):
     try:
         yield name
     finally:
-        kubectl("delete", "namespace", name, "--wait=true", "--timeout=90s")
+        kubectl("delete", "namespace", name, "--wait=false")
 
 
 def deployment(name, command, image=images.BOX, replicas=1, port=None, labels="", spec="", container="", account="default", grace=1):

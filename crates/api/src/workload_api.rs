@@ -38,15 +38,25 @@ pub enum Told {
 pub async fn follow(channel: Channel, shutdown: CancellationToken, mut told: impl FnMut(Told)) {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     loop {
+        let mut served = false;
+        let heard = |update| {
+            served = true;
+            backoff.reset();
+            told(Told::Update(Box::new(update)));
+        };
         let ended = tokio::select! {
-            ended = stream(channel.clone(), |update| { backoff.reset(); told(Told::Update(Box::new(update))) }) => ended,
+            ended = stream(channel.clone(), heard) => ended,
             () = shutdown.cancelled() => return,
         };
         if ended.code() == Code::PermissionDenied {
             told(Told::Withdrawn);
         }
         let delay = backoff.next_delay();
-        tracing::warn!(status = ended.message(), "no identity from the agent; trying again in {delay:.1?}");
+        if served {
+            tracing::info!(status = ended.message(), "the agent has ended its stream; asking again in {delay:.1?}");
+        } else {
+            tracing::warn!(status = ended.message(), "no identity from the agent; trying again in {delay:.1?}");
+        }
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = shutdown.cancelled() => return,

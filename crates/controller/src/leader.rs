@@ -59,6 +59,23 @@ impl Leader {
         tracing::warn!(lease = self.name, holder = self.me, "the lease is lost");
     }
 
+    /// Gives the lease back, so that another takes it at once; when that fails it runs out.
+    pub async fn release(&self) {
+        let give = async {
+            let Some(mut found) = self.api.get_opt(self.name).await? else { return Ok(()) };
+            let Some(spec) = found.spec.as_mut().filter(|s| s.holder_identity.as_deref() == Some(&self.me)) else {
+                return Ok(());
+            };
+            spec.holder_identity = Some(String::new());
+            won(self.api.replace(self.name, &PostParams::default(), &found).await).map(drop)
+        };
+        match tokio::time::timeout(RENEW, give).await {
+            Ok(Ok(())) => tracing::info!(lease = self.name, holder = self.me, "the lease is given back"),
+            Ok(Err(error)) => tracing::warn!(lease = self.name, %error, "cannot give the lease back; it runs out"),
+            Err(_) => tracing::warn!(lease = self.name, "the lease was not given back in time; it runs out"),
+        }
+    }
+
     async fn try_hold(&self) -> Result<bool, kube::Error> {
         let now = Timestamp::now();
         let spec = |transitions, acquired| LeaseSpec {

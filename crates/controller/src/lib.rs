@@ -157,6 +157,9 @@ fn start_watchers(
                     () = registrar().run(term.clone()) => {}
                     () = leader.hold() => term.cancel(),
                 }
+                if shutdown.is_cancelled() {
+                    leader.release().await;
+                }
             }
         });
     }

@@ -56,7 +56,7 @@ class Faults(unittest.TestCase):
         server = mesh.get("-n", NAMESPACE, "statefulset", "countersign-server")["spec"]["template"]["spec"]["containers"]
         second = next(c for c in server if c["name"] == "registrar")
         second = {**second, "name": "second", "env": [{"name": "POD_NAME", "value": "second"}], "ports": [], "readinessProbe": None, "livenessProbe": None,
-                  "args": [a.replace("9465", "9466").replace("registrar,directory", "registrar") for a in second["args"]]}
+                  "args": [a.replace("9465", "9466") for a in second["args"]]}
         change = lambda step: kubectl("-n", NAMESPACE, "patch", "statefulset", "countersign-server", "--type=json", "-p", json.dumps([step]))
         change({"op": "add", "path": "/spec/template/spec/containers/-", "value": {k: v for k, v in second.items() if v is not None}})
         try:

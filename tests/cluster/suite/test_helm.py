@@ -58,7 +58,7 @@ class Helm(unittest.TestCase):
             mesh.ready()
             done = countersign("check")
             self.assertEqual(done.returncode, 0, done.stdout)
-            with mesh.namespace("by-helm") as ns:
+            with mesh.namespace(f"by-helm-{version[1]}") as ns:
                 deploy(ns, web(), deployment("client", ["sleep", "infinity"]))
                 self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "10", "http://web:8080/"), "ok")
             running = lambda: sorted(p["metadata"]["uid"] for p in mesh.pods(NAMESPACE, "app.kubernetes.io/name=countersign"))

@@ -131,7 +131,7 @@ class Identity(unittest.TestCase):
                 "apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID", "metadata": {"name": name, "namespace": ns},
                 "spec": {"spiffeId": f"spiffe://{TRUST_DOMAIN}/{name}", "parentId": f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{node}", "selector": selector}}))
             self.entry_of(ns, name)
-        told = self.fetches(ns, "asks", pod="nodeName: node1")
+        told = self.fetches(ns, "asks", pod="nodeName: node1\n  restartPolicy: Never")
         return {i["spiffe_id"].removeprefix(f"spiffe://{TRUST_DOMAIN}/") for i in told} & set(wanted)
 
     def test_32_a_certificate_needs_every_selector_of_its_entry(self):

@@ -1,6 +1,5 @@
 """From a pod without any mesh configuration to one with a sidecar."""
-import subprocess as sp
-import unittest
+import json, subprocess as sp, unittest
 
 import images, mesh
 from mesh import get, kubectl, pods
@@ -57,6 +56,20 @@ class Injection(unittest.TestCase):
                 self.assertIn(said, done.stderr)
             done = self.submit(ns, plain().replace("runAsUser: 1000", "runAsUser: 2102"), check=False)
             self.assertIn("runs as UID 2102", done.stderr)
+
+    def test_an_ephemeral_container_under_the_sidecars_user_is_refused(self):
+        with mesh.namespace("debugged") as ns:
+            self.submit(ns, plain())
+            kubectl("-n", ns, "wait", "pod/web", "--for=condition=Ready", "--timeout=60s")
+            def debug(name, uid):
+                pod = get("-n", ns, "pod", "web")
+                pod["spec"].setdefault("ephemeralContainers", []).append(
+                    {"name": name, "image": images.BOX, "imagePullPolicy": "Never", "command": ["sleep", "infinity"], "securityContext": {"runAsUser": uid}})
+                return kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-", input=json.dumps(pod), check=False)
+            refused = debug("sly", 2102)
+            self.assertNotEqual(refused.returncode, 0)
+            self.assertIn("runs as UID 2102", refused.stderr)
+            self.assertEqual(debug("fair", 1000).returncode, 0)
 
     def test_lists_with_and_without_blanks_reach_the_redirect(self):
         with mesh.namespace("lists") as ns:

@@ -26,6 +26,11 @@ class Plain(unittest.TestCase):
             self.assertEqual([c["name"] for c in pod["spec"]["containers"]], ["countersign-proxy", "app"])
             started = {c["name"]: c["state"]["running"]["startedAt"] for c in pod["status"]["containerStatuses"]}
             self.assertLessEqual(started["countersign-proxy"], started["app"])
+            uid, agent = pod["metadata"]["uid"], mesh.agent_on(pod["spec"]["nodeName"])
+            lines = [l for l in mesh.logs(mesh.NAMESPACE, agent, "agent").splitlines() if "caller attested" in l and uid in l]
+            self.assertIn("in_part=true", lines[0], "while the gate holds, the kubelet knows the pod alone")
+            mesh.wait("the container to be attested too", lambda: [l for l in mesh.logs(mesh.NAMESPACE, agent, "agent").splitlines()
+                      if uid in l and "in_part=false" in l and "k8s:container-name:countersign-proxy" in l], 40)
             load = Load(ns, pod_of(ns, "client"), "web", 8080)
             kubectl("-n", ns, "rollout", "restart", "deployment/web")
             kubectl("-n", ns, "rollout", "status", "deployment/web", "--timeout=90s")

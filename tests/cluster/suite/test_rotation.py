@@ -7,7 +7,40 @@ from suite.test_bootstrap import certificates, configmap
 from suite.test_traffic import Load
 
 
+def holders():
+    """What each node's agent holds."""
+    return [i for n in mesh.NODES for i in mesh.agent_status(n.name)["identities"]]
+
+
+def webhook_bundle():
+    return certificates(base64.b64decode(get("mutatingwebhookconfiguration", "countersign-injector")["webhooks"][0]["clientConfig"]["caBundle"]).decode())
+
+
 class Rotation(unittest.TestCase):
+    def test_27_29_the_own_root_is_replaced_under_load_and_everything_follows(self):
+        show = lambda: json.loads(mesh.server("authority", "show", "--output=json"))
+        with mesh.namespace("new-root") as ns:
+            deploy(ns, web(replicas=2), deployment("client", ["sleep", "infinity"]))
+            first = show()["active"]["id"]
+            load = Load(ns, pod_of(ns, "client"), "web", 8080)
+            mesh.server("authority", "prepare")
+            mesh.server("authority", "activate")
+            second = show()["active"]["id"]
+            self.assertNotEqual(second, first)
+            mesh.server("authority", "taint", "--id", first)
+            wait("every SVID to be signed by the new root", lambda: (h := holders()) and all(i["authority_id"] == second for i in h), 60)
+            both = certificates(configmap())
+            mesh.server("authority", "revoke", "--id", first)
+            root = certificates(mesh.server("bundle", "show"))
+            self.assertLess(len(root), len(both))
+            wait("the ConfigMap without the old root", lambda: certificates(configmap()) == root, 10)
+            wait("the webhook without the old root", lambda: webhook_bundle() == root, 10)
+            deploy(ns, web("fresh"))
+            self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok", "the webhook works with its new certificate")
+            made, failed = load.end()
+            self.assertEqual(failed, [])
+            self.assertGreater(made, 200)
+
     def test_28_29_below_an_upstream_root_everything_follows_a_rotation_with_no_failed_request(self):
         with tempfile.TemporaryDirectory() as folder:
             sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout tls.key -out tls.crt -subj /CN=upstream"
@@ -35,7 +68,6 @@ class Rotation(unittest.TestCase):
             began = time.monotonic()
             # Until a second rotation by the clock: TTL / 6 before its end the prepared authority signs.
             second = wait("an authority of its own accord", lambda: (i := show()["active"]["id"]) != first and i, 200)
-            holders = lambda: [i for n in mesh.NODES for i in mesh.agent_status(n.name)["identities"]]
             wait("every SVID to be signed by it", lambda: all(i["authority_id"] == second for i in holders()), 60)
             deploy(ns, web("fresh"))
             self.assertEqual(run_in(ns, client, "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok", "the webhook works with its new certificate")
@@ -43,5 +75,4 @@ class Rotation(unittest.TestCase):
             made, failed = load.end()
             self.assertEqual(failed, [])
             self.assertGreater(made, 1000)
-            hook = get("mutatingwebhookconfiguration", "countersign-injector")["webhooks"][0]["clientConfig"]["caBundle"]
-            self.assertEqual(certificates(base64.b64decode(hook).decode()), certificates(root), "below an upstream root the bundle is that root")
+            self.assertEqual(webhook_bundle(), certificates(root), "below an upstream root the bundle is that root")

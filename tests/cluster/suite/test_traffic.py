@@ -115,7 +115,7 @@ class Traffic(unittest.TestCase):
           readinessProbe: {{httpGet: {{path: /tmp, port: 8443, scheme: HTTPS}}, periodSeconds: 1}}
           lifecycle: {{preStop: {get_("/etc/hostname")}}}""")
             # etcd serves gRPC's health protocol in the clear.
-            etcd = deployment("etcd", ["/programs/etcd", "--data-dir=/tmp/etcd", "--listen-client-urls=http://0.0.0.0:2379", "--advertise-client-urls=http://127.0.0.1:2379"],
+            etcd = deployment("etcd", ["bash", "-c", "/programs/etcd --data-dir=/tmp/etcd --listen-client-urls=http://0.0.0.0:2379 --advertise-client-urls=http://127.0.0.1:2379 & echo $! > /tmp/pid; wait"],
                               spec=f"volumes: [{{name: programs, hostPath: {{path: {binaries.build()}}}}}]", container="""volumeMounts: [{name: programs, mountPath: /programs, readOnly: true}]
           readinessProbe: {grpc: {port: 2379}, periodSeconds: 1}""")
             deploy(ns, web, etcd)
@@ -126,9 +126,9 @@ class Traffic(unittest.TestCase):
             self.assertIn("GET /tmp", said, "the HTTPS probe")
             self.assertIn("GET /etc/hostname", said, "the preStop hook")
             # And it is the app that is asked: an etcd that has stopped is not ready.
-            run_in(ns, pod_of(ns, "etcd"), "kill", "-STOP", "1")
+            run_in(ns, pod_of(ns, "etcd"), "bash", "-c", "kill -STOP $(cat /tmp/pid)")
             wait("etcd to be not ready", lambda: not get("-n", ns, "pod", pod_of(ns, "etcd"))["status"]["containerStatuses"][0]["ready"], 20)
-            run_in(ns, pod_of(ns, "etcd"), "kill", "-CONT", "1")
+            run_in(ns, pod_of(ns, "etcd"), "bash", "-c", "kill -CONT $(cat /tmp/pid)")
 
     def test_a_job_completes(self):
         with mesh.namespace("jobs") as ns:

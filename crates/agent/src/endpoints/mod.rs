@@ -6,6 +6,7 @@ mod workload;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use countersign_api::clock::Clock;
 use countersign_api::directory::Subscriptions;
@@ -60,11 +61,29 @@ pub async fn routes(core: &Arc<Core>) -> Routes {
         .add_service(StatusServer::new(endpoint).max_decoding_message_size(64 * 1024))
 }
 
+/// What was attested in part is attested anew after this time.
+const IN_PART: Duration = Duration::from_secs(10);
+
 /// A caller whose process is certain.
 #[derive(Clone)]
 struct Attested {
     peer: UnixPeer,
     selectors: SelectorSet,
+    /// More will be known of it in a while.
+    in_part: bool,
+}
+
+impl Attested {
+    /// Returns when the caller should be attested anew, and what it is told; never for one that is attested whole.
+    async fn outgrown(&self) -> Status {
+        if self.in_part {
+            tokio::time::sleep(IN_PART).await;
+            return Status::unavailable(
+                "attested by its pod alone, for the kubelet did not know its container yet; ask again",
+            );
+        }
+        std::future::pending().await
+    }
 }
 
 impl Core {
@@ -82,10 +101,13 @@ impl Core {
             Status::permission_denied(format!("no identity issued: {error}"))
         };
         let process = look_up(&peer, self.config.foreign_namespaces).map_err(refused)?;
-        let mut selectors = SelectorSet::new();
+        let (mut selectors, mut in_part) = (SelectorSet::new(), false);
         for attestor in &self.attestors {
             match attestor.attest(&process).await {
-                Ok(found) => selectors.extend(found),
+                Ok(proof) => {
+                    selectors.extend(proof.selectors);
+                    in_part |= proof.in_part;
+                }
                 // Half of what could be known is no basis for an identity.
                 Err(error) => {
                     self.metrics.refused("attestor_failed");
@@ -97,9 +119,9 @@ impl Core {
         // Attestors may take their time: what they found counts only if the caller is still there.
         still_there(&peer).map_err(refused)?;
         let listed = selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        tracing::info!(pid = process.pid, selectors = listed, "caller attested");
+        tracing::info!(pid = process.pid, selectors = listed, in_part, "caller attested");
         self.metrics.attestations.inc();
-        Ok(Attested { peer, selectors })
+        Ok(Attested { peer, selectors, in_part })
     }
 
     /// The caller's identities.
@@ -107,6 +129,10 @@ impl Core {
         match self.cache.matching(&attested.selectors, self.now()) {
             Ok(found) => Ok(found),
             Err(NoIdentity::NotSynced) => Err(Status::unavailable("the agent has not heard from the server yet")),
+            // What is not known yet may be what an entry asks for.
+            Err(NoIdentity::NoEntry(why)) if attested.in_part => Err(Status::unavailable(format!(
+                "no identity issued yet, for the kubelet does not know the container: {why}"
+            ))),
             Err(NoIdentity::NoEntry(why)) => {
                 self.metrics.refused("no_identity");
                 tracing::warn!(pid = attested.peer.pid, why, "no identity issued");

@@ -107,6 +107,7 @@ impl Endpoint {
             core.metrics.streams.inc();
             let ended = tokio::select! {
                 ended = feed::<F>(&core, &attested, &tx) => ended,
+                status = attested.outgrown() => Some(status),
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the agent is shutting down")),
             };
             core.metrics.streams.dec();

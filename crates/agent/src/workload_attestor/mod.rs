@@ -16,9 +16,18 @@ pub use unix::Unix;
 #[error("{0}")]
 pub struct AttestorError(pub String);
 
+/// What is proven of a process.
+#[derive(Debug, Default)]
+pub struct Proof {
+    /// Everything that is known.
+    pub selectors: SelectorSet,
+    /// More will be known in a while; what is known already will not change.
+    pub in_part: bool,
+}
+
 /// One way to learn about a process.
 #[async_trait]
 pub trait WorkloadAttestor: Send + Sync {
-    /// The selectors of a process whose identity as a process is certain.
-    async fn attest(&self, process: &Process) -> Result<SelectorSet, AttestorError>;
+    /// What is proven of a process whose identity as a process is certain.
+    async fn attest(&self, process: &Process) -> Result<Proof, AttestorError>;
 }

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use countersign_identity::Selector;
 use countersign_identity::selector::SelectorSet;
 
-use super::{AttestorError, WorkloadAttestor};
+use super::{AttestorError, Proof, WorkloadAttestor};
 use crate::peer::Process;
 
 /// Largest `/etc/passwd` or `/etc/group` that is read, in bytes.
@@ -23,8 +23,8 @@ pub struct Unix {
 
 #[async_trait]
 impl WorkloadAttestor for Unix {
-    async fn attest(&self, process: &Process) -> Result<SelectorSet, AttestorError> {
-        Ok(self.selectors(process))
+    async fn attest(&self, process: &Process) -> Result<Proof, AttestorError> {
+        Ok(Proof { selectors: self.selectors(process), in_part: false })
     }
 }
 

@@ -5,7 +5,7 @@ mod probes;
 mod settings;
 mod webhook;
 
-pub use pod::{Refused, Verdict, inject};
+pub use pod::{Refused, Verdict, inject, judge_ephemeral};
 pub use webhook::{Serving, WebhookError, serve};
 
 /// Name of the sidecar's container.

@@ -63,7 +63,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
         return Err(Refused::NeverEnds(policy.to_owned()));
     }
     let before = take_ours(&mut pod["spec"]);
-    refuse_proxy_uid(&pod["spec"])?;
+    refuse_proxy_uid(&pod["spec"], &["initContainers", "containers"])?;
     let mut written = before;
     for list in ["initContainers", "containers"] {
         let all = pod["spec"][list].as_array_mut().into_iter().flatten();
@@ -111,11 +111,16 @@ fn put_first(spec: &mut Value, list: &str, container: Value) {
     spec[list] = Value::Array(all);
 }
 
+/// Judges a pod that is given ephemeral containers (`kubectl debug`): they come after the injection, and are caught as well.
+pub fn judge_ephemeral(pod: &Value) -> Result<(), Refused> {
+    refuse_proxy_uid(&pod["spec"], &["ephemeralContainers"])
+}
+
 /// A container under the sidecar's user would not be caught by the redirect.
-fn refuse_proxy_uid(spec: &Value) -> Result<(), Refused> {
+fn refuse_proxy_uid(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
     let pod_wide = spec["securityContext"]["runAsUser"].as_u64();
-    for list in ["initContainers", "containers"] {
-        for container in spec[list].as_array().into_iter().flatten() {
+    for list in lists {
+        for container in spec[*list].as_array().into_iter().flatten() {
             if container["securityContext"]["runAsUser"].as_u64().or(pod_wide) == Some(PROXY_UID.into()) {
                 return Err(Refused::ProxyUid(container["name"].as_str().unwrap_or_default().to_owned()));
             }
@@ -298,6 +303,15 @@ mod tests {
         wide["spec"]["initContainers"][0]["securityContext"] = json!({ "runAsUser": 1 });
         wide["spec"]["containers"][0]["securityContext"] = json!({ "runAsUser": 1 });
         assert_eq!(inject(&mut wide, &sidecar(), true), Ok(Verdict::Injected));
+    }
+
+    #[test]
+    fn an_ephemeral_container_under_the_sidecars_user_is_refused() {
+        let mut pod = injected(pod());
+        pod["spec"]["ephemeralContainers"] = json!([{ "name": "debug", "securityContext": { "runAsUser": 1 } }]);
+        assert_eq!(judge_ephemeral(&pod), Ok(()), "the sidecar itself is no offence");
+        pod["spec"]["ephemeralContainers"][0]["securityContext"]["runAsUser"] = 2102.into();
+        assert_eq!(judge_ephemeral(&pod), Err(Refused::ProxyUid("debug".into())));
     }
 
     #[test]

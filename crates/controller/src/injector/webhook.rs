@@ -26,7 +26,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Verdict, inject};
+use super::{Verdict, inject, judge_ephemeral};
 use crate::config::InjectorConfig;
 use crate::metrics::{Metrics, Outcome};
 
@@ -212,8 +212,14 @@ impl Hook {
         let namespace = request["namespace"].as_str().unwrap_or_default();
         let name = ["name", "generateName"].iter().find_map(|k| before["metadata"][*k].as_str()).unwrap_or_default();
         let mut response = json!({ "uid": uid, "allowed": true });
-        match inject(&mut pod, &self.config.sidecar, namespace_enabled) {
-            Ok(Verdict::Injected) => {
+        let verdict = if request["subResource"] == "ephemeralcontainers" {
+            judge_ephemeral(&pod).map(|()| None)
+        } else {
+            inject(&mut pod, &self.config.sidecar, namespace_enabled).map(Some)
+        };
+        match verdict {
+            Ok(None) => self.count("kept"),
+            Ok(Some(Verdict::Injected)) => {
                 self.count("injected");
                 tracing::info!(namespace, pod = name, "injected");
                 let patch = json_patch::diff(&before, &pod);
@@ -221,7 +227,7 @@ impl Hook {
                 response["patchType"] = "JSONPatch".into();
                 response["patch"] = base64::engine::general_purpose::STANDARD.encode(patch).into();
             }
-            Ok(Verdict::Left(why)) => {
+            Ok(Some(Verdict::Left(why))) => {
                 self.count("left");
                 tracing::info!(namespace, pod = name, why, "left as it is");
                 response["warnings"] = json!([format!("countersign: not injected: {why}")]);

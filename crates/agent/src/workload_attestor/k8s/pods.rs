@@ -11,9 +11,12 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 #[derive(Default)]
 pub struct Pods(HashMap<String, KnownPod>);
 
-struct KnownPod {
-    namespace: String,
-    selectors: SelectorSet,
+/// A pod, as the kubelet knows it.
+pub struct KnownPod {
+    /// Its namespace.
+    pub namespace: String,
+    /// What is true of all of its processes.
+    pub selectors: SelectorSet,
     /// By container ID.
     containers: HashMap<String, SelectorSet>,
 }
@@ -25,11 +28,16 @@ impl Pods {
         Ok(Self(list.items.iter().filter_map(|p| Some((p.metadata.uid.clone()?, known(p)))).collect()))
     }
 
-    /// The namespace, and what is known of a process in this container; `None` while the kubelet does not know the container.
-    pub fn selectors(&self, pod_uid: &str, container: &str) -> Option<(&str, SelectorSet)> {
-        let pod = self.0.get(pod_uid)?;
-        let container = pod.containers.get(container)?;
-        Some((&pod.namespace, pod.selectors.iter().chain(container).cloned().collect()))
+    /// A pod by its UID.
+    pub fn get(&self, uid: &str) -> Option<&KnownPod> {
+        self.0.get(uid)
+    }
+}
+
+impl KnownPod {
+    /// What is true of the processes of this container beside; `None` while the kubelet does not know it.
+    pub fn container(&self, id: &str) -> Option<&SelectorSet> {
+        self.containers.get(id)
     }
 }
 
@@ -92,8 +100,9 @@ mod tests {
     #[test]
     fn a_container_has_every_selector_of_the_table_and_none_of_its_neighbours() {
         let pods = Pods::parse(LIST.as_bytes()).unwrap();
-        let (namespace, found) = pods.selectors("u1", "c2").unwrap();
-        assert_eq!(namespace, "shop");
+        let pod = pods.get("u1").unwrap();
+        assert_eq!(pod.namespace, "shop");
+        let found: SelectorSet = pod.selectors.iter().chain(pod.container("c2").unwrap()).cloned().collect();
         let found: Vec<String> = found.iter().map(ToString::to_string).collect();
         let expected = [
             "k8s:container-image:cs:1",
@@ -119,9 +128,9 @@ mod tests {
     #[test]
     fn a_container_that_the_kubelet_does_not_know_has_none() {
         let pods = Pods::parse(LIST.as_bytes()).unwrap();
-        assert!(pods.selectors("u1", "c3").is_none());
-        assert!(pods.selectors("u2", "c1").is_none());
-        assert!(pods.selectors("u3", "c1").is_none());
+        assert!(pods.get("u1").unwrap().container("c3").is_none());
+        assert!(pods.get("u2").unwrap().container("c1").is_none());
+        assert!(pods.get("u3").is_none());
         assert!(Pods::parse(b"{").is_err());
     }
 }
