@@ -29,17 +29,20 @@ class Rotation(unittest.TestCase):
             self.assertNotEqual(second, first)
             mesh.server("authority", "taint", "--id", first)
             wait("every SVID to be signed by the new root", lambda: (h := holders()) and all(i["authority_id"] == second for i in h), 60)
+            deploy(ns, web("fresh"))
+            self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok", "the webhook works with its new certificate")
+            made, failed = load.end()
+            self.assertEqual(failed, [])
+            self.assertGreater(made, 200)
+            # A revocation is what cuts: connections that were made under the old root end with it.
             both = certificates(configmap())
             mesh.server("authority", "revoke", "--id", first)
             root = certificates(mesh.server("bundle", "show"))
             self.assertLess(len(root), len(both))
             wait("the ConfigMap without the old root", lambda: certificates(configmap()) == root, 10)
             wait("the webhook without the old root", lambda: webhook_bundle() == root, 10)
-            deploy(ns, web("fresh"))
-            self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok", "the webhook works with its new certificate")
-            made, failed = load.end()
-            self.assertEqual(failed, [])
-            self.assertGreater(made, 200)
+            deploy(ns, web("fresher"))
+            self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://fresher:8080/"), "ok")
 
     def test_28_29_below_an_upstream_root_everything_follows_a_rotation_with_no_failed_request(self):
         with tempfile.TemporaryDirectory() as folder:
