@@ -62,6 +62,11 @@ impl Connections {
         Ok(Admitted { all: self.clone(), id, peer, cut })
     }
 
+    /// How many there have been.
+    pub fn admitted(&self) -> u64 {
+        self.open().next
+    }
+
     /// Cuts whatever is still open: the drain is over.
     pub fn abort(&self) {
         self.open().cuts.values().for_each(|(_, cut)| cut.drain());

@@ -133,6 +133,7 @@ pub async fn run(
         serve_status(&tasks, sidecar.clone(), path, end.clone())?;
     }
     tasks.spawn(flush_log(sidecar.clone(), end.clone()));
+    tasks.spawn(trim::when_quiet(sidecar.connections.clone(), end.clone()));
     let workers = start_workers(&sidecar, &doors, &shutdown)?;
     let first = serve(sidecar.clone(), doors, shutdown.clone());
     tracing::info!(workers = sidecar.config.workers, "sidecar ready");

@@ -1,9 +1,35 @@
-//! Gives back the memory of code that only the start has run. The binary holds every role, and what a start touches of it
-//! stays mapped; what is needed again comes back from the page cache at its next use.
+//! Gives back the memory of code that is not run any more: the start's, and the connections' once no new ones come. The binary
+//! holds every role, and what is touched of it stays mapped; what is needed again comes back from the page cache.
 
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::connections::Connections;
+
+/// No new connection for this long is a quiet time.
+const QUIET: Duration = Duration::from_secs(15);
+
+/// Gives back the code that connections have run, once a quiet time, until `end`.
+pub async fn when_quiet(connections: Arc<Connections>, end: CancellationToken) {
+    let (mut seen, mut busy) = (0, true);
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(QUIET) => {}
+            () = end.cancelled() => return,
+        }
+        let now = connections.admitted();
+        if now != seen {
+            (seen, busy) = (now, true);
+        } else if std::mem::take(&mut busy) {
+            give_back_code();
+        }
+    }
+}
 
 /// Unmaps the executable's code pages from this process; they are read in again as they are run.
 pub fn give_back_code() {
