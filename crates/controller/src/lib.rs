@@ -76,7 +76,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
                 "/live" => Some(http::Answer::ready(None)),
                 "/ready" => {
                     let missing = match () {
-                        () if injects && !serving.is_ready() => Some("the agent has given us no certificate yet"),
+                        () if injects && serving.missing().is_some() => serving.missing(),
                         () if watches && cluster.facts().is_none() => {
                             Some("the API server has not been heard whole yet")
                         }

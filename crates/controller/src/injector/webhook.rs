@@ -20,6 +20,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
@@ -50,22 +51,35 @@ pub enum WebhookError {
     },
 }
 
+/// A certificate that is served.
+#[derive(Clone)]
+struct Certificate {
+    tls: Arc<ServerConfig>,
+    ends_at: OffsetDateTime,
+}
+
 /// The certificate of the moment; none before the agent has given us one.
 #[derive(Clone, Default)]
-pub struct Serving(Arc<RwLock<Option<Arc<ServerConfig>>>>);
+pub struct Serving(Arc<RwLock<Option<Certificate>>>);
 
 impl Serving {
-    fn get(&self) -> Option<Arc<ServerConfig>> {
+    fn get(&self) -> Option<Certificate> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, config: Arc<ServerConfig>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(config);
+    fn set(&self, certificate: Certificate) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
     }
 
-    /// Whether the API server can reach us.
-    pub fn is_ready(&self) -> bool {
-        self.get().is_some()
+    /// Why the API server would not take our word; `None`: it does.
+    pub fn missing(&self) -> Option<&'static str> {
+        match self.get() {
+            None => Some("the agent has given us no certificate yet"),
+            Some(c) if c.ends_at <= OffsetDateTime::now_utc() => {
+                Some("our certificate has ended, and the agent has given us no new one")
+            }
+            Some(_) => None,
+        }
     }
 }
 
@@ -96,7 +110,7 @@ pub async fn serve(
                     }
                 },
             };
-            let Some(tls) = serving.get() else { continue };
+            let Some(Certificate { tls, .. }) = serving.get() else { continue };
             let (hook, stop) = (hook.clone(), shutdown.clone());
             inner.spawn(async move {
                 let _slot = slot;
@@ -130,7 +144,7 @@ async fn follow_identity(config: InjectorConfig, serving: Serving, metrics: Arc<
                 let facts = update.svid.facts();
                 metrics.webhook_expiry.set(facts.not_after.unix_timestamp());
                 tracing::info!(spiffe_id = %update.svid.id(), serial = facts.serial, expires_at = %facts.not_after, "serving certificate");
-                serving.set(tls);
+                serving.set(Certificate { tls, ends_at: facts.not_after });
             }
             Err(error) => tracing::error!(%error, "our SVID cannot be served"),
         }

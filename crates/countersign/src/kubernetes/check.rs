@@ -141,6 +141,8 @@ async fn native_sidecars(client: &Client, namespace: &str) -> Option<bool> {
 async fn permissions(client: &Client, namespace: &str) -> Outcome {
     let needed = [
         ("", "namespaces", ""),
+        ("", "persistentvolumes", ""),
+        ("", "persistentvolumeclaims", namespace),
         ("apiextensions.k8s.io", "customresourcedefinitions", ""),
         ("rbac.authorization.k8s.io", "clusterroles", ""),
         ("rbac.authorization.k8s.io", "clusterrolebindings", ""),

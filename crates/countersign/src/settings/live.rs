@@ -71,8 +71,9 @@ pub struct Live<T> {
     to: watch::Sender<T>,
 }
 
-/// A role's part of the settings: read now, so that a start with a mistake fails, and followed by what is returned beside it.
-/// Without a folder it is what `take` makes of nothing.
+/// A role's part of the settings: read now, and followed by what is returned beside it. Without a folder it is what `take` makes
+/// of nothing; and so it is where a setting is wrong, for a typing error must not keep a role from coming back after a restart.
+/// A folder that is not there is a mistake.
 pub fn live<T>(
     folder: Option<PathBuf>,
     take: impl Fn(&MeshSettings) -> Result<T, Mistake> + Send + 'static,
@@ -83,7 +84,13 @@ pub fn live<T>(
     };
     let named = |e: Mistake| Mistake::flag("--live-settings", &format!("{}: {e}", folder.display()));
     let found = read(&folder).map_err(named)?;
-    let first = MeshSettings::read(&found).and_then(|s| take(&s)).map_err(named)?;
+    let first = match MeshSettings::read(&found).and_then(|s| take(&s)) {
+        Ok(first) => first,
+        Err(why) => {
+            tracing::error!(folder = %folder.display(), %why, "the settings are not taken; those of the start stand");
+            take(&MeshSettings::default())?
+        }
+    };
     let (to, receiver) = watch::channel(first);
     Ok((receiver, Some(Live { folder, found, take: Box::new(take), to })))
 }
@@ -201,6 +208,8 @@ mod tests {
         following.abort();
         assert!(live(Some(folder.path().join("none")), take).is_err(), "a folder that is not there");
         put("soon");
-        assert!(live(Some(folder.path().to_owned()), take).is_err(), "a start with a mistake");
+        let (receiver, follower) = live(Some(folder.path().to_owned()), take).unwrap();
+        assert_eq!(*receiver.borrow(), None, "a start with a mistake stands on its flags");
+        assert!(follower.is_some(), "and takes up what is mended");
     }
 }
