@@ -76,6 +76,8 @@ def main():
         memory("injector", "app.kubernetes.io/component=injector", "injector")
         memory("agent", "app.kubernetes.io/component=agent", "agent")
         memory("sidecar", "app=many", "countersign-proxy")
+    # The next run needs these names.
+    kubectl("wait", "--for=delete", "namespace/scale-web", "namespace/scale", "--timeout=300s", check=False)
 
 
 if __name__ == "__main__":
