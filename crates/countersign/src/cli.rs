@@ -18,35 +18,22 @@ pub struct Cli {
     command: Command,
 }
 
+/// What each does, short and at length, stands at its arguments.
 #[derive(Subcommand)]
 enum Command {
-    /// Run a mesh on this machine: every workload in a network namespace with a sidecar of its own.
     Up(up::UpArgs),
-    /// Add a program to a mesh that `up` runs on this machine.
     Run(up::RunArgs),
-    /// Run the certificate authority.
     Server(Box<roles::server::ServerArgs>),
-    /// Run the node's agent.
     Agent(Box<roles::agent::AgentArgs>),
-    /// Run a sidecar.
     Proxy(Box<roles::proxy::ProxyArgs>),
-    /// Run the Kubernetes controller: injector, registrar, directory feed.
     Controller(Box<roles::controller::ControllerArgs>),
-    /// Print the Kubernetes manifests of an installation, for `kubectl apply -f -`.
     Install(kubernetes::InstallArgs),
-    /// Check a cluster before an installation, and an installation afterwards.
     Check(kubernetes::CheckArgs),
-    /// Explain how a pod came into the mesh, or why it is not in it.
     Explain(kubernetes::ExplainArgs),
-    /// Make a handshake between two pods, show both identities, and look at the wire.
     Verify(kubernetes::VerifyArgs),
-    /// Move a namespace or the whole mesh to strict, and see before whom that would cut off.
     Strict(kubernetes::StrictArgs),
-    /// Take an installation out of a cluster: sidecars forward in the clear first, then everything is removed.
     Uninstall(kubernetes::UninstallArgs),
-    /// Put redirect and sidecar into the manifests of a file, as the webhook would.
     Inject(kubernetes::InjectArgs),
-    /// Install, check or remove the NAT redirect in this network namespace.
     Redirect(roles::redirect::RedirectArgs),
     /// Registration entries: who gets which identity.
     #[command(subcommand)]
@@ -69,7 +56,6 @@ enum Command {
     /// Ask the agent for an SVID, as a workload would.
     #[command(subcommand)]
     X509(operator::x509::X509Command),
-    /// Show what a running server, agent or sidecar knows of itself.
     Status(operator::status::StatusArgs),
     /// Print a completion script for a shell.
     Completion {
@@ -104,7 +90,6 @@ struct SidecarCli {
 
 #[derive(Subcommand)]
 enum SidecarCommand {
-    /// Run a sidecar.
     Proxy(Box<roles::proxy::ProxyArgs>),
 }
 

@@ -18,7 +18,9 @@ use crate::operator::output::{Output, Table};
 /// Connections that are shown.
 const SHOWN: usize = 5;
 
-/// Explain how a pod came into the mesh, or why it is not in it: injection, entry, agent, attestation, SVID, last handshakes.
+/// Explain how a pod came into the mesh, or why it is not in it.
+///
+/// Step by step: injection, entry, agent, attestation, SVID, mode, last handshakes. Exit 1 when one is missing.
 #[derive(Debug, clap::Args)]
 pub struct ExplainArgs {
     #[command(subcommand)]

@@ -18,7 +18,9 @@ use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, on_signal};
 
-/// Run the node's agent: it proves the node to the server, keeps its SVIDs fresh, and hands each local caller its own.
+/// Run the node's agent.
+///
+/// It proves the node to the server, keeps its SVIDs fresh, and hands each local caller its own.
 #[derive(Debug, clap::Args)]
 pub struct AgentArgs {
     #[command(flatten)]

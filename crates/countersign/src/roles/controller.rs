@@ -16,7 +16,9 @@ use crate::logging::LogArgs;
 use crate::settings::Mistake;
 use crate::stop::{ReadyFile, on_signal};
 
-/// Run the Kubernetes controller, whole or in parts: the injector puts sidecars into pods, the registrar registers pods with
+/// Run the Kubernetes controller: injector, registrar, directory feed.
+///
+/// Whole or in parts: the injector puts sidecars into pods, the registrar registers pods with
 /// the server, the directory feed tells who is at each address. Registrar and feed use the server's Unix socket.
 #[derive(Debug, clap::Args)]
 pub struct ControllerArgs {

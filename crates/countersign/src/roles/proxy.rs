@@ -20,7 +20,9 @@ use crate::logging::LogArgs;
 use crate::settings::{Mistake, Ttl};
 use crate::stop::{ReadyFile, on_signal};
 
-/// Run a sidecar. Without further flags it takes what the redirect brings, and asks the agent who it is and who is where.
+/// Run a sidecar.
+///
+/// Without further flags it takes what the redirect brings, and asks the agent who it is and who is where.
 /// With --outbound-listen or --inbound-listen it carries one fixed way instead; with --svid, --key and --bundle it needs
 /// no agent.
 #[derive(Debug, clap::Args)]

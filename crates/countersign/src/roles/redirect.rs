@@ -9,8 +9,9 @@ use ipnet::IpNet;
 use crate::operator::output::{Output, Table};
 use crate::settings::Mistake;
 
-/// Install the NAT redirect in this network namespace, so that a workload's traffic goes through its sidecar. Installing
-/// again replaces it; nothing else in the namespace is touched.
+/// Install, check or remove the NAT redirect in this network namespace.
+///
+/// A workload's traffic goes through its sidecar then. Installing again replaces it; nothing else in the namespace is touched.
 #[derive(Debug, clap::Args)]
 pub struct RedirectArgs {
     /// Show the rules that are in force, with what they matched; exit 1 when there are none or they differ.

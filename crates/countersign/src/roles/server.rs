@@ -17,7 +17,9 @@ use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, on_signal};
 
-/// Run the certificate authority: it holds the signing keys and the registration entries, attests agents, signs.
+/// Run the certificate authority.
+///
+/// It holds the signing keys and the registration entries, attests agents, signs.
 #[derive(Debug, clap::Args)]
 pub struct ServerArgs {
     #[command(flatten)]

@@ -28,7 +28,9 @@ pub use run::{RunArgs, run};
 
 use mesh::Mesh;
 
-/// Run a mesh on this machine. Without FILE an example runs that needs nothing installed: a small shop of four HTTP
+/// Run a mesh on this machine: every workload in a network namespace with a sidecar of its own.
+///
+/// Without FILE an example runs that needs nothing installed: a small shop of four HTTP
 /// services. Every workload gets a network namespace, an address, names for the others, a sidecar and a short-lived
 /// identity; Ctrl-C takes everything down again.
 #[derive(Debug, clap::Args)]

@@ -12,8 +12,9 @@ use super::mesh_file::{check_name, find_program};
 use super::place::RUN_DIR;
 use crate::settings::{Mistake, need_root};
 
-/// Add a program to a mesh that `up` runs: it gets a namespace, a sidecar and an identity, and leaves the mesh when it
-/// ends. For example `countersign run --name me -- curl http://productpage:9080/`.
+/// Add a program to a mesh that `up` runs on this machine.
+///
+/// It gets a namespace, a sidecar and an identity, and leaves the mesh when it ends. For example `countersign run --name me -- curl http://productpage:9080/`.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
     /// Name in the mesh, and in the others' /etc/hosts.
