@@ -75,13 +75,9 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
                 "/metrics" => Some(http::Answer::metrics(&metrics.registry)),
                 "/live" => Some(http::Answer::ready(None)),
                 "/ready" => {
-                    let missing = match () {
-                        () if injects && serving.missing().is_some() => serving.missing(),
-                        () if watches && cluster.facts().is_none() => {
-                            Some("the API server has not been heard whole yet")
-                        }
-                        () => None,
-                    };
+                    let unheard = || "the API server has not been heard whole yet";
+                    let missing = injects.then(|| serving.missing()).flatten();
+                    let missing = missing.or_else(|| (watches && cluster.facts().is_none()).then(unheard));
                     Some(http::Answer::ready(missing.map(ToOwned::to_owned)))
                 }
                 _ => None,

@@ -64,7 +64,7 @@ enum Command {
     },
     /// Print every frame on this network namespace's links (used by `verify`).
     #[command(hide = true)]
-    Capture(capture::CaptureArgs),
+    Capture,
     /// Hold back a pod's containers, or wait for them (used in a sidecar that is a plain container).
     #[command(hide = true, subcommand)]
     SidecarHook(roles::sidecar_hook::SidecarHook),
@@ -133,7 +133,7 @@ impl Cli {
                 clap_complete::generate(shell, &mut Self::command(), "countersign", &mut std::io::stdout());
                 Ok(ExitCode::SUCCESS)
             }
-            Command::Capture(args) => done(capture::run(&args)),
+            Command::Capture => done(capture::run()),
             Command::SidecarHook(hook) => done(roles::sidecar_hook::run(&hook)),
             Command::Launch(args) => launch::run(&args).map(|never| match never {}),
             Command::Shop(args) => done(shop::run(args)),

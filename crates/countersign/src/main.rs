@@ -6,6 +6,7 @@ mod clients;
 mod kubernetes;
 mod launch;
 mod logging;
+mod metrics_page;
 mod operator;
 mod probe;
 mod roles;

@@ -130,13 +130,13 @@ pub async fn get(url: &str) -> Result<String> {
 
 /// Prints the report; exit 1 when a request failed.
 pub fn run(args: ProbeArgs) -> Result<ExitCode> {
-    Client::new(&args.url)?;
+    let count = args.kept + args.fresh;
+    let every = (0..count).map(|_| Client::new(&args.url)).collect::<Result<Vec<_>>>()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(async {
         let until = args.seconds.map(|s| Instant::now() + Duration::from_secs(s));
         let mut clients = tokio::task::JoinSet::new();
-        for n in 0..args.kept + args.fresh {
-            let Ok(client) = Client::new(&args.url) else { continue };
+        for (n, client) in every.into_iter().enumerate() {
             clients.spawn(client.run(until, n < args.kept, Duration::from_millis(args.pause_ms)));
         }
         let mut all = Report::default();

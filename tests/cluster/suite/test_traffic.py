@@ -106,7 +106,7 @@ class Traffic(unittest.TestCase):
             sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout key -out crt -subj /CN=app && cat key crt > both",
                    shell=True, check=True, cwd=folder, stderr=sp.DEVNULL)
             kubectl("-n", ns, "create", "configmap", "cert", f"--from-file={folder}/both")
-            # Says which paths were asked for on its HTTPS port; a clean start needs the postStart hook to be answered.
+            # Says which paths were asked for on its HTTPS port.
             app = ("import http.server as h, ssl\ns = h.HTTPServer(('', 8443), h.SimpleHTTPRequestHandler)\nc = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
                    "c.load_cert_chain('/cert/both')\ns.socket = c.wrap_socket(s.socket, server_side=True)\ns.serve_forever()")
             volume = "volumes: [{name: cert, configMap: {name: cert}}]"

@@ -85,12 +85,8 @@ impl Line {
     }
 }
 
-/// Print every frame on the links of this network namespace until the process ends. Needs `CAP_NET_RAW`.
-#[derive(Debug, clap::Args)]
-pub struct CaptureArgs {}
-
-/// Captures.
-pub fn run(_: &CaptureArgs) -> Result<()> {
+/// Prints every frame on the links of this network namespace until the process ends. Needs `CAP_NET_RAW`.
+pub fn run() -> Result<()> {
     let socket = open().context("cannot capture packets; it needs CAP_NET_RAW")?;
     Line::Listening.print()?;
     let print = |frame: &[u8]| {

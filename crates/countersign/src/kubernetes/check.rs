@@ -17,7 +17,8 @@ use kube::{Client, ResourceExt};
 use serde_json::json;
 use time::OffsetDateTime;
 
-use super::cluster::{client, is_ready, label, metric, page, pods};
+use super::cluster::{client, is_ready, page, pods};
+use crate::metrics_page::{label, metric};
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
 use crate::settings::MeshSettings;
@@ -328,7 +329,11 @@ fn roots(server: Result<&Server, &String>) -> Outcome {
         None => Err(("the trust bundle is empty".into(), "see the server's log")),
         Some(left) if left <= warn => Err((
             format!("the last root of trust ends in {left} s"),
-            "bring a new upstream CA and restart the server; agents take it from the ConfigMap",
+            if server.has_upstream {
+                "bring a new upstream CA, then start the server and every agent anew with it"
+            } else {
+                "see the server's log: it should have rotated"
+            },
         )),
         Some(left) => Ok(format!("the last one has {left} s left")),
     }

@@ -32,21 +32,6 @@ pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<S
     Ok(tokio::time::timeout(PAGE_TIMEOUT, asked).await.context("it does not answer")??)
 }
 
-/// The value of each line of a metric, with the text of its labels.
-pub fn metric<'a>(page: &'a str, name: &'a str) -> impl Iterator<Item = (&'a str, f64)> {
-    page.lines().filter_map(move |line| {
-        let rest = line.strip_prefix(name)?;
-        let (labels, value) = rest.rsplit_once(' ')?;
-        (labels.is_empty() || labels.starts_with('{')).then_some(())?;
-        Some((labels.trim_matches(['{', '}']), value.parse().ok()?))
-    })
-}
-
-/// The value of a label in the text of a line's labels.
-pub fn label<'a>(labels: &'a str, name: &str) -> Option<&'a str> {
-    labels.split(',').find_map(|pair| pair.strip_prefix(name)?.strip_prefix("=\"")?.strip_suffix('"'))
-}
-
 /// Whether a pod has our sidecar.
 pub fn is_meshed(pod: &Pod) -> bool {
     let Some(spec) = &pod.spec else { return false };
@@ -78,19 +63,4 @@ pub async fn sidecar_log(client: &Client, pod: &Pod, lines: i64) -> Result<(Vec<
         text.lines().filter_map(|l| serde_json::from_str(l).ok()).filter(|v: &Value| v["direction"].is_string());
     let connections = connections.collect();
     Ok((text.lines().map(ToOwned::to_owned).collect(), connections))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_metrics_lines_are_read_with_their_labels() {
-        let page = "# TYPE x gauge\nx_ends{authority=\"a1\",status=\"active\"} 12\nx_ends_total 3\nx_ends{authority=\"b2\",status=\"old\"} 1.5e1\n";
-        let found: Vec<_> = metric(page, "x_ends").collect();
-        assert_eq!(found, [("authority=\"a1\",status=\"active\"", 12.0), ("authority=\"b2\",status=\"old\"", 15.0)]);
-        assert_eq!(label(found[1].0, "status"), Some("old"));
-        assert_eq!(label(found[1].0, "stat"), None);
-        assert_eq!(metric(page, "x_ends_total").next(), Some(("", 3.0)));
-    }
 }

@@ -11,7 +11,8 @@ use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::cluster::{SIDECAR_PORT, client, is_meshed, is_ready, metric, page, pods, sidecar_log};
+use super::cluster::{SIDECAR_PORT, client, is_meshed, is_ready, page, pods, sidecar_log};
+use crate::metrics_page::metric;
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
 

@@ -18,6 +18,7 @@ use crate::operator::output::{Output, Table};
 use crate::probe::Report;
 use crate::settings::Mistake;
 use crate::shop::PORT;
+use crate::stop::on_signal;
 
 /// How often a pod is looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -72,11 +73,9 @@ struct End {
 }
 
 impl Found {
-    /// Keeps a check; whether it was good.
-    fn check(&mut self, name: &'static str, outcome: Result<String, String>) -> bool {
-        let good = outcome.is_ok();
+    /// Keeps a check.
+    fn check(&mut self, name: &'static str, outcome: Result<String, String>) {
         self.checks.push((name, outcome));
-        good
     }
 }
 
@@ -115,7 +114,7 @@ pub fn verify(args: VerifyArgs) -> Result<ExitCode> {
 }
 
 async fn run(args: &VerifyArgs) -> Result<Found> {
-    let client = client().await?;
+    let (client, stop) = (client().await?, on_signal()?);
     let sets: Api<DaemonSet> = Api::namespaced(client.clone(), &args.mesh_namespace);
     let agent = sets.get_opt("countersign-agent").await.context("cannot look at the installation")?;
     let absent = || Mistake(format!("there is no installation in namespace `{}`", args.mesh_namespace));
@@ -143,7 +142,7 @@ async fn run(args: &VerifyArgs) -> Result<Found> {
         .context("cannot make a namespace for the two pods")?;
     let found = tokio::select! {
         found = stage.play(args.pcap.as_deref()) => found,
-        _ = tokio::signal::ctrl_c() => Err(anyhow!("interrupted")),
+        () = stop.cancelled() => Err(anyhow!("interrupted")),
     };
     if let Err(error) = namespaces.delete(&stage.namespace, &DeleteParams::default()).await {
         eprintln!("cannot remove namespace {}: {error}; remove it by hand", stage.namespace);

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
+use crate::metrics_page::metric;
 use crate::probe;
 
 /// The sidecar's pages.
@@ -58,7 +59,7 @@ async fn drain() {
         let Ok(metrics) = probe::get(&format!("{PAGES}/metrics")).await else { return };
         let table = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let listens = [table("/proc/net/tcp"), table("/proc/net/tcp6")].iter().any(|t| somebody_listens(t, own));
-        if listens || open_connections(&metrics) > 0 {
+        if listens || is_connected(&metrics) {
             quiet = Instant::now();
         }
         tokio::time::sleep(LOOK).await;
@@ -73,9 +74,9 @@ fn somebody_listens(table: &str, own: u32) -> bool {
     })
 }
 
-fn open_connections(metrics: &str) -> u64 {
-    let line = metrics.lines().find_map(|l| l.strip_prefix("countersign_proxy_active_connections "));
-    line.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
+/// Whether a connection is open, by the sidecar's own page.
+fn is_connected(metrics: &str) -> bool {
+    metric(metrics, "countersign_proxy_active_connections").any(|(_, open)| open > 0.0)
 }
 
 #[cfg(test)]
@@ -98,7 +99,8 @@ mod tests {
 
     #[test]
     fn open_connections_are_read_from_the_page() {
-        assert_eq!(open_connections("# TYPE x gauge\ncountersign_proxy_active_connections 3\n"), 3);
-        assert_eq!(open_connections(""), 0);
+        assert!(is_connected("# TYPE x gauge\ncountersign_proxy_active_connections 3\n"));
+        assert!(!is_connected("countersign_proxy_active_connections 0\n"));
+        assert!(!is_connected(""));
     }
 }

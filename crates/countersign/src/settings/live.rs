@@ -8,6 +8,7 @@ use countersign_api::files::read_bounded;
 use countersign_identity::KeyType;
 use countersign_identity::policy::Mode;
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{Mistake, Ttl};
 
@@ -95,39 +96,28 @@ pub fn live<T>(
     Ok((receiver, Some(Live { folder, found, take: Box::new(take), to })))
 }
 
-/// Ends with what it stands for.
-pub struct Followed(tokio::task::JoinHandle<()>);
-
-impl Drop for Followed {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 impl<T: PartialEq + std::fmt::Debug + Send + Sync + 'static> Live<T> {
     /// Follows the folder until what is returned is dropped.
-    pub fn start(self) -> Followed {
-        Followed(tokio::spawn(self.follow()))
+    pub fn start(self) -> AbortOnDropHandle<()> {
+        AbortOnDropHandle::new(tokio::spawn(self.follow()))
     }
 
     /// Follows the folder for ever. What is wrong, or half written, is not taken: the settings stay as they are.
-    async fn follow(mut self) {
-        let mut before = Ok(self.found.clone());
+    async fn follow(self) {
+        let mut judged = Ok(self.found);
+        let mut before = judged.clone();
         loop {
             tokio::time::sleep(LOOK).await;
             let now = read(&self.folder).map_err(|e| e.0);
             // Twice the same: not in the middle of a change.
             let settled = now == before;
             before.clone_from(&now);
-            if !settled || now.as_ref() == Ok(&self.found) {
+            if !settled || now == judged {
                 continue;
             }
-            let taken = now.clone().map_err(Mistake).and_then(|found| {
-                let taken = MeshSettings::read(&found).and_then(|s| (self.take)(&s));
-                self.found = found;
-                taken
-            });
-            match taken {
+            judged.clone_from(&now);
+            let found = now.map_err(Mistake).and_then(|found| MeshSettings::read(&found));
+            match found.and_then(|settings| (self.take)(&settings)) {
                 Ok(new) if *self.to.borrow() != new => {
                     tracing::info!(settings = ?new, "settings have changed");
                     self.to.send_replace(new);
