@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long from `entry create` returning to the SVID in the agent's cache, over N entries (default 1,000).
 
-  propagation.py [N]     with `cargo build --release` done; COUNTERSIGN names another binary.
+  propagation.py [N]     with `images/build` done; COUNTERSIGN names another binary.
 Server and agent run as processes on loopback in a temporary folder. The agent logs when an SVID is ready.
 """
 import json, os, re, subprocess as sp, sys, tempfile, time
@@ -10,7 +10,7 @@ from datetime import datetime
 N = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HOST = re.search(r"host: (\S+)", sp.run(["rustc", "-vV"], check=True, stdout=sp.PIPE, text=True).stdout)[1]
-BIN = os.environ.get("COUNTERSIGN", os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), HOST, "release", "countersign"))
+BIN = os.environ.get("COUNTERSIGN", os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), HOST, "dist", "countersign"))
 
 def seconds(text):
     return datetime.fromisoformat(text[:26].rstrip("Z") + "+00:00").timestamp()

@@ -41,7 +41,7 @@ impl Role {
     /// its child behind when killed.)
     pub fn start_shifted(dir: &Path, name: &str, shift: &str, args: &[String]) -> Self {
         let is_static = cfg!(target_feature = "crt-static");
-        assert!(!is_static, "a static binary's clock cannot be shifted: use `tests/run`");
+        assert!(!is_static, "a static binary's clock cannot be shifted: build without crt-static");
         let library = std::fs::read_dir("/usr/lib")
             .unwrap()
             .flatten()
