@@ -3,16 +3,18 @@
 //! TLS 1.3 only; X25519MLKEM768 first, then X25519 and P-256; AES-128-GCM first; no tickets, no early data.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use countersign_identity::verify::{PeerRole, Refusal, VerifiedPeer, verify_chain};
+use countersign_identity::verify::{PeerRole, Refusal, VerifiedPeer};
 use countersign_identity::{BundleSet, SpiffeId, X509Svid};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme, version};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, ServerConnection, SignatureScheme, version,
+};
 use time::OffsetDateTime;
 
 use crate::verified::VerifiedChains;
@@ -54,8 +56,8 @@ pub struct SvidVerifier {
 
 /// What a verifier trusts.
 enum Trust {
-    /// The bundles of the moment.
-    Moving(Box<Bundles>),
+    /// The bundles of the moment, and the chains that were good under the last ones asked for.
+    Moving(Box<Bundles>, Mutex<Arc<VerifiedChains>>),
     /// One revision of them, with the chains that were good under it.
     Fixed(Arc<VerifiedChains>),
 }
@@ -83,7 +85,8 @@ impl SvidVerifier {
         bundles: impl Fn() -> Arc<BundleSet> + Send + Sync + 'static,
         authorize: impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync + 'static,
     ) -> Self {
-        Self::with(Trust::Moving(Box::new(bundles)), authorize)
+        let chains = Mutex::new(Arc::new(VerifiedChains::new(bundles())));
+        Self::with(Trust::Moving(Box::new(bundles), chains), authorize)
     }
 
     /// Lets clients in that show no certificate: an agent that is not attested yet. One that is shown must be good.
@@ -103,11 +106,33 @@ impl SvidVerifier {
         let chain: Vec<_> = std::iter::once(leaf.clone()).chain(rest.iter().cloned()).collect();
         let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
         let now = OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        let verified = match &self.trust {
-            Trust::Moving(bundles) => verify_chain(&chain, &bundles(), now, role).map(Arc::new),
-            Trust::Fixed(chains) => chains.verify(&chain, now, role),
+        self.check(&chain, now, role).map(drop).map_err(refused)
+    }
+
+    /// Whom a chain proves, if it is good and its owner may go on.
+    fn check(
+        &self,
+        chain: &[CertificateDer<'_>],
+        now: OffsetDateTime,
+        role: PeerRole,
+    ) -> Result<Arc<VerifiedPeer>, Refusal> {
+        let peer = self.chains().verify(chain, now, role)?;
+        (self.authorize)(&peer)?;
+        Ok(peer)
+    }
+
+    /// The bundles to verify against now, with the chains that were good under them.
+    fn chains(&self) -> Arc<VerifiedChains> {
+        let (bundles, last) = match &self.trust {
+            Trust::Fixed(chains) => return chains.clone(),
+            Trust::Moving(bundles, last) => (bundles(), last),
         };
-        verified.and_then(|peer| (self.authorize)(&peer)).map_err(refused)
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        // What was good under other bundles says nothing about these.
+        if *last.bundles() != bundles {
+            *last = Arc::new(VerifiedChains::new(bundles));
+        }
+        last.clone()
     }
 }
 
@@ -244,14 +269,54 @@ impl rustls::client::ResolvesClientCert for OneKey {
 
 /// The server side: shows `own`, verifies clients with `verifier`.
 pub fn server_config(own: Arc<CertifiedKey>, verifier: SvidVerifier, alpn: &[&[u8]]) -> Result<ServerConfig, TlsError> {
+    server_config_with(own, Arc::new(verifier), alpn)
+}
+
+fn server_config_with(
+    own: Arc<CertifiedKey>,
+    verifier: Arc<SvidVerifier>,
+    alpn: &[&[u8]],
+) -> Result<ServerConfig, TlsError> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&version::TLS13])?
-        .with_client_cert_verifier(Arc::new(verifier))
+        .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(OneKey(own)));
     config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(config)
+}
+
+/// The server side of connections whose peers are asked for afterwards: a configuration and the verifier in it.
+pub struct ServerTls {
+    config: Arc<ServerConfig>,
+    verifier: Arc<SvidVerifier>,
+}
+
+impl ServerTls {
+    /// As [`server_config`].
+    pub fn new(own: Arc<CertifiedKey>, verifier: SvidVerifier, alpn: &[&[u8]]) -> Result<Self, TlsError> {
+        let verifier = Arc::new(verifier);
+        Ok(Self { config: Arc::new(server_config_with(own, verifier.clone(), alpn)?), verifier })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Arc<ServerConfig> {
+        &self.config
+    }
+
+    /// Whom the certificate of a finished handshake proves; `None` when the client showed none.
+    ///
+    /// The answer comes from the verified path. When the bundles changed since the handshake, it is verified again, and a
+    /// peer that is not vouched for any more is refused: it never becomes anonymous.
+    pub fn peer(
+        &self,
+        connection: &ServerConnection,
+        now: OffsetDateTime,
+    ) -> Result<Option<Arc<VerifiedPeer>>, Refusal> {
+        let shown = connection.peer_certificates().filter(|chain| !chain.is_empty());
+        shown.map(|chain| self.verifier.check(chain, now, PeerRole::Client)).transpose()
+    }
 }
 
 /// The client side: shows `own` if there is one, verifies the server with `verifier`.

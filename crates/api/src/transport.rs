@@ -9,12 +9,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use countersign_identity::svid::LeafFacts;
-use countersign_identity::verify::{VerifiedPeer, leaf_id};
 use hyper_util::rt::TokioIo;
 use nix::sys::socket::{getsockopt, sockopt};
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ServerConfig};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
@@ -23,7 +21,7 @@ use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::peer::{TlsPeer, UnixPeer, start_time};
-use crate::tls::explain;
+use crate::tls::{ServerTls, explain};
 use crate::unix_authority;
 
 /// A handshake that takes longer is dropped.
@@ -116,7 +114,7 @@ pub async fn back_off_after(error: &io::Error) {
 
 /// Accepts TLS connections; `config` is asked anew for each, so that a rotated certificate takes effect at once.
 /// Runs until the returned stream is dropped.
-pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerConfig> + Send + 'static) -> Incoming<TlsIo> {
+pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerTls> + Send + 'static) -> Incoming<TlsIo> {
     let (tx, rx) = mpsc::channel(64);
     tokio::spawn(async move {
         let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
@@ -134,10 +132,10 @@ pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerConfig> 
                 },
                 () = tx.closed() => return,
             };
-            let (acceptor, tx) = (TlsAcceptor::from(config()), tx.clone());
+            let (tls, tx) = (config(), tx.clone());
             handshakes.spawn(async move {
                 let _slot = slot;
-                match tokio::time::timeout(HANDSHAKE_TIMEOUT, accept_one(acceptor, tcp, address)).await {
+                match tokio::time::timeout(HANDSHAKE_TIMEOUT, accept_one(&tls, tcp, address)).await {
                     Ok(Ok(io)) => drop(tx.send(Ok(io)).await),
                     Ok(Err(error)) => tracing::info!(%address, %error, "TLS handshake refused"),
                     Err(_) => tracing::info!(%address, "TLS handshake took longer than {HANDSHAKE_TIMEOUT:?}; dropped"),
@@ -148,19 +146,12 @@ pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerConfig> 
     Incoming::new(rx)
 }
 
-async fn accept_one(acceptor: TlsAcceptor, tcp: TcpStream, address: SocketAddr) -> io::Result<TlsIo> {
+async fn accept_one(tls: &ServerTls, tcp: TcpStream, address: SocketAddr) -> io::Result<TlsIo> {
     tcp.set_nodelay(true)?;
-    let stream = acceptor.accept(tcp).await.map_err(explain)?;
-    let svid = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()).and_then(peer_of).map(Arc::new);
+    let stream = TlsAcceptor::from(tls.config().clone()).accept(tcp).await.map_err(explain)?;
+    let svid = tls.peer(stream.get_ref().1, time::OffsetDateTime::now_utc());
+    let svid = svid.map_err(|refusal| io::Error::new(io::ErrorKind::PermissionDenied, refusal))?;
     Ok(TlsIo { stream, peer: TlsPeer { address, svid } })
-}
-
-/// Who a leaf names. Only for leaves that the handshake's verifier has passed.
-fn peer_of(leaf: &CertificateDer<'_>) -> Option<VerifiedPeer> {
-    use x509_parser::prelude::{FromDer, X509Certificate};
-    let (_, cert) = X509Certificate::from_der(leaf).ok()?;
-    let facts = LeafFacts::of(&cert);
-    Some(VerifiedPeer { id: leaf_id(&cert).ok()?, authority: facts.authority_id.clone(), facts })
 }
 
 /// Binds a Unix socket with this file mode. A socket that nobody listens on any more is replaced; one that is alive is an error.

@@ -5,12 +5,17 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, TrustAnchor};
 use spiffe::TrustDomain;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, ParsedExtension, X509Certificate};
+
+use crate::ca;
+use crate::path::MAX_CERTIFICATE_BYTES;
+use crate::shown::shown;
 
 /// Why a certificate cannot be an authority.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -19,9 +24,9 @@ pub enum BundleError {
     #[error("not an X.509 certificate: {0}")]
     Malformed(String),
     /// Not made for signing certificates (X509-SVID 3.1, RFC 5280 4.2.1.9).
-    #[error("the certificate of `{subject}` cannot be an authority: {why}")]
+    #[error("the certificate of `{}` cannot be an authority: {why}", shown(subject))]
     NotAnAuthority {
-        /// Its subject.
+        /// Its subject, as the certificate has it.
         subject: String,
         /// What it lacks.
         why: &'static str,
@@ -31,13 +36,42 @@ pub enum BundleError {
     Empty,
 }
 
+/// The key of an authority: SHA-256 of its certificate's `subjectPublicKeyInfo`.
+///
+/// An authority is told apart by its key and not by what its certificate says of itself: a key identifier is a text of the
+/// issuer's choice, and a root that is issued again for the same key vouches for the same leaves.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AuthorityKey([u8; 32]);
+
+impl AuthorityKey {
+    fn of(cert: &X509Certificate<'_>) -> Self {
+        Self(sha256(cert.public_key().raw))
+    }
+
+    /// The digest.
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for AuthorityKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AuthorityKey({})", hex::encode(self.0))
+    }
+}
+
+/// Longest subject key identifier that names an authority, in bytes (SHA-512 of a key); a longer one is not used.
+const MAX_KEY_ID_BYTES: usize = 64;
+
 /// One X.509 authority: a root of trust.
 #[derive(Clone)]
 pub struct X509Authority {
     der: CertificateDer<'static>,
     anchor: TrustAnchor<'static>,
+    not_before: OffsetDateTime,
     not_after: OffsetDateTime,
-    subject_key_id: String,
+    id: String,
+    key: AuthorityKey,
     /// No longer to be used, still trusted: whoever holds an SVID under it renews at once.
     pub tainted: bool,
 }
@@ -46,22 +80,22 @@ impl X509Authority {
     /// Parses and checks a CA certificate.
     pub fn from_der(der: impl Into<Vec<u8>>) -> Result<Self, BundleError> {
         let der = CertificateDer::from(der.into());
+        if der.len() > MAX_CERTIFICATE_BYTES {
+            return Err(BundleError::Malformed(format!("longer than {MAX_CERTIFICATE_BYTES} bytes")));
+        }
         let (rest, cert) = X509Certificate::from_der(&der).map_err(|e| BundleError::Malformed(e.to_string()))?;
         if !rest.is_empty() {
             return Err(BundleError::Malformed("bytes behind the certificate".into()));
         }
-        let unfit = |why| BundleError::NotAnAuthority { subject: cert.subject().to_string(), why };
-        if !cert.is_ca() {
-            return Err(unfit("basicConstraints does not say CA"));
-        }
-        if matches!(cert.key_usage(), Ok(Some(ku)) if !ku.value.key_cert_sign()) {
-            return Err(unfit("keyUsage lacks keyCertSign"));
+        if let Some(why) = ca::root_fault(&cert) {
+            return Err(BundleError::NotAnAuthority { subject: cert.subject().to_string(), why });
         }
         let anchor =
             webpki::anchor_from_trusted_cert(&der).map_err(|e| BundleError::Malformed(e.to_string()))?.to_owned();
-        let not_after = cert.validity().not_after.to_datetime();
-        let subject_key_id = subject_key_id(&cert).map(hex::encode).unwrap_or_default();
-        Ok(Self { anchor, not_after, subject_key_id, tainted: false, der })
+        let (not_before, not_after) =
+            (cert.validity().not_before.to_datetime(), cert.validity().not_after.to_datetime());
+        let (id, key) = (authority_id(&cert), AuthorityKey::of(&cert));
+        Ok(Self { anchor, not_before, not_after, id, key, tainted: false, der })
     }
 
     /// The certificate.
@@ -74,14 +108,25 @@ impl X509Authority {
         &self.anchor
     }
 
-    /// Its end.
+    /// Start of its validity.
+    pub fn not_before(&self) -> OffsetDateTime {
+        self.not_before
+    }
+
+    /// End of its validity.
     pub fn not_after(&self) -> OffsetDateTime {
         self.not_after
     }
 
-    /// Its subject key identifier in lower-case hex; this names an authority in every command. Empty if it has none.
+    /// Its subject key identifier in lower-case hex; this names an authority in every command. Derived from the key when
+    /// the certificate has none, so that an authority always has a name.
     pub fn id(&self) -> &str {
-        &self.subject_key_id
+        &self.id
+    }
+
+    /// Its key, which tells it apart from every other authority.
+    pub fn key(&self) -> AuthorityKey {
+        self.key
     }
 }
 
@@ -95,8 +140,21 @@ impl Eq for X509Authority {}
 
 impl fmt::Debug for X509Authority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "X509Authority({}, until {}, tainted {})", self.subject_key_id, self.not_after, self.tainted)
+        write!(f, "X509Authority({}, until {}, tainted {})", self.id, self.not_after, self.tainted)
     }
+}
+
+/// The name of an authority: its subject key identifier, or the leftmost 160 bits of SHA-256 of its key (RFC 7093 2,
+/// method 1) where it has none that can be used.
+fn authority_id(cert: &X509Certificate<'_>) -> String {
+    let own = subject_key_id(cert).filter(|id| (1..=MAX_KEY_ID_BYTES).contains(&id.len()));
+    own.map_or_else(|| hex::encode(&sha256(&cert.public_key().subject_public_key.data)[..20]), hex::encode)
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut sum = [0; 32];
+    sum.copy_from_slice(digest(&SHA256, bytes).as_ref());
+    sum
 }
 
 /// The raw subject key identifier of a certificate.
@@ -157,6 +215,11 @@ impl X509Bundle {
         Ok(Self { trust_domain, authorities, sequence: 0, refresh_hint: Duration::ZERO })
     }
 
+    /// Whether one of its authorities has this key. A peer whose path ended in it is vouched for as long as this holds.
+    pub fn holds(&self, key: AuthorityKey) -> bool {
+        self.authorities.iter().any(|a| a.key == key)
+    }
+
     /// Its PEM form.
     pub fn to_pem(&self) -> String {
         certificates_to_pem(self.authorities.iter().map(|a| a.der().as_ref()))
@@ -181,6 +244,11 @@ impl BundleSet {
     /// The bundle of a trust domain.
     pub fn get(&self, trust_domain: &str) -> Option<&Arc<X509Bundle>> {
         self.0.get(trust_domain)
+    }
+
+    /// Whether a trust domain's bundle holds an authority with this key.
+    pub fn holds(&self, trust_domain: &str, key: AuthorityKey) -> bool {
+        self.get(trust_domain).is_some_and(|bundle| bundle.holds(key))
     }
 
     /// Takes a trust domain's bundle out.

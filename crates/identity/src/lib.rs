@@ -5,18 +5,21 @@
 //! No I/O, no async, no clock: time is an argument everywhere.
 
 pub mod bundle;
+mod ca;
 pub mod directory;
 pub mod entry;
 pub mod key;
+pub mod path;
 pub mod policy;
 pub mod profile;
 pub mod rotation;
 pub mod selector;
+pub mod shown;
 pub mod svid;
 pub mod trust_domain;
 pub mod verify;
 
-pub use bundle::{BundleSet, X509Authority, X509Bundle};
+pub use bundle::{AuthorityKey, BundleSet, X509Authority, X509Bundle};
 pub use entry::{Entry, EntryId};
 pub use key::{KeyType, PrivateKey};
 pub use selector::Selector;

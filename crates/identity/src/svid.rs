@@ -9,6 +9,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::bundle::authority_key_id;
 use crate::key::PrivateKey;
+use crate::path::check_bounds;
 use crate::rotation;
 use crate::verify::{Refusal, leaf_id};
 
@@ -72,6 +73,7 @@ impl X509Svid {
     /// Joins a chain (leaf first) and its key.
     pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKey) -> Result<Self, SvidError> {
         let leaf = chain.first().ok_or(SvidError::Empty)?;
+        check_bounds(&chain).map_err(|e| Refusal::ChainTooLong(e.to_string()))?;
         let (_, cert) = X509Certificate::from_der(leaf).map_err(|e| Refusal::Malformed(e.to_string()))?;
         let id = leaf_id(&cert)?;
         let public = rcgen::PublicKeyData::subject_public_key_info(&key.key_pair()?);

@@ -2,21 +2,23 @@
 
 use spiffe::{SpiffeId, TrustDomain};
 
+use crate::shown::{MAX_SHOWN, shown};
+
 /// Why a text is no SPIFFE ID or trust domain.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum IdError {
     /// The text breaks a rule of the SPIFFE ID standard.
-    #[error("`{text}` is not a SPIFFE ID: {why}")]
+    #[error("`{}` is not a SPIFFE ID: {why}", shown(text))]
     Id {
-        /// What was given.
+        /// What was given; [`std::fmt::Display`] escapes and cuts it.
         text: String,
         /// The rule it breaks.
         why: String,
     },
     /// The text breaks a rule for trust domain names.
-    #[error("`{text}` is not a trust domain name: {why}")]
+    #[error("`{}` is not a trust domain name: {why}", shown(text))]
     TrustDomain {
-        /// What was given.
+        /// What was given; [`std::fmt::Display`] escapes and cuts it.
         text: String,
         /// The rule it breaks.
         why: String,
@@ -33,7 +35,7 @@ pub const MAX_ID_BYTES: usize = 2048;
 pub fn parse_id(text: &str) -> Result<SpiffeId, IdError> {
     if text.len() > MAX_ID_BYTES {
         return Err(IdError::Id {
-            text: text.chars().take(64).collect(),
+            text: text.chars().take(MAX_SHOWN).collect(),
             why: format!("longer than {MAX_ID_BYTES} bytes"),
         });
     }
@@ -41,6 +43,9 @@ pub fn parse_id(text: &str) -> Result<SpiffeId, IdError> {
     let name = text.strip_prefix("spiffe://").unwrap_or(text).split('/').next().unwrap_or_default();
     if name.bytes().any(|b| b.is_ascii_uppercase()) {
         return Err(IdError::Id { text: text.to_owned(), why: "the trust domain has upper-case letters".into() });
+    }
+    if has_empty_label(name) {
+        return Err(IdError::Id { text: text.to_owned(), why: "the trust domain has an empty label".into() });
     }
     SpiffeId::new(text).map_err(|e| IdError::Id { text: text.to_owned(), why: e.to_string() })
 }
@@ -60,7 +65,15 @@ pub fn parse_trust_domain(text: &str) -> Result<TrustDomain, IdError> {
     if text.bytes().any(|b| b.is_ascii_uppercase()) {
         return Err(err("it has upper-case letters"));
     }
+    if has_empty_label(text) {
+        return Err(err("it has an empty label: two dots in a row, or a dot at an end"));
+    }
     TrustDomain::new(text).map_err(|e| err(&e.to_string()))
+}
+
+/// A trust domain is to be a DNS name (SPIFFE ID 2.1): `a..b` is none, though each of its characters is allowed.
+fn has_empty_label(name: &str) -> bool {
+    !name.is_empty() && name.split('.').any(str::is_empty)
 }
 
 /// The trust domain that an ID belongs to.
@@ -117,6 +130,8 @@ mod tests {
             "spiffe://a/%62",
             "spiffe://a/b c",
             "spiffe://a/\0",
+            "spiffe://a..b/c",
+            "spiffe://a./c",
             &long,
         ] {
             assert!(parse_id(bad).is_err(), "{bad:?} was accepted");
@@ -142,7 +157,7 @@ mod tests {
     #[test]
     fn a_trust_domain_is_a_bare_lowercase_name() {
         assert!(parse_trust_domain("example.org").is_ok());
-        for bad in ["", "Example.org", "spiffe://example.org", "a/b", "a:1", &"x".repeat(256)] {
+        for bad in ["", "Example.org", "spiffe://example.org", "a/b", "a:1", "a..b", ".a", "a.", &"x".repeat(256)] {
             assert!(parse_trust_domain(bad).is_err(), "{bad:?} was accepted");
         }
     }

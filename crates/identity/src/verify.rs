@@ -2,112 +2,20 @@
 //!
 //! Rules: X509-SVID 5 (path, then the leaf again), RFC 5280. The peer's bundle is chosen by the leaf's own trust domain.
 
-use rustls_pki_types::{CertificateDer, UnixTime};
+mod leaf;
+mod refusal;
+
+use rustls_pki_types::CertificateDer;
 use spiffe::SpiffeId;
 use time::OffsetDateTime;
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use crate::bundle::BundleSet;
+use crate::bundle::{AuthorityKey, BundleSet, X509Bundle};
+use crate::path::{PathError, check_bounds, trusted_path};
 use crate::svid::LeafFacts;
+use crate::trust_domain::trust_domain_of;
 
-/// Why a peer is refused. [`Refusal::code`] is its name in metrics, logs and `status`.
-#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
-pub enum Refusal {
-    /// No certificate was shown.
-    #[error("the peer showed no certificate")]
-    NoCertificate,
-    /// No X.509 at all.
-    #[error("the peer's certificate cannot be read: {0}")]
-    Malformed(String),
-    /// Not exactly one URI SAN (X509-SVID 2, 5.2).
-    #[error("the peer's certificate holds {0} URI names; an X509-SVID holds exactly one")]
-    UriSans(usize),
-    /// The URI SAN is no SPIFFE ID.
-    #[error("the peer's URI name is not a SPIFFE ID: {0}")]
-    BadId(String),
-    /// The ID is a trust domain's own.
-    #[error("the peer's SPIFFE ID `{0}` has no path")]
-    NoPath(SpiffeId),
-    /// A CA certificate as leaf (X509-SVID 4.1, 5.2).
-    #[error("`{0}` showed a CA certificate; a CA certificate never authenticates")]
-    CaAsLeaf(SpiffeId),
-    /// Key usage of the leaf (X509-SVID 4.3, 5.2).
-    #[error("the certificate of `{id}` has the wrong key usage: {why}")]
-    KeyUsage {
-        /// Whose.
-        id: SpiffeId,
-        /// What is wrong.
-        why: &'static str,
-    },
-    /// Over.
-    #[error("the SVID of `{id}` expired at {not_after}, and it is {now} here; check both clocks and the renewal")]
-    Expired {
-        /// Whose.
-        id: SpiffeId,
-        /// Its end.
-        not_after: OffsetDateTime,
-        /// Our time.
-        now: OffsetDateTime,
-    },
-    /// Not begun.
-    #[error("the SVID of `{id}` is not valid before {not_before}, and it is {now} here; check both clocks")]
-    NotYetValid {
-        /// Whose.
-        id: SpiffeId,
-        /// Its start.
-        not_before: OffsetDateTime,
-        /// Our time.
-        now: OffsetDateTime,
-    },
-    /// A trust domain that we hold no bundle of.
-    #[error("no trust bundle for the trust domain of `{0}`")]
-    TrustDomain(SpiffeId),
-    /// The chain does not end in the bundle.
-    #[error("the certificate of `{id}` is not signed by an authority of its trust domain: {why}")]
-    Untrusted {
-        /// Whose.
-        id: SpiffeId,
-        /// What path validation said.
-        why: String,
-    },
-    /// Somebody else than the directory expects at this address.
-    #[error("expected {expected} there, found `{found}`")]
-    WrongIdentity {
-        /// Who may stand there.
-        expected: String,
-        /// Who does.
-        found: SpiffeId,
-    },
-    /// Not on the allow-list.
-    #[error("`{caller}` is not allowed to call port {port}")]
-    NotAllowed {
-        /// Who called.
-        caller: SpiffeId,
-        /// Which port.
-        port: u16,
-    },
-}
-
-impl Refusal {
-    /// Its name in metrics, logs and `status`; never changes.
-    pub fn code(&self) -> &'static str {
-        match self {
-            Self::NoCertificate => "no_certificate",
-            Self::Malformed(_) => "malformed_certificate",
-            Self::UriSans(_) => "uri_sans",
-            Self::BadId(_) => "bad_spiffe_id",
-            Self::NoPath(_) => "no_path",
-            Self::CaAsLeaf(_) => "ca_as_leaf",
-            Self::KeyUsage { .. } => "key_usage",
-            Self::Expired { .. } => "expired",
-            Self::NotYetValid { .. } => "not_yet_valid",
-            Self::TrustDomain(_) => "trust_domain",
-            Self::Untrusted { .. } => "untrusted",
-            Self::WrongIdentity { .. } => "wrong_identity",
-            Self::NotAllowed { .. } => "not_allowed",
-        }
-    }
-}
+pub use leaf::leaf_id;
+pub use refusal::Refusal;
 
 /// Which side of the handshake the peer is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,94 +29,62 @@ pub enum PeerRole {
 /// A peer whose chain and leaf passed every rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedPeer {
-    /// Who it is.
+    /// The identity that its leaf proves.
     pub id: SpiffeId,
-    /// Serial, validity, issuer.
+    /// Serial number, validity and issuer of its leaf.
     pub facts: LeafFacts,
-    /// Subject key identifier of the authority at or below the trust root that the chain hangs from, lower-case hex.
+    /// The trusted authority in which the verified path ends, as [`crate::X509Authority::id`] names it.
     pub authority: String,
+    /// That authority's key. When the bundle of the peer's trust domain holds it no longer, the peer is no longer vouched
+    /// for: see [`X509Bundle::holds`].
+    pub anchor: AuthorityKey,
 }
 
 /// Verifies a chain (leaf first) against the bundle of the leaf's own trust domain.
+///
+/// Of the leaf only what chooses the bundle is read before the path is verified, and no error names its ID before that.
 pub fn verify_chain(
     chain: &[CertificateDer<'_>],
     bundles: &BundleSet,
     now: OffsetDateTime,
     role: PeerRole,
 ) -> Result<VerifiedPeer, Refusal> {
-    let (leaf, intermediates) = chain.split_first().ok_or(Refusal::NoCertificate)?;
-    let (rest, cert) = X509Certificate::from_der(leaf).map_err(|e| Refusal::Malformed(e.to_string()))?;
-    if !rest.is_empty() {
-        return Err(Refusal::Malformed("bytes behind the certificate".into()));
-    }
-    let id = leaf_id(&cert)?;
+    let first = chain.first().ok_or(Refusal::NoCertificate)?;
+    check_bounds(chain).map_err(|e| Refusal::ChainTooLong(e.to_string()))?;
+    let cert = leaf::parse(first)?;
+    let id = leaf::claimed_id(&cert)?;
+    let trust_domain = trust_domain_of(&id);
+    let bundle = bundles.get(trust_domain.as_str()).ok_or_else(|| Refusal::TrustDomain(trust_domain.clone()))?;
     let facts = LeafFacts::of(&cert);
-    // Path validation looks at the time again, for the whole chain; these two name both clocks.
+    let path_at = |at| path_end(chain, bundle, at, role);
+    // A leaf out of its time is verified within it: only then is it certain whose clock or renewal is to be checked.
     if now > facts.not_after {
+        path_at(facts.not_after)?;
         return Err(Refusal::Expired { id, not_after: facts.not_after, now });
     }
     if now < facts.not_before {
+        path_at(facts.not_before)?;
         return Err(Refusal::NotYetValid { id, not_before: facts.not_before, now });
     }
-    let bundle = bundles.get(id.trust_domain_name()).ok_or_else(|| Refusal::TrustDomain(id.clone()))?;
-    let anchors: Vec<_> =
-        bundle.authorities.iter().filter(|a| a.not_after() >= now).map(|a| a.anchor().clone()).collect();
-    let untrusted = |why: webpki::Error| Refusal::Untrusted { id: id.clone(), why: why.to_string() };
-    let since_epoch =
-        now.unix_timestamp().try_into().map_or(UnixTime::since_unix_epoch(std::time::Duration::ZERO), |s| {
-            UnixTime::since_unix_epoch(std::time::Duration::from_secs(s))
-        });
-    let usage = match role {
-        PeerRole::Client => webpki::KeyUsage::client_auth(),
-        PeerRole::Server => webpki::KeyUsage::server_auth(),
-    };
-    webpki::EndEntityCert::try_from(leaf)
-        .map_err(untrusted)?
-        .verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, intermediates, since_epoch, usage, None, None)
-        .map_err(untrusted)?;
-    let authority = match intermediates.last() {
-        None => facts.authority_id.clone(),
-        Some(top) => X509Certificate::from_der(top).map(|(_, c)| LeafFacts::of(&c).authority_id).unwrap_or_default(),
-    };
-    Ok(VerifiedPeer { id, facts, authority })
-}
-
-/// The SPIFFE ID of a leaf that obeys X509-SVID's rules for leaves.
-pub fn leaf_id(cert: &X509Certificate<'_>) -> Result<SpiffeId, Refusal> {
-    let malformed = |e: x509_parser::error::X509Error| Refusal::Malformed(e.to_string());
-    let san = cert.subject_alternative_name().map_err(malformed)?;
-    let uris: Vec<&str> = san
-        .iter()
-        .flat_map(|san| san.value.general_names.iter())
-        .filter_map(|name| match name {
-            GeneralName::URI(uri) => Some(*uri),
-            _ => None,
-        })
-        .collect();
-    let [uri] = uris[..] else { return Err(Refusal::UriSans(uris.len())) };
-    let id = crate::trust_domain::parse_id(uri).map_err(|e| Refusal::BadId(e.to_string()))?;
-    // CA before path: a CA's ID has no path, and "a CA certificate" is the truer reason.
-    if cert.basic_constraints().map_err(malformed)?.is_some_and(|bc| bc.value.ca) {
-        return Err(Refusal::CaAsLeaf(id));
-    }
+    let (authority, anchor) = path_at(now)?;
     if id.path().is_empty() {
         return Err(Refusal::NoPath(id));
     }
-    let wrong = |why| Refusal::KeyUsage { id: id.clone(), why };
-    let ku = cert.key_usage().map_err(malformed)?.ok_or_else(|| wrong("it is absent"))?;
-    if !ku.critical {
-        return Err(wrong("it is not critical"));
+    Ok(VerifiedPeer { id, facts, authority, anchor })
+}
+
+/// The authority at the end of the path.
+fn path_end(
+    chain: &[CertificateDer<'_>],
+    bundle: &X509Bundle,
+    at: OffsetDateTime,
+    role: PeerRole,
+) -> Result<(String, AuthorityKey), Refusal> {
+    match trusted_path(chain, &bundle.authorities, at, role) {
+        Ok(path) => Ok((path.anchor.id().to_owned(), path.anchor.key())),
+        Err(PathError::Unused(n)) => Err(Refusal::NotInPath(n)),
+        Err(PathError::Empty) => Err(Refusal::NoCertificate),
+        Err(error @ PathError::TooLong(_)) => Err(Refusal::ChainTooLong(error.to_string())),
+        Err(PathError::Untrusted(why)) => Err(Refusal::Untrusted { trust_domain: bundle.trust_domain.clone(), why }),
     }
-    if !ku.value.digital_signature() {
-        return Err(wrong("digitalSignature is not set"));
-    }
-    if ku.value.key_cert_sign() || ku.value.crl_sign() {
-        return Err(wrong("keyCertSign or cRLSign is set on a leaf"));
-    }
-    if let Some(eku) = cert.extended_key_usage().map_err(malformed)?
-        && !(eku.value.server_auth && eku.value.client_auth)
-    {
-        return Err(wrong("extended key usage lacks serverAuth or clientAuth"));
-    }
-    Ok(id)
 }

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use countersign_identity::BundleSet;
+use countersign_identity::verify::VerifiedPeer;
+use countersign_identity::{AuthorityKey, BundleSet};
 use prometheus_client::metrics::gauge::Gauge;
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -12,6 +13,9 @@ use tokio::sync::watch;
 use crate::config::Limits;
 use crate::cut::Cut;
 use crate::refusal::Refused;
+
+/// The authority in which a peer's verified path ends. Of fixed size: nothing of a peer's choice is kept.
+type Anchor = AuthorityKey;
 
 /// All open connections of a sidecar.
 pub struct Connections {
@@ -26,9 +30,7 @@ struct Open {
     next: u64,
     peers: HashMap<IpAddr, usize>,
     /// What cuts each connection, and the authority behind its peer once that is known.
-    cuts: HashMap<u64, (Option<Arc<str>>, Arc<Cut>)>,
-    /// Authority names, once each.
-    names: HashMap<String, Arc<str>>,
+    cuts: HashMap<u64, (Option<Anchor>, Arc<Cut>)>,
 }
 
 impl Connections {
@@ -79,23 +81,20 @@ impl Connections {
 
     /// Cuts every connection whose peer's authority was trusted before, has not ended, and is trusted no more.
     pub fn cut_revoked(&self, before: &BundleSet, after: &BundleSet, now: OffsetDateTime) {
-        let ids = |set: &BundleSet| {
-            let alive = set
-                .iter()
-                .flat_map(|b| b.authorities.iter().filter(|a| a.not_after() > now).map(|a| a.id().to_owned()));
-            alive.collect::<std::collections::HashSet<_>>()
+        let alive = |set: &BundleSet| -> HashMap<Anchor, String> {
+            let authorities = set.iter().flat_map(|b| b.authorities.iter().filter(|a| a.not_after() > now));
+            authorities.map(|a| (a.key(), a.id().to_owned())).collect()
         };
-        let (before, after) = (ids(before), ids(after));
-        let revoked: std::collections::HashSet<_> = before.difference(&after).collect();
+        let after = alive(after);
+        let mut revoked = alive(before);
+        revoked.retain(|key, _| !after.contains_key(key));
         if revoked.is_empty() {
             return;
         }
         let open = self.open();
-        let hit = open
-            .cuts
-            .values()
-            .filter(|(authority, _)| authority.as_ref().is_some_and(|a| revoked.contains(&a.to_string())));
+        let hit = open.cuts.values().filter(|(anchor, _)| anchor.is_some_and(|a| revoked.contains_key(&a)));
         let cut = hit.map(|(_, cut)| cut.revoke()).count();
+        let revoked: Vec<_> = revoked.into_values().collect();
         tracing::warn!(?revoked, cut, "an authority was revoked; its connections are cut");
     }
 }
@@ -109,11 +108,23 @@ pub struct Admitted {
 }
 
 impl Admitted {
-    /// Puts the connection under the fate of its peer's authority.
-    pub fn authenticated_by(&self, authority: &str) {
-        let mut open = self.all.open();
-        let name = open.names.entry(authority.to_owned()).or_insert_with(|| authority.into()).clone();
-        open.cuts.insert(self.id, (Some(name), self.cut.clone()));
+    /// Puts the connection under the fate of its peer's authority, as soon as the handshake has ended. `trusted` says
+    /// what is trusted now; a peer whose authority was revoked meanwhile is refused.
+    ///
+    /// The look comes after the entry: a revocation between handshake and entry is seen by the look, a later one finds
+    /// the entry. So does one that comes while the connection waits for its preamble: see [`Self::check`].
+    pub fn authenticated_as(
+        &self,
+        peer: &VerifiedPeer,
+        trusted: impl FnOnce(&str, AuthorityKey) -> bool,
+    ) -> Result<(), Refused> {
+        self.all.open().cuts.insert(self.id, (Some(peer.anchor), self.cut.clone()));
+        if trusted(peer.id.trust_domain_name(), peer.anchor) { Ok(()) } else { Err(Refused::AuthorityRevoked) }
+    }
+
+    /// Whether the authority behind the peer is still trusted.
+    pub fn check(&self) -> Result<(), Refused> {
+        if self.cut.is_revoked() { Err(Refused::AuthorityRevoked) } else { Ok(()) }
     }
 
     /// What cuts it.

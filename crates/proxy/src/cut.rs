@@ -24,6 +24,11 @@ impl Cut {
         self.set(REVOKED);
     }
 
+    /// Whether the authority behind the peer was revoked.
+    pub fn is_revoked(&self) -> bool {
+        self.state.load(Ordering::Acquire) == REVOKED
+    }
+
     /// The drain is over.
     pub fn drain(&self) {
         self.set(DRAINED);

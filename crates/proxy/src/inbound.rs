@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use countersign_identity::policy::{Mode, Policy};
+use countersign_identity::verify::VerifiedPeer;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
@@ -42,7 +43,8 @@ async fn carry_mesh(
     let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
     let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
     story.own(&identity);
-    let (mut mesh, peer, request) = match mesh::accept(tcp, &identity, &sidecar.config.timeouts).await {
+    let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
+    let (mut mesh, peer, request) = match mesh::accept(tcp, &identity, proven, &sidecar.config.timeouts).await {
         Ok(accepted) => accepted,
         Err((refused, peer)) => {
             peer.iter().for_each(|p| story.peer(p));
@@ -50,7 +52,10 @@ async fn carry_mesh(
         }
     };
     story.peer(&peer);
-    let opened = open_app(sidecar, &identity, &peer, &request, &target, story).await;
+    let opened = match admitted.check() {
+        Ok(()) => open_app(sidecar, &identity, &peer, &request, &target, story).await,
+        Err(revoked) => Err(revoked),
+    };
     let mut app = match opened {
         Ok(app) => app,
         Err(refused) => {
@@ -63,7 +68,6 @@ async fn carry_mesh(
         reset_on_close(&app);
         return Err(Refused::Tls(error.to_string()));
     }
-    admitted.authenticated_by(&peer.svid.authority);
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
     let carried = carry(&mut mesh, &mut app, false, (&bytes.received, &bytes.sent), admitted.cut()).await;
     story.carried(Carried::Mtls, carried);

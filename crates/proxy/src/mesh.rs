@@ -51,10 +51,12 @@ fn check_protocol(state: &CommonState) -> Result<(), Refused> {
     if state.alpn_protocol() == Some(ALPN) { Ok(()) } else { Err(Refused::Protocol) }
 }
 
-/// Dials another sidecar and says where the connection is going. `early` goes with it.
+/// Dials another sidecar and says where the connection is going. `early` goes with it. `proven` hears of the peer as soon
+/// as the handshake has ended, before anything of the app is sent.
 pub async fn dial<'a>(
     tcp: TcpStream,
     identity: &Identity,
+    proven: impl FnOnce(&VerifiedPeer) -> Result<(), Refused>,
     expected: &std::collections::BTreeSet<String>,
     request: &Request,
     early: impl FnOnce() -> Result<&'a [u8], Refused>,
@@ -71,6 +73,7 @@ pub async fn dial<'a>(
     };
     check_protocol(tls.state())?;
     let peer = Peer::of(tls.state(), identity)?;
+    proven(&peer.svid)?;
     let mut first = request.encode();
     first.extend_from_slice(early()?);
     let talk = async {
@@ -87,10 +90,12 @@ pub async fn dial<'a>(
     }
 }
 
-/// Takes a connection from another sidecar and reads where it is going.
+/// Takes a connection from another sidecar and reads where it is going. `proven` hears of the peer as soon as the handshake
+/// has ended: the preamble may be seconds away.
 pub async fn accept(
     tcp: TcpStream,
     identity: &Arc<Identity>,
+    proven: impl FnOnce(&VerifiedPeer) -> Result<(), Refused>,
     timeouts: &Timeouts,
 ) -> Result<(ServerStream, Peer, Request), (Refused, Option<Peer>)> {
     let handshake = tls::accept(identity.server(), tcp);
@@ -101,6 +106,9 @@ pub async fn accept(
     };
     check_protocol(tls.state()).map_err(|e| (e, None))?;
     let peer = Peer::of(tls.state(), identity).map_err(|e| (e, None))?;
+    if let Err(refused) = proven(&peer.svid) {
+        return Err((refused, Some(peer)));
+    }
     match tokio::time::timeout(timeouts.preamble, Request::read(&mut tls)).await {
         Ok(Ok(request)) => Ok((tls, peer, request)),
         Ok(Err(e)) => Err((Refused::Preamble(e.to_string()), Some(peer))),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use countersign_identity::directory::{Answer, Service, Workload};
 use countersign_identity::policy::Mode;
+use countersign_identity::verify::VerifiedPeer;
 use tokio::net::TcpStream;
 
 use crate::config::FixedOutbound;
@@ -80,7 +81,7 @@ pub async fn fixed(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr, wa
         let identity = own_identity(sidecar, &mut story)?;
         let request = Request { destination: way.target, workload: String::new() };
         let mut early = Early::default();
-        let reached = reach(sidecar, &app, &identity, way.target, &way.expect, &request, &mut early).await?;
+        let reached = reach(sidecar, &app, &admitted, &identity, way.target, &way.expect, &request, &mut early).await?;
         over_mesh(sidecar, &mut app, &mut story, &admitted, reached, early).await
     };
     let result = result.await;
@@ -109,7 +110,8 @@ async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut St
         Route::Mesh { to, workload } => {
             let mut early = Early::default();
             let request = Request { destination, workload: workload.uid.clone() };
-            let reached = reach(sidecar, app, &identity, to, &workload.spiffe_ids, &request, &mut early).await?;
+            let reached =
+                reach(sidecar, app, &admitted, &identity, to, &workload.spiffe_ids, &request, &mut early).await?;
             over_mesh(sidecar, app, story, &admitted, reached, early).await
         }
         Route::Service { service, strict } => {
@@ -159,7 +161,7 @@ async fn through_service(
         let refused = match route(sidecar, identity, to).await {
             Ok(Route::Mesh { to: mesh, workload }) => {
                 let request = Request { destination: to, workload: workload.uid.clone() };
-                match reach(sidecar, app, identity, mesh, &workload.spiffe_ids, &request, &mut early).await {
+                match reach(sidecar, app, admitted, identity, mesh, &workload.spiffe_ids, &request, &mut early).await {
                     Ok(reached) => return over_mesh(sidecar, app, story, admitted, reached, early).await,
                     Err(refused) => refused,
                 }
@@ -235,9 +237,11 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
 }
 
 /// Opens the way to a workload's sidecar; what the app has said already goes with it.
+#[allow(clippy::too_many_arguments)] // the facts of one connection
 async fn reach(
     sidecar: &Sidecar,
     app: &TcpStream,
+    admitted: &Admitted,
     identity: &Identity,
     to: SocketAddr,
     expected: &std::collections::BTreeSet<String>,
@@ -246,7 +250,8 @@ async fn reach(
 ) -> Result<(ClientStream, Peer), Refused> {
     let timeouts = &sidecar.config.timeouts;
     let tcp = dial(to, timeouts.connect).await?;
-    mesh::dial(tcp, identity, expected, request, || early.take(app, to), timeouts).await
+    let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
+    mesh::dial(tcp, identity, proven, expected, request, || early.take(app, to), timeouts).await
 }
 
 async fn over_mesh(
@@ -260,7 +265,7 @@ async fn over_mesh(
     let (ended, early_bytes) = (early.ended, early.bytes.len() as u64);
     drop(early);
     story.peer(&peer);
-    admitted.authenticated_by(&peer.svid.authority);
+    admitted.check()?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
     bytes.sent.inc_by(early_bytes);
     let mut carried = carry(app, &mut mesh, ended, (&bytes.sent, &bytes.received), admitted.cut()).await;

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use countersign_api::tls::{SvidVerifier, TlsError, certified_key, server_config};
+use countersign_api::tls::{ServerTls, SvidVerifier, TlsError, certified_key};
 use countersign_identity::profile::request;
 use countersign_identity::trust_domain::server_id;
 use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Svid};
-use rustls::ServerConfig;
 
 use crate::ServerError;
 use crate::authority::AuthorityError;
@@ -21,7 +20,7 @@ pub struct OwnSvid {
 
 struct Current {
     svid: X509Svid,
-    tls: Arc<ServerConfig>,
+    tls: Arc<ServerTls>,
     jitter: f64,
 }
 
@@ -33,7 +32,7 @@ impl OwnSvid {
     }
 
     /// The TLS of the moment.
-    pub fn tls(&self) -> Arc<ServerConfig> {
+    pub fn tls(&self) -> Arc<ServerTls> {
         self.current.load().tls.clone()
     }
 
@@ -78,7 +77,7 @@ fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
 }
 
 /// Callers show an SVID of our trust domain, or none (an agent before its attestation).
-fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerConfig>, TlsError> {
+fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerTls>, TlsError> {
     let bundles = {
         let bundle = core.authorities.bundle();
         move || {
@@ -86,5 +85,5 @@ fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerConfig>, TlsErr
         }
     };
     let verifier = SvidVerifier::new(bundles, |_| Ok(())).client_may_be_anonymous();
-    Ok(Arc::new(server_config(certified_key(svid)?, verifier, &[b"h2"])?))
+    Ok(Arc::new(ServerTls::new(certified_key(svid)?, verifier, &[b"h2"])?))
 }

@@ -13,7 +13,7 @@ use countersign_api::clock::Clock;
 use countersign_api::tls::{SvidVerifier, TlsError, certified_key, client_config, server_config};
 use countersign_api::verified::VerifiedChains;
 use countersign_identity::verify::Refusal;
-use countersign_identity::{BundleSet, X509Svid};
+use countersign_identity::{AuthorityKey, BundleSet, X509Svid};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ServerConfig};
 use time::OffsetDateTime;
@@ -129,6 +129,11 @@ impl Current {
             return Err(Refused::SvidExpired(identity.svid.facts().not_after));
         }
         Ok(identity)
+    }
+
+    /// Whether the bundles of the moment hold an authority. Nothing is trusted while there is no identity.
+    pub fn trusts(&self, trust_domain: &str, key: AuthorityKey) -> bool {
+        self.identity.load().as_ref().is_some_and(|identity| identity.bundles().holds(trust_domain, key))
     }
 
     /// Takes up a new revision. Connections that are open stay as they are.

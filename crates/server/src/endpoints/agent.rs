@@ -113,7 +113,7 @@ async fn attest(
         ttl: core.issuance().agent_svid_ttl,
         csr: &csr,
     })?;
-    let AttestedNode { id, selectors, can_reattest, alias } = node;
+    let AttestedNode { id, selectors, can_reattest, alias, evidence: _ } = node;
     if let Some(alias) = alias {
         // The entry's selector is the agent's own ID, which no other node can attest to.
         let entry = alias_entry(core, alias, &id)?;

@@ -43,6 +43,12 @@ impl NodeAttestor for JoinToken {
         }
         let id = agent_id(&self.trust_domain, "join_token", &token.token)
             .map_err(|e| AttestError::Malformed(e.to_string()))?;
-        Ok(AttestedNode { id, selectors: SelectorSet::new(), can_reattest: false, alias: token.agent_id })
+        Ok(AttestedNode {
+            id,
+            selectors: SelectorSet::new(),
+            can_reattest: false,
+            alias: token.agent_id,
+            evidence: None,
+        })
     }
 }

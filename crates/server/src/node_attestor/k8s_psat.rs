@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use async_trait::async_trait;
 use countersign_identity::TrustDomain;
 use countersign_identity::selector::{Selector, SelectorSet};
+use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::agent_id;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -56,7 +57,8 @@ impl NodeAttestor for K8sPsat {
         if evidence.cluster != self.cluster.name {
             return Err(AttestError::Refused(format!(
                 "the agent says it is in cluster `{}`; this server attests nodes of `{}` (--k8s-psat-cluster)",
-                evidence.cluster, self.cluster.name
+                shown(&evidence.cluster),
+                self.cluster.name
             )));
         }
         let pod = token_pod(&self.review(evidence.token).await?)?;
@@ -83,7 +85,7 @@ impl NodeAttestor for K8sPsat {
         let id = agent_id(&self.trust_domain, "k8s_psat", &format!("{}/{node_uid}", self.cluster.name));
         let id = id.map_err(|e| malformed(e.to_string()))?;
         let selectors = self.selectors(&pod, &found, &on, &node, &node_uid)?;
-        Ok(AttestedNode { id, selectors, can_reattest: true, alias: None })
+        Ok(AttestedNode { id, selectors, can_reattest: true, alias: None, evidence: None })
     }
 }
 

@@ -48,6 +48,20 @@ pub struct AttestedNode {
     pub can_reattest: bool,
     /// An ID that the agent gets as an alias (a join token made for it).
     pub alias: Option<SpiffeId>,
+    /// What it proved itself with; `None` for evidence that works once. A ban holds for the evidence, under whatever ID.
+    pub evidence: Option<EvidenceKey>,
+}
+
+/// Names a node's evidence for good: the node cannot show the same evidence under another key, as it can under another
+/// agent ID. Kept with an agent, so that a banned one does not come back as somebody else.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EvidenceKey(String);
+
+impl EvidenceKey {
+    /// `<attestor>:<what it says>`, as it is stored.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 /// Asks the agent something during attestation.

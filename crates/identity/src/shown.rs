@@ -1,0 +1,70 @@
+//! Text that others wrote, in a form that is safe to print: escaped and cut.
+//!
+//! A certificate's names, a preamble's workload UID or a peer's reason end up in errors, and errors in logs and terminals.
+//! A line feed in them would forge a log line, an escape sequence would write over what an operator sees.
+
+use std::fmt::{self, Write};
+
+/// Characters of foreign text that are printed; what is beyond is counted.
+pub const MAX_SHOWN: usize = 128;
+
+/// Foreign text for an error or a log line. [`fmt::Display`] escapes and cuts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shown<'a> {
+    text: &'a str,
+    limit: usize,
+}
+
+/// `text` as it may be printed: at most [`MAX_SHOWN`] characters of it.
+pub fn shown(text: &str) -> Shown<'_> {
+    Shown { text, limit: MAX_SHOWN }
+}
+
+/// `text` as it may be printed: at most `limit` characters of it.
+pub fn shown_up_to(text: &str, limit: usize) -> Shown<'_> {
+    Shown { text, limit }
+}
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut characters = self.text.chars();
+        for c in characters.by_ref().take(self.limit) {
+            // The backslash and the backtick are escaped as well: what is printed can be read back in one way only, and the
+            // text cannot end the quotes that it stands in.
+            match c {
+                '`' => f.write_str("\\u{60}")?,
+                ' ' => f.write_char(c)?,
+                _ if c != '\\' && (c.is_alphanumeric() || c.is_ascii_punctuation()) => f.write_char(c)?,
+                _ => write!(f, "{}", c.escape_default())?,
+            }
+        }
+        match characters.as_str().len() {
+            0 => Ok(()),
+            rest => write!(f, "… ({rest} bytes more)"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_and_terminals_cannot_be_written_to_through_foreign_text() {
+        let hostile = "x y\n2026-01-01 WARN all is well\r\x1b[31m\u{9b}31m\u{202e}\u{2028}\0`\\";
+        let printed = shown(hostile).to_string();
+        assert!(printed.starts_with(r"x y\n2026-01-01 WARN all is well\r\u{1b}[31m"), "{printed}");
+        assert!(printed.chars().all(|c| c == ' ' || c.is_ascii_graphic()), "{printed}");
+        assert!(!printed.contains('`'), "the quotes cannot be ended: {printed}");
+    }
+
+    #[test]
+    fn ordinary_text_stays_as_it_is_and_long_text_is_cut() {
+        for plain in ["spiffe://example.org/ns/default/sa/web", "a-b_c.d:80 (x)", "Zürich"] {
+            assert_eq!(shown(plain).to_string(), plain);
+        }
+        let long = "a".repeat(22_000);
+        assert_eq!(shown(&long).to_string(), format!("{}… (21872 bytes more)", "a".repeat(MAX_SHOWN)));
+        assert_eq!(shown_up_to("abc", 2).to_string(), "ab… (1 bytes more)");
+    }
+}
