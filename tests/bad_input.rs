@@ -34,7 +34,7 @@ fn role_flags_and_files() {
     one_line(&mut countersign(&["server", "--config", &wrong]), "wrong.yaml:2: bind: ");
     one_line(
         &mut countersign(&["server", "--config", &ttl]),
-        "ttl.yaml:3: svid_ttl: `forever` is no length of time: write 20s, 5m, 1h, 30d or 1h30m",
+        "ttl.yaml:3: svid_ttl: `forever` is not a length of time: write 20s, 5m, 1h, 30d or 1h30m",
     );
     one_line(
         &mut countersign(&["server", "--trust-domain", "A.b"]),

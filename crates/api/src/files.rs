@@ -2,13 +2,26 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Reads a file of at most `most` bytes.
+/// Reads a regular file of at most `most` bytes. Devices, pipes and folders are refused: what they hold may never end, or
+/// never come.
 pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut content = vec![];
-    std::fs::File::open(path)?.take(most + 1).read_to_end(&mut content)?;
+    // Without O_NONBLOCK the open itself waits for a pipe's writer. It changes nothing for regular files.
+    let file = OpenOptions::new().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() {
+        let what = match () {
+            () if kind.is_dir() => "a folder",
+            () if kind.is_fifo() => "a pipe",
+            () if kind.is_char_device() || kind.is_block_device() => "a device",
+            () => "not a regular file",
+        };
+        return Err(io::Error::other(format!("it is {what}; expected a file")));
+    }
+    file.take(most + 1).read_to_end(&mut content)?;
     if content.len() as u64 > most {
         return Err(io::Error::other(format!("it is longer than {most} bytes")));
     }

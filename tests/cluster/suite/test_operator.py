@@ -73,7 +73,7 @@ class Operator(unittest.TestCase):
             settings(svidTTL="soon")
             found = self.check()["settings"]
             self.assertFalse(found["ok"])
-            self.assertIn("svidTTL: `soon` is no length of time", found["found"])
+            self.assertIn("svidTTL: `soon` is not a length of time", found["found"])
             wait("the server to say so", lambda: "the settings stay as they are" in mesh.logs(NAMESPACE, "countersign-server-0", "server"), 90)
             self.assertEqual(running(), before, "and nothing was started anew")
         finally:

@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 use super::ok;
 use super::output::Output;
 use crate::clients::{ServerArg, client, refused};
-use crate::settings::Mistake;
+use crate::settings::{Mistake, read_file};
 
 /// Trust bundles.
 #[derive(Subcommand)]
@@ -68,15 +68,15 @@ pub async fn run(command: BundleCommand) -> Result<()> {
                         "pem": countersign_identity::bundle::certificates_to_pem([a.der().as_ref()]) })
                 });
                 let all = json!({ "trust_domain": bundle.trust_domain.to_string(), "sequence": bundle.sequence, "authorities": authorities.collect::<Vec<_>>() });
-                println!("{}", serde_json::to_string_pretty(&all)?);
+                crate::stdout::line(&serde_json::to_string_pretty(&all)?)?;
             } else {
-                print!("{}", bundle.to_pem());
+                crate::stdout::put(&bundle.to_pem())?;
             }
         }
         BundleCommand::Set { server, trust_domain, path } => {
             let td = parse_trust_domain(&trust_domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?;
             let wrong = |why: String| Mistake::flag("--path", &format!("{}: {why}", path.display()));
-            let pem = std::fs::read(&path).map_err(|e| wrong(e.to_string()))?;
+            let pem = read_file(&path).map_err(|e| Mistake::flag("--path", &e.0))?;
             let bundle = X509Bundle::from_pem(td, &pem).map_err(|e| wrong(e.to_string()))?;
             let request = BatchSetFederatedBundleRequest { bundle: vec![bundle_to_wire(&bundle)], output_mask: None };
             let response =

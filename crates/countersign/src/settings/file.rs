@@ -1,50 +1,40 @@
-//! YAML files, and mistakes in them with their place.
+//! Settings files: read with a bound, parsed into a tree with lines, and mistakes in them with their place.
 
 use std::path::Path;
 
+use countersign_api::files::read_bounded;
 use serde::de::DeserializeOwned;
-use serde_saphyr::Location;
 
 use super::Mistake;
+use super::yaml::{Node, from_node, parse};
 
-/// Largest settings file, in bytes.
-const MAX_BYTES: u64 = 1024 * 1024;
+/// Largest settings file or PEM file, in bytes.
+pub const MAX_BYTES: u64 = 1024 * 1024;
 
-/// Reads a file; a mistake names file, line and key.
+/// Reads a file into settings; a mistake names file, line and key.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<(T, String), Mistake> {
-    let shown = path.display();
-    let size = std::fs::metadata(path).map_err(|e| Mistake(format!("{shown}: cannot be read: {e}")))?.len();
-    if size > MAX_BYTES {
-        return Err(Mistake(format!("{shown}: {size} bytes long, {MAX_BYTES} is the most")));
-    }
-    let text = std::fs::read_to_string(path).map_err(|e| Mistake(format!("{shown}: cannot be read: {e}")))?;
-    let parsed = serde_saphyr::from_str(&text).map_err(|e| {
-        let why = e.without_snippet().to_string();
-        let why = why
-            .split(" at line ")
-            .next()
-            .unwrap_or(&why)
-            .replace(", set DuplicateKeyPolicy in Options if acceptable", "");
-        match e.location() {
-            Some(location) => located(path, &text, location, &why),
-            None => Mistake(format!("{shown}: {why}")),
-        }
+    let (node, text) = load_tree(path)?;
+    let settings = from_node(&node).map_err(|e| {
+        let key = if e.key.is_empty() { String::new() } else { format!("{}: ", e.key) };
+        Mistake(format!("{}:{}: {key}{}", path.display(), e.line.unwrap_or(1), e.why))
     })?;
-    Ok((parsed, text))
+    Ok((settings, text))
 }
 
-/// A mistake at a place: `file:line: key: what is wrong`.
-pub fn located(path: &Path, text: &str, location: Location, why: &str) -> Mistake {
-    let number = usize::try_from(location.line()).unwrap_or(1).max(1);
-    let key = text.lines().nth(number - 1).and_then(key_of);
-    match key.filter(|k| !why.contains(&format!("`{k}`"))) {
-        Some(key) => Mistake(format!("{}:{number}: {key}: {why}", path.display())),
-        None => Mistake(format!("{}:{number}: {why}", path.display())),
-    }
+/// Reads a file into a tree; the text beside it.
+pub fn load_tree(path: &Path) -> Result<(Node, String), Mistake> {
+    let shown = path.display();
+    let bytes = read_file(path)?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
+        Mistake(format!("{shown}:{line}: this is not UTF-8 text; save the file as UTF-8"))
+    })?;
+    let tree = parse(&text).map_err(|e| Mistake(format!("{shown}:{}: {}", e.line, e.why)))?;
+    let tree = tree.ok_or_else(|| Mistake(format!("{shown}: the file is empty; expected keys with values")))?;
+    Ok((tree, text))
 }
 
-/// The key that a line sets.
-fn key_of(line: &str) -> Option<&str> {
-    let (key, _) = line.trim_start_matches([' ', '-']).split_once(':')?;
-    key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_').then_some(key)
+/// Reads a file that somebody named: settings or PEM, 1 MiB at most, and no device, pipe or folder.
+pub fn read_file(path: &Path) -> Result<Vec<u8>, Mistake> {
+    read_bounded(path, MAX_BYTES).map_err(|e| Mistake(format!("{}: cannot be read: {e}", path.display())))
 }

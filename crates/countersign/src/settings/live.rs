@@ -171,7 +171,7 @@ mod tests {
         assert_eq!((all.mode, all.transparent), (Some(Mode::Strict), Some(true)));
         assert_eq!(all.svid_ttl, Some(Ttl(Duration::from_secs(600))));
         assert_eq!(all.workload_key_type, Some(KeyType::Rsa2048));
-        assert!(settings(&[("svidTTL", "soon")]).unwrap_err().starts_with("svidTTL: `soon` is no length of time"));
+        assert!(settings(&[("svidTTL", "soon")]).unwrap_err().starts_with("svidTTL: `soon` is not a length of time"));
         assert!(settings(&[("caKeyType", "dsa")]).unwrap_err().starts_with("caKeyType: "));
         assert!(settings(&[("transparent", "1")]).unwrap_err().contains("neither true nor false"));
     }

@@ -3,8 +3,10 @@
 mod file;
 mod live;
 mod values;
+pub mod words;
+pub mod yaml;
 
-pub use file::{load, located};
+pub use file::{load, load_tree, read_file};
 pub use live::{Live, MeshSettings, live};
 pub use values::{Ttl, parse_mode};
 

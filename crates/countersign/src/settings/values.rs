@@ -15,7 +15,7 @@ impl FromStr for Ttl {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is no length of time: write 20s, 5m, 1h, 30d or 1h30m");
+        let wrong = || format!("`{text}` is not a length of time: write 20s, 5m, 1h, 30d or 1h30m");
         let mut rest = text;
         let mut total = 0u64;
         while !rest.is_empty() {

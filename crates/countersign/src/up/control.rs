@@ -136,6 +136,8 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
         user,
         command: vec![],
         ports: join.ports,
+        workdir: None,
+        restart: Default::default(),
         env: Default::default(),
         exclude_outbound_ports: [].into(),
         exclude_inbound_ports: [].into(),

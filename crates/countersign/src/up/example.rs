@@ -28,6 +28,8 @@ pub fn shop() -> MeshSpec {
         user: None,
         command: vec![program.clone(), "shop".into(), (*name).into()],
         ports: [PORT].into(),
+        workdir: None,
+        restart: Default::default(),
         env: BTreeMap::new(),
         policy: Policy { mode: Mode::Strict, allow: callers.iter().map(|c| id(c)).collect(), ..Policy::default() },
         exclude_outbound_ports: [].into(),

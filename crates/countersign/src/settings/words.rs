@@ -1,0 +1,86 @@
+//! Words for people: text from outside made fit for one line of a terminal, and the known word that was probably meant.
+
+/// Characters of a foreign text that a message shows.
+const SHOWN: usize = 80;
+/// How alike two words must be for one to be suggested in place of the other; 1 is the same.
+const ALIKE: f64 = 0.75;
+
+/// Text that somebody else wrote, as a message may show it: control and direction characters escaped, the rest cut.
+pub fn shown(text: &str) -> String {
+    let cut: String = text.chars().take(SHOWN).collect();
+    let escaped = escaped(&cut);
+    if cut.len() == text.len() { escaped } else { format!("{escaped}… ({} bytes)", text.len()) }
+}
+
+/// Text whose control and direction characters are escaped, so that it can neither move a cursor nor start a line.
+pub fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        // Beside the control characters: marks that change a line's direction, and the separators of lines and paragraphs.
+        if c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+        {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// The known word that is most like an unknown one, if any is.
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if word.len() > SHOWN {
+        return None;
+    }
+    let likeness = |k: &str| {
+        let edits = strsim::normalized_damerau_levenshtein(word, k);
+        // A plural, or a word that was cut off, is meant more often than its edits tell.
+        if k.starts_with(word) || word.starts_with(k) { edits.max(strsim::jaro_winkler(word, k)) } else { edits }
+    };
+    let scored = known.into_iter().map(|k| (likeness(k), k));
+    let best = scored.max_by(|a, b| a.0.total_cmp(&b.0));
+    // Short words differ much by one letter: `prot` and `port` are alike by half only.
+    best.filter(|(score, k)| *score >= if k.len() <= 6 { 0.5 } else { ALIKE }).map(|(_, k)| k)
+}
+
+/// `; did you mean …?`, or nothing.
+pub fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    nearest(word, known).map(|k| format!("; did you mean `{k}`?")).unwrap_or_default()
+}
+
+/// A count with its noun: `1 port`, `2 ports`.
+pub fn count(n: usize, noun: &str) -> String {
+    if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hostile_text_cannot_move_the_cursor_or_fill_the_screen() {
+        assert_eq!(shown("web"), "web");
+        assert_eq!(shown("\u{1b}[2Ja\nb\u{202e}"), "\\u{1b}[2Ja\\nb\\u{202e}");
+        let long = shown(&"x".repeat(900_000));
+        assert!(long.len() < 120 && long.ends_with("… (900000 bytes)"), "{long}");
+    }
+
+    #[test]
+    fn the_nearest_word_is_suggested_and_a_strange_one_is_not() {
+        let known = ["name", "ports", "port_allow", "service_account", "exclude_outbound_ports", "mode", "egress"];
+        for (wrong, meant) in [
+            ("prots", "ports"),
+            ("port", "ports"),
+            ("Mode", "mode"),
+            ("port_alow", "port_allow"),
+            ("serviceAccount", "service_account"),
+            ("exclude_outbound_port", "exclude_outbound_ports"),
+            ("nmae", "name"),
+        ] {
+            assert_eq!(nearest(wrong, known), Some(meant), "{wrong}");
+        }
+        assert_eq!(nearest("colour", known), None);
+        assert_eq!(nearest(&"x".repeat(900_000), known), None);
+    }
+}
