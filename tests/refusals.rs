@@ -74,7 +74,7 @@ impl Inbound {
         });
         let metrics = http_get(self.http, "/metrics").unwrap();
         assert!(
-            metrics.contains(&format!("countersign_proxy_refused_total{{direction=\"Inbound\",reason=\"{code}\"}}")),
+            metrics.contains(&format!("countersign_proxy_refused_total{{direction=\"inbound\",reason=\"{code}\"}}")),
             "{metrics}"
         );
         let status = run(countersign(&["status", "--socket"]).arg(&self.admin));

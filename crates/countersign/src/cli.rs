@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{capture, kubernetes, launch, operator, probe, roles, shop, up};
+use crate::{capture, kubernetes, launch, operator, probe, roles, shop, stdout, up};
 
 /// Zero-touch mutual TLS between services.
 ///
@@ -97,10 +98,10 @@ impl Cli {
     /// Reads the process's command line; with a mistake in it, or for help, prints and exits.
     pub fn read() -> Self {
         if std::env::args_os().nth(1).is_some_and(|command| command == "proxy") {
-            let SidecarCommand::Proxy(args) = SidecarCli::parse().command;
+            let SidecarCommand::Proxy(args) = parsed::<SidecarCli>().command;
             return Self { command: Command::Proxy(args) };
         }
-        Self::parse()
+        parsed()
     }
 
     /// Runs the command to its end.
@@ -130,8 +131,9 @@ impl Cli {
             Command::X509(command) => done(operator::block(operator::x509::run(command))),
             Command::Status(args) => done(operator::block(operator::status::run(args))),
             Command::Completion { shell } => {
-                clap_complete::generate(shell, &mut Self::command(), "countersign", &mut std::io::stdout());
-                Ok(ExitCode::SUCCESS)
+                let mut script = vec![];
+                clap_complete::generate(shell, &mut Self::command(), "countersign", &mut script);
+                done(stdout::put(&String::from_utf8_lossy(&script)).map_err(Into::into))
             }
             Command::Capture => done(capture::run()),
             Command::SidecarHook(hook) => done(roles::sidecar_hook::run(&hook)),
@@ -140,4 +142,33 @@ impl Cli {
             Command::Probe(args) => probe::run(args),
         }
     }
+}
+
+/// The process's command line; with a mistake in it, or for help, prints and exits.
+fn parsed<T: Parser>() -> T {
+    let error = match T::try_parse() {
+        Ok(cli) => return cli,
+        Err(error) => without_hidden_commands(error),
+    };
+    let code = match error.print() {
+        Ok(()) => error.exit_code(),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => stdout::CLOSED_EXIT_CODE.into(),
+        Err(e) => {
+            eprintln!("countersign: cannot write to standard output: {e}");
+            1
+        }
+    };
+    std::process::exit(code)
+}
+
+/// Takes commands that `--help` does not show out of what is suggested for a misspelt one.
+fn without_hidden_commands(mut error: clap::Error) -> clap::Error {
+    let Some(ContextValue::Strings(suggested)) = error.remove(ContextKind::SuggestedSubcommand) else { return error };
+    let all = Cli::command();
+    let hidden = |name: &String| all.get_subcommands().any(|c| c.get_name() == name && c.is_hide_set());
+    let shown: Vec<String> = suggested.into_iter().filter(|name| !hidden(name)).collect();
+    if !shown.is_empty() {
+        error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(shown));
+    }
+    error
 }

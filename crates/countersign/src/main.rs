@@ -1,5 +1,13 @@
 //! The `countersign` binary: reads the command line, runs one role or command, and says in one line what went wrong.
 
+/// Says a line on standard error. When that is closed or full there is nobody left to tell, and no reason to panic, which is
+/// what the macro of the standard library does.
+macro_rules! eprintln {
+    ($($arg:tt)*) => {{
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($arg)*)));
+    }};
+}
+
 mod capture;
 mod cli;
 mod clients;
@@ -12,6 +20,7 @@ mod probe;
 mod roles;
 mod settings;
 mod shop;
+mod stdout;
 mod stop;
 mod up;
 
@@ -25,6 +34,9 @@ fn main() -> ExitCode {
     match cli.run() {
         Ok(code) => code,
         Err(error) => {
+            if let Some(stdout::StdoutError::Closed) = error.downcast_ref() {
+                return ExitCode::from(stdout::CLOSED_EXIT_CODE);
+            }
             let usage = error.downcast_ref::<settings::Mistake>().is_some();
             eprintln!("countersign: {}", one_line(&error));
             // 2: somebody has to mend the command or a file; 1: it was tried and failed.
@@ -44,5 +56,11 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
             text = format!("{text}: {cause}");
         }
     }
-    text.replace('\n', " ")
+    // Whatever was quoted in it, a line stays a line, and its length has an end.
+    const MOST: usize = 4_000;
+    let line = settings::words::escaped(&text.replace('\n', " "));
+    match line.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
 }

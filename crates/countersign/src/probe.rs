@@ -145,6 +145,6 @@ pub fn run(args: ProbeArgs) -> Result<ExitCode> {
         }
         all
     });
-    println!("{}", serde_json::to_string(&report)?);
+    crate::stdout::line(&serde_json::to_string(&report)?)?;
     Ok(ExitCode::from(u8::from(report.failed > 0)))
 }

@@ -73,7 +73,7 @@ pub fn check(args: &CheckArgs) -> Result<ExitCode> {
         all.push(json!({ "check": check, "ok": ok, "found": found, "mend": mend }));
     }
     let good = findings.iter().all(|f| f.outcome.is_ok());
-    args.output.print(&table, &json!({ "ok": good, "checks": all }));
+    args.output.print(&table, &json!({ "ok": good, "checks": all }))?;
     Ok(ExitCode::from(u8::from(!good)))
 }
 

@@ -69,7 +69,7 @@ pub fn explain(args: &ExplainArgs) -> Result<ExitCode> {
         table.row(vec!["connection".into(), c["mode"].as_str().unwrap_or_default().into(), sentence(c)]);
     }
     let good = steps.iter().all(|s| s.outcome.is_ok());
-    output.print(&table, &json!({ "ok": good, "steps": all, "connections": connections }));
+    output.print(&table, &json!({ "ok": good, "steps": all, "connections": connections }))?;
     Ok(ExitCode::from(u8::from(!good)))
 }
 

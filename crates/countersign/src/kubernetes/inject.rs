@@ -45,8 +45,7 @@ pub fn inject(args: InjectArgs) -> Result<()> {
         document_in(&mut document, &sidecar).with_context(|| name.clone())?;
         out.push(yaml(&document)?);
     }
-    print!("{}", out.join("---\n"));
-    Ok(())
+    Ok(crate::stdout::put(&out.join("---\n"))?)
 }
 
 /// Injects wherever a document holds a pod.

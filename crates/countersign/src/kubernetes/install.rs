@@ -25,11 +25,9 @@ pub struct InstallArgs {
 /// Prints.
 pub fn install(args: &InstallArgs) -> Result<()> {
     if args.show_values {
-        print!("{}", chart::VALUES);
-        return Ok(());
+        return Ok(crate::stdout::put(chart::VALUES)?);
     }
-    print!("{}", manifests(&args.namespace, &args.values)?);
-    Ok(())
+    Ok(crate::stdout::put(&manifests(&args.namespace, &args.values)?)?)
 }
 
 /// All manifests as one YAML stream.

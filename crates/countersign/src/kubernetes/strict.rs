@@ -75,7 +75,7 @@ async fn run(args: &StrictArgs) -> Result<ExitCode> {
     if moves {
         move_to_strict(&client, args).await?;
     }
-    args.output.print(&table, &json!({ "moved": moves, "plaintext": rows }));
+    args.output.print(&table, &json!({ "moved": moves, "plaintext": rows }))?;
     if found.is_empty() {
         eprintln!("no plaintext peer was seen: strict would cut off nobody that the sidecars know of");
     } else if !args.plan && !moves {

@@ -109,7 +109,7 @@ pub fn verify(args: VerifyArgs) -> Result<ExitCode> {
         shown = json!({ "client": end(&h.client), "server": end(&h.server), "tls": h.tls, "cipher": h.cipher });
     }
     let good = found.checks.iter().all(|(_, o)| o.is_ok());
-    args.output.print(&table, &json!({ "ok": good, "checks": checks, "handshake": shown }));
+    args.output.print(&table, &json!({ "ok": good, "checks": checks, "handshake": shown }))?;
     Ok(ExitCode::from(u8::from(!good)))
 }
 

@@ -62,7 +62,7 @@ pub enum AuthorityCommand {
     },
 }
 
-fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) {
+fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) -> Result<()> {
     let mut table = Table::new(&["status", "id", "expires"]);
     let mut all = serde_json::Map::new();
     for (status, state) in states {
@@ -71,7 +71,7 @@ fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) {
             all.insert((*status).to_owned(), json!({ "id": s.authority_id, "expires_at": s.expires_at }));
         }
     }
-    output.print(&table, &Value::Object(all));
+    Ok(output.print(&table, &Value::Object(all))?)
 }
 
 /// Runs the command.
@@ -81,12 +81,12 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
             let s =
                 client.get_x509_authority_state(GetX509AuthorityStateRequest {}).await.map_err(refused)?.into_inner();
-            print(&output, &[("active", s.active), ("prepared", s.prepared), ("old", s.old)]);
+            print(&output, &[("active", s.active), ("prepared", s.prepared), ("old", s.old)])?;
         }
         AuthorityCommand::Prepare { server, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
             let s = client.prepare_x509_authority(PrepareX509AuthorityRequest {}).await.map_err(refused)?.into_inner();
-            print(&output, &[("prepared", s.prepared_authority)]);
+            print(&output, &[("prepared", s.prepared_authority)])?;
         }
         AuthorityCommand::Activate { server, id, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
@@ -95,7 +95,7 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
                 .await
                 .map_err(refused)?
                 .into_inner();
-            print(&output, &[("active", s.activated_authority)]);
+            print(&output, &[("active", s.activated_authority)])?;
         }
         AuthorityCommand::Taint { server, id, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
@@ -104,7 +104,7 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
                 .await
                 .map_err(refused)?
                 .into_inner();
-            print(&output, &[("tainted", s.tainted_authority)]);
+            print(&output, &[("tainted", s.tainted_authority)])?;
         }
         AuthorityCommand::Revoke { server, id, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
@@ -113,7 +113,7 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
                 .await
                 .map_err(refused)?
                 .into_inner();
-            print(&output, &[("revoked", s.revoked_authority)]);
+            print(&output, &[("revoked", s.revoked_authority)])?;
         }
     }
     Ok(())

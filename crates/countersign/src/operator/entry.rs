@@ -143,7 +143,7 @@ fn json_of(e: &types::Entry) -> Value {
     })
 }
 
-fn print(output: &Output, entries: &[types::Entry]) {
+fn print(output: &Output, entries: &[types::Entry]) -> Result<()> {
     let mut table = Table::new(&["id", "spiffe id", "parent id", "selectors", "ttl", "revision", "created"]);
     for e in entries {
         let selectors = e.selectors.iter().map(|s| format!("{}:{}", s.r#type, s.value)).collect::<Vec<_>>().join(" ");
@@ -158,7 +158,7 @@ fn print(output: &Output, entries: &[types::Entry]) {
             when(e.created_at),
         ]);
     }
-    output.print(&table, &Value::Array(entries.iter().map(json_of).collect()));
+    Ok(output.print(&table, &Value::Array(entries.iter().map(json_of).collect()))?)
 }
 
 /// Every entry that a filter lets through.
@@ -208,7 +208,7 @@ pub async fn run(command: EntryCommand) -> Result<()> {
             };
             fields.fill(&mut entry)?;
             let created = create(server.channel()?, entry).await?;
-            print(&output, &[created]);
+            print(&output, &[created])?;
         }
         EntryCommand::Show { server, id, spiffe_id, parent_id, selector, output } => {
             let channel = server.channel()?;
@@ -217,7 +217,7 @@ pub async fn run(command: EntryCommand) -> Result<()> {
                     .get_entry(GetEntryRequest { id, output_mask: None })
                     .await
                     .map_err(refused)?;
-                print(&output, &[found.into_inner()]);
+                print(&output, &[found.into_inner()])?;
                 return Ok(());
             }
             let filter = list_entries_request::Filter {
@@ -230,7 +230,7 @@ pub async fn run(command: EntryCommand) -> Result<()> {
                 },
                 ..Default::default()
             };
-            print(&output, &list(channel, filter).await?);
+            print(&output, &list(channel, filter).await?)?;
         }
         EntryCommand::Update { server, id, spiffe_id, parent_id, fields, output } => {
             let mut entry = types::Entry { id, ..types::Entry::default() };
@@ -257,13 +257,13 @@ pub async fn run(command: EntryCommand) -> Result<()> {
                 .into_inner();
             let result = response.results.into_iter().next().unwrap_or_default();
             ok(result.status)?;
-            print(&output, &result.entry.into_iter().collect::<Vec<_>>());
+            print(&output, &result.entry.into_iter().collect::<Vec<_>>())?;
         }
         EntryCommand::Delete { server, id, output } => {
             let deleted = delete(server.channel()?, id).await?;
             let mut table = Table::new(&["deleted"]);
             deleted.iter().for_each(|id| table.row(vec![id.clone()]));
-            output.print(&table, &json!({ "deleted": deleted }));
+            output.print(&table, &json!({ "deleted": deleted }))?;
         }
     }
     Ok(())

@@ -72,7 +72,7 @@ pub async fn run(command: MintCommand) -> Result<()> {
         ("expires".into(), when(svid.expires_at)),
         ("files".into(), files.join(" ")),
     ]);
-    output.print(&table, &json!({ "spiffe_id": spiffe_id, "expires_at": svid.expires_at, "files": files }));
+    output.print(&table, &json!({ "spiffe_id": spiffe_id, "expires_at": svid.expires_at, "files": files }))?;
     Ok(())
 }
 

@@ -76,7 +76,7 @@ pub async fn run(command: NodeCommand) -> Result<()> {
                     "selectors": a.selectors.iter().map(|s| format!("{}:{}", s.r#type, s.value)).collect::<Vec<_>>(),
                 }));
             }
-            output.print(&table, &Value::Array(all));
+            output.print(&table, &Value::Array(all))?;
         }
         NodeCommand::Evict { server, spiffe_id } => {
             let id = Some(workload_id("--spiffe-id", &spiffe_id)?);

@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use crate::stdout::{self, StdoutError};
+
 /// How a command prints.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Output {
@@ -17,11 +19,11 @@ impl Output {
     }
 
     /// Prints one of the two.
-    pub fn print(&self, table: &Table, json: &Value) {
+    pub fn print(&self, table: &Table, json: &Value) -> Result<(), StdoutError> {
         if self.is_json() {
-            println!("{}", serde_json::to_string_pretty(json).unwrap_or_default());
+            stdout::line(&serde_json::to_string_pretty(json).unwrap_or_default())
         } else {
-            print!("{}", table.render());
+            stdout::put(&table.render())
         }
     }
 }

@@ -37,8 +37,7 @@ pub async fn run(args: StatusArgs) -> Result<()> {
         }).collect();
         let all = json!({ "role": s.role, "version": s.version, "trust_domain": s.trust_domain, "started_at": s.started_at,
             "facts": s.facts, "refused": s.refused, "identities": identities });
-        println!("{}", serde_json::to_string_pretty(&all)?);
-        return Ok(());
+        return Ok(crate::stdout::line(&serde_json::to_string_pretty(&all)?)?);
     }
     let mut facts = vec![
         ("role".to_owned(), s.role),
@@ -49,20 +48,20 @@ pub async fn run(args: StatusArgs) -> Result<()> {
     let mut more: Vec<_> = s.facts.into_iter().collect();
     more.sort();
     facts.extend(more);
-    print!("{}", Table::facts(facts).render());
+    let mut text = Table::facts(facts).render();
     if !s.identities.is_empty() {
         let mut table = Table::new(&["spiffe id", "serial", "expires", "authority", "entry"]);
         for i in s.identities {
             table.row(vec![i.spiffe_id, i.serial, when(i.expires_at), i.authority_id, i.entry_id]);
         }
-        print!("\n{}", table.render());
+        text.push_str(&format!("\n{}", table.render()));
     }
     if !s.refused.is_empty() {
         let mut table = Table::new(&["refused", "times"]);
         let mut all: Vec<_> = s.refused.into_iter().collect();
         all.sort();
         all.into_iter().for_each(|(reason, n)| table.row(vec![reason, n.to_string()]));
-        print!("\n{}", table.render());
+        text.push_str(&format!("\n{}", table.render()));
     }
-    Ok(())
+    Ok(crate::stdout::put(&text)?)
 }

@@ -25,6 +25,9 @@ pub enum TokenCommand {
         /// An ID that the agent gets as an alias, for entries to name as their parent.
         #[arg(long)]
         spiffe_id: Option<String>,
+        /// Print the token alone, as --join-token-file of an agent wants it.
+        #[arg(long, short, conflicts_with = "format")]
+        quiet: bool,
         #[command(flatten)]
         output: Output,
     },
@@ -41,9 +44,12 @@ pub async fn generate(channel: Channel, ttl: Ttl, alias: Option<&str>) -> Result
 
 /// Runs the command.
 pub async fn run(command: TokenCommand) -> Result<()> {
-    let TokenCommand::Generate { server, ttl, spiffe_id, output } = command;
+    let TokenCommand::Generate { server, ttl, spiffe_id, quiet, output } = command;
     let (token, expires_at) = generate(server.channel()?, ttl, spiffe_id.as_deref()).await?;
+    if quiet {
+        return Ok(crate::stdout::line(&token)?);
+    }
     let table = Table::facts([("token".into(), token.clone()), ("expires".into(), when(expires_at))]);
-    output.print(&table, &json!({ "token": token, "expires_at": expires_at }));
+    output.print(&table, &json!({ "token": token, "expires_at": expires_at }))?;
     Ok(())
 }

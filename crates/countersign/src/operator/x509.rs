@@ -78,16 +78,16 @@ pub async fn run(command: X509Command) -> Result<()> {
                 table.row(vec![id, serial, when(expires)]);
                 all.push(json);
             }
-            output.print(&table, &Value::Array(all));
+            output.print(&table, &Value::Array(all))?;
         }
         X509Command::Watch { agent, output } => {
             let mut stream = open(&agent).await?;
             while let Some(response) = stream.message().await.map_err(refused)? {
                 for (id, serial, expires, json) in facts(&response)? {
                     if output.is_json() {
-                        println!("{json}");
+                        crate::stdout::line(&json.to_string())?;
                     } else {
-                        println!("{id}  serial {serial}  expires {}", when(expires));
+                        crate::stdout::line(&format!("{id}  serial {serial}  expires {}", when(expires)))?;
                     }
                 }
             }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use countersign_agent::{Config, Evidence};
 use countersign_api::clock::system_clock;
+use countersign_api::files::read_bounded;
 use countersign_identity::KeyType;
 use countersign_identity::trust_domain::parse_trust_domain;
 use serde::Deserialize;
@@ -17,6 +18,9 @@ use crate::clients::AGENT_SOCKET;
 use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, on_signal};
+
+/// Largest file with a join token, in bytes.
+const MAX_TOKEN_BYTES: u64 = 4_096;
 
 /// Run the node's agent.
 ///
@@ -165,9 +169,10 @@ fn evidence(
     }
     match (token, x509pop, psat) {
         (Some(path), ..) => {
-            let text = std::fs::read_to_string(&path)
-                .map_err(|e| Mistake::flag("--join-token-file", &format!("{}: {e}", path.display())))?;
-            Ok(Some(Evidence::JoinToken(Zeroizing::new(text.trim().to_owned()))))
+            let wrong = |why: String| Mistake::flag("--join-token-file", &format!("{}: {why}", path.display()));
+            let text = read_bounded(&path, MAX_TOKEN_BYTES).map_err(|e| wrong(e.to_string()))?;
+            let token = join_token(&Zeroizing::new(text)).map_err(wrong)?;
+            Ok(Some(Evidence::JoinToken(token)))
         }
         (_, (Some(certificate), Some(key)), _) => Ok(Some(Evidence::X509Pop { certificate, key })),
         (_, (None, None), (Some(cluster), token)) => {
@@ -180,6 +185,26 @@ fn evidence(
         }
         _ => Err(Mistake("x509pop needs both --x509pop-cert and --x509pop-key".into())),
     }
+}
+
+/// The token in a file's content: one word. What is wrong is said without quoting it, for it may be half a secret.
+fn join_token(content: &[u8]) -> Result<Zeroizing<String>, String> {
+    const FIX: &str = "write it with `countersign token generate -q`";
+    let text = std::str::from_utf8(content).map_err(|_| format!("expected a join token, found no text; {FIX}"))?;
+    let text = text.trim_start_matches('\u{feff}').trim();
+    let words = text.split_whitespace().count();
+    if words == 0 {
+        return Err(format!("expected a join token, found an empty file; {FIX}"));
+    }
+    if words > 1 || text.starts_with(['{', '[', '-']) {
+        return Err(format!("expected a join token alone, found more around it; {FIX}"));
+    }
+    if text.len() > 256 || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(format!(
+            "expected a join token of at most 256 letters, digits and signs, found something else; {FIX}"
+        ));
+    }
+    Ok(Zeroizing::new(text.to_owned()))
 }
 
 fn kubelet(
@@ -230,6 +255,27 @@ pub fn run(args: AgentArgs) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_join_token_stands_alone_in_its_file() {
+        let token = "0b7c2a9e-6f0e-4a4c-9c5e-3f6c6c1c9f10";
+        assert_eq!(join_token(format!("{token}\n").as_bytes()).unwrap().as_str(), token);
+        for (content, found) in [
+            (&b""[..], "an empty file"),
+            (b" \n", "an empty file"),
+            (b"\xff\xfe", "no text"),
+            (b"token    0b7c\nexpires  2026-01-01T00:00:00Z\n", "more around it"),
+            (b"{\"token\":\"0b7c\"}", "more around it"),
+            ("x".repeat(300).as_bytes(), "something else"),
+            ("t\u{1b}[2J".as_bytes(), "something else"),
+        ] {
+            let why = join_token(content).unwrap_err();
+            assert!(
+                why.contains(&format!("found {found}")) && why.ends_with("`countersign token generate -q`"),
+                "{why}"
+            );
+        }
+    }
 
     #[test]
     fn the_documented_example_loads_and_has_every_key() {

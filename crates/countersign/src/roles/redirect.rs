@@ -105,7 +105,7 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
     }
     let rules: Vec<_> =
         found.iter().map(|r| serde_json::json!({"rule": r.comment, "packets": r.packets, "bytes": r.bytes})).collect();
-    args.output.print(&table, &serde_json::json!({"in_force": in_force, "rules": rules}));
+    args.output.print(&table, &serde_json::json!({"in_force": in_force, "rules": rules}))?;
     match (found.is_empty(), in_force) {
         (true, _) => Err(anyhow!("no redirect is installed in this network namespace")),
         (false, false) => Err(anyhow!("the redirect in force differs from the one asked for; install it again")),
