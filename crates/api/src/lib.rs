@@ -10,6 +10,7 @@ pub mod files;
 pub mod http;
 pub mod names;
 pub mod peer;
+pub mod reopen;
 pub mod tls;
 pub mod transport;
 mod unix_authority;

@@ -4,11 +4,32 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use countersign_api::files::write_atomically;
-use tokio::signal::unix::{SignalKind, signal};
+use countersign_api::reopen::{self, Reopen};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Cancelled by SIGTERM or SIGINT; a second one ends the process at once.
+/// For commands at a terminal: cancelled by SIGTERM, SIGINT, or SIGHUP, which says that the terminal is gone. A second one ends
+/// the process at once.
 pub fn on_signal() -> anyhow::Result<CancellationToken> {
+    let hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
+    stop_on(Some(hangup))
+}
+
+/// For roles: cancelled by SIGTERM or SIGINT, of which a second one ends the process at once. SIGHUP asks for the logs to be
+/// opened anew (what logrotate sends after it has renamed them), and never ends a role.
+pub fn for_role() -> anyhow::Result<(CancellationToken, Reopen)> {
+    let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
+    let (reopener, reopen) = reopen::channel();
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            tracing::info!("SIGHUP: opening the logs anew");
+            reopener.ask();
+        }
+    });
+    Ok((stop_on(None)?, reopen))
+}
+
+fn stop_on(mut hangup: Option<Signal>) -> anyhow::Result<CancellationToken> {
     let token = CancellationToken::new();
     let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
@@ -18,6 +39,7 @@ pub fn on_signal() -> anyhow::Result<CancellationToken> {
             tokio::select! {
                 _ = term.recv() => {}
                 _ = int.recv() => {}
+                () = hung_up(hangup.as_mut()) => {}
             }
             if round > 0 {
                 std::process::exit(130);
@@ -27,6 +49,14 @@ pub fn on_signal() -> anyhow::Result<CancellationToken> {
         }
     });
     Ok(token)
+}
+
+/// Never, when SIGHUP means something else.
+async fn hung_up(hangup: Option<&mut Signal>) {
+    match hangup {
+        Some(hangup) => drop(hangup.recv().await),
+        None => std::future::pending().await,
+    }
 }
 
 /// A file that tells a supervisor that a role is ready, and where.
@@ -45,5 +75,28 @@ impl ReadyFile {
         {
             tracing::error!(path = %path.display(), %error, "cannot write the ready file");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::{Signal, raise};
+    use std::time::Duration;
+
+    /// One test, because signals reach the whole process: what one raises another would hear.
+    #[tokio::test]
+    async fn sighup_opens_a_roles_logs_anew_and_ends_a_command() {
+        let within = Duration::from_secs(5);
+        let (stop, mut reopen) = for_role().unwrap();
+        for _ in 0..3 {
+            raise(Signal::SIGHUP).unwrap();
+            tokio::time::timeout(within, reopen.asked()).await.unwrap();
+        }
+        assert!(!stop.is_cancelled());
+        let command = on_signal().unwrap();
+        raise(Signal::SIGHUP).unwrap();
+        tokio::time::timeout(within, command.cancelled()).await.unwrap();
+        assert!(!stop.is_cancelled());
     }
 }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use countersign_api::reopen::Reopen;
 use countersign_identity::TrustDomain;
 use countersign_identity::policy::Policy;
 
@@ -33,6 +34,8 @@ pub struct Config {
     pub balance: Balance,
     /// The app's probes, which are asked through us.
     pub probes: BTreeMap<String, Probe>,
+    /// Asks for the access log to be opened anew (SIGHUP).
+    pub reopen: Reopen,
 }
 
 /// How an endpoint of a service is chosen.

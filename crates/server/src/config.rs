@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use countersign_api::reopen::Reopen;
 use countersign_identity::{KeyType, TrustDomain};
 use tokio::sync::watch;
 
@@ -37,6 +38,8 @@ pub struct Config {
     pub audit_log: Option<PathBuf>,
     /// Where `/metrics`, `/ready` and `/live` are served.
     pub metrics: Option<SocketAddr>,
+    /// Asks for the audit record to be opened anew (SIGHUP).
+    pub reopen: Reopen,
 }
 
 /// How certificates are issued from now on; those that are out stay as they are until they are renewed.

@@ -17,7 +17,7 @@ use super::{ConfigFile, merge};
 use crate::clients::AGENT_SOCKET;
 use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
-use crate::stop::{ReadyFile, on_signal};
+use crate::stop::{ReadyFile, for_role};
 
 /// Largest file with a join token, in bytes.
 const MAX_TOKEN_BYTES: u64 = 4_096;
@@ -242,7 +242,8 @@ pub fn run(args: AgentArgs) -> Result<()> {
     args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
-        let stop = on_signal()?;
+        // It writes no files: there is nothing to open anew.
+        let (stop, _) = for_role()?;
         let _followed = follow.map(Live::start);
         let ran = countersign_agent::run(config, system_clock(), stop, || args.ready.write("ready")).await;
         ran.map_err(|error| match error {

@@ -14,7 +14,7 @@ use countersign_identity::trust_domain::parse_trust_domain;
 use crate::clients::{AGENT_SOCKET, SERVER_SOCKET};
 use crate::logging::LogArgs;
 use crate::settings::Mistake;
-use crate::stop::{ReadyFile, on_signal};
+use crate::stop::{ReadyFile, for_role};
 
 /// Run the Kubernetes controller: injector, registrar, directory feed.
 ///
@@ -151,7 +151,8 @@ pub fn run(args: ControllerArgs) -> Result<()> {
     let ready = args.ready.clone();
     let config = args.config()?;
     super::runtime()?.block_on(async {
-        let stop = on_signal()?;
+        // It writes no files: there is nothing to open anew.
+        let (stop, _) = for_role()?;
         let ran = countersign_controller::run(config, stop, || ready.write("ready")).await;
         ran.map_err(|error| Mistake(error.to_string()).into())
     })

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use countersign_api::clock::system_clock;
+use countersign_api::reopen::Reopen;
 use countersign_identity::policy::Policy;
 use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
 use countersign_proxy::config::{
@@ -18,7 +19,7 @@ use super::{ConfigFile, merge};
 use crate::clients::AGENT_SOCKET;
 use crate::logging::LogArgs;
 use crate::settings::{Mistake, Ttl};
-use crate::stop::{ReadyFile, on_signal};
+use crate::stop::{ReadyFile, for_role};
 
 /// Run a sidecar.
 ///
@@ -161,6 +162,7 @@ impl ProxySettings {
                 None => BTreeMap::new(),
                 Some(json) => probes(json).map_err(|e| Mistake::flag("--probes", &e.to_string()))?,
             },
+            reopen: Reopen::default(),
         })
     }
 
@@ -291,7 +293,8 @@ pub fn run(args: ProxyArgs) -> Result<()> {
     // One thread carries everything; further workers are threads of their own.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let stop = on_signal()?;
+        let (stop, reopen) = for_role()?;
+        let config = Config { reopen, ..config };
         let ran = countersign_proxy::run(config, system_clock(), stop, || args.ready.write("ready")).await;
         ran.map_err(|error| Mistake(error.to_string()).into())
     })

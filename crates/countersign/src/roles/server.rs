@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use countersign_api::clock::system_clock;
+use countersign_api::reopen::Reopen;
 use countersign_identity::KeyType;
 use countersign_identity::trust_domain::parse_trust_domain;
 use countersign_server::{BundleConfigMap, Config, Issuance, KeyManagerKind, PsatCluster, UpstreamDisk};
@@ -15,7 +16,7 @@ use super::{ConfigFile, merge};
 use crate::clients::SERVER_SOCKET;
 use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
-use crate::stop::{ReadyFile, on_signal};
+use crate::stop::{ReadyFile, for_role};
 
 /// Run the certificate authority.
 ///
@@ -177,6 +178,7 @@ impl ServerSettings {
             k8s_webhook_label: self.k8s_webhook_label.map(label).transpose()?,
             audit_log: self.audit_log,
             metrics: self.metrics,
+            reopen: Reopen::default(),
         };
         Ok((config, follow))
     }
@@ -242,7 +244,8 @@ pub fn run(args: ServerArgs) -> Result<()> {
     args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
-        let stop = on_signal()?;
+        let (stop, reopen) = for_role()?;
+        let config = Config { reopen, ..config };
         let _followed = follow.map(Live::start);
         countersign_server::run(config, system_clock(), stop, |address| args.ready.write(&address.to_string()))
             .await
