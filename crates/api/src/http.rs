@@ -1,7 +1,7 @@
 //! The small HTTP/1.1 server behind `/metrics`, `/ready` and `/live` of every role.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,17 +10,30 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::transport::back_off_after;
+use crate::accept::Door;
+use crate::admission::{Admission, Limits, Seat};
 
-/// Connections served at once; more wait in the kernel's backlog.
-const MAX_CONNECTIONS: usize = 64;
-/// Longest wait for a request's head, and for the next request of a connection.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections served at once. A probe is answered within the time that it takes so many others to connect after it.
+const LIMITS: Limits = Limits { name: "HTTP connections", total: 256, per_group: 64 };
+
+/// How long a connection may take.
+#[derive(Clone, Copy)]
+struct Deadlines {
+    /// Longest wait for a request's head, from the connection's beginning or the answer before it on: a kept-alive connection
+    /// may idle for as long.
+    head: Duration,
+    /// Life after which no further request is read.
+    life: Duration,
+    /// Time for the answer that is under way when the life ends.
+    last_answer: Duration,
+}
+
+const DEADLINES: Deadlines =
+    Deadlines { head: Duration::from_secs(10), life: Duration::from_secs(120), last_answer: Duration::from_secs(10) };
 
 /// An answer: status, content type, text.
 pub struct Answer {
@@ -77,39 +90,56 @@ pub fn pages(at_once: impl Fn(&str) -> Option<Answer> + Send + Sync + 'static) -
 
 /// Serves until `shutdown`.
 pub async fn serve(listener: TcpListener, handler: Arc<Handler>, shutdown: CancellationToken) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    serve_within(DEADLINES, listener, handler, shutdown).await;
+}
+
+async fn serve_within(deadlines: Deadlines, listener: TcpListener, handler: Arc<Handler>, shutdown: CancellationToken) {
+    let mut door = Door::new(listener);
+    let seats = Admission::<IpAddr>::new(LIMITS);
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             () = shutdown.cancelled() => return,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(e) => {
-                    back_off_after(&e).await;
-                    continue;
-                }
-            },
+            accepted = door.next(|| seats.shed()) => accepted,
         };
-        let Ok(local) = stream.local_addr() else { continue };
-        let handler = handler.clone();
-        connections.spawn(async move {
-            let _slot = slot;
-            let service = service_fn(move |request: Request<Incoming>| {
-                let answering = (request.method() == hyper::Method::GET)
-                    .then(|| handler(Asked { path: request.uri().path().to_owned(), local }));
-                async move { Ok::<_, Infallible>(respond(answering).await) }
-            });
-            let served = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .max_buf_size(16 * 1024)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = served.await {
-                tracing::debug!(%error, "HTTP connection ended");
-            }
-        });
+        let seat = seats.admit(peer.ip().to_canonical());
+        connections.spawn(serve_one(deadlines, stream, seat, handler.clone()));
+    }
+}
+
+async fn serve_one(deadlines: Deadlines, stream: TcpStream, seat: Seat, handler: Arc<Handler>) {
+    let Ok(local) = stream.local_addr() else { return };
+    let taken_away = seat.taken_away();
+    let service = service_fn(move |request: Request<Incoming>| {
+        let answering = (request.method() == hyper::Method::GET)
+            .then(|| handler(Asked { path: request.uri().path().to_owned(), local }));
+        let busy = seat.busy();
+        async move {
+            let response = respond(answering).await;
+            // From here on it is for the peer to read.
+            drop(busy);
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(deadlines.head)
+        .max_buf_size(16 * 1024)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut served = std::pin::pin!(served);
+    let whole_life = async {
+        if let Ok(ended) = tokio::time::timeout(deadlines.life, served.as_mut()).await {
+            return ended;
+        }
+        served.as_mut().graceful_shutdown();
+        tokio::time::timeout(deadlines.last_answer, served).await.unwrap_or(Ok(()))
+    };
+    tokio::select! {
+        ended = whole_life => if let Err(error) = ended {
+            tracing::debug!(%error, "HTTP connection ended");
+        },
+        () = taken_away => {}
     }
 }
 
@@ -123,3 +153,6 @@ async fn respond(answering: Option<Answering>) -> Response<String> {
     response.headers_mut().insert("content-type", http::HeaderValue::from_static(answer.kind));
     response
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,18 +1,26 @@
 //! The wire: generated code for the SPIFFE Workload API, the SPIRE server API and `countersign.v1`, conversions that
 //! parse ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
 
+pub mod accept;
+pub mod admission;
 pub mod backoff;
 pub mod clock;
 pub mod convert;
 pub mod denied;
 pub mod directory;
 pub mod files;
+pub mod grpc;
 pub mod http;
 pub mod names;
 pub mod peer;
 pub mod reopen;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod test_support;
 pub mod tls;
+mod tls_accept;
 pub mod transport;
+mod unix_accept;
 mod unix_authority;
 pub mod verified;
 pub mod workload_api;

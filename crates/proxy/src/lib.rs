@@ -32,9 +32,9 @@ use std::time::Duration;
 
 use countersign_api::clock::Clock;
 use countersign_api::directory::Subscriptions;
-use countersign_api::http;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::transport::{accept_unix, bind_unix, unix_channel};
+use countersign_api::{grpc, http};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -288,6 +288,9 @@ async fn flush_log(sidecar: Arc<Sidecar>, end: CancellationToken) {
     }
 }
 
+/// Calls of one connection to the status socket at once.
+const CALLS_AT_ONCE: u32 = 16;
+
 fn serve_status(
     tasks: &TaskTracker,
     sidecar: Arc<Sidecar>,
@@ -299,7 +302,7 @@ fn serve_status(
     let incoming = accept_unix(listener, path, 0o600);
     let service = StatusServer::new(status::StatusEndpoint(sidecar)).max_decoding_message_size(64 * 1024);
     tasks.spawn(async move {
-        let served = tonic::transport::Server::builder()
+        let served = grpc::server(CALLS_AT_ONCE)
             .add_service(service)
             .serve_with_incoming_shutdown(incoming, end.cancelled_owned());
         if let Err(error) = served.await {

@@ -28,8 +28,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::clock::Clock;
-use countersign_api::http;
 use countersign_api::transport::{accept_tls, accept_unix, bind_unix};
+use countersign_api::{grpc, http};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -130,9 +130,12 @@ pub async fn run(
     }
     let tls = accept_tls(tcp, move || own.tls());
     let unix = accept_unix(unix, core.config.admin_socket.clone(), 0o600);
-    let serve_tls =
-        grpc().add_routes(routes.clone()).serve_with_incoming_shutdown(tls, shutdown.clone().cancelled_owned());
-    let serve_unix = grpc().add_routes(routes).serve_with_incoming_shutdown(unix, shutdown.clone().cancelled_owned());
+    let serve_tls = grpc::server(CALLS_AT_ONCE)
+        .add_routes(routes.clone())
+        .serve_with_incoming_shutdown(tls, shutdown.clone().cancelled_owned());
+    let serve_unix = grpc::server(CALLS_AT_ONCE)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(unix, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.trust_domain(), %address, socket = %core.config.admin_socket.display(), "server ready");
     ready(address);
     let served = tokio::try_join!(serve_tls, serve_unix);
@@ -143,12 +146,8 @@ pub async fn run(
     Ok(())
 }
 
-fn grpc() -> tonic::transport::Server {
-    tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .max_concurrent_streams(Some(1_024))
-}
+/// Calls of one connection at once.
+const CALLS_AT_ONCE: u32 = 1_024;
 
 async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> Result<Core, ServerError> {
     let path = config.data_dir.join("server.sqlite");

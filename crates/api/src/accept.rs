@@ -1,0 +1,136 @@
+//! An accept loop's door: it never stands still, whatever accepting a connection fails with.
+
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
+
+use nix::libc::{EMFILE, ENFILE, ENOBUFS, ENOMEM};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+/// Pause after an accept that fails for a reason that a moment may mend.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How often one door says that it cannot accept.
+const SAY_EVERY: Duration = Duration::from_secs(60);
+
+/// A listening socket.
+pub trait Listener: Send + Sync {
+    /// A connection.
+    type Stream: Send;
+    /// Where it comes from.
+    type Address: Send;
+    /// The next connection. Must be safe to cancel.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Self::Address)>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+    type Address = std::net::SocketAddr;
+
+    fn accept(&self) -> impl Future<Output = io::Result<(TcpStream, Self::Address)>> + Send {
+        self.accept()
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+    type Address = tokio::net::unix::SocketAddr;
+
+    fn accept(&self) -> impl Future<Output = io::Result<(UnixStream, Self::Address)>> + Send {
+        self.accept()
+    }
+}
+
+/// A listener with a descriptor in reserve. When descriptors run out, the reserve is spent on accepting the next connection
+/// and closing it: its client learns at once that there is no room, and the backlog does not fill with clients that wait.
+pub struct Door<L> {
+    listener: L,
+    reserve: Option<File>,
+    failed: u64,
+    said: Option<Instant>,
+}
+
+impl<L: Listener> Door<L> {
+    /// Puts a descriptor aside.
+    pub fn new(listener: L) -> Self {
+        Self { listener, reserve: spare(), failed: 0, said: None }
+    }
+
+    /// Listens at another socket from now on.
+    pub fn replace(&mut self, listener: L) {
+        self.listener = listener;
+    }
+
+    /// The next connection. `shed` is called when descriptors or memory have run out, so that the caller may close what it
+    /// can do without; `true`: it did. Safe to cancel.
+    pub async fn next(&mut self, shed: impl Fn() -> bool) -> (L::Stream, L::Address) {
+        loop {
+            let error = match self.listener.accept().await {
+                Ok(accepted) => {
+                    if self.reserve.is_none() {
+                        self.reserve = spare();
+                    }
+                    return accepted;
+                }
+                Err(error) => error,
+            };
+            match error.raw_os_error() {
+                Some(EMFILE | ENFILE | ENOBUFS | ENOMEM) => {
+                    self.say(&error);
+                    let shed = shed();
+                    if !self.turn_one_away() {
+                        tokio::time::sleep(PAUSE).await;
+                    } else if shed {
+                        // What was shed closes its descriptors in a task of its own.
+                        tokio::task::yield_now().await;
+                    }
+                }
+                // accept(2): a connection that was lost before it was accepted is not the listener's trouble.
+                _ if is_the_peers(&error) => {}
+                _ => {
+                    self.say(&error);
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Accepts one connection in place of the reserve and closes it. `false`: there was no reserve, or none to accept.
+    fn turn_one_away(&mut self) -> bool {
+        if self.reserve.take().is_none() {
+            self.reserve = spare();
+            return false;
+        }
+        let accepted = pin!(self.listener.accept()).poll(&mut Context::from_waker(Waker::noop()));
+        let turned_away = matches!(accepted, std::task::Poll::Ready(Ok(_)));
+        drop(accepted);
+        self.reserve = spare();
+        turned_away
+    }
+
+    fn say(&mut self, error: &io::Error) {
+        self.failed += 1;
+        if self.said.is_none_or(|said| said.elapsed() >= SAY_EVERY) {
+            self.said = Some(Instant::now());
+            let failed = std::mem::take(&mut self.failed);
+            tracing::warn!(%error, failed, "cannot accept a connection; going on");
+        }
+    }
+}
+
+/// Errors of accept(2) that belong to the connection and not to the listener.
+fn is_the_peers(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionReset, HostUnreachable, Interrupted, NetworkDown, NetworkUnreachable,
+    };
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionReset | Interrupted | HostUnreachable | NetworkDown | NetworkUnreachable
+    ) || error.raw_os_error() == Some(nix::libc::EPROTO)
+}
+
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
+}
