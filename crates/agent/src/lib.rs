@@ -18,9 +18,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::clock::Clock;
-use countersign_api::directory::Subscriptions;
-use countersign_api::http;
+use countersign_api::directory::{Quota, Subscriptions};
 use countersign_api::transport::{accept_unix, bind_unix};
+use countersign_api::{grpc, http};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -59,6 +59,13 @@ pub enum AgentError {
     Grpc(#[from] tonic::transport::Error),
 }
 
+/// Calls of one connection at once.
+const CALLS_AT_ONCE: u32 = 256;
+/// Addresses that all callers may follow together: half of what a server answers one agent.
+const MAX_ADDRESSES: usize = 50_000;
+/// Addresses that one caller may follow.
+const MAX_ADDRESSES_PER_CALLER: usize = 10_000;
+
 /// Runs an agent until `shutdown`. `ready` is called once its socket serves.
 pub async fn run(
     config: Config,
@@ -93,7 +100,8 @@ pub async fn run(
         attestors,
         started_at: clock(),
         cache: Arc::default(),
-        directory: Subscriptions::default(),
+        directory: Subscriptions::with_room_for(MAX_ADDRESSES),
+        followers: Quota::new(MAX_ADDRESSES, MAX_ADDRESSES_PER_CALLER),
         metrics: Arc::default(),
         tasks: TaskTracker::new(),
         shutdown: shutdown.clone(),
@@ -107,8 +115,7 @@ pub async fn run(
     }
     let incoming = accept_unix(unix, core.config.socket.clone(), 0o666);
     let routes = endpoints::routes(&core).await;
-    let serve = tonic::transport::Server::builder()
-        .max_concurrent_streams(Some(256))
+    let serve = grpc::server(CALLS_AT_ONCE)
         .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.config.trust_domain, server = core.config.server, socket = %core.config.socket.display(), "agent ready");

@@ -7,14 +7,21 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{PoisonError, RwLock};
 
+use countersign_api::directory::Quota;
 use countersign_identity::directory::{Answer, Service, Workload};
 use tokio::sync::watch;
 
 /// Workloads and services held at most, together.
 pub const MAX_WORKLOADS: usize = 200_000;
 
+/// Addresses that all agents may follow together, and one of them.
+const MAX_FOLLOWED: usize = 2_000_000;
+const MAX_FOLLOWED_PER_AGENT: usize = 100_000;
+
 /// The directory of one server.
 pub struct Directory {
+    /// How many addresses each agent follows.
+    pub followers: Quota<String>,
     state: RwLock<State>,
     revision: watch::Sender<u64>,
 }
@@ -28,7 +35,8 @@ struct State {
 
 impl Default for Directory {
     fn default() -> Self {
-        Self { state: RwLock::default(), revision: watch::Sender::new(0) }
+        let followers = Quota::new(MAX_FOLLOWED, MAX_FOLLOWED_PER_AGENT);
+        Self { followers, state: RwLock::default(), revision: watch::Sender::new(0) }
     }
 }
 

@@ -8,10 +8,26 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{BoxStream, Endpoint};
+use super::{Attested, BoxStream, Endpoint};
 
-/// Addresses that one sidecar may follow.
-const MAX_FOLLOWED: usize = 10_000;
+/// Whom addresses are counted for: a caller cannot become another one by opening connections or by exec.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Follower {
+    /// All of a pod, by its UID.
+    Pod(String),
+    /// All of a user.
+    User(u32),
+}
+
+impl Follower {
+    fn of(attested: &Attested) -> Self {
+        let mut selectors = attested.selectors.iter().filter(|s| s.kind() == "k8s");
+        match selectors.find_map(|s| s.value().strip_prefix("pod-uid:")) {
+            Some(uid) => Self::Pod(uid.to_owned()),
+            None => Self::User(attested.peer.uid),
+        }
+    }
+}
 
 #[async_trait]
 impl Directory for Endpoint {
@@ -27,12 +43,14 @@ impl Directory for Endpoint {
     ) -> Result<Response<Self::ResolveStream>, Status> {
         let attested = self.0.attest(&request).await?;
         self.0.identities(&attested)?;
+        let share = self.0.followers.join(Follower::of(&attested));
+        let share = share.map_err(|refused| Status::resource_exhausted(refused.to_string()))?;
         let (tx, rx) = mpsc::channel(1);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {
             core.metrics.streams.inc();
             let ended = tokio::select! {
-                ended = directory::serve(&core.directory, MAX_FOLLOWED, request.into_inner(), &tx) => ended,
+                ended = directory::serve(&core.directory, share, request.into_inner(), &tx) => ended,
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the agent is shutting down")),
             };
             core.metrics.streams.dec();

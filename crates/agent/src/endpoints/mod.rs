@@ -1,6 +1,6 @@
 //! The services on the agent's Unix socket: the SPIFFE Workload API, the directory, status, health.
 
-mod directory;
+pub mod directory;
 mod status;
 mod workload;
 
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::clock::Clock;
-use countersign_api::directory::Subscriptions;
+use countersign_api::directory::{Quota, Subscriptions};
 use countersign_api::peer::UnixPeer;
 use countersign_api::push::directory_server::DirectoryServer;
 use countersign_api::push::status_server::StatusServer;
@@ -40,6 +40,8 @@ pub struct Core {
     pub cache: Arc<Cache>,
     pub attestors: Vec<Box<dyn WorkloadAttestor>>,
     pub directory: Subscriptions,
+    /// How many addresses each caller follows.
+    pub followers: Quota<directory::Follower>,
     pub metrics: Arc<Metrics>,
     pub started_at: OffsetDateTime,
     pub tasks: TaskTracker,

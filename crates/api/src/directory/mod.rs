@@ -1,7 +1,13 @@
-//! The directory's wire from both ends: [`Subscriptions`] follows addresses, [`serve`] answers those who follow.
+//! The directory's wire from both ends: [`Subscriptions`] follows addresses, [`serve`] answers those who follow, within the
+//! bounds of a [`Quota`].
 
+mod quota;
 mod serve;
 mod subscriptions;
 
+pub use quota::{Quota, QuotaError, Share};
 pub use serve::{Source, serve};
 pub use subscriptions::Subscriptions;
+
+#[cfg(test)]
+mod tests;

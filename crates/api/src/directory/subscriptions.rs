@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,10 @@ use crate::convert::{address_to_wire, answer_from_wire};
 use crate::push::directory_client::DirectoryClient;
 use crate::push::{ResolveRequest, ResolveResponse};
 
-/// Addresses followed at once; the least recently used that nobody watches go first.
+/// Addresses that a sidecar follows at once.
 const MAX_ADDRESSES: usize = 10_000;
+/// Of how many addresses the least recently used one goes when there is no room: finding them costs a look at all.
+const FORGET_ONE_OF: usize = 16;
 /// Addresses named in one message.
 const BATCH: usize = 1_000;
 
@@ -29,6 +32,9 @@ const BATCH: usize = 1_000;
 pub struct Subscriptions(Arc<Shared>);
 
 struct Shared {
+    most: usize,
+    /// Number of the next subscription.
+    next: AtomicU64,
     known: Mutex<HashMap<IpAddr, Subscription>>,
     /// Tells the connection that there is something to subscribe or unsubscribe.
     wake: watch::Sender<u64>,
@@ -37,22 +43,33 @@ struct Shared {
 }
 
 struct Subscription {
+    /// Tells it from an earlier one of the same address, whose answer was told and forgotten.
+    number: u64,
     answer: watch::Sender<Option<Answer>>,
     last_used: Instant,
 }
 
+/// As many addresses as one sidecar needs.
 impl Default for Subscriptions {
     fn default() -> Self {
-        Self(Arc::new(Shared { known: Mutex::default(), wake: watch::Sender::new(0), changes: watch::Sender::new(0) }))
+        Self::with_room_for(MAX_ADDRESSES)
     }
 }
 
 impl Subscriptions {
+    /// Follows at most so many addresses at once. When there is no room for another one, the least recently used that nobody
+    /// watches are forgotten.
+    pub fn with_room_for(most: usize) -> Self {
+        let (wake, changes) = (watch::Sender::new(0), watch::Sender::new(0));
+        Self(Arc::new(Shared { most, next: AtomicU64::new(0), known: Mutex::default(), wake, changes }))
+    }
+
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Subscription>> {
         self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows an address: the answer of the moment (`None`: not known yet), and each change.
+    /// Follows an address: the answer of the moment (`None`: not known yet), and each change. When there is no room because
+    /// every address is watched by somebody, this one is not followed: its receiver ends without an answer.
     pub fn follow(&self, address: IpAddr) -> watch::Receiver<Option<Answer>> {
         let address = address.to_canonical();
         let mut known = self.known();
@@ -60,14 +77,13 @@ impl Subscriptions {
             subscription.last_used = Instant::now();
             return subscription.answer.subscribe();
         }
-        if known.len() >= MAX_ADDRESSES {
-            let unused = known.iter().filter(|(_, s)| s.answer.is_closed()).min_by_key(|(_, s)| s.last_used);
-            if let Some(oldest) = unused.map(|(a, _)| *a) {
-                known.remove(&oldest);
-            }
-        }
         let (answer, receiver) = watch::channel(None);
-        known.insert(address, Subscription { answer, last_used: Instant::now() });
+        if known.len() >= self.0.most && !forget_some(&mut known) {
+            tracing::warn!(%address, most = self.0.most, "no room to follow another address; it stays unknown");
+            return receiver;
+        }
+        let number = self.0.next.fetch_add(1, Ordering::Relaxed);
+        known.insert(address, Subscription { number, answer, last_used: Instant::now() });
         drop(known);
         self.0.wake.send_modify(|n| *n += 1);
         receiver
@@ -82,7 +98,11 @@ impl Subscriptions {
 
     /// What is known now, without asking.
     pub fn peek(&self, address: IpAddr) -> Option<Answer> {
-        self.known().get(&address.to_canonical()).and_then(|s| s.answer.borrow().clone())
+        let mut known = self.known();
+        let subscription = known.get_mut(&address.to_canonical())?;
+        // Using an answer keeps it.
+        subscription.last_used = Instant::now();
+        subscription.answer.borrow().clone()
     }
 
     /// How many addresses are followed.
@@ -137,6 +157,18 @@ impl Subscriptions {
         }
     }
 
+    /// A batch of what is followed and not subscribed, and of what is subscribed and not followed. An address that was forgotten
+    /// and is followed again is both: the directory tells each subscription once what it knows.
+    fn differences(&self, subscribed: &HashMap<IpAddr, u64>) -> (Vec<(IpAddr, u64)>, Vec<IpAddr>) {
+        let known = self.known();
+        let fresh = known.iter().filter(|(a, s)| subscribed.get(*a) != Some(&s.number));
+        let fresh: Vec<(IpAddr, u64)> = fresh.map(|(a, s)| (*a, s.number)).take(BATCH).collect();
+        let again = fresh.iter().map(|(a, _)| *a).filter(|a| subscribed.contains_key(a));
+        let gone = subscribed.keys().filter(|a| !known.contains_key(*a)).copied().take(BATCH);
+        let gone = again.chain(gone).collect();
+        (fresh, gone)
+    }
+
     async fn follow_over(&self, channel: Channel, backoff: &mut Backoff) -> tonic::Status {
         let (tx, rx) = mpsc::channel(4);
         let mut wake = self.0.wake.subscribe();
@@ -145,24 +177,25 @@ impl Subscriptions {
             Ok(response) => response.into_inner(),
             Err(status) => return status,
         };
-        let mut subscribed = std::collections::HashSet::new();
+        let mut subscribed: HashMap<IpAddr, u64> = HashMap::new();
         loop {
-            let (fresh, gone): (Vec<IpAddr>, Vec<IpAddr>) = {
-                let known = self.known();
-                let fresh = known.keys().filter(|a| !subscribed.contains(*a)).copied().take(BATCH).collect();
-                let gone = subscribed.iter().filter(|a| !known.contains_key(*a)).copied().take(BATCH).collect();
-                (fresh, gone)
-            };
-            if !fresh.is_empty() || !gone.is_empty() {
-                subscribed.extend(fresh.iter().copied());
-                subscribed.retain(|a| !gone.contains(a));
-                let wire = |all: Vec<IpAddr>| all.into_iter().map(address_to_wire).collect();
-                if tx.send(ResolveRequest { subscribe: wire(fresh), unsubscribe: wire(gone) }).await.is_err() {
-                    return tonic::Status::unavailable("the directory closed the stream");
+            let (fresh, gone) = self.differences(&subscribed);
+            let more = !fresh.is_empty() || !gone.is_empty();
+            // Answers are read meanwhile: a directory that waits for us to read them reads no requests.
+            if more && let Ok(room) = tx.try_reserve() {
+                for address in &gone {
+                    subscribed.remove(address);
                 }
+                subscribed.extend(fresh.iter().copied());
+                let subscribe = fresh.into_iter().map(|(a, _)| address_to_wire(a)).collect();
+                let unsubscribe = gone.into_iter().map(address_to_wire).collect();
+                room.send(ResolveRequest { subscribe, unsubscribe });
                 continue;
             }
             tokio::select! {
+                room = tx.reserve(), if more => if room.is_err() {
+                    return tonic::Status::unavailable("the directory closed the stream");
+                },
                 message = answers.message() => match message {
                     Ok(Some(response)) => {
                         backoff.reset();
@@ -177,6 +210,19 @@ impl Subscriptions {
             }
         }
     }
+}
+
+/// Forgets the least recently used of the addresses that nobody watches; `false`: all are watched.
+fn forget_some(known: &mut HashMap<IpAddr, Subscription>) -> bool {
+    let unwatched = known.iter().filter(|(_, s)| s.answer.is_closed());
+    let mut unwatched: Vec<(Instant, IpAddr)> = unwatched.map(|(a, s)| (s.last_used, *a)).collect();
+    let count = unwatched.len().div_ceil(FORGET_ONE_OF);
+    if count == 0 {
+        return false;
+    }
+    unwatched.select_nth_unstable(count - 1);
+    unwatched[..count].iter().for_each(|(_, address)| drop(known.remove(address)));
+    true
 }
 
 impl super::Source for Subscriptions {

@@ -13,9 +13,6 @@ use super::{BoxStream, Endpoint, invalid};
 use crate::caller::Caller;
 use crate::directory::MAX_WORKLOADS;
 
-/// Addresses that one agent may follow.
-const MAX_FOLLOWED: usize = 100_000;
-
 #[async_trait]
 impl Directory for Endpoint {
     type ResolveStream = BoxStream<ResolveResponse>;
@@ -38,15 +35,17 @@ impl Directory for Endpoint {
         &self,
         request: Request<Streaming<ResolveRequest>>,
     ) -> Result<Response<Self::ResolveStream>, Status> {
-        match Caller::of(&self.0, &request)? {
-            Caller::Agent(_) | Caller::Local { .. } => {}
+        let caller = match Caller::of(&self.0, &request)? {
+            caller @ (Caller::Agent(_) | Caller::Local { .. }) => caller.to_string(),
             other => return Err(Status::permission_denied(format!("{other} may not read the directory"))),
-        }
+        };
+        let share = self.0.directory.followers.join(caller);
+        let share = share.map_err(|refused| Status::resource_exhausted(refused.to_string()))?;
         let (tx, rx) = mpsc::channel(1);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {
             let ended = tokio::select! {
-                ended = directory::serve(&core.directory, MAX_FOLLOWED, request.into_inner(), &tx) => ended,
+                ended = directory::serve(&core.directory, share, request.into_inner(), &tx) => ended,
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the server is shutting down")),
             };
             if let Some(status) = ended {
