@@ -5,16 +5,18 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use base64::Engine;
+use countersign_api::accept::Door;
+use countersign_api::admission::{Admission, Limits, Seat};
 use countersign_api::tls::{TlsError, certified_key};
-use countersign_api::transport::{back_off_after, unix_channel};
+use countersign_api::transport::unix_channel;
 use countersign_api::workload_api::{Told, Update, follow};
-use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
+use http_body_util::BodyExt;
+use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,7 +24,6 @@ use rustls::ServerConfig;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,10 +34,16 @@ use crate::metrics::{Metrics, Outcome};
 
 /// Largest review that is read, in bytes. The API server takes no larger object.
 const MAX_REVIEW_BYTES: usize = 4 * 1024 * 1024;
-/// Connections at once; more wait in the kernel's backlog.
-const MAX_CONNECTIONS: usize = 256;
+/// Connections at once. Anybody may connect: an API server shows no certificate of ours.
+const CONNECTIONS: Limits = Limits { name: "webhook connections", total: 512, per_group: 256 };
+/// A review takes a part of our memory for each so many bytes after the first ones.
+const PART_BYTES: usize = 32 * 1024;
+/// Parts at once: what strangers may make us hold is 16 MiB in first parts and 32 MiB in all others.
+const PARTS: Limits = Limits { name: "parts of large reviews", total: 1_024, per_group: 768 };
 /// A handshake, a head, a body take no longer.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// Life of a connection after which no further request is read. An API server keeps its connections for ever otherwise.
+const LIFE: Duration = Duration::from_secs(600);
 
 /// Why the webhook does not serve.
 #[derive(Debug, thiserror::Error)]
@@ -94,33 +101,40 @@ pub async fn serve(
     let listener = TcpListener::bind(config.bind).await;
     let listener = listener.map_err(|source| WebhookError::Listen { address: config.bind, source })?;
     tasks.spawn(follow_identity(config.clone(), serving.clone(), metrics.clone(), shutdown.clone()));
-    let hook = Arc::new(Hook { config, metrics });
-    let inner = tasks.clone();
-    tasks.spawn(async move {
-        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let Ok(slot) = slots.clone().acquire_owned().await else { return };
-            let tcp = tokio::select! {
-                () = shutdown.cancelled() => return,
-                accepted = listener.accept() => match accepted {
-                    Ok((tcp, _)) => tcp,
-                    Err(error) => {
-                        back_off_after(&error).await;
-                        continue;
-                    }
-                },
-            };
-            let Some(Certificate { tls, .. }) = serving.get() else { continue };
-            let (hook, stop) = (hook.clone(), shutdown.clone());
-            inner.spawn(async move {
-                let _slot = slot;
-                if let Err(error) = connection(hook, tls, tcp, stop).await {
-                    tracing::debug!(%error, "webhook connection ended");
-                }
-            });
-        }
-    });
+    let hook = Arc::new(Hook { config, metrics, parts: Admission::new(PARTS) });
+    tasks.spawn(accept(listener, hook, serving, tasks.clone(), shutdown));
     Ok(())
+}
+
+/// Accepts until `shutdown`.
+async fn accept(
+    listener: TcpListener,
+    hook: Arc<Hook>,
+    serving: Serving,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+) {
+    let mut door = Door::new(listener);
+    let seats = Admission::<IpAddr>::new(CONNECTIONS);
+    loop {
+        let (tcp, peer) = tokio::select! {
+            () = shutdown.cancelled() => return,
+            accepted = door.next(|| seats.shed()) => accepted,
+        };
+        let Some(Certificate { tls, .. }) = serving.get() else { continue };
+        let peer = peer.ip().to_canonical();
+        let seat = seats.admit(peer);
+        let (hook, stop) = (hook.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            let taken_away = seat.taken_away();
+            tokio::select! {
+                ended = connection(hook, tls, tcp, peer, seat, stop) => if let Err(error) = ended {
+                    tracing::debug!(%error, "webhook connection ended");
+                },
+                () = taken_away => {}
+            }
+        });
+    }
 }
 
 fn server_config(update: &Update) -> Result<Arc<ServerConfig>, TlsError> {
@@ -156,21 +170,25 @@ async fn connection(
     hook: Arc<Hook>,
     tls: Arc<ServerConfig>,
     tcp: TcpStream,
+    peer: IpAddr,
+    seat: Seat,
     shutdown: CancellationToken,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let stream = tokio::time::timeout(TIMEOUT, TlsAcceptor::from(tls).accept(tcp)).await??;
+    let seat = Arc::new(seat);
     let service = service_fn(move |request| {
-        let hook = hook.clone();
-        async move { Ok::<_, Infallible>(hook.answer(request).await) }
+        let (hook, seat) = (hook.clone(), seat.clone());
+        async move { Ok::<_, Infallible>(hook.answer(request, peer, &seat).await) }
     });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(TIMEOUT)
+        .max_buf_size(PART_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(served);
     tokio::select! {
         ended = served.as_mut() => ended?,
-        () = shutdown.cancelled() => {
+        () = async { tokio::select! { () = shutdown.cancelled() => {}, () = tokio::time::sleep(LIFE) => {} } } => {
             // What is being answered is answered.
             served.as_mut().graceful_shutdown();
             tokio::time::timeout(TIMEOUT, served).await??;
@@ -182,6 +200,16 @@ async fn connection(
 struct Hook {
     config: InjectorConfig,
     metrics: Arc<Metrics>,
+    /// Whose reviews take our memory.
+    parts: Admission<IpAddr>,
+}
+
+/// Why a review was not read.
+enum Unread {
+    TooLarge,
+    BrokenOff,
+    /// There is no memory for all that is being sent, and this peer sends the most of it.
+    TooMany,
 }
 
 fn plain(status: StatusCode, text: &str) -> Response<String> {
@@ -191,18 +219,22 @@ fn plain(status: StatusCode, text: &str) -> Response<String> {
 }
 
 impl Hook {
-    async fn answer(&self, request: Request<Incoming>) -> Response<String> {
+    async fn answer(&self, request: Request<Incoming>, peer: IpAddr, seat: &Seat) -> Response<String> {
         let namespace_enabled = match (request.method(), request.uri().path()) {
             (&Method::POST, "/inject/namespace") => true,
             (&Method::POST, "/inject/pod") => false,
             _ => return plain(StatusCode::NOT_FOUND, "POST /inject/namespace or /inject/pod\n"),
         };
-        let read = tokio::time::timeout(TIMEOUT, Limited::new(request.into_body(), MAX_REVIEW_BYTES).collect());
-        let body = match read.await {
-            Ok(Ok(body)) => body.to_bytes(),
-            Ok(Err(_)) => return plain(StatusCode::PAYLOAD_TOO_LARGE, "the review is too large, or broken off\n"),
+        let body = match tokio::time::timeout(TIMEOUT, self.read(request.into_body(), peer)).await {
+            Ok(Ok(body)) => body,
+            Ok(Err(Unread::TooLarge)) => return plain(StatusCode::PAYLOAD_TOO_LARGE, "the review is too large\n"),
+            Ok(Err(Unread::BrokenOff)) => return plain(StatusCode::BAD_REQUEST, "the review is broken off\n"),
+            Ok(Err(Unread::TooMany)) => {
+                return plain(StatusCode::TOO_MANY_REQUESTS, "too many large reviews at once\n");
+            }
             Err(_) => return plain(StatusCode::REQUEST_TIMEOUT, "the review did not come in time\n"),
         };
+        let _busy = seat.busy();
         let review: Option<Value> = serde_json::from_slice(&body).ok();
         let Some(answer) = review.as_ref().and_then(|review| self.review(review, namespace_enabled)) else {
             self.count("malformed");
@@ -211,6 +243,35 @@ impl Hook {
         let mut response = Response::new(answer.to_string());
         response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
         response
+    }
+
+    /// Reads a review within the memory that there is for all of them.
+    async fn read(&self, mut body: Incoming, peer: IpAddr) -> Result<Vec<u8>, Unread> {
+        let mut read = vec![];
+        let mut parts: Vec<Seat> = vec![];
+        loop {
+            let taken_away = parts.iter().map(|part| Box::pin(part.taken_away()));
+            let taken_away = async {
+                match parts.len() {
+                    0 => std::future::pending().await,
+                    _ => drop(futures::future::select_all(taken_away).await),
+                }
+            };
+            let frame = tokio::select! {
+                frame = body.frame() => frame,
+                () = taken_away => return Err(Unread::TooMany),
+            };
+            let Some(frame) = frame else { return Ok(read) };
+            let data: Bytes = frame.map_err(|_| Unread::BrokenOff)?.into_data().unwrap_or_default();
+            let length = read.len() + data.len();
+            if length > MAX_REVIEW_BYTES {
+                return Err(Unread::TooLarge);
+            }
+            while parts.len() < length / PART_BYTES {
+                parts.push(self.parts.admit(peer));
+            }
+            read.extend_from_slice(&data);
+        }
     }
 
     fn count(&self, outcome: &'static str) {
@@ -256,3 +317,6 @@ impl Hook {
         Some(json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response }))
     }
 }
+
+#[cfg(test)]
+mod tests;

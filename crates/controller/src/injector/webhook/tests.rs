@@ -1,0 +1,141 @@
+//! Strangers keep no API server waiting, whatever they hold open or send.
+
+#![allow(clippy::unwrap_used)]
+
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::*;
+use crate::injector::Sidecar;
+
+const STRANGER: [u8; 4] = [127, 0, 15, 1];
+const API_SERVER: [u8; 4] = [127, 0, 15, 2];
+
+struct Served {
+    at: SocketAddr,
+    client: Arc<rustls::ClientConfig>,
+    _task: AbortOnDropHandle<()>,
+}
+
+async fn served() -> Served {
+    let key = rcgen::generate_simple_self_signed(vec!["webhook".into()]).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let server = ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![key.cert.der().clone()], key.signing_key.serialize_der().try_into().unwrap())
+        .unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(key.cert.der().clone()).unwrap();
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let serving = Serving::default();
+    serving.set(Certificate { tls: Arc::new(server), ends_at: OffsetDateTime::now_utc() + Duration::from_secs(60) });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let config = InjectorConfig { bind: at, agent_socket: "/nowhere".into(), sidecar: Sidecar::new("image".into()) };
+    let hook = Arc::new(Hook { config, metrics: Arc::default(), parts: Admission::new(PARTS) });
+    let task = tokio::spawn(accept(listener, hook, serving, TaskTracker::new(), CancellationToken::new()));
+    Served { at, client: Arc::new(client), _task: AbortOnDropHandle::new(task) }
+}
+
+impl Served {
+    async fn dial(&self, from: [u8; 4]) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from((from, 0))).unwrap();
+        socket.connect(self.at).await.unwrap()
+    }
+
+    async fn shake_hands(&self, from: [u8; 4]) -> io::Result<TlsStream<TcpStream>> {
+        let name = ServerName::try_from("webhook").unwrap();
+        TlsConnector::from(self.client.clone()).connect(name, self.dial(from).await).await
+    }
+
+    /// The answer to one review with so many bytes of padding, within two seconds.
+    async fn review(&self, from: [u8; 4], padding: usize) -> Option<String> {
+        let asked = async {
+            let mut stream = self.shake_hands(from).await.ok()?;
+            let pod = json!({ "metadata": { "name": "p", "annotations": { "x": "y".repeat(padding) } }, "spec": {} });
+            let request = json!({ "uid": "u", "namespace": "n", "subResource": "ephemeralcontainers", "object": pod });
+            let body = json!({ "kind": "AdmissionReview", "request": request }).to_string();
+            let head = format!(
+                "POST /inject/pod HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
+            stream.write_all(head.as_bytes()).await.ok()?;
+            stream.write_all(body.as_bytes()).await.ok()?;
+            let mut answer = String::new();
+            let _ = stream.read_to_string(&mut answer).await;
+            Some(answer)
+        };
+        tokio::time::timeout(Duration::from_secs(2), asked).await.ok().flatten()
+    }
+
+    async fn is_served(&self, from: [u8; 4], padding: usize) {
+        for n in 0..10 {
+            let answer = self.review(from, padding).await;
+            assert!(answer.as_ref().is_some_and(|a| a.starts_with("HTTP/1.1 200")), "review {n} of 10: {answer:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_connections_keep_no_review_waiting() {
+    let served = served().await;
+    let mut held = vec![];
+    for _ in 0..1_000 {
+        held.push(served.dial(STRANGER).await);
+    }
+    served.is_served(API_SERVER, 10).await;
+    served.is_served(STRANGER, 10).await;
+    for stream in held.drain(..).take(300) {
+        drop(stream);
+    }
+    // Some go as far as a head without an end.
+    let mut heads = vec![];
+    for _ in 0..300 {
+        if let Ok(mut stream) = served.shake_hands(STRANGER).await {
+            let _ = stream.write_all(b"POST /inject/pod HTTP/1.1\r\nx: ").await;
+            heads.push(stream);
+        }
+    }
+    served.is_served(API_SERVER, 10).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_bodies_of_strangers_are_bounded_and_large_reviews_are_read_all_the_same() {
+    let served = served().await;
+    let mut held = vec![];
+    for _ in 0..40 {
+        let mut stream = served.shake_hands(STRANGER).await.unwrap();
+        let _ = stream.write_all(b"POST /inject/pod HTTP/1.1\r\nhost: x\r\ncontent-length: 4000000\r\n\r\n").await;
+        // All but the end: 3.9 MB each, 156 MB together.
+        let most = vec![b'x'; 3_900_000];
+        let sent = stream.write_all(&most);
+        let _ = tokio::time::timeout(Duration::from_millis(300), sent).await;
+        held.push(stream);
+    }
+    served.is_served(API_SERVER, 1_000_000).await;
+    // 32 MiB are eight of them; all others were told that there is no room, or cut.
+    let mut refused = 0;
+    for stream in &mut held {
+        let mut answer = [0; 12];
+        let read = tokio::time::timeout(Duration::from_millis(50), stream.read(&mut answer)).await;
+        refused += usize::from(read.is_ok_and(|r| r.map_or(true, |n| n == 0 || answer.starts_with(b"HTTP/1.1 429"))));
+    }
+    assert!(refused >= 30, "{refused} of 40");
+}
+
+#[tokio::test]
+async fn a_review_that_is_too_large_is_refused() {
+    let answer = served().await.review(API_SERVER, MAX_REVIEW_BYTES).await.unwrap();
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 413"), "{answer}");
+}
