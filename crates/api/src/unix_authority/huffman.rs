@@ -84,3 +84,16 @@ pub fn encode(text: &str) -> Vec<u8> {
     all.resize(all.len().next_multiple_of(8), true);
     all.chunks(8).map(|c| c.iter().fold(0, |b, bit| b << 1 | u8::from(*bit))).collect()
 }
+
+/// The text of a code that [`encode`] made.
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub fn decode(coded: &[u8]) -> String {
+    let (mut text, mut at) = (vec![], 0);
+    while let Some((symbol, width)) = symbol_at(coded, at) {
+        text.push(symbol);
+        at += width;
+    }
+    assert!(8 * coded.len() - at < 8, "only padding may be left");
+    String::from_utf8(text).unwrap()
+}

@@ -74,9 +74,7 @@ impl Filter {
                         let whole = header[3] == TYPE_HEADERS && header[4] & FLAG_END_HEADERS != 0;
                         self.state = match length {
                             0 => State::Header(Vec::with_capacity(FRAME_HEADER)),
-                            1..=MAX_FRAME if whole => {
-                                State::Collect { flags: header[4], length, payload: Vec::with_capacity(length) }
-                            }
+                            1..=MAX_FRAME if whole => State::Collect { flags: header[4], length, payload: Vec::new() },
                             _ => State::Pass(length),
                         };
                     }
@@ -169,5 +167,7 @@ fn string(block: &[u8], at: usize) -> Option<(bool, usize, usize)> {
     (start + length <= block.len()).then_some((coded, length, start))
 }
 
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;
