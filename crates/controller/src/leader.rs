@@ -29,33 +29,26 @@ impl Leader {
         Self { api: Api::namespaced(client, namespace), name, me }
     }
 
-    /// Returns once the lease is ours.
-    pub async fn wait(&self) {
+    /// Returns once the lease is ours, with the time that it counts from.
+    pub async fn wait(&self) -> Instant {
         loop {
-            match self.try_hold().await {
-                Ok(true) => return tracing::info!(lease = self.name, holder = self.me, "we hold the lease"),
-                Ok(false) => {}
-                Err(error) => tracing::warn!(lease = self.name, %error, "cannot look at the lease; trying again"),
+            let began = Instant::now();
+            match tokio::time::timeout(RENEW, self.try_hold()).await {
+                Ok(Ok(true)) => {
+                    tracing::info!(lease = self.name, holder = self.me, "we hold the lease");
+                    return began;
+                }
+                Ok(Ok(false)) => {}
+                Ok(Err(error)) => tracing::warn!(lease = self.name, %error, "cannot look at the lease; trying again"),
+                Err(_) => tracing::warn!(lease = self.name, "the lease was not answered for in time; trying again"),
             }
             tokio::time::sleep(RENEW).await;
         }
     }
 
-    /// Renews the lease; returns when it is lost.
-    pub async fn hold(&self) {
-        let mut renewed = Instant::now();
-        loop {
-            tokio::time::sleep(RENEW).await;
-            match tokio::time::timeout(RENEW, self.try_hold()).await {
-                Ok(Ok(true)) => renewed = Instant::now(),
-                Ok(Ok(false)) => break,
-                Ok(Err(error)) => tracing::warn!(lease = self.name, %error, "cannot renew the lease; trying again"),
-                Err(_) => tracing::warn!(lease = self.name, "the lease was not renewed in time; trying again"),
-            }
-            if renewed.elapsed() > GIVE_UP {
-                break;
-            }
-        }
+    /// Renews the lease, which counts from `since`; returns when it is lost.
+    pub async fn hold(&self, since: Instant) {
+        keep(since, || self.try_hold(), self.name).await;
         tracing::warn!(lease = self.name, holder = self.me, "the lease is lost");
     }
 
@@ -107,11 +100,58 @@ impl Leader {
     }
 }
 
+/// Renews until somebody else has the lease, or until it has not been renewed for [`GIVE_UP`]. A renewal counts from when it
+/// was asked for: that is the time that the others read in it.
+async fn keep<E: std::fmt::Display>(since: Instant, renew: impl AsyncFn() -> Result<bool, E>, lease: &str) {
+    let mut renewed = since;
+    loop {
+        let attempt = async {
+            tokio::time::sleep(RENEW).await;
+            (Instant::now(), tokio::time::timeout(RENEW, renew()).await)
+        };
+        match tokio::time::timeout_at(renewed + GIVE_UP, attempt).await {
+            Ok((began, Ok(Ok(true)))) => renewed = began,
+            Ok((_, Ok(Ok(false)))) | Err(_) => return,
+            Ok((_, Ok(Err(error)))) => tracing::warn!(lease, %error, "cannot renew the lease; trying again"),
+            Ok((_, Err(_))) => tracing::warn!(lease, "the lease was not renewed in time; trying again"),
+        }
+    }
+}
+
 /// Whether we were the first: the API server refuses a second one with 409.
 fn won(result: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
     match result {
         Ok(_) => Ok(true),
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_holder_stops_before_another_may_begin_however_the_api_server_stalls() {
+        let nobody_answers = async || std::future::pending::<Result<bool, Infallible>>().await;
+        // Just renewed, or renewed by a call that took its time.
+        for age in [Duration::ZERO, Duration::from_secs(3), Duration::from_secs(9)] {
+            let since = Instant::now();
+            tokio::time::advance(age).await;
+            keep(since, nobody_answers, "test").await;
+            assert!(since.elapsed() < LEASE - RENEW, "{:?}", since.elapsed());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_is_renewed_is_held_and_one_that_another_took_is_not() {
+        let began = Instant::now();
+        let for_a_minute = async || {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            Ok::<_, Infallible>(began.elapsed() < Duration::from_secs(60))
+        };
+        keep(began, for_a_minute, "test").await;
+        assert!((60..70).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
     }
 }

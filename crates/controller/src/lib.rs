@@ -144,14 +144,14 @@ fn start_watchers(
             let me = me.unwrap_or_else(|_| format!("countersign-{}", std::process::id()));
             let leader = Leader::new(client.clone(), namespace, "countersign-registrar", me);
             while !shutdown.is_cancelled() {
-                tokio::select! {
-                    () = leader.wait() => {}
+                let since = tokio::select! {
+                    since = leader.wait() => since,
                     () = shutdown.cancelled() => return,
-                }
+                };
                 let term = shutdown.child_token();
                 tokio::select! {
                     () = registrar().run(term.clone()) => {}
-                    () = leader.hold() => term.cancel(),
+                    () = leader.hold(since) => term.cancel(),
                 }
                 if shutdown.is_cancelled() {
                     leader.release().await;
