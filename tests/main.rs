@@ -13,5 +13,6 @@ mod pki;
 mod programs;
 mod refusals;
 mod rotation;
+mod strangers;
 mod support;
 mod workload_api;
