@@ -143,6 +143,18 @@ fn make_ca(dir: &Path, name: &str) {
     ));
 }
 
+/// A CA below `ca` with this key usage.
+fn make_intermediate(dir: &Path, name: &str, usage: &str) {
+    std::fs::write(dir.join("ext"), format!("basicConstraints=critical,CA:TRUE\nkeyUsage=critical,{usage}\n")).unwrap();
+    sh(&format!(
+        "cd {} && openssl ecparam -name prime256v1 -genkey -noout | openssl pkcs8 -topk8 -nocrypt -out {name}.key
+        openssl req -new -key {name}.key -subj /O={name} -out {name}.csr
+        openssl x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -set_serial 0x{} -days 3 -extfile ext -out {name}.crt 2>/dev/null",
+        dir.display(),
+        if usage == "keyCertSign" { "21" } else { "22" }
+    ));
+}
+
 fn leaf(uri: &str) -> String {
     format!(
         "subjectAltName={uri}\nbasicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n"
@@ -180,7 +192,7 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
             leaf("URI:spiffe://elsewhere.local/a"),
             "-days 2",
             "trust_domain",
-            "no trust bundle for the trust domain of `spiffe://elsewhere.local/a`",
+            "no trust bundle for the trust domain `elsewhere.local` that the peer claims",
         ),
     ] {
         let (got, log) = call(name, ca, &extensions, days);
@@ -188,8 +200,10 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
         inbound.refused(code, text);
     }
     // A sidecar refuses to start with an SVID that is none: hostile callers bring their own TLS.
-    let raw = |name: &str, extensions: &str, days: &str| {
-        let identity = forge(dir.path(), name, "ca", extensions, days);
+    let raw_chain = |name: &str, ca: &str, extensions: &str, days: &str, more: &[&str]| {
+        let identity = forge(dir.path(), name, ca, extensions, days);
+        let more: String = more.iter().map(|n| std::fs::read_to_string(dir.path().join(n)).unwrap()).collect();
+        std::fs::write(identity.join("more.pem"), &more).unwrap();
         let mut client = Command::new("openssl");
         client
             .args([
@@ -204,6 +218,9 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
             .arg(identity.join("svid.pem"))
             .arg("-key")
             .arg(identity.join("key.pem"));
+        if !more.is_empty() {
+            client.arg("-cert_chain").arg(identity.join("more.pem"));
+        }
         let mut client = client.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         // A whole preamble and a payload: were the certificate good, it would be echoed.
         let _ = client.stdin.as_mut().unwrap().write_all(b"\x01\x00\x07\x04\x7f\x00\x00\x01\x00\x50secret");
@@ -212,6 +229,7 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
         let output = client.wait_with_output().unwrap();
         assert!(!String::from_utf8_lossy(&output.stdout).contains("secret"), "{name} was echoed");
     };
+    let raw = |name: &str, extensions: &str, days: &str| raw_chain(name, "ca", extensions, days, &[]);
     let at = |minutes: i32| sh(&format!("date -u -d '{minutes} minutes' +%Y%m%d%H%M%SZ")).trim().to_owned();
     let dates = |from: i32, to: i32| format!("-not_before {} -not_after {}", at(from), at(to));
     let supports_dates = sh("openssl x509 -help 2>&1 || true").contains("-not_before");
@@ -235,6 +253,18 @@ fn certificates_that_are_not_right_are_refused_for_their_own_reason() {
         "-days 2",
     );
     inbound.refused("key_usage", "digitalSignature is not set");
+    // An intermediate that may not sign; the same leaf below one that may, with something behind it that is in no path.
+    let a = leaf("URI:spiffe://test.local/a");
+    make_intermediate(dir.path(), "unfit", "digitalSignature");
+    make_intermediate(dir.path(), "fit", "keyCertSign");
+    raw_chain("below-unfit", "unfit", &a, "-days 2", &["unfit.crt"]);
+    inbound.refused("untrusted", "keyUsage lacks keyCertSign");
+    raw_chain("junk", "ca", &a, "-days 2", &["other.crt"]);
+    inbound.refused("not_in_path", "1 of the certificates");
+    raw_chain("junk-behind", "fit", &a, "-days 2", &["fit.crt", "other.crt"]);
+    raw("two-lines", &leaf("URI:x y\\n2026-11-26 WARN forged"), "-days 2");
+    inbound.refused("bad_spiffe_id", "is not a SPIFFE ID");
+    assert!(!inbound.role.log().contains("\n2026-11-26 WARN forged"), "{}", inbound.role.log());
     if supports_dates {
         raw("expired", &leaf("URI:spiffe://test.local/a"), &dates(-60, -1));
         inbound.refused("expired", "check both clocks");

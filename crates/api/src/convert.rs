@@ -7,6 +7,7 @@ use countersign_identity::directory::{Answer, Endpoint, Service, Workload};
 use countersign_identity::entry::EntryError;
 use countersign_identity::policy::{Mode, Policy};
 use countersign_identity::selector::{SelectorError, SelectorSet};
+use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::{IdError, parse_id, parse_trust_domain, parse_workload_id};
 use countersign_identity::{Entry, EntryId, Selector, SpiffeId, TrustDomain, X509Authority, X509Bundle};
 use time::OffsetDateTime;
@@ -209,7 +210,7 @@ pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
             .iter()
             .map(|m| Ok((port("port_modes", m.port)?, mode_from_wire(m.mode)?)))
             .collect::<Result<_, ParseError>>()?,
-        allow: ids(p.allow)?,
+        allow: (p.has_allow || !p.allow.is_empty()).then(|| ids(p.allow)).transpose()?,
         port_allow: p
             .port_allow
             .into_iter()
@@ -218,7 +219,7 @@ pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
         egress: p
             .egress
             .iter()
-            .map(|e| e.parse().map_err(|_| field("egress")(format!("`{e}` is no CIDR"))))
+            .map(|e| e.parse().map_err(|_| field("egress")(format!("`{}` is no CIDR", shown(e)))))
             .collect::<Result<_, ParseError>>()?,
     };
     Ok(Workload {
@@ -247,7 +248,8 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
                 .iter()
                 .map(|(port, m)| push::PortMode { port: (*port).into(), mode: mode_to_wire(*m) })
                 .collect(),
-            allow: p.allow.iter().cloned().collect(),
+            allow: p.allow.iter().flatten().cloned().collect(),
+            has_allow: p.allow.is_some(),
             port_allow: p
                 .port_allow
                 .iter()
@@ -339,12 +341,18 @@ mod tests {
             policy: Policy {
                 mode: Mode::Strict,
                 port_modes: [(80, Mode::Off)].into(),
-                allow: ["spiffe://td/b".to_owned()].into(),
+                allow: Some(["spiffe://td/b".to_owned()].into()),
                 port_allow: [(81, ["spiffe://td/c".to_owned()].into())].into(),
                 egress: vec!["192.0.2.0/24".parse().unwrap()],
             },
         };
         assert_eq!(workload_from_wire(workload_to_wire(&w)).unwrap(), w);
+        // No list and an empty list are two things on the wire as well.
+        for allow in [None, Some(std::collections::BTreeSet::new())] {
+            let policy = Policy { allow, port_allow: [(81, [].into())].into(), ..w.policy.clone() };
+            let w = Workload { policy, ..w.clone() };
+            assert_eq!(workload_from_wire(workload_to_wire(&w)).unwrap(), w);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use spiffe::{SpiffeId, TrustDomain};
 use time::OffsetDateTime;
 
 use crate::selector::{SelectorSet, missing};
+use crate::shown::shown;
 use crate::trust_domain::{is_reserved, server_id};
 
 /// The name of a registration entry: 1 to 255 bytes of `[A-Za-z0-9._-]`.
@@ -38,11 +39,19 @@ impl FromStr for EntryId {
     }
 }
 
+/// Most DNS names of an entry.
+pub const MAX_DNS_NAMES: usize = 256;
+/// Longest DNS names of an entry together, in bytes: with the rest they fit into a certificate that peers read
+/// ([`crate::path::MAX_CERTIFICATE_BYTES`]).
+pub const MAX_DNS_BYTES: usize = 8 * 1024;
+/// Most selectors of an entry.
+pub const MAX_SELECTORS: usize = 256;
+
 /// Why an entry is refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum EntryError {
     /// The entry's ID has the wrong form.
-    #[error("`{0}` is not an entry ID: use 1 to 255 of letters, digits, `.`, `_`, `-`")]
+    #[error("`{}` is not an entry ID: use 1 to 255 of letters, digits, `.`, `_`, `-`", shown(_0))]
     Id(String),
     /// No selectors.
     #[error("entry for `{0}` has no selectors; name at least one, as in `unix:uid:1000`")]
@@ -62,8 +71,29 @@ pub enum EntryError {
     #[error("`{0}` lies under `/spire`, which is kept for servers and agents")]
     Reserved(SpiffeId),
     /// A DNS name of the wrong form.
-    #[error("`{0}` is not a DNS name")]
+    #[error("`{}` is not a DNS name", shown(_0))]
     DnsName(String),
+    /// More DNS names than fit into a certificate.
+    #[error(
+        "{names} DNS names with {bytes} bytes do not fit into a certificate that peers read: at most {MAX_DNS_NAMES} names and {MAX_DNS_BYTES} bytes"
+    )]
+    TooManyDnsNames {
+        /// How many there are.
+        names: usize,
+        /// How long they are together, in bytes.
+        bytes: usize,
+    },
+    /// A selector that no attestor of ours can find.
+    #[error("selector `{}` can never be attested: {why}", shown(selector))]
+    Selector {
+        /// The selector.
+        selector: String,
+        /// The rule that it breaks.
+        why: &'static str,
+    },
+    /// More selectors than any workload has.
+    #[error("{0} selectors; at most {MAX_SELECTORS} are taken")]
+    TooManySelectors(usize),
     /// The hint is too long (SPIFFE Workload API 5.2.1: 1,024 bytes).
     #[error("the hint is longer than 1024 bytes")]
     Hint,
@@ -71,7 +101,7 @@ pub enum EntryError {
     #[error("the TTL of {0} seconds is out of range (0 takes the server's default)")]
     Ttl(i64),
     /// Federation with a trust domain that has the wrong form or is the server's own.
-    #[error("cannot federate with `{0}`: name another trust domain")]
+    #[error("cannot federate with `{}`: name another trust domain", shown(_0))]
     Federation(String),
 }
 
@@ -127,6 +157,16 @@ impl Entry {
         }
         if self.selectors.is_empty() {
             return Err(EntryError::NoSelectors(self.spiffe_id.clone()));
+        }
+        if self.selectors.len() > MAX_SELECTORS {
+            return Err(EntryError::TooManySelectors(self.selectors.len()));
+        }
+        if let Some((selector, why)) = self.selectors.iter().find_map(|s| Some((s, s.never_attested()?))) {
+            return Err(EntryError::Selector { selector: selector.to_string(), why });
+        }
+        let (names, bytes) = (self.dns_names.len(), self.dns_names.iter().map(String::len).sum());
+        if names > MAX_DNS_NAMES || bytes > MAX_DNS_BYTES {
+            return Err(EntryError::TooManyDnsNames { names, bytes });
         }
         if let Some(bad) = self.dns_names.iter().find(|n| !is_dns_name(n)) {
             return Err(EntryError::DnsName(bad.clone()));
@@ -216,6 +256,26 @@ mod tests {
         let mut e = entry("spiffe://td/x");
         e.selectors.clear();
         assert!(matches!(e.check(&td), Err(EntryError::NoSelectors(_))));
+    }
+
+    #[test]
+    fn entries_that_could_never_work_are_refused_when_they_are_made() {
+        let td = TrustDomain::new("td").unwrap();
+        let mut e = entry("spiffe://td/x");
+        e.dns_names = (0..3_000).map(|n| format!("n{n}.example.org")).collect();
+        assert!(matches!(e.check(&td), Err(EntryError::TooManyDnsNames { names: 3_000, .. })));
+        e.dns_names = (0..60).map(|n| format!("n{n}.{}", "x".repeat(60)) + &".y".repeat(60)).collect();
+        assert!(matches!(e.check(&td), Err(EntryError::TooManyDnsNames { names: 60, .. })), "few and long");
+        e.dns_names.truncate(40);
+        assert_eq!(e.check(&td), Ok(()));
+        for bad in ["unix:uid:abc", "unix:uid:-1", "unix:uid:"] {
+            let mut e = entry("spiffe://td/x");
+            e.selectors = [bad.parse().unwrap()].into();
+            assert!(matches!(e.check(&td), Err(EntryError::Selector { .. })), "{bad}");
+        }
+        let mut e = entry("spiffe://td/x");
+        e.selectors = (0..300).map(|n| format!("unix:uid:{n}").parse().unwrap()).collect();
+        assert_eq!(e.check(&td), Err(EntryError::TooManySelectors(300)));
     }
 
     #[test]

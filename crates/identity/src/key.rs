@@ -48,7 +48,7 @@ impl FromStr for KeyType {
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     /// A key type that we don't have.
-    #[error("`{0}` is not a key type: use ec-p256, ec-p384, rsa-2048 or rsa-4096")]
+    #[error("`{}` is not a key type: use ec-p256, ec-p384, rsa-2048 or rsa-4096", crate::shown::shown(_0))]
     Type(String),
     /// The engine refused to make a key.
     #[error("cannot make a key: {0}")]

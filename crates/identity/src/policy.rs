@@ -8,6 +8,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use spiffe::SpiffeId;
 
+use crate::shown::shown;
 use crate::verify::Refusal;
 
 /// How strict the mesh is.
@@ -24,7 +25,7 @@ pub enum Mode {
 
 /// A word that is no mode.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("`{0}` is not a mode: use off, permissive or strict")]
+#[error("`{}` is not a mode: use off, permissive or strict", shown(_0))]
 pub struct ModeError(String);
 
 impl FromStr for Mode {
@@ -68,9 +69,10 @@ pub struct Policy {
     pub mode: Mode,
     /// Modes of single ports.
     pub port_modes: BTreeMap<u16, Mode>,
-    /// Who may call; empty: anyone in the trust domain.
-    pub allow: BTreeSet<String>,
-    /// Who may call a single port; stands instead of `allow` for that port.
+    /// The SPIFFE IDs that may call. `None`: no list was given, and anyone in the trust domain may. An empty list admits
+    /// nobody.
+    pub allow: Option<BTreeSet<String>>,
+    /// The SPIFFE IDs that may call a single port; stands instead of `allow` for that port. An empty list admits nobody.
     pub port_allow: BTreeMap<u16, BTreeSet<String>>,
     /// Destinations outside the mesh that strict lets out.
     pub egress: Vec<IpNet>,
@@ -84,18 +86,21 @@ impl Policy {
 
     /// Whether an authenticated caller of our trust domain may call a port.
     pub fn admits(&self, caller: &SpiffeId, own_trust_domain: &str, port: u16) -> Result<(), Refusal> {
-        let list = self.port_allow.get(&port).unwrap_or(&self.allow);
-        let allowed = if list.is_empty() {
-            caller.trust_domain_name() == own_trust_domain
-        } else {
-            list.contains(&caller.to_string())
+        let allowed = match self.list_of(port) {
+            None => caller.trust_domain_name() == own_trust_domain,
+            Some(list) => list.contains(&caller.to_string()),
         };
         if allowed { Ok(()) } else { Err(Refusal::NotAllowed { caller: caller.clone(), port }) }
     }
 
     /// Whether a port names who may call it.
     pub fn has_allow_list(&self, port: u16) -> bool {
-        !self.port_allow.get(&port).unwrap_or(&self.allow).is_empty()
+        self.list_of(port).is_some()
+    }
+
+    /// The list that decides about a port, if there is one.
+    fn list_of(&self, port: u16) -> Option<&BTreeSet<String>> {
+        self.port_allow.get(&port).or(self.allow.as_ref())
     }
 
     /// Whether strict lets traffic out to an address that is not meshed.
@@ -119,25 +124,75 @@ mod tests {
         assert_eq!((p.mode_of(80), p.mode_of(81), p.mode_of(82)), (Strict, Off, Permissive));
     }
 
+    fn id(text: &str) -> SpiffeId {
+        SpiffeId::new(text).unwrap()
+    }
+
+    fn list(ids: &[&str]) -> BTreeSet<String> {
+        ids.iter().map(|id| (*id).to_owned()).collect()
+    }
+
     #[test]
-    fn an_empty_list_admits_the_own_trust_domain_alone() {
-        let id = |s: &str| SpiffeId::new(s).unwrap();
+    fn without_a_list_the_own_trust_domain_is_admitted_and_no_other() {
         let p = Policy::default();
         assert!(p.admits(&id("spiffe://td/a"), "td", 1).is_ok());
         assert_eq!(p.admits(&id("spiffe://other/a"), "td", 1).unwrap_err().code(), "not_allowed");
+        assert!(!p.has_allow_list(1));
+    }
+
+    #[test]
+    fn an_empty_list_admits_nobody_and_is_a_list() {
+        let all = Policy { allow: Some(list(&[])), ..Policy::default() };
+        let one = Policy { port_allow: [(9001, list(&[]))].into(), ..Policy::default() };
+        let a = id("spiffe://td/a");
+        assert!(all.admits(&a, "td", 80).is_err() && one.admits(&a, "td", 9001).is_err());
+        assert!(one.admits(&a, "td", 80).is_ok(), "another port has no list");
+        assert!(all.has_allow_list(80) && one.has_allow_list(9001) && !one.has_allow_list(80));
     }
 
     #[test]
     fn a_ports_list_stands_instead_of_the_workloads() {
-        let id = |s: &str| SpiffeId::new(s).unwrap();
         let p = Policy {
-            allow: ["spiffe://td/a".to_owned()].into(),
-            port_allow: [(81, ["spiffe://td/b".to_owned()].into())].into(),
+            allow: Some(list(&["spiffe://td/a"])),
+            port_allow: [(81, list(&["spiffe://td/b"]))].into(),
             ..Policy::default()
         };
         assert!(p.admits(&id("spiffe://td/a"), "td", 80).is_ok());
         assert!(p.admits(&id("spiffe://td/b"), "td", 80).is_err());
         assert!(p.admits(&id("spiffe://td/b"), "td", 81).is_ok());
         assert!(p.admits(&id("spiffe://td/a"), "td", 81).is_err());
+    }
+
+    proptest::proptest! {
+        /// Against the rule as a sentence: the port's list decides, or else the workload's, or else the trust domain.
+        #[test]
+        fn a_caller_is_admitted_exactly_when_the_rule_says_so(
+            allow in proptest::option::of(proptest::collection::btree_set(0u8..5, 0..4)),
+            ports in proptest::collection::btree_map(1u16..4, proptest::collection::btree_set(0u8..5, 0..4), 0..3),
+            caller in 0u8..5, port in 1u16..4, foreign: bool,
+        ) {
+            let name = |n: u8| format!("spiffe://td/{n}");
+            let names = |set: &BTreeSet<u8>| set.iter().map(|n| name(*n)).collect::<BTreeSet<_>>();
+            let policy = Policy {
+                allow: allow.as_ref().map(names),
+                port_allow: ports.iter().map(|(p, set)| (*p, names(set))).collect(),
+                ..Policy::default()
+            };
+            let caller_id = if foreign { id(&format!("spiffe://other/{caller}")) } else { id(&name(caller)) };
+            let expected = match (ports.get(&port), &allow) {
+                (Some(list), _) | (None, Some(list)) => !foreign && list.contains(&caller),
+                (None, None) => !foreign,
+            };
+            assert_eq!(policy.admits(&caller_id, "td", port).is_ok(), expected);
+            assert_eq!(policy.has_allow_list(port), ports.contains_key(&port) || allow.is_some());
+        }
+
+        #[test]
+        fn strict_is_never_weakened_by_a_port(own in 0usize..3, nearer in 0usize..3) {
+            let modes = [Mode::Off, Mode::Permissive, Mode::Strict];
+            let policy = Policy { mode: modes[own], port_modes: [(80, modes[nearer])].into(), ..Policy::default() };
+            let expected = if modes[own] == Mode::Strict { Mode::Strict } else { modes[nearer] };
+            assert_eq!((policy.mode_of(80), policy.mode_of(81)), (expected, modes[own]));
+        }
     }
 }

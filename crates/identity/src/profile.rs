@@ -13,6 +13,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::key::PrivateKey;
 use crate::rotation::validity;
+use crate::shown::shown;
 use crate::svid::LeafFacts;
 
 /// Longest certificate signing request we read, in bytes.
@@ -25,7 +26,7 @@ pub enum IssueError {
     #[error("malformed CSR: {0}")]
     Csr(String),
     /// A name does not fit into a certificate.
-    #[error("`{name}` does not fit into a certificate: {why}")]
+    #[error("`{}` does not fit into a certificate: {why}", shown(name))]
     Name {
         /// The name.
         name: String,

@@ -21,7 +21,8 @@ pub fn activate_at(not_before: OffsetDateTime, not_after: OffsetDateTime) -> Off
 
 /// When to renew an SVID: at half of its lifetime, moved by up to 10 % of that half.
 ///
-/// `jitter` is drawn by the caller from -1.0 to 1.0, anew at each check.
+/// `jitter` is drawn by the caller from -1.0 to 1.0, once for each SVID, and kept with it: all SVIDs of one moment are renewed
+/// at different times, and each of them at one.
 pub fn renew_at(not_before: OffsetDateTime, not_after: OffsetDateTime, jitter: f64) -> OffsetDateTime {
     let half = lifetime(not_before, not_after) / 2;
     let shift = half.mul_f64(0.1 * jitter.abs().min(1.0));
@@ -36,7 +37,8 @@ pub fn validity(
 ) -> (OffsetDateTime, OffsetDateTime) {
     // Certificates hold whole seconds: an end is cut down to one, so that no certificate outlives what was meant.
     let whole = |t: OffsetDateTime| t.replace_nanosecond(0).unwrap_or(t);
-    let end = now + ttl;
+    // A TTL beyond the calendar ends with the calendar.
+    let end = now.saturating_add(ttl.try_into().unwrap_or(time::Duration::MAX));
     (whole(now - BACKDATE), whole(latest.map_or(end, |l| end.min(l))))
 }
 
@@ -76,5 +78,26 @@ mod tests {
         let now = T0 + secs(1000);
         assert_eq!(validity(now, secs(60), None), (now - secs(10), now + secs(60)));
         assert_eq!(validity(now, secs(60), Some(now + secs(5))).1, now + secs(5));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn the_times_of_any_certificate_stand_in_their_order(start in 0i64..4_000_000_000, life in 0u64..3_000_000_000, jitter in -2.0f64..2.0) {
+            let begin = T0 + time::Duration::seconds(start);
+            let end = begin + secs(life);
+            let (prepare, activate) = (prepare_at(begin, end), activate_at(begin, end));
+            assert!(begin <= prepare && prepare <= activate && activate <= end);
+            let renew = renew_at(begin, end, jitter);
+            assert!(begin + secs(life).mul_f64(0.449) <= renew + secs(1) && renew <= begin + secs(life).mul_f64(0.551) + secs(1));
+        }
+
+        #[test]
+        fn nothing_issued_outlives_its_issuer_or_begins_late(at in 0i64..4_000_000_000, nanos in 0i64..1_000_000_000, ttl: u64, left in 0u64..3_000_000_000) {
+            let now = T0 + time::Duration::seconds(at) + time::Duration::nanoseconds(nanos);
+            let issuer_ends = now + secs(left);
+            let (from, until) = validity(now, secs(ttl), Some(issuer_ends));
+            assert!(from <= now && until <= issuer_ends && (until - now) <= time::Duration::seconds(ttl.min(1 << 40).try_into().unwrap()));
+            assert_eq!((from.nanosecond(), until.nanosecond()), (0, 0), "certificates hold whole seconds");
+        }
     }
 }

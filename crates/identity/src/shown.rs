@@ -13,16 +13,23 @@ pub const MAX_SHOWN: usize = 128;
 pub struct Shown<'a> {
     text: &'a str,
     limit: usize,
+    quoted: bool,
 }
 
 /// `text` as it may be printed: at most [`MAX_SHOWN`] characters of it.
 pub fn shown(text: &str) -> Shown<'_> {
-    Shown { text, limit: MAX_SHOWN }
+    Shown { text, limit: MAX_SHOWN, quoted: true }
 }
 
 /// `text` as it may be printed: at most `limit` characters of it.
 pub fn shown_up_to(text: &str, limit: usize) -> Shown<'_> {
-    Shown { text, limit }
+    Shown { text, limit, quoted: true }
+}
+
+/// A whole sentence of another program's, such as a peer's reason for a refusal: as [`shown_up_to`], but its own quotes and
+/// escapes stay as they are.
+pub fn sentence(text: &str, limit: usize) -> Shown<'_> {
+    Shown { text, limit, quoted: false }
 }
 
 impl fmt::Display for Shown<'_> {
@@ -32,9 +39,11 @@ impl fmt::Display for Shown<'_> {
             // The backslash and the backtick are escaped as well: what is printed can be read back in one way only, and the
             // text cannot end the quotes that it stands in.
             match c {
-                '`' => f.write_str("\\u{60}")?,
+                '`' if self.quoted => f.write_str("\\u{60}")?,
                 ' ' => f.write_char(c)?,
-                _ if c != '\\' && (c.is_alphanumeric() || c.is_ascii_punctuation()) => f.write_char(c)?,
+                _ if !(c == '\\' && self.quoted) && (c.is_alphanumeric() || c.is_ascii_punctuation()) => {
+                    f.write_char(c)?
+                }
                 _ => write!(f, "{}", c.escape_default())?,
             }
         }
@@ -66,5 +75,8 @@ mod tests {
         let long = "a".repeat(22_000);
         assert_eq!(shown(&long).to_string(), format!("{}… (21872 bytes more)", "a".repeat(MAX_SHOWN)));
         assert_eq!(shown_up_to("abc", 2).to_string(), "ab… (1 bytes more)");
+        let reason = r"`spiffe://a/b` is not allowed: \n";
+        assert_eq!(sentence(reason, 100).to_string(), reason, "escaped once is enough");
+        assert_eq!(sentence("a\nb\u{1b}", 100).to_string(), r"a\nb\u{1b}");
     }
 }

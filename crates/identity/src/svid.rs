@@ -114,7 +114,7 @@ impl X509Svid {
         (self.facts.not_after - now).try_into().unwrap_or(Duration::ZERO)
     }
 
-    /// When to renew it. `jitter` from -1.0 to 1.0, drawn anew at each check.
+    /// When to renew it. `jitter` from -1.0 to 1.0, drawn once for this SVID.
     pub fn renew_at(&self, jitter: f64) -> OffsetDateTime {
         rotation::renew_at(self.facts.not_before, self.facts.not_after, jitter)
     }

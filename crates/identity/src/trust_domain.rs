@@ -161,4 +161,28 @@ mod tests {
             assert!(parse_trust_domain(bad).is_err(), "{bad:?} was accepted");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_parses_as_an_id_obeys_the_standard_and_comes_back_the_same(text in "(?s)(spiffe://)?[a-zA-Z0-9._/%:@?#\\- \\n]{0,80}") {
+            match parse_id(&text) {
+                Ok(id) => {
+                    assert_eq!(id.to_string(), text, "what is read is what was written");
+                    let (td, path) = text.strip_prefix("spiffe://").unwrap().split_once('/').map_or((&text[9..], None), |(t, p)| (t, Some(p)));
+                    assert!(td.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b)));
+                    assert!(!td.is_empty() && td.split('.').all(|l| !l.is_empty()));
+                    assert!(path.is_none_or(|p| p.split('/').all(|s| !s.is_empty() && s != "." && s != "..")));
+                    assert_eq!(trust_domain_of(&id).as_str(), td);
+                }
+                Err(e) => assert!(!e.to_string().contains(['\n', '\x1b']) && e.to_string().len() < 1_500),
+            }
+        }
+
+        #[test]
+        fn ids_built_from_good_segments_parse(td in "[a-z0-9_-]{1,20}(\\.[a-z0-9_-]{1,20}){0,3}", path in proptest::collection::vec("[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}", 1..6)) {
+            let text = format!("spiffe://{td}/{}", path.join("/"));
+            assert_eq!(parse_workload_id(&text).unwrap().to_string(), text);
+            assert!(parse_trust_domain(&td).is_ok());
+        }
+    }
 }

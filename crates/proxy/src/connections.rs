@@ -152,6 +152,10 @@ impl Drop for Admitted {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use countersign_identity::profile::issue_root;
+    use countersign_identity::svid::LeafFacts;
+    use countersign_identity::{KeyType, PrivateKey, SpiffeId, TrustDomain, X509Authority, X509Bundle};
+    use std::time::Duration;
 
     #[test]
     fn the_bounds_hold_in_all_and_for_each_peer_and_free_themselves() {
@@ -165,5 +169,62 @@ mod tests {
         assert!(all.admit(b).is_err());
         drop(first);
         assert!(all.admit(b).is_ok());
+    }
+
+    fn authority(td: &str) -> X509Bundle {
+        let (td, now) = (TrustDomain::new(td).unwrap(), OffsetDateTime::now_utc());
+        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let root = issue_root(&td, &key, Duration::from_secs(600), now).unwrap();
+        let authorities = vec![X509Authority::from_der(root.to_vec()).unwrap()];
+        X509Bundle { trust_domain: td, authorities, sequence: 1, refresh_hint: Duration::ZERO }
+    }
+
+    fn peer_of(bundle: &X509Bundle) -> VerifiedPeer {
+        let (id, now) = (SpiffeId::new("spiffe://td/a").unwrap(), OffsetDateTime::now_utc());
+        let facts = LeafFacts {
+            serial: "1".into(),
+            not_before: now,
+            not_after: now,
+            authority_id: "what the peer says".into(),
+        };
+        let top = &bundle.authorities[0];
+        VerifiedPeer { id, facts, authority: top.id().into(), anchor: top.key() }
+    }
+
+    #[test]
+    fn a_revocation_cuts_who_is_entered_and_refuses_who_comes_with_an_older_handshake() {
+        let all = Arc::new(Connections::new(Limits { connections: 9, connections_per_peer: 9 }, Gauge::default()));
+        let (old, new) = (authority("td"), authority("td"));
+        let before: BundleSet =
+            [X509Bundle { authorities: [old.authorities.clone(), new.authorities.clone()].concat(), ..old.clone() }]
+                .into_iter()
+                .collect();
+        let after: BundleSet = [new.clone()].into_iter().collect();
+        let admit = || all.admit("10.0.0.1".parse().unwrap()).unwrap();
+        let (first, second, idle, late) = (admit(), admit(), admit(), admit());
+        let trusted = |set: &BundleSet| {
+            let set = set.clone();
+            move |td: &str, key| set.holds(td, key)
+        };
+        first.authenticated_as(&peer_of(&old), trusted(&before)).unwrap();
+        second.authenticated_as(&peer_of(&new), trusted(&before)).unwrap();
+        all.cut_revoked(&before, &after, OffsetDateTime::now_utc());
+        assert_eq!(first.check().unwrap_err().code(), "authority_revoked", "its preamble may come seconds later");
+        assert!(second.check().is_ok() && idle.check().is_ok());
+        // The handshake was verified against the bundle before; the entry is made after the cut.
+        let refused = late.authenticated_as(&peer_of(&old), trusted(&after)).unwrap_err();
+        assert_eq!(refused.code(), "authority_revoked");
+    }
+
+    #[test]
+    fn an_authority_that_ended_is_not_one_that_was_revoked() {
+        let all = Arc::new(Connections::new(Limits { connections: 9, connections_per_peer: 9 }, Gauge::default()));
+        let old = authority("td");
+        let (before, after): (BundleSet, BundleSet) =
+            ([old.clone()].into_iter().collect(), [authority("td")].into_iter().collect());
+        let open = all.admit("10.0.0.1".parse().unwrap()).unwrap();
+        open.authenticated_as(&peer_of(&old), |td, key| before.holds(td, key)).unwrap();
+        all.cut_revoked(&before, &after, OffsetDateTime::now_utc() + Duration::from_secs(601));
+        assert!(open.check().is_ok());
     }
 }

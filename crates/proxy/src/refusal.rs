@@ -3,6 +3,10 @@
 use std::net::SocketAddr;
 
 use countersign_api::tls::refusal_of;
+use countersign_identity::shown::{sentence, shown};
+
+/// Longest text of a failed handshake that is shown, in characters.
+const MAX_TLS_TEXT: usize = 256;
 
 /// Why a connection is refused or was cut.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +41,7 @@ pub enum Refused {
     #[error("{0} is the sidecar's own port; forwarding to it would loop")]
     Loop(SocketAddr),
     /// The caller meant another run of this address.
-    #[error("the caller expected workload `{expected}` here, this is `{found}`")]
+    #[error("the caller expected workload `{}` here, this is `{found}`", shown(expected))]
     StaleWorkload {
         /// Whom it meant.
         expected: String,
@@ -139,7 +143,7 @@ impl Refused {
         let tls = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
         match tls.and_then(refusal_of) {
             Some(refusal) => Self::Peer(refusal),
-            None => Self::Tls(error.to_string()),
+            None => Self::Tls(sentence(&error.to_string(), MAX_TLS_TEXT).to_string()),
         }
     }
 }

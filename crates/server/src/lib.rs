@@ -158,7 +158,7 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
         KeyManagerKind::Memory => Arc::<key_manager::Memory>::default(),
     };
     let upstream: Option<Arc<dyn upstream_authority::UpstreamAuthority>> = match &config.upstream {
-        Some(files) => Some(Arc::new(upstream_authority::Disk::new(files.clone(), clock())?)),
+        Some(files) => Some(Arc::new(upstream_authority::Disk::new(files.clone(), &config.trust_domain, clock())?)),
         None => None,
     };
     let td = config.trust_domain.clone();

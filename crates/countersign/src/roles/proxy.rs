@@ -185,12 +185,13 @@ impl ProxySettings {
     }
 
     fn routing(&self, ports: Ports) -> Result<Routing, Mistake> {
-        let ids = |flag: &str, ids: &Option<Vec<String>>| {
-            let parsed = ids.iter().flatten().map(|id| parse_workload_id(id).map(|id| id.to_string()));
+        let ids = |flag: &str, ids: &[String]| {
+            let parsed = ids.iter().map(|id| parse_workload_id(id).map(|id| id.to_string()));
             parsed.collect::<Result<BTreeSet<_>, _>>().map_err(|e| Mistake::flag(flag, &e.to_string()))
         };
-        let (expect, allow) =
-            (ids("--outbound-expect", &self.outbound_expect)?, ids("--inbound-allow", &self.inbound_allow)?);
+        let expect = ids("--outbound-expect", self.outbound_expect.as_deref().unwrap_or_default())?;
+        // A list that is given and empty admits nobody; without one anyone in the trust domain may call.
+        let allow = self.inbound_allow.as_deref().map(|list| ids("--inbound-allow", list)).transpose()?;
         let outbound = match (self.outbound_listen, self.outbound_target) {
             (Some(_), Some(_)) if expect.is_empty() => {
                 return Err(Mistake("--outbound-expect is missing: say who must stand at --outbound-target".into()));

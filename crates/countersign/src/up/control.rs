@@ -127,7 +127,8 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let spec = WorkloadSpec {
         policy: Policy {
             mode: mesh.spec.mode.narrowed_by(mode),
-            allow: allow.collect::<Result<_>>()?,
+            // `run` without `--allow` gives no list.
+            allow: (!join.allow.is_empty()).then(|| allow.collect::<Result<_>>()).transpose()?,
             ..Policy::default()
         },
         name: join.name.clone(),

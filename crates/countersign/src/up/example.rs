@@ -31,7 +31,11 @@ pub fn shop() -> MeshSpec {
         workdir: None,
         restart: Default::default(),
         env: BTreeMap::new(),
-        policy: Policy { mode: Mode::Strict, allow: callers.iter().map(|c| id(c)).collect(), ..Policy::default() },
+        policy: Policy {
+            mode: Mode::Strict,
+            allow: (!callers.is_empty()).then(|| callers.iter().map(|c| id(c)).collect()),
+            ..Policy::default()
+        },
         exclude_outbound_ports: [].into(),
         exclude_inbound_ports: [].into(),
         exclude_outbound_cidrs: [].into(),

@@ -6,12 +6,15 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
+use countersign_identity::shown::sentence;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// The protocol's name in ALPN.
 pub const ALPN: &[u8] = b"countersign/1";
 /// Longest workload UID, in bytes.
 const MAX_UID: usize = 255;
+/// Longest code of a refusal that is believed, in bytes.
+const MAX_CODE: usize = 64;
 /// Longest reason that is sent or read, in bytes.
 const MAX_REASON: usize = 1024;
 
@@ -94,7 +97,8 @@ impl Request {
             _ => return None,
         };
         let (port, uid) = rest.split_first_chunk::<2>()?;
-        if uid.len() > MAX_UID {
+        // It goes into errors and logs: what no UID of ours holds is no UID.
+        if uid.len() > MAX_UID || !uid.iter().all(u8::is_ascii_graphic) {
             return None;
         }
         let workload = std::str::from_utf8(uid).ok()?.to_owned();
@@ -130,9 +134,12 @@ impl Answer {
                 }
                 let mut text = vec![0; length];
                 stream.read_exact(&mut text).await?;
-                // Written to logs as it is: control characters of a peer have no place there.
-                let clean = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().filter(|c| !c.is_control()).collect();
-                Ok(Self::Refused { code: clean(&code), text: clean(&text) })
+                // Both are written to logs. A code is a word of ours; whatever else stands there is none.
+                let is_word =
+                    (1..=MAX_CODE).contains(&code.len()) && code.iter().all(|b| b.is_ascii_lowercase() || *b == b'_');
+                let code = if is_word { String::from_utf8_lossy(&code).into_owned() } else { "unknown".to_owned() };
+                let text = sentence(&String::from_utf8_lossy(&text), MAX_REASON).to_string();
+                Ok(Self::Refused { code, text })
             }
             other => Err(malformed(format!("answer {other}"))),
         }

@@ -54,6 +54,10 @@ fn garbage_is_refused_without_reading_more_than_a_preamble() {
     let hostile = Answer::Refused { code: "a\nb".into(), text: "\x1b[31mred".into() }.encode();
     assert_eq!(
         block(Answer::read(&mut &hostile[..])).unwrap(),
-        Answer::Refused { code: "ab".into(), text: "[31mred".into() }
+        Answer::Refused { code: "unknown".into(), text: r"\u{1b}[31mred".into() }
     );
+    for uid in ["a\nb", "\u{1b}[31m", "a b", "ü", "\u{202e}x"] {
+        let request = Request { destination: "10.0.0.1:80".parse().unwrap(), workload: uid.into() };
+        assert!(block(Request::read(&mut &request.encode()[..])).is_err(), "{uid:?} was believed");
+    }
 }

@@ -5,15 +5,19 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_identity::bundle::certificates_from_pem;
-use countersign_identity::profile::{SigningAuthority, issue_intermediate};
-use countersign_identity::{PrivateKey, TrustDomain, X509Authority};
+use countersign_identity::profile::{IssueError, SigningAuthority, issue_intermediate};
+use countersign_identity::{KeyType, PrivateKey, TrustDomain, X509Authority};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::probe::probe;
 use super::{UpstreamAuthority, UpstreamError, UpstreamSigned};
 use crate::config::UpstreamDisk;
+
+/// Life of the CA certificate that is signed once at start to try the files. It never leaves this process.
+const PROBE_CA_TTL: Duration = Duration::from_secs(600);
 
 /// Reads its files anew for each signature, so that a renewed upstream is taken up without a restart.
 pub struct Disk(UpstreamDisk);
@@ -25,11 +29,30 @@ struct Loaded {
 }
 
 impl Disk {
-    /// Loads the files once to find mistakes now, not at the first handshake.
-    pub fn new(files: UpstreamDisk, now: OffsetDateTime) -> Result<Self, UpstreamError> {
+    /// Loads the files once, and signs and verifies below them, to find mistakes now and not at the first handshake.
+    pub fn new(files: UpstreamDisk, trust_domain: &TrustDomain, now: OffsetDateTime) -> Result<Self, UpstreamError> {
         let disk = Self(files);
-        disk.load(now)?;
+        let key =
+            PrivateKey::generate(KeyType::EcP256).map_err(|e| UpstreamError::Issue(IssueError::Sign(e.to_string())))?;
+        disk.sign(trust_domain, &key, PROBE_CA_TTL, now)?;
         Ok(disk)
+    }
+
+    /// Signs a CA certificate for `key`, once it is certain that peers accept what is issued below it.
+    fn sign(
+        &self,
+        trust_domain: &TrustDomain,
+        key: &PrivateKey,
+        ttl: Duration,
+        now: OffsetDateTime,
+    ) -> Result<UpstreamSigned, UpstreamError> {
+        let loaded = self.load(now)?;
+        let own = issue_intermediate(trust_domain, key, ttl, now, &loaded.signer)?;
+        let signed = UpstreamSigned { chain: std::iter::once(own).chain(loaded.above).collect(), roots: loaded.roots };
+        match probe(trust_domain, &signed, key, now) {
+            Ok(()) => Ok(signed),
+            Err(why) => Err(UpstreamError::Content { path: self.0.certificate.clone(), why: why.to_string() }),
+        }
     }
 
     fn load(&self, now: OffsetDateTime) -> Result<Loaded, UpstreamError> {
@@ -55,8 +78,10 @@ impl Disk {
             .iter()
             .map(|der| X509Authority::from_der(der.to_vec()).map_err(|e| wrong(e.to_string())))
             .collect::<Result<Vec<_>, _>>()?;
-        // A root that is in the bundle need not be sent behind each leaf.
-        chain.retain(|c| !roots.iter().any(|r| r.der() == c));
+        // The path of a peer ends at the first certificate that it trusts: that one and those above it are not sent, for
+        // what is not in the path is refused.
+        let end = chain.iter().position(|c| roots.iter().any(|r| r.der() == c)).unwrap_or(chain.len());
+        chain.truncate(end);
         Ok(Loaded { signer, above: chain, roots })
     }
 }
@@ -117,9 +142,9 @@ impl UpstreamAuthority for Disk {
         ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError> {
-        let loaded = self.load(now)?;
-        let own = issue_intermediate(trust_domain, key, ttl, now, &loaded.signer)?;
-        let chain = std::iter::once(own).chain(loaded.above).collect();
-        Ok(UpstreamSigned { chain, roots: loaded.roots })
+        self.sign(trust_domain, key, ttl, now)
     }
 }
+
+#[cfg(test)]
+mod tests;

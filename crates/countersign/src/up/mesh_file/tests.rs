@@ -61,7 +61,7 @@ fn every_key_of_a_workload_is_read() {
     assert_eq!(env, [("A", "b"), ("B", "true"), ("E", ""), ("N", "1")]);
     assert_eq!((w.policy.mode, w.policy.mode_of(80)), (Mode::Off, Mode::Strict));
     assert!(w.policy.port_allow[&81].is_empty(), "nobody");
-    assert_eq!(w.policy.allow.len(), 2);
+    assert_eq!(w.policy.allow.as_ref().unwrap().len(), 2);
     assert_eq!((w.ports.len(), w.exclude_outbound_ports.len(), w.exclude_inbound_cidrs.len()), (2, 1, 1));
 }
 

@@ -118,12 +118,12 @@ pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<Worklo
     let env = fields.optional("env").map(|at| environment(reader, at)).transpose()?.unwrap_or_default();
     let mut policy = Policy { egress: egress.into_iter().collect(), ..Policy::default() };
     if let Some(at) = fields.optional("allow") {
-        // An empty list would read as nobody and be taken as everybody: it must be said which.
+        // An empty list admits nobody, here as everywhere; a workload that nobody may call is more likely a mistake.
         if at.value == Value::List(vec![]) {
             let why = "an empty list; leave the key out to let the whole trust domain call, or name who may";
             return Err(reader.wrong(at.line, "allow", why));
         }
-        policy.allow = callers(reader, at, "allow", known)?;
+        policy.allow = Some(callers(reader, at, "allow", known)?);
     }
     let own_mode = match fields.optional("mode") {
         Some(at) => Some(reader.parse(at, "mode", MODES, parse_mode)?),

@@ -111,7 +111,7 @@ impl Scheme {
 }
 
 /// `SEQUENCE { r INTEGER, s INTEGER }` (RFC 3279 2.2.3) of two big-endian numbers.
-fn der_signature(r: &[u8], s: &[u8]) -> Vec<u8> {
+pub(super) fn der_signature(r: &[u8], s: &[u8]) -> Vec<u8> {
     let integer = |n: &[u8]| {
         let n = &n[n.iter().take_while(|b| **b == 0).count()..];
         let pad = usize::from(n.first().is_none_or(|b| *b >= 0x80));

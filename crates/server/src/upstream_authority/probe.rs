@@ -1,0 +1,65 @@
+//! Whether peers will accept what we issue below an upstream authority: tried with our own verifier before anybody else does.
+//!
+//! A bundle without the upstream's root, or name constraints that leave our trust domain out, would otherwise show at the
+//! first handshake: the server looks healthy, and every sidecar refuses every SVID.
+
+use std::time::Duration;
+
+use countersign_identity::profile::{IssueError, LeafRequest, RequestedKey, SigningAuthority, issue_leaf, request};
+use countersign_identity::trust_domain::parse_workload_id;
+use countersign_identity::verify::{PeerRole, Refusal, verify_chain};
+use countersign_identity::{BundleSet, KeyType, PrivateKey, TrustDomain, X509Bundle};
+use time::OffsetDateTime;
+
+use super::UpstreamSigned;
+
+/// Life of the probe's SVID. It never leaves this process.
+const PROBE_TTL: Duration = Duration::from_secs(60);
+
+/// Why an SVID below an upstream authority would be refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ProbeError {
+    /// The probe's SVID could not be issued.
+    #[error("no SVID can be issued below it: {0}")]
+    Issue(#[from] IssueError),
+    /// Our verifier refuses it, and so would every peer.
+    #[error(
+        "every peer would refuse the SVIDs of `{trust_domain}` issued below it: {refusal}. The roots must hold the one in \
+         which the chain ends, and name constraints must leave room for `spiffe://{trust_domain}`"
+    )]
+    Refused {
+        /// What we issue for.
+        trust_domain: TrustDomain,
+        /// The verifier's reason.
+        refusal: Refusal,
+    },
+}
+
+/// Issues an SVID below `signed`, whose first certificate belongs to `key`, and verifies it as both sides of a handshake do.
+pub(super) fn probe(
+    trust_domain: &TrustDomain,
+    signed: &UpstreamSigned,
+    key: &PrivateKey,
+    now: OffsetDateTime,
+) -> Result<(), ProbeError> {
+    let own = signed.chain.first().cloned().ok_or_else(|| IssueError::Authority("it signed nothing".into()))?;
+    let authority = SigningAuthority::new(own, signed.chain.clone(), key)?;
+    let failed = |e: &dyn std::fmt::Display| IssueError::Sign(e.to_string());
+    let leaf_key = PrivateKey::generate(KeyType::EcP256).map_err(|e| failed(&e))?;
+    let requested = RequestedKey::from_csr(&request(&leaf_key, None)?)?;
+    let id = parse_workload_id(&format!("spiffe://{trust_domain}/probe")).map_err(|e| failed(&e))?;
+    let issued =
+        issue_leaf(&LeafRequest { id: &id, dns_names: &[], key: &requested, ttl: PROBE_TTL }, &authority, now)?;
+    let bundles: BundleSet = std::iter::once(X509Bundle {
+        trust_domain: trust_domain.clone(),
+        authorities: signed.roots.clone(),
+        sequence: 0,
+        refresh_hint: Duration::ZERO,
+    })
+    .collect();
+    for role in [PeerRole::Client, PeerRole::Server] {
+        verify_chain(&issued.chain, &bundles, now, role)
+            .map_err(|refusal| ProbeError::Refused { trust_domain: trust_domain.clone(), refusal })?;
+    }
+    Ok(())
+}
