@@ -11,7 +11,11 @@ use std::time::Duration;
 
 use countersign_identity::verify::{PeerRole, VerifiedPeer, verify_chain};
 use countersign_identity::{BundleSet, TrustDomain, X509Authority, X509Bundle};
-use forge::*;
+use forge::{
+    ALT_NAME, AUTHORITY_KEY_ID, BASIC_CONSTRAINTS, EXTENDED_KEY_USAGE, KEY_USAGE, Key, NAME_CONSTRAINTS, NOW,
+    POLICY_CONSTRAINTS, Plan, SUBJECT_KEY_ID, UNKNOWN, ca_constraints, constraints, extended_usage, key_usage, seq,
+    subtree, tlv, uris,
+};
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 
@@ -83,7 +87,8 @@ const CASES: &[(&str, usize, Change, &str)] = &[
     ("leaf directly below the root", 0, |_| {}, "ok"),
     ("one intermediate", 1, |_| {}, "ok"),
     ("six intermediates", 6, |_| {}, "ok"),
-    ("seven intermediates", 7, |_| {}, "chain_too_long"),
+    ("seven intermediates", 7, |_| {}, "untrusted"),
+    ("eight intermediates", 8, |_| {}, "chain_too_long"),
     ("leaf names another issuer", 1, |p| p.leaf.issuer = "somebody".into(), "untrusted"),
     ("intermediate names another issuer", 1, |p| p.inters[0].issuer = "somebody".into(), "untrusted"),
     ("leaf issued by itself", 0, |p| p.leaf.issuer = "leaf".into(), "untrusted"),
@@ -355,15 +360,17 @@ fn certificates_that_cannot_be_roots_are_no_authorities() {
 #[test]
 fn the_authority_of_a_peer_is_the_one_that_its_path_ends_in_whatever_else_it_sends() {
     let (pki, stranger) = (Pki::new(1), Pki::new(0));
-    let bundles = trusting(&[pki.root(), stranger.root()]);
-    let own = X509Authority::from_der(pki.root()).unwrap();
+    // Signed once: an ECDSA signature is another one each time, and so are the certificate's bytes.
+    let (root, strange_root) = (pki.root(), stranger.root());
+    let bundles = trusting(&[root.clone(), strange_root.clone()]);
+    let own = X509Authority::from_der(root.clone()).unwrap();
     let peer = verify(&pki.chain(), &bundles, PeerRole::Client).unwrap();
     assert_eq!((peer.anchor, peer.authority.as_str()), (own.key(), own.id()));
     // A certificate that claims any authority it likes, another root, a certificate sent twice, bytes that are none.
     let mut junk = Plan::ca("junk", "junk");
     junk.add(AUTHORITY_KEY_ID, false, seq(&[tlv(0x80, &[7; 9_000])]));
     let junk = junk.sign(&Key::new(), &Key::new());
-    for more in [junk, stranger.root(), pki.chain()[1].clone(), pki.chain()[0].clone(), vec![0x30, 0]] {
+    for more in [junk, strange_root, pki.chain()[1].clone(), pki.chain()[0].clone(), vec![0x30, 0]] {
         for at in [1, 2] {
             let mut chain = pki.chain();
             chain.insert(at, more.clone());
@@ -372,9 +379,9 @@ fn the_authority_of_a_peer_is_the_one_that_its_path_ends_in_whatever_else_it_sen
         }
     }
     // The root itself is in the path, and tools append it.
-    let chain = [pki.chain(), vec![pki.root()]].concat();
+    let chain = [pki.chain(), vec![root.clone()]].concat();
     assert_eq!(verify(&chain, &bundles, PeerRole::Client).unwrap().anchor, own.key());
-    let twice = [chain, vec![pki.root()]].concat();
+    let twice = [chain, vec![root]].concat();
     assert_eq!(verdict(&twice, &bundles), "not_in_path");
 }
 
