@@ -36,10 +36,27 @@ pub async fn back_off_after(error: &io::Error) {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
+/// Makes the folders that are missing so that others may walk through them, whatever the umask is: roles run with 077, and
+/// the sockets of several stand in one folder. Who may use a socket is said by the socket's own mode.
+fn make_searchable(dir: &Path) -> io::Result<()> {
+    if dir.as_os_str().is_empty() || dir.is_dir() {
+        return Ok(());
+    }
+    if let Some(above) = dir.parent() {
+        make_searchable(above)?;
+    }
+    match std::fs::create_dir(dir) {
+        // Another role was faster.
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+        Ok(()) => std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)),
+    }
+}
+
 /// Binds a Unix socket with this file mode. A socket that nobody listens on any more is replaced; one that is alive is an error.
 pub fn bind_unix(path: &Path, mode: u32) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir)?;
+        make_searchable(dir)?;
     }
     if let Ok(meta) = std::fs::symlink_metadata(path) {
         if !meta.file_type().is_socket() {
