@@ -1,82 +1,24 @@
 //! Attested nodes: who they are, which SVID they hold, who is banned.
+//!
+//! An agent's record is changed by [`Agents::update`] alone: one writer at a time here, and compare-and-set in the store, so
+//! that no renewal under way writes a ban or an eviction back, whichever server wrote it.
 
-use std::collections::HashMap;
-use std::sync::{Arc, RwLock};
+mod record;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use countersign_identity::SpiffeId;
-use countersign_identity::selector::SelectorSet;
-use countersign_identity::trust_domain::parse_workload_id;
-use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
-use crate::datastore::{DataStore, DataStoreError};
+use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
+use crate::node_attestor::EvidenceKey;
 
-/// An attested agent.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Stored", into = "Stored")]
-pub struct AttestedAgent {
-    /// Its identity.
-    pub id: SpiffeId,
-    /// Which attestor passed it.
-    pub attestation_type: String,
-    /// What the attestor found.
-    pub selectors: SelectorSet,
-    /// Serial of its SVID, lower-case hex.
-    pub serial: String,
-    /// Serial of the SVID before; it may still be in use while the new one travels.
-    pub previous_serial: String,
-    /// End of its SVID.
-    pub expires_at: OffsetDateTime,
-    /// Refused until it is evicted.
-    pub banned: bool,
-    /// May attest itself again with the same evidence.
-    pub can_reattest: bool,
-}
+pub use record::AttestedAgent;
 
-#[derive(Serialize, Deserialize)]
-struct Stored {
-    id: String,
-    attestation_type: String,
-    selectors: Vec<String>,
-    serial: String,
-    previous_serial: String,
-    expires_at: i64,
-    banned: bool,
-    can_reattest: bool,
-}
-
-impl TryFrom<Stored> for AttestedAgent {
-    type Error = String;
-
-    fn try_from(s: Stored) -> Result<Self, String> {
-        Ok(Self {
-            id: parse_workload_id(&s.id).map_err(|e| e.to_string())?,
-            attestation_type: s.attestation_type,
-            selectors: s.selectors.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(|e| format!("{e}"))?,
-            serial: s.serial,
-            previous_serial: s.previous_serial,
-            expires_at: OffsetDateTime::from_unix_timestamp(s.expires_at).map_err(|e| e.to_string())?,
-            banned: s.banned,
-            can_reattest: s.can_reattest,
-        })
-    }
-}
-
-impl From<AttestedAgent> for Stored {
-    fn from(a: AttestedAgent) -> Self {
-        Self {
-            id: a.id.to_string(),
-            attestation_type: a.attestation_type,
-            selectors: a.selectors.iter().map(ToString::to_string).collect(),
-            serial: a.serial,
-            previous_serial: a.previous_serial,
-            expires_at: a.expires_at.unix_timestamp(),
-            banned: a.banned,
-            can_reattest: a.can_reattest,
-        }
-    }
-}
+/// How often a change is tried anew when other servers write the same record.
+const MAX_TRIES: usize = 16;
 
 /// Why an agent's SVID does not open the door (SPIRE API, types.PermissionDeniedDetails).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,22 +33,88 @@ pub enum Denied {
     Banned,
 }
 
+/// Why an agent's record was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// The agent may not act any more.
+    #[error("agent denied: {0:?}")]
+    Denied(Denied),
+    /// It attested with evidence that works once.
+    #[error("it was attested with evidence that works once; evict it first")]
+    AttestedOnce,
+    /// The store refused. Nothing has changed.
+    #[error(transparent)]
+    Store(#[from] DataStoreError),
+}
+
+/// What an agent's SVID is replaced by.
+#[derive(Debug, Clone)]
+pub struct Renewal {
+    /// Serial of the SVID that asked; it works on while the answer travels, and if the answer is lost.
+    pub in_use: String,
+    /// Serial of the new one, lower-case hex.
+    pub serial: String,
+    /// End of the new one.
+    pub expires_at: OffsetDateTime,
+}
+
 /// All attested agents, in memory, written through to the store.
 pub struct Agents {
     store: Arc<dyn DataStore>,
-    by_id: RwLock<HashMap<String, Arc<AttestedAgent>>>,
+    /// Held by the one who changes records; the states in which the store was last seen.
+    writer: Mutex<HashMap<String, Version>>,
+    known: RwLock<Known>,
     changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Known {
+    by_id: BTreeMap<String, Arc<AttestedAgent>>,
+    /// Evidence of banned agents, and how many of them have it.
+    banned: HashMap<EvidenceKey, usize>,
+}
+
+impl Known {
+    fn insert(&mut self, agent: AttestedAgent) {
+        self.remove(&agent.id.to_string());
+        if let (true, Some(evidence)) = (agent.banned, &agent.evidence) {
+            *self.banned.entry(evidence.clone()).or_default() += 1;
+        }
+        self.by_id.insert(agent.id.to_string(), Arc::new(agent));
+    }
+
+    fn remove(&mut self, id: &str) -> Option<Arc<AttestedAgent>> {
+        let was = self.by_id.remove(id)?;
+        if let (true, Some(evidence)) = (was.banned, &was.evidence)
+            && let Some(count) = self.banned.get_mut(evidence)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.banned.remove(evidence);
+            }
+        }
+        Some(was)
+    }
+
+    /// Whether it is banned, under this ID or by its evidence under another.
+    fn is_banned(&self, agent: &AttestedAgent) -> bool {
+        agent.banned || agent.evidence.as_ref().is_some_and(|e| self.banned.contains_key(e))
+    }
 }
 
 impl Agents {
     /// Takes up what the store holds.
     pub async fn load(store: Arc<dyn DataStore>) -> Result<Self, DataStoreError> {
-        let by_id = store.agents().await?.into_iter().map(|a| (a.id.to_string(), Arc::new(a))).collect();
-        Ok(Self { store, by_id: RwLock::new(by_id), changed: watch::Sender::new(0) })
+        let (mut known, mut versions) = (Known::default(), HashMap::new());
+        for Versioned { value, version } in store.agents().await? {
+            versions.insert(value.id.to_string(), version);
+            known.insert(value);
+        }
+        Ok(Self { store, writer: Mutex::new(versions), known: RwLock::new(known), changed: watch::Sender::new(0) })
     }
 
-    fn map(&self) -> std::sync::RwLockReadGuard<'_, HashMap<String, Arc<AttestedAgent>>> {
-        self.by_id.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn known(&self) -> RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ticks whenever an agent is banned or evicted.
@@ -116,14 +124,27 @@ impl Agents {
 
     /// One agent.
     pub fn get(&self, id: &SpiffeId) -> Option<Arc<AttestedAgent>> {
-        self.map().get(&id.to_string()).cloned()
+        self.known().by_id.get(&id.to_string()).cloned()
     }
 
     /// All agents, by ID.
     pub fn list(&self) -> Vec<Arc<AttestedAgent>> {
-        let mut all: Vec<_> = self.map().values().cloned().collect();
-        all.sort_by_key(|a| a.id.to_string());
-        all
+        self.known().by_id.values().cloned().collect()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.known().by_id.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether a banned agent has this evidence.
+    pub fn is_banned_evidence(&self, evidence: &EvidenceKey) -> bool {
+        self.known().banned.contains_key(evidence)
     }
 
     /// Whether an agent with this SVID may act now.
@@ -134,35 +155,117 @@ impl Agents {
         not_after: OffsetDateTime,
         now: OffsetDateTime,
     ) -> Result<Arc<AttestedAgent>, Denied> {
-        let agent = self.get(id).ok_or(Denied::NotAttested)?;
+        let known = self.known();
+        let agent = known.by_id.get(&id.to_string()).ok_or(Denied::NotAttested)?;
         match () {
-            () if agent.banned => Err(Denied::Banned),
+            () if known.is_banned(agent) => Err(Denied::Banned),
             () if not_after <= now => Err(Denied::Expired),
             () if agent.serial != serial && agent.previous_serial != serial => Err(Denied::NotActive),
-            () => Ok(agent),
+            () => Ok(agent.clone()),
         }
     }
 
-    /// Adds or replaces an agent.
-    pub async fn put(&self, agent: AttestedAgent) -> Result<(), DataStoreError> {
-        self.store.put_agent(&agent).await?;
-        let changed = agent.banned;
-        self.by_id
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .insert(agent.id.to_string(), Arc::new(agent));
-        if changed {
-            self.changed.send_modify(|n| *n += 1);
+    /// Whether a node may attest itself as this agent.
+    pub fn may_attest(&self, id: &SpiffeId, evidence: Option<&EvidenceKey>) -> Result<(), ChangeError> {
+        let known = self.known();
+        if evidence.is_some_and(|e| known.banned.contains_key(e)) {
+            return Err(ChangeError::Denied(Denied::Banned));
         }
+        judge_attestation(known.by_id.get(&id.to_string()).map(AsRef::as_ref))
+    }
+
+    /// Takes up a node that has just attested itself.
+    pub async fn attested(&self, agent: AttestedAgent) -> Result<(), ChangeError> {
+        self.update(&agent.id, |known| judge_attestation(known).map(|()| agent.clone())).await.map(drop)
+    }
+
+    /// Notes an agent's new SVID. Refused when it was banned or evicted, or its SVID replaced, since it was admitted.
+    pub async fn renewed(&self, id: &SpiffeId, renewal: &Renewal) -> Result<(), ChangeError> {
+        let change = |known: Option<&AttestedAgent>| {
+            let agent = known.ok_or(ChangeError::Denied(Denied::NotAttested))?;
+            if agent.banned {
+                return Err(ChangeError::Denied(Denied::Banned));
+            }
+            if agent.serial != renewal.in_use && agent.previous_serial != renewal.in_use {
+                return Err(ChangeError::Denied(Denied::NotActive));
+            }
+            let (previous_serial, serial) = (renewal.in_use.clone(), renewal.serial.clone());
+            Ok(AttestedAgent { previous_serial, serial, expires_at: renewal.expires_at, ..agent.clone() })
+        };
+        self.update(id, change).await.map(drop)
+    }
+
+    /// Bans an agent, and with it the evidence that it attested with.
+    pub async fn ban(&self, id: &SpiffeId) -> Result<(), ChangeError> {
+        let change = |known: Option<&AttestedAgent>| {
+            let agent = known.ok_or(ChangeError::Denied(Denied::NotAttested))?;
+            Ok(AttestedAgent { banned: true, ..agent.clone() })
+        };
+        self.update(id, change).await?;
+        self.changed.send_modify(|n| *n += 1);
         Ok(())
     }
 
     /// Forgets an agent; whether it was there.
-    pub async fn remove(&self, id: &SpiffeId) -> Result<bool, DataStoreError> {
+    pub async fn evict(&self, id: &SpiffeId) -> Result<bool, DataStoreError> {
+        let mut versions = self.writer.lock().await;
         self.store.delete_agent(id).await?;
-        let was =
-            self.by_id.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&id.to_string()).is_some();
+        versions.remove(&id.to_string());
+        let was = self.write(|known| known.remove(&id.to_string())).is_some();
         self.changed.send_modify(|n| *n += 1);
         Ok(was)
     }
+
+    /// The one way to change a record. `change` sees the record as it is when it is written and may be asked again: should
+    /// another server have written in between, it looks at what that one wrote.
+    async fn update(
+        &self,
+        id: &SpiffeId,
+        change: impl Fn(Option<&AttestedAgent>) -> Result<AttestedAgent, ChangeError> + Send + Sync,
+    ) -> Result<(), ChangeError> {
+        let name = id.to_string();
+        let mut versions = self.writer.lock().await;
+        for _ in 0..MAX_TRIES {
+            let next = change(self.get(id).as_deref())?;
+            if !next.banned && next.evidence.as_ref().is_some_and(|e| self.is_banned_evidence(e)) {
+                return Err(ChangeError::Denied(Denied::Banned));
+            }
+            match self.store.put_agent(&next, versions.get(&name).copied()).await? {
+                Written::Stored(version) => {
+                    versions.insert(name, version);
+                    self.write(|known| known.insert(next));
+                    return Ok(());
+                }
+                // Somebody else's ban of the same node under another name, which we have not seen.
+                Written::Banned => return Err(ChangeError::Denied(Denied::Banned)),
+                Written::Stale => match self.store.agent(id).await? {
+                    Some(Versioned { value, version }) => {
+                        versions.insert(name.clone(), version);
+                        self.write(|known| known.insert(value));
+                    }
+                    None => {
+                        versions.remove(&name);
+                        self.write(|known| known.remove(&name));
+                    }
+                },
+            }
+        }
+        Err(DataStoreError::Contended(format!("agent `{id}`")).into())
+    }
+
+    fn write<R>(&self, change: impl FnOnce(&mut Known) -> R) -> R {
+        change(&mut self.known.write().unwrap_or_else(PoisonError::into_inner))
+    }
 }
+
+/// A banned agent does not attest again, nor does one whose evidence works once.
+fn judge_attestation(known: Option<&AttestedAgent>) -> Result<(), ChangeError> {
+    match known {
+        Some(agent) if agent.banned => Err(ChangeError::Denied(Denied::Banned)),
+        Some(agent) if !agent.can_reattest => Err(ChangeError::AttestedOnce),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

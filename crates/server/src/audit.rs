@@ -1,10 +1,11 @@
 //! The audit record: one JSON line for each SVID that was signed or refused.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -27,7 +28,7 @@ pub struct Record<'a> {
     pub outcome: Outcome,
     /// `x509_svid`, `agent_svid`, `server_svid`.
     pub kind: &'static str,
-    /// Who asked: a SPIFFE ID, `local:uid=<uid>`, or `anonymous@<address>`.
+    /// Who asked: a SPIFFE ID, `local:uid=<uid>`, `anonymous@<address>`; for calls over a rate limit `address@<address>`.
     pub caller: &'a str,
     /// Registration entry, if one is behind it.
     #[serde(skip_serializing_if = "str::is_empty")]
@@ -54,32 +55,161 @@ pub fn rfc3339(t: OffsetDateTime) -> String {
     t.format(&Rfc3339).unwrap_or_default()
 }
 
+/// A file is put aside when it has grown to this.
+const MAX_BYTES: u64 = 64 * 1024 * 1024;
+/// Files put aside that are kept, `<file>.1` the youngest: with the current one the record takes 320 MiB at most.
+const KEPT: u32 = 4;
+/// Left free on the file system: the database may stand on the same one, and signing without a record is better than a
+/// server that cannot store a ban.
+const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
+/// How often one says that records are lost.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(60);
+
 /// Appends records to a file, or nowhere.
-pub struct Audit(Option<(PathBuf, Mutex<File>)>);
+pub struct Audit(Option<Mutex<Log>>);
+
+struct Log {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+    max_bytes: u64,
+    /// Records lost since it was last said.
+    lost: u64,
+    complained: Option<Instant>,
+}
 
 impl Audit {
     /// Opens the file for appending, mode 0600.
-    pub fn open(path: Option<&Path>) -> std::io::Result<Self> {
-        let Some(path) = path else { return Ok(Self(None)) };
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        Ok(Self(Some((path.to_owned(), Mutex::new(file)))))
+    pub fn open(path: Option<&Path>) -> io::Result<Self> {
+        Self::with_size(path, MAX_BYTES)
     }
 
-    /// Appends one record. A full disk costs the record, not the signature: it is logged instead.
+    fn with_size(path: Option<&Path>, max_bytes: u64) -> io::Result<Self> {
+        let Some(path) = path else { return Ok(Self(None)) };
+        let file = append_to(path)?;
+        let bytes = file.metadata()?.len();
+        let log = Log { path: path.to_owned(), file, bytes, max_bytes, lost: 0, complained: None };
+        Ok(Self(Some(Mutex::new(log))))
+    }
+
+    /// Appends one record. A full disk costs the record, not the signature: how many were lost is logged.
     pub fn write(&self, record: &Record<'_>, now: OffsetDateTime) {
-        let Some((path, file)) = &self.0 else { return };
         #[derive(Serialize)]
         struct Line<'a> {
             time: String,
             #[serde(flatten)]
             record: &'a Record<'a>,
         }
+        let Some(log) = &self.0 else { return };
+        let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
         let line = serde_json::to_string(&Line { time: rfc3339(now), record }).map(|l| l + "\n");
-        let written = line
-            .map_err(std::io::Error::other)
-            .and_then(|line| file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes()));
-        if let Err(error) = written {
-            tracing::error!(path = %path.display(), %error, ?record, "cannot write the audit record");
+        if let Err(error) = line.map_err(io::Error::other).and_then(|line| log.append(line.as_bytes())) {
+            log.complain(&error);
         }
+    }
+
+    /// Opens the file anew, for whoever has renamed it. If that fails, the old one is written on.
+    pub fn reopen(&self) {
+        let Some(log) = &self.0 else { return };
+        let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
+        match append_to(&log.path).and_then(|file| file.metadata().map(|meta| (file, meta.len()))) {
+            Ok((file, bytes)) => (log.file, log.bytes) = (file, bytes),
+            Err(error) => tracing::error!(path = %log.path.display(), %error, "cannot open the audit log anew"),
+        }
+    }
+}
+
+impl Log {
+    fn append(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.bytes >= self.max_bytes {
+            self.rotate()?;
+        }
+        let free = nix::sys::statvfs::fstatvfs(&self.file)?;
+        if free.blocks_available() * free.fragment_size() < RESERVE_BYTES {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the rest of the disk is left to the database"));
+        }
+        self.file.write_all(line)?;
+        self.bytes += line.len() as u64;
+        Ok(())
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        let aside = |n: u32| {
+            let mut name = self.path.as_os_str().to_owned();
+            name.push(format!(".{n}"));
+            PathBuf::from(name)
+        };
+        for n in (1..KEPT).rev() {
+            match std::fs::rename(aside(n), aside(n + 1)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        std::fs::rename(&self.path, aside(1))?;
+        self.file = append_to(&self.path)?;
+        self.bytes = 0;
+        Ok(())
+    }
+
+    /// Says, once a minute, that records are lost: the log stands on the same disk, as a rule.
+    fn complain(&mut self, error: &io::Error) {
+        self.lost += 1;
+        if self.complained.is_none_or(|last| last.elapsed() >= COMPLAINT_PAUSE) {
+            tracing::error!(path = %self.path.display(), %error, lost = self.lost, "cannot write the audit record");
+            (self.lost, self.complained) = (0, Some(Instant::now()));
+        }
+    }
+}
+
+fn append_to(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record<'static> {
+        Record {
+            outcome: Outcome::Refused,
+            kind: "x509_svid",
+            caller: "somebody",
+            entry_id: "",
+            spiffe_id: "",
+            serial: "",
+            expires_at: "",
+            authority_id: "",
+            reason: "",
+        }
+    }
+
+    #[test]
+    fn the_record_is_bounded_and_the_youngest_lines_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.log");
+        let audit = Audit::with_size(Some(&path), 1_000).unwrap();
+        for _ in 0..500 {
+            audit.write(&record(), OffsetDateTime::UNIX_EPOCH);
+        }
+        let files: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().path()).collect();
+        assert_eq!(files.len(), 1 + KEPT as usize);
+        assert!(files.iter().all(|f| std::fs::metadata(f).unwrap().len() < 1_200), "bounded");
+        for file in files {
+            let text = std::fs::read_to_string(file).unwrap();
+            assert!(text.lines().all(|l| serde_json::from_str::<serde_json::Value>(l).is_ok()), "whole lines");
+        }
+    }
+
+    #[test]
+    fn after_a_rename_the_next_line_is_in_a_new_file_and_none_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.log");
+        let audit = Audit::open(Some(&path)).unwrap();
+        audit.write(&record(), OffsetDateTime::UNIX_EPOCH);
+        std::fs::rename(&path, dir.path().join("old.log")).unwrap();
+        audit.reopen();
+        audit.write(&record(), OffsetDateTime::UNIX_EPOCH);
+        let lines = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap().lines().count();
+        assert_eq!((lines("old.log"), lines("audit.log")), (1, 1));
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use countersign_api::denied::Reason;
 use countersign_api::peer::{TlsPeer, UnixPeer};
 use countersign_identity::SpiffeId;
+use countersign_identity::verify::VerifiedPeer;
 use tonic::{Request, Status};
 
 use crate::agents::{AttestedAgent, Denied};
@@ -58,6 +59,10 @@ impl Caller {
         let peer =
             request.extensions().get::<TlsPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
         let Some(svid) = &peer.svid else { return Ok(Self::Anonymous(peer.address.ip().to_canonical())) };
+        // The connection is older than the call: the authority that vouched for it may have been revoked since.
+        if !core.authorities.bundle().borrow().holds(svid.anchor) {
+            return Err(revoked_status(svid));
+        }
         if svid.id.path().starts_with("/spire/agent/") {
             let admitted = core.agents.admit(&svid.id, &svid.facts.serial, svid.facts.not_after, core.now());
             return admitted.map(Self::Agent).map_err(|denied| denied_status(denied, &svid.id));
@@ -69,8 +74,11 @@ impl Caller {
                 svid.id, svid.facts.not_after
             )));
         }
-        let admin = core.entries.list().iter().any(|e| e.admin && e.spiffe_id == svid.id && !e.is_expired(core.now()));
-        Ok(if admin { Self::Admin(svid.id.clone()) } else { Self::Workload(svid.id.clone()) })
+        Ok(if core.entries.is_admin(&svid.id, core.now()) {
+            Self::Admin(svid.id.clone())
+        } else {
+            Self::Workload(svid.id.clone())
+        })
     }
 
     /// Local callers and admins pass.
@@ -102,6 +110,23 @@ impl Caller {
     }
 }
 
+fn revoked_status(svid: &VerifiedPeer) -> Status {
+    Status::unauthenticated(format!("the authority that vouched for `{}` was revoked; attest again", svid.id))
+}
+
+/// Waits until the authority that vouched for a caller is revoked: a stream ends then, with this status. Never for callers
+/// on the Unix socket and those without a certificate.
+pub fn revoked<T>(core: &Core, request: &Request<T>) -> impl Future<Output = Status> + Send + use<T> {
+    let svid = request.extensions().get::<TlsPeer>().and_then(|peer| peer.svid.clone());
+    let mut bundles = core.authorities.bundle();
+    async move {
+        let Some(svid) = svid else { return std::future::pending().await };
+        // The sender lives as long as the server; were it gone, nobody would be trusted any more.
+        let _ = bundles.wait_for(|bundle| !bundle.holds(svid.anchor)).await.map(drop);
+        revoked_status(&svid)
+    }
+}
+
 /// PermissionDenied with the reason in the detail that SPIRE's agents look for.
 pub fn denied_status(denied: Denied, id: &SpiffeId) -> Status {
     let (reason, message) = match denied {
@@ -116,3 +141,6 @@ pub fn denied_status(denied: Denied, id: &SpiffeId) -> Status {
     };
     countersign_api::denied::denied(reason, message)
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,10 @@ use countersign_api::reopen::Reopen;
 use countersign_identity::{KeyType, TrustDomain};
 use tokio::sync::watch;
 
+/// Shortest life of an SVID: agents sign each at most every two seconds and look once a second, so that a shorter one ends
+/// before it is renewed.
+pub const MIN_SVID_TTL: Duration = Duration::from_secs(10);
+
 /// A server's settings. Every combination of valid fields is a valid server.
 #[derive(Debug, Clone)]
 pub struct Config {

@@ -1,5 +1,6 @@
 //! What all endpoints share, and the one way to a signature.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,10 @@ use crate::federated::FederatedBundles;
 use crate::metrics::Metrics;
 use crate::node_attestor::NodeAttestor;
 use crate::rate_limit::RateLimit;
+use crate::refusals::{Refusals, Source};
+
+/// The reason that metrics and the audit name for calls over a rate limit.
+const RATE_LIMIT: &str = "rate_limit";
 
 /// One server's state.
 pub struct Core {
@@ -39,6 +44,8 @@ pub struct Core {
     pub publishers: Vec<Arc<dyn BundlePublisher>>,
     pub audit: Audit,
     pub metrics: Metrics,
+    /// Calls over a rate limit, told once a minute and source.
+    pub refusals: Refusals,
     pub attest_limit: RateLimit,
     pub sign_limit: RateLimit,
     /// Names this run of the server: revisions of another run mean nothing.
@@ -132,6 +139,10 @@ impl Core {
     ) {
         self.metrics.refused(code);
         tracing::warn!(kind, caller, entry_id, spiffe_id, code, reason, "refused to sign");
+        self.keep_refusal(kind, caller, entry_id, spiffe_id, reason);
+    }
+
+    fn keep_refusal(&self, kind: &'static str, caller: &str, entry_id: &str, spiffe_id: &str, reason: &str) {
         let record = Record {
             outcome: Outcome::Refused,
             kind,
@@ -144,6 +155,35 @@ impl Core {
             reason,
         };
         self.audit.write(&record, self.now());
+    }
+
+    /// Keeps the record of a call over a rate limit. Anybody can make those as fast as the network lets them, and the audit
+    /// stands on the database's own disk: one line a minute and source says how many there were.
+    pub fn refuse_over_limit(&self, kind: &'static str, source: IpAddr) {
+        if self.refusals.count(source, Instant::now()) {
+            self.refuse(kind, &format!("address@{source}"), "", "", RATE_LIMIT, "too many calls from this address");
+        } else {
+            self.metrics.refused(RATE_LIMIT);
+        }
+    }
+
+    /// Tells of refusals that were only counted, where a minute is over.
+    pub fn tell_refusals(&self, now: Instant) {
+        self.tell(self.refusals.over(now));
+    }
+
+    /// Tells of all refusals that were only counted.
+    pub fn tell_all_refusals(&self) {
+        self.tell(self.refusals.rest());
+    }
+
+    fn tell(&self, counted: Vec<(Source, u64)>) {
+        for (source, count) in counted {
+            let caller = source.map_or_else(|| "other addresses".to_owned(), |ip| format!("address@{ip}"));
+            let reason = format!("{count} more calls over the rate limit in the last minute");
+            tracing::warn!(caller, count, code = RATE_LIMIT, "refused to sign");
+            self.keep_refusal("rate_limited", &caller, "", "", &reason);
+        }
     }
 
     /// Signs a workload's SVID for an entry.
@@ -163,9 +203,10 @@ impl Core {
     pub fn within_sign_limit<T>(&self, request: &tonic::Request<T>, count: usize) -> Result<(), Status> {
         let Some(peer) = request.extensions().get::<countersign_api::peer::TlsPeer>() else { return Ok(()) };
         let count = u32::try_from(count).unwrap_or(u32::MAX);
-        if self.sign_limit.take(peer.address.ip(), count, Instant::now()) {
+        if self.sign_limit.take(peer.address.ip().to_canonical(), count, Instant::now()) {
             Ok(())
         } else {
+            self.refuse_over_limit("x509_svid", peer.address.ip().to_canonical());
             Err(Status::resource_exhausted("too many signatures asked for from this address; slow down"))
         }
     }
@@ -176,17 +217,21 @@ pub fn status_of(error: &AuthorityError) -> Status {
     let text = error.to_string();
     match error {
         AuthorityError::Unknown(_) => Status::not_found(text),
-        AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::NothingPrepared => {
+        AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::Untainted(_) => {
             Status::failed_precondition(text)
         }
-        AuthorityError::Issue(_) | AuthorityError::Bundle(_) => Status::invalid_argument(text),
+        AuthorityError::NoId | AuthorityError::Issue(_) | AuthorityError::Bundle(_) => Status::invalid_argument(text),
         AuthorityError::NotReady | AuthorityError::Store(_) => Status::unavailable(text),
         AuthorityError::Key(_) | AuthorityError::UpstreamRefused(_) => Status::internal(text),
+        AuthorityError::UpstreamTimeout(_) => Status::unavailable(text),
     }
 }
 
 /// The store's error as a gRPC status: nothing was changed.
 pub fn store_status(error: &DataStoreError) -> Status {
     tracing::error!(%error, "the store refused a change");
+    if let DataStoreError::Contended(_) = error {
+        return Status::aborted(format!("the change was not made: {error}"));
+    }
     Status::unavailable(format!("the change was not made: {error}"))
 }

@@ -1,41 +1,33 @@
-//! Registration entries in memory: an index by parent, and a log of changes so that work is done only where something changed.
+//! Registration entries in memory, written through to the store, and a log of changes so that work is done only where
+//! something changed.
+//!
+//! One writer at a time: what a change is made from is looked at while it holds the lock, and the store takes it only if
+//! no other server has changed the same entry since.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+mod index;
+
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use countersign_identity::trust_domain::server_id;
-use countersign_identity::{Entry, EntryId, TrustDomain};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustDomain};
+use time::OffsetDateTime;
 use tokio::sync::{Mutex, watch};
 
 use crate::agents::AttestedAgent;
-use crate::datastore::{DataStore, DataStoreError};
+use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
+use index::Index;
 
-/// Changes remembered; an agent that missed more gets a snapshot.
-const LOG_LENGTH: usize = 20_000;
+/// How often a change is tried anew when other servers write the same entries.
+const MAX_TRIES: usize = 16;
 
 /// All entries, written through to the store.
 pub struct Entries {
     store: Arc<dyn DataStore>,
-    root: String,
-    writer: Mutex<()>,
+    /// Held by the one who changes entries; the states in which the store was last seen.
+    writer: Mutex<HashMap<EntryId, Version>>,
     index: RwLock<Index>,
     revision: watch::Sender<u64>,
-}
-
-#[derive(Default)]
-struct Index {
-    by_id: HashMap<EntryId, Arc<Entry>>,
-    by_parent: HashMap<String, BTreeSet<EntryId>>,
-    log: VecDeque<Change>,
-    revision: u64,
-}
-
-struct Change {
-    revision: u64,
-    id: EntryId,
-    parents: Vec<String>,
-    /// The change may have moved other entries to or from an agent: an alias, or an entry with children.
-    structural: bool,
 }
 
 /// A name for a new entry: 128 random bits.
@@ -60,18 +52,40 @@ pub enum Update {
     },
 }
 
+/// What came of one entry that was to be created.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Created {
+    /// It is there.
+    New(Entry),
+    /// This one registers the same thing; nothing was added.
+    Same(Entry),
+    /// Another entry has this ID; nothing was added.
+    IdTaken(EntryId),
+}
+
+/// Why an entry was not changed.
+#[derive(Debug)]
+pub enum UpdateError<E> {
+    /// There is none of this ID.
+    Unknown,
+    /// The change itself was refused.
+    Refused(E),
+    /// The store refused.
+    Store(DataStoreError),
+}
+
 impl Entries {
     /// Takes up what the store holds.
     pub async fn load(store: Arc<dyn DataStore>, td: &TrustDomain) -> Result<Self, DataStoreError> {
-        let mut index = Index::default();
-        for entry in store.entries().await? {
-            index.insert(Arc::new(entry));
+        let (mut index, mut versions) = (Index::new(server_id(td).to_string()), HashMap::new());
+        for Versioned { value, version } in store.entries().await? {
+            versions.insert(value.id.clone(), version);
+            index.insert(Arc::new(value));
         }
-        index.log.clear();
+        index.clear_log();
         Ok(Self {
             store,
-            root: server_id(td).to_string(),
-            writer: Mutex::default(),
+            writer: Mutex::new(versions),
             revision: watch::Sender::new(index.revision),
             index: RwLock::new(index),
         })
@@ -88,19 +102,22 @@ impl Entries {
 
     /// One entry.
     pub fn get(&self, id: &EntryId) -> Option<Arc<Entry>> {
-        self.index().by_id.get(id).cloned()
+        self.index().get(id).cloned()
     }
 
-    /// All entries, by ID.
-    pub fn list(&self) -> Vec<Arc<Entry>> {
-        let mut all: Vec<_> = self.index().by_id.values().cloned().collect();
-        all.sort_by(|a, b| a.id.cmp(&b.id));
-        all
+    /// Entries behind `after` that `wanted` picks, by ID, `most` of them at most.
+    pub fn page(&self, after: Option<&EntryId>, most: usize, wanted: impl Fn(&Entry) -> bool) -> Vec<Arc<Entry>> {
+        self.index().iter_after(after).filter(|e| wanted(e)).take(most).cloned().collect()
+    }
+
+    /// How many entries `wanted` picks.
+    pub fn count(&self, wanted: impl Fn(&Entry) -> bool) -> usize {
+        self.index().iter_after(None).filter(|e| wanted(e)).count()
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.index().by_id.len()
+        self.index().len()
     }
 
     /// Whether there are none.
@@ -108,149 +125,170 @@ impl Entries {
         self.len() == 0
     }
 
-    /// An entry that registers the same thing.
-    pub fn same_as(&self, entry: &Entry) -> Option<Arc<Entry>> {
+    /// Whether an entry that has not ended makes this ID an administrator.
+    pub fn is_admin(&self, id: &SpiffeId, now: OffsetDateTime) -> bool {
+        self.index().admins(&id.to_string()).any(|e| !e.is_expired(now))
+    }
+
+    /// Adds entries; what is there already is told and left as it is. If the store refuses, nothing has changed.
+    pub async fn create(&self, entries: Vec<Entry>) -> Result<Vec<Created>, DataStoreError> {
+        let mut versions = self.writer.lock().await;
+        for _ in 0..MAX_TRIES {
+            let (judged, fresh) = self.judge_new(&entries);
+            if fresh.is_empty() || self.write(&mut versions, fresh).await? {
+                return Ok(judged);
+            }
+        }
+        Err(DataStoreError::Contended("an entry".into()))
+    }
+
+    /// What is to become of each, and those that are to be stored.
+    fn judge_new(&self, entries: &[Entry]) -> (Vec<Created>, Vec<(Entry, Option<Version>)>) {
         let index = self.index();
-        let siblings = index.by_parent.get(&entry.parent_id.to_string())?;
-        siblings.iter().filter_map(|id| index.by_id.get(id)).find(|e| e.registers_the_same_as(entry)).cloned()
+        let (mut fresh, mut ids, mut batch) = (vec![], HashSet::new(), HashMap::new());
+        let mut judged = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let registers = (entry.spiffe_id.to_string(), entry.parent_id.to_string(), entry.selectors.clone());
+            let same = index.same_as(entry).map(AsRef::as_ref).or_else(|| batch.get(&registers).copied());
+            judged.push(if let Some(same) = same {
+                Created::Same(same.clone())
+            } else if index.get(&entry.id).is_some() || !ids.insert(&entry.id) {
+                Created::IdTaken(entry.id.clone())
+            } else {
+                batch.insert(registers, entry);
+                fresh.push((entry.clone(), None));
+                Created::New(entry.clone())
+            });
+        }
+        (judged, fresh)
     }
 
-    /// Adds or replaces entries. If the store refuses, nothing has changed.
-    pub async fn put(&self, entries: Vec<Entry>) -> Result<(), DataStoreError> {
-        let _writer = self.writer.lock().await;
-        self.store.put_entries(&entries).await?;
-        self.change(|index| entries.into_iter().for_each(|e| index.insert(Arc::new(e))));
-        Ok(())
+    /// Changes an entry. `change` sees it as it is when the change is written, and may be asked again.
+    pub async fn update<E>(
+        &self,
+        id: &EntryId,
+        change: impl Fn(&Entry) -> Result<Entry, E>,
+    ) -> Result<Entry, UpdateError<E>> {
+        let mut versions = self.writer.lock().await;
+        for _ in 0..MAX_TRIES {
+            let before = self.get(id).ok_or(UpdateError::Unknown)?;
+            let mut entry = change(&before).map_err(UpdateError::Refused)?;
+            entry.revision = before.revision + 1;
+            let from = versions.get(id).copied();
+            if self.write(&mut versions, vec![(entry.clone(), from)]).await.map_err(UpdateError::Store)? {
+                return Ok(entry);
+            }
+        }
+        Err(UpdateError::Store(DataStoreError::Contended(format!("entry `{id}`"))))
     }
 
-    /// Deletes entries. If the store refuses, nothing has changed.
-    pub async fn delete(&self, ids: &[EntryId]) -> Result<(), DataStoreError> {
-        let _writer = self.writer.lock().await;
+    /// Lets no entry federate with this trust domain any more.
+    pub async fn dissociate(&self, td: &TrustDomain) -> Result<(), DataStoreError> {
+        let mut versions = self.writer.lock().await;
+        for _ in 0..MAX_TRIES {
+            let linked = self.page(None, usize::MAX, |e| e.federates_with.contains(td));
+            let changed = linked.iter().map(|before| {
+                let mut entry = Entry::clone(before);
+                entry.federates_with.remove(td);
+                entry.revision += 1;
+                (entry, versions.get(&before.id).copied())
+            });
+            let changed = changed.collect();
+            if self.write(&mut versions, changed).await? {
+                return Ok(());
+            }
+        }
+        Err(DataStoreError::Contended("an entry".into()))
+    }
+
+    /// Deletes entries; which of them were there. If the store refuses, nothing has changed.
+    pub async fn delete(&self, ids: &[EntryId]) -> Result<Vec<bool>, DataStoreError> {
+        let mut versions = self.writer.lock().await;
         self.store.delete_entries(ids).await?;
-        self.change(|index| ids.iter().for_each(|id| index.remove(id)));
-        Ok(())
+        Ok(self.change(|index| {
+            let was = |id| {
+                let was = index.get(id).is_some();
+                index.remove(id);
+                versions.remove(id);
+                was
+            };
+            ids.iter().map(was).collect()
+        }))
     }
 
-    fn change(&self, change: impl FnOnce(&mut Index)) {
+    /// Stores entries, each over the state that it was made from; false when another server was first, and what that one
+    /// wrote has been read.
+    async fn write(
+        &self,
+        versions: &mut HashMap<EntryId, Version>,
+        entries: Vec<(Entry, Option<Version>)>,
+    ) -> Result<bool, DataStoreError> {
+        if let Written::Stored(version) = self.store.put_entries(&entries).await? {
+            versions.extend(entries.iter().map(|(e, _)| (e.id.clone(), version)));
+            self.change(|index| entries.into_iter().for_each(|(e, _)| index.insert(Arc::new(e))));
+            return Ok(true);
+        }
+        for (entry, from) in entries {
+            match self.store.entry(&entry.id).await? {
+                Some(now) if Some(now.version) == from => {}
+                Some(Versioned { value, version }) => {
+                    versions.insert(entry.id, version);
+                    self.change(|index| index.insert(Arc::new(value)));
+                }
+                None => {
+                    versions.remove(&entry.id);
+                    self.change(|index| index.remove(&entry.id));
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn change<R>(&self, change: impl FnOnce(&mut Index) -> R) -> R {
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-        change(&mut index);
+        let done = change(&mut index);
         let revision = index.revision;
         drop(index);
         self.revision.send_replace(revision);
+        done
     }
 
     /// Everything an agent may hand out: its own entries, those of its aliases, and what hangs below them.
     pub fn authorized(&self, agent: &AttestedAgent) -> Vec<Arc<Entry>> {
-        self.index().authorized(&self.root, agent)
+        self.index().authorized(agent)
     }
 
     /// One entry, if the agent may hand it out.
     pub fn authorized_one(&self, agent: &AttestedAgent, id: &EntryId) -> Option<Arc<Entry>> {
         let index = self.index();
-        let entry = index.by_id.get(id)?;
-        if entry.parent_id == agent.id {
-            return Some(entry.clone());
-        }
-        index.authorized(&self.root, agent).into_iter().find(|e| e.id == *id)
+        let entry = index.get(id)?;
+        let is_own = entry.parent_id == agent.id;
+        (is_own || index.reaches(&index.starts(agent), &entry.parent_id.to_string())).then(|| entry.clone())
     }
 
     /// What changed for an agent since `revision`, with the revision that this brings it to.
     pub fn since(&self, agent: &AttestedAgent, revision: Option<u64>) -> (u64, Update) {
         let index = self.index();
-        let oldest = index.log.front().map_or(index.revision, |c| c.revision - 1);
-        let Some(since) = revision.filter(|r| (oldest..=index.revision).contains(r)) else {
-            return (index.revision, Update::Snapshot(index.authorized(&self.root, agent)));
+        let Some(changes) = revision.and_then(|r| index.changes_since(r)) else {
+            return (index.revision, Update::Snapshot(index.authorized(agent)));
         };
-        let missed = index.log.len() - index.log.partition_point(|c| c.revision <= since);
-        let changes = || index.log.iter().rev().take(missed);
-        if changes().any(|c| c.structural) {
-            return (index.revision, Update::Snapshot(index.authorized(&self.root, agent)));
+        if changes.clone().any(|c| c.structural) {
+            return (index.revision, Update::Snapshot(index.authorized(agent)));
         }
-        let parents = index.parents(&self.root, agent);
+        let starts = index.starts(agent);
+        let is_its = |parent: &str| index.reaches(&starts, parent);
         let mut seen = HashSet::new();
         let (mut upserted, mut removed) = (vec![], vec![]);
-        for change in changes().filter(|c| c.parents.iter().any(|p| parents.contains(p))) {
+        for change in changes.filter(|c| c.parents.iter().any(|p| is_its(p))) {
             if !seen.insert(&change.id) {
                 continue;
             }
-            match index.by_id.get(&change.id) {
-                Some(e) if parents.contains(&e.parent_id.to_string()) => upserted.push(e.clone()),
+            match index.get(&change.id) {
+                Some(e) if is_its(&e.parent_id.to_string()) => upserted.push(e.clone()),
                 _ => removed.push(change.id.clone()),
             }
         }
         (index.revision, Update::Delta { upserted, removed })
-    }
-}
-
-impl Index {
-    fn insert(&mut self, entry: Arc<Entry>) {
-        let parent = entry.parent_id.to_string();
-        let mut parents = vec![parent.clone()];
-        let mut structural = self.is_structural(&entry);
-        if let Some(before) = self.by_id.get(&entry.id).cloned() {
-            structural |= self.is_structural(&before);
-            let old_parent = before.parent_id.to_string();
-            if old_parent != parent {
-                self.unlink(&before);
-                parents.push(old_parent);
-            }
-        }
-        self.by_parent.entry(parent).or_default().insert(entry.id.clone());
-        self.record(entry.id.clone(), parents, structural);
-        self.by_id.insert(entry.id.clone(), entry);
-    }
-
-    fn remove(&mut self, id: &EntryId) {
-        if let Some(before) = self.by_id.remove(id) {
-            let structural = self.is_structural(&before);
-            self.unlink(&before);
-            self.record(id.clone(), vec![before.parent_id.to_string()], structural);
-        }
-    }
-
-    fn unlink(&mut self, entry: &Entry) {
-        let parent = entry.parent_id.to_string();
-        if let Some(siblings) = self.by_parent.get_mut(&parent) {
-            siblings.remove(&entry.id);
-            if siblings.is_empty() {
-                self.by_parent.remove(&parent);
-            }
-        }
-    }
-
-    fn record(&mut self, id: EntryId, parents: Vec<String>, structural: bool) {
-        self.revision += 1;
-        self.log.push_back(Change { revision: self.revision, id, parents, structural });
-        if self.log.len() > LOG_LENGTH {
-            self.log.pop_front();
-        }
-    }
-
-    /// An alias of nodes, or a parent of other entries.
-    fn is_structural(&self, entry: &Entry) -> bool {
-        entry.parent_id.path() == "/spire/server" || self.by_parent.contains_key(&entry.spiffe_id.to_string())
-    }
-
-    fn children(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
-        self.by_parent.get(parent).into_iter().flatten().filter_map(|id| self.by_id.get(id))
-    }
-
-    /// Every SPIFFE ID whose children an agent may hand out: its own, its aliases', and theirs in turn.
-    fn parents(&self, root: &str, agent: &AttestedAgent) -> HashSet<String> {
-        let aliases = self.children(root).filter(|e| e.applies_to(&agent.selectors)).map(|e| e.spiffe_id.to_string());
-        let mut todo: Vec<String> = std::iter::once(agent.id.to_string()).chain(aliases).collect();
-        let mut parents = HashSet::new();
-        while let Some(parent) = todo.pop() {
-            // Only entries that are themselves parents lead further; most lead nowhere.
-            let below = self.children(&parent).map(|e| e.spiffe_id.to_string());
-            todo.extend(below.filter(|id| self.by_parent.contains_key(id) && !parents.contains(id)));
-            parents.insert(parent);
-        }
-        parents
-    }
-
-    fn authorized(&self, root: &str, agent: &AttestedAgent) -> Vec<Arc<Entry>> {
-        self.parents(root, agent).iter().flat_map(|parent| self.children(parent)).cloned().collect()
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use countersign_identity::{TrustDomain, X509Bundle};
 use tokio::sync::{Mutex, watch};
 
-use crate::datastore::{DataStore, DataStoreError};
+use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
 
 /// All foreign bundles by trust domain.
 pub type BundleMap = BTreeMap<String, Arc<X509Bundle>>;
@@ -14,16 +14,47 @@ pub type BundleMap = BTreeMap<String, Arc<X509Bundle>>;
 /// The foreign bundles of one server.
 pub struct FederatedBundles {
     store: Arc<dyn DataStore>,
-    writer: Mutex<()>,
+    /// Held by the one who changes bundles; the states in which the store was last seen.
+    writer: Mutex<BTreeMap<String, Version>>,
     bundles: watch::Sender<Arc<BundleMap>>,
+}
+
+/// Which bundles may be set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expect {
+    /// One of a trust domain that has none.
+    New,
+    /// One of a trust domain that has one.
+    Known,
+    /// Either.
+    Any,
+}
+
+/// Why a bundle was not set.
+#[derive(Debug, thiserror::Error)]
+pub enum SetError {
+    /// The trust domain has one.
+    #[error("a bundle of `{0}` is here")]
+    Exists(TrustDomain),
+    /// The trust domain has none.
+    #[error("no bundle of `{0}` is here")]
+    Unknown(TrustDomain),
+    /// The store refused. Nothing has changed.
+    #[error(transparent)]
+    Store(#[from] DataStoreError),
 }
 
 impl FederatedBundles {
     /// Takes up what the store holds, our own bundle left out.
     pub async fn load(store: Arc<dyn DataStore>, own: &TrustDomain) -> Result<Self, DataStoreError> {
-        let foreign = store.bundles().await?.into_iter().filter(|b| b.trust_domain != *own);
-        let map = foreign.map(|b| (b.trust_domain.to_string(), Arc::new(b))).collect::<BundleMap>();
-        Ok(Self { store, writer: Mutex::default(), bundles: watch::Sender::new(Arc::new(map)) })
+        let (mut map, mut versions) = (BundleMap::new(), BTreeMap::new());
+        for Versioned { value, version } in store.bundles().await? {
+            if value.trust_domain != *own {
+                versions.insert(value.trust_domain.to_string(), version);
+                map.insert(value.trust_domain.to_string(), Arc::new(value));
+            }
+        }
+        Ok(Self { store, writer: Mutex::new(versions), bundles: watch::Sender::new(Arc::new(map)) })
     }
 
     /// All of them, and each change.
@@ -36,14 +67,24 @@ impl FederatedBundles {
         self.bundles.borrow().clone()
     }
 
-    /// Adds or replaces one; its sequence grows where the caller named none.
-    pub async fn set(&self, mut bundle: X509Bundle) -> Result<Arc<X509Bundle>, DataStoreError> {
-        let _writer = self.writer.lock().await;
+    /// Adds or replaces one; its sequence grows where the caller named none. An empty one is refused.
+    pub async fn set(&self, mut bundle: X509Bundle, expect: Expect) -> Result<Arc<X509Bundle>, SetError> {
+        let mut versions = self.writer.lock().await;
         let name = bundle.trust_domain.to_string();
-        if bundle.sequence == 0 {
-            bundle.sequence = self.all().get(&name).map_or(1, |b| b.sequence + 1);
+        let known = self.all().get(&name).cloned();
+        match (expect, &known) {
+            (Expect::New, Some(_)) => return Err(SetError::Exists(bundle.trust_domain)),
+            (Expect::Known, None) => return Err(SetError::Unknown(bundle.trust_domain)),
+            _ => {}
         }
-        self.store.put_bundle(&bundle).await?;
+        if bundle.sequence == 0 {
+            bundle.sequence = known.map_or(1, |b| b.sequence + 1);
+        }
+        let Written::Stored(version) = self.store.put_bundle(&bundle, versions.get(&name).copied()).await? else {
+            self.reload(&mut versions, &name).await?;
+            return Err(DataStoreError::Contended(format!("the bundle of `{name}`")).into());
+        };
+        versions.insert(name.clone(), version);
         let bundle = Arc::new(bundle);
         self.bundles.send_modify(|map| drop(Arc::make_mut(map).insert(name, bundle.clone())));
         Ok(bundle)
@@ -51,10 +92,24 @@ impl FederatedBundles {
 
     /// Deletes one; whether it was there.
     pub async fn remove(&self, trust_domain: &str) -> Result<bool, DataStoreError> {
-        let _writer = self.writer.lock().await;
+        let mut versions = self.writer.lock().await;
         self.store.delete_bundle(trust_domain).await?;
+        versions.remove(trust_domain);
         let mut was = false;
         self.bundles.send_modify(|map| was = Arc::make_mut(map).remove(trust_domain).is_some());
         Ok(was)
+    }
+
+    /// Takes up what another server wrote.
+    async fn reload(&self, versions: &mut BTreeMap<String, Version>, name: &str) -> Result<(), DataStoreError> {
+        let now = self.store.bundles().await?.into_iter().find(|b| b.value.trust_domain.as_str() == name);
+        let Some(Versioned { value, version }) = now else {
+            versions.remove(name);
+            self.bundles.send_modify(|map| drop(Arc::make_mut(map).remove(name)));
+            return Ok(());
+        };
+        versions.insert(name.to_owned(), version);
+        self.bundles.send_modify(|map| drop(Arc::make_mut(map).insert(name.to_owned(), Arc::new(value))));
+        Ok(())
     }
 }

@@ -10,16 +10,19 @@ pub mod bundle_publisher;
 mod caller;
 pub mod config;
 mod core;
+mod data_dir;
 pub mod datastore;
 pub mod directory;
 mod endpoints;
 pub mod entries;
 pub mod federated;
+mod housekeeping;
 pub mod key_manager;
 pub mod metrics;
 pub mod node_attestor;
 mod own_svid;
 pub mod rate_limit;
+mod refusals;
 pub mod upstream_authority;
 
 use std::net::SocketAddr;
@@ -34,12 +37,10 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{BundleConfigMap, Config, Issuance, KeyManagerKind, PsatCluster, UpstreamDisk};
+pub use config::{BundleConfigMap, Config, Issuance, KeyManagerKind, MIN_SVID_TTL, PsatCluster, UpstreamDisk};
 
 use crate::core::Core;
-
-/// How often is looked whether an authority is due; a short CA TTL looks oftener.
-const ROTATION_CHECK: Duration = Duration::from_secs(10);
+use crate::data_dir::DataDir;
 
 /// Why a server did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -96,14 +97,8 @@ pub async fn run(
     shutdown: CancellationToken,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<(), ServerError> {
-    use std::os::unix::fs::DirBuilderExt;
-    let data = &config.data_dir;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(data)
-        .map_err(io("make the data folder", data.display()))?;
-    // Addresses first: a second server on the same machine stops here, before it touches anything.
+    // First of all: nothing is read or written that another server may be changing. Held until this function ends.
+    let _data_dir = DataDir::take(&config.data_dir).map_err(io("use the data folder", config.data_dir.display()))?;
     let tcp = TcpListener::bind(config.bind).await.map_err(io("listen on", config.bind))?;
     let address = tcp.local_addr().map_err(io("listen on", config.bind))?;
     let unix = bind_unix(&config.admin_socket, 0o600).map_err(io("listen on", config.admin_socket.display()))?;
@@ -124,7 +119,7 @@ pub async fn run(
         let core = core.clone();
         core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
     }
-    core.tasks.spawn(rotate(core.clone(), own.clone()));
+    housekeeping::start(&core, &own);
     for publisher in &core.publishers {
         core.tasks.spawn(bundle_publisher::keep(publisher.clone(), core.authorities.bundle(), shutdown.clone()));
     }
@@ -152,7 +147,8 @@ const CALLS_AT_ONCE: u32 = 1_024;
 async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> Result<Core, ServerError> {
     let path = config.data_dir.join("server.sqlite");
     let store_error = |source| ServerError::Store { path: path.clone(), source };
-    let store: Arc<dyn datastore::DataStore> = Arc::new(datastore::Sqlite::open(&path).await.map_err(store_error)?);
+    let store: Arc<dyn datastore::DataStore> =
+        Arc::new(datastore::Sqlite::open(&path, &config.trust_domain).await.map_err(store_error)?);
     let keys: Arc<dyn key_manager::KeyManager> = match config.key_manager {
         KeyManagerKind::Disk => Arc::new(key_manager::Disk::new(config.data_dir.join("keys"))?),
         KeyManagerKind::Memory => Arc::<key_manager::Memory>::default(),
@@ -203,6 +199,7 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
         federated: federated::FederatedBundles::load(store.clone(), &td).await.map_err(store_error)?,
         directory: directory::Directory::default(),
         metrics: metrics::Metrics::default(),
+        refusals: refusals::Refusals::default(),
         attest_limit: rate_limit::RateLimit::new(1, 10),
         sign_limit: rate_limit::RateLimit::new(500, 2_000),
         epoch: hex::encode(epoch),
@@ -217,26 +214,6 @@ async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> 
         clock,
         config,
     })
-}
-
-/// Rotates the authorities and our own SVID when they are due.
-async fn rotate(core: Arc<Core>, own: Arc<own_svid::OwnSvid>) {
-    let mut pause = Duration::ZERO;
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = core.shutdown.cancelled() => return,
-        }
-        pause = ROTATION_CHECK.min(core.issuance().ca_ttl / 60).max(Duration::from_millis(100));
-        if let Err(error) = core.authorities.rotate().await {
-            tracing::error!(%error, "cannot rotate the authorities; trying again");
-        }
-        if let Err(error) = own.renew_if_due() {
-            tracing::error!(%error, "cannot renew the server's own SVID; trying again");
-        }
-        core.metrics.observe_trust(&core.authorities.bundle().borrow(), own.ends_at());
-        core.metrics.observe(core.entries.len(), core.agents.list().len(), &core.authorities.journal().await);
-    }
 }
 
 fn pages(core: Arc<Core>) -> Arc<http::Handler> {

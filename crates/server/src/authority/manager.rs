@@ -3,68 +3,25 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use countersign_api::clock::Clock;
 use countersign_identity::profile::{IssueError, Issued, LeafRequest, SigningAuthority, issue_leaf, issue_root};
-use countersign_identity::rotation::{activate_at, prepare_at};
-use countersign_identity::{TrustDomain, X509Authority, X509Bundle};
-use rustls::pki_types::CertificateDer;
+use countersign_identity::{PrivateKey, TrustDomain, X509Authority, X509Bundle};
 use time::OffsetDateTime;
-use tokio::sync::{Mutex, watch};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use tokio::sync::{Mutex, MutexGuard, watch};
 
-use super::{Record, Status};
+use super::lifecycle::{Due, is_forgotten, is_usable, validity_of};
+use super::upstream_call::{DEADLINE, UpstreamCall};
+use super::{AuthorityError, Record, Status};
 use crate::config::Issuance;
-use crate::datastore::{DataStore, DataStoreError};
-use crate::key_manager::{KeyManager, KeyManagerError};
-use crate::upstream_authority::{UpstreamAuthority, UpstreamError};
+use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
+use crate::key_manager::KeyManager;
+use crate::upstream_authority::UpstreamAuthority;
 
 /// Authorities kept in the journal (SPIRE: 10).
 const JOURNAL_LENGTH: usize = 10;
 /// How often workloads are told to look for a new bundle, at most.
 const MAX_REFRESH_HINT: Duration = Duration::from_secs(300);
-
-/// Why an authority could not be prepared, activated, tainted, revoked or used.
-#[derive(Debug, thiserror::Error)]
-pub enum AuthorityError {
-    /// No authority of that ID.
-    #[error("there is no authority `{0}`; `countersign authority show` lists them")]
-    Unknown(String),
-    /// It is not in the state that the command needs.
-    #[error("authority `{id}` is {status}; {needed}")]
-    State {
-        /// Which.
-        id: String,
-        /// Where it is in its life.
-        status: Status,
-        /// What the command needs, and the next step.
-        needed: &'static str,
-    },
-    /// The roots are not ours to taint.
-    #[error("the roots come from the upstream authority; taint or revoke them there, then restart with the new files")]
-    Upstream,
-    /// No authority signs yet.
-    #[error("no authority is active yet")]
-    NotReady,
-    /// A prepared authority is missing.
-    #[error("no authority is prepared; run `countersign authority prepare` first")]
-    NothingPrepared,
-    /// The store did not keep the change, so it was not made.
-    #[error(transparent)]
-    Store(#[from] DataStoreError),
-    /// The key could not be kept.
-    #[error(transparent)]
-    Key(#[from] KeyManagerError),
-    /// The upstream authority refused.
-    #[error(transparent)]
-    UpstreamRefused(#[from] UpstreamError),
-    /// Signing failed.
-    #[error(transparent)]
-    Issue(#[from] IssueError),
-    /// A certificate that cannot be an authority.
-    #[error(transparent)]
-    Bundle(#[from] countersign_identity::bundle::BundleError),
-}
 
 /// What the manager needs to know and have.
 pub struct Settings {
@@ -85,48 +42,52 @@ pub struct Settings {
 /// The authorities of one server.
 pub struct Authorities {
     settings: Settings,
-    journal: Mutex<Vec<Record>>,
+    upstream: Option<UpstreamCall>,
+    /// Held by the one who changes authorities, while the upstream is asked too: who only reads takes `journal`.
+    writer: Mutex<Journal>,
+    journal: ArcSwap<Vec<Record>>,
     active: ArcSwapOption<SigningAuthority>,
     bundle: watch::Sender<Arc<X509Bundle>>,
+}
+
+/// The journal as the store has it.
+struct Journal {
+    /// Oldest first.
+    records: Vec<Record>,
+    version: Version,
+    /// The key manager may hold keys that no record names.
+    unswept: bool,
 }
 
 impl Authorities {
     /// Takes up the journal of an earlier run, or starts anew; in the end one authority is active.
     pub async fn load(settings: Settings) -> Result<Self, AuthorityError> {
         let td = &settings.trust_domain;
-        let mut journal = settings.store.authorities().await?;
-        let bundle =
-            settings.store.bundles().await?.into_iter().find(|b| b.trust_domain == *td).unwrap_or(X509Bundle {
-                trust_domain: td.clone(),
-                authorities: vec![],
-                sequence: 0,
-                refresh_hint: Duration::ZERO,
-            });
-        // An authority whose key is gone (key manager `memory`) signs no more; it stays trusted until its end.
-        let mut active = None;
-        for record in &mut journal {
-            if !matches!(record.status, Status::Active | Status::Prepared) {
-                continue;
-            }
-            match settings.keys.get(&record.key_name)? {
-                Some(key) if record.status == Status::Active => {
-                    active =
-                        Some(Arc::new(SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?));
-                }
-                Some(_) => {}
-                None => {
-                    tracing::warn!(authority = record.id, "its key is gone; it stays trusted until it ends");
-                    record.status = Status::Old;
-                }
-            }
-        }
+        let Versioned { value: mut records, version } = settings.store.authorities().await?;
+        let bundle = settings.store.bundles().await?.into_iter().map(|b| b.value).find(|b| b.trust_domain == *td);
+        let bundle = bundle.unwrap_or_else(|| X509Bundle {
+            trust_domain: td.clone(),
+            authorities: vec![],
+            sequence: 0,
+            refresh_hint: Duration::ZERO,
+        });
+        let active = take_up_keys(settings.keys.as_ref(), &mut records)?;
         let authorities = Self {
+            upstream: settings.upstream.clone().map(|upstream| UpstreamCall::new(upstream, DEADLINE)),
             settings,
-            journal: Mutex::new(journal),
+            journal: ArcSwap::from_pointee(records.clone()),
+            // A crash between making a key and storing its record leaves the key behind.
+            writer: Mutex::new(Journal { records, version, unswept: true }),
             active: ArcSwapOption::new(active),
             bundle: watch::Sender::new(Arc::new(bundle)),
         };
-        authorities.rotate().await?;
+        if let Err(error) = authorities.rotate().await {
+            if authorities.active.load().is_none() {
+                return Err(error);
+            }
+            // The next one cannot be made now; the one that signs is good, so there is no reason to stay down.
+            tracing::error!(%error, "cannot rotate the authorities; trying again");
+        }
         Ok(authorities)
     }
 
@@ -139,9 +100,9 @@ impl Authorities {
         self.bundle.subscribe()
     }
 
-    /// The journal, oldest first.
-    pub async fn journal(&self) -> Vec<Record> {
-        self.journal.lock().await.clone()
+    /// The journal, oldest first. Never waits for a change under way.
+    pub fn journal(&self) -> Arc<Vec<Record>> {
+        self.journal.load_full()
     }
 
     /// Signs a leaf with the active authority.
@@ -150,48 +111,42 @@ impl Authorities {
         Ok(issue_leaf(request, &active, self.now())?)
     }
 
-    /// Does what is due now: prepares, activates, forgets what has ended.
+    /// Does what is due now: prepares, activates, forgets what has ended, sweeps keys that nobody names.
     pub async fn rotate(&self) -> Result<(), AuthorityError> {
         let now = self.now();
-        let mut journal = self.journal.lock().await;
-        self.forget_expired(&mut journal, now).await?;
-        let find = |journal: &[Record], status| journal.iter().find(|r| r.status == status).cloned();
-        let due = match find(&journal, Status::Active) {
-            None => Due { prepare: true, activate: true },
-            Some(active) => {
-                let (from, until) = validity_of(&active.certificate);
-                Due { prepare: now >= prepare_at(from, until), activate: now >= activate_at(from, until) }
-            }
-        };
-        if due.prepare && find(&journal, Status::Prepared).is_none() {
+        let mut journal = self.writer.lock().await;
+        if journal.unswept {
+            self.sweep(&mut journal);
+        }
+        let due = Due::at(now, journal.find(Status::Active));
+        let ready = |journal: &Journal| journal.find(Status::Prepared).filter(|r| is_usable(r, now)).cloned();
+        if due.prepare && ready(&journal).is_none() {
             self.prepare_in(&mut journal, now).await?;
         }
         if due.activate
-            && let Some(prepared) = find(&journal, Status::Prepared)
+            && let Some(prepared) = ready(&journal)
         {
             self.activate_in(&mut journal, &prepared.id).await?;
         }
-        Ok(())
+        // Last: the bundle holds the new authority by now and cannot run empty.
+        self.forget_ended(&mut journal, now).await
     }
 
     /// Prepares a new authority now; one that was prepared before is dropped.
     pub async fn prepare(&self) -> Result<Record, AuthorityError> {
-        let mut journal = self.journal.lock().await;
+        let mut journal = self.writer.lock().await;
         self.prepare_in(&mut journal, self.now()).await
     }
 
-    /// Lets the prepared authority sign from now on. An empty ID means the prepared one.
+    /// Lets this prepared authority sign from now on.
     pub async fn activate(&self, id: &str) -> Result<Record, AuthorityError> {
-        let mut journal = self.journal.lock().await;
-        let record = if id.is_empty() {
-            journal.iter().find(|r| r.status == Status::Prepared).ok_or(AuthorityError::NothingPrepared)?
-        } else {
-            find_record(&journal, id)?
-        };
-        let id = record.id.clone();
-        match record.status {
-            Status::Prepared => self.activate_in(&mut journal, &id).await,
-            status => Err(AuthorityError::State { id, status, needed: "only a prepared authority can be activated" }),
+        let mut journal = self.writer.lock().await;
+        match journal.named(id)?.status {
+            Status::Prepared => self.activate_in(&mut journal, id).await,
+            status => {
+                let needed = "only a prepared authority can be activated";
+                Err(AuthorityError::State { id: id.to_owned(), status, needed })
+            }
         }
     }
 
@@ -200,17 +155,17 @@ impl Authorities {
         if self.settings.upstream.is_some() {
             return Err(AuthorityError::Upstream);
         }
-        let mut journal = self.journal.lock().await;
-        let record = find_record(&journal, id)?;
+        let mut journal = self.writer.lock().await;
+        let record = journal.named(id)?.clone();
         match record.status {
             Status::Old => {}
-            Status::Tainted => return Ok(record.clone()),
+            Status::Tainted => return Ok(record),
             status => {
                 let needed = "only an old one can be tainted; prepare and activate another first";
                 return Err(AuthorityError::State { id: id.to_owned(), status, needed });
             }
         }
-        let mut next = journal.clone();
+        let mut next = journal.records.clone();
         let record = set_status(&mut next, id, Status::Tainted);
         self.commit(&mut journal, next, |bundle| {
             bundle.authorities.iter_mut().filter(|a| a.id() == id).for_each(|a| a.tainted = true);
@@ -220,82 +175,95 @@ impl Authorities {
         record.ok_or_else(|| AuthorityError::Unknown(id.to_owned()))
     }
 
-    /// Takes an old or tainted authority out of the bundle: nothing under it is trusted any more.
+    /// Takes a tainted authority out of the bundle: nothing under it is trusted any more.
     pub async fn revoke(&self, id: &str) -> Result<Record, AuthorityError> {
         if self.settings.upstream.is_some() {
             return Err(AuthorityError::Upstream);
         }
-        let mut journal = self.journal.lock().await;
-        let record = find_record(&journal, id)?.clone();
-        if matches!(record.status, Status::Active | Status::Prepared) {
-            let needed = "only an old or tainted one can be revoked; prepare and activate another first";
-            return Err(AuthorityError::State { id: id.to_owned(), status: record.status, needed });
+        let mut journal = self.writer.lock().await;
+        let record = journal.named(id)?.clone();
+        match record.status {
+            Status::Tainted => {}
+            Status::Old => return Err(AuthorityError::Untainted(id.to_owned())),
+            status => {
+                let needed = "only an old and tainted one can be revoked; prepare and activate another first";
+                return Err(AuthorityError::State { id: id.to_owned(), status, needed });
+            }
         }
-        let next = journal.iter().filter(|r| r.id != id).cloned().collect();
+        let next = journal.records.iter().filter(|r| r.id != id).cloned().collect();
         self.commit(&mut journal, next, |bundle| bundle.authorities.retain(|a| a.id() != id)).await?;
-        self.settings.keys.remove(&record.key_name)?;
+        self.sweep(&mut journal);
         tracing::warn!(authority = id, "authority revoked; nothing under it is trusted any more");
         Ok(record)
     }
 
     /// Adds authorities that somebody else signs with (SPIRE: AppendBundle).
     pub async fn append(&self, more: Vec<X509Authority>) -> Result<(), AuthorityError> {
-        let mut journal = self.journal.lock().await;
-        let next = journal.clone();
+        let mut journal = self.writer.lock().await;
+        let next = journal.records.clone();
         self.commit(&mut journal, next, |bundle| add_missing(bundle, more)).await
     }
 
-    async fn prepare_in(&self, journal: &mut Vec<Record>, now: OffsetDateTime) -> Result<Record, AuthorityError> {
-        let Settings { trust_domain, issuance, keys, upstream, .. } = &self.settings;
-        let Issuance { ca_ttl, ca_key_type, .. } = *issuance.borrow();
+    async fn prepare_in(
+        &self,
+        journal: &mut MutexGuard<'_, Journal>,
+        now: OffsetDateTime,
+    ) -> Result<Record, AuthorityError> {
+        let Issuance { ca_ttl, ca_key_type, .. } = *self.settings.issuance.borrow();
         let key_name = random_name()?;
-        let key = keys.generate(&key_name, ca_key_type)?;
-        let made = async {
-            let (chain, roots) = match upstream {
-                None => {
-                    let root = issue_root(trust_domain, &key, ca_ttl, now)?;
-                    (vec![], vec![X509Authority::from_der(root.to_vec())?])
-                }
-                Some(upstream) => {
-                    let signed = upstream.sign_intermediate(trust_domain, &key, ca_ttl, now).await?;
-                    (signed.chain, signed.roots)
-                }
-            };
-            let certificate = chain.first().unwrap_or_else(|| roots[0].der()).clone();
-            let id = X509Authority::from_der(certificate.to_vec())?.id().to_owned();
-            let record = Record { id, status: Status::Prepared, key_name: key_name.clone(), certificate, chain };
-            let dropped: Vec<Record> = journal.iter().filter(|r| r.status == Status::Prepared).cloned().collect();
-            let mut next: Vec<_> = journal.iter().filter(|r| r.status != Status::Prepared).cloned().collect();
-            next.push(record.clone());
-            let excess = next.len().saturating_sub(JOURNAL_LENGTH);
-            next.drain(..excess);
-            self.commit(journal, next, |bundle| {
-                bundle.authorities.retain(|a| !dropped.iter().any(|d| d.id == a.id()));
-                bundle.refresh_hint = (ca_ttl / 10).min(MAX_REFRESH_HINT);
-                add_missing(bundle, roots);
-            })
-            .await?;
-            for old in dropped {
-                keys.remove(&old.key_name)?;
-            }
-            Ok(record)
-        }
-        .await;
-        match &made {
-            Ok(record) => {
-                tracing::info!(authority = record.id, until = %validity_of(&record.certificate).1, "authority prepared and published");
-            }
-            Err(_) => keys.remove(&key_name)?,
-        }
-        made
+        let key = self.settings.keys.generate(&key_name, ca_key_type)?;
+        // Whatever goes wrong from here on, the key that nobody names in the end is swept: the new one if its record was not
+        // stored, the dropped one if it was.
+        journal.unswept = true;
+        let made = self.publish_prepared(journal, &key_name, &key, ca_ttl, now).await;
+        self.sweep(journal);
+        let record = made?;
+        let until = validity_of(&record.certificate).1;
+        tracing::info!(authority = record.id, %until, "authority prepared and published");
+        Ok(record)
     }
 
-    async fn activate_in(&self, journal: &mut Vec<Record>, id: &str) -> Result<Record, AuthorityError> {
-        let record = find_record(journal, id)?;
+    async fn publish_prepared(
+        &self,
+        journal: &mut Journal,
+        key_name: &str,
+        key: &PrivateKey,
+        ca_ttl: Duration,
+        now: OffsetDateTime,
+    ) -> Result<Record, AuthorityError> {
+        let td = &self.settings.trust_domain;
+        let (certificate, chain, roots) = if let Some(upstream) = &self.upstream {
+            let signed = upstream.sign_intermediate(td, key, ca_ttl, now).await?;
+            let own = signed.chain.first().ok_or_else(|| IssueError::Sign("the upstream signed nothing".into()))?;
+            (own.clone(), signed.chain, signed.roots)
+        } else {
+            let root = issue_root(td, key, ca_ttl, now)?;
+            let authority = X509Authority::from_der(root.to_vec())?;
+            (root, vec![], vec![authority])
+        };
+        let id = X509Authority::from_der(certificate.to_vec())?.id().to_owned();
+        let record = Record { id, status: Status::Prepared, key_name: key_name.to_owned(), certificate, chain };
+        let is_prepared = |r: &&Record| r.status == Status::Prepared;
+        let dropped: Vec<String> = journal.records.iter().filter(is_prepared).map(|r| r.id.clone()).collect();
+        let mut next: Vec<_> = journal.records.iter().filter(|r| !is_prepared(r)).cloned().collect();
+        next.push(record.clone());
+        let excess = next.len().saturating_sub(JOURNAL_LENGTH);
+        next.drain(..excess);
+        self.commit(journal, next, |bundle| {
+            bundle.authorities.retain(|a| !dropped.iter().any(|id| id == a.id()));
+            bundle.refresh_hint = (ca_ttl / 10).min(MAX_REFRESH_HINT);
+            add_missing(bundle, roots);
+        })
+        .await?;
+        Ok(record)
+    }
+
+    async fn activate_in(&self, journal: &mut Journal, id: &str) -> Result<Record, AuthorityError> {
+        let record = journal.named(id)?;
         let gone = || AuthorityError::Unknown(format!("{id} (its key is gone)"));
         let key = self.settings.keys.get(&record.key_name)?.ok_or_else(gone)?;
         let signer = SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?;
-        let mut next = journal.clone();
+        let mut next = journal.records.clone();
         next.iter_mut().filter(|r| r.status == Status::Active).for_each(|r| r.status = Status::Old);
         let activated = set_status(&mut next, id, Status::Active).ok_or_else(gone)?;
         self.commit(journal, next, |_| {}).await?;
@@ -304,27 +272,38 @@ impl Authorities {
         Ok(activated)
     }
 
-    /// Forgets authorities and roots whose time is over, and their keys.
-    async fn forget_expired(&self, journal: &mut Vec<Record>, now: OffsetDateTime) -> Result<(), AuthorityError> {
-        let over = |r: &Record| validity_of(&r.certificate).1 <= now;
-        let roots_over = self.bundle.borrow().authorities.iter().any(|a| a.not_after() <= now);
-        if !journal.iter().any(over) && !roots_over {
+    /// Forgets authorities and roots that ended long enough ago, and their keys.
+    async fn forget_ended(&self, journal: &mut Journal, now: OffsetDateTime) -> Result<(), AuthorityError> {
+        let over = |r: &Record| r.status != Status::Active && is_forgotten(&r.certificate, now);
+        let root_over = |a: &X509Authority| is_forgotten(a.der(), now);
+        if !journal.records.iter().any(over) && !self.bundle.borrow().authorities.iter().any(root_over) {
             return Ok(());
         }
-        let ended: Vec<Record> = journal.iter().filter(|r| over(r)).cloned().collect();
-        let next = journal.iter().filter(|r| !over(r)).cloned().collect();
-        self.commit(journal, next, |bundle| bundle.authorities.retain(|a| a.not_after() > now)).await?;
+        let (ended, next): (Vec<Record>, Vec<Record>) = journal.records.iter().cloned().partition(over);
+        self.commit(journal, next, |bundle| bundle.authorities.retain(|a| !root_over(a))).await?;
         for record in ended {
-            self.settings.keys.remove(&record.key_name)?;
             tracing::info!(authority = record.id, "authority ended and forgotten");
         }
+        self.sweep(journal);
         Ok(())
+    }
+
+    /// Removes the keys that no record names. What cannot be removed now is tried again with the next rotation.
+    fn sweep(&self, journal: &mut Journal) {
+        let named = |name: &String| journal.records.iter().any(|r| r.key_name == *name);
+        let swept = self.settings.keys.names().and_then(|names| {
+            names.iter().filter(|name| !named(name)).try_for_each(|name| self.settings.keys.remove(name))
+        });
+        journal.unswept = swept.is_err();
+        if let Err(error) = swept {
+            tracing::error!(%error, "cannot remove the key of an authority that is gone; trying again");
+        }
     }
 
     /// Stores the journal and the bundle together, then publishes. If the store refuses, nothing has changed.
     async fn commit(
         &self,
-        journal: &mut Vec<Record>,
+        journal: &mut Journal,
         next: Vec<Record>,
         change: impl FnOnce(&mut X509Bundle),
     ) -> Result<(), AuthorityError> {
@@ -334,8 +313,12 @@ impl Authorities {
         if changed {
             bundle.sequence += 1;
         }
-        self.settings.store.put_authorities(&next, &bundle).await?;
-        *journal = next;
+        match self.settings.store.put_authorities(&next, &bundle, journal.version).await? {
+            Written::Stored(version) => journal.version = version,
+            Written::Stale | Written::Banned => return Err(DataStoreError::Overtaken.into()),
+        }
+        self.journal.store(Arc::new(next.clone()));
+        journal.records = next;
         if changed {
             self.bundle.send_replace(Arc::new(bundle));
         }
@@ -343,13 +326,39 @@ impl Authorities {
     }
 }
 
-struct Due {
-    prepare: bool,
-    activate: bool,
+impl Journal {
+    fn find(&self, status: Status) -> Option<&Record> {
+        self.records.iter().find(|r| r.status == status)
+    }
+
+    fn named(&self, id: &str) -> Result<&Record, AuthorityError> {
+        if id.is_empty() {
+            return Err(AuthorityError::NoId);
+        }
+        self.records.iter().find(|r| r.id == id).ok_or_else(|| AuthorityError::Unknown(id.to_owned()))
+    }
 }
 
-fn find_record<'a>(journal: &'a [Record], id: &str) -> Result<&'a Record, AuthorityError> {
-    journal.iter().find(|r| r.id == id).ok_or_else(|| AuthorityError::Unknown(id.to_owned()))
+/// The signer of the active authority. One whose key is gone (key manager `memory`) signs no more; it stays trusted until
+/// its end.
+fn take_up_keys(
+    keys: &dyn KeyManager,
+    records: &mut [Record],
+) -> Result<Option<Arc<SigningAuthority>>, AuthorityError> {
+    let mut active = None;
+    for record in records.iter_mut().filter(|r| matches!(r.status, Status::Active | Status::Prepared)) {
+        match keys.get(&record.key_name)? {
+            Some(key) if record.status == Status::Active => {
+                active = Some(Arc::new(SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?));
+            }
+            Some(_) => {}
+            None => {
+                tracing::warn!(authority = record.id, "its key is gone; it stays trusted until it ends");
+                record.status = Status::Old;
+            }
+        }
+    }
+    Ok(active)
 }
 
 fn set_status(journal: &mut [Record], id: &str, status: Status) -> Option<Record> {
@@ -364,13 +373,6 @@ fn add_missing(bundle: &mut X509Bundle, more: Vec<X509Authority>) {
             bundle.authorities.push(authority);
         }
     }
-}
-
-/// Validity of a certificate that was parsed before it came into the journal.
-pub(super) fn validity_of(certificate: &CertificateDer<'_>) -> (OffsetDateTime, OffsetDateTime) {
-    X509Certificate::from_der(certificate).map_or((OffsetDateTime::UNIX_EPOCH, OffsetDateTime::UNIX_EPOCH), |(_, c)| {
-        (c.validity().not_before.to_datetime(), c.validity().not_after.to_datetime())
-    })
 }
 
 fn random_name() -> Result<String, AuthorityError> {

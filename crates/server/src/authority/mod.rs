@@ -1,13 +1,17 @@
 //! The signing authorities: prepared → active → old → gone, or tainted → revoked.
 
+mod error;
+mod lifecycle;
 mod manager;
+mod upstream_call;
 
 use std::fmt;
 use std::str::FromStr;
 
 use rustls::pki_types::CertificateDer;
 
-pub use manager::{Authorities, AuthorityError, Settings};
+pub use error::AuthorityError;
+pub use manager::{Authorities, Settings};
 
 /// Where an authority is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +73,6 @@ pub struct Record {
 impl Record {
     /// Start and end of its certificate's validity.
     pub fn validity(&self) -> (time::OffsetDateTime, time::OffsetDateTime) {
-        manager::validity_of(&self.certificate)
+        lifecycle::validity_of(&self.certificate)
     }
 }

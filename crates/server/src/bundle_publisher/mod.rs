@@ -15,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 pub use k8s_configmap::K8sConfigMap;
 pub use k8s_webhook::K8sWebhook;
 
+/// One publication takes no longer.
+const PUBLISH_DEADLINE: Duration = Duration::from_secs(30);
+
 /// Why the bundle could not be published.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -42,7 +45,13 @@ pub async fn keep(
         loop {
             let bundle = bundles.borrow_and_update().clone();
             let step = async {
-                publisher.publish(&bundle).await?;
+                if bundle.authorities.is_empty() {
+                    // Whoever takes it up trusts nobody. What stands there now is better than that.
+                    return Err(PublishError("the bundle is empty; what is published stays as it is".into()));
+                }
+                tokio::time::timeout(PUBLISH_DEADLINE, publisher.publish(&bundle))
+                    .await
+                    .map_err(|_| PublishError(format!("no answer for {} seconds", PUBLISH_DEADLINE.as_secs())))??;
                 tracing::debug!(to = publisher.name(), authorities = bundle.authorities.len(), "bundle published");
                 tokio::select! {
                     changed = bundles.changed() => Ok(changed.is_ok()),

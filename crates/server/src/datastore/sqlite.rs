@@ -1,5 +1,7 @@
 //! SQLite, embedded: WAL, synced on each commit, migrated at start.
 
+mod owner;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -7,22 +9,27 @@ use async_trait::async_trait;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire, entry_from_wire, entry_to_wire};
 use countersign_api::spire::types;
 use countersign_identity::trust_domain::parse_workload_id;
-use countersign_identity::{Entry, EntryId, SpiffeId, X509Bundle};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustDomain, X509Bundle};
 use prost::Message;
+use sqlx::sqlite::SqliteRow;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Row, SqlitePool};
+use sqlx::{Row, SqliteConnection, SqlitePool};
 use time::OffsetDateTime;
 
-use super::{DataStore, DataStoreError, JoinToken};
+use super::{DataStore, DataStoreError, JoinToken, Version, Versioned, Written};
 use crate::agents::AttestedAgent;
 use crate::authority::Record;
+
+/// The fact that counts the states of journal and own bundle.
+const AUTHORITIES_VERSION: &str = "authorities_version";
 
 /// The embedded store.
 pub struct Sqlite(SqlitePool);
 
 impl Sqlite {
-    /// Opens the file, makes it if it is missing, brings its schema up to date.
-    pub async fn open(path: &Path) -> Result<Self, DataStoreError> {
+    /// Opens the file, makes it if it is missing, brings its schema up to date. A store of another trust domain is refused
+    /// before anything is written.
+    pub async fn open(path: &Path, trust_domain: &TrustDomain) -> Result<Self, DataStoreError> {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -35,7 +42,9 @@ impl Sqlite {
             .acquire_timeout(Duration::from_secs(5))
             .connect_with(options)
             .await?;
+        owner::check(&pool, trust_domain).await?;
         sqlx::migrate!("migrations/sqlite").run(&pool).await?;
+        owner::claim(&pool, trust_domain).await?;
         Ok(Self(pool))
     }
 }
@@ -44,35 +53,133 @@ fn bad_row(what: &'static str, name: String, why: impl ToString) -> DataStoreErr
     DataStoreError::Row { what, name, why: why.to_string() }
 }
 
-fn entry_of(id: String, body: &[u8]) -> Result<Entry, DataStoreError> {
-    let read = types::Entry::decode(body).map_err(|e| e.to_string());
+fn versioned<T>(row: &SqliteRow, value: T) -> Versioned<T> {
+    Versioned { value, version: Version(row.get("version")) }
+}
+
+fn entry_of(row: &SqliteRow) -> Result<Versioned<Entry>, DataStoreError> {
+    let read = types::Entry::decode(row.get::<&[u8], _>("body")).map_err(|e| e.to_string());
     let read = read.and_then(|e| {
         let own: Result<EntryId, _> = e.id.parse();
         entry_from_wire(e, || own.unwrap_or_else(|_| unreachable!("stored entries carry their ID")))
             .map_err(|e| e.to_string())
     });
-    read.map_err(|why| bad_row("entry", id, why))
+    read.map(|entry| versioned(row, entry)).map_err(|why| bad_row("entry", row.get("id"), why))
+}
+
+fn agent_of(row: &SqliteRow) -> Result<Versioned<AttestedAgent>, DataStoreError> {
+    let agent = serde_json::from_str(row.get("body")).map_err(|e| bad_row("agent", row.get("spiffe_id"), e))?;
+    Ok(versioned(row, agent))
+}
+
+fn refuse_empty(bundle: &X509Bundle) -> Result<(), DataStoreError> {
+    if bundle.authorities.is_empty() {
+        return Err(DataStoreError::EmptyBundle(bundle.trust_domain.clone()));
+    }
+    Ok(())
+}
+
+async fn put_entry(
+    tx: &mut SqliteConnection,
+    entry: &Entry,
+    from: Option<Version>,
+    to: Version,
+) -> Result<bool, DataStoreError> {
+    let (id, spiffe_id, parent_id) = (entry.id.as_str(), entry.spiffe_id.to_string(), entry.parent_id.to_string());
+    let body = entry_to_wire(entry).encode_to_vec();
+    let query = match from {
+        None => sqlx::query(
+            "INSERT INTO entries (spiffe_id, parent_id, body, version, id) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        ),
+        Some(_) => sqlx::query(
+            "UPDATE entries SET spiffe_id = ?, parent_id = ?, body = ?, version = ? WHERE id = ? AND version = ?",
+        ),
+    };
+    let query = query.bind(spiffe_id).bind(parent_id).bind(body).bind(to.0).bind(id);
+    let query = if let Some(from) = from { query.bind(from.0) } else { query };
+    Ok(query.execute(tx).await?.rows_affected() == 1)
+}
+
+async fn put_bundle(
+    tx: &mut SqliteConnection,
+    bundle: &X509Bundle,
+    from: Option<Version>,
+    to: Version,
+) -> Result<bool, DataStoreError> {
+    let query = match from {
+        None => {
+            sqlx::query("INSERT INTO bundles (body, version, trust_domain) VALUES (?, ?, ?) ON CONFLICT DO NOTHING")
+        }
+        Some(_) => sqlx::query("UPDATE bundles SET body = ?, version = ? WHERE trust_domain = ? AND version = ?"),
+    };
+    let query =
+        query.bind(bundle_to_wire(bundle).encode_to_vec()).bind(to.0).bind(bundle.trust_domain.as_str().to_owned());
+    let query = if let Some(from) = from { query.bind(from.0) } else { query };
+    Ok(query.execute(tx).await?.rows_affected() == 1)
+}
+
+async fn authorities_version(tx: &mut SqliteConnection) -> Result<Version, DataStoreError> {
+    let row =
+        sqlx::query("SELECT value FROM facts WHERE name = ?").bind(AUTHORITIES_VERSION).fetch_optional(tx).await?;
+    let Some(row) = row else { return Ok(Version::FIRST) };
+    let value: &str = row.get("value");
+    value.parse().map(Version).map_err(|e| bad_row("fact", AUTHORITIES_VERSION.into(), e))
+}
+
+async fn put_record(tx: &mut SqliteConnection, position: usize, a: &Record) -> Result<(), DataStoreError> {
+    let chain: Vec<&[u8]> = a.chain.iter().map(AsRef::as_ref).collect();
+    let chain = serde_json::to_vec(&chain).map_err(|e| bad_row("authority", a.id.clone(), e))?;
+    sqlx::query(
+        "INSERT INTO authorities (id, position, status, key_name, certificate, chain) VALUES (?, ?, ?, ?, ?, ?)",
+    )
+    .bind(&a.id)
+    .bind(i64::try_from(position).unwrap_or(i64::MAX))
+    .bind(a.status.as_str())
+    .bind(&a.key_name)
+    .bind(a.certificate.as_ref())
+    .bind(chain)
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+fn record_of(r: &SqliteRow) -> Result<Record, DataStoreError> {
+    let id: String = r.get("id");
+    let status: &str = r.get("status");
+    let chain: Vec<Vec<u8>> =
+        serde_json::from_slice(r.get("chain")).map_err(|e| bad_row("authority", id.clone(), e))?;
+    Ok(Record {
+        status: status.parse().map_err(|e| bad_row("authority", id.clone(), e))?,
+        key_name: r.get("key_name"),
+        certificate: r.get::<Vec<u8>, _>("certificate").into(),
+        chain: chain.into_iter().map(Into::into).collect(),
+        id,
+    })
 }
 
 #[async_trait]
 impl DataStore for Sqlite {
-    async fn entries(&self) -> Result<Vec<Entry>, DataStoreError> {
-        let rows = sqlx::query("SELECT id, body FROM entries").fetch_all(&self.0).await?;
-        rows.iter().map(|r| entry_of(r.get("id"), r.get("body"))).collect()
+    async fn entries(&self) -> Result<Vec<Versioned<Entry>>, DataStoreError> {
+        let rows = sqlx::query("SELECT id, body, version FROM entries").fetch_all(&self.0).await?;
+        rows.iter().map(entry_of).collect()
     }
 
-    async fn put_entries(&self, entries: &[Entry]) -> Result<(), DataStoreError> {
+    async fn entry(&self, id: &EntryId) -> Result<Option<Versioned<Entry>>, DataStoreError> {
+        let query = sqlx::query("SELECT id, body, version FROM entries WHERE id = ?").bind(id.as_str());
+        query.fetch_optional(&self.0).await?.as_ref().map(entry_of).transpose()
+    }
+
+    async fn put_entries(&self, entries: &[(Entry, Option<Version>)]) -> Result<Written, DataStoreError> {
+        let to = Version::fresh();
         let mut tx = self.0.begin().await?;
-        for e in entries {
-            sqlx::query("INSERT OR REPLACE INTO entries (id, spiffe_id, parent_id, body) VALUES (?, ?, ?, ?)")
-                .bind(e.id.as_str())
-                .bind(e.spiffe_id.to_string())
-                .bind(e.parent_id.to_string())
-                .bind(entry_to_wire(e).encode_to_vec())
-                .execute(&mut *tx)
-                .await?;
+        for (entry, from) in entries {
+            if !put_entry(&mut tx, entry, *from, to).await? {
+                tx.rollback().await?;
+                return Ok(Written::Stale);
+            }
         }
-        Ok(tx.commit().await?)
+        tx.commit().await?;
+        Ok(Written::Stored(to))
     }
 
     async fn delete_entries(&self, ids: &[EntryId]) -> Result<(), DataStoreError> {
@@ -83,21 +190,44 @@ impl DataStore for Sqlite {
         Ok(tx.commit().await?)
     }
 
-    async fn agents(&self) -> Result<Vec<AttestedAgent>, DataStoreError> {
-        let rows = sqlx::query("SELECT spiffe_id, body FROM agents").fetch_all(&self.0).await?;
-        rows.iter()
-            .map(|r| serde_json::from_str(r.get("body")).map_err(|e| bad_row("agent", r.get("spiffe_id"), e)))
-            .collect()
+    async fn agents(&self) -> Result<Vec<Versioned<AttestedAgent>>, DataStoreError> {
+        let rows = sqlx::query("SELECT spiffe_id, body, version FROM agents").fetch_all(&self.0).await?;
+        rows.iter().map(agent_of).collect()
     }
 
-    async fn put_agent(&self, agent: &AttestedAgent) -> Result<(), DataStoreError> {
+    async fn agent(&self, id: &SpiffeId) -> Result<Option<Versioned<AttestedAgent>>, DataStoreError> {
+        let query = sqlx::query("SELECT spiffe_id, body, version FROM agents WHERE spiffe_id = ?").bind(id.to_string());
+        query.fetch_optional(&self.0).await?.as_ref().map(agent_of).transpose()
+    }
+
+    async fn put_agent(&self, agent: &AttestedAgent, from: Option<Version>) -> Result<Written, DataStoreError> {
         let body = serde_json::to_string(agent).map_err(|e| bad_row("agent", agent.id.to_string(), e))?;
-        sqlx::query("INSERT OR REPLACE INTO agents (spiffe_id, body) VALUES (?, ?)")
-            .bind(agent.id.to_string())
-            .bind(body)
-            .execute(&self.0)
-            .await?;
-        Ok(())
+        let evidence = agent.evidence.as_ref().map(|e| e.as_str().to_owned());
+        let to = Version::fresh();
+        let mut tx = self.0.begin().await?;
+        if !agent.banned && evidence.is_some() {
+            let banned = sqlx::query("SELECT 1 FROM agents WHERE evidence = ? AND banned = 1").bind(&evidence);
+            if banned.fetch_optional(&mut *tx).await?.is_some() {
+                tx.rollback().await?;
+                return Ok(Written::Banned);
+            }
+        }
+        let query = match from {
+            None => sqlx::query(
+                "INSERT INTO agents (body, banned, evidence, version, spiffe_id) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            ),
+            Some(_) => sqlx::query(
+                "UPDATE agents SET body = ?, banned = ?, evidence = ?, version = ? WHERE spiffe_id = ? AND version = ?",
+            ),
+        };
+        let query = query.bind(body).bind(agent.banned).bind(evidence).bind(to.0).bind(agent.id.to_string());
+        let query = if let Some(from) = from { query.bind(from.0) } else { query };
+        if query.execute(&mut *tx).await?.rows_affected() != 1 {
+            tx.rollback().await?;
+            return Ok(Written::Stale);
+        }
+        tx.commit().await?;
+        Ok(Written::Stored(to))
     }
 
     async fn delete_agent(&self, id: &SpiffeId) -> Result<(), DataStoreError> {
@@ -135,21 +265,28 @@ impl DataStore for Sqlite {
         }))
     }
 
-    async fn bundles(&self) -> Result<Vec<X509Bundle>, DataStoreError> {
-        let rows = sqlx::query("SELECT trust_domain, body FROM bundles").fetch_all(&self.0).await?;
+    async fn bundles(&self) -> Result<Vec<Versioned<X509Bundle>>, DataStoreError> {
+        let rows = sqlx::query("SELECT trust_domain, body, version FROM bundles").fetch_all(&self.0).await?;
         let read = |body: &[u8]| {
             bundle_from_wire(types::Bundle::decode(body).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
         };
-        rows.iter().map(|r| read(r.get("body")).map_err(|e| bad_row("bundle", r.get("trust_domain"), e))).collect()
+        let read = |r: &SqliteRow| {
+            let bundle = read(r.get("body")).map_err(|e| bad_row("bundle", r.get("trust_domain"), e))?;
+            Ok(versioned(r, bundle))
+        };
+        rows.iter().map(read).collect()
     }
 
-    async fn put_bundle(&self, bundle: &X509Bundle) -> Result<(), DataStoreError> {
-        sqlx::query("INSERT OR REPLACE INTO bundles (trust_domain, body) VALUES (?, ?)")
-            .bind(bundle.trust_domain.as_str())
-            .bind(bundle_to_wire(bundle).encode_to_vec())
-            .execute(&self.0)
-            .await?;
-        Ok(())
+    async fn put_bundle(&self, bundle: &X509Bundle, from: Option<Version>) -> Result<Written, DataStoreError> {
+        refuse_empty(bundle)?;
+        let to = Version::fresh();
+        let mut tx = self.0.begin().await?;
+        if !put_bundle(&mut tx, bundle, from, to).await? {
+            tx.rollback().await?;
+            return Ok(Written::Stale);
+        }
+        tx.commit().await?;
+        Ok(Written::Stored(to))
     }
 
     async fn delete_bundle(&self, trust_domain: &str) -> Result<(), DataStoreError> {
@@ -157,48 +294,48 @@ impl DataStore for Sqlite {
         Ok(())
     }
 
-    async fn authorities(&self) -> Result<Vec<Record>, DataStoreError> {
+    async fn authorities(&self) -> Result<Versioned<Vec<Record>>, DataStoreError> {
+        let mut tx = self.0.begin().await?;
+        let version = authorities_version(&mut tx).await?;
         let rows = sqlx::query("SELECT id, status, key_name, certificate, chain FROM authorities ORDER BY position")
-            .fetch_all(&self.0)
+            .fetch_all(&mut *tx)
             .await?;
-        rows.iter()
-            .map(|r| {
-                let id: String = r.get("id");
-                let status: &str = r.get("status");
-                let chain: Vec<Vec<u8>> =
-                    serde_json::from_slice(r.get("chain")).map_err(|e| bad_row("authority", id.clone(), e))?;
-                Ok(Record {
-                    status: status.parse().map_err(|e| bad_row("authority", id.clone(), e))?,
-                    key_name: r.get("key_name"),
-                    certificate: r.get::<Vec<u8>, _>("certificate").into(),
-                    chain: chain.into_iter().map(Into::into).collect(),
-                    id,
-                })
-            })
-            .collect()
+        Ok(Versioned { value: rows.iter().map(record_of).collect::<Result<_, _>>()?, version })
     }
 
-    async fn put_authorities(&self, journal: &[Record], bundle: &X509Bundle) -> Result<(), DataStoreError> {
+    async fn put_authorities(
+        &self,
+        journal: &[Record],
+        bundle: &X509Bundle,
+        from: Version,
+    ) -> Result<Written, DataStoreError> {
+        refuse_empty(bundle)?;
+        let to = Version::fresh();
         let mut tx = self.0.begin().await?;
-        sqlx::query("DELETE FROM authorities").execute(&mut *tx).await?;
-        for (position, a) in journal.iter().enumerate() {
-            let chain: Vec<&[u8]> = a.chain.iter().map(AsRef::as_ref).collect();
-            let chain = serde_json::to_vec(&chain).map_err(|e| bad_row("authority", a.id.clone(), e))?;
-            sqlx::query("INSERT INTO authorities (id, position, status, key_name, certificate, chain) VALUES (?, ?, ?, ?, ?, ?)")
-                .bind(&a.id)
-                .bind(i64::try_from(position).unwrap_or(i64::MAX))
-                .bind(a.status.as_str())
-                .bind(&a.key_name)
-                .bind(a.certificate.as_ref())
-                .bind(chain)
-                .execute(&mut *tx)
-                .await?;
+        if authorities_version(&mut tx).await? != from {
+            tx.rollback().await?;
+            return Ok(Written::Stale);
         }
-        sqlx::query("INSERT OR REPLACE INTO bundles (trust_domain, body) VALUES (?, ?)")
+        sqlx::query("DELETE FROM authorities").execute(&mut *tx).await?;
+        for (position, record) in journal.iter().enumerate() {
+            put_record(&mut tx, position, record).await?;
+        }
+        // Our own bundle is written here alone, so that its state is the journal's.
+        sqlx::query("INSERT OR REPLACE INTO bundles (trust_domain, body, version) VALUES (?, ?, ?)")
             .bind(bundle.trust_domain.as_str())
             .bind(bundle_to_wire(bundle).encode_to_vec())
+            .bind(to.0)
             .execute(&mut *tx)
             .await?;
-        Ok(tx.commit().await?)
+        sqlx::query("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)")
+            .bind(AUTHORITIES_VERSION)
+            .bind(to.0.to_string())
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        Ok(Written::Stored(to))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! `spire.api.server.agent.v1`: node attestation, renewal, nodes, join tokens.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -15,6 +16,7 @@ use countersign_api::spire::agent::{
 };
 use countersign_api::spire::types;
 use countersign_identity::selector::SelectorSet;
+use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::{agent_id, server_id};
 use countersign_identity::{Entry, Selector, SpiffeId};
 use tokio::sync::mpsc;
@@ -23,7 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::svid::svid_to_wire;
 use super::{BoxStream, Endpoint, invalid, masks, paging};
-use crate::agents::{AttestedAgent, Denied};
+use crate::agents::{AttestedAgent, ChangeError, Denied, Renewal};
 use crate::caller::{Caller, denied_status};
 use crate::core::{Core, SigningRequest, store_status};
 use crate::datastore::JoinToken;
@@ -74,36 +76,27 @@ async fn attest(
     challenger: &mut StreamChallenger,
     caller: &str,
 ) -> Result<Attested, Status> {
-    let evidence = params.data.ok_or_else(|| invalid("data is missing"))?;
+    let data = params.data.ok_or_else(|| invalid("data is missing"))?;
     let csr = params.params.ok_or_else(|| invalid("params is missing"))?.csr;
-    if evidence.payload.len() > MAX_PAYLOAD_BYTES {
+    if data.payload.len() > MAX_PAYLOAD_BYTES {
         return Err(invalid(format!("payload is longer than {MAX_PAYLOAD_BYTES} bytes")));
     }
-    let attestor = core.attestors.iter().find(|a| a.kind() == evidence.r#type).ok_or_else(|| {
+    let attestor = core.attestors.iter().find(|a| a.kind() == data.r#type).ok_or_else(|| {
         let known: Vec<_> = core.attestors.iter().map(|a| a.kind()).collect();
         Status::failed_precondition(format!(
             "no node attestor `{}` is configured here, only {}",
-            evidence.r#type,
+            shown(&data.r#type),
             known.join(", ")
         ))
     })?;
-    let node = attestor.attest(&evidence.payload, challenger).await.map_err(|e| match e {
+    let node = attestor.attest(&data.payload, challenger).await.map_err(|e| match e {
         AttestError::Malformed(why) => Status::invalid_argument(why),
         AttestError::Store(e) => store_status(&e),
         AttestError::Unavailable(why) => Status::unavailable(why),
         AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(e.to_string()),
     })?;
-    if let Some(known) = core.agents.get(&node.id) {
-        if known.banned {
-            return Err(denied_status(Denied::Banned, &node.id));
-        }
-        if !known.can_reattest {
-            return Err(Status::permission_denied(format!(
-                "agent `{}` was attested with evidence that works once; evict it first",
-                node.id
-            )));
-        }
-    }
+    // Before anything is signed; looked at once more when the agent is stored.
+    core.agents.may_attest(&node.id, node.evidence.as_ref()).map_err(|e| change_status(e, &node.id))?;
     let issued = core.sign(&SigningRequest {
         kind: "agent_svid",
         caller,
@@ -113,25 +106,35 @@ async fn attest(
         ttl: core.issuance().agent_svid_ttl,
         csr: &csr,
     })?;
-    let AttestedNode { id, selectors, can_reattest, alias, evidence: _ } = node;
-    if let Some(alias) = alias {
-        // The entry's selector is the agent's own ID, which no other node can attest to.
-        let entry = alias_entry(core, alias, &id)?;
-        core.entries.put(vec![entry]).await.map_err(|e| store_status(&e))?;
-    }
+    let AttestedNode { id, selectors, can_reattest, alias, evidence } = node;
     let agent = AttestedAgent {
         id: id.clone(),
-        attestation_type: evidence.r#type,
+        attestation_type: data.r#type,
         selectors: own_id_selector(&id).into_iter().chain(selectors).collect(),
         serial: issued.facts.serial.clone(),
         previous_serial: String::new(),
         expires_at: issued.facts.not_after,
         banned: false,
         can_reattest,
+        evidence,
     };
-    core.agents.put(agent).await.map_err(|e| store_status(&e))?;
+    core.agents.attested(agent).await.map_err(|e| change_status(e, &id))?;
+    if let Some(alias) = alias {
+        // The entry's selector is the agent's own ID, which no other node can attest to.
+        let entry = alias_entry(core, alias, &id)?;
+        core.entries.create(vec![entry]).await.map_err(|e| store_status(&e))?;
+    }
     tracing::info!(agent = %id, "agent attested");
     Ok(Attested { svid: Some(svid_to_wire(&id, &issued, "")), reattestable: can_reattest })
+}
+
+/// Why an agent's record was not changed, as a gRPC status.
+fn change_status(error: ChangeError, id: &SpiffeId) -> Status {
+    match error {
+        ChangeError::Denied(denied) => denied_status(denied, id),
+        ChangeError::AttestedOnce => Status::permission_denied(format!("agent `{id}`: {error}")),
+        ChangeError::Store(error) => store_status(&error),
+    }
 }
 
 fn own_id_selector(id: &SpiffeId) -> SelectorSet {
@@ -195,10 +198,9 @@ impl Endpoint {
         Ok(found)
     }
 
-    fn known_agent(&self, id: Option<types::Spiffeid>) -> Result<AttestedAgent, Status> {
+    fn known_agent(&self, id: Option<types::Spiffeid>) -> Result<Arc<AttestedAgent>, Status> {
         let id = id_from_wire("id", id).map_err(invalid)?;
-        let found = self.0.agents.get(&id).ok_or_else(|| Status::not_found(format!("there is no agent `{id}`")))?;
-        Ok(AttestedAgent::clone(&found))
+        self.0.agents.get(&id).ok_or_else(|| Status::not_found(format!("there is no agent `{id}`")))
     }
 }
 
@@ -249,17 +251,20 @@ impl Agent for Endpoint {
     async fn delete_agent(&self, request: Request<DeleteAgentRequest>) -> Result<Response<()>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let agent = self.known_agent(request.into_inner().id)?;
-        self.0.agents.remove(&agent.id).await.map_err(|e| store_status(&e))?;
+        self.0.agents.evict(&agent.id).await.map_err(|e| store_status(&e))?;
         tracing::warn!(agent = %agent.id, %caller, "agent evicted");
         Ok(Response::new(()))
     }
 
     async fn ban_agent(&self, request: Request<BanAgentRequest>) -> Result<Response<()>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
-        let mut agent = self.known_agent(request.into_inner().id)?;
-        agent.banned = true;
+        let agent = self.known_agent(request.into_inner().id)?;
+        self.0.agents.ban(&agent.id).await.map_err(|error| match error {
+            // It was evicted a moment ago.
+            ChangeError::Denied(Denied::NotAttested) => Status::not_found(format!("there is no agent `{}`", agent.id)),
+            other => change_status(other, &agent.id),
+        })?;
         tracing::warn!(agent = %agent.id, %caller, "agent banned");
-        self.0.agents.put(agent).await.map_err(|e| store_status(&e))?;
         Ok(Response::new(()))
     }
 
@@ -269,8 +274,10 @@ impl Agent for Endpoint {
     ) -> Result<Response<Self::AttestAgentStream>, Status> {
         let source = request.extensions().get::<TlsPeer>().map(|p| p.address.ip().to_canonical());
         let caller = source.map_or_else(|| "local".to_owned(), |ip| format!("anonymous@{ip}"));
-        if source.is_some_and(|ip| !self.0.attest_limit.take(ip, 1, Instant::now())) {
-            self.0.refuse("agent_svid", &caller, "", "", "rate_limit", "too many attestations from this address");
+        if let Some(ip) = source
+            && !self.0.attest_limit.take(ip, 1, Instant::now())
+        {
+            self.0.refuse_over_limit("agent_svid", ip);
             return Err(Status::resource_exhausted("too many attestations from this address; wait a second"));
         }
         let (tx, rx) = mpsc::channel(1);
@@ -317,12 +324,16 @@ impl Agent for Endpoint {
             ttl: self.0.issuance().agent_svid_ttl,
             csr: &csr,
         })?;
-        let mut renewed = AttestedAgent::clone(&agent);
-        // The one it uses now goes on to work while the answer travels, and if the answer is lost.
-        renewed.previous_serial = in_use.map(|svid| svid.facts.serial.clone()).unwrap_or_default();
-        renewed.serial.clone_from(&issued.facts.serial);
-        renewed.expires_at = issued.facts.not_after;
-        self.0.agents.put(renewed).await.map_err(|e| store_status(&e))?;
+        let renewal = Renewal {
+            in_use: in_use.map(|svid| svid.facts.serial.clone()).unwrap_or_default(),
+            serial: issued.facts.serial.clone(),
+            expires_at: issued.facts.not_after,
+        };
+        // Banned or evicted while it was signed: what was signed is thrown away.
+        self.0.agents.renewed(&agent.id, &renewal).await.map_err(|error| {
+            self.0.refuse("agent_svid", &agent.id.to_string(), "", "", "attestation", &error.to_string());
+            change_status(error, &agent.id)
+        })?;
         Ok(Response::new(RenewAgentResponse { svid: Some(svid_to_wire(&agent.id, &issued, "")) }))
     }
 

@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status};
 use super::{Endpoint, invalid, item_status, masks, paging};
 use crate::caller::Caller;
 use crate::core::{status_of, store_status};
+use crate::federated::{Expect, SetError};
 
 /// Bundles in one batch at most.
 const MAX_BATCH: usize = 1_000;
@@ -37,14 +38,20 @@ impl Endpoint {
                 bundle.trust_domain
             )));
         }
+        if bundle.authorities.is_empty() {
+            return Err(invalid(format!(
+                "the bundle of `{}` holds no authority; delete it instead",
+                bundle.trust_domain
+            )));
+        }
         Ok(bundle)
     }
 
-    /// Sets bundles one by one: `exists` says which are allowed (`Some(true)`: only known ones, `Some(false)`: only new ones).
+    /// Sets bundles one by one.
     async fn set_foreign(
         &self,
         bundles: Vec<types::Bundle>,
-        exists: Option<bool>,
+        expect: Expect,
     ) -> Result<Vec<(types::Status, Option<types::Bundle>)>, Status> {
         if bundles.len() > MAX_BATCH {
             return Err(invalid(format!("a batch holds at most {MAX_BATCH} bundles")));
@@ -53,17 +60,11 @@ impl Endpoint {
         for wire in bundles {
             let set = async {
                 let bundle = self.parse_foreign(wire)?;
-                let known = self.0.federated.all().contains_key(bundle.trust_domain.as_str());
-                match (exists, known) {
-                    (Some(true), false) => {
-                        return Err(Status::not_found(format!("no bundle of `{}` is here", bundle.trust_domain)));
-                    }
-                    (Some(false), true) => {
-                        return Err(Status::already_exists(format!("a bundle of `{}` is here", bundle.trust_domain)));
-                    }
-                    _ => {}
-                }
-                let set = self.0.federated.set(bundle).await.map_err(|e| store_status(&e))?;
+                let set = self.0.federated.set(bundle, expect).await.map_err(|error| match error {
+                    SetError::Exists(_) => Status::already_exists(error.to_string()),
+                    SetError::Unknown(_) => Status::not_found(error.to_string()),
+                    SetError::Store(error) => store_status(&error),
+                })?;
                 Ok(bundle_to_wire(&set))
             };
             let set = set.await;
@@ -148,7 +149,7 @@ impl Bundle for Endpoint {
     ) -> Result<Response<BatchCreateFederatedBundleResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
-        let results = self.set_foreign(request.bundle, Some(false)).await?.into_iter().map(|(status, bundle)| {
+        let results = self.set_foreign(request.bundle, Expect::New).await?.into_iter().map(|(status, bundle)| {
             let bundle = bundle.map(|b| masks::bundle(b, request.output_mask));
             batch_create_federated_bundle_response::Result { status: Some(status), bundle }
         });
@@ -164,7 +165,7 @@ impl Bundle for Endpoint {
         if request.input_mask.is_some_and(|m| !m.x509_authorities) {
             return Err(Status::unimplemented("a bundle is updated whole: leave the input mask out"));
         }
-        let results = self.set_foreign(request.bundle, Some(true)).await?.into_iter().map(|(status, bundle)| {
+        let results = self.set_foreign(request.bundle, Expect::Known).await?.into_iter().map(|(status, bundle)| {
             let bundle = bundle.map(|b| masks::bundle(b, request.output_mask));
             batch_update_federated_bundle_response::Result { status: Some(status), bundle }
         });
@@ -177,7 +178,7 @@ impl Bundle for Endpoint {
     ) -> Result<Response<BatchSetFederatedBundleResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
-        let results = self.set_foreign(request.bundle, None).await?.into_iter().map(|(status, bundle)| {
+        let results = self.set_foreign(request.bundle, Expect::Any).await?.into_iter().map(|(status, bundle)| {
             let bundle = bundle.map(|b| masks::bundle(b, request.output_mask));
             batch_set_federated_bundle_response::Result { status: Some(status), bundle }
         });
@@ -196,9 +197,7 @@ impl Bundle for Endpoint {
         for name in request.trust_domains {
             let deleted = async {
                 let td = trust_domain_from_wire(&name).map_err(invalid)?;
-                let mut linked = self.0.entries.list();
-                linked.retain(|e| e.federates_with.contains(&td));
-                let ids: Vec<_> = linked.iter().map(|e| e.id.clone()).collect();
+                let linked = self.0.entries.page(None, usize::MAX, |e| e.federates_with.contains(&td));
                 match mode {
                     _ if linked.is_empty() => {}
                     Mode::Restrict => {
@@ -207,16 +206,11 @@ impl Bundle for Endpoint {
                             linked.len()
                         )));
                     }
-                    Mode::Delete => self.0.entries.delete(&ids).await.map_err(|e| store_status(&e))?,
-                    Mode::Dissociate => {
-                        let changed = linked.iter().map(|e| {
-                            let mut e = countersign_identity::Entry::clone(e);
-                            e.federates_with.remove(&td);
-                            e.revision += 1;
-                            e
-                        });
-                        self.0.entries.put(changed.collect()).await.map_err(|e| store_status(&e))?;
+                    Mode::Delete => {
+                        let ids: Vec<_> = linked.iter().map(|e| e.id.clone()).collect();
+                        self.0.entries.delete(&ids).await.map_err(|e| store_status(&e))?;
                     }
+                    Mode::Dissociate => self.0.entries.dissociate(&td).await.map_err(|e| store_status(&e))?,
                 }
                 match self.0.federated.remove(td.as_str()).await {
                     Ok(true) => Ok(()),

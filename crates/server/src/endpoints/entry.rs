@@ -1,14 +1,13 @@
 //! `spire.api.server.entry.v1`: registration entries, for operators and for agents.
 
 use std::collections::BTreeSet;
-use std::collections::HashMap;
 
 use async_trait::async_trait;
 use countersign_api::convert::{entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire};
 use countersign_api::spire::entry::entry_server::Entry as EntryService;
 use countersign_api::spire::entry::{
     BatchCreateEntryRequest, BatchCreateEntryResponse, BatchDeleteEntryRequest, BatchDeleteEntryResponse,
-    BatchUpdateEntryRequest, BatchUpdateEntryResponse, CountEntriesRequest, CountEntriesResponse, EntryRevision,
+    BatchUpdateEntryRequest, BatchUpdateEntryResponse, CountEntriesRequest, CountEntriesResponse,
     GetAuthorizedEntriesRequest, GetAuthorizedEntriesResponse, GetEntryRequest, ListEntriesRequest,
     ListEntriesResponse, SyncAuthorizedEntriesRequest, SyncAuthorizedEntriesResponse, batch_create_entry_response,
     batch_delete_entry_response, batch_update_entry_response,
@@ -17,17 +16,16 @@ use countersign_api::spire::types;
 use countersign_identity::{Entry, EntryId};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{BoxStream, Endpoint, invalid, item_status, masks, paging};
-use crate::caller::Caller;
+use crate::caller::{Caller, revoked};
+use crate::config::MIN_SVID_TTL;
 use crate::core::store_status;
-use crate::entries::fresh_entry_id;
+use crate::entries::{Created, UpdateError, fresh_entry_id};
 
 /// Entries in one batch at most.
 const MAX_BATCH: usize = 10_000;
-/// Entries in one message of SyncAuthorizedEntries.
-const SYNC_PAGE: usize = 500;
 
 /// The match behaviours of selectors and federation (SelectorMatch and FederatesWithMatch share their numbers).
 pub(super) fn sets_match<T: Ord>(wanted: &BTreeSet<T>, held: &BTreeSet<T>, behavior: i32) -> bool {
@@ -64,38 +62,51 @@ macro_rules! filter {
     };
 }
 
-impl Endpoint {
-    fn entries_matching(&self, filter: Filter) -> Result<Vec<std::sync::Arc<Entry>>, Status> {
+impl Filter {
+    /// Parses it into the question whether an entry is wanted.
+    fn parse(self) -> Result<impl Fn(&Entry) -> bool, Status> {
         let id =
             |name, id: Option<types::Spiffeid>| id.map(|id| id_from_wire(name, Some(id))).transpose().map_err(invalid);
-        let spiffe_id = id("by_spiffe_id", filter.spiffe_id)?;
-        let parent_id = id("by_parent_id", filter.parent_id)?;
+        let spiffe_id = id("by_spiffe_id", self.spiffe_id)?;
+        let parent_id = id("by_parent_id", self.parent_id)?;
         let selectors =
-            filter.selectors.map(|m| Ok::<_, Status>((selectors_from_wire(m.selectors).map_err(invalid)?, m.r#match)));
+            self.selectors.map(|m| Ok::<_, Status>((selectors_from_wire(m.selectors).map_err(invalid)?, m.r#match)));
         let selectors = selectors.transpose()?;
-        let federates =
-            filter.federates_with.map(|m| (m.trust_domains.into_iter().collect::<BTreeSet<_>>(), m.r#match));
-        let mut all = self.0.entries.list();
-        all.retain(|e| {
+        let federates = self.federates_with.map(|m| (m.trust_domains.into_iter().collect::<BTreeSet<_>>(), m.r#match));
+        let (hint, downstream) = (self.hint, self.downstream);
+        Ok(move |e: &Entry| {
             spiffe_id.as_ref().is_none_or(|id| e.spiffe_id == *id)
                 && parent_id.as_ref().is_none_or(|id| e.parent_id == *id)
                 && selectors.as_ref().is_none_or(|(wanted, how)| sets_match(wanted, &e.selectors, *how))
                 && federates.as_ref().is_none_or(|(wanted, how)| {
                     sets_match(wanted, &e.federates_with.iter().map(ToString::to_string).collect(), *how)
                 })
-                && filter.hint.as_ref().is_none_or(|h| e.hint == *h)
-                && filter.downstream.is_none_or(|d| e.downstream == d)
-        });
-        Ok(all)
+                && hint.as_ref().is_none_or(|h| e.hint == *h)
+                && downstream.is_none_or(|d| e.downstream == d)
+        })
     }
+}
 
+impl Endpoint {
     fn entry_id(text: &str) -> Result<EntryId, Status> {
         text.parse().map_err(invalid)
     }
 
+    fn check(&self, entry: &Entry) -> Result<(), Status> {
+        entry.check(self.0.trust_domain()).map_err(invalid)?;
+        match entry.x509_svid_ttl {
+            Some(ttl) if ttl < MIN_SVID_TTL => Err(invalid(format!(
+                "x509_svid_ttl: {} s is too short to be renewed in time; use {} s or more",
+                ttl.as_secs(),
+                MIN_SVID_TTL.as_secs()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     fn parse_new(&self, wire: types::Entry) -> Result<Entry, Status> {
         let mut entry = entry_from_wire(wire, fresh_entry_id).map_err(invalid)?;
-        entry.check(self.0.trust_domain()).map_err(invalid)?;
+        self.check(&entry)?;
         entry.revision = 0;
         entry.created_at = self.0.now();
         Ok(entry)
@@ -119,7 +130,7 @@ impl EntryService for Endpoint {
         request: Request<CountEntriesRequest>,
     ) -> Result<Response<CountEntriesResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let count = self.entries_matching(filter!(request.into_inner().filter))?.len();
+        let count = self.0.entries.count(filter!(request.into_inner().filter).parse()?);
         Ok(Response::new(CountEntriesResponse { count: count.try_into().unwrap_or(i32::MAX) }))
     }
 
@@ -129,8 +140,14 @@ impl EntryService for Endpoint {
     ) -> Result<Response<ListEntriesResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
-        let found = self.entries_matching(filter!(request.filter))?;
-        let (page, next_page_token) = paging::page(found, request.page_size, &request.page_token, |e| e.id.to_string());
+        let wanted = filter!(request.filter).parse()?;
+        let after = Some(request.page_token.as_str()).filter(|t| !t.is_empty()).map(Self::entry_id).transpose()?;
+        let size = paging::size(request.page_size);
+        // One more than is shown tells whether there is another page.
+        let mut page = self.0.entries.page(after.as_ref(), size + 1, wanted);
+        let more = page.len() > size;
+        page.truncate(size);
+        let next_page_token = page.last().filter(|_| more).map(|e| e.id.to_string()).unwrap_or_default();
         let entries = page.iter().map(|e| masks::entry(entry_to_wire(e), request.output_mask)).collect();
         Ok(Response::new(ListEntriesResponse { entries, next_page_token }))
     }
@@ -150,45 +167,34 @@ impl EntryService for Endpoint {
         let caller = Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         check_batch(request.entries.len())?;
-        let mut good: Vec<Entry> = vec![];
-        let judged: Vec<(Result<(), Status>, Option<types::Entry>)> = request
-            .entries
-            .into_iter()
-            .map(|wire| match self.parse_new(wire) {
-                Err(status) => (Err(status), None),
-                Ok(entry) => {
-                    let twin = good.iter().find(|g| g.registers_the_same_as(&entry)).map(entry_to_wire);
-                    if let Some(same) = twin.or_else(|| self.0.entries.same_as(&entry).map(|e| entry_to_wire(&e))) {
-                        return (
-                            Err(Status::already_exists("an entry with this SPIFFE ID, parent and selectors exists")),
-                            Some(same),
-                        );
-                    }
-                    if self.0.entries.get(&entry.id).is_some() || good.iter().any(|g| g.id == entry.id) {
-                        return (Err(Status::already_exists(format!("entry `{}` exists", entry.id))), None);
-                    }
-                    let wire = entry_to_wire(&entry);
-                    good.push(entry);
-                    (Ok(()), Some(wire))
+        let parsed: Vec<Result<Entry, Status>> = request.entries.into_iter().map(|wire| self.parse_new(wire)).collect();
+        let good: Vec<Entry> = parsed.iter().filter_map(|p| p.as_ref().ok()).cloned().collect();
+        // An answer for each good one, in their order.
+        let mut created = self.0.entries.create(good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
+        let results = parsed.into_iter().map(|parsed| {
+            let made = parsed.and_then(|_| match &mut created {
+                Ok(created) => created.next().ok_or_else(|| Status::internal("an entry was not judged")),
+                Err(status) => Err(status.clone()),
+            });
+            let (verdict, entry) = match made {
+                Ok(Created::New(entry)) => {
+                    tracing::info!(entry = %entry.id, %caller, "entry created");
+                    (Ok(()), Some(entry))
                 }
-            })
-            .collect();
-        let stored = if good.is_empty() { Ok(()) } else { self.0.entries.put(good).await };
-        let results = judged.into_iter().map(|(verdict, entry)| {
-            let verdict = match (&stored, verdict) {
-                (Err(e), Ok(())) => Err(store_status(e)),
-                (_, verdict) => verdict,
+                Ok(Created::Same(entry)) => {
+                    let why = "an entry with this SPIFFE ID, parent and selectors exists";
+                    (Err(Status::already_exists(why)), Some(entry))
+                }
+                Ok(Created::IdTaken(id)) => (Err(Status::already_exists(format!("entry `{id}` exists"))), None),
+                Err(status) => (Err(status), None),
             };
-            let shown = verdict.as_ref().map_or_else(|s| s.code() == Code::AlreadyExists, |()| true);
-            if let (Ok(()), Some(e)) = (&verdict, &entry) {
-                tracing::info!(entry = e.id, %caller, "entry created");
-            }
             batch_create_entry_response::Result {
                 status: Some(item_status(&verdict)),
-                entry: entry.filter(|_| shown).map(|e| masks::entry(e, request.output_mask)),
+                entry: entry.map(|e| masks::entry(entry_to_wire(&e), request.output_mask)),
             }
         });
-        Ok(Response::new(BatchCreateEntryResponse { results: results.collect() }))
+        let results = results.collect();
+        Ok(Response::new(BatchCreateEntryResponse { results }))
     }
 
     async fn batch_update_entry(
@@ -202,16 +208,20 @@ impl EntryService for Endpoint {
         for wire in request.entries {
             let updated = async {
                 let id = Self::entry_id(&wire.id)?;
-                let before =
-                    self.0.entries.get(&id).ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))?;
-                let merged = masks::update_entry(entry_to_wire(&before), wire, request.input_mask);
-                let mut entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
-                entry.check(self.0.trust_domain()).map_err(invalid)?;
-                entry.revision = before.revision + 1;
-                let updated = entry_to_wire(&entry);
-                self.0.entries.put(vec![entry]).await.map_err(|e| store_status(&e))?;
+                // What the mask leaves alone is taken from the entry as it is when the change is written.
+                let change = |before: &Entry| {
+                    let merged = masks::update_entry(entry_to_wire(before), wire.clone(), request.input_mask);
+                    let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
+                    self.check(&entry)?;
+                    Ok(entry)
+                };
+                let entry = self.0.entries.update(&id, change).await.map_err(|error| match error {
+                    UpdateError::Unknown => Status::not_found(format!("there is no entry `{id}`")),
+                    UpdateError::Refused(status) => status,
+                    UpdateError::Store(error) => store_status(&error),
+                })?;
                 tracing::info!(entry = %id, %caller, "entry updated");
-                Ok(updated)
+                Ok(entry_to_wire(&entry))
             };
             let updated = updated.await;
             let (verdict, entry) = match updated {
@@ -230,27 +240,26 @@ impl EntryService for Endpoint {
         let caller = Caller::operator(&self.0, &request)?;
         let ids = request.into_inner().ids;
         check_batch(ids.len())?;
-        let judged: Vec<Result<EntryId, Status>> = ids
-            .iter()
-            .map(|text| {
-                let id = Self::entry_id(text)?;
-                self.0
-                    .entries
-                    .get(&id)
-                    .map(|_| id)
-                    .ok_or_else(|| Status::not_found(format!("there is no entry `{text}`")))
-            })
-            .collect();
+        let judged: Vec<Result<EntryId, Status>> = ids.iter().map(|text| Self::entry_id(text)).collect();
         let good: Vec<EntryId> = judged.iter().flatten().cloned().collect();
-        let stored = if good.is_empty() { Ok(()) } else { self.0.entries.delete(&good).await };
-        let results = ids.into_iter().zip(judged).map(|(id, verdict)| {
-            let verdict = match (&stored, verdict) {
-                (Err(e), Ok(_)) => Err(store_status(e)),
-                (_, verdict) => verdict.map(|id| tracing::info!(entry = %id, %caller, "entry deleted")),
-            };
-            batch_delete_entry_response::Result { status: Some(item_status(&verdict)), id }
+        // Whether each good one was there, in their order.
+        let mut deleted = self.0.entries.delete(&good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
+        let results = ids.into_iter().zip(judged).map(|(text, judged)| {
+            let verdict = judged.and_then(|id| match &mut deleted {
+                Ok(deleted) => {
+                    deleted
+                        .next()
+                        .filter(|was| *was)
+                        .ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))?;
+                    tracing::info!(entry = %id, %caller, "entry deleted");
+                    Ok(())
+                }
+                Err(status) => Err(status.clone()),
+            });
+            batch_delete_entry_response::Result { status: Some(item_status(&verdict)), id: text }
         });
-        Ok(Response::new(BatchDeleteEntryResponse { results: results.collect() }))
+        let results = results.collect();
+        Ok(Response::new(BatchDeleteEntryResponse { results }))
     }
 
     async fn get_authorized_entries(
@@ -277,59 +286,20 @@ impl EntryService for Endpoint {
         request: Request<Streaming<SyncAuthorizedEntriesRequest>>,
     ) -> Result<Response<Self::SyncAuthorizedEntriesStream>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
+        let revoked = revoked(&self.0, &request);
         let mut requests = request.into_inner();
         let first = requests.message().await?.ok_or_else(|| invalid("the first message is missing"))?;
         let now = self.0.now();
         let entries: Vec<_> = self.0.entries.authorized(&agent).into_iter().filter(|e| !e.is_expired(now)).collect();
         let (tx, rx) = mpsc::channel(4);
-        let shutdown = self.0.shutdown.clone();
+        let core = self.0.clone();
         self.0.tasks.spawn(async move {
-            let talk = async {
-                let mask = first.output_mask;
-                if entries.len() <= SYNC_PAGE {
-                    let entries = entries.iter().map(|e| masks::entry(entry_to_wire(e), mask)).collect();
-                    let all = SyncAuthorizedEntriesResponse { entries, ..Default::default() };
-                    drop(tx.send(Ok(all)).await);
-                    return;
-                }
-                let by_id: HashMap<&str, _> = entries.iter().map(|e| (e.id.as_str(), e)).collect();
-                let mut pages = entries.chunks(SYNC_PAGE * 10).peekable();
-                while let Some(page) = pages.next() {
-                    let entry_revisions = page
-                        .iter()
-                        .map(|e| EntryRevision { id: e.id.to_string(), revision_number: e.revision })
-                        .collect();
-                    let more = pages.peek().is_some();
-                    if tx
-                        .send(Ok(SyncAuthorizedEntriesResponse { entry_revisions, entries: vec![], more }))
-                        .await
-                        .is_err()
-                    {
-                        return;
-                    }
-                }
-                while let Ok(Some(wanted)) = requests.message().await {
-                    let found: Vec<_> = wanted.ids.iter().filter_map(|id| by_id.get(id.as_str())).collect();
-                    let mut pages = found.chunks(SYNC_PAGE).peekable();
-                    if pages.peek().is_none() && tx.send(Ok(SyncAuthorizedEntriesResponse::default())).await.is_err() {
-                        return;
-                    }
-                    while let Some(page) = pages.next() {
-                        let entries = page.iter().map(|e| masks::entry(entry_to_wire(e), mask)).collect();
-                        let more = pages.peek().is_some();
-                        if tx
-                            .send(Ok(SyncAuthorizedEntriesResponse { entry_revisions: vec![], entries, more }))
-                            .await
-                            .is_err()
-                        {
-                            return;
-                        }
-                    }
-                }
-            };
+            let ended = tx.clone();
+            let sync = super::entry_sync::Sync { entries, mask: first.output_mask, tx };
             tokio::select! {
-                () = talk => {}
-                () = shutdown.cancelled() => {}
+                () = sync.run(requests) => {}
+                () = core.shutdown.cancelled() => {}
+                status = revoked => drop(ended.try_send(Err(status))),
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))

@@ -34,7 +34,7 @@ impl LocalAuthority for Endpoint {
         request: Request<GetX509AuthorityStateRequest>,
     ) -> Result<Response<GetX509AuthorityStateResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let journal = self.0.authorities.journal().await;
+        let journal = self.0.authorities.journal();
         // Of several old ones the API shows the newest.
         let find = |statuses: &[Life]| journal.iter().rev().find(|r| statuses.contains(&r.status)).map(state);
         Ok(Response::new(GetX509AuthorityStateResponse {

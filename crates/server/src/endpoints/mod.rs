@@ -4,6 +4,7 @@ mod agent;
 mod bundle;
 mod directory;
 mod entry;
+mod entry_sync;
 mod local_authority;
 mod masks;
 mod paging;

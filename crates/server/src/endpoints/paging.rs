@@ -3,9 +3,14 @@
 /// Entries a page when the caller names no size, and at most.
 const MAX_PAGE: usize = 5_000;
 
+/// How many one page holds when its caller asked for `size`.
+pub fn size(size: i32) -> usize {
+    usize::try_from(size).ok().filter(|s| *s > 0).unwrap_or(MAX_PAGE).min(MAX_PAGE)
+}
+
 /// One page of `all`, which is ordered by `name`, and the token of the next (empty: that was the last).
 pub fn page<T>(all: Vec<T>, size: i32, token: &str, name: impl Fn(&T) -> String) -> (Vec<T>, String) {
-    let size = usize::try_from(size).ok().filter(|s| *s > 0).unwrap_or(MAX_PAGE).min(MAX_PAGE);
+    let size = self::size(size);
     let from = if token.is_empty() { 0 } else { all.partition_point(|item| name(item).as_str() <= token) };
     let more = all.len() > from + size;
     let page: Vec<T> = all.into_iter().skip(from).take(size).collect();

@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{BoxStream, Endpoint};
-use crate::caller::{Caller, denied_status};
+use crate::caller::{Caller, denied_status, revoked};
 use crate::core::Core;
 use crate::entries::Update;
 
@@ -27,6 +27,7 @@ impl Push for Endpoint {
             .get::<TlsPeer>()
             .and_then(|p| p.svid.clone())
             .ok_or_else(|| Status::internal("an agent without an SVID"))?;
+        let revoked = revoked(&self.0, &request);
         let request = request.into_inner();
         let revision = (request.epoch == self.0.epoch).then_some(request.revision);
         let (tx, rx) = mpsc::channel(1);
@@ -36,6 +37,7 @@ impl Push for Endpoint {
             let stream = Stream { core: core.clone(), id: agent.id.clone(), peer, revision, tx: tx.clone() };
             let ended = tokio::select! {
                 ended = stream.run() => ended,
+                status = revoked => Some(status),
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the server is shutting down")),
             };
             if let Some(status) = ended {

@@ -17,7 +17,7 @@ impl StatusService for Endpoint {
         let core = &self.0;
         let bundle = core.authorities.bundle().borrow().clone();
         let mut facts = vec![
-            ("agents".to_owned(), core.agents.list().len().to_string()),
+            ("agents".to_owned(), core.agents.len().to_string()),
             ("agents connected".to_owned(), core.metrics.push_streams.get().to_string()),
             ("entries".to_owned(), core.entries.len().to_string()),
             ("directory workloads".to_owned(), core.directory.len().to_string()),
@@ -25,7 +25,7 @@ impl StatusService for Endpoint {
             ("bundle sequence".to_owned(), bundle.sequence.to_string()),
             ("listening on".to_owned(), core.config.bind.to_string()),
         ];
-        for record in core.authorities.journal().await {
+        for record in core.authorities.journal().iter() {
             if record.status != authority::Status::Old {
                 facts.push((
                     format!("authority {}", record.status),

@@ -51,6 +51,23 @@ impl KeyManager for Disk {
         Ok(Some(PrivateKey::from_pkcs8(std::fs::read(&path).map_err(io("read", &path))?)?))
     }
 
+    fn names(&self) -> Result<Vec<String>, KeyManagerError> {
+        let mut names = vec![];
+        for file in std::fs::read_dir(&self.0).map_err(io("list the folder of", &self.0))? {
+            let file = file.map_err(io("list the folder of", &self.0))?.path();
+            let Some(name) = file.file_name().and_then(|n| n.to_str()) else { continue };
+            // What a write that was cut off leaves behind (`<name>.key.<pid>.tmp`) is nobody's: this folder has one server.
+            match name.split_once(".key") {
+                Some((name, "")) => names.push(name.to_owned()),
+                Some((_, rest)) if rest.ends_with(".tmp") => {
+                    std::fs::remove_file(&file).map_err(io("remove", &file))?;
+                }
+                _ => {}
+            }
+        }
+        Ok(names)
+    }
+
     fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
         let path = self.path(name);
         match std::fs::remove_file(&path) {
@@ -76,6 +93,9 @@ mod tests {
         assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
         assert!(matches!(again.get("a1"), Err(KeyManagerError::Exposed { mode: 0o644, .. })));
+        std::fs::write(dir.path().join("c3.key.17.tmp"), "half a key").unwrap();
+        assert_eq!(again.names().unwrap(), ["a1"]);
+        assert!(!dir.path().join("c3.key.17.tmp").exists(), "a write that was cut off is swept");
         again.remove("a1").unwrap();
         again.remove("a1").unwrap();
         assert!(again.get("a1").unwrap().is_none());

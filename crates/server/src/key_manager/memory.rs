@@ -28,6 +28,10 @@ impl KeyManager for Memory {
         Ok(self.keys().get(name).cloned())
     }
 
+    fn names(&self) -> Result<Vec<String>, KeyManagerError> {
+        Ok(self.keys().keys().cloned().collect())
+    }
+
     fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
         self.keys().remove(name);
         Ok(())

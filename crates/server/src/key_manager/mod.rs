@@ -42,6 +42,8 @@ pub trait KeyManager: Send + Sync {
     fn generate(&self, name: &str, key_type: KeyType) -> Result<PrivateKey, KeyManagerError>;
     /// The key of that name, if it is still there.
     fn get(&self, name: &str) -> Result<Option<PrivateKey>, KeyManagerError>;
+    /// The names of all keys that it keeps.
+    fn names(&self) -> Result<Vec<String>, KeyManagerError>;
     /// Forgets a key.
     fn remove(&self, name: &str) -> Result<(), KeyManagerError>;
 }

@@ -58,6 +58,11 @@ pub struct AttestedNode {
 pub struct EvidenceKey(String);
 
 impl EvidenceKey {
+    /// As it was stored.
+    pub(crate) fn stored(text: String) -> Self {
+        Self(text)
+    }
+
     /// `<attestor>:<what it says>`, as it is stored.
     pub fn as_str(&self) -> &str {
         &self.0

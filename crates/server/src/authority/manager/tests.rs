@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::*;
 use crate::datastore::Sqlite;
-use crate::key_manager::Memory;
+use crate::key_manager::{KeyManagerError, Memory};
 use countersign_identity::KeyType;
 
 struct World {
@@ -17,13 +17,13 @@ struct World {
 impl World {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Arc::new(Sqlite::open(&dir.path().join("db")).await.unwrap());
+        let store = Arc::new(Sqlite::open(&dir.path().join("db"), &TrustDomain::new("td").unwrap()).await.unwrap());
         Self { now: Arc::new(AtomicI64::new(1_800_000_000)), store, keys: Arc::default(), _dir: dir }
     }
 
-    async fn authorities(&self) -> Authorities {
+    fn settings(&self, keys: Arc<dyn KeyManager>, upstream: Option<Arc<dyn UpstreamAuthority>>) -> Settings {
         let now = self.now.clone();
-        Authorities::load(Settings {
+        Settings {
             trust_domain: TrustDomain::new("td").unwrap(),
             issuance: tokio::sync::watch::channel(Issuance {
                 ca_ttl: Duration::from_secs(600),
@@ -32,13 +32,15 @@ impl World {
                 ca_key_type: KeyType::EcP256,
             })
             .1,
-            keys: self.keys.clone(),
-            upstream: None,
+            keys,
+            upstream,
             store: self.store.clone(),
             clock: Arc::new(move || OffsetDateTime::from_unix_timestamp(now.load(Ordering::Relaxed)).unwrap()),
-        })
-        .await
-        .unwrap()
+        }
+    }
+
+    async fn authorities(&self) -> Authorities {
+        Authorities::load(self.settings(self.keys.clone(), None)).await.unwrap()
     }
 
     fn pass(&self, seconds: i64) {
@@ -47,7 +49,7 @@ impl World {
 }
 
 async fn statuses(a: &Authorities) -> Vec<&'static str> {
-    a.journal().await.iter().map(|r| r.status.as_str()).collect()
+    a.journal().iter().map(|r| r.status.as_str()).collect()
 }
 
 #[tokio::test]
@@ -68,14 +70,15 @@ async fn an_authority_is_published_before_it_signs_and_trusted_until_its_end() {
     a.rotate().await.unwrap();
     assert_eq!(statuses(&a).await, ["old", "active"]);
     assert_eq!(a.bundle().borrow().authorities.len(), 2, "the old one is still trusted");
-    let first = a.journal().await[0].id.clone();
+    let first = a.journal()[0].id.clone();
     world.pass(102);
     a.rotate().await.unwrap();
-    // The second one is past its own half by now, so a third stands ready; the first has ended and is gone.
-    assert_eq!(statuses(&a).await, ["active", "prepared"]);
-    let trusted = a.bundle().borrow().clone();
-    assert_eq!(trusted.authorities.len(), 2);
-    assert!(trusted.authorities.iter().all(|a| a.id() != first));
+    // The second one is past its own half by now, so a third stands ready; the first has ended and is kept for a while yet.
+    assert_eq!(statuses(&a).await, ["old", "active", "prepared"]);
+    world.pass(3_600);
+    a.rotate().await.unwrap();
+    assert!(a.journal().iter().all(|r| r.id != first));
+    assert!(a.bundle().borrow().authorities.iter().all(|a| a.id() != first));
 }
 
 #[tokio::test]
@@ -83,10 +86,10 @@ async fn a_restart_takes_up_the_journal_and_the_sequence() {
     let world = World::new().await;
     let first = world.authorities().await;
     first.prepare().await.unwrap();
-    let (journal, bundle) = (first.journal().await, first.bundle().borrow().clone());
+    let (journal, bundle) = (first.journal(), first.bundle().borrow().clone());
     drop(first);
     let second = world.authorities().await;
-    assert_eq!(second.journal().await, journal);
+    assert_eq!(second.journal(), journal);
     assert_eq!(*second.bundle().borrow(), bundle);
 }
 
@@ -104,16 +107,158 @@ async fn with_its_keys_gone_a_server_makes_a_new_authority_and_still_trusts_the_
 async fn taint_and_revoke_need_an_old_authority_and_say_what_to_do() {
     let world = World::new().await;
     let a = world.authorities().await;
-    let first = a.journal().await[0].id.clone();
+    let first = a.journal()[0].id.clone();
     let why = a.taint(&first).await.unwrap_err().to_string();
     assert!(why.contains("is active") && why.contains("prepare and activate another first"), "{why}");
-    assert!(a.activate("").await.is_err());
-    a.prepare().await.unwrap();
-    a.activate("").await.unwrap();
+    let next = a.prepare().await.unwrap();
+    a.activate(&next.id).await.unwrap();
     a.taint(&first).await.unwrap();
     assert!(a.bundle().borrow().authorities[0].tainted);
     a.revoke(&first).await.unwrap();
     assert_eq!(a.bundle().borrow().authorities.len(), 1);
     assert!(a.bundle().borrow().authorities[0].id() != first);
     assert!(a.revoke("nope").await.unwrap_err().to_string().contains("there is no authority `nope`"));
+}
+
+/// A key manager whose `remove` fails when told so.
+#[derive(Default)]
+struct Stubborn {
+    keys: Memory,
+    refuses: std::sync::atomic::AtomicBool,
+}
+
+impl KeyManager for Stubborn {
+    fn generate(&self, name: &str, key_type: KeyType) -> Result<PrivateKey, KeyManagerError> {
+        self.keys.generate(name, key_type)
+    }
+
+    fn get(&self, name: &str) -> Result<Option<PrivateKey>, KeyManagerError> {
+        self.keys.get(name)
+    }
+
+    fn names(&self) -> Result<Vec<String>, KeyManagerError> {
+        self.keys.names()
+    }
+
+    fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
+        if self.refuses.load(Ordering::SeqCst) {
+            let source = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+            return Err(KeyManagerError::Io { what: "remove", path: name.into(), source });
+        }
+        self.keys.remove(name)
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_key_that_cannot_be_removed_costs_the_new_one_nothing() {
+    let world = World::new().await;
+    let keys = Arc::new(Stubborn::default());
+    let a = Authorities::load(world.settings(keys.clone(), None)).await.unwrap();
+    a.prepare().await.unwrap();
+    keys.refuses.store(true, Ordering::SeqCst);
+    let second = a.prepare().await.unwrap();
+    assert_eq!(keys.names().unwrap().len(), 3, "the dropped one is still there");
+    a.activate(&second.id).await.unwrap();
+    keys.refuses.store(false, Ordering::SeqCst);
+    a.rotate().await.unwrap();
+    assert_eq!(keys.names().unwrap().len(), 2, "swept as soon as it can be");
+}
+
+#[tokio::test]
+async fn the_key_of_a_crash_between_making_and_storing_is_swept_at_the_start() {
+    let world = World::new().await;
+    drop(world.authorities().await);
+    world.keys.generate("abandoned", KeyType::EcP256).unwrap();
+    let a = world.authorities().await;
+    assert_eq!(world.keys.names().unwrap(), [a.journal()[0].key_name.clone()]);
+}
+
+#[tokio::test]
+async fn a_clock_that_is_ahead_for_a_moment_costs_no_root_and_leaves_a_signer_that_is_valid() {
+    let world = World::new().await;
+    let a = world.authorities().await;
+    let first = a.journal()[0].clone();
+    world.pass(3_000);
+    a.rotate().await.unwrap();
+    world.pass(-3_000);
+    a.rotate().await.unwrap();
+    let bundle = a.bundle().borrow().clone();
+    assert!(bundle.authorities.iter().any(|r| r.id() == first.id), "what it signed is still trusted");
+    assert!(world.keys.get(&first.key_name).unwrap().is_some());
+    let active = a.journal().iter().find(|r| r.status == Status::Active).unwrap().clone();
+    assert!(active.validity().0.unix_timestamp() <= world.now.load(Ordering::Relaxed), "one that is valid now signs");
+}
+
+#[tokio::test]
+async fn a_server_that_was_away_until_all_had_ended_never_publishes_an_empty_bundle() {
+    let world = World::new().await;
+    drop(world.authorities().await);
+    world.pass(10 * 86_400);
+    let a = world.authorities().await;
+    assert_eq!(statuses(&a).await, ["active"]);
+    assert_eq!(a.bundle().borrow().authorities.len(), 1);
+}
+
+#[tokio::test]
+async fn revoking_takes_a_taint_and_no_command_does_without_an_id() {
+    let world = World::new().await;
+    let a = world.authorities().await;
+    let first = a.journal()[0].id.clone();
+    let next = a.prepare().await.unwrap();
+    assert!(matches!(a.activate("").await, Err(AuthorityError::NoId)));
+    assert_eq!(statuses(&a).await, ["active", "prepared"]);
+    a.activate(&next.id).await.unwrap();
+    assert!(matches!(a.revoke("").await, Err(AuthorityError::NoId)));
+    let why = a.revoke(&first).await.unwrap_err().to_string();
+    assert!(why.contains("not possible to revoke an untainted one") && why.contains("authority taint"), "{why}");
+    assert_eq!(a.bundle().borrow().authorities.len(), 2);
+    a.taint(&first).await.unwrap();
+    a.revoke(&first).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_journal_that_another_server_has_changed_is_not_overwritten() {
+    let world = World::new().await;
+    let one = world.authorities().await;
+    let two = world.authorities().await;
+    two.prepare().await.unwrap();
+    let late = one.prepare().await.unwrap_err().to_string();
+    assert!(late.contains("another server has changed"), "{late}");
+    assert_eq!(world.store.authorities().await.unwrap().value, *two.journal());
+}
+
+/// An upstream that signs once and then stands still.
+struct Hangs(std::sync::atomic::AtomicUsize);
+
+#[async_trait::async_trait]
+impl UpstreamAuthority for Hangs {
+    async fn sign_intermediate(
+        &self,
+        _: &TrustDomain,
+        _: &PrivateKey,
+        _: Duration,
+        _: OffsetDateTime,
+    ) -> Result<crate::upstream_authority::UpstreamSigned, crate::upstream_authority::UpstreamError> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        std::future::pending().await
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_hangs_holds_up_nobody_who_only_looks_or_signs() {
+    let world = World::new().await;
+    drop(world.authorities().await);
+    let hangs = Arc::new(Hangs(Default::default()));
+    let a = Authorities::load(world.settings(world.keys.clone(), Some(hangs.clone()))).await.unwrap();
+    let preparing = tokio::time::timeout(Duration::from_millis(200), a.prepare());
+    let looking = async {
+        while hangs.0.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(a.journal().len(), 1, "while the upstream is asked");
+    };
+    let (given_up, ()) = tokio::join!(preparing, looking);
+    assert!(given_up.is_err());
+    a.rotate().await.unwrap();
+    assert_eq!(world.keys.names().unwrap().len(), 1, "no key is left behind");
 }

@@ -1,0 +1,120 @@
+//! A ban is final, whatever else is under way.
+
+use super::*;
+use crate::datastore::Sqlite;
+use countersign_identity::TrustDomain;
+
+const NOW: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
+
+fn id(name: &str) -> SpiffeId {
+    SpiffeId::new(format!("spiffe://td/spire/agent/x/{name}")).unwrap()
+}
+
+fn agent(name: &str, evidence: &str) -> AttestedAgent {
+    AttestedAgent {
+        id: id(name),
+        attestation_type: "x".into(),
+        selectors: Default::default(),
+        serial: "0".into(),
+        previous_serial: String::new(),
+        expires_at: NOW,
+        banned: false,
+        can_reattest: true,
+        evidence: Some(EvidenceKey::stored(evidence.into())),
+    }
+}
+
+async fn store(dir: &tempfile::TempDir) -> Arc<Sqlite> {
+    Arc::new(Sqlite::open(&dir.path().join("db"), &TrustDomain::new("td").unwrap()).await.unwrap())
+}
+
+fn admitted(agents: &Agents, name: &str) -> Result<Arc<AttestedAgent>, Denied> {
+    let serial = agents.get(&id(name)).map(|a| a.serial.clone()).unwrap_or_default();
+    agents.admit(&id(name), &serial, NOW + time::Duration::HOUR, NOW)
+}
+
+/// Renews with whatever SVID is the agent's now, as an agent with several calls under way does.
+async fn renew_for_ever(agents: Arc<Agents>, name: String) {
+    for n in 1.. {
+        let Ok(now) = admitted(&agents, &name) else { return };
+        tokio::task::yield_now().await;
+        let renewal = Renewal { in_use: now.serial.clone(), serial: format!("{n}"), expires_at: NOW };
+        let _ = agents.renewed(&now.id, &renewal).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_ban_and_an_eviction_hold_against_eight_renewals_under_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let agents = Arc::new(Agents::load(store.clone()).await.unwrap());
+    for round in 0..25 {
+        let name = format!("n{round}");
+        agents.attested(agent(&name, &name)).await.unwrap();
+        let renewals: Vec<_> = (0..8).map(|_| tokio::spawn(renew_for_ever(agents.clone(), name.clone()))).collect();
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        let denied = if round % 2 == 0 {
+            agents.ban(&id(&name)).await.unwrap();
+            Denied::Banned
+        } else {
+            assert!(agents.evict(&id(&name)).await.unwrap());
+            Denied::NotAttested
+        };
+        for renewal in renewals {
+            renewal.await.unwrap();
+        }
+        assert_eq!(admitted(&agents, &name), Err(denied), "round {round}");
+        let stored = store.agent(&id(&name)).await.unwrap().map(|a| a.value.banned);
+        assert_eq!(stored, (denied == Denied::Banned).then_some(true), "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn another_servers_ban_is_not_written_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let one = Agents::load(store.clone()).await.unwrap();
+    one.attested(agent("a", "key")).await.unwrap();
+    one.attested(agent("b", "key-b")).await.unwrap();
+    let two = Agents::load(store.clone()).await.unwrap();
+    two.ban(&id("a")).await.unwrap();
+    two.evict(&id("b")).await.unwrap();
+    // The first server has seen neither.
+    let renewal = Renewal { in_use: "0".into(), serial: "1".into(), expires_at: NOW };
+    assert!(matches!(one.renewed(&id("a"), &renewal).await, Err(ChangeError::Denied(Denied::Banned))));
+    assert!(matches!(one.renewed(&id("b"), &renewal).await, Err(ChangeError::Denied(Denied::NotAttested))));
+    assert!(store.agent(&id("a")).await.unwrap().unwrap().value.banned);
+    assert!(store.agent(&id("b")).await.unwrap().is_none());
+    assert_eq!(admitted(&one, "a"), Err(Denied::Banned), "it has learnt of it");
+}
+
+#[tokio::test]
+async fn a_banned_node_does_not_come_back_under_another_name_nor_act_under_one_that_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let agents = Agents::load(store.clone()).await.unwrap();
+    agents.attested(agent("first", "key")).await.unwrap();
+    agents.attested(agent("second", "key")).await.unwrap();
+    agents.ban(&id("first")).await.unwrap();
+    assert_eq!(admitted(&agents, "second"), Err(Denied::Banned));
+    let evidence = EvidenceKey::stored("key".into());
+    let third = agents.may_attest(&id("third"), Some(&evidence));
+    assert!(matches!(third, Err(ChangeError::Denied(Denied::Banned))));
+    assert!(matches!(agents.attested(agent("third", "key")).await, Err(ChangeError::Denied(Denied::Banned))));
+    agents.evict(&id("second")).await.unwrap();
+    assert!(agents.may_attest(&id("third"), Some(&evidence)).is_err(), "the other record's eviction lifts no ban");
+    // After a restart too; and the operator's eviction of the banned record lifts it.
+    let agents = Agents::load(store).await.unwrap();
+    assert!(agents.may_attest(&id("third"), Some(&evidence)).is_err());
+    agents.evict(&id("first")).await.unwrap();
+    agents.attested(agent("third", "key")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_token_that_works_once_attests_one_of_two_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let agents = Agents::load(store(&dir).await).await.unwrap();
+    let once = AttestedAgent { can_reattest: false, evidence: None, ..agent("a", "") };
+    let (one, two) = tokio::join!(agents.attested(once.clone()), agents.attested(once.clone()));
+    assert!(one.is_ok() != two.is_ok());
+}

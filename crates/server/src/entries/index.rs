@@ -1,0 +1,236 @@
+//! Registration entries by everything that they are looked up by, so that a signature costs the depth of its entry in the
+//! tree of parents and not the number of entries.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::ops::Bound;
+use std::sync::Arc;
+
+use countersign_identity::{Entry, EntryId, Selector};
+
+use crate::agents::AttestedAgent;
+
+/// Changes remembered; an agent that missed more gets a snapshot.
+const LOG_LENGTH: usize = 20_000;
+
+/// Everything in memory.
+pub struct Index {
+    /// The server's own ID: entries below it are aliases of nodes.
+    root: String,
+    by_id: BTreeMap<EntryId, Arc<Entry>>,
+    by_parent: HashMap<String, BTreeSet<EntryId>>,
+    /// By SPIFFE ID, then by parent: leads from an entry up to whoever may hand it out.
+    by_spiffe_id: HashMap<String, BTreeMap<String, BTreeSet<EntryId>>>,
+    /// Node aliases by one of their selectors: an agent without that selector cannot have the alias.
+    aliases: HashMap<Selector, BTreeSet<EntryId>>,
+    /// Entries with `admin`, by SPIFFE ID.
+    admins: HashMap<String, BTreeSet<EntryId>>,
+    log: VecDeque<Change>,
+    /// Grows by one with each change.
+    pub revision: u64,
+}
+
+/// One change of one entry.
+pub struct Change {
+    /// The index's revision with it.
+    pub revision: u64,
+    /// Which entry.
+    pub id: EntryId,
+    /// Its parent, and its parent before if that was another.
+    pub parents: Vec<String>,
+    /// The change may have moved other entries to or from an agent: an alias, or an entry with children.
+    pub structural: bool,
+}
+
+/// The SPIFFE IDs at which an agent's part of the tree begins: its own and its aliases'.
+pub struct Starts(HashSet<String>);
+
+impl Index {
+    /// An empty one for the server with this ID.
+    pub fn new(root: String) -> Self {
+        Self {
+            root,
+            by_id: BTreeMap::new(),
+            by_parent: HashMap::new(),
+            by_spiffe_id: HashMap::new(),
+            aliases: HashMap::new(),
+            admins: HashMap::new(),
+            log: VecDeque::new(),
+            revision: 0,
+        }
+    }
+
+    /// One entry.
+    pub fn get(&self, id: &EntryId) -> Option<&Arc<Entry>> {
+        self.by_id.get(id)
+    }
+
+    /// All entries behind `after`, by ID.
+    pub fn iter_after(&self, after: Option<&EntryId>) -> impl Iterator<Item = &Arc<Entry>> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        self.by_id.range::<EntryId, _>((from, Bound::Unbounded)).map(|(_, entry)| entry)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    /// An entry that registers the same thing.
+    pub fn same_as(&self, entry: &Entry) -> Option<&Arc<Entry>> {
+        let siblings = self.by_spiffe_id.get(&entry.spiffe_id.to_string())?.get(&entry.parent_id.to_string())?;
+        siblings.iter().filter_map(|id| self.by_id.get(id)).find(|e| e.registers_the_same_as(entry))
+    }
+
+    /// The entries that make this SPIFFE ID an administrator.
+    pub fn admins(&self, spiffe_id: &str) -> impl Iterator<Item = &Arc<Entry>> {
+        self.admins.get(spiffe_id).into_iter().flatten().filter_map(|id| self.by_id.get(id))
+    }
+
+    /// Adds or replaces an entry.
+    pub fn insert(&mut self, entry: Arc<Entry>) {
+        let parent = entry.parent_id.to_string();
+        let mut parents = vec![parent.clone()];
+        let mut structural = self.is_structural(&entry);
+        if let Some(before) = self.by_id.get(&entry.id).cloned() {
+            structural |= self.is_structural(&before);
+            self.unlink(&before);
+            let old_parent = before.parent_id.to_string();
+            if old_parent != parent {
+                parents.push(old_parent);
+            }
+        }
+        self.link(&entry, parent);
+        self.record(entry.id.clone(), parents, structural);
+        self.by_id.insert(entry.id.clone(), entry);
+    }
+
+    /// Takes an entry out.
+    pub fn remove(&mut self, id: &EntryId) {
+        if let Some(before) = self.by_id.remove(id) {
+            let structural = self.is_structural(&before);
+            self.unlink(&before);
+            self.record(id.clone(), vec![before.parent_id.to_string()], structural);
+        }
+    }
+
+    /// Forgets how it came to be: nobody has seen it yet.
+    pub fn clear_log(&mut self) {
+        self.log.clear();
+    }
+
+    /// What changed since `revision`, the latest first; `None` when that is not remembered.
+    pub fn changes_since(&self, revision: u64) -> Option<impl Iterator<Item = &Change> + Clone> {
+        let oldest = self.log.front().map_or(self.revision, |c| c.revision - 1);
+        let missed = self.log.len() - self.log.partition_point(|c| c.revision <= revision);
+        (oldest..=self.revision).contains(&revision).then(|| self.log.iter().rev().take(missed))
+    }
+
+    fn link(&mut self, entry: &Entry, parent: String) {
+        let (id, spiffe_id) = (&entry.id, entry.spiffe_id.to_string());
+        if let Some(selector) = self.alias_key(entry) {
+            self.aliases.entry(selector.clone()).or_default().insert(id.clone());
+        }
+        if entry.admin {
+            self.admins.entry(spiffe_id.clone()).or_default().insert(id.clone());
+        }
+        self.by_parent.entry(parent.clone()).or_default().insert(id.clone());
+        self.by_spiffe_id.entry(spiffe_id).or_default().entry(parent).or_default().insert(id.clone());
+    }
+
+    fn unlink(&mut self, entry: &Entry) {
+        let (id, parent, spiffe_id) = (&entry.id, entry.parent_id.to_string(), entry.spiffe_id.to_string());
+        if let Some(selector) = self.alias_key(entry).cloned() {
+            take_out(&mut self.aliases, &selector, id);
+        }
+        if entry.admin {
+            take_out(&mut self.admins, &spiffe_id, id);
+        }
+        take_out(&mut self.by_parent, &parent, id);
+        if let Some(by_parent) = self.by_spiffe_id.get_mut(&spiffe_id) {
+            if let Some(ids) = by_parent.get_mut(&parent) {
+                ids.remove(id);
+                if ids.is_empty() {
+                    by_parent.remove(&parent);
+                }
+            }
+            if by_parent.is_empty() {
+                self.by_spiffe_id.remove(&spiffe_id);
+            }
+        }
+    }
+
+    fn record(&mut self, id: EntryId, parents: Vec<String>, structural: bool) {
+        self.revision += 1;
+        self.log.push_back(Change { revision: self.revision, id, parents, structural });
+        if self.log.len() > LOG_LENGTH {
+            self.log.pop_front();
+        }
+    }
+
+    /// The selector that an alias is found by; `None` for what is no alias. Every entry has a selector.
+    fn alias_key<'a>(&self, entry: &'a Entry) -> Option<&'a Selector> {
+        if entry.parent_id.to_string() == self.root { entry.selectors.last() } else { None }
+    }
+
+    /// An alias of nodes, or a parent of other entries.
+    fn is_structural(&self, entry: &Entry) -> bool {
+        entry.parent_id.to_string() == self.root || self.by_parent.contains_key(&entry.spiffe_id.to_string())
+    }
+
+    fn children(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
+        self.by_parent.get(parent).into_iter().flatten().filter_map(|id| self.by_id.get(id))
+    }
+
+    /// Where an agent's part of the tree begins.
+    pub fn starts(&self, agent: &AttestedAgent) -> Starts {
+        let aliases = agent.selectors.iter().filter_map(|s| self.aliases.get(s)).flatten();
+        let aliases = aliases.filter_map(|id| self.by_id.get(id)).filter(|e| e.applies_to(&agent.selectors));
+        Starts(std::iter::once(agent.id.to_string()).chain(aliases.map(|e| e.spiffe_id.to_string())).collect())
+    }
+
+    /// Whether what hangs below `parent` is in the part of the tree that begins there. Looks upwards.
+    pub fn reaches(&self, starts: &Starts, parent: &str) -> bool {
+        let mut todo = vec![parent];
+        let mut seen = HashSet::new();
+        while let Some(at) = todo.pop() {
+            if starts.0.contains(at) {
+                return true;
+            }
+            // Two entries may be each other's parent: nothing is looked at twice.
+            if seen.insert(at) {
+                todo.extend(self.by_spiffe_id.get(at).into_iter().flat_map(BTreeMap::keys).map(String::as_str));
+            }
+        }
+        false
+    }
+
+    /// Everything that an agent may hand out: its own entries, those of its aliases, and what hangs below them.
+    pub fn authorized(&self, agent: &AttestedAgent) -> Vec<Arc<Entry>> {
+        let mut todo: Vec<String> = self.starts(agent).0.into_iter().collect();
+        let (mut parents, mut found) = (HashSet::new(), vec![]);
+        while let Some(parent) = todo.pop() {
+            if parents.contains(&parent) {
+                continue;
+            }
+            for entry in self.children(&parent) {
+                found.push(entry.clone());
+                // Only entries that are themselves parents lead further; most lead nowhere.
+                let id = entry.spiffe_id.to_string();
+                if self.by_parent.contains_key(&id) && !parents.contains(&id) {
+                    todo.push(id);
+                }
+            }
+            parents.insert(parent);
+        }
+        found
+    }
+}
+
+fn take_out<K: std::hash::Hash + Eq>(map: &mut HashMap<K, BTreeSet<EntryId>>, key: &K, id: &EntryId) {
+    if let Some(ids) = map.get_mut(key) {
+        ids.remove(id);
+        if ids.is_empty() {
+            map.remove(key);
+        }
+    }
+}

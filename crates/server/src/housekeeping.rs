@@ -1,0 +1,87 @@
+//! What the server does by itself. Each thing has a task of its own: an upstream that hangs stops no renewal of the server's
+//! own SVID, and a database that hangs stops no metrics.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::core::Core;
+use crate::own_svid::OwnSvid;
+
+/// How often is looked whether something is due; a short CA TTL looks oftener.
+const CHECK: Duration = Duration::from_secs(10);
+
+/// Starts everything; it ends with the server.
+pub fn start(core: &Arc<Core>, own: &Arc<OwnSvid>) {
+    core.tasks.spawn(rotate(core.clone()));
+    core.tasks.spawn(renew_own_svid(core.clone(), own.clone()));
+    core.tasks.spawn(observe(core.clone(), own.clone()));
+    core.tasks.spawn(reopen_audit(core.clone()));
+}
+
+/// Waits until it is time to look again; false when the server ends.
+async fn pause(core: &Core) -> bool {
+    let pause = CHECK.min(core.issuance().ca_ttl / 60).max(Duration::from_millis(100));
+    tokio::select! {
+        () = tokio::time::sleep(pause) => true,
+        () = core.shutdown.cancelled() => false,
+    }
+}
+
+/// Rotates the authorities when they are due.
+async fn rotate(core: Arc<Core>) {
+    loop {
+        let rotated = tokio::select! {
+            rotated = core.authorities.rotate() => rotated,
+            // Nothing is half done: the store takes a change whole or not at all.
+            () = core.shutdown.cancelled() => return,
+        };
+        if let Err(error) = rotated {
+            tracing::error!(%error, "cannot rotate the authorities; trying again");
+        }
+        if !pause(&core).await {
+            return;
+        }
+    }
+}
+
+/// Renews the server's own SVID when it is due, at once when the bundle changed: its authority may be gone or tainted.
+async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
+    let mut bundles = core.authorities.bundle();
+    loop {
+        bundles.mark_unchanged();
+        if let Err(error) = own.renew_if_due() {
+            tracing::error!(%error, "cannot renew the server's own SVID; trying again");
+        }
+        let go_on = tokio::select! {
+            go_on = pause(&core) => go_on,
+            changed = bundles.changed() => changed.is_ok(),
+        };
+        if !go_on {
+            return;
+        }
+    }
+}
+
+/// Keeps up to date what metrics look up rather than count, and tells of refusals that were only counted.
+async fn observe(core: Arc<Core>, own: Arc<OwnSvid>) {
+    loop {
+        core.metrics.observe_trust(&core.authorities.bundle().borrow(), own.ends_at());
+        core.metrics.observe(core.entries.len(), core.agents.len(), &core.authorities.journal());
+        core.tell_refusals(std::time::Instant::now());
+        if !pause(&core).await {
+            core.tell_all_refusals();
+            return;
+        }
+    }
+}
+
+/// Opens the audit log anew when asked to (SIGHUP), as whoever rotates logs expects.
+async fn reopen_audit(core: Arc<Core>) {
+    let mut reopen = core.config.reopen.clone();
+    loop {
+        tokio::select! {
+            () = reopen.asked() => core.audit.reopen(),
+            () = core.shutdown.cancelled() => return,
+        }
+    }
+}
