@@ -35,8 +35,8 @@ pub enum AuthorityCommand {
         #[command(flatten)]
         server: ServerArg,
         /// Which; the prepared one unless given.
-        #[arg(long, default_value = "")]
-        id: String,
+        #[arg(long)]
+        id: Option<String>,
         #[command(flatten)]
         output: Output,
     },
@@ -50,13 +50,16 @@ pub enum AuthorityCommand {
         #[command(flatten)]
         output: Output,
     },
-    /// Take an old authority out of the bundle: nothing under it is trusted any more, and its connections are cut.
+    /// Take a tainted authority out of the bundle: nothing under it is trusted any more, and its connections are cut.
     Revoke {
         #[command(flatten)]
         server: ServerArg,
         /// Which.
         #[arg(long)]
         id: String,
+        /// Taint and revoke at once: everything that was not renewed yet is cut off.
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         output: Output,
     },
@@ -90,6 +93,15 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
         }
         AuthorityCommand::Activate { server, id, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
+            let id = if let Some(id) = id {
+                id
+            } else {
+                let found = client.get_x509_authority_state(GetX509AuthorityStateRequest {}).await;
+                let prepared = found.map_err(refused)?.into_inner().prepared;
+                prepared.map(|p| p.authority_id).ok_or_else(|| {
+                    anyhow::anyhow!("no authority is prepared; run `countersign authority prepare` first")
+                })?
+            };
             let s = client
                 .activate_x509_authority(ActivateX509AuthorityRequest { authority_id: id })
                 .await
@@ -106,8 +118,12 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
                 .into_inner();
             print(&output, &[("tainted", s.tainted_authority)])?;
         }
-        AuthorityCommand::Revoke { server, id, output } => {
+        AuthorityCommand::Revoke { server, id, force, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);
+            if force {
+                let taint = TaintX509AuthorityRequest { authority_id: id.clone() };
+                client.taint_x509_authority(taint).await.map_err(refused)?;
+            }
             let s = client
                 .revoke_x509_authority(RevokeX509AuthorityRequest { authority_id: id })
                 .await
