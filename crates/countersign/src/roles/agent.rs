@@ -239,6 +239,7 @@ fn kubelet(
 
 /// Runs an agent until it is told to stop.
 pub fn run(args: AgentArgs) -> Result<()> {
+    super::write_privately();
     args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {

@@ -147,6 +147,7 @@ impl ControllerArgs {
 
 /// Runs a controller until it is told to stop.
 pub fn run(args: ControllerArgs) -> Result<()> {
+    super::write_privately();
     args.log.start()?;
     let ready = args.ready.clone();
     let config = args.config()?;

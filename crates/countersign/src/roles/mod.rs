@@ -36,6 +36,12 @@ impl ConfigFile {
     }
 }
 
+/// Lets nobody else read what a role writes, unless the role says so: keys, databases and sockets begin as 0600.
+pub fn write_privately() {
+    use nix::sys::stat::{Mode, umask};
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
+}
+
 /// A runtime for roles that serve many callers.
 pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     raise_file_limit();

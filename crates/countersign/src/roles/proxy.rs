@@ -288,6 +288,7 @@ fn probes(json: &str) -> Result<BTreeMap<String, Probe>, serde_json::Error> {
 
 /// Runs a sidecar until it is told to stop.
 pub fn run(args: ProxyArgs) -> Result<()> {
+    super::write_privately();
     args.log.start()?;
     let config = args.settings.over(args.config.load()?).config()?;
     super::raise_file_limit();

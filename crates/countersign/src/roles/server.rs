@@ -18,6 +18,11 @@ use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, for_role};
 
+/// Agents sign an SVID every two seconds at most and look once a second: a shorter one ends before it is renewed.
+const MIN_TTL: Duration = countersign_server::MIN_SVID_TTL;
+/// An authority must outlive the time in which its successor is prepared, published and activated.
+const MIN_CA_TTL: Duration = Duration::from_secs(20);
+
 /// Run the certificate authority.
 ///
 /// It holds the signing keys and the registration entries, attests agents, signs.
@@ -136,12 +141,29 @@ impl ServerSettings {
                 let why = "an SVID cannot outlive its authority: make it shorter than --ca-ttl";
                 return Err(Mistake::flag("--svid-ttl", why));
             }
-            Ok(Issuance {
-                ca_ttl,
-                svid_ttl,
-                agent_svid_ttl: agent_svid_ttl.map_or(svid_ttl, |t| t.0),
-                ca_key_type: found.ca_key_type.unwrap_or(ca_key_type),
-            })
+            let agent_svid_ttl = agent_svid_ttl.map_or(svid_ttl, |t| t.0);
+            if agent_svid_ttl > ca_ttl {
+                let why = format!(
+                    "an agent's SVID of {} s cannot outlive its authority of {} s: make it shorter than --ca-ttl",
+                    agent_svid_ttl.as_secs(),
+                    ca_ttl.as_secs()
+                );
+                return Err(Mistake::flag("--agent-svid-ttl", &why));
+            }
+            let ttls = [
+                ("--ca-ttl", ca_ttl, MIN_CA_TTL),
+                ("--svid-ttl", svid_ttl, MIN_TTL),
+                ("--agent-svid-ttl", agent_svid_ttl, MIN_TTL),
+            ];
+            if let Some((flag, ttl, least)) = ttls.into_iter().find(|(_, ttl, least)| ttl < least) {
+                let why = format!(
+                    "{} s is too short to be renewed in time: use {} s or more",
+                    ttl.as_secs(),
+                    least.as_secs()
+                );
+                return Err(Mistake::flag(flag, &why));
+            }
+            Ok(Issuance { ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type: found.ca_key_type.unwrap_or(ca_key_type) })
         })?;
         let upstream = match (self.upstream_cert, self.upstream_key, self.upstream_bundle) {
             (None, None, None) => None,
@@ -241,6 +263,7 @@ fn label(text: String) -> Result<String, Mistake> {
 
 /// Runs a server until it is told to stop.
 pub fn run(args: ServerArgs) -> Result<()> {
+    super::write_privately();
     args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
@@ -257,9 +280,12 @@ pub fn run(args: ServerArgs) -> Result<()> {
 fn mistake_or_failure(error: countersign_server::ServerError) -> anyhow::Error {
     use countersign_server::ServerError as E;
     match error {
-        E::Io { .. } | E::Upstream(_) | E::X509Pop(_) | E::Keys(_) | E::Kubernetes(_) => {
-            Mistake(error.to_string()).into()
-        }
+        E::Store { source: countersign_server::datastore::DataStoreError::TrustDomain { .. }, .. }
+        | E::Io { .. }
+        | E::Upstream(_)
+        | E::X509Pop(_)
+        | E::Keys(_)
+        | E::Kubernetes(_) => Mistake(error.to_string()).into(),
         other => other.into(),
     }
 }
@@ -267,6 +293,23 @@ fn mistake_or_failure(error: countersign_server::ServerError) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ttls_that_cannot_work_are_refused_with_the_number() {
+        let ttl = |text: &str| Some(text.parse().unwrap());
+        let base = || ServerSettings { trust_domain: Some("td".into()), ..Default::default() };
+        let refused = |settings: ServerSettings| settings.config().err().unwrap().to_string();
+        let agent = refused(ServerSettings { agent_svid_ttl: ttl("30d"), ca_ttl: ttl("1h"), ..base() });
+        assert!(
+            agent.contains("--agent-svid-ttl") && agent.contains("2592000 s") && agent.contains("3600 s"),
+            "{agent}"
+        );
+        let brief = refused(ServerSettings { svid_ttl: ttl("5s"), ..base() });
+        assert!(brief.contains("--svid-ttl") && brief.contains("5 s") && brief.contains("10 s"), "{brief}");
+        let authority = refused(ServerSettings { ca_ttl: ttl("15s"), svid_ttl: ttl("12s"), ..base() });
+        assert!(authority.contains("--ca-ttl") && authority.contains("20 s"), "{authority}");
+        assert!(ServerSettings { svid_ttl: ttl("20s"), ca_ttl: ttl("40s"), ..base() }.config().is_ok());
+    }
 
     #[test]
     fn the_documented_example_loads_and_has_every_key() {
