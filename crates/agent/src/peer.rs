@@ -2,14 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
 
-use countersign_api::files::read_bounded;
-use countersign_api::peer::{UnixPeer, start_time};
+use countersign_api::peer::UnixPeer;
+use countersign_api::process::{Executable, Snapshot, start_time};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Largest file of a process that is read, in bytes.
-const MAX_PROC_BYTES: u64 = 256 * 1024;
+use crate::workload_attestor::container_of;
 
 /// Why a caller is not attested.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -30,6 +28,16 @@ pub enum PeerError {
         /// `pid` or `user`.
         namespace: &'static str,
     },
+    /// It is not what it was when it connected: it ran another program since, or moved to another container.
+    #[error(
+        "the calling process {pid} has changed its {what} since it connected; facts of one do not count for the other. Connect anew"
+    )]
+    Changed {
+        /// Process.
+        pid: i32,
+        /// `executable`, `groups` or `container`.
+        what: &'static str,
+    },
     /// `/proc` did not tell.
     #[error("cannot read /proc/{pid}/{file}: {why}")]
     Proc {
@@ -49,6 +57,7 @@ impl PeerError {
             Self::Invisible => "caller_invisible",
             Self::Gone(_) => "caller_gone",
             Self::ForeignNamespace { .. } => "foreign_namespace",
+            Self::Changed { .. } => "caller_changed",
             Self::Proc { .. } => "proc_unreadable",
         }
     }
@@ -65,15 +74,16 @@ pub struct Process {
     pub gid: u32,
     /// Supplementary groups.
     pub groups: BTreeSet<u32>,
-    /// Its executable as the process sees it.
-    pub exe: Option<PathBuf>,
-    /// Its cgroups, as `/proc/PID/cgroup` lists them.
+    /// The program that it ran when it connected.
+    pub exe: Option<Executable>,
+    /// Its cgroups when it connected, as `/proc/PID/cgroup` lists them.
     pub cgroup: String,
     /// Lives in another PID or user namespace than the agent.
     pub foreign: bool,
 }
 
-/// Looks a caller up. What is read counts only if the process that connected is still the one with this number.
+/// Looks a caller up: what it was when its connection was accepted, if it is that still. A process can run another program
+/// on the same connection, or leave the connection to a child and run another program itself: then neither counts.
 pub fn look_up(peer: &UnixPeer, foreign_namespaces: bool) -> Result<Process, PeerError> {
     let pid = peer.pid;
     if pid <= 0 {
@@ -91,20 +101,36 @@ pub fn look_up(peer: &UnixPeer, foreign_namespaces: bool) -> Result<Process, Pee
             return Err(PeerError::ForeignNamespace { pid, namespace });
         }
     }
-    let read = |file: &'static str| {
-        let content = read_bounded(Path::new(&format!("/proc/{pid}/{file}")), MAX_PROC_BYTES);
-        content.map(|c| String::from_utf8_lossy(&c).into_owned()).map_err(|e| PeerError::Proc {
-            pid,
-            file,
-            why: e.to_string(),
-        })
-    };
-    let (status, cgroup) = (read("status"), read("cgroup"));
-    let exe = std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let (then, now) = unchanged(peer)?;
+    // Groups that it has given up since it connected do not count; none can have come.
+    let groups = then.groups.intersection(&now.groups).copied().collect();
+    let (exe, cgroup) = (then.exe.clone(), then.cgroup.clone());
+    Ok(Process { pid, uid: peer.uid, gid: peer.gid, groups, exe, cgroup, foreign })
+}
+
+/// Fails unless the process that connected is alive and is what it was: the same program, in the same container, with no
+/// group more. Returns what it was then and is now.
+pub fn unchanged(peer: &UnixPeer) -> Result<(&Snapshot, Snapshot), PeerError> {
+    let pid = peer.pid;
+    let now = Snapshot::read(pid);
     // Only now is it certain whose data was read: a process that is alive still has its number.
     still_there(peer)?;
-    let groups = status?.lines().find_map(|l| l.strip_prefix("Groups:").map(parse_groups)).unwrap_or_default();
-    Ok(Process { pid, uid: peer.uid, gid: peer.gid, groups, exe, cgroup: cgroup?, foreign })
+    let unreadable = |why: String| PeerError::Proc { pid, file: "status", why };
+    let now = now.map_err(|e| unreadable(e.to_string()))?;
+    let then = peer.at_accept.as_deref().ok_or_else(|| unreadable("it was not readable when it connected".into()))?;
+    let changed = |what| Err(PeerError::Changed { pid, what });
+    // By the file and not by its path: a program whose file is replaced while it runs is still the same program.
+    if then.exe.as_ref().map(|e| e.file) != now.exe.as_ref().map(|e| e.file) {
+        return changed("executable");
+    }
+    if !now.groups.is_subset(&then.groups) {
+        return changed("groups");
+    }
+    // A process that moves to another cgroup of its own container, or of none, is where it was.
+    if then.cgroup != now.cgroup && container_of(&then.cgroup).ok() != container_of(&now.cgroup).ok() {
+        return changed("container");
+    }
+    Ok((then, now))
 }
 
 /// Fails when the process that connected has ended.
@@ -128,10 +154,6 @@ fn shares_namespace(pid: i32, namespace: &str) -> Result<bool, PeerError> {
     })?;
     let ours = std::fs::read_link(format!("/proc/self/ns/{namespace}"));
     Ok(ours.is_ok_and(|ours| ours == theirs))
-}
-
-fn parse_groups(list: &str) -> BTreeSet<u32> {
-    list.split_whitespace().filter_map(|g| g.parse().ok()).collect()
 }
 
 #[cfg(test)]

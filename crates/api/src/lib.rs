@@ -13,6 +13,8 @@ pub mod grpc;
 pub mod http;
 pub mod names;
 pub mod peer;
+pub mod peer_credentials;
+pub mod process;
 pub mod reopen;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use countersign_identity::verify::VerifiedPeer;
 
+use crate::process::Snapshot;
+
 /// A caller over TLS.
 #[derive(Debug, Clone)]
 pub struct TlsPeer {
@@ -25,13 +27,8 @@ pub struct UnixPeer {
     pub gid: u32,
     /// Handle to the process itself, which stays right when the number is used again. `None` on kernels without it.
     pub pidfd: Option<Arc<std::os::fd::OwnedFd>>,
-    /// When the process started, in clock ticks since boot, as `/proc` said when the connection was accepted.
+    /// When the process started, in clock ticks since boot; `None` where it is not certain whose start `/proc` told.
     pub started: Option<u64>,
-}
-
-/// When a process started, in clock ticks since boot (proc(5), field 22 of `stat`).
-pub fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may itself hold spaces and parentheses: fields are counted from its end.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    /// What `/proc` said of the process when the connection was accepted; `None` if it is not visible here.
+    pub at_accept: Option<Arc<Snapshot>>,
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use nix::sys::socket::{getsockopt, sockopt};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::{UnixListener, UnixStream};
@@ -15,7 +14,7 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::names::Dialer;
-use crate::peer::{UnixPeer, start_time};
+pub use crate::peer_credentials::{CredentialsError, peer_credentials};
 use crate::tls::explain;
 pub use crate::tls_accept::{TlsIo, accept_tls};
 pub use crate::unix_accept::{UnixIo, accept_unix};
@@ -70,13 +69,6 @@ pub fn bind_unix(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(listener)
-}
-
-/// Asks the kernel who connected: pid, uid and gid at connect time, and a pidfd where the kernel has it (Linux 6.5).
-pub fn peer_credentials(stream: &UnixStream) -> io::Result<UnixPeer> {
-    let cred = getsockopt(stream, sockopt::PeerCredentials)?;
-    let pidfd = getsockopt(stream, sockopt::PeerPidfd).ok().map(Arc::new);
-    Ok(UnixPeer { pid: cred.pid(), uid: cred.uid(), gid: cred.gid(), pidfd, started: start_time(cred.pid()) })
 }
 
 /// A channel to a gRPC service on a Unix socket. Connects when first used and again when the connection is lost.

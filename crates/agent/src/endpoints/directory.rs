@@ -51,6 +51,7 @@ impl Directory for Endpoint {
             core.metrics.streams.inc();
             let ended = tokio::select! {
                 ended = directory::serve(&core.directory, share, request.into_inner(), &tx) => ended,
+                status = core.caller_changed(&attested) => Some(status),
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the agent is shutting down")),
             };
             core.metrics.streams.dec();

@@ -26,7 +26,7 @@ use crate::cache::{Cache, Cached, NoIdentity};
 use crate::config::Config;
 use crate::link::Link;
 use crate::metrics::Metrics;
-use crate::peer::{PeerError, look_up, still_there};
+use crate::peer::{PeerError, look_up, unchanged};
 use crate::workload_attestor::WorkloadAttestor;
 
 /// A response stream.
@@ -65,6 +65,9 @@ pub async fn routes(core: &Arc<Core>) -> Routes {
 
 /// What was attested in part is attested anew after this time.
 const IN_PART: Duration = Duration::from_secs(10);
+/// How often is looked whether a stream's caller is still what it was. Not a wait that a change of the cache starts anew:
+/// in an agent that hears of changes all the time the check would never come.
+const CALLER_CHECK: Duration = Duration::from_secs(5);
 
 /// A caller whose process is certain.
 #[derive(Clone)]
@@ -73,19 +76,6 @@ struct Attested {
     selectors: SelectorSet,
     /// More will be known of it in a while.
     in_part: bool,
-}
-
-impl Attested {
-    /// Returns when the caller should be attested anew, and what it is told; never for one that is attested whole.
-    async fn outgrown(&self) -> Status {
-        if self.in_part {
-            tokio::time::sleep(IN_PART).await;
-            return Status::unavailable(
-                "attested by its pod alone, for the kubelet did not know its container yet; ask again",
-            );
-        }
-        std::future::pending().await
-    }
 }
 
 impl Core {
@@ -118,12 +108,40 @@ impl Core {
                 }
             }
         }
-        // Attestors may take their time: what they found counts only if the caller is still there.
-        still_there(&peer).map_err(refused)?;
+        // Attestors may take their time: what they found counts only if the caller is still what it was.
+        unchanged(&peer).map_err(refused)?;
         let listed = selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         tracing::info!(pid = process.pid, selectors = listed, in_part, "caller attested");
         self.metrics.attestations.inc();
         Ok(Attested { peer, selectors, in_part })
+    }
+
+    /// Returns what the caller of a stream is told, once it has ended or is not what it was: a stream may be left to another
+    /// process, and its process may run another program.
+    async fn caller_changed(&self, attested: &Attested) -> Status {
+        loop {
+            tokio::time::sleep(CALLER_CHECK).await;
+            if let Err(error) = unchanged(&attested.peer) {
+                self.metrics.refused(error.code());
+                return Status::permission_denied(format!("no identity issued: {error}"));
+            }
+        }
+    }
+
+    /// The same, and returns also when the caller should be attested anew; never for one that is attested whole.
+    async fn outgrown(&self, attested: &Attested) -> Status {
+        let whole_now = async {
+            if !attested.in_part {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(IN_PART).await;
+        };
+        tokio::select! {
+            status = self.caller_changed(attested) => status,
+            () = whole_now => Status::unavailable(
+                "attested by its pod alone, for the kubelet did not know its container yet; ask again",
+            ),
+        }
     }
 
     /// The caller's identities.

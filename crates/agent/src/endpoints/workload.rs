@@ -17,12 +17,9 @@ use tonic::{Request, Response, Status};
 
 use super::{Attested, BoxStream, Core, Endpoint};
 use crate::cache::Cached;
-use crate::peer::still_there;
 
 /// How long a first call waits for an SVID that is being signed.
 const FIRST_SVID_PATIENCE: Duration = Duration::from_secs(10);
-/// How often is looked whether a stream's caller is still alive.
-const CALLER_CHECK: Duration = Duration::from_secs(5);
 /// What a JWT call is told.
 const NOT_YET: &str = "JWT-SVIDs are not served by this version";
 
@@ -107,7 +104,7 @@ impl Endpoint {
             core.metrics.streams.inc();
             let ended = tokio::select! {
                 ended = feed::<F>(&core, &attested, &tx) => ended,
-                status = attested.outgrown() => Some(status),
+                status = core.outgrown(&attested) => Some(status),
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the agent is shutting down")),
             };
             core.metrics.streams.dec();
@@ -145,9 +142,6 @@ async fn feed<F: Feed>(
             changed = versions.changed() => changed.ok()?,
             () = tx.closed() => return None,
             () = &mut patience, if sent.is_none() => return Some(Status::unavailable("the SVID is not signed yet; is the server reachable from the agent?")),
-            () = tokio::time::sleep(CALLER_CHECK) => if still_there(&attested.peer).is_err() {
-                return Some(Status::permission_denied("no identity issued: the calling process has ended"));
-            },
         }
     }
 }

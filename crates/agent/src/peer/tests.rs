@@ -36,7 +36,7 @@ async fn a_living_caller_is_looked_up() {
     let process = look_up(&peer, false).unwrap();
     assert_eq!(process.pid, i32::try_from(std::process::id()).unwrap());
     assert_eq!(process.uid, nix::unistd::geteuid().as_raw());
-    assert_eq!(process.exe, std::env::current_exe().ok());
+    assert_eq!(process.exe.map(|e| e.path), std::env::current_exe().ok());
 }
 
 #[tokio::test]
@@ -55,6 +55,85 @@ async fn a_caller_whose_process_ended_is_refused_though_its_connection_lives_on(
     peer.pid = i32::try_from(std::process::id()).unwrap();
     peer.started = Some(1);
     assert_eq!(look_up(&peer, true), Err(PeerError::Gone(peer.pid)));
+}
+
+/// Polls until a change that the script was told to make has been made.
+async fn after_the_change(peer: &UnixPeer) -> Result<Process, PeerError> {
+    for _ in 0..500 {
+        match look_up(peer, true) {
+            Ok(_) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+            refused => return refused,
+        }
+    }
+    look_up(peer, true)
+}
+
+#[tokio::test]
+async fn a_caller_that_became_a_trusted_program_after_it_connected_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    // The child of the connector asks on its connection; the connector itself becomes `sleep`, whose path an entry trusts.
+    let script = format!(
+        "exec python3 -c \"{CONNECT}\nif not os.fork(): time.sleep(60)\n\
+         while not os.path.exists(os.environ['S'] + '.go'): time.sleep(0.01)\nos.execv('/bin/sleep', ['sleep', '60'])\""
+    );
+    let (stream, mut child) = caller(dir.path(), &script).await;
+    let peer = peer_credentials(&stream).unwrap();
+    let before = look_up(&peer, true).unwrap().exe.unwrap().path;
+    assert!(before.to_string_lossy().contains("python"), "{}", before.display());
+    std::fs::write(dir.path().join("s.go"), "").unwrap();
+    assert_eq!(after_the_change(&peer).await, Err(PeerError::Changed { pid: peer.pid, what: "executable" }));
+    // The stream of one that was attested before it changed ends by the same check.
+    assert_eq!(unchanged(&peer).err(), Some(PeerError::Changed { pid: peer.pid, what: "executable" }));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_program_whose_file_is_replaced_while_it_runs_is_the_same_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let python = String::from_utf8(
+        Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output().unwrap().stdout,
+    );
+    let own = dir.path().join("python");
+    std::fs::copy(python.unwrap().trim(), &own).unwrap();
+    let script = format!("exec {} -c \"{CONNECT}time.sleep(60)\"", own.display());
+    let (stream, mut child) = caller(dir.path(), &script).await;
+    let peer = peer_credentials(&stream).unwrap();
+    std::fs::remove_file(&own).unwrap();
+    assert_eq!(look_up(&peer, true).unwrap().exe.unwrap().path, own);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn groups_that_came_after_the_connection_are_refused_and_those_given_up_do_not_count() {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "CI runs as root");
+        eprintln!("skipped: only root may set groups");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let wait = |file: &str| format!("while not os.path.exists(os.environ['S'] + '.{file}'): time.sleep(0.01)\n");
+    let script = format!(
+        "exec python3 -c \"import os\nos.setgroups([7, 8])\n{CONNECT}{}os.setgroups([8])\n{}os.setgroups([8, 9])\ntime.sleep(60)\"",
+        wait("fewer"),
+        wait("more")
+    );
+    let (stream, mut child) = caller(dir.path(), &script).await;
+    let peer = peer_credentials(&stream).unwrap();
+    assert_eq!(look_up(&peer, true).unwrap().groups, [7, 8].into());
+    std::fs::write(dir.path().join("s.fewer"), "").unwrap();
+    for _ in 0..500 {
+        if look_up(&peer, true).unwrap().groups == [8].into() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(look_up(&peer, true).unwrap().groups, [8].into());
+    std::fs::write(dir.path().join("s.more"), "").unwrap();
+    assert_eq!(after_the_change(&peer).await, Err(PeerError::Changed { pid: peer.pid, what: "groups" }));
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 #[tokio::test]

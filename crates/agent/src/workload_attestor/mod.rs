@@ -8,7 +8,7 @@ use countersign_identity::selector::SelectorSet;
 
 use crate::peer::Process;
 
-pub use k8s::{K8s, SetupError};
+pub use k8s::{K8s, SetupError, container_of};
 pub use unix::Unix;
 
 /// Why nothing can be said of a caller now. It may ask again.

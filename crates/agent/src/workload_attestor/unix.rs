@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 
 use async_trait::async_trait;
 use countersign_identity::Selector;
@@ -44,21 +45,19 @@ impl Unix {
             let more = process.groups.iter().filter_map(|g| name_of(&groups, *g));
             more.for_each(|name| add("supplementary_group", name));
         }
-        if self.discover_path {
-            if let Some(exe) = process.exe.as_ref().and_then(|p| p.to_str()) {
-                add("path", exe.to_owned());
-            }
-            if let Some(hash) = self.hash(process.pid) {
-                add("sha256", hash);
-            }
+        if let Some(exe) = process.exe.as_ref().filter(|_| self.discover_path) {
+            exe.path.to_str().into_iter().for_each(|path| add("path", path.to_owned()));
+            self.hash(process.pid, exe.file).into_iter().for_each(|hash| add("sha256", hash));
         }
         found
     }
 
-    /// SHA-256 of the executable itself, reached through `/proc` so that a replaced file cannot stand in for it.
-    fn hash(&self, pid: i32) -> Option<String> {
+    /// SHA-256 of the executable itself, reached through `/proc` so that a replaced file cannot stand in for it. `None`
+    /// where it is not the file (device and inode) that the process ran when it connected, or too large.
+    fn hash(&self, pid: i32, expected: (u64, u64)) -> Option<String> {
         let mut file = File::open(format!("/proc/{pid}/exe")).ok()?;
-        if file.metadata().ok()?.len() > self.hash_limit {
+        let found = file.metadata().ok()?;
+        if (found.dev(), found.ino()) != expected || found.len() > self.hash_limit {
             return None;
         }
         let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
@@ -90,6 +89,7 @@ fn name_of(table: &str, id: u32) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use countersign_api::process::{Executable, Snapshot};
 
     fn process() -> Process {
         Process {
@@ -97,7 +97,7 @@ mod tests {
             uid: 0,
             gid: 0,
             groups: [0, 4_000_000].into(),
-            exe: std::env::current_exe().ok(),
+            exe: Snapshot::read(std::process::id().try_into().unwrap()).unwrap().exe,
             cgroup: String::new(),
             foreign: false,
         }
@@ -122,7 +122,7 @@ mod tests {
         ] {
             assert!(here.contains(&expected.to_owned()), "{expected} is missing in {here:?}");
         }
-        let exe = process().exe.unwrap();
+        let exe = process().exe.unwrap().path;
         assert!(here.contains(&format!("unix:path:{}", exe.display())));
         let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&exe).unwrap());
         assert!(here.contains(&format!("unix:sha256:{}", hex::encode(hash))));
@@ -130,6 +130,14 @@ mod tests {
         assert!(!found(&plain, &process()).iter().any(|s| s.starts_with("unix:path") || s.starts_with("unix:sha256")));
         let limited = Unix { discover_path: true, hash_limit: 1 };
         assert!(!found(&limited, &process()).iter().any(|s| s.starts_with("unix:sha256")), "too large to hash");
+    }
+
+    #[test]
+    fn a_program_that_is_not_the_one_that_connected_is_not_hashed() {
+        let attestor = Unix { discover_path: true, hash_limit: u64::MAX };
+        let other = Executable { path: "/usr/bin/trusted".into(), file: (0, 0) };
+        let there = found(&attestor, &Process { exe: Some(other), ..process() });
+        assert!(!there.iter().any(|s| s.starts_with("unix:sha256")), "{there:?}");
     }
 
     #[test]

@@ -1,7 +1,17 @@
 //! From a process's cgroups to its pod and container, in the forms of the kubelet's two drivers and of each runtime.
 //!
+//! A path counts only below the kubelet's own root, which nobody but root can make cgroups in: below a delegated tree, such
+//! as that of a user's own service manager (`user.slice/user-1000.slice/user@1000.service`), anybody can spell a pod. The
+//! root is `/kubepods` or `/kubelet/kubepods` and their forms under systemd; where the kubelet was given another one
+//! (`cgroupRoot`, a node in a container), it is known from the agent's own cgroup, as the agent is one of its pods there.
+//!
 //! A container can make cgroups below its own where its runtime lets it, but none above: the pod nearest to the root
 //! counts, and the container is what stands right below it. Lines that contradict each other prove nothing.
+
+use std::collections::BTreeSet;
+use std::sync::LazyLock;
+
+use countersign_identity::shown::shown_up_to;
 
 /// Where a process is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,43 +22,150 @@ pub struct Container {
     pub id: String,
 }
 
-/// A process that claims to be in two places.
+/// Why cgroups prove nothing.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("its cgroups name two containers, {0} and {1}")]
-pub struct Contradiction(String, String);
+pub enum CgroupError {
+    /// A process that claims to be in two places.
+    #[error("its cgroups name two containers, {0} and {1}")]
+    Contradiction(String, String),
+    /// A pod where the kubelet makes none.
+    #[error(
+        "its cgroup `{0}` is spelled like a pod's, but is not below the kubelet's root; such a cgroup may be anybody's. Where the kubelet has another `cgroupRoot`, run the agent as a pod of that node"
+    )]
+    OutsideOfKubelet(String),
+}
 
 /// The container in the text of `/proc/PID/cgroup` (cgroups(7): `hierarchy:controllers:path`); `None` outside of pods.
-pub fn container_of(text: &str) -> Result<Option<Container>, Contradiction> {
+pub fn container_of(text: &str) -> Result<Option<Container>, CgroupError> {
+    static ROOTS: LazyLock<Roots> =
+        LazyLock::new(|| Roots::seen_from(&std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()));
+    container_below(&ROOTS, text)
+}
+
+fn container_below(roots: &Roots, text: &str) -> Result<Option<Container>, CgroupError> {
     let mut found: Option<Container> = None;
     for path in text.lines().filter_map(|line| line.splitn(3, ':').nth(2)) {
-        let Some(here) = container_in(path) else { continue };
+        let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+        let Some(here) = roots.container_in(&parts) else {
+            if spells_a_pod(&parts) {
+                return Err(CgroupError::OutsideOfKubelet(shown_up_to(path, 200).to_string()));
+            }
+            continue;
+        };
         match &found {
-            Some(before) if *before != here => return Err(Contradiction(before.id.clone(), here.id)),
+            Some(before) if *before != here => {
+                return Err(CgroupError::Contradiction(before.id.clone(), here.id));
+            }
             _ => found = Some(here),
         }
     }
     Ok(found)
 }
 
-fn container_in(path: &str) -> Option<Container> {
-    let mut parts = path.split('/');
-    let pod_uid = parts.by_ref().find_map(pod_uid)?;
-    let id = container_id(parts.next()?)?;
-    Some(Container { pod_uid, id })
+/// Where a kubelet makes the cgroups of its pods: what may stand before `kubepods`.
+struct Roots(BTreeSet<Vec<String>>);
+
+impl Roots {
+    /// The usual places, and the one that the agent itself is in, by its own `/proc/self/cgroup`.
+    fn seen_from(own: &str) -> Self {
+        // kind and others put the kubelet and its pods under `kubelet`. A runtime that does not know the kubelet's systemd
+        // driver makes the pods' cgroups below its own service.
+        let usual: [&[&str]; 4] = [&[], &["kubelet"], &["kubelet.slice"], &["system.slice", "containerd.service"]];
+        let mut roots: BTreeSet<Vec<String>> =
+            usual.iter().map(|p| p.iter().map(|p| (*p).to_owned()).collect()).collect();
+        for path in own.lines().filter_map(|line| line.splitn(3, ':').nth(2)) {
+            let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+            let below = (0..parts.len()).find(|n| pod_in(&parts[*n..]).is_some());
+            roots.extend(below.map(|n| parts[..n].iter().map(|p| (*p).to_owned()).collect()));
+        }
+        Self(roots)
+    }
+
+    fn container_in(&self, parts: &[&str]) -> Option<Container> {
+        let up = parts.iter().take_while(|p| **p == "..").count();
+        let (above, rest) = parts.split_at(up);
+        if !above.is_empty() {
+            // Seen from the agent's own cgroup namespace, whose root is its container: the way leads up to what the two have
+            // in common, and from there down. Only the kubelet's own cgroups can be on the way down to a pod.
+            return pod_in(rest).or_else(|| pod_below_common(rest).filter(|_| up >= 2));
+        }
+        let below = |root: &Vec<String>| {
+            let starts = rest.len() >= root.len() && rest.iter().zip(root).all(|(part, root)| part == root);
+            if starts { pod_in(&rest[root.len()..]) } else { None }
+        };
+        self.0.iter().find_map(below)
+    }
 }
 
-/// `podUID` (cgroupfs), `kubepods-QOS-podUID.slice` (systemd, `_` for `-`); a static pod's UID is a hash.
-fn pod_uid(part: &str) -> Option<String> {
-    let slice = part.strip_suffix(".slice");
-    let name = match slice {
-        Some(slice) => &slice[slice.rfind("-pod")? + 1..],
-        None => part,
+/// `kubepods[/QOS]/podUID/ID` (cgroupfs), `R.slice[/R-QOS.slice]/R[-QOS]-podUID.slice/RUNTIME-ID.scope` (systemd; R ends in
+/// `kubepods`), `R[-QOS]-podUID.slice:RUNTIME:ID` (a runtime with the one driver below a kubelet with the other).
+fn pod_in(parts: &[&str]) -> Option<Container> {
+    let (root, rest) = parts.split_first()?;
+    if *root == "kubepods" {
+        let rest = match rest.split_first()? {
+            (&("burstable" | "besteffort"), rest) => rest,
+            _ => rest,
+        };
+        return plain(rest);
+    }
+    if let Some((slice, id)) = root.split_once(".slice:") {
+        let (pod_uid, _) = pod_of_slice(&format!("{slice}.slice"))?;
+        return Some(Container { pod_uid, id: container_id(id.rsplit(':').next()?)? });
+    }
+    let base = root.strip_suffix(".slice").filter(|base| *base == "kubepods" || base.ends_with("-kubepods"))?;
+    let rest = match rest.split_first()? {
+        (qos, rest) if QOS.iter().any(|q| *qos == format!("{base}{q}.slice")) => rest,
+        _ => rest,
     };
-    let uid = name.strip_prefix("pod")?;
-    let uid = if slice.is_some() { uid.replace('_', "-") } else { uid.to_owned() };
-    let lengths: Vec<usize> = uid.split('-').map(str::len).collect();
+    let (slice, rest) = rest.split_first()?;
+    let (pod_uid, above) = pod_of_slice(slice)?;
+    let of_this_root = std::iter::once(&"").chain(&QOS).any(|q| above == format!("{base}{q}"));
+    of_this_root.then_some(Container { pod_uid, id: container_id(rest.first()?)? })
+}
+
+/// Quality of service, as it stands in the names of slices; that of guaranteed pods is not named.
+const QOS: [&str; 2] = ["-burstable", "-besteffort"];
+
+/// What is left of the forms above when both paths have their beginning in common.
+fn pod_below_common(parts: &[&str]) -> Option<Container> {
+    let (first, rest) = parts.split_first()?;
+    if let Some((pod_uid, above)) = pod_of_slice(first) {
+        let kubelets = QOS.iter().find_map(|q| above.strip_suffix(q)).unwrap_or(&above);
+        let of_kubelet = kubelets == "kubepods" || kubelets.ends_with("-kubepods");
+        return of_kubelet.then_some(Container { pod_uid, id: container_id(rest.first()?)? });
+    }
+    match *first {
+        "burstable" | "besteffort" => plain(rest),
+        slice if QOS.iter().any(|q| slice.ends_with(&format!("kubepods{q}.slice"))) => {
+            pod_below_common(rest).filter(|_| rest.first().is_some_and(|p| pod_of_slice(p).is_some()))
+        }
+        _ if first.contains(".slice:") => pod_in(parts),
+        _ => plain(parts),
+    }
+}
+
+/// `podUID/ID`.
+fn plain(parts: &[&str]) -> Option<Container> {
+    let (pod, rest) = parts.split_first()?;
+    Some(Container { pod_uid: uid(pod.strip_prefix("pod")?)?, id: container_id(rest.first()?)? })
+}
+
+/// `ABOVE-podUID.slice`, with `_` for `-` in the UID: the UID and what stands before it.
+fn pod_of_slice(part: &str) -> Option<(String, String)> {
+    let (above, found) = part.strip_suffix(".slice")?.rsplit_once("-pod")?;
+    Some((uid(&found.replace('_', "-"))?, above.to_owned()))
+}
+
+/// A pod's UID; a static pod's is a hash.
+fn uid(text: &str) -> Option<String> {
+    let lengths: Vec<usize> = text.split('-').map(str::len).collect();
     let formed = lengths == [8, 4, 4, 4, 12] || lengths == [32];
-    (formed && uid.bytes().all(|b| b == b'-' || is_hex(b))).then_some(uid)
+    (formed && text.bytes().all(|b| b == b'-' || is_hex(b))).then(|| text.to_owned())
+}
+
+/// Whether anywhere in a path something stands that would be a pod and its container below the kubelet's root.
+fn spells_a_pod(parts: &[&str]) -> bool {
+    (0..parts.len()).any(|n| pod_in(&parts[n..]).or_else(|| pod_below_common(&parts[n..])).is_some())
 }
 
 /// `ID` (cgroupfs), `cri-containerd-ID.scope`, `crio-ID.scope`, `docker-ID.scope` (systemd), `crio-ID` (CRI-O, cgroupfs).
@@ -87,7 +204,7 @@ mod tests {
         for path in [
             format!("/kubepods/burstable/pod{UID}/{id}"),
             format!("/kubepods/pod{UID}/{id}"),
-            format!("/node1/kubepods/besteffort/pod{UID}/{id}"),
+            format!("/kubelet/kubepods/besteffort/pod{UID}/{id}"),
             format!(
                 "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/cri-containerd-{id}.scope"
             ),
@@ -100,6 +217,11 @@ mod tests {
             // cgroup v2, seen from the agent's own cgroup namespace.
             format!("/../../kubepods-burstable-pod{under}.slice/cri-containerd-{id}.scope"),
             format!("/../../pod{UID}/{id}"),
+            format!("/../../../pod{UID}/{id}"),
+            format!("/../../../besteffort/pod{UID}/{id}"),
+            format!("/../../../kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/crio-{id}.scope"),
+            format!("/../../kubepods-besteffort-pod{under}.slice:cri-containerd:{id}"),
+            format!("/system.slice/containerd.service/kubepods-burstable-pod{under}.slice:cri-containerd:{id}"),
             // A cgroup of the container's own making below it.
             format!("/kubepods/pod{UID}/{id}/system.slice/x.service"),
         ] {
@@ -116,7 +238,44 @@ mod tests {
         let forged = format!("0::/kubepods/pod{UID}/{id}/kubepods/pod00000000-0000-0000-0000-000000000000/{other}");
         assert_eq!(found(&forged), Some(Container { pod_uid: UID.to_owned(), id: id.clone() }));
         let contradicts = format!("5:cpu:/kubepods/pod{UID}/{id}\n6:memory:/kubepods/pod{UID}/{other}\n");
-        assert_eq!(container_of(&contradicts), Err(Contradiction(id, other)));
+        assert_eq!(container_of(&contradicts), Err(CgroupError::Contradiction(id, other)));
+    }
+
+    /// Trees in which somebody who is not root, or a container, may make cgroups of any name.
+    #[test]
+    fn a_pod_that_is_not_below_the_kubelets_root_is_nobodys() {
+        let (id, under) = (id(), UID.replace('-', "_"));
+        let user = "/user.slice/user-1000.slice/user@1000.service";
+        for path in [
+            format!("{user}/app.slice/pod{UID}/{id}"),
+            format!("{user}/kubepods/burstable/pod{UID}/{id}"),
+            format!("{user}/kubepods.slice/kubepods-pod{under}.slice/cri-containerd-{id}.scope"),
+            format!("{user}/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{under}.slice/crio-{id}.scope"),
+            format!("/system.slice/app.service/kubepods/pod{UID}/{id}"),
+            format!("/docker/{id}/kubepods/pod{UID}/{id}"),
+            format!("/lxc.payload.box/kubepods/pod{UID}/{id}"),
+            format!("/pod{UID}/{id}"),
+            format!("/app-kubepods.slice/kubepods-pod{under}.slice/crio-{id}.scope"),
+            format!("/../../../..{user}/kubepods/pod{UID}/{id}"),
+            format!("/../../../..{user}/pod{UID}/{id}"),
+        ] {
+            let found = container_of(&format!("0::{path}\n"));
+            assert_eq!(found, Err(CgroupError::OutsideOfKubelet(shown_up_to(&path, 200).to_string())), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_kubelets_root_is_where_the_agents_own_pod_is() {
+        let id = id();
+        let agents =
+            format!("4:memory:/node1/kubepods/burstable/pod{}/{}\n0::/\n", UID.replace('7', "8"), "e".repeat(64));
+        let beside = format!("4:memory:/node1/kubepods/besteffort/pod{UID}/{id}\n0::/\n");
+        let here = Some(Container { pod_uid: UID.to_owned(), id });
+        assert_eq!(container_below(&Roots::seen_from(&agents), &beside), Ok(here));
+        let elsewhere = Roots::seen_from(&agents.replace("node1", "node2"));
+        assert!(matches!(container_below(&elsewhere, &beside), Err(CgroupError::OutsideOfKubelet(_))));
+        let by_hand = Roots::seen_from("0::/system.slice/countersign-agent.service\n");
+        assert!(matches!(container_below(&by_hand, &beside), Err(CgroupError::OutsideOfKubelet(_))));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use countersign_identity::selector::SelectorSet;
 use tokio::time::Instant;
 
 use self::cgroup::Container;
+pub use self::cgroup::container_of;
 use self::kubelet::Client;
 use self::namespaces::Namespaces;
 use super::{AttestorError, Proof, WorkloadAttestor};
@@ -61,7 +62,7 @@ impl K8s {
 #[async_trait]
 impl WorkloadAttestor for K8s {
     async fn attest(&self, process: &Process) -> Result<Proof, AttestorError> {
-        let found = cgroup::container_of(&process.cgroup).map_err(|e| AttestorError(e.to_string()))?;
+        let found = container_of(&process.cgroup).map_err(|e| AttestorError(e.to_string()))?;
         // A process of the node itself is in no pod.
         let Some(container) = found else { return Ok(Proof::default()) };
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
