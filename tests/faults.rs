@@ -284,6 +284,72 @@ fn an_agent_comes_back_without_a_new_token() {
 }
 
 #[test]
+fn an_agent_outlives_the_revocation_of_the_authority_above_it() {
+    if !able(&[]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), &[]);
+    let (agent, parent) = server.agent();
+    let entry = |server: &Server, name: &str| {
+        let id = format!("spiffe://{TD}/{name}");
+        server.json(&["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    };
+    entry(&server, "before");
+    wait_for("the SVID", Duration::from_secs(20), || agent.log().contains("SVID ready").then_some(()));
+    let first = server.json(&["authority", "show"])["active"]["id"].as_str().unwrap().to_owned();
+    server.json(&["authority", "prepare"]);
+    server.json(&["authority", "activate"]);
+    server.json(&["authority", "taint", "--id", &first]);
+    wait_for("the agent to renew itself", Duration::from_secs(20), || {
+        agent.log().contains("agent SVID renewed").then_some(())
+    });
+    server.json(&["authority", "revoke", "--id", &first]);
+    // Every connection is new after this: an agent that still held its first SVID, an hour of it, would be locked out.
+    server.again();
+    entry(&server, "after");
+    let fetch = || outcome(countersign(&["x509", "fetch", "--socket"]).arg(server.agent_socket())).1;
+    wait_for("an entry made after the restart", Duration::from_secs(30), || fetch().contains("/after").then_some(()));
+    assert!(!agent.log().contains("does not accept this agent's SVID"), "{}", agent.log());
+    assert_eq!(server.json(&["node", "list"]).as_array().unwrap().len(), 1, "it is the same agent");
+}
+
+#[test]
+fn a_stopped_client_does_not_keep_an_agent_from_ending() {
+    if !able(&[]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let (agent, parent) = server.agent();
+    let id = format!("spiffe://{TD}/me");
+    server.json(&["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    wait_for("the SVID", Duration::from_secs(20), || agent.log().contains("SVID ready").then_some(()));
+    let out = dir.path().join("watched");
+    let mut client = countersign(&["x509", "watch", "--socket"])
+        .arg(server.agent_socket())
+        .stdout(std::fs::File::create(&out).unwrap())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the client's SVID", Duration::from_secs(20), || {
+        std::fs::read_to_string(&out).unwrap().contains("/me").then_some(())
+    });
+    let pid = client.id().try_into().unwrap();
+    signal(pid, Signal::SIGSTOP);
+    let agent_pid: i32 = agent.pid().try_into().unwrap();
+    signal(agent_pid, Signal::SIGTERM);
+    wait_for("the agent to end", Duration::from_secs(10), || {
+        // Its parent has not waited for it: an ended process is a zombie.
+        let stat = std::fs::read_to_string(format!("/proc/{agent_pid}/stat")).unwrap();
+        stat.rsplit_once(')').unwrap().1.starts_with(" Z").then_some(())
+    });
+    assert!(!server.agent_socket().exists(), "the socket goes with it");
+    signal(pid, Signal::SIGKILL);
+    client.wait().unwrap();
+}
+
+#[test]
 fn a_clock_that_is_off_by_thirty_seconds_is_named() {
     if !able(&["faketime"]) {
         return;

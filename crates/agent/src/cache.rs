@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use countersign_identity::selector::{SelectorSet, missing};
+use countersign_identity::shown::shown_up_to;
 use countersign_identity::{Entry, EntryId, X509Bundle, X509Svid};
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -89,9 +90,15 @@ impl Cache {
     }
 }
 
+/// Characters of a selector that are told.
+const MAX_SELECTOR_SHOWN: usize = 300;
+
 /// In words: what was attested, and which entry came closest.
 fn closest_miss(state: &State, attested: &SelectorSet) -> String {
-    let list = |set: &mut dyn Iterator<Item = String>| set.collect::<Vec<_>>().join(", ");
+    // A caller chooses the path of its executable, and this goes to logs.
+    let list = |set: &mut dyn Iterator<Item = String>| {
+        set.map(|s| shown_up_to(&s, MAX_SELECTOR_SHOWN).to_string()).collect::<Vec<_>>().join(", ")
+    };
     let have = list(&mut attested.iter().map(ToString::to_string));
     let nearest =
         state.entries.values().map(|c| (missing(&c.entry.selectors, attested), &c.entry)).min_by_key(|(m, _)| m.len());

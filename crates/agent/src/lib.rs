@@ -1,17 +1,23 @@
 //! One a node: proves the node to the server, keeps that node's SVIDs fresh in memory, attests each local caller and
 //! hands it its own identity.
 
+mod attestation_state;
 pub mod cache;
 pub mod config;
 mod endpoints;
+mod keeper;
 mod link;
 pub mod metrics;
 pub mod node_attestor;
 pub mod peer;
+mod refusal;
+mod renewal;
+mod retries;
 mod signing;
-mod standing;
 pub mod store;
 mod sync;
+#[cfg(test)]
+mod testing;
 pub mod workload_attestor;
 
 use std::sync::Arc;
@@ -19,6 +25,7 @@ use std::time::Duration;
 
 use countersign_api::clock::Clock;
 use countersign_api::directory::{Quota, Subscriptions};
+use countersign_api::graceful::{GRACE, within_grace};
 use countersign_api::transport::{accept_unix, bind_unix};
 use countersign_api::{grpc, http};
 use tokio::net::TcpListener;
@@ -120,22 +127,32 @@ pub async fn run(
         .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.config.trust_domain, server = core.config.server, socket = %core.config.socket.display(), "agent ready");
     ready();
-    let served = serve.await;
-    shutdown.cancel();
-    core.tasks.close();
-    core.tasks.wait().await;
+    let serving = async {
+        let served = serve.await;
+        shutdown.cancel();
+        core.tasks.close();
+        core.tasks.wait().await;
+        served
+    };
+    let Some(served) = within_grace(serving, &shutdown, GRACE).await else {
+        // A stopped or paused client does not read its stream's end.
+        tracing::warn!("some callers did not take leave within {GRACE:?}; ending without them");
+        // The accept loop hears of the end of its stream only now, and takes the socket's file away.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        return Ok(());
+    };
     served?;
     Ok(())
 }
 
 fn start_tasks(core: &Arc<Core>) {
     let (link, cache, shutdown) = (&core.link, &core.cache, &core.shutdown);
-    let (denials, heard) = mpsc::channel(4);
-    core.tasks.spawn(standing::keep(link.clone(), cache.clone(), heard, shutdown.clone()));
+    let (refusals, heard) = mpsc::channel(4);
+    core.tasks.spawn(attestation_state::keep(link.clone(), cache.clone(), heard, shutdown.clone()));
     let sync = sync::Sync {
         link: link.clone(),
         cache: cache.clone(),
-        denials: denials.clone(),
+        refusals: refusals.clone(),
         interval: core.config.sync_interval,
         trust_domain: core.config.trust_domain.clone(),
     };
@@ -143,7 +160,7 @@ fn start_tasks(core: &Arc<Core>) {
     let signing = signing::Signing {
         link: link.clone(),
         cache: cache.clone(),
-        denials,
+        refusals,
         key_type: core.config.key_type.clone(),
         metrics: core.metrics.clone(),
     };
@@ -178,7 +195,7 @@ async fn observe(core: Arc<Core>) {
         tokio::select! {
             _ = tick.tick() => {
                 let own = core.link.identity().borrow().as_ref().map(|svid| svid.facts().not_after);
-                core.metrics.observe(&core.cache.read(), own);
+                core.metrics.observe(&core.cache.read(), own, core.link.keeper().unsaved().is_some());
             }
             () = core.shutdown.cancelled() => return,
         }
@@ -196,3 +213,6 @@ fn pages(core: Arc<Core>) -> Arc<http::Handler> {
         _ => None,
     })
 }
+
+#[cfg(test)]
+mod tests;

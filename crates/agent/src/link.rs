@@ -1,12 +1,12 @@
 //! The way to the server: who we are there, by which bundle we know it, and calls over it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use countersign_api::clock::Clock;
 use countersign_api::convert::id_from_wire;
-use countersign_api::denied::{Reason, reason_of};
 use countersign_api::spire::agent::agent_client::AgentClient;
 use countersign_api::spire::agent::attest_agent_request::{Params, Step};
 use countersign_api::spire::agent::attest_agent_response::Step as Answer;
@@ -21,11 +21,13 @@ use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Bundle, X509Svid}
 use rustls::ClientConfig;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 
-use crate::config::Config;
+use crate::config::{Config, Evidence};
+use crate::keeper::Keeper;
 use crate::node_attestor::{EvidenceError, NodeAttestor};
+use crate::refusal::Refusal;
 use crate::store::{Store, StoreError};
 
 /// A call to the server takes no longer.
@@ -57,9 +59,12 @@ pub enum LinkError {
     /// The SVID that came is none.
     #[error(transparent)]
     Svid(#[from] SvidError),
-    /// The identity could not be kept.
+    /// The agent's folder cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The folder cannot be written, and the evidence works once.
+    #[error("{0}; the join token was not used, for the identity that it brings could not be kept")]
+    TokenSpared(StoreError),
     /// TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -72,10 +77,10 @@ impl From<Status> for LinkError {
 }
 
 impl LinkError {
-    /// Why the server refuses this agent as such.
-    pub fn denial(&self) -> Option<Reason> {
+    /// What the server does not accept of this agent.
+    pub fn refusal(&self) -> Option<Refusal> {
         match self {
-            Self::Server(status) => reason_of(status),
+            Self::Server(status) => Refusal::of(status),
             _ => None,
         }
     }
@@ -98,7 +103,9 @@ pub fn describe(status: &Status) -> String {
 /// One agent's way to its server.
 pub struct Link {
     config: Arc<Config>,
-    store: Store,
+    keeper: Keeper,
+    /// The join token has been shown to the server, who takes it once.
+    token_spent: AtomicBool,
     clock: Clock,
     identity: watch::Sender<Option<Arc<X509Svid>>>,
     bundles: Arc<ArcSwap<BundleSet>>,
@@ -108,11 +115,11 @@ pub struct Link {
 impl Link {
     /// Takes up the identity and bundle of an earlier run.
     pub fn new(config: Arc<Config>, clock: Clock) -> Result<Self, LinkError> {
-        let store = Store::open(&config.data_dir)?;
+        let keeper = Keeper::new(Store::open(&config.data_dir)?);
         let now = clock();
         let own = |svid: &X509Svid| svid.id().is_member_of(&config.trust_domain) && !svid.is_expired(now);
-        let identity = store.identity().filter(own).map(Arc::new);
-        let kept = store.bundle(&config.trust_domain);
+        let identity = keeper.identity().filter(own).map(Arc::new);
+        let kept = keeper.bundle(&config.trust_domain);
         let bundle = match (kept, &config.trust_bundle) {
             // The kept bundle is newer than the file, unless somebody has put a new trust root there on purpose.
             (Some(kept), None) => Some(kept),
@@ -127,7 +134,15 @@ impl Link {
             (None, None) => None,
         };
         let bundles = Arc::new(ArcSwap::from_pointee(bundle.into_iter().collect::<BundleSet>()));
-        Ok(Self { store, clock, identity: watch::Sender::new(identity), bundles, signing: Mutex::default(), config })
+        Ok(Self {
+            keeper,
+            token_spent: AtomicBool::new(false),
+            clock,
+            identity: watch::Sender::new(identity),
+            bundles,
+            signing: Mutex::default(),
+            config,
+        })
     }
 
     /// Who we are at the server, and each change.
@@ -146,9 +161,12 @@ impl Link {
             return;
         }
         self.bundles.store(Arc::new(std::iter::once(bundle.clone()).collect()));
-        if let Err(error) = self.store.put_bundle(bundle) {
-            tracing::error!(%error, "cannot keep the bundle; it is used all the same");
-        }
+        self.keeper.keep_bundle(Arc::new(bundle.clone()));
+    }
+
+    /// What is on disk, and what is not yet.
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
     }
 
     /// A fresh connection, made at the first call, as who we are at that moment.
@@ -186,10 +204,22 @@ impl Link {
         })
     }
 
+    /// Whether [`Self::attest`] could succeed: there is evidence, and it was not used up.
+    pub fn can_attest(&self) -> bool {
+        match &self.config.evidence {
+            None => false,
+            Some(Evidence::JoinToken(_)) => !self.token_spent.load(Ordering::Relaxed),
+            Some(Evidence::X509Pop { .. } | Evidence::K8sPsat { .. }) => true,
+        }
+    }
+
     /// Proves this node and becomes its agent.
     pub async fn attest(&self) -> Result<Arc<X509Svid>, LinkError> {
         let evidence = self.config.evidence.as_ref().ok_or(LinkError::NoEvidence)?;
         let attestor = NodeAttestor::load(evidence)?;
+        if matches!(evidence, Evidence::JoinToken(_)) {
+            self.keeper.probe().map_err(LinkError::TokenSpared)?;
+        }
         let key = PrivateKey::generate(KeyType::EcP256)?;
         let params = Params {
             data: Some(types::AttestationData { r#type: attestor.kind().into(), payload: attestor.payload()? }),
@@ -214,8 +244,12 @@ impl Link {
             }
         };
         let result = tokio::time::timeout(CALL_TIMEOUT, talk).await;
-        let result = result.map_err(|_| LinkError::Answer(format!("no answer within {CALL_TIMEOUT:?}")))??;
-        self.become_agent(result.svid, key)
+        let result = result.map_err(|_| LinkError::Answer(format!("no answer within {CALL_TIMEOUT:?}")))?;
+        // Anything but an outage is an answer, and the token is used up with it.
+        if !matches!(&result, Err(LinkError::Server(status)) if is_outage(status)) {
+            self.token_spent.store(true, Ordering::Relaxed);
+        }
+        self.become_agent(result?.svid, key)
     }
 
     /// Exchanges our SVID for a fresh one with a fresh key.
@@ -234,8 +268,9 @@ impl Link {
         if !svid.id().path().starts_with("/spire/agent/") || !svid.id().is_member_of(&self.config.trust_domain) {
             return Err(LinkError::Answer(format!("`{}` is no agent of `{}`", svid.id(), self.config.trust_domain)));
         }
-        self.store.put_identity(&svid)?;
+        // The server has given us this identity and may take no other one any more: a disk that is full does not undo that.
         self.identity.send_replace(Some(svid.clone()));
+        self.keeper.keep_identity(svid.clone());
         Ok(svid)
     }
 
@@ -248,6 +283,14 @@ impl Link {
     pub fn now(&self) -> time::OffsetDateTime {
         (self.clock)()
     }
+}
+
+/// Whether a call failed before the server had judged it, or was put off.
+fn is_outage(status: &Status) -> bool {
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::Unknown | Code::DeadlineExceeded | Code::Cancelled | Code::ResourceExhausted
+    )
 }
 
 /// A configuration whose every handshake fails.

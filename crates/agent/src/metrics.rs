@@ -38,6 +38,7 @@ pub struct Metrics {
     refused: Family<Reason, Counter>,
     expiry: Family<Identity, Gauge>,
     own_expiry: Gauge,
+    unsaved: Gauge,
     refused_counts: Mutex<BTreeMap<&'static str, u64>>,
 }
 
@@ -65,6 +66,12 @@ impl Default for Metrics {
             "When the agent's own SVID ends, seconds since 1970",
             own_expiry.clone(),
         );
+        let unsaved = Gauge::default();
+        registry.register(
+            "unsaved",
+            "1 while the agent's own identity or bundle cannot be written to its folder",
+            unsaved.clone(),
+        );
         Self {
             registry,
             svids_signed,
@@ -74,6 +81,7 @@ impl Default for Metrics {
             refused,
             expiry,
             own_expiry,
+            unsaved,
             refused_counts: Mutex::default(),
         }
     }
@@ -91,8 +99,10 @@ impl Metrics {
         self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sets what is looked up rather than counted; `own`: the end of the agent's own SVID, if it has one.
-    pub fn observe(&self, state: &crate::cache::State, own: Option<OffsetDateTime>) {
+    /// Sets what is looked up rather than counted; `own`: the end of the agent's own SVID, if it has one; `unsaved`: whether
+    /// something of the agent's own is not on disk yet.
+    pub fn observe(&self, state: &crate::cache::State, own: Option<OffsetDateTime>, unsaved: bool) {
+        self.unsaved.set(i64::from(unsaved));
         self.own_expiry.set(own.map_or(0, OffsetDateTime::unix_timestamp));
         self.expiry.clear();
         for cached in state.entries.values() {

@@ -1,23 +1,28 @@
 //! Gets each entry its SVID before anybody asks, and a new one at half life or when its authority is tainted.
+//!
+//! A call that fails puts off all signing; an entry that is refused puts off itself alone.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
-use countersign_api::denied::{Reason, reason_of};
 use countersign_api::spire::svid::svid_client::SvidClient;
 use countersign_api::spire::svid::{BatchNewX509svidRequest, NewX509svidParams};
 use countersign_api::transport::MAX_MESSAGE_BYTES;
 use countersign_identity::profile::request;
-use countersign_identity::{EntryId, KeyType, PrivateKey};
+use countersign_identity::{EntryId, KeyType, PrivateKey, X509Svid};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
 use crate::cache::{Cache, Cached, State};
 use crate::link::{CALL_TIMEOUT, Link, describe, svid_from_wire};
 use crate::metrics::Metrics;
+use crate::refusal::Refusal;
+use crate::renewal;
+use crate::retries::Retries;
 
 /// Requests in one call (SPIRE: 500).
 const BATCH: usize = 500;
@@ -31,7 +36,7 @@ pub struct Signing {
     /// Entries and their SVIDs.
     pub cache: Arc<Cache>,
     /// Where refusals of this agent go.
-    pub denials: mpsc::Sender<Reason>,
+    pub refusals: mpsc::Sender<Refusal>,
     /// Key type of workloads' SVIDs, from now on.
     pub key_type: watch::Receiver<KeyType>,
     /// What is counted.
@@ -51,18 +56,14 @@ impl Signing {
         let mut versions = self.cache.versions();
         let mut identity = self.link.identity();
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut retries = Retries::default();
         loop {
             versions.mark_unchanged();
             let now = self.link.now();
-            let due: Vec<EntryId> = {
+            let due = {
                 let state = self.cache.read();
-                state
-                    .entries
-                    .values()
-                    .filter(|c| is_due(c, &state, now))
-                    .map(|c| c.entry.id.clone())
-                    .take(BATCH)
-                    .collect()
+                retries.forget_removed(&state);
+                retries.pick(state.entries.values().filter(|c| is_due(c, &state, now)), BATCH, Instant::now())
             };
             if due.is_empty() {
                 tokio::select! {
@@ -77,36 +78,43 @@ impl Signing {
                 }
                 continue;
             }
-            let failed = match self.sign(&due).await {
+            let status = match self.sign(&due, &mut retries).await {
                 Ok(0) => {
                     backoff.reset();
                     continue;
                 }
-                Ok(refused) => format!("{refused} of {} requests were refused", due.len()),
-                Err(status) => {
-                    if let Some(reason) = reason_of(&status) {
-                        let _ = self.denials.try_send(reason);
-                    }
-                    describe(&status)
+                Ok(refused) => {
+                    backoff.reset();
+                    self.metrics.signing_failures.inc();
+                    tracing::warn!(
+                        refused,
+                        of = due.len(),
+                        "the server did not sign all; each that is refused is tried again by itself"
+                    );
+                    continue;
                 }
+                Err(status) => status,
             };
+            if let Some(refusal) = Refusal::of(&status) {
+                let _ = self.refusals.try_send(refusal);
+            }
             self.metrics.signing_failures.inc();
             let delay = backoff.next_delay();
             tracing::warn!(
-                failed,
+                failed = describe(&status),
                 due = due.len(),
                 "cannot get SVIDs signed; those at hand stay until they expire; trying again in {delay:.1?}"
             );
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
-                // Something new may have come that can be signed.
-                _ = versions.changed() => {}
+                // As somebody else we may be heard. A change of the cache is no reason: our own work is one.
+                changed = identity.changed() => if changed.is_err() { return },
             }
         }
     }
 
     /// Gets a batch signed; how many of it were refused.
-    async fn sign(&self, due: &[EntryId]) -> Result<usize, Status> {
+    async fn sign(&self, due: &[EntryId], retries: &mut Retries) -> Result<usize, Status> {
         let (count, key_type) = (due.len(), *self.key_type.borrow());
         // RSA keys take long to make; nobody else is to wait for them.
         let keys = tokio::task::spawn_blocking(move || {
@@ -127,24 +135,47 @@ impl Signing {
         if results.len() != count {
             return Err(Status::internal(format!("asked for {count} SVIDs, got {} results", results.len())));
         }
-        let mut refused = 0;
-        let mut signed = vec![];
+        let (mut refused, mut signed) = (vec![], vec![]);
         for ((id, key), result) in due.iter().zip(keys).zip(results) {
             let status = result.status.unwrap_or_default();
-            if status.code != i32::from(Code::Ok) {
-                refused += 1;
-                tracing::warn!(entry = %id, reason = status.message, "the server refused to sign");
-                continue;
-            }
-            match svid_from_wire(result.svid, key) {
-                Ok(svid) => signed.push((id, Arc::new(svid))),
-                Err(error) => {
-                    refused += 1;
-                    tracing::warn!(entry = %id, %error, "the server's SVID cannot be used");
+            let why = if status.code == i32::from(Code::Ok) {
+                match svid_from_wire(result.svid, key) {
+                    Ok(svid) if self.is_for(id, &svid) => {
+                        signed.push((id, Arc::new(svid)));
+                        continue;
+                    }
+                    // Kept by nobody, it would be asked for again at once, and again.
+                    Ok(svid) => {
+                        format!("it came for `{}`, which the entry does not say here; a change is under way", svid.id())
+                    }
+                    Err(error) => error.to_string(),
                 }
-            }
+            } else {
+                format!("the server refused to sign: {}", status.message)
+            };
+            tracing::warn!(entry = %id, why, "no SVID for an entry");
+            refused.push(id);
         }
         self.metrics.svids_signed.inc_by(signed.len() as u64);
+        for id in &refused {
+            // An entry that has gone meanwhile needs no other try.
+            if let Some(cached) = self.cache.read().entries.get(*id) {
+                retries.refused(&cached.entry, Instant::now());
+            }
+        }
+        signed.iter().for_each(|(id, _)| retries.signed(id));
+        // Whoever watches the cache is woken by a change only: refusals are none.
+        if !signed.is_empty() {
+            self.put(signed);
+        }
+        Ok(refused.len())
+    }
+
+    fn is_for(&self, id: &EntryId, svid: &X509Svid) -> bool {
+        self.cache.read().entries.get(id).is_none_or(|c| c.entry.spiffe_id == *svid.id())
+    }
+
+    fn put(&self, signed: Vec<(&EntryId, Arc<X509Svid>)>) {
         let now = self.link.now();
         self.cache.change(|state| {
             for (id, svid) in signed {
@@ -158,7 +189,6 @@ impl Signing {
                 }
             }
         });
-        Ok(refused)
     }
 }
 
@@ -168,13 +198,5 @@ fn is_due(cached: &Cached, state: &State, now: OffsetDateTime) -> bool {
         return false;
     }
     let Some(svid) = &cached.svid else { return true };
-    // Half of a life that began before the signature may be over at once: a quarter of what was left is waited for.
-    let earliest = cached.obtained + svid.remaining(cached.obtained) / 4;
-    if cached.stale || svid.renew_at(cached.jitter).max(earliest) <= now {
-        return true;
-    }
-    // Directly below a root: tainted, or gone from the bundle, means that a new one is needed at once.
-    let below_root = svid.chain().len() == 1;
-    let id = &svid.facts().authority_id;
-    below_root && state.bundle.as_ref().is_some_and(|b| !b.authorities.iter().any(|a| a.id() == id && !a.tainted))
+    cached.stale || renewal::is_due(svid, cached.obtained, cached.jitter, state.bundle.as_deref(), now)
 }

@@ -1,12 +1,15 @@
 //! What an agent keeps on disk: its own identity (key and chain in one file, so that they always belong together) and
 //! the last bundle. Workloads' keys are never here.
 
+use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use countersign_api::files::{write_atomically, write_secret};
 use countersign_identity::bundle::{certificates_from_pem, certificates_to_pem, pem_block};
 use countersign_identity::{PrivateKey, TrustDomain, X509Bundle, X509Svid};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject;
 use zeroize::Zeroizing;
@@ -19,21 +22,39 @@ pub struct StoreError {
     why: String,
 }
 
-/// The agent's folder.
+/// The agent's folder, which no other agent uses meanwhile.
 pub struct Store {
     identity: PathBuf,
     bundle: PathBuf,
+    probe: PathBuf,
+    _lock: Flock<File>,
 }
+
+/// Larger than any identity of ours: a key and a chain of a few certificates.
+const PROBE_BYTES: usize = 16 * 1024;
 
 fn failed(path: &Path, why: impl ToString) -> StoreError {
     StoreError { path: path.to_owned(), why: why.to_string() }
 }
 
 impl Store {
-    /// Makes the folder, mode 0700.
+    /// Makes the folder, mode 0700, and locks it: two agents would replace each other's identity.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| failed(dir, e))?;
-        Ok(Self { identity: dir.join("agent-svid.pem"), bundle: dir.join("bundle.pem") })
+        // The folder itself is locked: that leaves no file, needs no room, and works on a disk that is read-only.
+        let folder = File::open(dir).map_err(|e| failed(dir, e))?;
+        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            Errno::EWOULDBLOCK => failed(dir, "another agent uses this folder; give each agent its own --data-dir"),
+            other => failed(dir, format!("cannot lock the folder: {other}")),
+        })?;
+        let file = |name| dir.join(name);
+        Ok(Self { identity: file("agent-svid.pem"), bundle: file("bundle.pem"), probe: file(".probe"), _lock: lock })
+    }
+
+    /// Fails unless an identity could be written now: asked before something that works once is spent on one.
+    pub fn probe(&self) -> Result<(), StoreError> {
+        write_secret(&self.probe, &[0; PROBE_BYTES]).map_err(|e| failed(&self.probe, e))?;
+        std::fs::remove_file(&self.probe).map_err(|e| failed(&self.probe, e))
     }
 
     /// The identity of an earlier run. A file that cannot be used is reported and passed over.
@@ -66,5 +87,25 @@ impl Store {
     /// Keeps the bundle.
     pub fn put_bundle(&self, bundle: &X509Bundle) -> Result<(), StoreError> {
         write_atomically(&self.bundle, bundle.to_pem().as_bytes(), 0o644).map_err(|e| failed(&self.bundle, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_agent_on_the_same_folder_is_refused_until_the_first_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("agent");
+        let first = Store::open(&folder).unwrap();
+        let second = Store::open(&folder).err().map(|e| e.to_string());
+        let expected =
+            format!("{}: another agent uses this folder; give each agent its own --data-dir", folder.display());
+        assert_eq!(second, Some(expected));
+        first.probe().unwrap();
+        drop(first);
+        Store::open(&folder).unwrap().probe().unwrap();
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "neither lock nor probe leaves a file");
     }
 }

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
 use countersign_api::convert::{bundle_from_wire, entry_from_wire};
-use countersign_api::denied::{Reason, reason_of};
 use countersign_api::push::push_client::PushClient;
 use countersign_api::push::{WatchRequest, WatchResponse};
 use countersign_api::spire::bundle::bundle_client::BundleClient;
@@ -23,6 +22,7 @@ use tonic::{Code, Status};
 
 use crate::cache::{Cache, Cached, State};
 use crate::link::{CALL_TIMEOUT, Link, describe};
+use crate::refusal::{Refusal, was_cut};
 
 /// Brings the cache up to date and keeps it there, until `shutdown`.
 pub struct Sync {
@@ -31,7 +31,7 @@ pub struct Sync {
     /// What is kept up to date.
     pub cache: Arc<Cache>,
     /// Where refusals of this agent go.
-    pub denials: mpsc::Sender<Reason>,
+    pub refusals: mpsc::Sender<Refusal>,
     /// How often a server without push is asked.
     pub interval: Duration,
     /// Whose bundle is ours.
@@ -45,6 +45,24 @@ struct Position {
     revision: u64,
 }
 
+/// Connections in a row that were cut without a word before the server is taken to refuse our SVID. One that restarts cuts
+/// one or two.
+const CUTS: u32 = 3;
+
+/// How the way to the server has been of late.
+struct Line {
+    backoff: Backoff,
+    /// Connections that were cut since the server was last heard.
+    cuts: u32,
+}
+
+impl Line {
+    fn heard(&mut self) {
+        self.backoff.reset();
+        self.cuts = 0;
+    }
+}
+
 impl Sync {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
@@ -56,7 +74,7 @@ impl Sync {
 
     async fn follow(&self) {
         let mut identity = self.link.identity();
-        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let mut line = Line { backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)), cuts: 0 };
         let mut position = Position::default();
         loop {
             if identity.borrow_and_update().is_none() {
@@ -67,23 +85,25 @@ impl Sync {
             }
             let channel = self.link.channel();
             let ended = tokio::select! {
-                ended = self.pushed(channel.clone(), &mut position, &mut backoff) => ended,
+                ended = self.pushed(channel.clone(), &mut position, &mut line) => ended,
                 // A new SVID needs a new connection; the position makes that cheap.
                 _ = identity.changed() => continue,
             };
             let ended = if ended.code() == Code::Unimplemented {
                 tracing::info!("the server does not push; polling it every {:?}", self.interval);
                 tokio::select! {
-                    ended = self.polled(channel, &mut backoff) => ended,
+                    ended = self.polled(channel, &mut line) => ended,
                     _ = identity.changed() => continue,
                 }
             } else {
                 ended
             };
-            if let Some(reason) = reason_of(&ended) {
-                let _ = self.denials.try_send(reason);
+            line.cuts += u32::from(was_cut(&ended));
+            let refusal = Refusal::of(&ended).or((line.cuts >= CUTS).then_some(Refusal::Svid));
+            if let Some(refusal) = refusal {
+                let _ = self.refusals.try_send(refusal);
             }
-            let delay = backoff.next_delay();
+            let delay = line.backoff.next_delay();
             tracing::warn!(
                 status = describe(&ended),
                 "lost the server; serving from memory, trying again in {delay:.1?}"
@@ -92,7 +112,7 @@ impl Sync {
         }
     }
 
-    async fn pushed(&self, channel: Channel, position: &mut Position, backoff: &mut Backoff) -> Status {
+    async fn pushed(&self, channel: Channel, position: &mut Position, line: &mut Line) -> Status {
         let mut client = PushClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let request = WatchRequest { epoch: position.epoch.clone(), revision: position.revision };
         let mut stream = match client.watch(request).await {
@@ -102,7 +122,7 @@ impl Sync {
         loop {
             match stream.message().await {
                 Ok(Some(message)) => {
-                    backoff.reset();
+                    line.heard();
                     let at = Position { epoch: message.epoch.clone(), revision: message.revision };
                     self.take_push(message);
                     *position = at;
@@ -141,7 +161,7 @@ impl Sync {
         });
     }
 
-    async fn polled(&self, channel: Channel, backoff: &mut Backoff) -> Status {
+    async fn polled(&self, channel: Channel, line: &mut Line) -> Status {
         let mut entries = EntryClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let mut bundles = BundleClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         loop {
@@ -166,7 +186,7 @@ impl Sync {
                 Err(_) => return Status::deadline_exceeded("the server did not answer"),
                 Ok(Err(status)) => return status,
                 Ok(Ok((all, own, federated))) => {
-                    backoff.reset();
+                    line.heard();
                     self.take_poll(all, own, federated);
                 }
             }

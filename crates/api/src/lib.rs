@@ -9,6 +9,7 @@ pub mod convert;
 pub mod denied;
 pub mod directory;
 pub mod files;
+pub mod graceful;
 pub mod grpc;
 pub mod http;
 pub mod names;

@@ -71,3 +71,13 @@ fn a_caller_without_an_entry_learns_what_it_lacks() {
     let fresh = Cache::default();
     assert_eq!(fresh.matching(&set(&["unix:uid:1"]), OffsetDateTime::now_utc()).err(), Some(NoIdentity::NotSynced));
 }
+
+#[test]
+fn what_a_caller_is_called_forges_no_log_line() {
+    let c = cache(&[("a", &["unix:uid:1"])]);
+    let path = countersign_identity::Selector::new("unix", "path:/tmp/x\n2026 WARN forged\u{1b}[2J").unwrap();
+    let Err(NoIdentity::NoEntry(why)) = c.matching(&std::iter::once(path).collect(), OffsetDateTime::now_utc()) else {
+        panic!()
+    };
+    assert!(why.contains("path:/tmp/x\\n2026") && !why.contains(['\n', '\u{1b}']), "{why}");
+}

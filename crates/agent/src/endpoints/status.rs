@@ -31,6 +31,9 @@ impl StatusService for Endpoint {
         if let Some(svid) = agent {
             facts.push(("agent SVID expires".to_owned(), svid.facts().not_after.to_string()));
         }
+        if let Some(why) = core.link.keeper().unsaved() {
+            facts.push(("not on disk yet".to_owned(), why));
+        }
         let identities = state.entries.values().map(|c| Identity {
             entry_id: c.entry.id.to_string(),
             spiffe_id: c.entry.spiffe_id.to_string(),

@@ -1,0 +1,183 @@
+//! Keeps the agent's own identity: attests at the start, renews at half life and when the authority above is tainted, and
+//! attests again where the server asks or no longer accepts the SVID.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_api::backoff::Backoff;
+use countersign_api::denied::Reason;
+use countersign_identity::X509Svid;
+use time::OffsetDateTime;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::cache::Cache;
+use crate::link::{Link, LinkError};
+use crate::refusal::Refusal;
+use crate::renewal;
+
+/// The time is looked at this often, so that a clock that jumps is noticed.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Runs until `shutdown`. `refusals` brings what other calls to the server met.
+pub async fn keep(link: Arc<Link>, cache: Arc<Cache>, refusals: mpsc::Receiver<Refusal>, shutdown: CancellationToken) {
+    let backoff = |most| Backoff::new(Duration::from_millis(250), Duration::from_secs(most));
+    let state = State {
+        link,
+        cache,
+        refusals,
+        jitter: draw(),
+        obtained: OffsetDateTime::UNIX_EPOCH,
+        refused: false,
+        backoff: backoff(30),
+        disk: Disk { backoff: backoff(60), next: Instant::now() },
+    };
+    tokio::select! {
+        () = state.follow() => {}
+        () = shutdown.cancelled() => {}
+    }
+}
+
+struct State {
+    link: Arc<Link>,
+    cache: Arc<Cache>,
+    refusals: mpsc::Receiver<Refusal>,
+    jitter: f64,
+    /// When the SVID came; 1970 for one of an earlier run, whose signature is long ago.
+    obtained: OffsetDateTime,
+    /// The server does not accept our SVID, which is kept until there is another one.
+    refused: bool,
+    backoff: Backoff,
+    disk: Disk,
+}
+
+/// When what is not on disk yet is tried again.
+struct Disk {
+    backoff: Backoff,
+    next: Instant,
+}
+
+/// What there is to do now.
+enum Due {
+    Nothing,
+    Attest,
+    Renew,
+}
+
+impl State {
+    async fn follow(mut self) {
+        loop {
+            self.write_pending();
+            let result = match self.due() {
+                Due::Nothing => {
+                    tokio::select! {
+                        () = tokio::time::sleep(LOOK) => {}
+                        refusal = self.refusals.recv() => match refusal {
+                            Some(refusal) => self.heed(refusal),
+                            None => return,
+                        },
+                    }
+                    continue;
+                }
+                Due::Attest => self.link.attest().await.inspect(|svid| tracing::info!(agent = %svid.id(), "attested")),
+                Due::Renew => self.link.renew().await.inspect(|svid| {
+                    tracing::info!(serial = svid.facts().serial, until = %svid.facts().not_after, "agent SVID renewed");
+                }),
+            };
+            match result {
+                Ok(_) => self.succeeded(),
+                Err(error) => self.failed(&error).await,
+            }
+        }
+    }
+
+    fn due(&mut self) -> Due {
+        let Some(svid) = self.link.identity().borrow().clone() else { return Due::Attest };
+        let now = self.link.now();
+        if svid.is_expired(now) {
+            tracing::error!(agent = %svid.id(), expired_at = %svid.facts().not_after, "the agent's own SVID has expired; attesting again");
+            self.link.forget();
+            return Due::Attest;
+        }
+        if self.refused && self.link.can_attest() {
+            return Due::Attest;
+        }
+        if self.renewal_is_due(&svid, now) { Due::Renew } else { Due::Nothing }
+    }
+
+    fn renewal_is_due(&self, svid: &X509Svid, now: OffsetDateTime) -> bool {
+        renewal::is_due(svid, self.obtained, self.jitter, self.link.bundle().as_deref(), now)
+    }
+
+    fn succeeded(&mut self) {
+        self.backoff.reset();
+        self.jitter = draw();
+        self.obtained = self.link.now();
+        self.refused = false;
+        // What was said of the SVID before does not hold for this one.
+        while self.refusals.try_recv().is_ok() {}
+    }
+
+    async fn failed(&mut self, error: &LinkError) {
+        let delay = self.backoff.next_delay();
+        tracing::error!(%error, "cannot prove this node to the server; trying again in {delay:.1?}");
+        if let Some(refusal) = error.refusal() {
+            self.heed(refusal);
+        }
+        tokio::time::sleep(delay).await;
+    }
+
+    /// Does what the server's refusal asks for.
+    fn heed(&mut self, refusal: Refusal) {
+        match refusal {
+            Refusal::Agent(Reason::AgentBanned) => {
+                tracing::error!("this agent is banned: its workloads' identities are withdrawn");
+                self.cache.change(|state| {
+                    state.entries.clear();
+                    state.synced = true;
+                });
+                self.link.forget();
+            }
+            Refusal::Agent(
+                reason @ (Reason::AgentExpired
+                | Reason::AgentNotAttested
+                | Reason::AgentNotActive
+                | Reason::AgentMustReattest),
+            ) => {
+                tracing::warn!(?reason, "the server asks this agent to attest again");
+                self.link.forget();
+            }
+            Refusal::Agent(Reason::Unknown) => {}
+            Refusal::Svid => self.svid_refused(),
+        }
+    }
+
+    /// The SVID stays until there is another one: it may be good for a server that is reached next.
+    fn svid_refused(&mut self) {
+        if self.refused || self.link.identity().borrow().is_none() {
+            return;
+        }
+        self.refused = true;
+        if self.link.can_attest() {
+            tracing::warn!("the server does not accept this agent's SVID; attesting again");
+        } else {
+            tracing::error!(
+                "the server does not accept this agent's SVID, and a join token works once: workloads are served from memory until their SVIDs end. Make a token (`countersign token generate`), put it into the --join-token-file, and restart the agent"
+            );
+        }
+    }
+
+    fn write_pending(&mut self) {
+        if self.disk.next <= Instant::now() && self.link.keeper().unsaved().is_some() {
+            if self.link.keeper().write_pending() {
+                self.disk.backoff.reset();
+            }
+            self.disk.next = Instant::now() + self.disk.backoff.next_delay();
+        }
+    }
+}
+
+fn draw() -> f64 {
+    rand::random_range(-1.0..=1.0)
+}

@@ -1,0 +1,101 @@
+//! When an SVID is due for renewal: the agent's own and its workloads' alike.
+
+use std::time::Duration;
+
+use countersign_identity::{X509Bundle, X509Svid};
+use time::OffsetDateTime;
+
+/// Shortest time from one signature to the next for the same identity. An authority that is about to end signs lives of
+/// seconds, whose every fraction would be over at once.
+pub const PAUSE: Duration = Duration::from_secs(2);
+
+/// Longest time that an SVID below a tainted or missing authority is used on when its successor was below one too: the bundle
+/// in which that is good may still be under way.
+const STEADY: Duration = Duration::from_secs(5);
+
+/// Whether a new SVID should be asked for. `obtained`: when this one came; `jitter` from -1.0 to 1.0; `bundle`: our trust
+/// domain's, by the latest word of the server.
+pub fn is_due(
+    svid: &X509Svid,
+    obtained: OffsetDateTime,
+    jitter: f64,
+    bundle: Option<&X509Bundle>,
+    now: OffsetDateTime,
+) -> bool {
+    let of_life = svid.renew_at(jitter) <= now;
+    let of_trust = bundle.is_some_and(|bundle| !is_below_good_root(svid, bundle));
+    if !of_life && !of_trust {
+        return false;
+    }
+    // A clock that was set back says nothing of how long ago the last signature was.
+    if obtained > now {
+        return true;
+    }
+    // Half of a life that began before the signature may be over at once: a quarter of what was left is waited for.
+    let quarter = svid.remaining(obtained) / 4;
+    let wait = if of_trust { quarter.min(STEADY) } else { quarter };
+    obtained + wait.max(PAUSE) <= now
+}
+
+/// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed for the
+/// sake of its life alone: its bundle does not tell which of them is tainted.
+fn is_below_good_root(svid: &X509Svid, bundle: &X509Bundle) -> bool {
+    let id = &svid.facts().authority_id;
+    svid.chain().len() > 1 || bundle.authorities.iter().any(|a| a.id() == id && !a.tainted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Ca;
+
+    const fn secs(s: u64) -> Duration {
+        Duration::from_secs(s)
+    }
+
+    #[test]
+    fn an_svid_is_due_at_half_of_its_life() {
+        let now = OffsetDateTime::now_utc();
+        let ca = Ca::new(now);
+        let svid = ca.svid("/w", secs(200), now);
+        let due = |at| is_due(&svid, now, 0.0, Some(&ca.bundle()), at);
+        assert!(!due(now + secs(90)));
+        assert!(due(now + secs(96)), "10 s of its life were over when it came");
+    }
+
+    #[test]
+    fn lives_of_seconds_are_signed_at_most_every_other_second() {
+        let start = OffsetDateTime::now_utc();
+        // An authority with nine seconds left: whatever it signs ends when it ends.
+        let ca = Ca::lasting(secs(9), start);
+        let (mut signatures, mut at) = (0, start);
+        let (mut svid, mut obtained) = (ca.svid("/w", secs(3_600), start), start);
+        while at < start + secs(8) {
+            at += Duration::from_millis(10);
+            if is_due(&svid, obtained, 0.0, Some(&ca.bundle()), at) {
+                (svid, obtained, signatures) = (ca.svid("/w", secs(3_600), at), at, signatures + 1);
+            }
+        }
+        assert!((1..=4).contains(&signatures), "{signatures}");
+        // And one that has ended already is no reason to spin.
+        assert!(!is_due(&svid, at, 0.0, Some(&ca.bundle()), at + secs(1)));
+    }
+
+    #[test]
+    fn a_tainted_or_missing_authority_makes_an_svid_due_without_a_spin() {
+        let now = OffsetDateTime::now_utc();
+        let ca = Ca::new(now);
+        let svid = ca.svid("/w", secs(3_600), now);
+        let long_ago = now - secs(600);
+        let mut tainted = ca.bundle();
+        tainted.authorities[0].tainted = true;
+        let gone = Ca::new(now).bundle();
+        for bundle in [&tainted, &gone] {
+            assert!(is_due(&svid, long_ago, 0.0, Some(bundle), now));
+            assert!(!is_due(&svid, now, 0.0, Some(bundle), now + secs(4)), "just signed: the bundle is under way");
+            assert!(is_due(&svid, now, 0.0, Some(bundle), now + secs(6)));
+        }
+        assert!(!is_due(&svid, long_ago, 0.0, Some(&ca.bundle()), now));
+        assert!(!is_due(&svid, long_ago, 0.0, None, now), "without a bundle nothing is known of the authority");
+    }
+}

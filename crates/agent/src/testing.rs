@@ -1,0 +1,133 @@
+//! What the tests of this crate share: an authority, entries, and a server that behaves as each test wants.
+
+#![allow(clippy::unwrap_used)]
+
+mod fake_server;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_identity::bundle::pem_block;
+use countersign_identity::profile::{
+    Issued, LeafRequest, RequestedKey, SigningAuthority, issue_leaf, issue_root, request,
+};
+use countersign_identity::trust_domain::parse_trust_domain;
+use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustDomain, X509Bundle, X509Svid};
+use time::OffsetDateTime;
+use tokio::sync::watch;
+
+use crate::cache::Cached;
+use crate::config::{Config, Evidence};
+
+pub use fake_server::FakeServer;
+
+/// The trust domain of all tests.
+pub fn td() -> TrustDomain {
+    parse_trust_domain("test.local").unwrap()
+}
+
+/// An SPIFFE ID in it.
+pub fn id(path: &str) -> SpiffeId {
+    SpiffeId::new(format!("spiffe://test.local{path}")).unwrap()
+}
+
+/// A root that signs.
+pub struct Ca(SigningAuthority);
+
+impl Ca {
+    /// One that lasts for a day.
+    pub fn new(now: OffsetDateTime) -> Self {
+        Self::lasting(Duration::from_secs(86_400), now)
+    }
+
+    /// One that lasts for so long.
+    pub fn lasting(ttl: Duration, now: OffsetDateTime) -> Self {
+        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let root = issue_root(&td(), &key, ttl, now).unwrap();
+        Self(SigningAuthority::new(root, vec![], &key).unwrap())
+    }
+
+    /// A bundle of this root alone.
+    pub fn bundle(&self) -> X509Bundle {
+        X509Bundle::from_pem(td(), pem_block("CERTIFICATE", self.0.certificate()).as_bytes()).unwrap()
+    }
+
+    /// Signs a request.
+    pub fn sign(&self, id: &SpiffeId, csr: &[u8], ttl: Duration, now: OffsetDateTime) -> Issued {
+        let key = RequestedKey::from_csr(csr).unwrap();
+        issue_leaf(&LeafRequest { id, dns_names: &[], key: &key, ttl }, &self.0, now).unwrap()
+    }
+
+    /// An SVID with a fresh key.
+    pub fn svid(&self, path: &str, ttl: Duration, now: OffsetDateTime) -> X509Svid {
+        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let issued = self.sign(&id(path), &request(&key, None).unwrap(), ttl, now);
+        X509Svid::new(issued.chain, key).unwrap()
+    }
+}
+
+/// An entry for `/NAME`, with this revision.
+pub fn entry(name: &str, revision: i64) -> Entry {
+    Entry {
+        id: name.parse().unwrap(),
+        spiffe_id: id(&format!("/{name}")),
+        parent_id: id("/spire/agent/test/1"),
+        selectors: std::iter::once("unix:uid:0".parse().unwrap()).collect(),
+        x509_svid_ttl: None,
+        jwt_svid_ttl: None,
+        federates_with: BTreeSet::new(),
+        admin: false,
+        downstream: false,
+        dns_names: vec![],
+        expires_at: None,
+        hint: String::new(),
+        store_svid: false,
+        revision,
+        created_at: OffsetDateTime::UNIX_EPOCH,
+    }
+}
+
+/// The same without an SVID yet.
+pub fn cached(name: &str, revision: i64) -> Cached {
+    Cached {
+        entry: Arc::new(entry(name, revision)),
+        svid: None,
+        stale: false,
+        obtained: OffsetDateTime::UNIX_EPOCH,
+        jitter: 0.0,
+    }
+}
+
+/// The settings of an agent below `dir` that talks to `server` and knows it by `bundle`.
+pub fn config(dir: &Path, server: String, bundle: &X509Bundle, evidence: Evidence) -> Config {
+    let trust_bundle = dir.join("given.pem");
+    std::fs::write(&trust_bundle, bundle.to_pem()).unwrap();
+    Config {
+        trust_domain: td(),
+        server,
+        socket: dir.join("agent.sock"),
+        data_dir: dir.join("agent"),
+        trust_bundle: Some(trust_bundle),
+        evidence: Some(evidence),
+        key_type: watch::Sender::new(KeyType::EcP256).subscribe(),
+        sync_interval: Duration::from_secs(1),
+        discover_path: false,
+        hash_limit: 0,
+        foreign_namespaces: true,
+        kubelet: None,
+        metrics: None,
+    }
+}
+
+/// Polls until `look` finds something, for twenty seconds at most.
+pub async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    for _ in 0..1_000 {
+        if let Some(found) = look() {
+            return found;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("waited for {what}");
+}

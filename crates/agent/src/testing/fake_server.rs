@@ -1,0 +1,274 @@
+//! A server on loopback: real TLS and gRPC, an authority that can be exchanged, and a few knobs.
+
+use std::collections::BTreeSet;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use countersign_api::convert::{bundle_to_wire, entry_to_wire, id_to_wire};
+use countersign_api::push::push_server::{Push, PushServer};
+use countersign_api::push::{WatchRequest, WatchResponse};
+use countersign_api::spire::agent::agent_server::{Agent, AgentServer};
+use countersign_api::spire::agent::attest_agent_request::Step as Asked;
+use countersign_api::spire::agent::attest_agent_response::{Result as Attested, Step as Answered};
+use countersign_api::spire::agent::{
+    AttestAgentRequest, AttestAgentResponse, BanAgentRequest, CountAgentsRequest, CountAgentsResponse,
+    CreateJoinTokenRequest, DeleteAgentRequest, GetAgentRequest, ListAgentsRequest, ListAgentsResponse,
+    PostStatusRequest, PostStatusResponse, RenewAgentRequest, RenewAgentResponse,
+};
+use countersign_api::spire::svid::svid_server::{Svid, SvidServer};
+use countersign_api::spire::svid::{
+    BatchNewX509svidRequest, BatchNewX509svidResponse, MintJwtsvidRequest, MintJwtsvidResponse, MintX509svidRequest,
+    MintX509svidResponse, NewDownstreamX509caRequest, NewDownstreamX509caResponse, NewJwtsvidRequest,
+    NewJwtsvidResponse, batch_new_x509svid_response,
+};
+use countersign_api::spire::types;
+use countersign_api::tls::{ServerTls, SvidVerifier, certified_key};
+use countersign_api::transport::accept_tls;
+use countersign_identity::profile::Issued;
+use countersign_identity::{BundleSet, Entry, SpiffeId, X509Bundle};
+use futures::Stream;
+use time::OffsetDateTime;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Ca, id};
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// A server that a test holds.
+#[derive(Clone)]
+pub struct FakeServer {
+    /// Where it listens.
+    pub address: String,
+    inner: Arc<Mutex<Inner>>,
+    /// What it pushes: entries, and the bundle.
+    pushed: watch::Sender<(Vec<Entry>, X509Bundle)>,
+}
+
+struct Inner {
+    ca: Ca,
+    /// What clients are verified by.
+    trusted: Arc<BundleSet>,
+    agent_ttl: Duration,
+    svid_ttl: Duration,
+    refused: BTreeSet<String>,
+    attestations: usize,
+    renewals: usize,
+    signing_calls: Vec<Vec<String>>,
+}
+
+impl FakeServer {
+    /// Starts one, with a fresh authority.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let ca = Ca::new(OffsetDateTime::now_utc());
+        let hour = Duration::from_secs(3_600);
+        let pushed = watch::Sender::new((vec![], ca.bundle()));
+        let inner = Inner {
+            trusted: Arc::new(std::iter::once(ca.bundle()).collect()),
+            ca,
+            agent_ttl: hour,
+            svid_ttl: hour,
+            refused: BTreeSet::new(),
+            attestations: 0,
+            renewals: 0,
+            signing_calls: vec![],
+        };
+        let address = listener.local_addr().unwrap().to_string();
+        let server = Self { address, inner: Arc::new(Mutex::new(inner)), pushed };
+        let tls = server.clone();
+        let incoming = accept_tls(listener, move || {
+            let inner = tls.lock();
+            let own = inner.ca.svid("/spire/server", Duration::from_secs(600), OffsetDateTime::now_utc());
+            let trusted = inner.trusted.clone();
+            let verifier = SvidVerifier::new(move || trusted.clone(), |_| Ok(())).client_may_be_anonymous();
+            Arc::new(ServerTls::new(certified_key(&own).unwrap(), verifier, &[b"h2"]).unwrap())
+        });
+        let serve = tonic::transport::Server::builder()
+            .add_service(AgentServer::new(server.clone()))
+            .add_service(SvidServer::new(server.clone()))
+            .add_service(PushServer::new(server.clone()))
+            .serve_with_incoming(incoming);
+        tokio::spawn(serve);
+        server
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap()
+    }
+
+    /// The bundle of its authority.
+    pub fn bundle(&self) -> X509Bundle {
+        self.lock().ca.bundle()
+    }
+
+    /// Signs for agents with this life.
+    pub fn agent_ttl(&self, ttl: Duration) {
+        self.lock().agent_ttl = ttl;
+    }
+
+    /// Signs by another authority from now on. Clients of the old one are accepted still.
+    pub fn next_authority(&self, ca: Ca) -> X509Bundle {
+        let mut inner = self.lock();
+        let old = inner.ca.bundle();
+        let mut both = ca.bundle();
+        both.authorities.extend(old.authorities);
+        inner.trusted = Arc::new(std::iter::once(both.clone()).collect());
+        inner.ca = ca;
+        both
+    }
+
+    /// Accepts clients of its own authority alone.
+    pub fn revoke_others(&self) {
+        let mut inner = self.lock();
+        inner.trusted = Arc::new(std::iter::once(inner.ca.bundle()).collect());
+    }
+
+    /// Pushes entries and a bundle to all agents.
+    pub fn push(&self, entries: Vec<Entry>, bundle: X509Bundle) {
+        self.pushed.send_replace((entries, bundle));
+    }
+
+    /// Refuses to sign for these entries.
+    pub fn refuse(&self, entries: impl IntoIterator<Item = String>) {
+        self.lock().refused = entries.into_iter().collect();
+    }
+
+    /// How often agents attested and renewed themselves.
+    pub fn agent_signatures(&self) -> (usize, usize) {
+        let inner = self.lock();
+        (inner.attestations, inner.renewals)
+    }
+
+    /// The entries of each call for signatures.
+    pub fn signing_calls(&self) -> Vec<Vec<String>> {
+        self.lock().signing_calls.clone()
+    }
+
+    fn sign_agent(&self, csr: &[u8]) -> types::X509svid {
+        let inner = self.lock();
+        let agent = id("/spire/agent/test/1");
+        svid(&agent, inner.ca.sign(&agent, csr, inner.agent_ttl, OffsetDateTime::now_utc()))
+    }
+}
+
+fn svid(id: &SpiffeId, issued: Issued) -> types::X509svid {
+    types::X509svid {
+        id: Some(id_to_wire(id)),
+        cert_chain: issued.chain.iter().map(|c| c.to_vec()).collect(),
+        expires_at: issued.facts.not_after.unix_timestamp(),
+        ..Default::default()
+    }
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+fn no<T>() -> Answer<T> {
+    Err(Status::unimplemented("not in tests"))
+}
+
+#[async_trait]
+impl Agent for FakeServer {
+    type AttestAgentStream = Answers<AttestAgentResponse>;
+
+    async fn attest_agent(&self, request: Request<Streaming<AttestAgentRequest>>) -> Answer<Self::AttestAgentStream> {
+        let mut requests = request.into_inner();
+        let Some(AttestAgentRequest { step: Some(Asked::Params(params)) }) = requests.message().await? else {
+            return Err(Status::invalid_argument("params"));
+        };
+        self.lock().attestations += 1;
+        let svid = self.sign_agent(&params.params.unwrap().csr);
+        let (tx, rx) = mpsc::channel(1);
+        let step = Some(Answered::Result(Attested { svid: Some(svid), reattestable: true }));
+        tx.send(Ok(AttestAgentResponse { step })).await.unwrap();
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+
+    async fn renew_agent(&self, request: Request<RenewAgentRequest>) -> Answer<RenewAgentResponse> {
+        self.lock().renewals += 1;
+        let csr = request.into_inner().params.unwrap().csr;
+        Ok(Response::new(RenewAgentResponse { svid: Some(self.sign_agent(&csr)) }))
+    }
+
+    async fn count_agents(&self, _: Request<CountAgentsRequest>) -> Answer<CountAgentsResponse> {
+        no()
+    }
+    async fn list_agents(&self, _: Request<ListAgentsRequest>) -> Answer<ListAgentsResponse> {
+        no()
+    }
+    async fn get_agent(&self, _: Request<GetAgentRequest>) -> Answer<types::Agent> {
+        no()
+    }
+    async fn delete_agent(&self, _: Request<DeleteAgentRequest>) -> Answer<()> {
+        no()
+    }
+    async fn ban_agent(&self, _: Request<BanAgentRequest>) -> Answer<()> {
+        no()
+    }
+    async fn create_join_token(&self, _: Request<CreateJoinTokenRequest>) -> Answer<types::JoinToken> {
+        no()
+    }
+    async fn post_status(&self, _: Request<PostStatusRequest>) -> Answer<PostStatusResponse> {
+        no()
+    }
+}
+
+#[async_trait]
+impl Svid for FakeServer {
+    async fn batch_new_x509svid(&self, request: Request<BatchNewX509svidRequest>) -> Answer<BatchNewX509svidResponse> {
+        let params = request.into_inner().params;
+        let mut inner = self.lock();
+        inner.signing_calls.push(params.iter().map(|p| p.entry_id.clone()).collect());
+        let results = params.into_iter().map(|p| {
+            if inner.refused.contains(&p.entry_id) {
+                let status = types::Status { code: 3, message: "refused by the test".into() };
+                return batch_new_x509svid_response::Result { status: Some(status), svid: None };
+            }
+            let id = id(&format!("/{}", p.entry_id));
+            let issued = inner.ca.sign(&id, &p.csr, inner.svid_ttl, OffsetDateTime::now_utc());
+            batch_new_x509svid_response::Result { status: None, svid: Some(svid(&id, issued)) }
+        });
+        Ok(Response::new(BatchNewX509svidResponse { results: results.collect() }))
+    }
+
+    async fn mint_x509svid(&self, _: Request<MintX509svidRequest>) -> Answer<MintX509svidResponse> {
+        no()
+    }
+    async fn mint_jwtsvid(&self, _: Request<MintJwtsvidRequest>) -> Answer<MintJwtsvidResponse> {
+        no()
+    }
+    async fn new_jwtsvid(&self, _: Request<NewJwtsvidRequest>) -> Answer<NewJwtsvidResponse> {
+        no()
+    }
+    async fn new_downstream_x509ca(
+        &self,
+        _: Request<NewDownstreamX509caRequest>,
+    ) -> Answer<NewDownstreamX509caResponse> {
+        no()
+    }
+}
+
+#[async_trait]
+impl Push for FakeServer {
+    type WatchStream = Answers<WatchResponse>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Answer<Self::WatchStream> {
+        let pushes = WatchStream::new(self.pushed.subscribe()).map(|(entries, bundle)| {
+            Ok(WatchResponse {
+                epoch: "test".into(),
+                revision: 1,
+                snapshot: true,
+                upserted: entries.iter().map(entry_to_wire).collect(),
+                removed_ids: vec![],
+                bundle: Some(bundle_to_wire(&bundle)),
+                federated_bundles: vec![],
+            })
+        });
+        Ok(Response::new(Box::pin(pushes)))
+    }
+}
