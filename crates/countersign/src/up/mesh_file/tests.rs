@@ -104,11 +104,11 @@ fn mistakes() -> Vec<(String, &'static str)> {
         (above("name: x") + "---\n" + &above("name: y"), "mesh.yaml:5: a second YAML document begins here; expected one document in the file"),
         // YAML that is none.
         ("workloads:\n\t- name: a\n".into(), "mesh.yaml:2: a tab is used for indentation; use spaces"),
-        (with("ports: [80"), "mesh.yaml:4: a list is opened by `[` and not closed: expected `,` or `]`"),
-        (with("env: {A: b"), "mesh.yaml:4: a map is opened by `{` and not closed: expected `,` or `}`"),
+        (with("ports: [80"), "mesh.yaml:4: `[` is opened and not closed"),
+        (with("env: {A: b"), "mesh.yaml:4: `{` is opened and not closed"),
         (with("env: {A: 'b}"), "mesh.yaml:4: a quote is opened and not closed"),
         (with("user: a: b"), "mesh.yaml:4: `: ` stands where no key can be: check the indentation, or quote a text that contains it"),
-        ("workloads:\n  - name: a\n   command: [sleep]\n".into(), "mesh.yaml:3: the indentation does not fit that of the lines above"),
+        ("workloads:\n  - name: a\n   command: [sleep]\n".into(), "mesh.yaml:3: expected a list item, `- …`: check the indentation"),
         (with("user: !env USER"), "mesh.yaml:4: the tag `!env` is not supported; leave it out"),
         (with("user: *who"), "mesh.yaml:4: this alias names an anchor that is not set above it"),
         // Keys.
