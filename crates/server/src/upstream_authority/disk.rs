@@ -1,19 +1,16 @@
 //! An upstream CA from files: certificate, key, and the roots where the certificate is not one itself.
 
-use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_identity::bundle::certificates_from_pem;
 use countersign_identity::profile::{IssueError, SigningAuthority, issue_intermediate};
 use countersign_identity::{KeyType, PrivateKey, TrustDomain, X509Authority};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::probe::probe;
-use super::{UpstreamAuthority, UpstreamError, UpstreamSigned};
+use super::{UpstreamAuthority, UpstreamError, UpstreamSigned, pem};
 use crate::config::UpstreamDisk;
 
 /// Life of the CA certificate that is signed once at start to try the files. It never leaves this process.
@@ -58,14 +55,13 @@ impl Disk {
     fn load(&self, now: OffsetDateTime) -> Result<Loaded, UpstreamError> {
         let path = &self.0.certificate;
         let wrong = |why: String| UpstreamError::Content { path: path.clone(), why };
-        let mut chain = certificates_from_pem(&read(path)?).map_err(|e| wrong(e.to_string()))?;
+        let mut chain = pem::certificates(path)?;
         check_chain(&chain, now).map_err(wrong)?;
-        let key = load_key(&self.0.key)?;
+        let key = pem::key(&self.0.key)?;
         let signer = SigningAuthority::new(chain[0].clone(), vec![], &key)
             .map_err(|e| wrong(format!("{e} (key: {})", self.0.key.display())))?;
         let roots = if let Some(bundle) = &self.0.bundle {
-            certificates_from_pem(&read(bundle)?)
-                .map_err(|e| UpstreamError::Content { path: bundle.clone(), why: e.to_string() })?
+            pem::certificates(bundle)?
         } else {
             let last = chain.last().cloned().into_iter().collect::<Vec<_>>();
             if !last.first().is_some_and(is_self_signed) {
@@ -76,7 +72,10 @@ impl Disk {
         };
         let roots = roots
             .iter()
-            .map(|der| X509Authority::from_der(der.to_vec()).map_err(|e| wrong(e.to_string())))
+            .map(|der| {
+                let path = self.0.bundle.as_ref().unwrap_or(path).clone();
+                X509Authority::from_der(der.to_vec()).map_err(|e| UpstreamError::Content { path, why: e.to_string() })
+            })
             .collect::<Result<Vec<_>, _>>()?;
         // The path of a peer ends at the first certificate that it trusts: that one and those above it are not sent, for
         // what is not in the path is refused.
@@ -86,25 +85,13 @@ impl Disk {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, UpstreamError> {
-    std::fs::read(path).map_err(|source| UpstreamError::Io { path: path.to_owned(), source })
-}
-
-/// Reads a PEM private key (PKCS#8).
-fn load_key(path: &Path) -> Result<PrivateKey, UpstreamError> {
-    let wrong = |why: String| UpstreamError::Content { path: path.to_owned(), why };
-    let pem = zeroize::Zeroizing::new(read(path)?);
-    let der = PrivatePkcs8KeyDer::from_pem_slice(&pem)
-        .map_err(|e| wrong(format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`")))?;
-    PrivateKey::from_pkcs8(der.secret_pkcs8_der().to_vec()).map_err(|e| wrong(e.to_string()))
-}
-
 fn is_self_signed(cert: &CertificateDer<'_>) -> bool {
     X509Certificate::from_der(cert).is_ok_and(|(_, c)| c.issuer() == c.subject())
 }
 
 /// Explains what would only show at the first handshake: CA flag, key usage, path length, time.
 fn check_chain(chain: &[CertificateDer<'_>], now: OffsetDateTime) -> Result<(), String> {
+    pem::check_order(chain)?;
     for (above, der) in chain.iter().enumerate() {
         let (_, cert) = X509Certificate::from_der(der).map_err(|e| e.to_string())?;
         let subject = cert.subject();

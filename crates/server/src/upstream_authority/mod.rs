@@ -1,6 +1,7 @@
 //! The PKI above us.
 
 mod disk;
+mod pem;
 mod probe;
 
 use std::path::PathBuf;
