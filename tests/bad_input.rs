@@ -29,7 +29,7 @@ fn role_flags_and_files() {
     one_line(&mut countersign(&["server", "--config", "/no/such.yaml"]), "/no/such.yaml: cannot be read");
     one_line(
         &mut countersign(&["server", "--config", &unknown]),
-        "unknown.yaml:2: unknown field `bindd`, expected one of trust_domain, bind,",
+        "unknown.yaml:2: unknown key `bindd`; did you mean `bind`?",
     );
     one_line(&mut countersign(&["server", "--config", &wrong]), "wrong.yaml:2: bind: ");
     one_line(
@@ -112,6 +112,56 @@ fn role_flags_and_files() {
     assert!(!dir.path().join("a.sock").exists(), "nothing is left");
 }
 
+/// Runs a line of `sh`, where `$0` is the program; exit code and what it says on standard error.
+fn shell(line: &str) -> (i32, String) {
+    let output = Command::new("bash").args(["-o", "pipefail", "-c", line, COUNTERSIGN]).output().unwrap();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_and_a_full_disk_are_no_reason_to_panic() {
+    for command in ["completion bash", "install --set trustDomain=a.b", "install --show-values", "--help", "up --help"]
+    {
+        let (code, said) = shell(&format!("\"$0\" {command} | head -c 1 >/dev/null"));
+        assert!((code == 141 || code == 0) && said.is_empty(), "{command}: {code} {said}");
+        let (code, said) = shell(&format!("\"$0\" {command} >/dev/full"));
+        assert_eq!(code, 1, "{command}: {said}");
+        assert_eq!(said, "countersign: cannot write to standard output: No space left on device (os error 28)\n");
+    }
+    // Nobody to tell: the exit code alone is left.
+    assert_eq!(shell("\"$0\" up /no/mesh.yaml 2>/dev/full").0, 2);
+    assert_eq!(shell("\"$0\" up /no/mesh.yaml 2>&-").0, 2);
+}
+
+#[test]
+fn files_that_are_no_files_and_tokens_that_are_no_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let token = dir.path().join("token").display().to_string();
+    std::fs::write(&token, "token    0b7c2a9e\nexpires  2026-01-01T00:00:00Z\n").unwrap();
+    let agent =
+        |token: &str| countersign(&["agent", "--trust-domain", "a", "--server", "h:1", "--join-token-file", token]);
+    one_line(
+        &mut agent(&token),
+        "token: expected a join token alone, found more around it; write it with `countersign token generate -q`",
+    );
+    one_line(&mut agent("/dev/zero"), "--join-token-file: /dev/zero: it is a device; expected a file");
+    for role in ["server", "agent", "proxy"] {
+        one_line(&mut countersign(&[role, "--config", "/dev/zero"]), "/dev/zero: cannot be read: it is a device");
+    }
+    one_line(&mut countersign(&["up", "/dev/zero"]), "/dev/zero: cannot be read: it is a device; expected a file");
+    one_line(&mut countersign(&["up", "/dev/\u{1b}[2J\nx"]), "/dev/\\u{1b}[2J x: cannot be read: No such file");
+}
+
+#[test]
+fn hidden_commands_are_not_suggested() {
+    for wrong in ["top", "shp", "lunch", "prob"] {
+        let (code, said) = outcome(&mut countersign(&[wrong]));
+        let hidden =
+            ["shop", "launch", "probe", "capture", "sidecar-hook"].iter().any(|h| said.contains(&format!("'{h}'")));
+        assert!(code == 2 && !hidden, "{said}");
+    }
+}
+
 #[test]
 fn a_taken_port_and_a_taken_socket() {
     let dir = tempfile::tempdir().unwrap();
@@ -182,7 +232,7 @@ fn up_and_run_say_what_to_mend() {
         "mesh.yaml:4: command: there is no program `no-such-program` on the PATH; install it, or write its whole path",
     );
     let bad = file("name: bad-one\nworkloads:\n  - name: a\n    command: [sleep, '9']\n    ports: [80, 80]\n");
-    one_line(&mut countersign(&["up", &bad]), "mesh.yaml:5: ports: port 80 is there twice");
+    one_line(&mut countersign(&["up", &bad]), "mesh.yaml:5: ports: 80 is in this list twice");
     one_line(&mut countersign(&["up", "/no/mesh.yaml"]), "/no/mesh.yaml: cannot be read");
     // A folder that another user may pass through, for the program itself.
     sh(&format!("chmod 755 {0} && cp {COUNTERSIGN} {0}/countersign", dir.path().display()));
@@ -201,7 +251,7 @@ fn up_and_run_say_what_to_mend() {
         &mut as_nobody(&["redirect"]),
         "changing the redirect needs CAP_NET_ADMIN in this network namespace; run as root",
     );
-    one_line(&mut countersign(&["run", "--name", "A b", "--", "true"]), "--name: `A b` is no name");
+    one_line(&mut countersign(&["run", "--name", "A b", "--", "true"]), "--name: `A b` is not a name");
     one_line(
         &mut countersign(&["run", "--mesh", "no-such-mesh", "--name", "a", "--", "true"]),
         "no mesh `no-such-mesh` is up here",

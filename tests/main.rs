@@ -7,6 +7,7 @@
 mod bad_input;
 mod faults;
 mod fidelity;
+mod machine;
 mod metrics;
 mod operator;
 mod pki;
@@ -15,4 +16,5 @@ mod refusals;
 mod rotation;
 mod strangers;
 mod support;
+mod upstream;
 mod workload_api;

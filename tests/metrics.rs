@@ -41,6 +41,7 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
     let _agent = Role::start(dir.path(), "agent", &args);
     let minted = server.mint("/a", "a", &[]);
     let file = |n: &str| minted.join(n).display().to_string();
+    let inbound = format!("127.0.0.1:{}", free_port());
     let proxy = [
         "proxy",
         "--svid",
@@ -50,7 +51,7 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         "--bundle",
         &format!("test.local={}", file("bundle.pem")),
         "--inbound-listen",
-        &format!("127.0.0.1:{}", free_port()),
+        &inbound,
         "--inbound-target",
         "127.0.0.1:9",
         "--http",
@@ -84,6 +85,16 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         });
         assert!(http_get(port, "/other").unwrap().starts_with("HTTP/1.1 404"));
     }
+    // Values of labels too: alerts match on them.
+    TcpStream::connect(&inbound).unwrap().write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    wait_for("the refused connection", Duration::from_secs(10), || {
+        let page = http_get(ports[2], "/metrics")?;
+        let counted = |l: &&str| l.starts_with("countersign_proxy_connections_total{") && !l.ends_with(" 0");
+        let lines: Vec<&str> = page.lines().filter(counted).collect();
+        let expected = "countersign_proxy_connections_total{direction=\"inbound\",mode=\"refused\"} 1";
+        assert!(lines.iter().all(|l| *l == expected), "{lines:?}");
+        (lines == [expected]).then_some(())
+    });
     let docs = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/metrics.md")).unwrap();
     let documented: BTreeSet<String> = docs
         .lines()

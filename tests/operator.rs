@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::support::roles::{Role, Server, TD};
-use crate::support::{able, countersign, outcome, run, wait_for};
+use crate::support::{COUNTERSIGN, able, countersign, outcome, run, sh, wait_for};
 
 #[test]
 fn entries_are_created_shown_updated_and_deleted() {
@@ -146,6 +146,26 @@ fn wrong_input_gets_one_line_and_exit_code_2() {
     let (code, said) =
         outcome(countersign(&["status", "--socket", "/no/such.sock"]).env_remove("COUNTERSIGN_SERVER_SOCKET"));
     assert_eq!((code, said.contains("no role listens at /no/such.sock")), (1, true), "{said}");
+}
+
+#[test]
+fn a_token_can_be_printed_alone_and_a_closed_folder_gets_the_right_words() {
+    if !able(&["setpriv"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let token = run(&mut server.operator(&["token", "generate", "-q"]));
+    assert_eq!((token.lines().count(), token.split_whitespace().count()), (1, 1), "{token}");
+    // Another user, who may start the program but not enter the socket's folder.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let program = elsewhere.path().join("countersign").display().to_string();
+    let at = (elsewhere.path().display(), dir.path().display());
+    sh(&format!("chmod 755 {}; cp {COUNTERSIGN} {program}; chmod 700 {}", at.0, at.1));
+    let mut command = std::process::Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", &program, "entry", "show", "--socket"]);
+    let (code, said) = outcome(command.arg(dir.path().join("server.sock")));
+    assert!(code == 1 && said.contains("this user may not enter the folder of "), "{said}");
 }
 
 #[test]

@@ -248,6 +248,12 @@ impl Mesh {
         })
     }
 
+    /// Waits for its end, and tells the exit code of `up`.
+    pub fn exit_code(&mut self) -> i32 {
+        let status = wait_for("up to end", Duration::from_secs(60), || self.child.try_wait().unwrap());
+        status.code().unwrap_or(-1)
+    }
+
     /// Takes it down and looks that nothing stays.
     pub fn down(mut self) {
         self.end();

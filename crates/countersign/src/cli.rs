@@ -24,6 +24,9 @@ pub struct Cli {
 enum Command {
     Up(up::UpArgs),
     Run(up::RunArgs),
+    Ps(up::PsArgs),
+    Logs(up::LogsArgs),
+    Down(up::DownArgs),
     Server(Box<roles::server::ServerArgs>),
     Agent(Box<roles::agent::AgentArgs>),
     Proxy(Box<roles::proxy::ProxyArgs>),
@@ -110,6 +113,9 @@ impl Cli {
         match self.command {
             Command::Up(args) => up::up(args),
             Command::Run(args) => up::run(args),
+            Command::Ps(args) => done(up::ps(&args)),
+            Command::Logs(args) => done(up::logs(&args)),
+            Command::Down(args) => done(up::down(&args)),
             Command::Server(args) => done(roles::server::run(*args)),
             Command::Agent(args) => done(roles::agent::run(*args)),
             Command::Proxy(args) => done(roles::proxy::run(*args)),

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::settings::Mistake;
+use crate::up;
 use anyhow::{Context, anyhow};
 use countersign_api::transport::{MAX_MESSAGE_BYTES, unix_channel};
 use tonic::transport::Channel;
@@ -15,25 +17,57 @@ pub const AGENT_SOCKET: &str = "/run/countersign/agent.sock";
 /// How a command finds its server.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServerArg {
-    /// The server's Unix socket.
-    #[arg(long, env = "COUNTERSIGN_SERVER_SOCKET", default_value = SERVER_SOCKET, value_name = "PATH")]
-    pub socket: PathBuf,
+    /// The server's Unix socket [default: /run/countersign/server.sock, or that of the one mesh that `up` runs here].
+    #[arg(long, env = "COUNTERSIGN_SERVER_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
 }
 
 impl ServerArg {
     /// A channel to it.
     pub fn channel(&self) -> anyhow::Result<Channel> {
-        channel(&self.socket, "server")
+        channel(&server_socket(self.socket.clone())?, "server")
+    }
+}
+
+/// The socket that is meant: the one that was named, the usual one, or that of the one mesh that is up on this machine.
+pub fn server_socket(named: Option<PathBuf>) -> Result<PathBuf, Mistake> {
+    let usual = PathBuf::from(SERVER_SOCKET);
+    if let Some(named) = named {
+        return Ok(named);
+    }
+    // Only where the usual one is certainly not there: what cannot be looked at is said by whoever connects.
+    if !matches!(std::fs::metadata(&usual), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+        return Ok(usual);
+    }
+    let socket = |mesh: &str| Path::new(up::RUN_DIR).join(mesh).join("server").join("server.sock");
+    let meshes = up::meshes().unwrap_or_default();
+    match &meshes[..] {
+        [] => Ok(usual),
+        [one] => Ok(socket(one)),
+        [first, ..] => Err(Mistake(format!(
+            "several meshes are up ({}); choose a server with --socket, as in --socket {}",
+            meshes.join(", "),
+            socket(first).display()
+        ))),
     }
 }
 
 /// A channel to a socket that is there.
 pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Channel> {
-    if !socket.exists() {
-        return Err(anyhow!(
-            "no {role} listens at {}: is it running here? (name another place with --socket)",
-            socket.display()
-        ));
+    let shown = socket.display();
+    match std::fs::metadata(socket) {
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            return Err(anyhow!(
+                "this user may not enter the folder of {shown}; run it as root, or as the user that the {role} runs as"
+            ));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(anyhow!(
+                "no {role} listens at {shown}: is it running here? (name another place with --socket)"
+            ));
+        }
+        Err(e) => return Err(anyhow!("cannot reach {shown}: {e}")),
     }
     std::os::unix::net::UnixStream::connect(socket)
         .with_context(|| format!("cannot reach the {role} at {}", socket.display()))?;

@@ -33,6 +33,9 @@ pub struct LaunchArgs {
     /// Further groups.
     #[arg(long, value_delimiter = ',')]
     groups: Vec<u32>,
+    /// Where the program starts.
+    #[arg(long)]
+    workdir: Option<PathBuf>,
     /// The process that this one must not outlive.
     #[arg(long)]
     parent: Option<i32>,
@@ -61,6 +64,11 @@ pub fn run(args: &LaunchArgs) -> Result<Infallible> {
     setgroups(&groups).context("cannot set groups")?;
     setgid(Gid::from_raw(args.gid)).context("cannot set the group")?;
     setuid(Uid::from_raw(args.uid)).context("cannot set the user")?;
+    if let Some(workdir) = &args.workdir {
+        // As the user: a folder that it may not enter is said now, not by a program that finds no files.
+        std::env::set_current_dir(workdir)
+            .with_context(|| format!("uid {} cannot enter the working directory {}", args.uid, workdir.display()))?;
+    }
     if args.no_new_privs {
         prctl::set_no_new_privs().context("cannot give up new privileges")?;
     }

@@ -36,7 +36,7 @@ const UPSTREAM_WARNING: i64 = 30 * 86_400;
 /// Pages of the server's metrics.
 const SERVER_PAGES: u16 = 9464;
 
-/// Check a cluster before an installation, and an installation afterwards.
+/// Kubernetes: check a cluster before an installation, and an installation afterwards.
 ///
 /// Each finding comes with what mends it. Exit 1 if there is any.
 #[derive(Debug, clap::Args)]

@@ -19,7 +19,7 @@ use crate::operator::output::{Output, Table};
 /// Connections that are shown.
 const SHOWN: usize = 5;
 
-/// Explain how a pod came into the mesh, or why it is not in it.
+/// Kubernetes: explain how a pod came into the mesh, or why it is not in it.
 ///
 /// Step by step: injection, entry, agent, attestation, SVID, mode, last handshakes. Exit 1 when one is missing.
 #[derive(Debug, clap::Args)]

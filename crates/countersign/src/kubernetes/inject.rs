@@ -14,7 +14,7 @@ use crate::settings::Mistake;
 /// Largest file that is read, in bytes.
 const MAX_BYTES: u64 = 64 * 1024 * 1024;
 
-/// Put redirect and sidecar into the pods of a file, as the webhook would: `countersign inject -f app.yaml | kubectl apply -f -`.
+/// Kubernetes: put redirect and sidecar into the pods of a file, as the webhook would: `countersign inject -f app.yaml | kubectl apply -f -`.
 ///
 /// Works on pods and on whatever holds pod templates: deployments, stateful sets, daemon sets, replica sets, jobs, cron jobs,
 /// lists of them. Everything else passes as it is. What was done is said on standard error.

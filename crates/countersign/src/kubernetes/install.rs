@@ -7,7 +7,7 @@ use super::chart;
 use super::values::ValuesArgs;
 use crate::settings::Mistake;
 
-/// Print the manifests of an installation: `countersign install --set trustDomain=example.org | kubectl apply -f -`.
+/// Kubernetes: print the manifests of an installation: `countersign install --set trustDomain=example.org | kubectl apply -f -`.
 ///
 /// The same as the Helm chart in charts/countersign, from the same templates and with the same values.
 #[derive(Debug, clap::Args)]

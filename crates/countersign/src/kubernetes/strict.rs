@@ -17,7 +17,7 @@ use crate::settings::Mistake;
 /// Lines of each sidecar's log that are looked at.
 const LINES: i64 = 20_000;
 
-/// Move a namespace, or the whole mesh, to strict: first see with --plan which plaintext peers that would cut off.
+/// Kubernetes: move a namespace, or the whole mesh, to strict: first see with --plan which plaintext peers that would cut off.
 ///
 /// The peers are those that the sidecars' logs show. Go namespace by namespace (-n), then the whole mesh (--mesh); both take
 /// effect on running pods at once, and are taken back by `kubectl annotate namespace NS countersign.dev/mode-` and by the mode

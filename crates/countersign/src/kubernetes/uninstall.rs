@@ -17,7 +17,7 @@ use crate::settings::Mistake;
 /// How often is looked whether something has come about.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Take an installation out of the cluster of the current KUBECONFIG, without failing a request.
+/// Kubernetes: take an installation out of the cluster of the current KUBECONFIG, without failing a request.
 ///
 /// First the mesh is made transparent: every sidecar forwards in the clear, whatever the modes say. When all of them do,
 /// webhook, control plane, identities and the namespace are removed. Pods keep their idle sidecars until they are restarted.

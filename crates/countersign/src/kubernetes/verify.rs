@@ -27,7 +27,7 @@ const MESH_PORT: u16 = 15008;
 /// The user of the pods' apps; anybody but the sidecar's.
 const APP_UID: u32 = 20_000;
 
-/// Make a handshake between two pods, show both identities, and look at the wire.
+/// Kubernetes: make a handshake between two pods, show both identities, and look at the wire.
 ///
 /// Two pods are made in a strict namespace of their own, on two nodes where there are two; one sends the other a request
 /// with a word that nobody can guess. Both sidecars must tell of the same handshake: identities, serials, cipher, key exchange.

@@ -9,14 +9,20 @@ use serde_json::json;
 
 use super::output::{Output, Table};
 use super::when;
-use crate::clients::{SERVER_SOCKET, channel, client, refused};
+use crate::clients::{channel, client, refused, server_socket};
 
 /// Show what a running server, agent or sidecar knows of itself: identities, authorities, what it refused and why.
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
-    /// The Unix socket of a server or agent, or a sidecar's --admin-socket.
-    #[arg(long, env = "COUNTERSIGN_SERVER_SOCKET", default_value = SERVER_SOCKET, value_name = "PATH")]
-    socket: PathBuf,
+    /// A workload of a mesh that is up on this machine, or its `server` or `agent`.
+    #[arg(conflicts_with = "socket")]
+    name: Option<String>,
+    /// In which mesh [default: the one that is up].
+    #[arg(long, value_name = "NAME", requires = "name")]
+    mesh: Option<String>,
+    /// The Unix socket of a server or agent, or a sidecar's --admin-socket [default: the server's].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
     #[command(flatten)]
     output: Output,
 }
@@ -29,7 +35,13 @@ pub async fn get(socket: &Path) -> Result<GetStatusResponse> {
 
 /// Runs the command.
 pub async fn run(args: StatusArgs) -> Result<()> {
-    let s = get(&args.socket).await?;
+    let socket = match (&args.name, args.socket) {
+        (Some(name), _) => crate::up::socket_named(name, args.mesh.as_deref())?,
+        // Not as the flag's own default: it must not stand in the way of a name.
+        (None, None) => server_socket(std::env::var_os("COUNTERSIGN_SERVER_SOCKET").map(PathBuf::from))?,
+        (None, Some(socket)) => socket,
+    };
+    let s = get(&socket).await?;
     if args.output.is_json() {
         let identities: Vec<_> = s.identities.iter().map(|i| {
             json!({ "entry_id": i.entry_id, "spiffe_id": i.spiffe_id, "serial": i.serial, "expires_at": i.expires_at,

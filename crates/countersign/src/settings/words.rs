@@ -54,9 +54,38 @@ pub fn count(n: usize, noun: &str) -> String {
     if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
 }
 
+/// A length of time for people, in its two largest units: `58m 41s`, `2d 3h`, `41s`.
+pub fn duration(seconds: u64) -> String {
+    let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
+    let Some(first) = units.iter().position(|(size, _)| seconds >= *size) else { return "0s".into() };
+    let (size, unit) = units[first];
+    let whole = format!("{}{unit}", seconds / size);
+    match units.get(first + 1) {
+        Some((next, unit)) if seconds % size / next > 0 => format!("{whole} {}{unit}", seconds % size / next),
+        _ => whole,
+    }
+}
+
+/// A number of bytes for people: `812 B`, `3.4 MiB`.
+pub fn bytes(n: u64) -> String {
+    let units = [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    match units.iter().find(|(size, _)| n >= *size) {
+        Some((size, unit)) => format!("{}.{} {unit}", n / size, n % size * 10 / size),
+        None => format!("{n} B"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lengths_of_time_counts_and_bytes_are_said_as_people_do() {
+        let said: Vec<String> = [0, 41, 60, 3_521, 3_600, 97_200, 259_200].into_iter().map(duration).collect();
+        assert_eq!(said, ["0s", "41s", "1m", "58m 41s", "1h", "1d 3h", "3d"]);
+        assert_eq!((count(1, "port"), count(0, "port")), ("1 port".into(), "0 ports".into()));
+        assert_eq!((bytes(812), bytes(3_565_158)), ("812 B".into(), "3.3 MiB".into()));
+    }
 
     #[test]
     fn a_hostile_text_cannot_move_the_cursor_or_fill_the_screen() {

@@ -2,9 +2,12 @@
 //! in order.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +21,9 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use super::account::Account;
+use super::events::Events;
+use super::mesh_file::Restart;
+use crate::settings::words::{duration, shown};
 
 /// How long a process may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
@@ -39,8 +45,12 @@ pub struct Program {
     pub command: Vec<String>,
     /// Environment on top of a small one.
     pub env: BTreeMap<String, String>,
-    /// Started again when it ends by itself.
-    pub restart: bool,
+    /// Where it starts; `None` is our own working directory.
+    pub workdir: Option<PathBuf>,
+    /// What happens when it ends by itself.
+    pub restart: Restart,
+    /// Where it is told.
+    pub events: Events,
 }
 
 /// How a process is.
@@ -48,12 +58,30 @@ pub struct Program {
 pub enum State {
     /// It runs, with this number.
     Running(u32),
-    /// It ended, in words.
-    Ended(String),
+    /// It ended.
+    Ended(End),
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// In words: `ended with code 3`.
+    pub how: String,
+    /// It was stopped by us, or ended with code 0.
+    pub good: bool,
+    /// When, as a time of day (UTC).
+    pub at: String,
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.how, self.at)
+    }
 }
 
 /// A process that is looked after.
 pub struct Process {
+    restarts: Arc<AtomicU32>,
     stop: Arc<Notify>,
     state: watch::Receiver<State>,
     watcher: Mutex<Option<JoinHandle<()>>>,
@@ -83,6 +111,9 @@ impl Program {
         if self.no_new_privs {
             command.arg("--no-new-privs");
         }
+        if let Some(workdir) = &self.workdir {
+            command.arg("--workdir").arg(workdir);
+        }
         command.arg("--").args(&self.command).env_clear().envs(small_environment()).envs(&self.env);
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         // A group of its own: Ctrl-C in the terminal is for us, and we stop them in order.
@@ -104,8 +135,14 @@ impl Process {
         let child = program.start(&log)?;
         let (tx, state) = watch::channel(State::Running(child.id().unwrap_or(0)));
         let stop = Arc::new(Notify::new());
-        let watcher = tokio::spawn(watch_over(program, log, child, tx, stop.clone()));
-        Ok(Self { stop, state, watcher: Mutex::new(Some(watcher)) })
+        let restarts = Arc::<AtomicU32>::default();
+        let watcher = tokio::spawn(watch_over(program, log, child, tx, stop.clone(), restarts.clone()));
+        Ok(Self { restarts, stop, state, watcher: Mutex::new(Some(watcher)) })
+    }
+
+    /// How often it was started again.
+    pub fn restarts(&self) -> u32 {
+        self.restarts.load(Ordering::Relaxed)
     }
 
     /// How it is now.
@@ -134,8 +171,8 @@ impl Process {
                 if is_true().await {
                     return Ok(());
                 }
-                if let State::Ended(how) = self.state() {
-                    return Err(anyhow!("{how} before {what}"));
+                if let State::Ended(end) = self.state() {
+                    return Err(anyhow!("{} before {what}", end.how));
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -144,22 +181,40 @@ impl Process {
     }
 }
 
-async fn watch_over(program: Program, log: PathBuf, mut child: Child, state: watch::Sender<State>, stop: Arc<Notify>) {
+async fn watch_over(
+    program: Program,
+    log: PathBuf,
+    mut child: Child,
+    state: watch::Sender<State>,
+    stop: Arc<Notify>,
+    restarts: Arc<AtomicU32>,
+) {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
     loop {
         let began = tokio::time::Instant::now();
         tokio::select! {
             ended = child.wait() => {
+                let good = ended.as_ref().is_ok_and(ExitStatus::success);
                 let how = ended.map_or_else(|e| e.to_string(), described);
-                state.send_replace(State::Ended(how.clone()));
-                if !program.restart {
+                state.send_replace(State::Ended(End { how: how.clone(), good, at: now() }));
+                let again = match program.restart {
+                    Restart::No => false,
+                    Restart::OnFailure => !good,
+                    Restart::Always => true,
+                };
+                let lived = duration(began.elapsed().as_secs());
+                // The reason stands at the log's end, where nobody looks unasked.
+                let why = if good { String::new() } else { last_words(&log) };
+                if !again {
+                    let event = format!("{}: {how} after {lived}{why}", program.name);
+                    if good { program.events.mention(&event) } else { program.events.record(&event) }
                     return;
                 }
                 if began.elapsed() > Duration::from_secs(10) {
                     backoff.reset();
                 }
                 let delay = backoff.next_delay();
-                tracing::warn!(program = program.name, how, "a part of the mesh ended by itself; starting it again in {delay:.1?}");
+                program.events.record(&format!("{}: {how} after {lived}; starting it again in {delay:.1?}{why}", program.name));
                 tokio::select! {
                     () = tokio::time::sleep(delay) => {}
                     () = stop.notified() => return,
@@ -167,15 +222,16 @@ async fn watch_over(program: Program, log: PathBuf, mut child: Child, state: wat
                 match program.start(&log) {
                     Ok(again) => child = again,
                     Err(error) => {
-                        tracing::error!(program = program.name, %error, "cannot start it again");
+                        program.events.record(&format!("{}: cannot be started again: {error:#}", program.name));
                         return;
                     }
                 }
+                restarts.fetch_add(1, Ordering::Relaxed);
                 state.send_replace(State::Running(child.id().unwrap_or(0)));
             }
             () = stop.notified() => {
                 terminate(&mut child).await;
-                state.send_replace(State::Ended("stopped".into()));
+                state.send_replace(State::Ended(End { how: "was stopped".into(), good: true, at: now() }));
                 return;
             }
         }
@@ -203,9 +259,32 @@ fn described(status: ExitStatus) -> String {
     }
 }
 
+/// The time of day (UTC).
+fn now() -> String {
+    let (h, m, s) = time::OffsetDateTime::now_utc().to_hms();
+    format!("{h:02}:{m:02}:{s:02}Z")
+}
+
+/// The last line of a log, for an event.
+fn last_words(log: &Path) -> String {
+    let line = last_lines(log, 1);
+    if line.is_empty() { line } else { format!("; its log ends: {}", shown(&line)) }
+}
+
 /// The last lines of a log, for an error message.
 pub fn last_lines(log: &Path, count: usize) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let text = last_bytes(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+/// The end of a log; a log may be larger than what we want to hold.
+fn last_bytes(log: &Path) -> std::io::Result<String> {
+    const MOST: u64 = 64 * 1024;
+    let mut file = File::open(log)?;
+    let start = file.metadata()?.len().saturating_sub(MOST);
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = vec![];
+    file.take(MOST).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

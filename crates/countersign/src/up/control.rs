@@ -95,6 +95,10 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
     if (&mut read).take(MAX_LINE).read_line(&mut line).await.is_err() {
         return;
     }
+    if let Some(answer) = super::ask::answer(mesh, &line).await {
+        let _ = write.write_all((answer + "\n").as_bytes()).await;
+        return;
+    }
     let joined = join(mesh, &line).await;
     let answer = match &joined {
         Ok((_, joined)) => serde_json::to_string(joined),

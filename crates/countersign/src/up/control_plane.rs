@@ -13,7 +13,7 @@ use countersign_identity::trust_domain::parse_workload_id;
 
 use super::account::Account;
 use super::children::{Process, Program, last_lines};
-use super::mesh_file::{MeshSpec, SERVER_UID};
+use super::mesh_file::{MeshSpec, Restart, SERVER_UID};
 use super::place::Place;
 use crate::operator;
 use crate::settings::Ttl;
@@ -83,7 +83,9 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result
         no_new_privs: true,
         command,
         env: BTreeMap::new(),
-        restart: true,
+        workdir: None,
+        restart: Restart::Always,
+        events: place.events.clone(),
     };
     let process = Process::start(program, log.clone())?;
     let ready = home.join("ready");
@@ -136,7 +138,9 @@ pub async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<
         no_new_privs: true,
         command,
         env: BTreeMap::new(),
-        restart: true,
+        workdir: None,
+        restart: Restart::Always,
+        events: place.events.clone(),
     };
     let process = Process::start(program, log.clone())?;
     let socket = home.join("agent.sock");

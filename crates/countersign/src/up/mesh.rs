@@ -24,9 +24,10 @@ use tokio::sync::Notify;
 use tonic::transport::Channel;
 
 use super::account::Account;
-use super::children::{Process, Program, last_lines};
+use super::children::{Process, Program, State, last_lines};
 use super::control_plane::{PATIENCE, agent_socket, node_alias, server_socket, start_agent, start_server};
-use super::mesh_file::{FIRST_PROXY_UID, MAX_WORKLOADS, MeshSpec, WorkloadSpec};
+use super::events::Events;
+use super::mesh_file::{FIRST_PROXY_UID, MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec};
 use super::place::{Place, kill_inside};
 use crate::clients::client;
 use crate::operator;
@@ -48,6 +49,7 @@ pub struct Mesh {
     fabric: Fabric,
     server: Process,
     agent: Process,
+    events: Events,
     workloads: Mutex<BTreeMap<String, Rc<Running>>>,
     /// Held while a workload comes or goes: who comes next finds its name and number free.
     changing: tokio::sync::Mutex<()>,
@@ -118,6 +120,8 @@ impl Mesh {
             }
             None => place.folder("logs", 0)?,
         };
+        let events = place.events.clone();
+        events.keep_in(&logs).with_context(|| format!("cannot write events to {}", logs.display()))?;
         let dir = place.dir.clone();
         progress(&format!("mesh {}: trust domain {}, mode {}", spec.name, spec.trust_domain, spec.mode));
         let server = start_server(&spec, place, &logs).await?;
@@ -143,6 +147,7 @@ impl Mesh {
             fabric,
             server,
             agent,
+            events,
             publish,
             directory,
             publisher,
@@ -176,6 +181,25 @@ impl Mesh {
     /// The switch.
     pub fn fabric(&self) -> &Fabric {
         &self.fabric
+    }
+
+    /// Programs that have failed and are not started again, with how they ended.
+    pub fn failed_programs(&self) -> Vec<(String, String)> {
+        let failed = |w: &Rc<Running>| match w.program() {
+            Some(State::Ended(end)) if !end.good => Some((w.spec.name.clone(), end.to_string())),
+            _ => None,
+        };
+        self.workloads().values().filter_map(failed).collect()
+    }
+
+    /// What happens in it.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// The parts that every workload needs, by name: the server and the agent.
+    pub fn roles(&self) -> [(&'static str, &Process); 2] {
+        [("server", &self.server), ("agent", &self.agent)]
     }
 
     /// The server's operator socket.
@@ -286,7 +310,9 @@ impl Mesh {
             no_new_privs: false,
             command: running.spec.command.clone(),
             env: running.spec.env.clone(),
-            restart: false,
+            workdir: running.spec.workdir.clone(),
+            restart: running.spec.restart,
+            events: self.events.clone(),
         };
         let process = Process::start(program, self.log(&running.spec.name))?;
         *running.program.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
@@ -377,7 +403,9 @@ impl Mesh {
             no_new_privs: true,
             command: command.map(String::from).to_vec(),
             env: BTreeMap::new(),
-            restart: true,
+            workdir: None,
+            restart: Restart::Always,
+            events: self.events.clone(),
         }
     }
 
@@ -419,8 +447,24 @@ impl Running {
     }
 
     /// How its program is; `None` when somebody else runs it.
-    pub fn program(&self) -> Option<super::children::State> {
+    pub fn program(&self) -> Option<State> {
         self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::state)
+    }
+
+    /// How often its sidecar and its program were started again.
+    pub fn restarts(&self) -> u32 {
+        let program = self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Process::restarts);
+        self.sidecar.restarts() + program
+    }
+
+    /// How its sidecar is.
+    pub fn sidecar(&self) -> State {
+        self.sidecar.state()
+    }
+
+    /// Where its sidecar answers operators.
+    pub fn admin_socket(&self) -> &Path {
+        &self.admin_socket
     }
 
     /// Its sidecar's access log.

@@ -2,15 +2,21 @@
 //!
 //! `mesh_file` says what is wanted, `place` where it stands on this machine, `account` whose users run it, `mesh` brings it up and takes it down,
 //! `control_plane` is its server and agent, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
+//! `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the logs, `reach` looks at working folders.
 
 mod account;
+mod ask;
 mod children;
 mod control;
 mod control_plane;
+mod events;
 mod example;
+mod machine;
 mod mesh;
 mod mesh_file;
 mod place;
+mod reach;
+mod rotate;
 mod run;
 mod table;
 mod verify;
@@ -21,9 +27,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use crate::logging::LogArgs;
-use crate::settings::need_root;
+use crate::settings::{Mistake, need_root};
 use crate::stop::on_signal;
 
+pub use ask::meshes;
+pub use machine::{DownArgs, LogsArgs, PsArgs, down, logs, ps, socket_named};
+pub use place::RUN_DIR;
 pub use run::{RunArgs, run};
 
 use mesh::Mesh;
@@ -33,6 +42,9 @@ use mesh::Mesh;
 /// Without FILE an example runs that needs nothing installed: a small shop of four HTTP
 /// services. Every workload gets a network namespace, an address, names for the others, a sidecar and a short-lived
 /// identity; Ctrl-C takes everything down again.
+///
+/// Exit code: 0 after an orderly end; 1 when the mesh could not start, or when a program had failed and was not started
+/// again; 2 for a mistake in the command or the mesh file.
 #[derive(Debug, clap::Args)]
 pub struct UpArgs {
     /// Mesh file (YAML); see docs/mesh-file.md.
@@ -52,7 +64,7 @@ pub struct UpArgs {
 
 /// Runs a mesh until it is told to stop, or verifies it.
 pub fn up(args: UpArgs) -> Result<ExitCode> {
-    let table = !args.plain && !args.verify && std::io::IsTerminal::is_terminal(&std::io::stdout());
+    let table = !args.plain && !args.verify && table::possible();
     let log = if args.log.log == "info" && (table || args.verify) {
         LogArgs { log: "warn".into(), ..args.log.clone() }
     } else {
@@ -65,6 +77,10 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
         None => example::shop(),
     };
     need_root("up")?;
+    if args.file.is_some() {
+        check_upstream(&spec)?;
+        say_unreadable(&spec);
+    }
     // One thread: children are tied to the thread that starts them, and this one lives as long as the mesh.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
@@ -86,14 +102,40 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
         };
         let mesh = started.inspect_err(|_| place.tidy())?;
         control::serve(&mesh)?;
+        let rotating = tokio::task::spawn_local(rotate::keep_short(mesh.clone()));
         if table {
             table::live(&mesh, &stop).await;
         } else {
             table::plain(&mesh, &stop).await;
         }
+        rotating.abort();
+        let failed = mesh.failed_programs();
         eprintln!("taking the mesh down");
         mesh.stop().await;
         place.tidy();
-        Ok(ExitCode::SUCCESS)
+        for (name, end) in &failed {
+            eprintln!("{name} {end}");
+        }
+        Ok(ExitCode::from(u8::from(!failed.is_empty())))
     })
+}
+
+/// Judges the upstream's files by the server's own code, before the server gets copies of them: a mistake names the path
+/// that the user knows, and nothing has been started.
+fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
+    let Some((certificate, key, bundle)) = spec.upstream.clone() else { return Ok(()) };
+    let files = countersign_server::UpstreamDisk { certificate, key, bundle };
+    let now = time::OffsetDateTime::now_utc();
+    let checked = countersign_server::upstream_authority::Disk::new(files, now);
+    checked.map(|_| ()).map_err(|e| Mistake(e.to_string()))
+}
+
+/// A word for each workload that starts in a folder which its user cannot read: relative paths fail there, often silently.
+fn say_unreadable(spec: &mesh_file::MeshSpec) {
+    let accounts = spec.workloads.iter().enumerate().map(|(number, workload)| {
+        (workload, workload.user.clone().unwrap_or_else(|| account::Account::of_number(number)))
+    });
+    for word in reach::words(accounts, std::env::current_dir().ok().as_deref()) {
+        eprintln!("note: {word}");
+    }
 }

@@ -11,6 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::events::Events;
 use crate::settings::Mistake;
 
 /// Folder of all meshes.
@@ -23,6 +24,8 @@ pub struct Place {
     name: String,
     /// Its folder.
     pub dir: PathBuf,
+    /// What happens in the mesh.
+    pub events: Events,
     _lock: Flock<File>,
 }
 
@@ -37,7 +40,7 @@ impl Place {
                 "a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"
             ))
         })?;
-        let place = Self { name: name.to_owned(), dir, _lock: lock };
+        let place = Self { name: name.to_owned(), dir, events: Events::default(), _lock: lock };
         place.tidy();
         std::fs::create_dir_all(&place.dir).with_context(|| format!("cannot make {}", place.dir.display()))?;
         Ok(place)

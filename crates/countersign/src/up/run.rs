@@ -7,9 +7,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow};
 
+use super::ask::the_mesh;
 use super::control::{Join, Joined, socket_of};
 use super::mesh_file::{check_name, find_program};
-use super::place::RUN_DIR;
 use crate::settings::{Mistake, need_root};
 
 /// Add a program to a mesh that `up` runs on this machine.
@@ -51,10 +51,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     check_name(&args.name).map_err(|e| Mistake::flag("--name", &e))?;
     let program = args.command.first().map(|p| find_program(p)).transpose().map_err(Mistake)?.context("no program")?;
     need_root("run")?;
-    let mesh = match args.mesh {
-        Some(mesh) => mesh,
-        None => the_one_mesh()?,
-    };
+    let mesh = the_mesh(args.mesh.as_deref(), "--mesh")?;
     let path = socket_of(&mesh);
     let mut stream = UnixStream::connect(&path).map_err(|e| {
         Mistake(format!("no mesh `{mesh}` is up here ({}: {e}); start one with `countersign up`", path.display()))
@@ -117,18 +114,4 @@ fn ignore_interrupts() -> Result<tokio::runtime::Runtime> {
         anyhow::Ok(())
     })?;
     Ok(runtime)
-}
-
-fn the_one_mesh() -> Result<String, Mistake> {
-    let entries = std::fs::read_dir(RUN_DIR).into_iter().flatten().flatten();
-    let mut up: Vec<String> = entries
-        .filter(|e| e.path().join("up.sock").exists())
-        .filter_map(|e| e.file_name().into_string().ok())
-        .collect();
-    up.sort();
-    match &up[..] {
-        [one] => Ok(one.clone()),
-        [] => Err(Mistake("no mesh is up on this machine; start one with `countersign up`".into())),
-        several => Err(Mistake(format!("several meshes are up ({}); choose one with --mesh", several.join(", ")))),
-    }
 }

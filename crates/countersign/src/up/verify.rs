@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::children::{Process, Program, State};
 use super::mesh::{Mesh, Running};
-use super::mesh_file::MeshSpec;
+use super::mesh_file::{MeshSpec, Restart};
 use super::place::Place;
 use crate::capture::Capture;
 use crate::operator;
@@ -137,7 +137,7 @@ async fn programs_run(mesh: &Rc<Mesh>) -> Result<String> {
         .workloads()
         .iter()
         .filter_map(|(name, w)| match w.program() {
-            Some(State::Ended(how)) => Some(format!("{name} {how}")),
+            Some(State::Ended(end)) => Some(format!("{name} {end}")),
             _ => None,
         })
         .collect();
@@ -395,7 +395,9 @@ fn start_load(mesh: &Rc<Mesh>, from: &str, to: &str) -> Result<(Process, PathBuf
         no_new_privs: true,
         command: command.map(std::borrow::ToOwned::to_owned).to_vec(),
         env: BTreeMap::new(),
-        restart: false,
+        workdir: None,
+        restart: Restart::No,
+        events: mesh.events().clone(),
     };
     Ok((Process::start(program, log.clone())?, log))
 }

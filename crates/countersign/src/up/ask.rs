@@ -1,0 +1,157 @@
+//! What `ps`, `logs`, `status NAME` and `down` ask a mesh that is up, over the same socket that `run` joins by.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use nix::sys::signal::{Signal, raise};
+use serde::{Deserialize, Serialize};
+
+use super::children::State;
+use super::control::socket_of;
+use super::mesh::Mesh;
+use super::place::RUN_DIR;
+use super::table::{Row, ask_once};
+use crate::settings::Mistake;
+use crate::settings::words::{did_you_mean, shown};
+
+/// How long a mesh may take for an answer: it asks its sidecars, each of which may take a second.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest answer that is read, in bytes.
+const MAX_ANSWER: u64 = 4 * 1024 * 1024;
+
+/// A question.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Question {
+    /// How everything is.
+    Ps,
+    /// To be taken down.
+    Down,
+}
+
+/// How a mesh is.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Overview {
+    /// Its name.
+    pub mesh: String,
+    /// Its trust domain.
+    pub trust_domain: String,
+    /// The process of `up`.
+    pub pid: u32,
+    /// Folder with the logs.
+    pub logs: PathBuf,
+    /// The server's operator socket.
+    pub server_socket: PathBuf,
+    /// The agent's socket.
+    pub agent_socket: PathBuf,
+    /// Server and agent.
+    pub roles: Vec<Role>,
+    /// Workloads, what is wrong first.
+    pub workloads: Vec<Row>,
+}
+
+/// A part that every workload needs.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Role {
+    /// `server` or `agent`.
+    pub name: String,
+    /// How it is, in words.
+    pub state: String,
+    /// How often it was started again.
+    pub restarts: u32,
+}
+
+/// The answer to a line, if it is a question; `None` when it is something else.
+pub async fn answer(mesh: &Rc<Mesh>, line: &str) -> Option<String> {
+    let question: Question = serde_json::from_str(line).ok()?;
+    let overview = match question {
+        Question::Ps => overview(mesh).await,
+        Question::Down => {
+            // As Ctrl-C does, so that there is one way down.
+            let _ = raise(Signal::SIGINT);
+            Overview { mesh: mesh.spec.name.clone(), pid: std::process::id(), ..Overview::default() }
+        }
+    };
+    serde_json::to_string(&overview).ok()
+}
+
+async fn overview(mesh: &Rc<Mesh>) -> Overview {
+    let role = |(name, process): (&str, &super::children::Process)| Role {
+        name: name.into(),
+        state: match process.state() {
+            State::Running(_) => "running".into(),
+            State::Ended(end) => end.to_string(),
+        },
+        restarts: process.restarts(),
+    };
+    Overview {
+        mesh: mesh.spec.name.clone(),
+        trust_domain: mesh.spec.trust_domain.to_string(),
+        pid: std::process::id(),
+        logs: mesh.logs().to_owned(),
+        server_socket: mesh.server_socket(),
+        agent_socket: super::control_plane::agent_socket(mesh.dir()),
+        roles: mesh.roles().map(role).into(),
+        workloads: ask_once(mesh).await,
+    }
+}
+
+/// Names of the meshes that are up on this machine.
+pub fn meshes() -> Result<Vec<String>, Mistake> {
+    let entries = match std::fs::read_dir(RUN_DIR) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+        Err(e) => return Err(Mistake(format!("{RUN_DIR} cannot be read: {e}; run this as root"))),
+    };
+    let mut up: Vec<String> = entries
+        .flatten()
+        .filter(|e| e.path().join("up.sock").exists())
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect();
+    up.sort();
+    Ok(up)
+}
+
+/// The mesh that is meant: the named one, or the only one.
+pub fn the_mesh(named: Option<&str>, flag: &str) -> Result<String, Mistake> {
+    let up = meshes()?;
+    match (named, &up[..]) {
+        (Some(name), _) if up.iter().any(|m| m == name) => Ok(name.to_owned()),
+        (Some(name), []) => {
+            Err(Mistake(format!("no mesh `{}` is up here; start one with `countersign up`", shown(name))))
+        }
+        (Some(name), several) => {
+            let hint = did_you_mean(name, several.iter().map(String::as_str));
+            let hint = if hint.is_empty() { format!("; there is {}", several.join(", ")) } else { hint };
+            Err(Mistake(format!("no mesh `{}` is up here{hint}", shown(name))))
+        }
+        (None, [one]) => Ok(one.clone()),
+        (None, []) => Err(Mistake("no mesh is up on this machine; start one with `countersign up`".into())),
+        (None, several) => {
+            Err(Mistake(format!("several meshes are up ({}); choose one with {flag}", several.join(", "))))
+        }
+    }
+}
+
+/// Asks a mesh that is up.
+pub fn ask(mesh: &str, question: &Question) -> Result<Overview> {
+    let path = socket_of(mesh);
+    let talk = || -> Result<Overview> {
+        let mut stream = UnixStream::connect(&path)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        writeln!(stream, "{}", serde_json::to_string(question)?)?;
+        let mut line = String::new();
+        BufReader::new(stream.take(MAX_ANSWER)).read_line(&mut line)?;
+        let answer: serde_json::Value = serde_json::from_str(&line).context("it gave no answer")?;
+        match answer["error"].as_str() {
+            Some(error) => Err(anyhow!("{error}")),
+            None => Ok(serde_json::from_value(answer)?),
+        }
+    };
+    talk().with_context(|| format!("cannot ask the mesh `{mesh}` ({})", path.display()))
+}

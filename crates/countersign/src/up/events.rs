@@ -1,0 +1,139 @@
+//! What happened in a mesh: parts that died and were started again, programs that ended. Kept for the table, and in a file.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::settings::words::escaped;
+
+/// Events that are held in memory, the newest.
+const KEPT: usize = 200;
+/// The file is begun anew when it is longer than this, in bytes; the one before is kept beside it.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
+/// Its name.
+pub const FILE: &str = "events.log";
+
+/// One thing that happened.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// When.
+    pub at: OffsetDateTime,
+    /// What, in one line.
+    pub text: String,
+}
+
+/// A mesh's events; its clones are the same.
+#[derive(Clone, Default)]
+pub struct Events(Arc<Mutex<Kept>>);
+
+#[derive(Default)]
+struct Kept {
+    recent: VecDeque<Event>,
+    file: Option<(PathBuf, File)>,
+    /// A table shows them; elsewhere they are logged as they come.
+    shown: bool,
+}
+
+impl Events {
+    /// Writes them into a folder from now on.
+    pub fn keep_in(&self, folder: &Path) -> std::io::Result<()> {
+        let path = folder.join(FILE);
+        let file = open(&path)?;
+        self.lock().file = Some((path, file));
+        Ok(())
+    }
+
+    /// A table shows them from now on, or no more.
+    pub fn shown(&self, shown: bool) {
+        self.lock().shown = shown;
+    }
+
+    /// Notes that something went wrong.
+    pub fn record(&self, text: &str) {
+        self.add(text, true);
+    }
+
+    /// Notes that something happened which may be as it was meant.
+    pub fn mention(&self, text: &str) {
+        self.add(text, false);
+    }
+
+    fn add(&self, text: &str, bad: bool) {
+        let event = Event { at: OffsetDateTime::now_utc(), text: escaped(text) };
+        let mut kept = self.lock();
+        match (kept.shown, bad) {
+            (true, _) => {}
+            (false, true) => tracing::warn!("{}", event.text),
+            (false, false) => tracing::info!("{}", event.text),
+        }
+        kept.write(&event);
+        kept.recent.push_back(event);
+        if kept.recent.len() > KEPT {
+            kept.recent.pop_front();
+        }
+    }
+
+    /// The newest, at most so many, the oldest of them first.
+    pub fn newest(&self, most: usize) -> Vec<Event> {
+        let kept = self.lock();
+        kept.recent.iter().skip(kept.recent.len().saturating_sub(most)).cloned().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Event {
+    /// Its time of day, UTC.
+    pub fn time(&self) -> String {
+        let (h, m, s) = self.at.to_hms();
+        format!("{h:02}:{m:02}:{s:02}Z")
+    }
+}
+
+impl Kept {
+    /// Best effort: a full disk must not take the mesh down, and what cannot be written is still in memory.
+    fn write(&mut self, event: &Event) {
+        let Some((path, file)) = &mut self.file else { return };
+        if file.metadata().is_ok_and(|m| m.len() > MAX_FILE_BYTES) {
+            let _ = std::fs::rename(&*path, path.with_extension("log.1"));
+            if let Ok(fresh) = open(path) {
+                *file = fresh;
+            }
+        }
+        let at = event.at.format(&Rfc3339).unwrap_or_default();
+        let _ = writeln!(file, "{at} {}", event.text);
+    }
+}
+
+fn open(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().create(true).append(true).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_kept_in_memory_with_a_bound_and_in_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let events = Events::default();
+        events.keep_in(folder.path()).unwrap();
+        events.record("web: killed by signal 9\nforged line \u{1b}[2J");
+        for n in 0..KEPT {
+            events.record(&format!("event {n}"));
+        }
+        let newest = events.newest(KEPT * 2);
+        assert_eq!((newest.len(), newest[0].text.as_str()), (KEPT, "event 0"));
+        assert_eq!(events.newest(1)[0].text, "event 199");
+        let file = std::fs::read_to_string(folder.path().join(FILE)).unwrap();
+        assert_eq!(file.lines().count(), KEPT + 1);
+        assert!(file.lines().next().unwrap().ends_with("Z web: killed by signal 9\\nforged line \\u{1b}[2J"));
+    }
+}

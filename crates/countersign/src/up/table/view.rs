@@ -1,0 +1,194 @@
+//! What there is to show, apart from how: a row for each workload, what is wrong first.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use super::super::children::State;
+use super::super::mesh::{Mesh, Running};
+use super::super::mesh_file::MeshSpec;
+use super::answers::Answers;
+use crate::settings::words::{bytes, count, duration};
+
+/// A sidecar that has not answered for longer than this is said to be silent.
+const SILENT: Duration = Duration::from_secs(3);
+/// Events that a view holds.
+const EVENTS: usize = 50;
+
+/// All that a table shows.
+pub struct View {
+    /// The mesh, in one line.
+    pub title: String,
+    /// How it is, in one line.
+    pub summary: String,
+    /// Whether anything is wrong.
+    pub troubled: bool,
+    /// A row for each workload, what is wrong first.
+    pub rows: Vec<Row>,
+    /// What happened, the oldest first.
+    pub events: Vec<String>,
+    /// What one can do, line by line.
+    pub hints: Vec<String>,
+}
+
+/// A workload.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Row {
+    /// Its name.
+    pub name: String,
+    /// How it is, in words.
+    pub state: String,
+    /// 0 is fine; the higher, the more it needs somebody.
+    pub trouble: u8,
+    /// Its identity.
+    pub spiffe_id: String,
+    /// Its SVID's serial number.
+    pub serial: String,
+    /// When its SVID ends, in seconds since 1970; 0 when there is none.
+    pub expires_at: i64,
+    /// Connections to it.
+    pub connections_in: u64,
+    /// Connections from it.
+    pub connections_out: u64,
+    /// Bytes both ways.
+    pub bytes: u64,
+    /// Connections that were refused.
+    pub refused: u64,
+    /// How often its sidecar or program was started again.
+    pub restarts: u32,
+    /// Where its sidecar answers operators.
+    pub admin_socket: String,
+}
+
+impl Row {
+    /// What is left of its SVID's life, in words.
+    pub fn expires(&self) -> String {
+        if self.expires_at == 0 {
+            return "-".into();
+        }
+        let left = self.expires_at - OffsetDateTime::now_utc().unix_timestamp();
+        u64::try_from(left).map_or_else(|_| "expired".into(), duration)
+    }
+
+    /// Its bytes, in words.
+    pub fn amount(&self) -> String {
+        bytes(self.bytes)
+    }
+}
+
+/// The mesh as it is now.
+pub fn view(mesh: &Rc<Mesh>, answers: &Answers) -> View {
+    let spec = &mesh.spec;
+    let rows = rows(mesh, answers);
+    let mut parts = vec![];
+    for (name, process) in mesh.roles() {
+        let restarts = process.restarts();
+        match process.state() {
+            State::Running(_) if restarts == 0 => {}
+            State::Running(_) => parts.push(format!("{name} restarted {}", times(restarts))),
+            State::Ended(end) => parts.push(format!("{name} {end}")),
+        }
+    }
+    let events = mesh.events().newest(EVENTS);
+    View {
+        title: format!(
+            "mesh {}  trust domain {}  mode {}  svid ttl {}  ca ttl {}",
+            spec.name, spec.trust_domain, spec.mode, spec.svid_ttl, spec.ca_ttl
+        ),
+        troubled: !parts.is_empty() || rows.iter().any(|r| r.trouble > 0),
+        summary: summary(&rows, &parts),
+        rows,
+        events: events.iter().map(|e| format!("{} {}", e.time(), e.text)).collect(),
+        hints: vec![
+            format!("join it:  countersign run --name me -- curl http://{}/", example_host(spec)),
+            format!("logs:     {}", mesh.logs().display()),
+        ],
+    }
+}
+
+/// A row for each workload, what is wrong first, then by name.
+pub fn rows(mesh: &Rc<Mesh>, answers: &Answers) -> Vec<Row> {
+    let mut rows: Vec<Row> = mesh.workloads().iter().map(|(name, running)| row(name, running, answers)).collect();
+    rows.sort_by(|a, b| b.trouble.cmp(&a.trouble).then_with(|| a.name.cmp(&b.name)));
+    rows
+}
+
+fn row(name: &str, running: &Running, answers: &Answers) -> Row {
+    let (status, silent) = answers.of(name);
+    let status = status.as_ref();
+    let number = |key: &str| status.and_then(|s| s.facts.get(key)?.parse::<u64>().ok()).unwrap_or(0);
+    let identity = status.and_then(|s| s.identities.first());
+    let refused: u64 = status.map_or(0, |s| s.refused.values().sum());
+    let (trouble, state) = match (running.sidecar(), running.program()) {
+        (State::Ended(end), _) => (5, format!("sidecar {end}")),
+        (_, Some(State::Ended(end))) if !end.good => (4, end.to_string()),
+        _ if silent > SILENT => (3, format!("no answer for {}", duration(silent.as_secs()))),
+        (_, Some(State::Ended(end))) => (2, end.to_string()),
+        _ if status.is_none() && silent >= super::answers::PATIENCE => {
+            (3, format!("no answer for {}", duration(silent.as_secs())))
+        }
+        _ if status.is_none() => (1, "asking".into()),
+        (_, Some(State::Running(_))) => (0, "running".into()),
+        (_, None) => (0, "joined".into()),
+    };
+    Row {
+        name: name.to_owned(),
+        state,
+        trouble,
+        spiffe_id: running.spiffe_id.to_string(),
+        serial: identity.map_or_else(|| "-".into(), |i| i.serial.clone()),
+        expires_at: identity.map_or(0, |i| i.expires_at),
+        connections_in: number("connections in, mtls") + number("connections in, plain"),
+        connections_out: number("connections out, mtls") + number("connections out, plain"),
+        bytes: number("bytes in") + number("bytes out"),
+        refused,
+        restarts: running.restarts(),
+        admin_socket: running.admin_socket().display().to_string(),
+    }
+}
+
+fn summary(rows: &[Row], parts: &[String]) -> String {
+    let good = rows.iter().filter(|r| r.trouble == 0).count();
+    let mut said = vec![format!("{}: {good} running", count(rows.len(), "workload"))];
+    if good < rows.len() {
+        said.push(format!("{} not", rows.len() - good));
+    }
+    let refused: u64 = rows.iter().map(|r| r.refused).sum();
+    let restarts: u32 = rows.iter().map(|r| r.restarts).sum();
+    if refused > 0 {
+        said.push(count(usize::try_from(refused).unwrap_or(usize::MAX), "refused connection"));
+    }
+    if restarts > 0 {
+        said.push(count(restarts as usize, "restart"));
+    }
+    said.extend_from_slice(parts);
+    said.join(", ")
+}
+
+fn times(n: u32) -> String {
+    if n == 1 { "once".into() } else { format!("{n} times") }
+}
+
+fn example_host(spec: &MeshSpec) -> String {
+    let first = spec.workloads.first();
+    let port = first.and_then(|w| w.ports.first()).map(|p| format!(":{p}")).unwrap_or_default();
+    format!("{}{port}", first.map_or("workload", |w| &w.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_counts_what_matters() {
+        let row = |trouble, refused, restarts| Row { trouble, refused, restarts, ..Row::default() };
+        assert_eq!(summary(&[row(0, 0, 0)], &[]), "1 workload: 1 running");
+        let parts = ["server restarted once".to_owned()];
+        assert_eq!(
+            summary(&[row(3, 0, 0), row(0, 2, 1)], &parts),
+            "2 workloads: 1 running, 1 not, 2 refused connections, 1 restart, server restarted once"
+        );
+    }
+}

@@ -1,0 +1,154 @@
+//! A mesh on one machine from another terminal: `ps`, `logs`, `status NAME`, `down`, what restarts and what does not, and the
+//! live table in a terminal.
+
+use std::time::{Duration, Instant};
+
+use crate::support::{COUNTERSIGN, Mesh, able, countersign, outcome, run, sh, wait_for};
+
+fn ps(mesh: &Mesh) -> serde_json::Value {
+    serde_json::from_str(&run(&mut countersign(&["ps", "--mesh", &mesh.name, "--output", "json"]))).unwrap()
+}
+
+fn row(mesh: &Mesh, workload: &str) -> serde_json::Value {
+    let all = ps(mesh);
+    let rows = all[0]["workloads"].as_array().unwrap();
+    rows.iter().find(|r| r["name"] == workload).unwrap_or_else(|| panic!("no {workload}: {all}")).clone()
+}
+
+#[test]
+fn a_mesh_is_listed_read_asked_and_taken_down_from_another_terminal() {
+    if !able(&["ip"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    sh(&format!("chmod 755 {}", folder.path().display()));
+    let at = folder.path().display().to_string();
+    let mut mesh = Mesh::up(
+        "machine",
+        &format!(
+            "  - name: steady\n    command: [sh, -c, 'pwd; exec sleep infinity']\n    workdir: {at}\n\
+             \x20 - name: crasher\n    command: [sh, -c, 'echo last words; sleep 0.3; exit 3']\n    restart: on-failure\n\
+             \x20 - name: once\n    command: [sh, -c, 'exit 7']\n\
+             \x20 - name: content\n    command: ['true']\n    restart: on-failure\n\
+             \x20 - name: always\n    command: ['true']\n    restart: always\n"
+        ),
+    );
+    let name = mesh.name.clone();
+    let on = |args: &[&str]| countersign(&[args, &["--mesh", &name]].concat());
+
+    // What restarts and what does not, with code and time.
+    wait_for("restarts", Duration::from_secs(20), || {
+        let often = |w: &str| row(&mesh, w)["restarts"].as_u64().unwrap() >= 2;
+        (often("crasher") && often("always")).then_some(())
+    });
+    assert!(
+        row(&mesh, "once")["state"].as_str().unwrap().starts_with("ended with code 7 at "),
+        "{}",
+        row(&mesh, "once")
+    );
+    assert_eq!(
+        (row(&mesh, "once")["restarts"].as_u64(), row(&mesh, "content")["restarts"].as_u64()),
+        (Some(0), Some(0))
+    );
+    assert!(row(&mesh, "content")["state"].as_str().unwrap().starts_with("ended with code 0 at "));
+    let table = run(&mut on(&["ps"]));
+    assert!(table.starts_with("MESH") && table.contains("(agent)") && table.contains("RESTARTS"), "{table}");
+    assert!(!table.lines().nth(1).unwrap().contains("steady"), "what is wrong comes first: {table}");
+
+    // Logs, and what happened.
+    assert_eq!(run(&mut on(&["logs", "steady"])).trim(), at, "its working directory");
+    let events = run(&mut on(&["logs", "events"]));
+    assert!(events.contains("crasher: ended with code 3 after 0s; starting it again in "), "{events}");
+    assert!(events.contains("its log ends: last words") && events.contains("once: ended with code 7"), "{events}");
+    assert!(run(&mut on(&["logs", "server", "-n", "5"])).lines().count() <= 5);
+    let (code, said) = outcome(&mut on(&["logs", "staedy"]));
+    assert_eq!((code, said.contains("has no workload `staedy`; did you mean `steady`?")), (2, true), "{said}");
+    let (code, said) = outcome(countersign(&["ps", "--mesh"]).arg(format!("{name}x")));
+    assert_eq!((code, said.contains(&format!("did you mean `{name}`?"))), (2, true), "{said}");
+
+    // Status by name.
+    assert!(run(&mut on(&["status", "steady"])).contains("sa/steady"));
+    assert!(run(&mut on(&["status", "server"])).contains("server"));
+    let everything = ps(&mesh);
+    let only = serde_json::from_str::<serde_json::Value>(&run(&mut countersign(&["ps", "-o", "json"]))).unwrap();
+    let (code, said) = outcome(countersign(&["entry", "show"]).env_remove("COUNTERSIGN_SERVER_SOCKET"));
+    if only.as_array().unwrap().len() == 1 {
+        assert!(code == 0 && said.contains("sa/steady"), "the only mesh's server: {said}");
+    }
+    assert_eq!(everything[0]["mesh"], name.as_str());
+
+    // A frozen sidecar holds nobody up.
+    let frozen = nix::unistd::Pid::from_raw(mesh.process("sidecars/steady"));
+    nix::sys::signal::kill(frozen, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    let before = Instant::now();
+    assert!(row(&mesh, "steady")["state"].as_str().unwrap().starts_with("no answer for "), "{}", row(&mesh, "steady"));
+    assert!(before.elapsed() < Duration::from_secs(8), "{:?}", before.elapsed());
+    nix::sys::signal::kill(frozen, nix::sys::signal::Signal::SIGCONT).unwrap();
+
+    // Down: one way, and the programs that failed are told.
+    run(&mut countersign(&["down", &name]));
+    assert_eq!(mesh.exit_code(), 1, "{}", mesh.said());
+    assert!(mesh.said().contains("once ended with code 7 at "), "{}", mesh.said());
+    mesh.down();
+}
+
+/// Runs `up` in a terminal of this size, with keys after the mesh is up; what the terminal got.
+fn in_a_terminal(term: &str, size: (u16, u16), keys: &str) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let workloads: String =
+        (0..12).map(|n| format!("  - name: w{n:02}\n    command: [sleep, infinity]\n    workdir: /\n")).collect();
+    let name = format!("t-pty-{}-{}", std::process::id(), term);
+    std::fs::write(folder.path().join("mesh.yaml"), format!("name: {name}\nworkloads:\n{workloads}")).unwrap();
+    let script = format!(
+        r#"
+import fcntl, os, pty, select, struct, sys, termios, time
+pid, fd = pty.fork()
+if pid == 0:
+    os.environ["TERM"] = "{term}"
+    time.sleep(0.2)
+    os.execv("{COUNTERSIGN}", ["countersign", "up", "{file}"])
+fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", {rows}, {columns}, 0, 0))
+got, keys, deadline, quiet = b"", {keys:?}, time.time() + 120, None
+while time.time() < deadline:
+    if select.select([fd], [], [], 0.5)[0]:
+        try:
+            got += os.read(fd, 65536)
+        except OSError:
+            break
+    shown = b"q takes the mesh down" in got or b"Ctrl-C takes it down" in got
+    if shown and quiet is None:
+        quiet = time.time() + 3
+    if quiet and time.time() > quiet and keys:
+        os.write(fd, keys[:1].encode()); keys = keys[1:]; quiet = time.time() + 1
+os.write(1, got)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"#,
+        file = folder.path().join("mesh.yaml").display(),
+        rows = size.1,
+        columns = size.0,
+    );
+    std::fs::write(folder.path().join("terminal.py"), script).unwrap();
+    run(std::process::Command::new("python3").arg(folder.path().join("terminal.py")))
+}
+
+#[test]
+fn the_live_table_fits_its_window_scrolls_and_goes_at_a_key() {
+    if !able(&["python3", "ip"]) {
+        return;
+    }
+    let got = in_a_terminal("xterm", (60, 12), "Gq");
+    let (_, table) = got.split_once("\x1b[?1049h").expect("another screen");
+    let (table, after) = table.split_once("\x1b[?1049l").expect("and back");
+    assert!(
+        table.contains("12 workloads: 12 running") && table.contains("w00") && table.contains("WORKLOAD"),
+        "{table:?}"
+    );
+    assert!(table.contains("w11") && table.contains("of 12"), "G shows the last: {table:?}");
+    assert!(!table.contains('\n'), "every line is put at its place, so that none can scroll the screen: {table:?}");
+    let lowest = table.split("\x1b[").filter_map(|s| s.split_once('H')?.0.split(';').next()?.parse::<u16>().ok()).max();
+    assert_eq!(lowest, Some(12), "no line below the window");
+    assert!(after.contains("taking the mesh down"), "{after:?}");
+
+    let got = in_a_terminal("dumb", (60, 12), "\u{3}");
+    assert!(got.contains("is up; logs in ") && !got.contains('\x1b'), "plain lines alone: {got:?}");
+}
