@@ -7,6 +7,7 @@
 mod bad_input;
 mod faults;
 mod fidelity;
+mod first_minutes;
 mod machine;
 mod metrics;
 mod operator;

@@ -254,6 +254,12 @@ impl Mesh {
         status.code().unwrap_or(-1)
     }
 
+    /// Waits until `up` has ended by itself, and says its code.
+    pub fn ended(&mut self) -> i32 {
+        let status = wait_for("up to end", Duration::from_secs(60), || self.child.try_wait().unwrap());
+        status.code().unwrap_or(-1)
+    }
+
     /// Takes it down and looks that nothing stays.
     pub fn down(mut self) {
         self.end();

@@ -4,8 +4,11 @@
 
 use std::convert::Infallible;
 use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
@@ -13,7 +16,14 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Uid, getppid, setgid, setgroups, setuid};
+use nix::unistd::{AccessFlags, Gid, Uid, access, dup2_stdin, getppid, setgid, setgroups, setuid};
+
+use crate::one_line;
+use crate::up::find_program;
+
+/// This very program, however far below a closed folder it lies and whatever has replaced its file since: the kernel follows
+/// the link to the file that is open, not its path (proc(5)).
+pub const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Start a program in a network namespace.
 #[derive(Debug, clap::Args)]
@@ -24,6 +34,9 @@ pub struct LaunchArgs {
     /// Stands in for /etc/hosts.
     #[arg(long)]
     hosts: Option<PathBuf>,
+    /// Folder with files that stand in for /etc/passwd and /etc/group.
+    #[arg(long)]
+    accounts: Option<PathBuf>,
     /// User.
     #[arg(long)]
     uid: u32,
@@ -42,6 +55,10 @@ pub struct LaunchArgs {
     /// Never gain privileges, not even by a set-uid file.
     #[arg(long)]
     no_new_privs: bool,
+    /// Standard input is a pipe that takes the reason when the program cannot be started, and is closed when it is; the program
+    /// gets /dev/null.
+    #[arg(long)]
+    report: bool,
     /// The program and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
@@ -49,17 +66,106 @@ pub struct LaunchArgs {
 
 /// Becomes the program.
 pub fn run(args: &LaunchArgs) -> Result<Infallible> {
+    if !args.report {
+        return start(args);
+    }
+    // A copy that the program does not inherit: whoever reads the other end sees it closed once the program runs.
+    let mut report = File::from(std::io::stdin().as_fd().try_clone_to_owned().context("no pipe to report on")?);
+    dup2_stdin(File::open("/dev/null")?).context("cannot replace standard input")?;
+    start(args).inspect_err(|error| {
+        let _ = report.write_all(one_line(error).as_bytes());
+    })
+}
+
+fn start(args: &LaunchArgs) -> Result<Infallible> {
+    let (program, arguments) = args.command.split_first().context("no program")?;
+    // Before the user changes: afterwards the way to our own file may be closed.
+    let own = is_own(program);
+    let program_path = absolute(program);
+    enter(args)?;
+    become_user(args)?;
+    // A folder that was handed down and that the user may not read: files that seem not to exist are harder to understand
+    // than an empty home.
+    if args.workdir.is_none()
+        && std::fs::read_dir(".").is_err()
+        && let Some(home) = std::env::var_os("HOME")
+    {
+        let moved = std::env::set_current_dir(&home);
+        if moved.is_ok() {
+            eprintln!(
+                "countersign: uid {} cannot read the folder that this was started in; the program starts in {}",
+                args.uid,
+                home.display()
+            );
+        }
+    }
+    let mut command = if own {
+        let mut command = Command::new(OWN_PROGRAM);
+        command.arg0(if program == OWN_PROGRAM { "countersign" } else { program });
+        command
+    } else {
+        Command::new(&program_path)
+    };
+    let error = command.args(arguments).exec();
+    Err(match obstacle(&program_path) {
+        Some(folder) if !own => anyhow!(
+            "cannot start `{program}`: its user (uid {uid}) may not enter {folder}; move the program, name another `user`, or allow it with `chmod o+x {folder}`",
+            uid = args.uid,
+            folder = folder.display()
+        ),
+        _ if error.kind() == std::io::ErrorKind::PermissionDenied => anyhow!(
+            "cannot start `{program}`: its user (uid {}) may not execute it; allow it with `chmod o+rx`",
+            args.uid
+        ),
+        _ => anyhow!("cannot start `{program}`: {error}"),
+    })
+}
+
+/// Whether a command's first word is this program itself.
+fn is_own(program: &str) -> bool {
+    let file = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    let found = find_program(program).ok();
+    found.is_some_and(|path| file(&path).is_some() && file(&path) == file(Path::new(OWN_PROGRAM)))
+}
+
+/// A path from the root, so that it stays right when the working directory changes. A bare name is left to the PATH.
+fn absolute(program: &str) -> PathBuf {
+    if program.contains('/') { std::path::absolute(program).unwrap_or_else(|_| program.into()) } else { program.into() }
+}
+
+/// The first folder on the way to a file that this process may not enter.
+fn obstacle(path: &Path) -> Option<PathBuf> {
+    let mut way: Vec<&Path> = path.ancestors().skip(1).filter(|part| !part.as_os_str().is_empty()).collect();
+    way.reverse();
+    way.into_iter().find(|part| access(*part, AccessFlags::X_OK) == Err(nix::errno::Errno::EACCES)).map(Path::to_owned)
+}
+
+/// Enters the namespaces, and puts the mesh's names and accounts in place of the machine's.
+fn enter(args: &LaunchArgs) -> Result<()> {
     if let Some(path) = &args.netns {
         let netns = File::open(path).with_context(|| format!("cannot open the namespace {}", path.display()))?;
         setns(&netns, CloneFlags::CLONE_NEWNET).context("cannot enter the network namespace")?;
     }
-    if let Some(hosts) = &args.hosts {
-        unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("cannot make mounts private")?;
-        mount(Some(hosts), "/etc/hosts", none, MsFlags::MS_BIND, none)
-            .context("cannot put the names in place of /etc/hosts")?;
+    let mut stand_ins: Vec<(PathBuf, &str)> = vec![];
+    stand_ins.extend(args.hosts.iter().map(|hosts| (hosts.clone(), "/etc/hosts")));
+    if let Some(folder) = &args.accounts {
+        stand_ins.extend([(folder.join("passwd"), "/etc/passwd"), (folder.join("group"), "/etc/group")]);
     }
+    if stand_ins.is_empty() {
+        return Ok(());
+    }
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("cannot make mounts private")?;
+    for (from, to) in stand_ins {
+        mount(Some(&from), to, none, MsFlags::MS_BIND, none)
+            .with_context(|| format!("cannot put {} in place of {to}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// Gives up root for the user, and ties this process to its parent.
+fn become_user(args: &LaunchArgs) -> Result<()> {
     let groups: Vec<Gid> = args.groups.iter().map(|g| Gid::from_raw(*g)).collect();
     setgroups(&groups).context("cannot set groups")?;
     setgid(Gid::from_raw(args.gid)).context("cannot set the group")?;
@@ -79,6 +185,5 @@ pub fn run(args: &LaunchArgs) -> Result<Infallible> {
             return Err(anyhow!("the parent process is gone"));
         }
     }
-    let (program, arguments) = args.command.split_first().context("no program")?;
-    Err(Command::new(program).args(arguments).exec()).with_context(|| format!("cannot start `{program}`"))
+    Ok(())
 }

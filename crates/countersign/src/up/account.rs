@@ -1,7 +1,12 @@
-//! Users of this machine, from its own tables.
+//! Users of this machine, from its own tables, and how a program finds out who it is.
 
-/// First user of workloads that name none.
-const FIRST_WORKLOAD_UID: u32 = 20_000;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// The machine's tables of users and groups (passwd(5), group(5)).
+const PASSWD: &str = "/etc/passwd";
+const GROUP: &str = "/etc/group";
 
 /// A user and its groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,21 +19,37 @@ pub struct Account {
     pub groups: Vec<u32>,
 }
 
+/// What a program finds out about its user: passwd(5)'s name, home and shell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    /// Its name.
+    pub name: String,
+    /// Its home.
+    pub home: PathBuf,
+    /// Its shell.
+    pub shell: PathBuf,
+    /// The machine's table has the user.
+    pub known: bool,
+}
+
 impl Account {
-    /// A user of its own for the workload with this number.
-    pub fn of_number(n: usize) -> Self {
-        let id = FIRST_WORKLOAD_UID + u32::try_from(n).unwrap_or(0);
-        Self { uid: id, gid: id, groups: vec![] }
+    /// A user of this number, in a group of the same number.
+    pub fn of_uid(uid: u32) -> Self {
+        Self { uid, gid: uid, groups: vec![] }
     }
 
-    /// Looks a user up by name or number.
+    /// Looks a user up by name or number. A number that no table has is a user too.
     pub fn find(text: &str) -> Result<Self, String> {
-        if let Ok(uid) = text.parse::<u32>() {
-            return Ok(Self { uid, gid: uid, groups: vec![] });
-        }
-        let read = |path| std::fs::read_to_string(path).map_err(|e| format!("cannot read {path}: {e}"));
-        Self::in_tables(text, &read("/etc/passwd")?, &read("/etc/group")?)
-            .ok_or_else(|| format!("there is no user `{text}` in this machine's /etc/passwd"))
+        let passwd = read(PASSWD)?;
+        let name = match text.parse::<u32>() {
+            Ok(uid) => match Login::in_table(uid, &passwd) {
+                Some(login) => login.name,
+                None => return Ok(Self::of_uid(uid)),
+            },
+            Err(_) => text.to_owned(),
+        };
+        Self::in_tables(&name, &passwd, &read(GROUP)?)
+            .ok_or_else(|| format!("there is no user `{text}` in this machine's {PASSWD}"))
     }
 
     /// The user with this name, from the text of passwd(5) and group(5).
@@ -47,6 +68,83 @@ impl Account {
     }
 }
 
+impl Login {
+    /// The user as the machine's table has it; one that it lacks gets this workload's name and this home.
+    pub fn of(account: &Account, workload: &str, home: &Path) -> Result<Self, String> {
+        let passwd = read(PASSWD)?;
+        Ok(Self::in_table(account.uid, &passwd).unwrap_or_else(|| Self {
+            name: free_name(workload, &passwd),
+            home: home.to_owned(),
+            shell: "/bin/sh".into(),
+            known: false,
+        }))
+    }
+
+    fn in_table(uid: u32, passwd: &str) -> Option<Self> {
+        passwd.lines().find_map(|line| match line.split(':').collect::<Vec<_>>()[..] {
+            [name, _, id, _, _, home, shell] if id.parse::<u32>() == Ok(uid) => Some(Self {
+                name: name.into(),
+                home: if home.is_empty() { "/" } else { home }.into(),
+                shell: if shell.is_empty() { "/bin/sh" } else { shell }.into(),
+                known: true,
+            }),
+            _ => None,
+        })
+    }
+
+    /// What login(1) would set.
+    pub fn environment(&self) -> [(String, String); 4] {
+        let shown = |path: &Path| path.display().to_string();
+        [
+            ("HOME".into(), shown(&self.home)),
+            ("USER".into(), self.name.clone()),
+            ("LOGNAME".into(), self.name.clone()),
+            ("SHELL".into(), shown(&self.shell)),
+        ]
+    }
+
+    /// Writes the machine's tables with this user added into a folder, to stand in for them where its program runs: ssh,
+    /// git and psql ask for their user's entry and end without one. `None` when the machine's own will do.
+    pub fn write_tables(&self, account: &Account, folder: &Path) -> io::Result<Option<PathBuf>> {
+        if self.known || !Path::new(PASSWD).is_file() || !Path::new(GROUP).is_file() {
+            return Ok(None);
+        }
+        let Self { name, home, shell, .. } = self;
+        let Account { uid, gid, .. } = account;
+        std::fs::create_dir_all(folder)?;
+        let write = |from: &str, line: String| {
+            let mut text = std::fs::read_to_string(from)?;
+            if !text.is_empty() && !text.ends_with('\n') {
+                text.push('\n');
+            }
+            let to = folder.join(Path::new(from).file_name().unwrap_or_default());
+            std::fs::write(&to, text + &line)?;
+            std::fs::set_permissions(&to, PermissionsExt::from_mode(0o644))
+        };
+        write(PASSWD, format!("{name}:x:{uid}:{gid}:workload of a mesh:{}:{}\n", home.display(), shell.display()))?;
+        let taken = read(GROUP).map_err(io::Error::other)?;
+        let has_group = taken.lines().any(|l| l.split(':').nth(2).is_some_and(|id| id.parse::<u32>() == Ok(*gid)));
+        write(GROUP, if has_group { String::new() } else { format!("{}:x:{gid}:\n", free_name(name, &taken)) })?;
+        Ok(Some(folder.to_owned()))
+    }
+}
+
+/// Every user's number in the machine's table; empty when there is no table.
+pub fn known_uids() -> Vec<u32> {
+    let passwd = read(PASSWD).unwrap_or_default();
+    passwd.lines().filter_map(|line| line.split(':').nth(2)?.parse().ok()).collect()
+}
+
+/// A name that a table does not have: this one, or one made from it.
+fn free_name(wanted: &str, table: &str) -> String {
+    let taken = |name: &str| table.lines().any(|l| l.split(':').next() == Some(name));
+    if taken(wanted) { format!("mesh-{wanted}") } else { wanted.to_owned() }
+}
+
+fn read(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|e| format!("cannot read {path}: {e}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,5 +157,15 @@ mod tests {
         assert_eq!(web, Account { uid: 33, gid: 34, groups: vec![34, 40] });
         assert_eq!(Account::in_tables("half", passwd, group), None);
         assert_eq!(Account::in_tables("nobody", passwd, group), None);
+    }
+
+    #[test]
+    fn a_user_that_the_table_lacks_is_named_for_its_workload() {
+        let passwd = "root:x:0:0:root:/root:/bin/bash\nmail:x:8:8:::\n";
+        let known = Login::in_table(8, passwd).unwrap();
+        assert_eq!((known.home, known.shell), (PathBuf::from("/"), PathBuf::from("/bin/sh")));
+        assert_eq!(Login::in_table(9, passwd), None);
+        assert_eq!(free_name("web", passwd), "web");
+        assert_eq!(free_name("mail", passwd), "mesh-mail", "a workload does not become the machine's user by its name");
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{PipeReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,6 +16,8 @@ use countersign_api::backoff::Backoff;
 use countersign_redirect::netns::NetNs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -23,10 +25,16 @@ use tokio::task::JoinHandle;
 use super::account::Account;
 use super::events::Events;
 use super::mesh_file::Restart;
+use crate::launch::OWN_PROGRAM;
 use crate::settings::words::{duration, shown};
 
 /// How long a process may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// How long a start may take until the program runs: no more than entering namespaces and changing the user.
+const START: Duration = Duration::from_secs(10);
+/// Longest reason for a start that failed, in bytes.
+const MAX_REPORT_BYTES: u64 = 8 * 1024;
 
 /// What is started.
 #[derive(Clone)]
@@ -37,6 +45,8 @@ pub struct Program {
     pub netns: Option<NetNs>,
     /// Stands in for /etc/hosts.
     pub hosts: Option<PathBuf>,
+    /// Folder with tables that stand in for /etc/passwd and /etc/group.
+    pub accounts: Option<PathBuf>,
     /// As whom.
     pub account: Account,
     /// Never gains privileges.
@@ -88,15 +98,36 @@ pub struct Process {
 }
 
 impl Program {
-    fn start(&self, log: &Path) -> Result<Child> {
-        let own = std::env::current_exe().context("cannot find this program")?;
+    /// Starts it, and waits until it runs or the reason is known why it cannot.
+    async fn start(&self, log: &Path) -> Result<Child> {
+        let (child, report) = self.spawn(log)?;
+        let mut why = String::new();
+        let mut report =
+            pipe::Receiver::from_owned_fd(report.into()).context("cannot wait for the start")?.take(MAX_REPORT_BYTES);
+        match tokio::time::timeout(START, report.read_to_string(&mut why)).await {
+            Ok(Ok(_)) if why.is_empty() => Ok(child),
+            Ok(Ok(_)) => Err(anyhow!(why)),
+            Ok(Err(error)) => Err(error).context("cannot wait for the start"),
+            Err(_) => Err(anyhow!("it was not started within {START:?}")),
+        }
+    }
+
+    fn spawn(&self, log: &Path) -> Result<(Child, PipeReader)> {
+        let (report, reporter) = std::io::pipe().context("cannot make a pipe")?;
         let file = OpenOptions::new()
             .create(true)
             .append(true)
             .open(log)
             .with_context(|| format!("cannot open the log {}", log.display()))?;
-        let mut command = Command::new(own);
-        command.arg("launch").args(["--uid", &self.account.uid.to_string(), "--gid", &self.account.gid.to_string()]);
+        // Not by its path: it may have been replaced since, or lie where only root may go.
+        let mut command = Command::new(OWN_PROGRAM);
+        command.arg0("countersign");
+        command.arg("launch").arg("--report").args([
+            "--uid",
+            &self.account.uid.to_string(),
+            "--gid",
+            &self.account.gid.to_string(),
+        ]);
         command.args(["--parent", &std::process::id().to_string()]);
         if !self.account.groups.is_empty() {
             let groups: Vec<String> = self.account.groups.iter().map(ToString::to_string).collect();
@@ -108,6 +139,9 @@ impl Program {
         if let Some(hosts) = &self.hosts {
             command.arg("--hosts").arg(hosts);
         }
+        if let Some(accounts) = &self.accounts {
+            command.arg("--accounts").arg(accounts);
+        }
         if self.no_new_privs {
             command.arg("--no-new-privs");
         }
@@ -115,10 +149,11 @@ impl Program {
             command.arg("--workdir").arg(workdir);
         }
         command.arg("--").args(&self.command).env_clear().envs(small_environment()).envs(&self.env);
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        command.stdin(Stdio::from(reporter)).stdout(file.try_clone()?).stderr(file);
         // A group of its own: Ctrl-C in the terminal is for us, and we stop them in order.
         command.process_group(0).kill_on_drop(true);
-        command.spawn().with_context(|| format!("cannot start {}", self.name))
+        let child = command.spawn().with_context(|| format!("cannot start {}", self.name))?;
+        Ok((child, report))
     }
 }
 
@@ -131,8 +166,8 @@ fn small_environment() -> impl Iterator<Item = (String, String)> {
 
 impl Process {
     /// Starts a program and looks after it.
-    pub fn start(program: Program, log: PathBuf) -> Result<Self> {
-        let child = program.start(&log)?;
+    pub async fn start(program: Program, log: PathBuf) -> Result<Self> {
+        let child = program.start(&log).await?;
         let (tx, state) = watch::channel(State::Running(child.id().unwrap_or(0)));
         let stop = Arc::new(Notify::new());
         let restarts = Arc::<AtomicU32>::default();
@@ -219,7 +254,7 @@ async fn watch_over(
                     () = tokio::time::sleep(delay) => {}
                     () = stop.notified() => return,
                 }
-                match program.start(&log) {
+                match program.start(&log).await {
                     Ok(again) => child = again,
                     Err(error) => {
                         program.events.record(&format!("{}: cannot be started again: {error:#}", program.name));
@@ -287,4 +322,11 @@ fn last_bytes(log: &Path) -> std::io::Result<String> {
     let mut bytes = vec![];
     file.take(MOST).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// What a role said when it ended: the line that our `main` prints, or the last lines of its log.
+pub fn cause_of_end(log: &Path) -> String {
+    let end = last_lines(log, 20);
+    let said = end.lines().rev().find_map(|line| line.strip_prefix("countersign: "));
+    said.map_or_else(|| format!("its log ends: {}", last_lines(log, 1)), str::to_owned)
 }

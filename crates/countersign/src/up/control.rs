@@ -1,7 +1,7 @@
-//! The socket by which `run` joins a mesh that is up: one JSON line in, one out. The workload stays for as long as the
-//! connection does.
+//! The socket by which `run` joins a mesh that is up: one JSON line in, one out. The workload stays until the other end of the
+//! connection is closed; a last line out then says what was refused.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -14,8 +14,9 @@ use tokio::net::UnixStream;
 
 use super::account::Account;
 use super::mesh::Mesh;
-use super::mesh_file::{WorkloadSpec, check_name};
+use super::mesh_file::{WorkloadSpec, check_name, check_port, check_segment, check_user};
 use super::place::RUN_DIR;
+use super::refusals;
 use crate::settings::parse_mode;
 
 /// Longest request, in bytes.
@@ -48,6 +49,10 @@ pub struct Joined {
     pub netns: PathBuf,
     /// The mesh's names.
     pub hosts: PathBuf,
+    /// Folder with tables of users that have the program's.
+    pub accounts: Option<PathBuf>,
+    /// What the program finds in its environment of itself.
+    pub environment: BTreeMap<String, String>,
     /// User.
     pub uid: u32,
     /// Group.
@@ -58,6 +63,13 @@ pub struct Joined {
     pub spiffe_id: String,
     /// The address.
     pub address: String,
+}
+
+/// What `run` is told when its program has ended.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Farewell {
+    /// What the sidecar refused or was refused, in words.
+    pub refused: Vec<String>,
 }
 
 /// Where a mesh listens.
@@ -111,6 +123,12 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
             // It stays until the other end goes away, however that happens.
             let mut rest = [0; 1];
             while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
+            if let Some(running) = mesh.workload(&name) {
+                let farewell = Farewell { refused: refusals::told(mesh, &running).await };
+                let line = serde_json::to_string(&farewell).unwrap_or_default() + "\n";
+                // Nobody may be there any more.
+                let _ = write.write_all(line.as_bytes()).await;
+            }
         }
         mesh.remove(&name).await;
     }
@@ -118,8 +136,17 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
 
 async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let join: Join = serde_json::from_str(line).context("the request cannot be read")?;
-    check_name(&join.name).map_err(|e| anyhow!(e))?;
-    let user = join.user.as_deref().map(Account::find).transpose().map_err(|e| anyhow!(e))?;
+    // The rules of mesh files, whoever wrote the request.
+    check_name(&join.name).map_err(|e| anyhow!("--name: {e}"))?;
+    check_segment(&join.namespace).map_err(|e| anyhow!("--namespace: {e}"))?;
+    check_segment(&join.service_account).map_err(|e| anyhow!("--service-account: {e}"))?;
+    for port in &join.ports {
+        check_port(*port).map_err(|e| anyhow!("--port: {e}"))?;
+    }
+    let user = join.user.as_deref().map(Account::find).transpose().map_err(|e| anyhow!("--user: {e}"))?;
+    if let Some(user) = &user {
+        check_user(user).map_err(|e| anyhow!("--user: {e}"))?;
+    }
     let mode = join.mode.as_deref().map(parse_mode).transpose().map_err(|e| anyhow!(e))?;
     let known = mesh.workloads();
     let allow = join.allow.iter().map(|a| match known.get(a) {
@@ -158,6 +185,8 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let joined = Joined {
         netns: running.netns.path().to_owned(),
         hosts: mesh.hosts(),
+        accounts: running.accounts.clone(),
+        environment: running.environment.clone(),
         uid: account.uid,
         gid: account.gid,
         groups: account.groups.clone(),

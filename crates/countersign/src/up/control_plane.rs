@@ -6,17 +6,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use countersign_api::convert::{id_to_wire, selectors_to_wire};
 use countersign_api::files::write_secret;
+use countersign_api::spire::types;
 use countersign_api::transport::unix_channel;
-use countersign_identity::SpiffeId;
-use countersign_identity::trust_domain::parse_workload_id;
+use countersign_identity::trust_domain::{parse_workload_id, server_id};
+use countersign_identity::{Selector, SpiffeId};
 
 use super::account::Account;
-use super::children::{Process, Program, last_lines};
-use super::mesh_file::{MeshSpec, Restart, SERVER_UID};
+use super::children::{Process, Program, cause_of_end};
+use super::mesh_file::{MeshSpec, Restart};
+use super::node_identity::{NodeIdentity, SELECTOR};
 use super::place::Place;
+use crate::launch::OWN_PROGRAM;
 use crate::operator;
-use crate::settings::Ttl;
 
 /// How long a part of the mesh may take to come up.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -37,8 +40,9 @@ pub fn node_alias(spec: &MeshSpec) -> Result<SpiffeId> {
 }
 
 /// Starts the server, as a user of its own, and waits until it serves.
-pub async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Process> {
-    let home = place.folder("server", SERVER_UID)?;
+pub async fn start_server(spec: &MeshSpec, place: &Place, node: &NodeIdentity, logs: &Path) -> Result<Process> {
+    let user = place.users().server();
+    let home = place.folder("server", user)?;
     let shown = |file: &str| home.join(file).display().to_string();
     // One port for the mesh's whole life: the agent finds a server that was started again.
     let port = std::net::TcpListener::bind("127.0.0.1:0")
@@ -46,8 +50,7 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result
         .context("no free port on loopback")?
         .port();
     std::fs::write(place.dir.join("server.port"), port.to_string())?;
-    let own = std::env::current_exe()?.display().to_string();
-    let mut command: Vec<String> = vec![own, "server".into()];
+    let mut command: Vec<String> = vec![OWN_PROGRAM.into(), "server".into()];
     let mut set = |flag: &str, value: &str| command.extend([flag.to_owned(), value.to_owned()]);
     set("--trust-domain", spec.trust_domain.as_str());
     set("--bind", &SocketAddr::from((Ipv4Addr::LOCALHOST, port)).to_string());
@@ -58,13 +61,15 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result
     set("--svid-ttl", &spec.svid_ttl.to_string());
     set("--ca-key-type", &spec.ca_key_type);
     set("--ready-file", &shown("ready"));
+    node.write_ca(&home.join("x509pop-ca.pem"))?;
+    set("--x509pop-ca", &shown("x509pop-ca.pem"));
     if let Some((certificate, key, bundle)) = &spec.upstream {
         // The server's user may not read the operator's files: it gets copies of its own.
         let copy = |from: &Path, name: &str| -> Result<String> {
             let to = home.join(name);
             let content = std::fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
             write_secret(&to, &content).with_context(|| format!("cannot write {}", to.display()))?;
-            std::os::unix::fs::chown(&to, Some(SERVER_UID), Some(SERVER_UID))?;
+            std::os::unix::fs::chown(&to, Some(user), Some(user))?;
             Ok(to.display().to_string())
         };
         set("--upstream-cert", &copy(certificate, "upstream.crt")?);
@@ -74,12 +79,12 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result
         }
     }
     let log = logs.join("countersign-server.log");
-    let account = Account { uid: SERVER_UID, gid: SERVER_UID, groups: vec![] };
     let program = Program {
         name: "server".into(),
         netns: None,
         hosts: None,
-        account,
+        accounts: None,
+        account: Account::of_uid(user),
         no_new_privs: true,
         command,
         env: BTreeMap::new(),
@@ -87,31 +92,35 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, logs: &Path) -> Result
         restart: Restart::Always,
         events: place.events.clone(),
     };
-    let process = Process::start(program, log.clone())?;
+    let process = Process::start(program, log.clone()).await?;
     let ready = home.join("ready");
     let waited = process.wait_until("it was ready", PATIENCE, async || ready.exists()).await;
     if let Err(error) = waited {
         process.stop().await;
-        return Err(error)
-            .with_context(|| format!("the server did not come up; its log ends:\n{}", last_lines(&log, 5)));
+        return Err(error.context(format!("the server did not come up: {}", cause_of_end(&log))));
     }
     Ok(process)
 }
 
-/// Starts the agent with a fresh join token, and waits until it is attested.
-pub async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<Process> {
+/// Starts the agent, and waits until it is attested.
+pub async fn start_agent(spec: &MeshSpec, place: &Place, node: &NodeIdentity, logs: &Path) -> Result<Process> {
     let home = place.folder("agent", 0)?;
     let shown = |file: &str| home.join(file).display().to_string();
     let channel = unix_channel(server_socket(&place.dir));
-    let alias = node_alias(spec)?.to_string();
-    let (token, _) = operator::token::generate(channel.clone(), Ttl(Duration::from_secs(600)), Some(&alias)).await?;
-    write_secret(&home.join("join-token"), token.as_bytes())?;
+    node.write(&home.join("node.pem"), &home.join("node.key"))?;
+    let (kind, value) = SELECTOR;
+    let alias = types::Entry {
+        spiffe_id: Some(id_to_wire(&node_alias(spec)?)),
+        parent_id: Some(id_to_wire(&server_id(&spec.trust_domain))),
+        selectors: selectors_to_wire([&Selector::new(kind, value)?]),
+        ..types::Entry::default()
+    };
+    operator::entry::create(channel.clone(), alias).await.context("cannot register the node")?;
     std::fs::write(home.join("bundle.pem"), operator::bundle::own(channel).await?.to_pem())?;
     let port = std::fs::read_to_string(place.dir.join("server.port"))?;
     let server = format!("127.0.0.1:{port}");
-    let own = std::env::current_exe()?.display().to_string();
     let command = [
-        own.as_str(),
+        OWN_PROGRAM,
         "agent",
         "--trust-domain",
         spec.trust_domain.as_str(),
@@ -123,18 +132,20 @@ pub async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<
         &shown("data"),
         "--trust-bundle",
         &shown("bundle.pem"),
-        "--join-token-file",
-        &shown("join-token"),
+        "--x509pop-cert",
+        &shown("node.pem"),
+        "--x509pop-key",
+        &shown("node.key"),
     ];
     let log = logs.join("countersign-agent.log");
-    // Root: it reads what the kernel knows of every caller.
-    let account = Account { uid: 0, gid: 0, groups: vec![] };
     let command = command.map(String::from).to_vec();
     let program = Program {
         name: "agent".into(),
         netns: None,
         hosts: None,
-        account,
+        accounts: None,
+        // It reads what the kernel knows of every caller.
+        account: Account::of_uid(0),
         no_new_privs: true,
         command,
         env: BTreeMap::new(),
@@ -142,7 +153,7 @@ pub async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<
         restart: Restart::Always,
         events: place.events.clone(),
     };
-    let process = Process::start(program, log.clone())?;
+    let process = Process::start(program, log.clone()).await?;
     let socket = home.join("agent.sock");
     let attested = async || {
         operator::status::get(&socket)
@@ -152,8 +163,7 @@ pub async fn start_agent(spec: &MeshSpec, place: &Place, logs: &Path) -> Result<
     let waited = process.wait_until("it was attested", PATIENCE, attested).await;
     if let Err(error) = waited {
         process.stop().await;
-        return Err(error)
-            .with_context(|| format!("the agent did not come up; its log ends:\n{}", last_lines(&log, 5)));
+        return Err(error.context(format!("the agent did not come up: {}", cause_of_end(&log))));
     }
     Ok(process)
 }

@@ -7,6 +7,7 @@ use countersign_identity::policy::{Mode, Policy};
 use countersign_identity::trust_domain::{parse_trust_domain, service_account_id};
 
 use super::mesh_file::{MeshSpec, WorkloadSpec};
+use crate::launch::OWN_PROGRAM;
 use crate::settings::Ttl;
 use crate::shop::PORT;
 
@@ -18,7 +19,6 @@ const SERVICES: [(&str, &[&str]); 4] =
 pub fn shop() -> MeshSpec {
     // The name is a constant, and right.
     let trust_domain = parse_trust_domain("shop.local").unwrap_or_else(|_| unreachable!("a valid constant"));
-    let program = std::env::current_exe().map_or_else(|_| "countersign".into(), |p| p.display().to_string());
     let id =
         |name: &str| service_account_id(&trust_domain, "default", name).map(|id| id.to_string()).unwrap_or_default();
     let workloads = SERVICES.iter().map(|(name, callers)| WorkloadSpec {
@@ -26,7 +26,7 @@ pub fn shop() -> MeshSpec {
         namespace: "default".into(),
         service_account: (*name).into(),
         user: None,
-        command: vec![program.clone(), "shop".into(), (*name).into()],
+        command: vec![OWN_PROGRAM.into(), "shop".into(), (*name).into()],
         ports: [PORT].into(),
         workdir: None,
         restart: Default::default(),

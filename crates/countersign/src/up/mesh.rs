@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,13 +24,16 @@ use countersign_redirect::{Backend, Redirect, install};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
-use super::account::Account;
-use super::children::{Process, Program, State, last_lines};
+use super::account::{Account, Login};
+use super::children::{Process, Program, State, cause_of_end};
 use super::control_plane::{PATIENCE, agent_socket, node_alias, server_socket, start_agent, start_server};
 use super::events::Events;
-use super::mesh_file::{FIRST_PROXY_UID, MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec};
-use super::place::{Place, kill_inside};
+use super::mesh_file::{MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec, check_user};
+use super::node_identity::NodeIdentity;
+use super::place::{Place, kill_inside, passable};
+use super::users::Users;
 use crate::clients::client;
+use crate::launch::OWN_PROGRAM;
 use crate::operator;
 
 /// The sidecars' mTLS port.
@@ -44,6 +48,7 @@ pub struct Mesh {
     /// Its settings.
     pub spec: MeshSpec,
     dir: PathBuf,
+    users: Users,
     names: Names,
     logs: PathBuf,
     fabric: Fabric,
@@ -82,7 +87,11 @@ pub struct Running {
     pub spiffe_id: SpiffeId,
     /// As whom its program runs.
     pub account: Account,
-    entry_id: String,
+    /// What its program finds in its environment of itself.
+    pub environment: BTreeMap<String, String>,
+    /// Folder with tables that have its user, where the machine's lack it.
+    pub accounts: Option<PathBuf>,
+    entry_ids: Vec<String>,
     admin_socket: PathBuf,
     sidecar: Process,
     program: Mutex<Option<Process>>,
@@ -124,9 +133,10 @@ impl Mesh {
         events.keep_in(&logs).with_context(|| format!("cannot write events to {}", logs.display()))?;
         let dir = place.dir.clone();
         progress(&format!("mesh {}: trust domain {}, mode {}", spec.name, spec.trust_domain, spec.mode));
-        let server = start_server(&spec, place, &logs).await?;
+        let node = NodeIdentity::new(time::OffsetDateTime::now_utc())?;
+        let server = start_server(&spec, place, &node, &logs).await?;
         progress("server is up");
-        let agent = start_agent(&spec, place, &logs).await?;
+        let agent = start_agent(&spec, place, &node, &logs).await?;
         progress("agent is up and attested");
         let fabric = Fabric::create(&place.fabric_name()).context("cannot make the mesh's network")?;
         let mut random = [0u8; 4];
@@ -143,6 +153,7 @@ impl Mesh {
             mode: Mutex::default(),
             spec: spec.clone(),
             dir,
+            users: place.users(),
             logs,
             fabric,
             server,
@@ -162,7 +173,7 @@ impl Mesh {
             mesh.wait_for_sidecar(running).await?;
         }
         for running in prepared {
-            mesh.start_program(&running)?;
+            mesh.start_program(&running).await?;
             progress(&format!("{} is up: {} at {}", running.spec.name, running.spiffe_id, running.addresses[0]));
         }
         Ok(mesh)
@@ -237,7 +248,11 @@ impl Mesh {
     /// Namespace, redirect, entry and sidecar of a workload; its program comes later.
     async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
         let name = &spec.name;
-        let proxy_uid = FIRST_PROXY_UID + u32::try_from(number).unwrap_or(0);
+        // Here too, for a sidecar may have been started by hand since the file was read.
+        if let Some(user) = &spec.user {
+            check_user(user).map_err(|why| anyhow!("{name}: {why}"))?;
+        }
+        let proxy_uid = self.users.sidecar(number);
         let spiffe_id = service_account_id(&self.spec.trust_domain, &spec.namespace, &spec.service_account)?;
         let netns = self.fabric.plug(&self.netns_name(name), &port_name(number), both(number));
         let netns = netns.with_context(|| format!("cannot make the namespace of {name}"))?;
@@ -246,32 +261,29 @@ impl Mesh {
         netns
             .run(move || Ok(install(&redirect, Backend::Auto)))?
             .with_context(|| format!("cannot redirect the traffic of {name}"))?;
-        let selector = Selector::new("unix", format!("uid:{proxy_uid}"))?;
-        let entry = types::Entry {
-            spiffe_id: Some(id_to_wire(&spiffe_id)),
-            parent_id: Some(id_to_wire(&node_alias(&self.spec)?)),
-            selectors: selectors_to_wire([&selector]),
-            dns_names: vec![name.clone()],
-            ..types::Entry::default()
-        };
-        let entry_id =
-            operator::entry::create(self.channel(), entry).await.with_context(|| format!("cannot register {name}"))?.id;
-        let home = self.dir.join("sidecars").join(name);
-        std::fs::create_dir_all(&home)?;
-        std::os::unix::fs::chown(&home, Some(proxy_uid), Some(proxy_uid))?;
+        let account = spec.user.clone().unwrap_or_else(|| self.users.workload(number));
+        let mut entry_ids = vec![self.register(&spec, &spiffe_id, proxy_uid).await?];
+        // Only for a user that nobody else on the machine has: by any other, whoever shares it would get this identity.
+        if spec.user.is_none() {
+            entry_ids.push(self.register(&spec, &spiffe_id, account.uid).await?);
+        }
+        let home = self.folder("sidecars", name, proxy_uid, 0o755)?;
         let admin_socket = home.join("admin.sock");
         let sidecar =
-            Process::start(self.sidecar(name, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar")))?;
+            Process::start(self.sidecar(name, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar"))).await?;
+        let (environment, accounts) = self.person(&spec, &account)?;
         let (v4, v6) = addresses(number);
         let running = Rc::new(Running {
-            account: spec.user.clone().unwrap_or_else(|| Account::of_number(number)),
+            account,
+            environment,
+            accounts,
             addresses: [v4.into(), v6.into()],
             program: Mutex::default(),
             spec,
             number,
             netns,
             spiffe_id,
-            entry_id,
+            entry_ids,
             admin_socket,
             sidecar,
         });
@@ -284,6 +296,52 @@ impl Mesh {
         Ok(running)
     }
 
+    /// Registers a workload's identity for the processes of one user.
+    async fn register(&self, spec: &WorkloadSpec, id: &SpiffeId, uid: u32) -> Result<String> {
+        let entry = types::Entry {
+            spiffe_id: Some(id_to_wire(id)),
+            parent_id: Some(id_to_wire(&node_alias(&self.spec)?)),
+            selectors: selectors_to_wire([&Selector::new("unix", format!("uid:{uid}"))?]),
+            dns_names: vec![spec.name.clone()],
+            ..types::Entry::default()
+        };
+        let created = operator::entry::create(self.channel(), entry).await;
+        Ok(created.with_context(|| format!("cannot register {}", spec.name))?.id)
+    }
+
+    /// Who a workload's program is: what stands in its environment, and tables of users that have its own.
+    fn person(&self, spec: &WorkloadSpec, account: &Account) -> Result<(BTreeMap<String, String>, Option<PathBuf>)> {
+        let name = &spec.name;
+        let own_home = self.dir.join("homes").join(name);
+        let login = Login::of(account, name, &own_home).map_err(|e| anyhow!(e))?;
+        if !login.known {
+            self.folder("homes", name, account.uid, 0o700)?;
+        }
+        let accounts = login
+            .write_tables(account, &self.dir.join("accounts").join(name))
+            .with_context(|| format!("cannot write the accounts of {name}"))?;
+        let mut environment: BTreeMap<String, String> = login.environment().into();
+        if spec.user.is_none() {
+            let socket = agent_socket(&self.dir);
+            environment.insert("SPIFFE_ENDPOINT_SOCKET".into(), format!("unix://{}", socket.display()));
+        }
+        Ok((environment, accounts))
+    }
+
+    /// A workload's folder of one kind, its user's.
+    fn folder(&self, kind: &str, workload: &str, owner: u32, mode: u32) -> Result<PathBuf> {
+        let folder = self.dir.join(kind).join(workload);
+        let made = passable(&folder)
+            .and_then(|()| std::fs::set_permissions(&folder, PermissionsExt::from_mode(mode)))
+            .and_then(|()| std::os::unix::fs::chown(&folder, Some(owner), Some(owner)));
+        made.with_context(|| format!("cannot make {}", folder.display()))?;
+        // A workload that joins again under its name may have another number: the logs of the one before are its own now.
+        for old in std::fs::read_dir(&folder)?.flatten() {
+            let _ = std::os::unix::fs::lchown(old.path(), Some(owner), Some(owner));
+        }
+        Ok(folder)
+    }
+
     /// Waits for a sidecar to have its identity and policy.
     pub async fn wait_for_sidecar(&self, running: &Running) -> Result<()> {
         let name = &running.spec.name;
@@ -293,28 +351,27 @@ impl Mesh {
         };
         let waited = running.sidecar.wait_until("it had an identity", PATIENCE, ready).await;
         waited.with_context(|| {
-            format!(
-                "the sidecar of {name} did not come up; its log ends:\n{}",
-                last_lines(&self.log(&format!("{name}.sidecar")), 5)
-            )
+            format!("the sidecar of {name} did not come up: {}", cause_of_end(&self.log(&format!("{name}.sidecar"))))
         })
     }
 
     /// Starts a workload's own program.
-    pub fn start_program(&self, running: &Running) -> Result<()> {
+    async fn start_program(&self, running: &Running) -> Result<()> {
         let program = Program {
             name: running.spec.name.clone(),
             netns: Some(running.netns.clone()),
             hosts: Some(self.hosts()),
+            accounts: running.accounts.clone(),
             account: running.account.clone(),
             no_new_privs: false,
             command: running.spec.command.clone(),
-            env: running.spec.env.clone(),
+            // What the file says counts more.
+            env: running.environment.clone().into_iter().chain(running.spec.env.clone()).collect(),
             workdir: running.spec.workdir.clone(),
             restart: running.spec.restart,
             events: self.events.clone(),
         };
-        let process = Process::start(program, self.log(&running.spec.name))?;
+        let process = Process::start(program, self.log(&running.spec.name)).await?;
         *running.program.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
         Ok(())
     }
@@ -330,10 +387,13 @@ impl Mesh {
         }
         self.publish_now();
         running.sidecar.stop().await;
-        if let Err(error) = operator::entry::delete(self.channel(), vec![running.entry_id.clone()]).await {
+        if let Err(error) = operator::entry::delete(self.channel(), running.entry_ids.clone()).await {
             tracing::warn!(name, %error, "cannot delete the registration entry");
         }
-        kill_inside(&running.netns);
+        let _ = kill_inside(&running.netns);
+        for kind in ["homes", "accounts"] {
+            let _ = std::fs::remove_dir_all(self.dir.join(kind).join(name));
+        }
         if let Err(error) = self.fabric.unplug(&running.netns, &port_name(running.number)) {
             tracing::warn!(name, %error, "cannot remove the namespace");
         }
@@ -381,10 +441,9 @@ impl Mesh {
 
     fn sidecar(&self, name: &str, uid: u32, netns: &NetNs, home: &Path) -> Program {
         let shown = |file: &str| home.join(file).display().to_string();
-        let own = std::env::current_exe().unwrap_or_default().display().to_string();
         let agent_socket = agent_socket(&self.dir).display().to_string();
         let command = [
-            own.as_str(),
+            OWN_PROGRAM,
             "proxy",
             "--agent-socket",
             &agent_socket,
@@ -399,7 +458,8 @@ impl Mesh {
             name: format!("{name}'s sidecar"),
             netns: Some(netns.clone()),
             hosts: None,
-            account: Account { uid, gid: uid, groups: vec![] },
+            accounts: None,
+            account: Account::of_uid(uid),
             no_new_privs: true,
             command: command.map(String::from).to_vec(),
             env: BTreeMap::new(),
@@ -417,7 +477,9 @@ impl Mesh {
                 text.push_str(&format!("{address} {0} {0}.{1} {0}.{1}.svc\n", w.spec.name, w.spec.namespace));
             }
         }
-        std::fs::write(self.hosts(), text).context("cannot write the mesh's names")
+        std::fs::write(self.hosts(), text)
+            .and_then(|()| std::fs::set_permissions(self.hosts(), PermissionsExt::from_mode(0o644)))
+            .context("cannot write the mesh's names")
     }
 
     fn publish_now(&self) {
@@ -426,7 +488,7 @@ impl Mesh {
             let mut policy = w.spec.policy.clone();
             policy.mode = mode.unwrap_or(policy.mode);
             Workload {
-                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.entry_id),
+                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.entry_ids.join("+")),
                 name: w.spec.name.clone(),
                 addresses: w.addresses.to_vec(),
                 spiffe_ids: [w.spiffe_id.to_string()].into(),

@@ -17,15 +17,12 @@ use countersign_identity::policy::{Mode, Policy};
 use ipnet::IpNet;
 
 use super::account::Account;
+use super::users;
 use crate::settings::words::shown;
 use crate::settings::{Mistake, Ttl, load_tree};
 
 pub use program::find_program;
 
-/// First user of sidecars; one more for each.
-pub const FIRST_PROXY_UID: u32 = 2102;
-/// The server's own user.
-pub const SERVER_UID: u32 = 2100;
 /// Workloads in one mesh at most.
 pub const MAX_WORKLOADS: usize = 200;
 /// Ports that sidecars need for themselves.
@@ -160,17 +157,9 @@ pub fn check_port(port: u16) -> Result<u16, String> {
     Ok(port)
 }
 
-/// A user that a workload may run as: no sidecar's, whose traffic is never caught, and not the server's.
+/// A user that a workload may run as: no sidecar's, whose traffic is never caught, and nobody's who has an identity by it.
 pub fn check_user(account: &Account) -> Result<(), String> {
-    // Fewer workloads than a u32 holds: MAX_WORKLOADS is a small constant.
-    let proxies = FIRST_PROXY_UID..FIRST_PROXY_UID + u32::try_from(MAX_WORKLOADS).unwrap_or(u32::MAX - FIRST_PROXY_UID);
-    if proxies.contains(&account.uid) || account.uid == SERVER_UID {
-        return Err(format!(
-            "uid {} is kept for sidecars, whose traffic is never caught; use another user",
-            account.uid
-        ));
-    }
-    Ok(())
+    users::refused(account.uid).map_or(Ok(()), Err)
 }
 
 /// Reads a mesh file.

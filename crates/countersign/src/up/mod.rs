@@ -14,11 +14,15 @@ mod example;
 mod machine;
 mod mesh;
 mod mesh_file;
+mod node_identity;
 mod place;
 mod reach;
+mod refusals;
 mod rotate;
 mod run;
+mod signals;
 mod table;
+mod users;
 mod verify;
 
 use std::path::PathBuf;
@@ -28,14 +32,16 @@ use anyhow::Result;
 
 use crate::logging::LogArgs;
 use crate::settings::{Mistake, need_root};
-use crate::stop::on_signal;
 
 pub use ask::meshes;
 pub use machine::{DownArgs, LogsArgs, PsArgs, down, logs, ps, socket_named};
+pub use mesh_file::find_program;
 pub use place::RUN_DIR;
 pub use run::{RunArgs, run};
 
 use mesh::Mesh;
+use place::Place;
+use signals::Signals;
 
 /// Run a mesh on this machine: every workload in a network namespace with a sidecar of its own.
 ///
@@ -79,24 +85,28 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
     need_root("up")?;
     if args.file.is_some() {
         check_upstream(&spec)?;
-        say_unreadable(&spec);
     }
     // One thread: children are tied to the thread that starts them, and this one lives as long as the mesh.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
-        let stop = on_signal()?;
+        let signals = Signals::take()?;
+        let stop = signals.stop.clone();
         if args.verify {
             let full = args.file.is_none();
-            return verify::verify(spec, args.log_dir, full, stop).await;
+            return verify::verify(spec, args.log_dir, full, signals).await;
         }
-        let place = place::Place::take(&spec.name)?;
+        let place = Place::take(&spec.name)?;
+        if args.file.is_some() {
+            say_unreadable(&spec, place.users());
+        }
         let progress = |step: &str| eprintln!("{step}");
         let started = tokio::select! {
             mesh = Mesh::start(spec, &place, args.log_dir, &progress) => mesh,
             () = stop.cancelled() => {
                 eprintln!("stopped while starting; tidying up");
                 place.tidy();
+                say_leftovers(&place);
                 return Ok(ExitCode::from(130));
             }
         };
@@ -111,12 +121,21 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
         rotating.abort();
         let failed = mesh.failed_programs();
         eprintln!("taking the mesh down");
-        mesh.stop().await;
+        let in_order = tokio::select! {
+            () = mesh.stop() => true,
+            () = signals.at_once.cancelled() => false,
+        };
+        // What did not end in order is killed here.
         place.tidy();
+        let left = say_leftovers(&place);
         for (name, end) in &failed {
             eprintln!("{name} {end}");
         }
-        Ok(ExitCode::from(u8::from(!failed.is_empty())))
+        Ok(match (left || !failed.is_empty(), in_order) {
+            (true, _) => ExitCode::FAILURE,
+            (false, true) => ExitCode::SUCCESS,
+            (false, false) => ExitCode::from(130),
+        })
     })
 }
 
@@ -130,11 +149,22 @@ fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
     checked.map(|_| ()).map_err(|e| Mistake(e.to_string()))
 }
 
+/// Says what of a mesh is left on the machine, and whether anything is.
+fn say_leftovers(place: &Place) -> bool {
+    let left = place.leftovers();
+    for what in &left {
+        eprintln!("countersign: could not remove the {what}");
+    }
+    !left.is_empty()
+}
+
 /// A word for each workload that starts in a folder which its user cannot read: relative paths fail there, often silently.
-fn say_unreadable(spec: &mesh_file::MeshSpec) {
-    let accounts = spec.workloads.iter().enumerate().map(|(number, workload)| {
-        (workload, workload.user.clone().unwrap_or_else(|| account::Account::of_number(number)))
-    });
+fn say_unreadable(spec: &mesh_file::MeshSpec, users: users::Users) {
+    let accounts = spec
+        .workloads
+        .iter()
+        .enumerate()
+        .map(|(number, workload)| (workload, workload.user.clone().unwrap_or_else(|| users.workload(number))));
     for word in reach::words(accounts, std::env::current_dir().ok().as_deref()) {
         eprintln!("note: {word}");
     }

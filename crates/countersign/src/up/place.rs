@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use countersign_redirect::netns::NetNs;
@@ -12,12 +13,15 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::events::Events;
+use super::users::{Held, Users};
 use crate::settings::Mistake;
 
 /// Folder of all meshes.
 pub const RUN_DIR: &str = "/run/countersign/up";
 /// Every network namespace of ours begins so.
 const NETNS_PREFIX: &str = "cs-";
+/// How long a killed process may take to be gone.
+const GONE: Duration = Duration::from_secs(3);
 
 /// A mesh's place; no other `up` has it while this is held.
 pub struct Place {
@@ -26,6 +30,9 @@ pub struct Place {
     pub dir: PathBuf,
     /// What happens in the mesh.
     pub events: Events,
+    users: Users,
+    /// Keeps other meshes off those users; `None` only while this is dropped.
+    held: Option<Held>,
     _lock: Flock<File>,
 }
 
@@ -40,28 +47,35 @@ impl Place {
                 "a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"
             ))
         })?;
-        let place = Self { name: name.to_owned(), dir, events: Events::default(), _lock: lock };
-        place.tidy();
-        std::fs::create_dir_all(&place.dir).with_context(|| format!("cannot make {}", place.dir.display()))?;
+        tidy(name, &dir);
+        let held = Users::take().context("cannot find users for the mesh's server, sidecars and workloads")?;
+        let (users, events) = (held.users, Events::default());
+        let place = Self { name: name.to_owned(), dir, events, users, held: Some(held), _lock: lock };
+        passable(&place.dir).with_context(|| format!("cannot make {}", place.dir.display()))?;
         Ok(place)
     }
 
     /// Name of the namespace with the switch.
     pub fn fabric_name(&self) -> String {
-        format!("{NETNS_PREFIX}{}", self.name)
+        fabric_of(&self.name)
     }
 
-    /// A folder in it that belongs to a user.
+    /// Whose users run it.
+    pub fn users(&self) -> Users {
+        self.users
+    }
+
+    /// A folder in it that belongs to a user and that others may pass.
     pub fn folder(&self, name: &str, owner: u32) -> io::Result<PathBuf> {
         let dir = self.dir.join(name);
-        std::fs::create_dir_all(&dir)?;
+        passable(&dir)?;
         chown(&dir, Some(owner), Some(owner))?;
         Ok(dir)
     }
 
     /// Everything of this mesh that is left, in words; empty when nothing is.
     pub fn leftovers(&self) -> Vec<String> {
-        let mut left: Vec<String> = self.namespaces().iter().map(|n| format!("namespace {n}")).collect();
+        let mut left: Vec<String> = namespaces(&self.name).iter().map(|n| format!("namespace {n}")).collect();
         if self.dir.exists() {
             left.push(format!("folder {}", self.dir.display()));
         }
@@ -70,36 +84,72 @@ impl Place {
         left
     }
 
-    fn namespaces(&self) -> Vec<String> {
-        let fabric = self.fabric_name();
-        let of_workloads = format!("{fabric}-");
-        NetNs::list(&fabric).into_iter().filter(|n| *n == fabric || n.starts_with(&of_workloads)).collect()
-    }
-
     /// Ends what runs in this mesh's namespaces or under its folder, and removes them.
     pub fn tidy(&self) {
-        for name in self.namespaces() {
-            let ns = NetNs::named(&name);
-            kill_inside(&ns);
-            if let Err(error) = ns.remove() {
-                tracing::warn!(namespace = name, %error, "cannot remove a network namespace");
-            }
-        }
-        for pid in processes_of(&self.dir) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
-        match std::fs::remove_dir_all(&self.dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.dir.display(), %error, "cannot remove the mesh's folder");
-            }
-            _ => {}
+        tidy(&self.name, &self.dir);
+    }
+}
+
+/// Name of the namespace with a mesh's switch; those of its workloads begin with it.
+fn fabric_of(name: &str) -> String {
+    format!("{NETNS_PREFIX}{name}")
+}
+
+fn namespaces(name: &str) -> Vec<String> {
+    let fabric = fabric_of(name);
+    let of_workloads = format!("{fabric}-");
+    NetNs::list(&fabric).into_iter().filter(|n| *n == fabric || n.starts_with(&of_workloads)).collect()
+}
+
+fn tidy(name: &str, dir: &Path) {
+    let names = namespaces(name);
+    let mut killed: Vec<i32> = names.iter().flat_map(|name| kill_inside(&NetNs::named(name))).collect();
+    for pid in processes_of(dir) {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        killed.push(pid);
+    }
+    // What is killed may still write a file or hold a namespace for a moment.
+    let deadline = Instant::now() + GONE;
+    while killed.iter().any(|pid| is_alive(*pid)) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for name in names {
+        if let Err(error) = NetNs::named(&name).remove() {
+            tracing::warn!(namespace = name, %error, "cannot remove a network namespace");
         }
     }
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %dir.display(), %error, "cannot remove the mesh's folder");
+        }
+        _ => {}
+    }
+}
+
+/// Whether a process runs; one that only waits for its parent to ask how it ended does not (state Z, proc(5)).
+fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| !"ZX".contains(state))
+}
+
+/// Makes a folder, and those above it, that every user may pass, whatever the umask is: sidecars and workloads have
+/// users of their own.
+pub fn passable(dir: &Path) -> io::Result<()> {
+    let missing: Vec<&Path> = dir.ancestors().take_while(|part| !part.exists()).collect();
+    for part in missing.into_iter().rev() {
+        match std::fs::create_dir(part) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        std::fs::set_permissions(part, PermissionsExt::from_mode(0o755))?;
+    }
+    Ok(())
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(Path::new(RUN_DIR).join(format!("{}.lock", self.name)));
+        drop(self.held.take());
         // These go only when they are empty.
         let up = Path::new(RUN_DIR);
         let _ = std::fs::remove_dir(up);
@@ -109,9 +159,9 @@ impl Drop for Place {
 
 /// Locks a file, made where it is missing; `None`: somebody else has it. A mesh that ends removes its file, and the folder
 /// when it was the last, so a lock counts only while the file is still the one at that path.
-fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
+pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
     loop {
-        std::fs::create_dir_all(RUN_DIR)?;
+        passable(Path::new(RUN_DIR))?;
         let file = match File::create(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             file => file?,
@@ -124,15 +174,17 @@ fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
     }
 }
 
-/// Kills every process in a network namespace.
-pub fn kill_inside(ns: &NetNs) {
-    let Ok(inode) = std::fs::metadata(ns.path()).map(|m| m.ino()) else { return };
-    for pid in every_process() {
-        let theirs = std::fs::metadata(format!("/proc/{pid}/ns/net")).map(|m| m.ino());
-        if theirs.is_ok_and(|i| i == inode) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
+/// Kills every process in a network namespace, and says which.
+pub fn kill_inside(ns: &NetNs) -> Vec<i32> {
+    let Ok(namespace) = std::fs::metadata(ns.path()).map(|m| (m.dev(), m.ino())) else { return vec![] };
+    // A name whose namespace is gone, or hidden, is a mere file: nobody is inside.
+    let theirs =
+        |pid: &i32| std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == namespace);
+    let inside: Vec<i32> = every_process().into_iter().filter(theirs).collect();
+    for pid in &inside {
+        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
     }
+    inside
 }
 
 /// Our own roles whose command line names a folder.
@@ -140,13 +192,17 @@ fn processes_of(dir: &Path) -> Vec<i32> {
     let needle = format!("{}/", dir.display());
     let ours = |pid: &i32| {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let is_role = String::from_utf8_lossy(&command).split('\0').any(|a| a.starts_with(&needle));
-        is_role && *pid != i32::try_from(std::process::id()).unwrap_or(0)
+        let command = String::from_utf8_lossy(&command).into_owned();
+        let mut words = command.split('\0');
+        // An operator's `tail` of a log is not ours to end.
+        let is_ours = words.next().is_some_and(|program| program.rsplit('/').next() == Some("countersign"));
+        is_ours && words.any(|a| a.starts_with(&needle)) && *pid != i32::try_from(std::process::id()).unwrap_or(0)
     };
     every_process().into_iter().filter(ours).collect()
 }
 
-fn every_process() -> Vec<i32> {
+/// Every process of the machine, as far as this namespace of processes shows it.
+pub fn every_process() -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
 }

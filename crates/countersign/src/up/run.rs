@@ -1,16 +1,28 @@
 //! `countersign run`: a program of your own in a mesh that `up` runs, in your terminal.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
+use super::account::Account;
 use super::ask::the_mesh;
-use super::control::{Join, Joined, socket_of};
-use super::mesh_file::{check_name, find_program};
+use super::control::{Farewell, Join, Joined, socket_of};
+use super::mesh_file::{check_name, check_port, check_segment, check_user, find_program};
+use crate::launch::OWN_PROGRAM;
 use crate::settings::{Mistake, need_root};
+
+/// How long the mesh may take to say what was refused.
+const FAREWELL: Duration = Duration::from_secs(10);
+/// Longest of that, in bytes.
+const MAX_FAREWELL: u64 = 256 * 1024;
+/// What a program of another user gets of the environment that this was started with.
+const HANDED_ON: &[&str] = &["PATH", "LANG", "LANGUAGE", "TZ", "TERM", "COLORTERM", "NO_COLOR", "RUST_BACKTRACE"];
 
 /// Add a program to a mesh that `up` runs on this machine.
 ///
@@ -41,6 +53,10 @@ pub struct RunArgs {
     /// Who may call: a workload of the mesh or a SPIFFE ID [default: anyone in the trust domain].
     #[arg(long)]
     allow: Vec<String>,
+    /// Set a variable of the program's environment, NAME=VALUE, or hand one on, NAME. A program that runs as another user than
+    /// root gets PATH, the language, the time zone and the terminal from this environment, and no more unless named here.
+    #[arg(long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
     /// The program and its arguments.
     #[arg(required = true, last = true)]
     command: Vec<String>,
@@ -48,8 +64,7 @@ pub struct RunArgs {
 
 /// Joins, runs the program, leaves.
 pub fn run(args: RunArgs) -> Result<ExitCode> {
-    check_name(&args.name).map_err(|e| Mistake::flag("--name", &e))?;
-    let program = args.command.first().map(|p| find_program(p)).transpose().map_err(Mistake)?.context("no program")?;
+    let program = check(&args)?;
     need_root("run")?;
     let mesh = the_mesh(args.mesh.as_deref(), "--mesh")?;
     let path = socket_of(&mesh);
@@ -75,33 +90,90 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
         anyhow!(said.unwrap_or_else(|| "the mesh went away".into()))
     })?;
     eprintln!("joined {mesh} as {} at {}", joined.spiffe_id, joined.address);
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args([
-        "launch",
-        "--uid",
-        &joined.uid.to_string(),
-        "--gid",
-        &joined.gid.to_string(),
-        "--parent",
-        &std::process::id().to_string(),
-    ]);
-    if !joined.groups.is_empty() {
-        command.args(["--groups", &joined.groups.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")]);
+    let mut command = launch(&joined, program, &args.command[1..]);
+    for set in &args.env {
+        match set.split_once('=') {
+            Some((name, value)) => command.env(name, value),
+            None => match std::env::var_os(set) {
+                Some(value) => command.env(set, value),
+                None => &mut command,
+            },
+        };
     }
-    command
-        .arg("--netns")
-        .arg(&joined.netns)
-        .arg("--hosts")
-        .arg(&joined.hosts)
-        .arg("--")
-        .arg(program)
-        .args(&args.command[1..]);
     // Ctrl-C reaches the program through the terminal; this one waits for it and leaves the mesh.
     let _ignored = ignore_interrupts()?;
     let status = command.status().context("cannot start the program")?;
+    for refused in farewell(&stream) {
+        eprintln!("countersign: {refused}");
+    }
     drop(stream);
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+/// Judges the flags by the rules of mesh files, before anything is asked of the mesh, which judges them again.
+fn check(args: &RunArgs) -> Result<PathBuf, Mistake> {
+    check_name(&args.name).map_err(|e| Mistake::flag("--name", &e))?;
+    check_segment(&args.namespace).map_err(|e| Mistake::flag("--namespace", &e))?;
+    if let Some(account) = &args.service_account {
+        check_segment(account).map_err(|e| Mistake::flag("--service-account", &e))?;
+    }
+    for port in &args.ports {
+        check_port(*port).map_err(|e| Mistake::flag("--port", &e))?;
+    }
+    if let Some(user) = &args.user {
+        let checked = Account::find(user).and_then(|account| check_user(&account));
+        checked.map_err(|e| Mistake::flag("--user", &e))?;
+    }
+    for set in &args.env {
+        if set.starts_with('=') || set.is_empty() || set.contains('\0') {
+            return Err(Mistake::flag("--env", &format!("`{}`: write NAME=VALUE, or NAME", set.escape_debug())));
+        }
+    }
+    // clap asks for at least one word.
+    let program = args.command.first().map(String::as_str).unwrap_or_default();
+    find_program(program).map_err(Mistake)
+}
+
+/// The program in its namespace, as its user.
+fn launch(joined: &Joined, program: PathBuf, arguments: &[String]) -> Command {
+    let mut command = Command::new(OWN_PROGRAM);
+    command.arg0("countersign").arg("launch");
+    command.args(["--uid", &joined.uid.to_string(), "--gid", &joined.gid.to_string()]);
+    command.args(["--parent", &std::process::id().to_string()]);
+    if !joined.groups.is_empty() {
+        command.args(["--groups", &joined.groups.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")]);
+    }
+    if let Some(accounts) = &joined.accounts {
+        command.arg("--accounts").arg(accounts);
+    }
+    command.arg("--netns").arg(&joined.netns).arg("--hosts").arg(&joined.hosts).arg("--").arg(program).args(arguments);
+    // Root's own program has what root has. Another user's gets neither root's home nor whatever secrets stand there.
+    if joined.uid != 0 {
+        command.env_clear().envs(handed_on());
+    }
+    command.envs(&joined.environment);
+    command
+}
+
+fn handed_on() -> impl Iterator<Item = (String, String)> {
+    // What is no text is left out.
+    let all =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    all.filter(|(name, _)| HANDED_ON.contains(&name.as_str()) || name.starts_with("LC_"))
+}
+
+/// Tells the mesh that the program has ended, and hears what was refused meanwhile. A mesh that is gone says nothing.
+fn farewell(stream: &UnixStream) -> Vec<String> {
+    let hear = || {
+        stream.shutdown(Shutdown::Write)?;
+        stream.set_read_timeout(Some(FAREWELL))?;
+        let mut line = String::new();
+        BufReader::new(stream.take(MAX_FAREWELL)).read_line(&mut line)?;
+        std::io::Result::Ok(line)
+    };
+    let line = hear().unwrap_or_default();
+    serde_json::from_str::<Farewell>(&line).unwrap_or_default().refused
 }
 
 /// Keeps a runtime that swallows SIGINT and SIGTERM while the program runs.

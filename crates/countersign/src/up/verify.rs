@@ -17,13 +17,14 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::time::{Instant, sleep};
-use tokio_util::sync::CancellationToken;
 
 use super::children::{Process, Program, State};
 use super::mesh::{Mesh, Running};
 use super::mesh_file::{MeshSpec, Restart};
 use super::place::Place;
+use super::signals::Signals;
 use crate::capture::Capture;
+use crate::launch::OWN_PROGRAM;
 use crate::operator;
 use crate::probe::Report;
 use crate::shop::PORT;
@@ -63,11 +64,15 @@ impl Checks {
 }
 
 /// Brings the mesh up, checks it, takes it down, checks that nothing is left.
-pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, stop: CancellationToken) -> Result<ExitCode> {
+pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, signals: Signals) -> Result<ExitCode> {
     let mut checks = Checks::default();
     let place = Place::take(&spec.name)?;
     let began = Instant::now();
-    let started = Mesh::start(spec, &place, log_dir, &|step| eprintln!("{step}")).await;
+    let progress = |step: &str| eprintln!("{step}");
+    let started = tokio::select! {
+        started = Mesh::start(spec, &place, log_dir, &progress) => started,
+        () = signals.stop.cancelled() => Err(anyhow!("stopped while starting")),
+    };
     let mesh = match started {
         Ok(mesh) => mesh,
         Err(error) => {
@@ -81,9 +86,12 @@ pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, stop: 
     );
     tokio::select! {
         () = all(&mesh, &mut checks, full) => {}
-        () = stop.cancelled() => checks.line("the verification", Err(anyhow!("stopped"))),
+        () = signals.stop.cancelled() => checks.line("the verification", Err(anyhow!("stopped"))),
     }
-    mesh.stop().await;
+    tokio::select! {
+        () = mesh.stop() => {}
+        () = signals.at_once.cancelled() => {}
+    }
     drop(mesh);
     place.tidy();
     let left = place.leftovers();
@@ -331,7 +339,7 @@ async fn rotation(mesh: &Rc<Mesh>, checks: &mut Checks) {
     ];
     let mut load = vec![];
     for (from, to) in ways {
-        match start_load(mesh, from, to) {
+        match start_load(mesh, from, to).await {
             Ok(process) => load.push(process),
             Err(error) => return checks.line("load", Err(error)),
         }
@@ -380,17 +388,18 @@ async fn active_authority(mesh: &Rc<Mesh>) -> Result<String> {
     Ok(active.split(' ').next().unwrap_or_default().chars().take(12).collect())
 }
 
-fn start_load(mesh: &Rc<Mesh>, from: &str, to: &str) -> Result<(Process, PathBuf)> {
+async fn start_load(mesh: &Rc<Mesh>, from: &str, to: &str) -> Result<(Process, PathBuf)> {
     let from = mesh.workload(from).context("a workload of the shop is missing")?;
-    let own = std::env::current_exe()?.display().to_string();
     let url = format!("http://{to}:{PORT}/");
     let seconds = LOAD_SECONDS.to_string();
-    let command = [&own, "probe", &url, "--seconds", &seconds, "--kept", "2", "--fresh", "2", "--pause-ms", "10"];
+    let command =
+        [OWN_PROGRAM, "probe", &url, "--seconds", &seconds, "--kept", "2", "--fresh", "2", "--pause-ms", "10"];
     let log = mesh.dir().join(format!("load-{}-{to}.json", from.spec.name));
     let program = Program {
         name: "load".into(),
         netns: Some(from.netns.clone()),
         hosts: Some(mesh.hosts()),
+        accounts: None,
         account: from.account.clone(),
         no_new_privs: true,
         command: command.map(std::borrow::ToOwned::to_owned).to_vec(),
@@ -399,7 +408,7 @@ fn start_load(mesh: &Rc<Mesh>, from: &str, to: &str) -> Result<(Process, PathBuf
         restart: Restart::No,
         events: mesh.events().clone(),
     };
-    Ok((Process::start(program, log.clone())?, log))
+    Ok((Process::start(program, log.clone()).await?, log))
 }
 
 fn requests(load: &[(Process, PathBuf)]) -> Result<String> {

@@ -1,0 +1,118 @@
+//! What a sidecar refused, or was refused, in words: what `run` tells when its program has ended.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::time::{Instant, sleep};
+
+use super::mesh::{Mesh, Running};
+
+/// How much of an access log's end is looked at, in bytes.
+const MAX_BYTES: u64 = 1024 * 1024;
+/// Lines that are told at most.
+const MAX_LINES: usize = 10;
+/// How long the sidecar may hold a line back before it writes it.
+const WRITTEN: Duration = Duration::from_secs(2);
+
+/// A line of the access log, as far as it matters here.
+#[derive(Deserialize)]
+struct Line {
+    direction: String,
+    mode: String,
+    source: Option<SocketAddr>,
+    source_id: Option<String>,
+    destination: Option<SocketAddr>,
+    destination_id: Option<String>,
+    code: Option<String>,
+    reason: Option<String>,
+}
+
+/// What the sidecar of a workload refused since it came up, one line each; empty when nothing was.
+pub async fn told(mesh: &Mesh, running: &Running) -> Vec<String> {
+    let deadline = Instant::now() + WRITTEN;
+    loop {
+        let counted: u64 = running.status().await.map_or(0, |status| status.refused.values().sum());
+        let lines = refused_lines(&running.access_log());
+        // The counter goes up first and the line is written a moment later.
+        if lines.len() as u64 >= counted || Instant::now() >= deadline {
+            return in_words(&lines, &|address| name_of(mesh, address));
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn in_words(lines: &[Line], name: &dyn Fn(SocketAddr) -> Option<String>) -> Vec<String> {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for line in lines {
+        let outbound = line.direction == "outbound";
+        // A caller's port is another one each time and tells nothing.
+        let (way, address, id) = if outbound {
+            ("to", line.destination.map(|a| (a, a.to_string())), &line.destination_id)
+        } else {
+            ("from", line.source.map(|a| (a, a.ip().to_string())), &line.source_id)
+        };
+        let peer = match address {
+            Some((address, shown)) => name(address).map_or(shown.clone(), |name| format!("{name} ({shown})")),
+            None => id.clone().unwrap_or_else(|| "an unknown address".into()),
+        };
+        let code = line.code.as_deref().unwrap_or("refused");
+        let reason = line.reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default();
+        *counts.entry(format!("a connection {way} {peer} was refused: {code}{reason}")).or_default() += 1;
+    }
+    let more = counts.len().saturating_sub(MAX_LINES);
+    let times = |n: usize| if n == 1 { String::new() } else { format!(" ({n} times)") };
+    let mut told: Vec<String> =
+        counts.into_iter().take(MAX_LINES).map(|(what, n)| format!("{what}{}", times(n))).collect();
+    if more > 0 {
+        told.push(format!("and {more} other kinds of refusals; the access log has each"));
+    }
+    told
+}
+
+fn name_of(mesh: &Mesh, address: SocketAddr) -> Option<String> {
+    mesh.workloads().into_iter().find(|(_, w)| w.addresses.contains(&address.ip())).map(|(name, _)| name)
+}
+
+/// The refusals at the end of an access log. What cannot be read is none.
+fn refused_lines(log: &Path) -> Vec<Line> {
+    let read = || {
+        let mut file = File::open(log)?;
+        let start = file.metadata()?.len().saturating_sub(MAX_BYTES);
+        file.seek(SeekFrom::Start(start))?;
+        let mut bytes = vec![];
+        file.take(MAX_BYTES).read_to_end(&mut bytes)?;
+        std::io::Result::Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = read().unwrap_or_default();
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
+    lines.filter(|line| line.mode == "refused").collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_of_one_kind_are_counted_and_others_are_kept_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("access.log");
+        let out = r#"{"direction":"outbound","mode":"refused","source":"10.86.0.11:5","destination":"10.86.0.10:8000","code":"not_allowed","reason":"me is not on the list","bytes_sent":0}"#;
+        let inbound = r#"{"direction":"inbound","mode":"refused","source":"10.86.0.12:5","code":"not_mtls"}"#;
+        let fine = r#"{"direction":"inbound","mode":"mtls","source":"10.86.0.12:5"}"#;
+        std::fs::write(&log, format!("{out}\n{fine}\n{out}\n{inbound}\nhalf a li")).unwrap();
+        let name = |a: SocketAddr| (a.ip().to_string() == "10.86.0.10").then(|| "web".to_owned());
+        assert_eq!(
+            in_words(&refused_lines(&log), &name),
+            [
+                "a connection from 10.86.0.12 was refused: not_mtls",
+                "a connection to web (10.86.0.10:8000) was refused: not_allowed: me is not on the list (2 times)",
+            ]
+        );
+        assert!(in_words(&refused_lines(Path::new("/nowhere")), &name).is_empty());
+    }
+}

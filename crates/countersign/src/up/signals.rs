@@ -1,0 +1,63 @@
+//! How `up` is told to stop: the first signal takes the mesh down in order, the second one at once. Unlike a role it never just
+//! exits: namespaces, folders and processes would stay.
+
+use anyhow::Context;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// The two steps of an end.
+#[derive(Clone)]
+pub struct Signals {
+    /// Cancelled by the first SIGTERM, SIGINT or SIGHUP (a terminal that was closed).
+    pub stop: CancellationToken,
+    /// Cancelled by the second.
+    pub at_once: CancellationToken,
+}
+
+impl Signals {
+    /// Takes the signals over.
+    pub fn take() -> anyhow::Result<Self> {
+        let signals = Self { stop: CancellationToken::new(), at_once: CancellationToken::new() };
+        let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        // nohup(1) has it ignored, and so it stays.
+        let mut hup = if is_ignored(SignalKind::hangup()) {
+            None
+        } else {
+            Some(signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?)
+        };
+        let told = signals.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = term.recv() => {}
+                    _ = int.recv() => {}
+                    () = hang_up(hup.as_mut()) => {}
+                }
+                if told.stop.is_cancelled() {
+                    told.at_once.cancel();
+                } else {
+                    told.stop.cancel();
+                }
+            }
+        });
+        Ok(signals)
+    }
+}
+
+/// Waits for SIGHUP; for ever where it is ignored.
+async fn hang_up(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => {
+            let _ = signal.recv().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether this process was started with a signal ignored (proc(5), `SigIgn`: a mask whose lowest bit is signal 1).
+fn is_ignored(kind: SignalKind) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (kind.as_raw_value() - 1) & 1 == 1)
+}

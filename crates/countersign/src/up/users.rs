@@ -1,0 +1,168 @@
+//! Whose users run a mesh: its server, its sidecars, and the workloads that name none. An agent tells callers apart by
+//! their users, so no two meshes of one machine may share them, nor share them with anybody else.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::Flock;
+
+use super::account::{Account, known_uids};
+use super::mesh_file::MAX_WORKLOADS;
+use super::place::{RUN_DIR, every_process, lock};
+
+/// The first mesh's users: the numbers that the documents name.
+const FIRST_SERVER: u32 = 2_100;
+const FIRST_SIDECAR: u32 = 2_102;
+const FIRST_WORKLOAD: u32 = 20_000;
+/// Those of further meshes: where neither login.defs(5), containers nor directories of users put anybody (systemd's
+/// "Users, Groups, UIDs and GIDs" lists 1879048192 to 2147352575 as unused).
+const FURTHER: u32 = 2_100_000_000;
+/// Numbers kept for each further mesh: the server, then sidecars, then workloads.
+const STEP: u32 = 1_000;
+/// Meshes on one machine at a time.
+const MAX_MESHES: u32 = 64;
+
+/// The users of one mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Users {
+    server: u32,
+    first_sidecar: u32,
+    first_workload: u32,
+}
+
+/// Users that no other mesh has for as long as this is held.
+pub struct Held {
+    /// Which.
+    pub users: Users,
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Users {
+    /// Those of the mesh with this number on the machine.
+    fn of_mesh(number: u32) -> Self {
+        match number {
+            0 => Self { server: FIRST_SERVER, first_sidecar: FIRST_SIDECAR, first_workload: FIRST_WORKLOAD },
+            n => {
+                let server = FURTHER + n * STEP;
+                Self { server, first_sidecar: server + 1, first_workload: server + 500 }
+            }
+        }
+    }
+
+    /// The server's.
+    pub fn server(self) -> u32 {
+        self.server
+    }
+
+    /// That of the sidecar of the workload with this number.
+    pub fn sidecar(self, number: usize) -> u32 {
+        self.first_sidecar + small(number)
+    }
+
+    /// That of the workload with this number, where it names none.
+    pub fn workload(self, number: usize) -> Account {
+        Account::of_uid(self.first_workload + small(number))
+    }
+
+    fn ranges(self) -> [Range<u32>; 3] {
+        let many = small(MAX_WORKLOADS);
+        [
+            self.server..self.server + 1,
+            self.first_sidecar..self.first_sidecar + many,
+            self.first_workload..self.first_workload + many,
+        ]
+    }
+
+    fn contain(self, uid: u32) -> bool {
+        self.ranges().iter().any(|range| range.contains(&uid))
+    }
+
+    /// Takes users that nobody on this machine has: no mesh that is up, no entry of its table, no process.
+    pub fn take() -> io::Result<Held> {
+        let somebodys: BTreeSet<u32> = known_uids().into_iter().chain(running()).collect();
+        for number in 0..MAX_MESHES {
+            let path = Path::new(RUN_DIR).join(format!("users-{number}.lock"));
+            let Some(lock) = lock(&path)? else { continue };
+            let held = Held { users: Self::of_mesh(number), path, _lock: lock };
+            if !somebodys.iter().any(|uid| held.users.contain(*uid)) {
+                return Ok(held);
+            }
+        }
+        Err(io::Error::other(format!("{MAX_MESHES} meshes' users are all taken")))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Why a workload cannot run as this user, if so: meshes give it to sidecars, whose traffic is never caught, or to
+/// workloads, whose identity it would get; or a sidecar that was started by hand has it.
+pub fn refused(uid: u32) -> Option<String> {
+    let whose = (0..MAX_MESHES).map(Users::of_mesh).find(|users| users.contain(uid));
+    if let Some(users) = whose {
+        let [.., workloads] = users.ranges();
+        return Some(if workloads.contains(&uid) {
+            format!("uid {uid} is kept for workloads that name no user, whose identity it would get; use another user")
+        } else {
+            format!("uid {uid} is kept for sidecars, whose traffic is never caught; use another user")
+        });
+    }
+    sidecar_of(uid).map(|pid| {
+        format!("uid {uid} is that of a sidecar on this machine (process {pid}), whose traffic is never caught; use another user")
+    })
+}
+
+/// A sidecar that runs as this user.
+fn sidecar_of(uid: u32) -> Option<i32> {
+    every_process().into_iter().find(|pid| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = command.split(|b| *b == 0);
+        let program = words.next().and_then(|w| w.rsplit(|b| *b == b'/').next());
+        program == Some(&b"countersign"[..]) && words.next() == Some(&b"proxy"[..]) && uids_of(*pid).contains(&uid)
+    })
+}
+
+/// Every user that a process runs as.
+fn running() -> impl Iterator<Item = u32> {
+    every_process().into_iter().flat_map(uids_of)
+}
+
+/// Real, effective, saved and file system user of a process (proc(5)); none when it is gone.
+fn uids_of(pid: i32) -> Vec<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("Uid:")).unwrap_or_default();
+    line.split_whitespace().filter_map(|n| n.parse().ok()).collect()
+}
+
+fn small(number: usize) -> u32 {
+    // Numbers of workloads are below MAX_WORKLOADS.
+    u32::try_from(number).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_meshes_and_no_two_kinds_share_a_user() {
+        let mut seen = BTreeSet::new();
+        for number in 0..MAX_MESHES {
+            for range in Users::of_mesh(number).ranges() {
+                for uid in range {
+                    assert!(seen.insert(uid), "uid {uid} is there twice");
+                    assert!(refused(uid).is_some(), "a workload may not name {uid}");
+                }
+            }
+        }
+        assert_eq!(Users::of_mesh(0).sidecar(0), 2102, "what the guide's commands by hand name");
+        assert_eq!(refused(0), None);
+        assert_eq!(refused(65_534), None);
+    }
+}
