@@ -102,7 +102,11 @@ impl Leader {
 
 /// Renews until somebody else has the lease, or until it has not been renewed for [`GIVE_UP`]. A renewal counts from when it
 /// was asked for: that is the time that the others read in it.
-async fn keep<E: std::fmt::Display>(since: Instant, renew: impl AsyncFn() -> Result<bool, E>, lease: &str) {
+async fn keep<E, F>(since: Instant, renew: impl Fn() -> F, lease: &str)
+where
+    E: std::fmt::Display,
+    F: Future<Output = Result<bool, E>>,
+{
     let mut renewed = since;
     loop {
         let attempt = async {
@@ -134,7 +138,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_holder_stops_before_another_may_begin_however_the_api_server_stalls() {
-        let nobody_answers = async || std::future::pending::<Result<bool, Infallible>>().await;
+        let nobody_answers = std::future::pending::<Result<bool, Infallible>>;
         // Just renewed, or renewed by a call that took its time.
         for age in [Duration::ZERO, Duration::from_secs(3), Duration::from_secs(9)] {
             let since = Instant::now();
@@ -147,7 +151,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_lease_that_is_renewed_is_held_and_one_that_another_took_is_not() {
         let began = Instant::now();
-        let for_a_minute = async || {
+        let for_a_minute = || async {
             tokio::time::sleep(Duration::from_secs(2)).await;
             Ok::<_, Infallible>(began.elapsed() < Duration::from_secs(60))
         };
