@@ -173,7 +173,7 @@ fn mistakes_in_upstream_files_name_the_users_own_file() {
             "root.crt",
             "other.key",
             None,
-            "root.crt: the private key does not belong to the certificate (key: other.key)",
+            "root.crt: the authority's certificate cannot be used: the private key does not belong to the certificate (key: other.key)",
         ),
         // The bundle.
         ("inter.crt", "inter.key", Some("empty.pem"), "empty.pem: expected a certificate as PEM, found an empty file"),
@@ -185,7 +185,7 @@ fn mistakes_in_upstream_files_name_the_users_own_file() {
         ),
     ] {
         let (code, said) = up(certificate, key, bundle);
-        if (code, said.as_str()) != (2, &format!("countersign: {expected}")) {
+        if (code, said.as_str()) != (2, format!("countersign: {expected}").as_str()) {
             wrong.push(format!("{certificate} {key} {bundle:?}: {code}\n  said:     {said}\n  expected: {expected}"));
         }
     }

@@ -29,8 +29,13 @@ impl Mistake {
 
 /// Whether we are root; what needs it says so here.
 pub fn need_root(what: &str) -> Result<(), Mistake> {
+    need_root_because(what, "it makes network namespaces and redirects")
+}
+
+/// The same, with another reason.
+pub fn need_root_because(what: &str, why: &str) -> Result<(), Mistake> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
-    Err(Mistake(format!("{what} needs root: it makes network namespaces and redirects; run it with sudo")))
+    Err(Mistake(format!("{what} needs root: {why}; run it with sudo")))
 }

@@ -14,9 +14,11 @@ use super::events;
 use super::place::RUN_DIR;
 use crate::operator::output::{Output, Table};
 use crate::settings::words::{did_you_mean, shown};
-use crate::settings::{Mistake, need_root};
+use crate::settings::{Mistake, need_root_because};
 use crate::stdout;
 
+/// Why these commands need root.
+const SOCKET_IS_ROOTS: &str = "a mesh answers root alone";
 /// How long a mesh may take to go down.
 const DOWN_PATIENCE: Duration = Duration::from_secs(60);
 /// How often a log is looked at for more.
@@ -61,7 +63,7 @@ pub struct DownArgs {
 
 /// Prints the table.
 pub fn ps(args: &PsArgs) -> Result<()> {
-    need_root("ps")?;
+    need_root_because("ps", SOCKET_IS_ROOTS)?;
     let up = match &args.mesh {
         Some(mesh) => vec![the_mesh(Some(mesh), "--mesh")?],
         None => meshes()?,
@@ -118,7 +120,7 @@ fn log_of(overview: &Overview, name: &str) -> Result<PathBuf, Mistake> {
 
 /// A workload's row, or the sockets of the server and agent, as `status NAME` wants them.
 pub fn socket_named(name: &str, mesh: Option<&str>) -> Result<PathBuf> {
-    need_root("status NAME")?;
+    need_root_because("status NAME", SOCKET_IS_ROOTS)?;
     let overview = ask(&the_mesh(mesh, "--mesh")?, &Question::Ps)?;
     if let Some(w) = overview.workloads.iter().find(|w| w.name == name) {
         return Ok(PathBuf::from(&w.admin_socket));
@@ -138,7 +140,7 @@ fn stranger(overview: &Overview, name: &str) -> Mistake {
 
 /// Prints a log, and what comes to it.
 pub fn logs(args: &LogsArgs) -> Result<()> {
-    need_root("logs")?;
+    need_root_because("logs", SOCKET_IS_ROOTS)?;
     let overview = ask(&the_mesh(args.mesh.as_deref(), "--mesh")?, &Question::Ps)?;
     let path = log_of(&overview, &args.name)?;
     let mut file = match File::open(&path) {
@@ -202,7 +204,7 @@ fn reopened(file: &mut File, path: &Path) {
 
 /// Tells a mesh to go down, and waits until it has.
 pub fn down(args: &DownArgs) -> Result<()> {
-    need_root("down")?;
+    need_root_because("down", SOCKET_IS_ROOTS)?;
     let mesh = the_mesh(args.mesh.as_deref(), "its name, as in `countersign down NAME`")?;
     let overview = ask(&mesh, &Question::Down)?;
     let folder = Path::new(RUN_DIR).join(&mesh);
