@@ -12,6 +12,7 @@ pub mod files;
 pub mod graceful;
 pub mod grpc;
 pub mod http;
+pub mod log_writer;
 pub mod names;
 pub mod peer;
 pub mod peer_credentials;

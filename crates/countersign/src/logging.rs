@@ -1,13 +1,28 @@
-//! Logs of a role: to standard error, text or JSON.
+//! Logs of a role: to standard error, text or JSON. No role waits for whoever reads them.
 
-use std::io::IsTerminal;
+use std::convert::Infallible;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::str::FromStr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use countersign_api::log_writer::{LogWriter, Sink};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt;
 use tracing_subscriber::prelude::*;
 
 use crate::settings::Mistake;
+
+/// How long the end of the process waits for the last lines to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// The process's log, once started.
+static LOG: OnceLock<LogWriter> = OnceLock::new();
+/// Lines lost that were told of.
+static TOLD: AtomicU64 = AtomicU64::new(0);
 
 /// What is logged and how.
 #[derive(Debug, Clone, clap::Args)]
@@ -25,10 +40,48 @@ impl LogArgs {
     pub fn start(&self) -> Result<(), Mistake> {
         let filter =
             Targets::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
-        let layer = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+        if LOG.get().is_none()
+            && let Ok(log) = stderr().and_then(|file| LogWriter::start(Sink::Stream(file), Duration::ZERO))
+        {
+            // A second start in one process (tests) keeps the first.
+            let _ = LOG.set(log);
+        }
+        let layer = fmt::layer().with_writer(|| Line).with_ansi(io::stderr().is_terminal());
         let layer = if self.log_format == "json" { layer.json().boxed() } else { layer.boxed() };
-        // A second start in one process (tests) keeps the first.
         let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
+        Ok(())
+    }
+}
+
+/// Waits, bounded, until what was logged is written. For the end of the process.
+pub fn finish() {
+    if let Some(log) = LOG.get() {
+        log.finish(LAST_LINES);
+    }
+}
+
+fn stderr() -> io::Result<File> {
+    Ok(File::from(io::stderr().as_fd().try_clone_to_owned()?))
+}
+
+/// One line of the log: the layer writes each with one call.
+struct Line;
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let Some(log) = LOG.get() else { return io::stderr().write(line) };
+        let lost = log.lost();
+        if TOLD.swap(lost, Ordering::Relaxed) < lost {
+            log.line(|held| writeln!(held, "{lost} log lines were lost since the start: they were not read in time"));
+        }
+        log.line(|held| {
+            held.extend_from_slice(line);
+            Ok::<_, Infallible>(())
+        });
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

@@ -31,7 +31,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::read();
-    match cli.run() {
+    let ran = cli.run();
+    logging::finish();
+    match ran {
         Ok(code) => code,
         Err(error) => {
             if let Some(stdout::StdoutError::Closed) = error.downcast_ref() {
