@@ -28,10 +28,14 @@ pub struct Config {
     pub drain: Duration,
     /// Connections at once at most, and from one address.
     pub limits: Limits,
+    /// Callers whose handshake is not finished.
+    pub handshakes: Handshakes,
     /// Timeouts.
     pub timeouts: Timeouts,
     /// How an endpoint of a service is chosen.
     pub balance: Balance,
+    /// The app's ports at which a PROXY protocol header stands in front of each connection's bytes.
+    pub proxy_protocol: BTreeSet<u16>,
     /// The app's probes, which are asked through us.
     pub probes: BTreeMap<String, Probe>,
     /// Asks for the access log to be opened anew (SIGHUP).
@@ -179,9 +183,51 @@ pub struct Limits {
     pub connections_per_peer: usize,
 }
 
+/// Bounds on callers of the mesh port whose handshake is not finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Handshakes {
+    /// At once.
+    pub total: usize,
+    /// At once from one address, or from one IPv6 network of 64 bits.
+    pub per_peer: usize,
+}
+
+/// Memory that one open connection may take, its buffers in the kernel among it, in bytes.
+const CONNECTION: u64 = 16 * 1024;
+/// Memory that one unfinished handshake takes when somebody makes it as large as it may be, in bytes.
+const HANDSHAKE: u64 = 32 * 1024;
+
+impl Limits {
+    /// What fits into this much memory, in bytes. Peers of open connections are known or local for the greatest part.
+    pub fn within(memory: u64) -> Self {
+        let connections = fit(memory / CONNECTION, 1_024, 65_536);
+        Self { connections, connections_per_peer: connections / 2 }
+    }
+}
+
+impl Handshakes {
+    /// What fits into a quarter of this much memory, in bytes: anybody may begin one.
+    pub fn within(memory: u64) -> Self {
+        let total = fit(memory / 4 / HANDSHAKE, 128, 16_384);
+        Self { total, per_peer: total / 2 }
+    }
+}
+
+fn fit(count: u64, least: usize, most: usize) -> usize {
+    usize::try_from(count).unwrap_or(most).clamp(least, most)
+}
+
+/// What fits into the memory of this process.
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 65_536, connections_per_peer: 32_768 }
+        Self::within(crate::memory::limit().unwrap_or(u64::MAX))
+    }
+}
+
+/// What fits into the memory of this process.
+impl Default for Handshakes {
+    fn default() -> Self {
+        Self::within(crate::memory::limit().unwrap_or(u64::MAX))
     }
 }
 
@@ -196,11 +242,32 @@ pub struct Timeouts {
     pub preamble: Duration,
     /// An answer of the directory, an SVID at the start.
     pub lookup: Duration,
+    /// How long another machine may acknowledge nothing before its connection is reset.
+    pub mesh_user: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
         let seconds = Duration::from_secs;
-        Self { connect: seconds(5), handshake: seconds(10), preamble: seconds(10), lookup: seconds(5) }
+        Self {
+            connect: seconds(5),
+            handshake: seconds(10),
+            preamble: seconds(10),
+            lookup: seconds(5),
+            mesh_user: seconds(25),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bounds_follow_the_memory() {
+        let (all, begun) = (|n: u64| Limits::within(n << 20).connections, |n: u64| Handshakes::within(n << 20).total);
+        assert_eq!((all(256), begun(256), Handshakes::within(256 << 20).per_peer), (16_384, 2_048, 1_024));
+        assert_eq!((all(8), begun(8)), (1_024, 128));
+        assert_eq!((all(1 << 20), begun(1 << 20)), (65_536, 16_384));
     }
 }

@@ -1,12 +1,14 @@
 //! Bytes both ways between two legs, and faithfulness at the end: FIN for FIN, reset for reset, and a TLS stream that is cut
-//! in the middle never looks like a clean end.
+//! in the middle never looks like a clean end. What a leg said before it failed reaches the other one first: a server that
+//! answers an upload early and closes is heard, as it is without a sidecar.
 //!
 //! An idle connection holds no buffer: what is read goes through a buffer that the thread lends, and only one with bytes
 //! that the other leg does not take at once is kept. Nothing more is read before they are gone.
 
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -14,10 +16,18 @@ use tokio::net::TcpStream;
 
 use crate::buffer::{Buffer, CHUNK};
 use crate::cut::Cut;
+use crate::kernel::standing;
+use crate::silence::{Network, Side, Silence};
 use crate::tls::{Engine, TlsStream};
 
 /// Chunks moved in one direction before others get their turn.
 const TURN: usize = 16;
+/// How long the last words of a failed leg wait for a reader that takes none of them.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long they may take in all.
+const LAST_WORDS: Duration = Duration::from_secs(60);
+/// Longest pause between two looks at whether they have arrived.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// One side of a connection.
 pub trait Leg: AsyncRead + AsyncWrite + Unpin {
@@ -46,6 +56,8 @@ pub enum End {
     Reset,
     /// A TLS stream was cut without its end being announced; the other side was reset.
     Truncated,
+    /// The network's side acknowledged nothing for too long; the other side was reset.
+    TimedOut,
     /// The authority behind the peer was revoked; both sides were reset.
     Revoked,
     /// Still open when the drain was over; both sides were reset.
@@ -59,6 +71,7 @@ impl End {
             Self::Closed => "closed",
             Self::Reset => "reset",
             Self::Truncated => "truncated",
+            Self::TimedOut => "timed_out",
             Self::Revoked => "revoked",
             Self::Drained => "drained",
         }
@@ -82,6 +95,8 @@ struct Flow<'a> {
     state: State,
     /// Something was written that may still be on its way through the TLS layer.
     unflushed: bool,
+    /// The leg that is read was reset while it was written to, before it had ended: an end that is read now is none.
+    no_end: bool,
     bytes: u64,
     counter: &'a Counter,
 }
@@ -93,15 +108,33 @@ enum State {
     Ended,
 }
 
+/// Why a flow stopped.
+#[derive(Clone, Copy)]
 enum Failure {
-    Reset,
-    Truncated,
+    /// The leg that is read is over without an end. All that came before was passed on.
+    Read(End),
+    /// The leg that is written to is over. What it said before may still be there to be read, and so may its end if it had
+    /// ended before.
+    Write { had_ended: bool },
+}
+
+impl Failure {
+    /// Of a write that the socket did not take. For a reset after the other side's FIN, Linux says EPIPE; for one without it
+    /// ECONNRESET (`tcp_reset`).
+    fn of_write(error: &io::Error) -> Self {
+        Self::Write { had_ended: error.kind() == io::ErrorKind::BrokenPipe }
+    }
 }
 
 impl<'a> Flow<'a> {
     fn new(counter: &'a Counter, ended: bool) -> Self {
         let state = if ended { State::Ending } else { State::Open };
-        Self { rest: None, state, unflushed: false, bytes: 0, counter }
+        Self { rest: None, state, unflushed: false, no_end: false, bytes: 0, counter }
+    }
+
+    /// What was sent, its end as one byte.
+    fn sent(&self) -> u64 {
+        self.bytes + u64::from(self.state == State::Ended)
     }
 
     /// Moves what can be moved. Ready when this direction has ended.
@@ -110,7 +143,8 @@ impl<'a> Flow<'a> {
             if let Some(mut rest) = self.rest.take() {
                 while !rest.content().is_empty() {
                     match Pin::new(&mut *to).poll_write(cx, rest.content()) {
-                        Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+                        Poll::Ready(Ok(0)) => return Poll::Ready(Err(Failure::Write { had_ended: false })),
+                        Poll::Ready(Err(e)) => return Poll::Ready(Err(Failure::of_write(&e))),
                         Poll::Ready(Ok(n)) => rest.consume(n),
                         Poll::Pending => {
                             self.rest = Some(rest);
@@ -123,7 +157,7 @@ impl<'a> Flow<'a> {
             if self.unflushed {
                 match Pin::new(&mut *to).poll_flush(cx) {
                     Poll::Ready(Ok(())) => self.unflushed = false,
-                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(Failure::of_write(&e))),
                     Poll::Pending => return Poll::Pending,
                 }
             }
@@ -140,7 +174,7 @@ impl<'a> Flow<'a> {
                             self.state = State::Ended;
                             Poll::Ready(Ok(()))
                         }
-                        Poll::Ready(Err(_)) => Poll::Ready(Err(Failure::Reset)),
+                        Poll::Ready(Err(e)) => Poll::Ready(Err(Failure::of_write(&e))),
                         Poll::Pending => Poll::Pending,
                     };
                 }
@@ -163,12 +197,15 @@ impl<'a> Flow<'a> {
         match Pin::new(&mut *from).poll_read(cx, &mut read) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                return Poll::Ready(Err(Failure::Truncated));
+                return Poll::Ready(Err(Failure::Read(End::Truncated)));
             }
-            Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+            Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Read(End::Reset))),
             Poll::Ready(Ok(())) => {}
         }
         let n = read.filled().len();
+        if n == 0 && self.no_end {
+            return Poll::Ready(Err(Failure::Read(End::Reset)));
+        }
         if n == 0 {
             self.state = State::Ending;
             return Poll::Ready(Ok(()));
@@ -177,7 +214,8 @@ impl<'a> Flow<'a> {
         self.bytes += n as u64;
         self.counter.inc_by(n as u64);
         match Pin::new(&mut *to).poll_write(cx, buffer.content()) {
-            Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(Err(Failure::Reset)),
+            Poll::Ready(Ok(0)) => return Poll::Ready(Err(Failure::Write { had_ended: false })),
+            Poll::Ready(Err(e)) => return Poll::Ready(Err(Failure::of_write(&e))),
             Poll::Ready(Ok(taken)) => {
                 buffer.consume(taken);
                 self.unflushed = true;
@@ -202,40 +240,107 @@ pub struct Carried {
     pub back: u64,
 }
 
-/// Carries bytes between two legs until both directions have ended, one fails, or `cut` says how to end it.
-/// `first_ended`: the first leg has said its last byte already. Afterwards the legs only need to be dropped.
-pub async fn carry(
-    first: &mut impl Leg,
-    second: &mut impl Leg,
-    first_ended: bool,
-    counters: (&Counter, &Counter),
-    cut: &Cut,
-) -> Carried {
+/// What a pair of legs is carried under.
+pub struct Terms<'a> {
+    /// The first leg has said its last byte already.
+    pub first_ended: bool,
+    /// Bytes from the first leg to the second, and back.
+    pub counters: (&'a Counter, &'a Counter),
+    /// What ends it from outside.
+    pub cut: &'a Cut,
+    /// Which leg leads to another machine, and how long that may acknowledge nothing.
+    pub network: Network,
+}
+
+/// Carries bytes between two legs until both directions have ended, one fails, or `cut` says how to end it. Afterwards the
+/// legs only need to be dropped.
+pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>) -> Carried {
     // Until both sides have finished, a close is a reset: a sidecar that dies must not look like a clean end.
     reset_on_close(first.tcp());
     reset_on_close(second.tcp());
+    let Terms { first_ended, counters, cut, network } = terms;
     let mut forth = Flow::new(counters.0, first_ended);
     let mut back = Flow::new(counters.1, false);
-    let end = std::future::poll_fn(|cx| {
+    let mut silence = Silence::new(network);
+    let mut tick = pin!(silence.tick());
+    let stopped = std::future::poll_fn(|cx| {
         if let Some(end) = cut.poll(cx) {
-            return Poll::Ready(end);
+            return Poll::Ready(Err(end));
         }
         let a = if forth.state == State::Ended { Poll::Ready(Ok(())) } else { forth.poll(cx, first, second) };
         let b = if back.state == State::Ended { Poll::Ready(Ok(())) } else { back.poll(cx, second, first) };
         match (a, b) {
-            (Poll::Ready(Err(Failure::Reset)), _) | (_, Poll::Ready(Err(Failure::Reset))) => Poll::Ready(End::Reset),
-            (Poll::Ready(Err(Failure::Truncated)), _) | (_, Poll::Ready(Err(Failure::Truncated))) => {
-                Poll::Ready(End::Truncated)
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Ok((None, None))),
+            (Poll::Ready(Err(a)), Poll::Ready(Err(b))) => Poll::Ready(Ok((Some(a), Some(b)))),
+            (Poll::Ready(Err(a)), _) => Poll::Ready(Ok((Some(a), None))),
+            (_, Poll::Ready(Err(b))) => Poll::Ready(Ok((None, Some(b)))),
+            _ => {
+                let (tcp, sent) = match network.leg {
+                    Side::First => (first.tcp(), back.sent()),
+                    Side::Second => (second.tcp(), forth.sent()),
+                };
+                silence.poll_over(tick.as_mut(), cx, tcp, sent).map(|()| Err(End::TimedOut))
             }
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Closed),
-            _ => Poll::Pending,
         }
     });
-    let end = end.await;
-    let carried = Carried { end, forth: forth.bytes, back: back.bytes };
+    let end = match stopped.await {
+        Err(end) => end,
+        Ok((None, None)) => End::Closed,
+        // Neither leg is there any more.
+        Ok((Some(Failure::Write { .. }), Some(Failure::Write { .. }))) => End::Reset,
+        Ok((Some(Failure::Read(end)), _)) => last_words(&mut forth, None, first, second, cut).await.unwrap_or(end),
+        Ok((_, Some(Failure::Read(end)))) => last_words(&mut back, None, second, first, cut).await.unwrap_or(end),
+        Ok((Some(Failure::Write { had_ended }), None)) => {
+            last_words(&mut back, Some(had_ended), second, first, cut).await.unwrap_or(End::Reset)
+        }
+        Ok((None, Some(Failure::Write { had_ended }))) => {
+            last_words(&mut forth, Some(had_ended), first, second, cut).await.unwrap_or(End::Reset)
+        }
+    };
     if end == End::Closed {
         end_on_close(first.tcp());
         end_on_close(second.tcp());
     }
-    carried
+    Carried { end, forth: forth.bytes, back: back.bytes }
 }
+
+/// The leg `from` is over: what it said still goes to `to`, and has arrived there when this returns, for the reset that
+/// follows would overtake it. `had_ended`: there may be more to read, and whether an end of it can be believed; `None`: all
+/// was read. Gives the end if it was cut meanwhile. A reader that takes nothing is not waited for beyond [`PATIENCE`].
+async fn last_words(
+    flow: &mut Flow<'_>,
+    had_ended: Option<bool>,
+    from: &mut impl Leg,
+    to: &mut impl Leg,
+    cut: &Cut,
+) -> Option<End> {
+    flow.no_end = had_ended == Some(false);
+    let mut read = had_ended.is_none() || flow.state == State::Ended;
+    let begun = Instant::now();
+    let (mut progress, mut at) = ((flow.bytes, usize::MAX), begun);
+    let mut pause = Duration::from_millis(1);
+    while at.elapsed() < PATIENCE && begun.elapsed() < LAST_WORDS {
+        let moved = std::future::poll_fn(|cx| match cut.poll(cx) {
+            Some(end) => Poll::Ready(Err(end)),
+            None if read => Poll::Pending,
+            None => flow.poll(cx, from, to).map(Ok),
+        });
+        match tokio::time::timeout(pause, moved).await {
+            Ok(Err(end)) => return Some(end),
+            Ok(Ok(Err(Failure::Write { .. }))) => return None,
+            Ok(Ok(Ok(()) | Err(Failure::Read(_)))) => read = true,
+            Err(_) => pause = (pause * 2).min(LOOK),
+        }
+        let now = standing(to.tcp());
+        if now.over || read && now.unacknowledged == 0 {
+            return None;
+        }
+        if (flow.bytes, now.unacknowledged) != progress {
+            (progress, at) = ((flow.bytes, now.unacknowledged), Instant::now());
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests;

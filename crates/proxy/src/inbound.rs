@@ -4,16 +4,20 @@ use std::net::SocketAddr;
 
 use countersign_identity::policy::{Mode, Policy};
 use countersign_identity::verify::VerifiedPeer;
+use prometheus_client::metrics::counter::Counter;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::config::FixedInbound;
-use crate::copy::{End, carry, reset_on_close};
+use crate::copy::{End, Terms, carry, reset_on_close};
+use crate::cut::Cut;
 use crate::identity::Identity;
 use crate::mesh::{self, Peer};
 use crate::preamble::{Answer, Request};
+use crate::proxy_protocol;
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
+use crate::silence::{Network, Side, probe_when_idle};
 use crate::sockets::{dial, dial_app, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ServerStream;
@@ -43,8 +47,16 @@ async fn carry_mesh(
     let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
     let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
     story.own(&identity);
+    probe_when_idle(&tcp, sidecar.config.timeouts.mesh_user);
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
-    let (mut mesh, peer, request) = match mesh::accept(tcp, &identity, proven, &sidecar.config.timeouts).await {
+    // A stranger's handshake has a seat of its own: however many there are, they take none from open connections.
+    let seat = sidecar.handshakes.admit(story.record.source.ip());
+    let accepted = tokio::select! {
+        accepted = mesh::accept(tcp, &identity, proven, &sidecar.config.timeouts) => accepted,
+        () = seat.taken_away() => Err((Refused::TooMany("unfinished handshakes"), None)),
+    };
+    drop(seat);
+    let (mut mesh, peer, request) = match accepted {
         Ok(accepted) => accepted,
         Err((refused, peer)) => {
             peer.iter().for_each(|p| story.peer(p));
@@ -69,9 +81,33 @@ async fn carry_mesh(
         return Err(Refused::Tls(error.to_string()));
     }
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
-    let carried = carry(&mut mesh, &mut app, false, (&bytes.received, &bytes.sent), admitted.cut()).await;
+    let terms = terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut());
+    let carried = carry(&mut mesh, &mut app, terms).await;
     story.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
+}
+
+/// The caller is the first leg, and the one on the network.
+fn terms<'a>(sidecar: &Sidecar, counters: (&'a Counter, &'a Counter), cut: &'a Cut) -> Terms<'a> {
+    let network = Network { leg: Side::First, bound: sidecar.config.timeouts.mesh_user };
+    Terms { first_ended: false, counters, cut, network }
+}
+
+/// Tells the app who is calling, if its port wants to know, before any byte of the caller.
+async fn introduce(
+    sidecar: &Sidecar,
+    app: &mut TcpStream,
+    source: SocketAddr,
+    destination: SocketAddr,
+    peer: Option<&Peer>,
+) -> Result<(), Refused> {
+    if !sidecar.config.proxy_protocol.contains(&destination.port()) {
+        return Ok(());
+    }
+    let id = peer.map(|peer| peer.svid.id.to_string());
+    let header = proxy_protocol::header(source, destination, id.as_deref());
+    // It fits into the send buffer of a new connection.
+    app.write_all(&header).await.map_err(|e| Refused::Connect { to: destination, why: e.to_string() })
 }
 
 async fn accept(mesh: &mut ServerStream) -> std::io::Result<()> {
@@ -93,7 +129,9 @@ async fn open_app(
         Target::Fixed(way) => {
             story.record.destination = Some(way.target);
             way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
-            dial(way.target, sidecar.config.timeouts.connect).await
+            let mut app = dial(way.target, sidecar.config.timeouts.connect).await?;
+            introduce(sidecar, &mut app, story.record.source, way.target, Some(peer)).await?;
+            Ok(app)
         }
         Target::AsAsked => {
             let to = request.destination;
@@ -110,7 +148,9 @@ async fn open_app(
                 return Err(Refused::StaleWorkload { expected: request.workload.clone(), found: workload.uid.clone() });
             }
             workload.policy.admits(&peer.svid.id, own_domain, to.port())?;
-            dial_app(to, &workload.addresses, sidecar.config.timeouts.connect).await
+            let mut app = dial_app(to, &workload.addresses, sidecar.config.timeouts.connect).await?;
+            introduce(sidecar, &mut app, story.record.source, to, Some(peer)).await?;
+            Ok(app)
         }
     }
 }
@@ -118,6 +158,7 @@ async fn open_app(
 /// Carries one connection that the redirect brought: plaintext.
 pub async fn redirected(sidecar: &Sidecar, mut caller: TcpStream, source: SocketAddr) {
     reset_on_close(&caller);
+    probe_when_idle(&caller, sidecar.config.timeouts.mesh_user);
     let mut story = Story::begin(sidecar, Direction::Inbound, source);
     let result = carry_plain(sidecar, &mut caller, &mut story).await;
     story.end(result.as_ref().err());
@@ -139,10 +180,14 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
         Ok(identity) => identity,
     };
     let workload = sidecar.own.at(destination.ip(), &identity).ok_or(Refused::PolicyUnknown)?;
-    admits_plaintext(&workload.policy, destination.port())?;
+    admits_plaintext(&workload.policy, destination.port())
+        .inspect_err(|_| story.refused_in_clear(destination.port()))?;
     let mut app = dial_app(destination, &workload.addresses, sidecar.config.timeouts.connect).await?;
+    introduce(sidecar, &mut app, story.record.source, destination, None).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
-    let carried = carry(caller, &mut app, false, (&bytes.received, &bytes.sent), admitted.cut()).await;
+    let _open = story.in_clear(story.record.source, destination.port());
+    let terms = terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut());
+    let carried = carry(caller, &mut app, terms).await;
     story.carried(Carried::Plain, carried);
     Ok(())
 }

@@ -12,13 +12,19 @@ mod copy;
 mod cut;
 pub mod identity;
 mod inbound;
+mod kernel;
+mod memory;
 mod mesh;
 mod outbound;
 mod own;
+mod plaintext;
 mod preamble;
 mod probes;
+mod proxy_protocol;
 mod refusal;
+mod sampled;
 mod sidecar;
+mod silence;
 mod sockets;
 mod status;
 mod telemetry;
@@ -30,6 +36,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use countersign_api::admission::{self, Admission};
 use countersign_api::clock::Clock;
 use countersign_api::directory::Subscriptions;
 use countersign_api::push::status_server::StatusServer;
@@ -48,9 +55,10 @@ use crate::connections::Connections;
 use crate::identity::{Current, Files, FilesError, follow_agent, follow_files};
 use crate::inbound::Target;
 use crate::own::Own;
+use crate::plaintext::Plaintext;
 use crate::probes::Prober;
 use crate::sidecar::Sidecar;
-use crate::telemetry::{FLUSH_EVERY, Telemetry};
+use crate::telemetry::Telemetry;
 
 /// Why a sidecar did not start.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +115,12 @@ pub async fn run(
         current: Arc::new(Current::new(clock)),
         own: Own::new(directory.clone()),
         connections: Arc::new(Connections::new(config.limits, telemetry.active.clone())),
+        handshakes: Admission::new(admission::Limits {
+            name: "unfinished handshakes",
+            total: config.handshakes.total,
+            per_group: config.handshakes.per_peer,
+        }),
+        plaintext: Plaintext::default(),
         balancer: Arc::new(Balancer::new(config.balance)),
         started_at: time::OffsetDateTime::now_utc(),
         directory,
@@ -132,7 +146,7 @@ pub async fn run(
     if let Some(path) = sidecar.config.admin_socket.clone() {
         serve_status(&tasks, sidecar.clone(), path, end.clone())?;
     }
-    tasks.spawn(flush_log(sidecar.clone(), end.clone()));
+    tasks.spawn(reopen_log(sidecar.clone(), end.clone()));
     tasks.spawn(trim::when_quiet(sidecar.connections.clone(), end.clone()));
     let workers = start_workers(&sidecar, &doors, &shutdown)?;
     let first = serve(sidecar.clone(), doors, shutdown.clone());
@@ -146,7 +160,7 @@ pub async fn run(
     end.cancel();
     tasks.close();
     tasks.wait().await;
-    sidecar.telemetry.flush();
+    sidecar.telemetry.finish().await;
     Ok(())
 }
 
@@ -278,11 +292,12 @@ async fn watch_identity(sidecar: Arc<Sidecar>, end: CancellationToken) {
     }
 }
 
-async fn flush_log(sidecar: Arc<Sidecar>, end: CancellationToken) {
-    let mut tick = tokio::time::interval(FLUSH_EVERY);
+/// Opens the access log anew whenever it is asked for.
+async fn reopen_log(sidecar: Arc<Sidecar>, end: CancellationToken) {
+    let mut reopen = sidecar.config.reopen.clone();
     loop {
         tokio::select! {
-            _ = tick.tick() => sidecar.telemetry.flush(),
+            () = reopen.asked() => sidecar.telemetry.reopen(),
             () = end.cancelled() => return,
         }
     }
@@ -329,6 +344,11 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
                 Some(mode) => http::Answer::text(200, format!("{mode}\n")),
                 None => http::Answer::text(503, "not known yet\n"),
             }),
+            // Only from inside, which `kubectl port-forward` is too: who talks to whom is nothing for strangers.
+            "/plaintext" if asked.local.ip().to_canonical().is_loopback() => {
+                let text = serde_json::to_string(&sidecar.plaintext.shown()).unwrap_or_default();
+                Some(http::Answer { status: 200, kind: "application/json", text })
+            }
             "/ready" => {
                 let draining = shutdown.is_cancelled().then(|| "shutting down".to_owned());
                 Some(http::Answer::ready(draining.or_else(|| sidecar.missing())))

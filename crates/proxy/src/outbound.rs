@@ -6,17 +6,20 @@ use std::sync::Arc;
 use countersign_identity::directory::{Answer, Service, Workload};
 use countersign_identity::policy::Mode;
 use countersign_identity::verify::VerifiedPeer;
+use prometheus_client::metrics::counter::Counter;
 use tokio::net::TcpStream;
 
 use crate::config::FixedOutbound;
 use crate::connections::Admitted;
-use crate::copy::{End, carry, reset_on_close};
+use crate::copy::{End, Terms, carry, reset_on_close};
+use crate::cut::Cut;
 use crate::identity::Identity;
 use crate::mesh::{self, Peer};
 use crate::preamble::Request;
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
-use crate::sockets::{dial, original_destination};
+use crate::silence::{Network, Side, probe_when_idle};
+use crate::sockets::{dial, is_link_local, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ClientStream;
 
@@ -130,9 +133,18 @@ async fn in_clear(
 ) -> Result<(), Refused> {
     let mut server = dial(to, sidecar.config.timeouts.connect).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
-    let carried = carry(app, &mut server, false, (&bytes.sent, &bytes.received), admitted.cut()).await;
+    let _open = story.in_clear(to, to.port());
+    probe_when_idle(&server, sidecar.config.timeouts.mesh_user);
+    let terms = terms(sidecar, false, (&bytes.sent, &bytes.received), admitted.cut());
+    let carried = carry(app, &mut server, terms).await;
     story.carried(Carried::Plain, carried);
     Ok(())
+}
+
+/// The app is the first leg; the second one is on the network.
+fn terms<'a>(sidecar: &Sidecar, first_ended: bool, counters: (&'a Counter, &'a Counter), cut: &'a Cut) -> Terms<'a> {
+    let network = Network { leg: Side::Second, bound: sidecar.config.timeouts.mesh_user };
+    Terms { first_ended, counters, cut, network }
 }
 
 /// Goes to one of a service's endpoints, and to another one while nobody has taken the connection.
@@ -209,6 +221,11 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
     if own.policy.mode == Mode::Off {
         return Ok(Route::Plain);
     }
+    if is_link_local(destination.ip()) {
+        // It is another machine's on each link: the directory cannot know it, and nobody is met there over mTLS.
+        let may = own.policy.mode != Mode::Strict || own.policy.lets_out(destination.ip());
+        return if may { Ok(Route::Plain) } else { Err(Refused::NotMeshed(destination)) };
+    }
     let known = match sidecar.directory.peek(destination.ip()) {
         Some(known) => Some(known),
         None => sidecar.directory.resolve(destination.ip(), sidecar.config.timeouts.lookup).await,
@@ -250,6 +267,7 @@ async fn reach(
 ) -> Result<(ClientStream, Peer), Refused> {
     let timeouts = &sidecar.config.timeouts;
     let tcp = dial(to, timeouts.connect).await?;
+    probe_when_idle(&tcp, timeouts.mesh_user);
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
     mesh::dial(tcp, identity, proven, expected, request, || early.take(app, to), timeouts).await
 }
@@ -268,7 +286,8 @@ async fn over_mesh(
     admitted.check()?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
     bytes.sent.inc_by(early_bytes);
-    let mut carried = carry(app, &mut mesh, ended, (&bytes.sent, &bytes.received), admitted.cut()).await;
+    let terms = terms(sidecar, ended, (&bytes.sent, &bytes.received), admitted.cut());
+    let mut carried = carry(app, &mut mesh, terms).await;
     carried.forth += early_bytes;
     story.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }

@@ -1,9 +1,10 @@
 //! What every connection of a sidecar shares.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
+use countersign_api::admission::Admission;
 use countersign_api::directory::Subscriptions;
 use countersign_identity::policy::Mode;
 use time::OffsetDateTime;
@@ -15,6 +16,7 @@ use crate::copy::Carried as Bytes;
 use crate::identity::{Current, Identity};
 use crate::mesh::Peer;
 use crate::own::Own;
+use crate::plaintext::{self, Plaintext};
 use crate::refusal::Refused;
 use crate::telemetry::{Carried, Direction, Record, Telemetry};
 
@@ -32,6 +34,10 @@ pub struct Sidecar {
     pub balancer: Arc<Balancer>,
     /// What is open.
     pub connections: Arc<Connections>,
+    /// Callers whose handshake is not finished.
+    pub handshakes: Admission<IpAddr>,
+    /// Who came or went in plaintext.
+    pub plaintext: Plaintext,
     /// What is counted and written down.
     pub telemetry: Telemetry,
     /// When it started.
@@ -93,6 +99,19 @@ impl<'a> Story<'a> {
             end: "",
         };
         Self { sidecar, record }
+    }
+
+    /// It goes on in the clear; open until the guard is dropped.
+    pub fn in_clear(&self, peer: SocketAddr, port: u16) -> plaintext::Open {
+        let key = plaintext::Key { peer: peer.ip(), port, direction: self.record.direction, mode: Carried::Plain };
+        self.sidecar.plaintext.admitted(key, self.record.began_at)
+    }
+
+    /// It is refused because it came in the clear.
+    pub fn refused_in_clear(&self, port: u16) {
+        let (peer, direction) = (self.record.source.ip(), self.record.direction);
+        let key = plaintext::Key { peer, port, direction, mode: Carried::Refused };
+        self.sidecar.plaintext.refused(key, self.record.began_at);
     }
 
     /// As whom we act.

@@ -88,6 +88,7 @@ pub async fn dial_app(to: SocketAddr, also: &[IpAddr], timeout: Duration) -> Res
 
 /// Dials within a time.
 pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refused> {
+    check_scope(to)?;
     let failed = |why: String| Refused::Connect { to, why };
     match tokio::time::timeout(timeout, TcpStream::connect(to)).await {
         Ok(Ok(stream)) => {
@@ -113,8 +114,31 @@ pub fn original_destination(stream: &TcpStream) -> Result<SocketAddr, Refused> {
     let v6 = stream.local_addr().is_ok_and(|a| a.is_ipv6());
     let found = if v6 { socket.original_dst_v6() } else { socket.original_dst_v4() };
     let found = found.map_err(|e| Refused::NoOriginalDestination(e.to_string()))?;
-    let address = found.as_socket().ok_or_else(|| Refused::NoOriginalDestination("no IP address".into()))?;
+    let mut address = found.as_socket().ok_or_else(|| Refused::NoOriginalDestination("no IP address".into()))?;
+    // A link-local address means nothing without its link: the scope stays, and so does the type that holds it.
+    if is_link_local(address.ip()) {
+        if let SocketAddr::V6(address) = &mut address {
+            address.set_flowinfo(0);
+        }
+        return Ok(address);
+    }
     Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
+}
+
+/// Whether an address is an IPv6 one that means another machine on each link (RFC 4291 2.5.6).
+pub fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
+}
+
+/// The kernel answers a link-local address without a link with "invalid argument"; this says what is meant.
+fn check_scope(to: SocketAddr) -> Result<(), Refused> {
+    match to {
+        SocketAddr::V6(v6) if is_link_local(to.ip()) && v6.scope_id() == 0 => Err(Refused::Connect {
+            to,
+            why: "a link-local address, and the redirect did not keep the interface that it belongs to".into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// This namespace's own addresses.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use countersign_api::push::status_server::Status as StatusService;
-use countersign_api::push::{GetStatusRequest, GetStatusResponse, Identity as WireIdentity};
+use countersign_api::push::{GetStatusRequest, GetStatusResponse, Identity as WireIdentity, PlaintextPeer};
 use tonic::{Request, Response, Status};
 
 use crate::sidecar::Sidecar;
@@ -51,6 +51,17 @@ impl StatusService for StatusEndpoint {
             expires_at: i.svid().facts().not_after.unix_timestamp(),
             authority_id: i.svid().facts().authority_id.clone(),
         });
+        let plaintext = sidecar.plaintext.shown();
+        let peers = plaintext.peers.into_iter().map(|row| PlaintextPeer {
+            peer: row.key.peer.to_string(),
+            port: row.key.port.into(),
+            direction: row.key.direction.as_str().to_owned(),
+            mode: row.key.mode.as_str().to_owned(),
+            first_seen: row.first_seen,
+            last_seen: row.last_seen,
+            open: row.open,
+            total: row.total,
+        });
         Ok(Response::new(GetStatusResponse {
             role: "proxy".into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -59,6 +70,8 @@ impl StatusService for StatusEndpoint {
             facts: facts.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
             refused: t.refused_counts().into_iter().collect(),
             identities: identities.collect(),
+            plaintext_peers: peers.collect(),
+            plaintext_peers_forgotten: plaintext.forgotten,
         }))
     }
 }

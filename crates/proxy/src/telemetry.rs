@@ -1,15 +1,19 @@
 //! What the sidecar counts and writes down: metrics (`docs/metrics.md`) and one line a connection.
 
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
-use std::io::Write;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
-use prometheus_client::metrics::counter::Counter;
+use countersign_api::log_writer::{LogWriter, Sink};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -21,9 +25,12 @@ use crate::config::AccessLogTarget;
 use crate::identity::Identity;
 use crate::mesh::Peer;
 use crate::refusal::Refused;
+use crate::sampled::Sampled;
 
-/// Access log bytes held back at most before they are written.
-const LOG_BUFFER: usize = 64 * 1024;
+/// How long the access log holds lines back, so that they are written together.
+const HOLD: Duration = Duration::from_millis(200);
+/// How long the last lines may take at the end.
+const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// Which way a connection goes, seen from the workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -47,29 +54,37 @@ pub enum Carried {
     Refused,
 }
 
+impl Direction {
+    /// Its name in metrics, logs and `status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "inbound",
+            Self::Outbound => "outbound",
+        }
+    }
+}
+
+impl Carried {
+    /// Its name in metrics, logs and `status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Mtls => "mtls",
+            Self::Plain => "plain",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 // The library's derive would write the variants' Rust names; dashboards and alerts match on the documented ones.
 impl EncodeLabelValue for Direction {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-        std::fmt::Write::write_str(
-            encoder,
-            match self {
-                Self::Inbound => "inbound",
-                Self::Outbound => "outbound",
-            },
-        )
+        std::fmt::Write::write_str(encoder, self.as_str())
     }
 }
 
 impl EncodeLabelValue for Carried {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-        std::fmt::Write::write_str(
-            encoder,
-            match self {
-                Self::Mtls => "mtls",
-                Self::Plain => "plain",
-                Self::Refused => "refused",
-            },
-        )
+        std::fmt::Write::write_str(encoder, self.as_str())
     }
 }
 
@@ -115,7 +130,9 @@ pub struct Telemetry {
     authority_expiry: Gauge,
     /// Addresses that the directory is asked about.
     pub followed: Gauge,
-    log: Option<AccessLog>,
+    log: Option<Arc<LogWriter>>,
+    /// Which refusals are written to the log one by one.
+    refusals: Sampled,
 }
 
 impl Telemetry {
@@ -153,7 +170,8 @@ impl Telemetry {
             received: bytes.get_or_create_owned(&ByteLabels { direction, flow: "received" }),
         };
         let bytes = [of(Direction::Inbound), of(Direction::Outbound)];
-        let log = target.map(AccessLog::open).transpose()?;
+        let log = target.map(open_access_log).transpose()?.map(Arc::new);
+        registry.register_collector(Box::new(Lost(log.clone())));
         Ok(Self {
             registry,
             connections,
@@ -165,6 +183,7 @@ impl Telemetry {
             authority_expiry,
             followed,
             log,
+            refusals: Sampled::default(),
         })
     }
 
@@ -194,11 +213,13 @@ impl Telemetry {
             self.refused
                 .get_or_create(&RefusalLabels { direction: record.direction, reason: refused.code().to_owned() })
                 .inc();
-            tracing::warn!(direction = ?record.direction, source = %record.source, destination = record.destination.map(|d| d.to_string()),
-                code = refused.code(), reason = %refused, "connection refused");
+            if let Some(unsaid) = self.refusals.next(refused.code(), Instant::now()) {
+                tracing::warn!(direction = ?record.direction, source = %record.source, destination = record.destination.map(|d| d.to_string()),
+                    code = refused.code(), reason = %refused, unsaid, "connection refused");
+            }
         }
         if let Some(log) = &self.log {
-            log.write(record, refused);
+            log.line(|held| write_line(held, record, refused));
         }
     }
 
@@ -223,10 +244,20 @@ impl Telemetry {
             .collect()
     }
 
-    /// Writes what the access log holds back.
-    pub fn flush(&self) {
+    /// Opens the access log's file anew: logrotate has renamed it.
+    pub fn reopen(&self) {
         if let Some(log) = &self.log {
-            log.flush();
+            log.reopen();
+        }
+    }
+
+    /// Writes what the access log holds back, and ends it. What nobody reads in time is lost.
+    pub async fn finish(&self) {
+        if let Some(log) = self.log.clone() {
+            let finished = tokio::task::spawn_blocking(move || log.finish(LAST_LINES)).await;
+            if !finished.unwrap_or(false) {
+                tracing::warn!("the last lines of the access log were not read within {LAST_LINES:?} and are lost");
+            }
         }
     }
 }
@@ -254,7 +285,7 @@ pub struct Record {
     pub bytes_sent: u64,
     /// To the workload.
     pub bytes_received: u64,
-    /// How it ended: `closed`, `reset`, `truncated`, `drained`, or empty when it never began.
+    /// How it ended, as [`crate::copy::End::as_str`] names it; empty when nothing was carried.
     pub end: &'static str,
 }
 
@@ -293,74 +324,59 @@ struct Line<'a> {
     reason: Option<String>,
 }
 
-struct AccessLog {
-    buffer: Mutex<Vec<u8>>,
-    out: Mutex<Box<dyn Write + Send>>,
+fn open_access_log(target: &AccessLogTarget) -> std::io::Result<LogWriter> {
+    let sink = match target {
+        // The descriptor itself, beside the standard library's lock and buffer: a reader that stands still holds neither.
+        AccessLogTarget::Stdout => Sink::Stream(std::io::stdout().as_fd().try_clone_to_owned()?.into()),
+        AccessLogTarget::File(path) => Sink::File(path.clone()),
+    };
+    LogWriter::start(sink, HOLD)
 }
 
-impl AccessLog {
-    fn open(target: &AccessLogTarget) -> std::io::Result<Self> {
-        let out: Box<dyn Write + Send> = match target {
-            AccessLogTarget::Stdout => Box::new(std::io::stdout()),
-            AccessLogTarget::File(path) => Box::new(OpenOptions::new().append(true).create(true).open(path)?),
-        };
-        Ok(Self { buffer: Mutex::default(), out: Mutex::new(out) })
-    }
+/// Shows what the access log has lost.
+#[derive(Debug)]
+struct Lost(Option<Arc<LogWriter>>);
 
-    fn write(&self, r: &Record, refused: Option<&Refused>) {
-        let rfc3339 = |t: OffsetDateTime| t.format(&Rfc3339).unwrap_or_default();
-        let peer_id = r.peer.as_ref().map(|p| p.svid.id.to_string());
-        let own_id = r.own.as_ref().map(|i| &**i.id());
-        let (source_id, destination_id) = match r.direction {
-            Direction::Inbound => (peer_id.as_deref(), own_id),
-            Direction::Outbound => (own_id, peer_id.as_deref()),
-        };
-        let (peer_facts, own_facts) =
-            (r.peer.as_ref().map(|p| &p.svid.facts), r.own.as_ref().map(|i| i.svid().facts()));
-        let line = Line {
-            time: rfc3339(r.began_at),
-            direction: r.direction,
-            mode: r.mode,
-            source: r.source,
-            source_id,
-            destination: r.destination,
-            destination_id,
-            tls: r.peer.as_ref().map(|p| p.tls),
-            cipher: r.peer.as_ref().map(|p| p.cipher),
-            peer_serial: peer_facts.map(|f| f.serial.as_str()),
-            peer_expires_at: peer_facts.map(|f| rfc3339(f.not_after)),
-            own_serial: own_facts.map(|f| f.serial.as_str()),
-            own_expires_at: own_facts.map(|f| rfc3339(f.not_after)),
-            bytes_sent: r.bytes_sent,
-            bytes_received: r.bytes_received,
-            duration_ms: (r.began.elapsed().as_secs_f64() * 1e6).round() / 1e3,
-            end: r.end,
-            code: refused.map(Refused::code),
-            reason: refused.map(ToString::to_string),
-        };
-        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        if serde_json::to_writer(&mut *buffer, &line).is_ok() {
-            buffer.push(b'\n');
-        }
-        let full = buffer.len() >= LOG_BUFFER;
-        drop(buffer);
-        if full {
-            self.flush();
-        }
-    }
-
-    fn flush(&self) {
-        // The writer is taken first, so that two flushes cannot swap their lines.
-        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = std::mem::take(&mut *self.buffer.lock().unwrap_or_else(PoisonError::into_inner));
-        if held.is_empty() {
-            return;
-        }
-        if let Err(error) = out.write_all(&held).and_then(|()| out.flush()) {
-            tracing::error!(%error, lost = held.len(), "cannot write the access log");
-        }
+impl Collector for Lost {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        let lost = ConstCounter::new(self.0.as_ref().map_or(0, |log| log.lost()));
+        let help = "Access log lines that were not read in time or could not be written";
+        lost.encode(encoder.encode_descriptor("access_log_lost", help, None, MetricType::Counter)?)
     }
 }
 
-/// How long the access log holds lines back.
-pub const FLUSH_EVERY: Duration = Duration::from_millis(200);
+/// One JSON value and a line feed.
+fn write_line(out: &mut Vec<u8>, r: &Record, refused: Option<&Refused>) -> serde_json::Result<()> {
+    let rfc3339 = |t: OffsetDateTime| t.format(&Rfc3339).unwrap_or_default();
+    let peer_id = r.peer.as_ref().map(|p| p.svid.id.to_string());
+    let own_id = r.own.as_ref().map(|i| &**i.id());
+    let (source_id, destination_id) = match r.direction {
+        Direction::Inbound => (peer_id.as_deref(), own_id),
+        Direction::Outbound => (own_id, peer_id.as_deref()),
+    };
+    let (peer_facts, own_facts) = (r.peer.as_ref().map(|p| &p.svid.facts), r.own.as_ref().map(|i| i.svid().facts()));
+    let line = Line {
+        time: rfc3339(r.began_at),
+        direction: r.direction,
+        mode: r.mode,
+        source: r.source,
+        source_id,
+        destination: r.destination,
+        destination_id,
+        tls: r.peer.as_ref().map(|p| p.tls),
+        cipher: r.peer.as_ref().map(|p| p.cipher),
+        peer_serial: peer_facts.map(|f| f.serial.as_str()),
+        peer_expires_at: peer_facts.map(|f| rfc3339(f.not_after)),
+        own_serial: own_facts.map(|f| f.serial.as_str()),
+        own_expires_at: own_facts.map(|f| rfc3339(f.not_after)),
+        bytes_sent: r.bytes_sent,
+        bytes_received: r.bytes_received,
+        duration_ms: (r.began.elapsed().as_secs_f64() * 1e6).round() / 1e3,
+        end: r.end,
+        code: refused.map(Refused::code),
+        reason: refused.map(ToString::to_string),
+    };
+    serde_json::to_writer(&mut *out, &line)?;
+    out.push(b'\n');
+    Ok(())
+}

@@ -49,6 +49,7 @@ impl StatusService for Endpoint {
             facts: facts.into_iter().collect(),
             refused: core.metrics.refused_counts().into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
             identities: identities.collect(),
+            ..GetStatusResponse::default()
         }))
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use countersign_api::push::status_client::StatusClient;
-use countersign_api::push::{GetStatusRequest, GetStatusResponse};
+use countersign_api::push::{GetStatusRequest, GetStatusResponse, PlaintextPeer};
 use serde_json::json;
 
 use super::output::{Output, Table};
@@ -33,6 +33,15 @@ pub async fn get(socket: &Path) -> Result<GetStatusResponse> {
     Ok(client.get_status(GetStatusRequest {}).await.map_err(refused)?.into_inner())
 }
 
+/// A sidecar's plaintext peers as JSON.
+fn plaintext(s: &GetStatusResponse) -> Vec<serde_json::Value> {
+    let row = |p: &PlaintextPeer| {
+        json!({ "peer": p.peer, "port": p.port, "direction": p.direction, "mode": p.mode, "first_seen": p.first_seen,
+            "last_seen": p.last_seen, "open": p.open, "total": p.total })
+    };
+    s.plaintext_peers.iter().map(row).collect()
+}
+
 /// Runs the command.
 pub async fn run(args: StatusArgs) -> Result<()> {
     let socket = match (&args.name, args.socket) {
@@ -48,7 +57,8 @@ pub async fn run(args: StatusArgs) -> Result<()> {
                 "authority_id": i.authority_id })
         }).collect();
         let all = json!({ "role": s.role, "version": s.version, "trust_domain": s.trust_domain, "started_at": s.started_at,
-            "facts": s.facts, "refused": s.refused, "identities": identities });
+            "facts": s.facts, "refused": s.refused, "identities": identities, "plaintext_peers": plaintext(&s),
+            "plaintext_peers_forgotten": s.plaintext_peers_forgotten });
         return Ok(crate::stdout::line(&serde_json::to_string_pretty(&all)?)?);
     }
     let mut facts = vec![
@@ -65,6 +75,14 @@ pub async fn run(args: StatusArgs) -> Result<()> {
         let mut table = Table::new(&["spiffe id", "serial", "expires", "authority", "entry"]);
         for i in s.identities {
             table.row(vec![i.spiffe_id, i.serial, when(i.expires_at), i.authority_id, i.entry_id]);
+        }
+        text.push_str(&format!("\n{}", table.render()));
+    }
+    if !s.plaintext_peers.is_empty() {
+        let mut table = Table::new(&["plaintext peer", "port", "direction", "mode", "open", "total", "last seen"]);
+        for p in s.plaintext_peers {
+            let (open, total) = (p.open.to_string(), p.total.to_string());
+            table.row(vec![p.peer, p.port.to_string(), p.direction, p.mode, open, total, when(p.last_seen)]);
         }
         text.push_str(&format!("\n{}", table.render()));
     }

@@ -10,7 +10,7 @@ use countersign_api::reopen::Reopen;
 use countersign_identity::policy::Policy;
 use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
 use countersign_proxy::config::{
-    AccessLogTarget, Balance, FixedInbound, FixedOutbound, Limits, Ports, Probe, ProbeKind, Timeouts,
+    AccessLogTarget, Balance, FixedInbound, FixedOutbound, Handshakes, Limits, Ports, Probe, ProbeKind, Timeouts,
 };
 use countersign_proxy::{Config, IdentitySource, Routing};
 use serde::Deserialize;
@@ -104,10 +104,17 @@ pub struct ProxySettings {
     /// How long open connections may go on after SIGTERM [default: 25s].
     #[arg(long, value_name = "TIME")]
     drain: Option<Ttl>,
-    /// Connections at once at most [default: 65536].
+    /// A port of the app that gets a PROXY protocol (version 2) header in front of each connection, with the caller's
+    /// address and its SPIFFE ID; several may be named [default: none].
+    #[arg(long, value_name = "PORT")]
+    proxy_protocol: Option<Vec<u16>>,
+    /// How long another machine may acknowledge nothing, data or probe, before its connection is reset [default: 25s].
+    #[arg(long, value_name = "TIME")]
+    mesh_user_timeout: Option<Ttl>,
+    /// Connections at once at most [default: what fits into the memory limit, 65536 at most].
     #[arg(long, value_name = "N")]
     max_connections: Option<usize>,
-    /// Connections at once from one address at most [default: 32768].
+    /// Connections at once from one address at most [default: half of all].
     #[arg(long, value_name = "N")]
     max_connections_per_peer: Option<usize>,
 }
@@ -117,7 +124,7 @@ impl ProxySettings {
         merge!(self, file, {
             agent_socket, svid, key, bundle, outbound_listen, outbound_target, outbound_expect, inbound_listen, inbound_target,
             inbound_allow, outbound_port, inbound_port, mesh_port, http, admin_socket, access_log, balance, probes, workers,
-            drain,
+            drain, proxy_protocol, mesh_user_timeout,
             max_connections, max_connections_per_peer,
         })
     }
@@ -128,6 +135,17 @@ impl ProxySettings {
         let redirected = matches!(routing, Routing::Redirected(_));
         let identity = self.identity(redirected)?;
         let limits = Limits::default();
+        let mut timeouts = Timeouts::default();
+        if let Some(Ttl(time)) = self.mesh_user_timeout {
+            // The kernel's probes are whole seconds apart, and one that is lost must not end a connection.
+            if !(5..=3_600).contains(&time.as_secs()) {
+                return Err(Mistake::flag("--mesh-user-timeout", "use 5s to 1h"));
+            }
+            timeouts.mesh_user = time;
+        }
+        if self.proxy_protocol.iter().flatten().any(|port| *port == 0) {
+            return Err(Mistake::flag("--proxy-protocol", "0 is not a port"));
+        }
         let workers = self.workers.unwrap_or(1);
         if !(1..=64).contains(&workers) {
             return Err(Mistake::flag("--workers", "use 1 to 64"));
@@ -145,11 +163,13 @@ impl ProxySettings {
             },
             workers,
             drain: self.drain.map_or(countersign_proxy::DEFAULT_DRAIN, |t| t.0),
+            proxy_protocol: self.proxy_protocol.into_iter().flatten().collect(),
             limits: Limits {
                 connections: self.max_connections.unwrap_or(limits.connections),
                 connections_per_peer: self.max_connections_per_peer.unwrap_or(limits.connections_per_peer),
             },
-            timeouts: Timeouts::default(),
+            handshakes: Handshakes::default(),
+            timeouts,
             balance: match self.balance.as_deref() {
                 None | Some("least-connections") => Balance::LeastConnections,
                 Some("round-robin") => Balance::RoundRobin,
@@ -332,6 +352,8 @@ mod tests {
             "probes",
             "workers",
             "drain",
+            "proxy_protocol",
+            "mesh_user_timeout",
             "max_connections",
             "max_connections_per_peer",
         ] {

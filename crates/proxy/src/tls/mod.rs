@@ -9,17 +9,29 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::pki_types::ServerName;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, UnbufferedStatus, WriteTraffic};
 use rustls::{ClientConfig, CommonState, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::buffer::{Buffer, CHUNK};
 
+/// Longest ClientHello, in bytes. Ours has some 1,500, of which the post-quantum key share takes 1,216; other
+/// implementations add groups and extensions.
+const MAX_HELLO: usize = 6 * 1024;
+/// Longest unfinished part of a flight after it, in bytes: the longest chain that the verifier reads takes 48 KiB.
+const MAX_FLIGHT: usize = 50 * 1024;
+/// Bytes that a peer may send in a whole handshake. What comes with its end is not counted.
+const MAX_HANDSHAKE: usize = 64 * 1024;
+/// How long a peer whose handshake has failed may take to hear why.
+const PARTING: Duration = Duration::from_secs(1);
+/// Bytes that are read from it meanwhile.
+const PARTING_BYTES: usize = 64 * 1024;
 /// Unsent bytes that the next write may still join.
 const JOIN: usize = 4 * 1024;
 
@@ -27,6 +39,8 @@ const JOIN: usize = 4 * 1024;
 pub trait Engine: Unpin {
     /// What tells the ends apart.
     type Data;
+    /// Bytes of the first message that comes in, at most.
+    const MAX_FIRST: usize;
     /// [`UnbufferedClientConnection`]'s or [`UnbufferedServerConnection`]'s.
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
     /// What the handshake agreed.
@@ -35,6 +49,7 @@ pub trait Engine: Unpin {
 
 impl Engine for UnbufferedClientConnection {
     type Data = ClientConnectionData;
+    const MAX_FIRST: usize = MAX_FLIGHT;
 
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(incoming)
@@ -47,6 +62,7 @@ impl Engine for UnbufferedClientConnection {
 
 impl Engine for UnbufferedServerConnection {
     type Data = ServerConnectionData;
+    const MAX_FIRST: usize = MAX_HELLO;
 
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
         self.process_tls_records(incoming)
@@ -71,6 +87,8 @@ pub struct TlsStream<E> {
     /// Decrypted, and not taken yet.
     plain: Vec<u8>,
     taken: usize,
+    /// Bytes received during the handshake.
+    received: usize,
     /// Encrypted, and not sent yet.
     outgoing: Option<Buffer>,
     /// The peer has said its last word.
@@ -107,6 +125,7 @@ impl<E: Engine> TlsStream<E> {
             incoming: vec![],
             plain: vec![],
             taken: 0,
+            received: 0,
             outgoing: None,
             ended: false,
             closing: false,
@@ -126,7 +145,28 @@ impl<E: Engine> TlsStream<E> {
 
     async fn shake_hands(mut self) -> io::Result<Self> {
         let shaken = std::future::poll_fn(|cx| self.poll_shake_hands(cx)).await;
+        if shaken.is_err() && self.failed {
+            self.part().await;
+        }
         shaken.map(|()| self)
+    }
+
+    /// Ends after an alert. A socket that is closed with unread data resets, and the reset may overtake the alert: what the
+    /// peer still sends is read and dropped, within bounds.
+    async fn part(&mut self) {
+        let tcp = &mut self.tcp;
+        let heard = async {
+            tcp.shutdown().await?;
+            let (mut rest, mut left) = ([0; 1024], PARTING_BYTES);
+            while left > 0 {
+                match tcp.read(&mut rest).await? {
+                    0 => break,
+                    n => left = left.saturating_sub(n),
+                }
+            }
+            io::Result::Ok(())
+        };
+        let _ = tokio::time::timeout(PARTING, heard).await;
     }
 
     fn poll_shake_hands(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -134,10 +174,11 @@ impl<E: Engine> TlsStream<E> {
         begun.map_err(|error| self.last_gasp(cx, error))?;
         while self.engine.state().is_handshaking() {
             ready!(self.poll_drain(cx))?;
+            self.check_bounds().map_err(|error| self.last_gasp(cx, error))?;
             let mut plain = std::mem::take(&mut self.plain);
             let got = self.poll_receive(cx, |bytes| plain.extend_from_slice(bytes));
             self.plain = plain;
-            ready!(got).map_err(|e| match e.kind() {
+            self.received += ready!(got).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => {
                     io::Error::new(e.kind(), "the connection ended during the TLS handshake")
                 }
@@ -147,8 +188,21 @@ impl<E: Engine> TlsStream<E> {
         Poll::Ready(Ok(()))
     }
 
-    /// Receives once, and hands on what can be decrypted now.
-    fn poll_receive(&mut self, cx: &mut Context<'_>, plain: impl FnMut(&[u8])) -> Poll<io::Result<()>> {
+    /// Whether an unfinished handshake holds no more than one may.
+    fn check_bounds(&self) -> io::Result<()> {
+        // Before the first flight was understood no protocol version is agreed.
+        let bound = if self.engine.state().protocol_version().is_none() { E::MAX_FIRST } else { MAX_FLIGHT };
+        if self.incoming.len() > bound {
+            return Err(invalid(rustls::Error::General(format!("a handshake message of more than {bound} bytes"))));
+        }
+        if self.received > MAX_HANDSHAKE {
+            return Err(invalid(rustls::Error::General(format!("a handshake of more than {MAX_HANDSHAKE} bytes"))));
+        }
+        Ok(())
+    }
+
+    /// Receives once, and hands on what can be decrypted now. Gives the bytes received.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, plain: impl FnMut(&[u8])) -> Poll<io::Result<usize>> {
         if self.failed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
@@ -171,7 +225,7 @@ impl<E: Engine> TlsStream<E> {
             Ok(used) => self.incoming = whole[used..].to_vec(),
             Err(error) => return Poll::Ready(Err(self.last_gasp(cx, error))),
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(received))
     }
 
     /// Lets the engine say what it has to say, and then, when it may write, `write`; what comes of it waits to be sent.
@@ -227,8 +281,10 @@ impl<E: Engine> AsyncRead for TlsStream<E> {
             }
             // An answer of the engine's own, such as to a change of keys; reading does not wait for it. A peer that makes
             // us answer and does not listen runs into the buffer's end.
-            if let Poll::Ready(Err(error)) = this.poll_drain(cx) {
-                return Poll::Ready(Err(error));
+            // A socket that takes nothing any more may still hold what the peer said before.
+            if let Poll::Ready(Err(_)) = this.poll_drain(cx) {
+                this.outgoing = None;
+                this.closing = true;
             }
             let before = buf.filled().len();
             let mut more = vec![];

@@ -244,3 +244,51 @@ async fn an_idle_connection_holds_nothing() {
     assert_eq!((client.incoming.capacity(), client.plain.capacity(), client.outgoing.is_none()), (0, 0, true));
     assert_eq!((server.incoming.capacity(), server.plain.capacity(), server.outgoing.is_none()), (0, 0, true));
 }
+
+#[tokio::test]
+async fn a_client_hello_that_is_longer_than_any_of_ours_is_not_waited_for() {
+    let (_, server) = configs();
+    let (mut a, b) = sockets().await;
+    let accepting = tokio::spawn(async move { accept(server, b).await.err().unwrap() });
+    // One record of 16 KiB, of which less than half comes and the rest never.
+    let mut record = vec![22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3];
+    record.resize(MAX_HELLO + 1, 7);
+    a.write_all(&record).await.unwrap();
+    let error = tokio::time::timeout(Duration::from_secs(5), accepting).await.unwrap().unwrap();
+    assert!(error.to_string().contains("a handshake message of more than 6144 bytes"), "{error}");
+}
+
+#[tokio::test]
+async fn an_alert_is_heard_by_a_peer_that_has_sent_more_than_was_read() {
+    for _ in 0..50 {
+        let (_, server) = configs();
+        let (mut a, b) = sockets().await;
+        let accepting = tokio::spawn(async move { accept(server, b).await.err().unwrap() });
+        // No ClientHello, and so much behind it that a close would find bytes that nobody has read.
+        let mut sent = vec![22, 3, 1, 0, 8, 9, 0, 0, 4, 1, 2, 3, 4];
+        sent.resize(100_000, 7);
+        a.write_all(&sent).await.unwrap();
+        let mut head = [0; 3];
+        a.read_exact(&mut head).await.expect("the alert came before any reset");
+        assert_eq!(head[0], 21, "an alert");
+        drop(a);
+        assert!(accepting.await.unwrap().to_string().len() > 1);
+    }
+}
+
+#[tokio::test]
+async fn what_was_said_before_a_reset_is_read_though_a_write_has_failed() {
+    let (mut client, mut server) = pair().await;
+    server.write_all(&[5; 30_000]).await.unwrap();
+    server.flush().await.unwrap();
+    // Time for it to arrive; then the server goes, with a reset.
+    while crate::kernel::standing(server.tcp()).unacknowledged > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    crate::copy::reset_on_close(server.tcp());
+    drop(server);
+    while client.write_all(&[1; 1000]).await.is_ok() {}
+    let mut got = vec![];
+    assert!(client.read_to_end(&mut got).await.is_err());
+    assert_eq!(got.len(), 30_000);
+}

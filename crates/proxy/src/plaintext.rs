@@ -1,0 +1,160 @@
+//! Who came or went in plaintext: what a move to strict would cut off.
+//!
+//! A bounded table, entered at admission, so that a connection that never ends counts from its first second. When it is full
+//! the row that was used longest ago falls out, one without an open connection first; how many did is counted, for then a
+//! missing row proves nothing.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use crate::telemetry::{Carried, Direction};
+
+/// Rows at most.
+const ROWS: usize = 1_024;
+
+/// What one row is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct Key {
+    /// The caller's address, or that of the destination.
+    pub peer: IpAddr,
+    /// The destination's port.
+    pub port: u16,
+    /// Seen from the workload.
+    pub direction: Direction,
+    /// Carried in the clear, or refused because it was.
+    pub mode: Carried,
+}
+
+/// What is known of one peer. Times are seconds since 1970.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Row {
+    /// What it is about.
+    #[serde(flatten)]
+    pub key: Key,
+    /// When its first connection came.
+    pub first_seen: i64,
+    /// When one last came or ended.
+    pub last_seen: i64,
+    /// Connections that are open.
+    pub open: u64,
+    /// Connections since the row was made.
+    pub total: u64,
+}
+
+/// The table as it is shown.
+#[derive(Debug, Serialize)]
+pub struct Shown {
+    /// Rows, in the order of their keys.
+    pub peers: Vec<Row>,
+    /// Rows that fell out because the table was full.
+    pub forgotten: u64,
+}
+
+/// The table.
+#[derive(Debug, Clone, Default)]
+pub struct Plaintext(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    rows: HashMap<Key, Row>,
+    forgotten: u64,
+}
+
+impl Plaintext {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection was let through; it is open until the guard is dropped.
+    pub fn admitted(&self, key: Key, now: OffsetDateTime) -> Open {
+        self.state().count(key, now.unix_timestamp()).open += 1;
+        Open { table: self.clone(), key }
+    }
+
+    /// A connection was refused because it was plaintext.
+    pub fn refused(&self, key: Key, now: OffsetDateTime) {
+        self.state().count(key, now.unix_timestamp());
+    }
+
+    /// The rows.
+    pub fn shown(&self) -> Shown {
+        let state = self.state();
+        let mut peers: Vec<Row> = state.rows.values().cloned().collect();
+        let forgotten = state.forgotten;
+        drop(state);
+        peers.sort_by_key(|row| row.key);
+        Shown { peers, forgotten }
+    }
+}
+
+impl State {
+    fn count(&mut self, key: Key, now: i64) -> &mut Row {
+        if self.rows.len() >= ROWS && !self.rows.contains_key(&key) {
+            let least = self.rows.values().min_by_key(|row| (row.open > 0, row.last_seen, row.key)).map(|row| row.key);
+            if least.and_then(|key| self.rows.remove(&key)).is_some() {
+                self.forgotten += 1;
+            }
+        }
+        let row = self.rows.entry(key).or_insert(Row { key, first_seen: now, last_seen: now, open: 0, total: 0 });
+        row.last_seen = now;
+        row.total += 1;
+        row
+    }
+}
+
+/// An open connection of a row.
+#[derive(Debug)]
+pub struct Open {
+    table: Plaintext,
+    key: Key,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        // The row may have fallen out, and come back with fewer open ones than there are.
+        if let Some(row) = self.table.state().rows.get_mut(&self.key) {
+            row.open = row.open.saturating_sub(1);
+            row.last_seen = row.last_seen.max(OffsetDateTime::now_utc().unix_timestamp());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u32, port: u16) -> Key {
+        let peer = IpAddr::from(std::net::Ipv4Addr::from(n));
+        Key { peer, port, direction: Direction::Inbound, mode: Carried::Plain }
+    }
+
+    fn at(seconds: i64) -> OffsetDateTime {
+        OffsetDateTime::from_unix_timestamp(seconds).unwrap()
+    }
+
+    #[test]
+    fn an_open_connection_counts_at_once_and_falls_out_last() {
+        let table = Plaintext::default();
+        let open = table.admitted(key(0, 80), at(1));
+        let shown = table.shown();
+        assert_eq!(shown.peers, [Row { key: key(0, 80), first_seen: 1, last_seen: 1, open: 1, total: 1 }]);
+        for n in 1..=2_000_u32 {
+            table.refused(key(n, 80), at(i64::from(n) + 1));
+        }
+        let shown = table.shown();
+        assert_eq!((shown.peers.len(), shown.forgotten), (ROWS, 2_001 - 1_024));
+        assert_eq!((shown.peers[0].key, shown.peers[0].open), (key(0, 80), 1));
+        assert_eq!(shown.peers[1].key, key(2_001 - 1_023, 80), "the oldest of the others went first");
+        drop(open);
+        assert_eq!(table.shown().peers[0].open, 0);
+        let json = serde_json::to_value(&table.shown().peers[0]).unwrap();
+        assert_eq!(
+            (&json["peer"], &json["direction"], &json["mode"]),
+            (&"0.0.0.0".into(), &"inbound".into(), &"plain".into())
+        );
+    }
+}

@@ -1,0 +1,99 @@
+//! A machine that is gone says nothing, and without a bound Linux sends again for a quarter of an hour before it gives up.
+//!
+//! TCP_USER_TIMEOUT is not used: with it Linux also ends a connection whose reader is alive and has no room (tcp(7)), which
+//! is how a slow app behaves. Instead, a connection with bytes under way is looked at now and then, and is over when its peer
+//! has acknowledged nothing, not even a probe of its window, for the whole time. Idle connections are probed by keepalive and
+//! need no look.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
+
+use crate::kernel::standing;
+
+/// Looks at a connection while the bound passes.
+const LOOKS: u32 = 5;
+
+/// One of a pair's two legs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The first one.
+    First,
+    /// The second one.
+    Second,
+}
+
+/// The leg that leads to another machine.
+#[derive(Debug, Clone, Copy)]
+pub struct Network {
+    /// Which one it is.
+    pub leg: Side,
+    /// How long its peer may acknowledge nothing.
+    pub bound: Duration,
+}
+
+/// Watches one leg.
+pub struct Silence {
+    network: Network,
+    /// Since when bytes have been under way; `None` while nothing is known to be.
+    since: Option<Instant>,
+    /// Bytes written when it was last looked at.
+    seen: u64,
+}
+
+impl Silence {
+    /// Nothing is under way.
+    pub fn new(network: Network) -> Self {
+        Self { network, since: None, seen: 0 }
+    }
+
+    /// What [`Self::poll_over`] is woken by. Nothing is registered before it is needed.
+    pub fn tick(&self) -> Sleep {
+        sleep(self.network.bound / LOOKS)
+    }
+
+    /// Ready when the peer is to be taken for gone. `sent`: bytes written to it so far.
+    pub fn poll_over(
+        &mut self,
+        mut tick: Pin<&mut Sleep>,
+        cx: &mut Context<'_>,
+        tcp: &TcpStream,
+        sent: u64,
+    ) -> Poll<()> {
+        if self.since.is_none() {
+            if sent == self.seen {
+                return Poll::Pending;
+            }
+            let now = Instant::now();
+            self.since = Some(now);
+            tick.as_mut().reset(now + self.network.bound / LOOKS);
+        }
+        while tick.as_mut().poll(cx).is_ready() {
+            let (now, standing) = (Instant::now(), standing(tcp));
+            self.seen = sent;
+            if standing.unacknowledged == 0 {
+                self.since = None;
+                return Poll::Pending;
+            }
+            let waited = self.since.map_or(Duration::ZERO, |since| now - since);
+            if waited >= self.network.bound && standing.silent >= self.network.bound {
+                return Poll::Ready(());
+            }
+            tick.as_mut().reset(now + self.network.bound / LOOKS);
+        }
+        Poll::Pending
+    }
+}
+
+/// Lets the kernel probe a connection on which nothing moves, so that a peer that is gone is noticed within about `bound`.
+/// It cannot fail on a TCP socket, and if it did the connection would only live longer.
+pub fn probe_when_idle(tcp: &TcpStream, bound: Duration) {
+    // Whole seconds are what the kernel counts in: two fifths of silence, then a probe each fifth.
+    let fifth = (bound / 5).max(Duration::from_secs(1));
+    let keepalive = TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3);
+    let _ = SockRef::from(tcp).set_tcp_keepalive(&keepalive);
+}
