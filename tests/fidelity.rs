@@ -225,3 +225,73 @@ fn a_sidecar_that_is_killed_looks_like_a_reset_never_like_an_end() {
     assert!(!log.contains("panic"), "{log}");
     mesh.down();
 }
+
+/// Sends uploads of three sizes, a hundred times each, to a server that answers early and closes; says how many answers were
+/// heard whole. Without a sidecar all of them are.
+const UPLOADS: &str = r"
+for size in (100000, 1000000, 5000000):
+    heard = 0
+    for _ in range(100):
+        c = dial(); got = b''
+        try: c.sendall(b'POST / HTTP/1.1\r\nHost: server\r\nContent-Length: %d\r\n\r\n' % size + b'x' * size)
+        except OSError: pass
+        try:
+            while True:
+                b = c.recv(65536)
+                if not b: break
+                got += b
+        except OSError: pass
+        head, _, body = got.partition(b'\r\n\r\n')
+        length = [int(l.split(b':')[1]) for l in head.lower().split(b'\r\n') if l.startswith(b'content-length')]
+        heard += b' 413 ' in head and length == [len(body)]
+        c.close()
+    say('heard', size, heard)
+";
+
+fn all_are_heard(said: &str) {
+    for size in [100_000, 1_000_000, 5_000_000] {
+        assert!(said.contains(&format!("heard {size} 100\n")), "{said}");
+    }
+}
+
+#[test]
+fn an_early_answer_to_an_upload_is_heard_each_time() {
+    let server = "
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(1000)
+        body = b'too much of it ' * 100
+        self.send_response(413); self.send_header('Content-Length', str(len(body))); self.end_headers()
+        self.wfile.write(body); self.close_connection = True
+    def log_message(self, *words): pass
+ThreadingHTTPServer(('', 7000), Handler).serve_forever()
+";
+    if let Some(said) = python("early-answer", server, UPLOADS) {
+        all_are_heard(&said);
+    }
+}
+
+#[test]
+fn nginx_is_heard_when_it_refuses_an_upload() {
+    if !able(&["python3", "nginx"]) {
+        return;
+    }
+    let nginx = crate::support::path_of("nginx");
+    let server = format!(
+        "
+conf = '''daemon off; worker_processes 1; error_log stderr crit; pid /tmp/nginx-PID.pid;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path /tmp/nginx-PID-b; proxy_temp_path /tmp/nginx-PID-p; fastcgi_temp_path /tmp/nginx-PID-f;
+  uwsgi_temp_path /tmp/nginx-PID-u; scgi_temp_path /tmp/nginx-PID-s;
+  server {{ listen 7000; client_max_body_size 10k; location / {{ return 200; }} }}
+}}'''.replace('PID', str(os.getpid()))
+path = '/tmp/nginx-%d.conf' % os.getpid()
+open(path, 'w').write(conf)
+os.execv('{nginx}', ['{nginx}', '-e', 'stderr', '-c', path])
+"
+    );
+    all_are_heard(&talk("early-nginx", &server, UPLOADS));
+}

@@ -15,6 +15,7 @@ mod pki;
 mod programs;
 mod refusals;
 mod rotation;
+mod sidecar;
 mod strangers;
 mod support;
 mod upstream;
