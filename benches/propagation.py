@@ -10,7 +10,7 @@ from datetime import datetime
 N = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HOST = re.search(r"host: (\S+)", sp.run(["rustc", "-vV"], check=True, stdout=sp.PIPE, text=True).stdout)[1]
-BIN = os.environ.get("COUNTERSIGN", os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), HOST, "dist", "countersign"))
+BIN = os.environ.get("COUNTERSIGN", os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target")), HOST, "release", "countersign"))
 
 def seconds(text):
     return datetime.fromisoformat(text[:26].rstrip("Z") + "+00:00").timestamp()

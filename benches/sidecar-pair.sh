@@ -6,7 +6,7 @@ set -euo pipefail
 side=$1 listen=$2:$3 target=$4:$5 pki=$6
 root=$(cd "$(dirname "$0")/.." && pwd)
 host=$(rustc -vV | sed -n "s/^host: //p")
-binary=${COUNTERSIGN:-${CARGO_TARGET_DIR:-$root/target}/$host/dist/countersign}
+binary=${COUNTERSIGN:-${CARGO_TARGET_DIR:-$root/target}/$host/release/countersign}
 [ -x "$binary" ] || { echo "build it first: images/build (looked for $binary)" >&2; exit 1; }
 identity=(--svid "$pki/$side.crt" --key "$pki/$side.key" --bundle "bench.test=$pki/ca.crt" --log warn)
 case $side in

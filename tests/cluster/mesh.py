@@ -21,10 +21,10 @@ spec:
 
 
 def binary():
-    """The `dist` binary, as the image has it."""
+    """The release binary, as the image has it."""
     host = next(l[6:] for l in sp.check_output(["rustc", "-vV"], text=True).splitlines() if l.startswith("host: "))
     target = os.environ.get("CARGO_TARGET_DIR", str(images.ROOT / "target"))
-    return pathlib.Path(target) / host / "dist" / "countersign"
+    return pathlib.Path(target) / host / "release" / "countersign"
 
 
 def manifests(*settings):
