@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
 
+mod backup;
 mod bad_input;
 mod faults;
 mod fidelity;
