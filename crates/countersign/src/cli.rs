@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{capture, kubernetes, launch, operator, probe, roles, shop, stdout, up};
+use crate::{capture, kubernetes, launch, operator, probe, reference, roles, shop, stdout, up};
 
 /// Zero-touch mutual TLS between services.
 ///
@@ -78,6 +78,9 @@ enum Command {
     /// A service of the example shop (used by `up`).
     #[command(hide = true)]
     Shop(shop::ShopArgs),
+    /// Print docs/cli.md.
+    #[command(hide = true)]
+    Reference,
     /// Request a URL many times and report (used by `up --verify`).
     #[command(hide = true)]
     Probe(probe::ProbeArgs),
@@ -98,6 +101,11 @@ enum SidecarCommand {
 }
 
 impl Cli {
+    /// Every command and argument, as clap knows them.
+    pub fn definitions() -> clap::Command {
+        Self::command()
+    }
+
     /// Reads the process's command line; with a mistake in it, or for help, prints and exits.
     pub fn read() -> Self {
         if std::env::args_os().nth(1).is_some_and(|command| command == "proxy") {
@@ -141,6 +149,7 @@ impl Cli {
                 clap_complete::generate(shell, &mut Self::command(), "countersign", &mut script);
                 done(stdout::put(&String::from_utf8_lossy(&script)).map_err(Into::into))
             }
+            Command::Reference => done(stdout::put(&reference::page(Self::definitions())).map_err(Into::into)),
             Command::Capture => done(capture::run()),
             Command::SidecarHook(hook) => done(roles::sidecar_hook::run(&hook)),
             Command::Launch(args) => launch::run(&args).map(|never| match never {}),

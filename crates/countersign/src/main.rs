@@ -17,6 +17,7 @@ mod logging;
 mod metrics_page;
 mod operator;
 mod probe;
+mod reference;
 mod roles;
 mod settings;
 mod shop;
