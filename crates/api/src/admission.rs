@@ -42,7 +42,7 @@ impl Source for IpAddr {
     fn group(&self) -> IpAddr {
         match self.to_canonical() {
             IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX))),
-            v4 => v4,
+            v4 @ IpAddr::V4(_) => v4,
         }
     }
 }

@@ -33,7 +33,7 @@ impl Reopen {
         }
         // Nobody will ask any more.
         self.0 = None;
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

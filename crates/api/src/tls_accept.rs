@@ -26,7 +26,7 @@ const UNPROVEN: Limits = Limits { name: "TLS connections without an identity", t
 const PROVEN: Limits = Limits { name: "TLS connections with an identity", total: 32_768, per_group: 64 };
 /// Life of a connection without an identity: an attestation, or a bundle, takes no longer.
 const UNPROVEN_LIFE: Duration = Duration::from_secs(60);
-/// Most bytes read before a handshake is complete: a ClientHello with a post-quantum key share and a chain of certificates
+/// Most bytes read before a handshake is complete: a `ClientHello` with a post-quantum key share and a chain of certificates
 /// is a fifth of it.
 const MAX_HANDSHAKE_BYTES: usize = 32 * 1024;
 

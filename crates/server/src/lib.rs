@@ -28,7 +28,6 @@ pub mod upstream_authority;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use countersign_api::clock::Clock;
 use countersign_api::transport::{accept_tls, accept_unix, bind_unix};

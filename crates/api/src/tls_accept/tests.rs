@@ -97,7 +97,7 @@ async fn silent_connections_keep_no_agent_waiting() {
 async fn a_handshake_that_goes_on_and_on_is_cut_by_its_bytes() {
     let served = served().await;
     let mut endless = dial([127, 0, 13, 1], served.at).await;
-    // A ClientHello that says it is 16 MB long, in records of 16,000 bytes (RFC 8446 4, 5.1).
+    // A `ClientHello` that says it is 16 MB long, in records of 16,000 bytes (RFC 8446 4, 5.1).
     let mut record = [&[22, 3, 1, 0x3e, 0x80][..], &[1, 0xff, 0xff, 0xff], &[0; 15_996]].concat();
     let began = Instant::now();
     let mut sent = 0;

@@ -145,7 +145,7 @@ fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
     let Some((certificate, key, bundle)) = spec.upstream.clone() else { return Ok(()) };
     let files = countersign_server::UpstreamDisk { certificate, key, bundle };
     let now = time::OffsetDateTime::now_utc();
-    let checked = countersign_server::upstream_authority::Disk::new(files, now);
+    let checked = countersign_server::upstream_authority::Disk::new(files, &spec.trust_domain, now);
     checked.map(|_| ()).map_err(|e| Mistake(e.to_string()))
 }
 
