@@ -101,11 +101,11 @@ fn role_flags_and_files() {
         "/no/svid: No such file",
     );
     one_line(
-        &mut countersign(&["redirect", "--exclude-outbound-ports", "53, http"]),
+        &mut countersign(&["redirect", "--proxy-uid", "2102", "--exclude-outbound-ports", "53, http"]),
         "--exclude-outbound-ports: `http` is no port",
     );
     one_line(
-        &mut countersign(&["redirect", "--exclude-outbound-cidrs", "10.0.0.0/33"]),
+        &mut countersign(&["redirect", "--proxy-uid", "2102", "--exclude-outbound-cidrs", "10.0.0.0/33"]),
         "--exclude-outbound-cidrs: `10.0.0.0/33` is no CIDR",
     );
     one_line(&mut countersign(&["server", "--trust-domain", "a", "--log", "x=loud"]), "--log: `x=loud`");
@@ -248,7 +248,7 @@ fn up_and_run_say_what_to_mend() {
     one_line(&mut as_nobody(&["up"]), "up needs root: it makes network namespaces and redirects; run it with sudo");
     one_line(&mut as_nobody(&["run", "--name", "a", "--", "true"]), "run needs root");
     one_line(
-        &mut as_nobody(&["redirect"]),
+        &mut as_nobody(&["redirect", "--proxy-uid", "2102", "--host-namespace"]),
         "changing the redirect needs CAP_NET_ADMIN in this network namespace; run as root",
     );
     one_line(&mut countersign(&["run", "--name", "A b", "--", "true"]), "--name: `A b` is not a name");
@@ -267,12 +267,31 @@ fn up_and_run_say_what_to_mend() {
 }
 
 #[test]
+fn the_machines_own_namespace_is_not_redirected_unasked() {
+    one_line(
+        &mut countersign(&["redirect", "--proxy-uid", "2102"]),
+        "this is the machine's own network namespace, net:[",
+    );
+    for (args, expected) in [
+        (&["redirect", "--proxy-uid", "2102", "--outbound-port", "0"][..], "--outbound-port"),
+        (&["redirect"], "--proxy-uid"),
+    ] {
+        let (code, said) = outcome(&mut countersign(args));
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
+#[test]
 fn a_kernel_without_netfilter_is_named() {
     if !able(&["ip"]) {
         return;
     }
     // The binary fallback without a binary: as on a kernel without nf_tables and a machine without iptables.
-    let (code, said) = outcome(countersign(&["redirect", "--backend", "iptables"]).env("PATH", "/nowhere"));
+    let (code, said) = outcome(
+        countersign(&["redirect", "--proxy-uid", "2102", "--host-namespace", "--backend", "iptables"])
+            .env("PATH", "/nowhere"),
+    );
     assert_ne!(code, 0);
     assert!(said.contains("`iptables-restore -w 5 --noflush` failed: No such file or directory"), "{said}");
 }

@@ -4,39 +4,36 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
+use ipnet::IpNet;
+
 use crate::rules::{Hook, Match, Rule, Verdict};
 use crate::{InstalledRule, Redirect, RedirectError};
 
-const OUT: &str = "COUNTERSIGN_OUT";
-const IN: &str = "COUNTERSIGN_IN";
-
-fn chain_of(hook: Hook) -> (&'static str, &'static str) {
+/// Where the rules of a hook stand: table, our chain, the chain that jumps to it.
+fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
     match hook {
-        Hook::Output => (OUT, "OUTPUT"),
-        Hook::Prerouting => (IN, "PREROUTING"),
+        Hook::Output => ("nat", "COUNTERSIGN_OUT", "OUTPUT"),
+        Hook::Prerouting => ("nat", "COUNTERSIGN_IN", "PREROUTING"),
+        Hook::GuardOutput => ("filter", "COUNTERSIGN_OTHERS_OUT", "OUTPUT"),
+        Hook::GuardInput => ("filter", "COUNTERSIGN_OTHERS_IN", "INPUT"),
     }
 }
 
-/// Puts our chains in place of earlier ones: one transaction an IP version.
+const TABLES: [&str; 2] = ["nat", "filter"];
+
+/// Puts our chains in place of earlier ones: one transaction an IP version and table, the dropping one first.
 pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
+    let rules = redirect.rules();
     for v6 in [false, true] {
-        // Naming a chain empties it, so that one transaction puts the new rules in place of the old.
-        let mut script = format!("*nat\n:{OUT} - [0:0]\n:{IN} - [0:0]\n");
-        for rule in redirect.rules() {
-            if let Some(line) = rule_line(&rule, v6) {
-                let _ = writeln!(script, "{line}");
+        let done = match install_one(&rules, v6) {
+            // A kernel that cannot log drops all the same.
+            Err(_) if rules.iter().any(|r| r.verdict == Verdict::Sample) => {
+                let rules: Vec<Rule> = rules.iter().copied().filter(|r| r.verdict != Verdict::Sample).collect();
+                install_one(&rules, v6)
             }
-        }
-        let present = run(listing(v6), &["-w", "5", "-t", "nat", "-S"], None).unwrap_or_default();
-        for (chain, builtin) in [chain_of(Hook::Output), chain_of(Hook::Prerouting)] {
-            let jump = format!("-A {builtin} -p tcp -j {chain}");
-            if !present.lines().any(|l| l == jump) {
-                let _ = writeln!(script, "{jump}");
-            }
-        }
-        script.push_str("COMMIT\n");
-        let binary = if v6 { "ip6tables-restore" } else { "iptables-restore" };
-        if let Err(error) = run(binary, &["-w", "5", "--noflush"], Some(&script)) {
+            done => done,
+        };
+        if let Err(error) = done {
             // A host without IPv6 needs no IPv6 redirect.
             if v6 && !std::path::Path::new("/proc/net/if_inet6").exists() {
                 continue;
@@ -47,73 +44,151 @@ pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
     Ok(())
 }
 
+fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
+    if !rules.iter().any(|r| r.hook.is_guard()) {
+        // Of an earlier redirect that had a guard.
+        unhook(v6, "filter")?;
+    }
+    let mut script = String::new();
+    for table in ["filter", "nat"] {
+        let hooks: Vec<Hook> = Hook::ALL.into_iter().filter(|h| place_of(*h).0 == table).collect();
+        if !rules.iter().any(|r| hooks.contains(&r.hook)) {
+            continue;
+        }
+        let _ = writeln!(script, "*{table}");
+        let present = run(listing(v6), &["-w", "5", "-t", table, "-S"], None).unwrap_or_default();
+        for hook in &hooks {
+            // Naming a chain empties it, so that one transaction puts the new rules in place of the old.
+            let _ = writeln!(script, ":{} - [0:0]", place_of(*hook).1);
+        }
+        for rule in rules.iter().filter(|r| hooks.contains(&r.hook)) {
+            if let Some(line) = rule_line(rule, v6) {
+                let _ = writeln!(script, "{line}");
+            }
+        }
+        for hook in &hooks {
+            let (_, chain, builtin) = place_of(*hook);
+            let jump = if hook.is_guard() {
+                format!("-A {builtin} -j {chain}")
+            } else {
+                format!("-A {builtin} -p tcp -j {chain}")
+            };
+            if present.lines().any(|l| l == jump) {
+                continue;
+            }
+            // What somebody else's rule accepts is not seen by rules behind it: the guard stands first.
+            let jump = if hook.is_guard() { format!("-I {builtin} 1 -j {chain}") } else { jump };
+            let _ = writeln!(script, "{jump}");
+        }
+        script.push_str("COMMIT\n");
+    }
+    let binary = if v6 { "ip6tables-restore" } else { "iptables-restore" };
+    run(binary, &["-w", "5", "--noflush"], Some(&script)).map(drop)
+}
+
 fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
-    let (chain, _) = chain_of(rule.hook);
-    let way = if rule.hook == Hook::Output { ("-o", "-d") } else { ("-i", "-s") };
+    let (_, chain, _) = place_of(rule.hook);
+    let (interface, address) = if rule.hook.is_out() { ("-o", "-d") } else { ("-i", "-s") };
+    let net = |net: IpNet| (net.addr().is_ipv6() == v6).then(|| format!("{address} {net}"));
     let matches = match rule.matches {
         Match::Uid(uid) => format!("-m owner --uid-owner {uid}"),
-        Match::Loopback => format!("{} lo", way.0),
+        Match::Loopback => format!("{interface} lo"),
         Match::Port(port) => format!("-p tcp --dport {port}"),
-        Match::Net(net) if net.addr().is_ipv6() != v6 => return None,
-        Match::Net(net) => format!("{} {net}", way.1),
-        Match::Rest => "-p tcp".into(),
+        Match::PortAt(port, at) => format!("{} -p tcp --dport {port}", net(at.into())?),
+        Match::Net(of) => net(of)?,
+        Match::TcpNet(of) => format!("{} -p tcp", net(of)?),
+        Match::Icmp if !v6 => "-p icmp".into(),
+        Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),
+        Match::Icmp | Match::Icmpv6 => return None,
+        Match::Reply => "-m conntrack --ctdir REPLY".into(),
+        Match::Udp(port, None) => format!("-p udp --dport {port}"),
+        Match::Udp(port, Some(at)) => format!("{} -p udp --dport {port}", net(at.into())?),
+        Match::Rest if rule.hook.is_guard() => String::new(),
+        Match::Rest | Match::Tcp => "-p tcp".into(),
     };
-    let verdict = match rule.verdict {
-        Verdict::Exempt => "RETURN".to_owned(),
-        Verdict::To(port) => format!("REDIRECT --to-ports {port}"),
+    let (more, verdict) = match rule.verdict {
+        Verdict::Exempt => ("", "RETURN".to_owned()),
+        Verdict::To(port) => ("", format!("REDIRECT --to-ports {port}")),
+        Verdict::Sample => {
+            let way = if rule.hook.is_out() { "out" } else { "in" };
+            let limit = "-m limit --limit 10/min --limit-burst 5 ";
+            (limit, format!("LOG --log-level notice --log-prefix \"countersign dropped {way}: \""))
+        }
+        Verdict::Drop => ("", "DROP".to_owned()),
     };
-    Some(format!("-A {chain} {matches} -m comment --comment \"{}\" -j {verdict}", rule.comment()))
+    Some(format!("-A {chain} {matches} {more}-m comment --comment \"{}\" -j {verdict}", rule.comment()))
 }
 
 /// Removes our chains; nothing there is fine, and so is a machine without the binary.
 pub fn remove() -> Result<(), RedirectError> {
-    unhook(false)?;
-    unhook(true)
+    for v6 in [false, true] {
+        for table in TABLES {
+            unhook(v6, table)?;
+        }
+    }
+    Ok(())
 }
 
 fn listing(v6: bool) -> &'static str {
     if v6 { "ip6tables" } else { "iptables" }
 }
 
-fn unhook(v6: bool) -> Result<(), RedirectError> {
+fn unhook(v6: bool, table: &str) -> Result<(), RedirectError> {
     let binary = listing(v6);
-    let Ok(rules) = run(binary, &["-w", "5", "-t", "nat", "-S"], None) else { return Ok(()) };
-    for hook in [Hook::Output, Hook::Prerouting] {
-        let (chain, builtin) = chain_of(hook);
+    let Ok(rules) = run(binary, &["-w", "5", "-t", table, "-S"], None) else { return Ok(()) };
+    for hook in Hook::ALL {
+        let (of, chain, builtin) = place_of(hook);
+        if of != table {
+            continue;
+        }
         for line in
             rules.lines().filter(|l| l.starts_with(&format!("-A {builtin} ")) && l.ends_with(&format!("-j {chain}")))
         {
             let arguments: Vec<&str> = std::iter::once("-D").chain(line.split(' ').skip(1)).collect();
-            run(binary, &[&["-w", "5", "-t", "nat"], &arguments[..]].concat(), None)?;
+            run(binary, &[&["-w", "5", "-t", table], &arguments[..]].concat(), None)?;
         }
         if rules.lines().any(|l| l == format!("-N {chain}")) {
-            run(binary, &["-w", "5", "-t", "nat", "-F", chain], None)?;
-            run(binary, &["-w", "5", "-t", "nat", "-X", chain], None)?;
+            run(binary, &["-w", "5", "-t", table, "-F", chain], None)?;
+            run(binary, &["-w", "5", "-t", table, "-X", chain], None)?;
         }
     }
     Ok(())
 }
 
-/// Our rules as the kernel has them, both IP versions added up.
+/// Our rules as the kernel has them, both IP versions added up, in the order of [`Redirect::rules`] but for those that only
+/// one IP version has.
 pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
     let mut found: Vec<InstalledRule> = vec![];
-    for binary in ["iptables-save", "ip6tables-save"] {
-        let Ok(rules) = run(binary, &["-c", "-t", "nat"], None) else { continue };
-        for line in rules.lines().filter(|l| l.contains("--comment \"countersign ")) {
-            let Some(comment) = line.split('"').nth(1) else { continue };
-            let counts = line.strip_prefix('[').and_then(|l| l.split_once(']')).and_then(|(c, _)| c.split_once(':'));
-            let (packets, bytes) = counts.map_or((0, 0), |(p, b)| (p.parse().unwrap_or(0), b.parse().unwrap_or(0)));
-            match found.iter_mut().find(|r| r.comment == comment) {
-                Some(rule) => {
-                    rule.packets += packets;
-                    rule.bytes += bytes;
+    for table in TABLES {
+        for binary in ["iptables-save", "ip6tables-save"] {
+            let Ok(rules) = run(binary, &["-c", "-t", table], None) else { continue };
+            let mut at = 0;
+            for line in rules.lines().filter(|l| l.contains("--comment \"countersign ")) {
+                let Some(comment) = line.split('"').nth(1) else { continue };
+                let counts =
+                    line.strip_prefix('[').and_then(|l| l.split_once(']')).and_then(|(c, _)| c.split_once(':'));
+                let (packets, bytes) = counts.map_or((0, 0), |(p, b)| (p.parse().unwrap_or(0), b.parse().unwrap_or(0)));
+                if let Some(known) = found.iter().position(|r| r.comment == comment) {
+                    found[known].packets += packets;
+                    found[known].bytes += bytes;
+                    at = known + 1;
+                } else {
+                    // Where it stands among those of the other IP version.
+                    let at_least = if at == 0 { found.len() } else { at };
+                    found.insert(at_least, InstalledRule { comment: comment.to_owned(), packets, bytes });
+                    at = at_least + 1;
                 }
-                None => found.push(InstalledRule { comment: comment.to_owned(), packets, bytes }),
             }
         }
     }
-    found.sort_by_key(|r| r.comment.starts_with("countersign in"));
+    found.sort_by_key(|r| order(&r.comment));
     Ok(found)
+}
+
+/// Where the hook of a rule stands among the hooks.
+fn order(comment: &str) -> usize {
+    let hooks = ["countersign out:", "countersign in:", "countersign others out:", "countersign others in:"];
+    hooks.iter().position(|hook| comment.starts_with(hook)).unwrap_or(hooks.len())
 }
 
 fn run(binary: &str, arguments: &[&str], input: Option<&str>) -> Result<String, RedirectError> {

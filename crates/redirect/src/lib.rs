@@ -1,9 +1,12 @@
 //! The NAT redirect that brings a workload's traffic to its sidecar, and the network namespaces it lives in.
 //!
 //! [`rules`] says what is caught and what is not, once; [`nftables`] writes it over netlink, [`iptables`] through the
-//! binary where the kernel has no nf_tables. [`netns`] makes and enters network namespaces, [`fabric`] joins them.
+//! binary where the kernel has no nf_tables. [`guard`] says what becomes of that which is not TCP. [`here`] tells in which
+//! namespace we are. [`netns`] makes and enters network namespaces, [`fabric`] joins them.
 
 pub mod fabric;
+pub mod guard;
+pub mod here;
 pub mod iptables;
 pub mod netns;
 pub mod nftables;
@@ -12,7 +15,9 @@ pub mod rules;
 use std::fmt;
 use std::str::FromStr;
 
+pub use guard::Guard;
 pub use rules::Redirect;
+use rules::{Rule, Verdict};
 
 /// Why the redirect could not be installed, read or removed.
 #[derive(Debug, thiserror::Error)]
@@ -110,13 +115,40 @@ pub fn install(redirect: &Redirect, backend: Backend) -> Result<Backend, Redirec
     }
 }
 
-/// Removes the redirect from this network namespace, whichever backend holds it; nothing there is fine.
-pub fn remove() -> Result<(), RedirectError> {
+/// Removes the redirect from this network namespace, whichever backend holds it; nothing there is fine. Returns the rules that
+/// were there.
+pub fn remove() -> Result<Vec<InstalledRule>, RedirectError> {
+    let found = installed()?;
     match nftables::remove() {
         Err(RedirectError::NoNftables(_)) | Ok(()) => {}
         Err(error) => return Err(error),
     }
-    iptables::remove()
+    iptables::remove()?;
+    Ok(found)
+}
+
+/// Whether these rules are in force as asked for. A kernel that cannot log lacks the samples, which change nothing; and the
+/// order of exemptions that stand together says nothing.
+pub fn in_force(redirect: &Redirect, found: &[InstalledRule]) -> bool {
+    let asked = redirect.rules();
+    let samples: Vec<String> = asked.iter().filter(|r| r.verdict == Verdict::Sample).map(Rule::comment).collect();
+    let asked = asked.iter().filter(|r| r.verdict != Verdict::Sample).map(Rule::comment);
+    let found = found.iter().map(|r| r.comment.clone()).filter(|c| !samples.contains(c));
+    runs(asked).eq(&runs(found))
+}
+
+/// Rules, each run of exemptions of one hook sorted.
+fn runs(comments: impl Iterator<Item = String>) -> Vec<Vec<String>> {
+    let run_of = |c: &str| c.ends_with(" exempt").then(|| c.split(':').next().map(ToOwned::to_owned)).flatten();
+    let mut all: Vec<Vec<String>> = vec![];
+    for comment in comments {
+        match all.last_mut().filter(|run| run_of(&comment).is_some() && run_of(&run[0]) == run_of(&comment)) {
+            Some(run) => run.push(comment),
+            None => all.push(vec![comment]),
+        }
+    }
+    all.iter_mut().for_each(|run| run.sort_unstable());
+    all
 }
 
 /// The rules that are in force in this network namespace; none means that there is no redirect.
@@ -126,4 +158,28 @@ pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
         other => other?,
     };
     if found.is_empty() { iptables::installed() } else { Ok(found) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_are_in_force_or_differ() {
+        let mut redirect = Redirect::for_proxy(2102);
+        redirect.guard = Some(Guard { udp_ports: [1, 2].into(), ..Guard::default() });
+        let rule = |r: &Rule| InstalledRule { comment: r.comment(), packets: 0, bytes: 0 };
+        let all: Vec<InstalledRule> = redirect.rules().iter().map(rule).collect();
+        assert!(in_force(&redirect, &all));
+        let unsampled: Vec<_> = all.iter().filter(|r| !r.comment.ends_with("by sample")).cloned().collect();
+        assert!(in_force(&redirect, &unsampled), "a kernel that cannot log");
+        let mut swapped = all.clone();
+        swapped.swap(0, 1);
+        assert!(in_force(&redirect, &swapped), "exemptions in another order");
+        let last = all.len() - 1;
+        swapped.swap(last, last - 2);
+        assert!(!in_force(&redirect, &swapped), "an exemption behind the drop");
+        assert!(!in_force(&redirect, &all[..last]));
+        assert!(!in_force(&redirect, &[]));
+    }
 }

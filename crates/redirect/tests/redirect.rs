@@ -6,48 +6,12 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use countersign_redirect::fabric::{Addresses, Fabric};
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::{Backend, Redirect, install, installed, remove};
+use countersign_redirect::{Backend, Redirect, in_force, install, installed, remove};
 
-/// Two namespaces on one switch, gone when dropped.
-struct World {
-    fabric: Fabric,
-    here: NetNs,
-    there: NetNs,
-    name: String,
-}
+use world::{HERE, THERE, World, has_iptables};
 
-const HERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 99, 0, 1), Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 1));
-const THERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 99, 0, 2), Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 2));
-
-impl World {
-    /// `None` without root: the test says so and passes, but in CI it fails.
-    fn new(test: &str) -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() {
-            assert!(std::env::var_os("CI").is_none(), "CI runs as root");
-            eprintln!("skipped: network namespaces need root");
-            return None;
-        }
-        let name = format!("cst-{test}-{}", std::process::id());
-        let fabric = Fabric::create(&name).unwrap();
-        let plug = |n: &str, (v4, v6)| {
-            let addresses = Addresses { v4: (v4, 24), v6: Some((v6, 64)) };
-            fabric.plug(&format!("{name}-{n}"), n, addresses).unwrap()
-        };
-        let (here, there) = (plug("here", HERE), plug("there", THERE));
-        Some(Self { fabric, here, there, name })
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = self.fabric.unplug(&self.here, "here");
-        let _ = self.fabric.unplug(&self.there, "there");
-        let _ = self.fabric.netns().remove();
-        assert!(NetNs::list(&self.name).is_empty());
-    }
-}
+mod world;
 
 /// Answers every connection with its own name.
 fn listen(ns: &NetNs, address: SocketAddr, name: &'static str) {
@@ -105,22 +69,14 @@ fn catches_what_it_should(backend: Backend, test: &str) {
     assert_eq!(who(&world.here, Ipv4Addr::LOCALHOST, 80), "own");
     assert_eq!(who(&world.here, HERE.0, 80), "own", "its own address never leaves the namespace");
     let rules = world.here.run(|| Ok(installed().unwrap())).unwrap();
-    let comments: Vec<_> = rules.iter().map(|r| r.comment.clone()).collect();
-    let expected: Vec<_> = redirect.rules().iter().map(countersign_redirect::rules::Rule::comment).collect();
-    assert_eq!(comments, expected);
+    assert!(in_force(&redirect, &rules), "{rules:#?}");
+    let expected = redirect.rules();
     let rest = rules.iter().find(|r| r.comment.ends_with("rest to 15011")).unwrap();
     assert!(rest.packets >= 3, "its counter shows what was caught: {rest:?}");
     for ns in [&world.here, &world.there] {
-        ns.run(|| {
-            remove().unwrap();
-            Ok(())
-        })
-        .unwrap();
-        ns.run(|| {
-            remove().unwrap();
-            Ok(())
-        })
-        .unwrap();
+        let removed = ns.run(|| Ok(remove().unwrap())).unwrap();
+        assert_eq!(removed.len(), expected.len(), "it says what was there");
+        assert_eq!(ns.run(|| Ok(remove().unwrap())).unwrap(), [], "and that nothing was");
         assert_eq!(ns.run(|| Ok(installed().unwrap())).unwrap(), []);
     }
     assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught after");
@@ -133,9 +89,7 @@ fn nftables_catches_what_it_should_and_leaves_nothing_behind() {
 
 #[test]
 fn iptables_catches_what_it_should_and_leaves_nothing_behind() {
-    if std::process::Command::new("iptables").arg("-V").output().is_err() {
-        assert!(std::env::var_os("CI").is_none(), "CI has iptables");
-        eprintln!("skipped: no iptables here");
+    if !has_iptables() {
         return;
     }
     catches_what_it_should(Backend::Iptables, "ipt");

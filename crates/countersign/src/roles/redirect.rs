@@ -1,9 +1,13 @@
 //! `countersign redirect`.
 
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, anyhow};
-use countersign_redirect::{Backend, Redirect, RedirectError, install, installed, remove};
+use countersign_redirect::guard::RESOLV_CONF;
+use countersign_redirect::{Backend, Guard, Redirect, RedirectError, here, in_force, install, installed, remove};
 use ipnet::IpNet;
 
 use crate::operator::output::{Output, Table};
@@ -12,26 +16,27 @@ use crate::settings::Mistake;
 /// Install, check or remove the NAT redirect in this network namespace.
 ///
 /// A workload's traffic goes through its sidecar then. Installing again replaces it; nothing else in the namespace is touched.
+/// It is meant for the namespace of one workload: in the machine's own it would catch SSH too, and is refused.
 #[derive(Debug, clap::Args)]
 pub struct RedirectArgs {
     /// Show the rules that are in force, with what they matched; exit 1 when there are none or they differ.
     #[arg(long, conflicts_with = "remove")]
     check: bool,
-    /// Remove the redirect.
+    /// Remove the redirect, and say what was there.
     #[arg(long)]
     remove: bool,
     /// The sidecar's user, whose own connections are never caught.
-    #[arg(long, value_name = "UID", default_value_t = 2102)]
-    proxy_uid: u32,
+    #[arg(long, value_name = "UID", required_unless_present = "remove")]
+    proxy_uid: Option<u32>,
     /// Where outgoing connections go.
-    #[arg(long, value_name = "PORT", default_value_t = 15001)]
-    outbound_port: u16,
+    #[arg(long, value_name = "PORT", default_value = "15001")]
+    outbound_port: NonZeroU16,
     /// Where incoming connections go.
-    #[arg(long, value_name = "PORT", default_value_t = 15006)]
-    inbound_port: u16,
+    #[arg(long, value_name = "PORT", default_value = "15006")]
+    inbound_port: NonZeroU16,
     /// The sidecar's mTLS port, which is left alone.
-    #[arg(long, value_name = "PORT", default_value_t = 15008)]
-    mesh_port: u16,
+    #[arg(long, value_name = "PORT", default_value = "15008")]
+    mesh_port: NonZeroU16,
     /// Incoming ports that are left alone too, comma separated.
     #[arg(long, value_name = "PORTS", value_delimiter = ',', default_value = "15020")]
     exclude_inbound_ports: Vec<String>,
@@ -44,6 +49,24 @@ pub struct RedirectArgs {
     /// Destinations that are left alone, comma separated.
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     exclude_outbound_cidrs: Vec<String>,
+    /// What becomes of UDP and all else that is not TCP: `leave`, or `drop` but for DNS to the resolvers, ICMP and replies.
+    #[arg(long, value_name = "WHAT", default_value = "leave", value_parser = ["leave", "drop"])]
+    other_protocols: String,
+    /// With --other-protocols=drop: resolvers that DNS may go to, comma separated; those of /etc/resolv.conf unless set.
+    #[arg(long, value_name = "ADDRESSES", value_delimiter = ',')]
+    resolvers: Option<Vec<String>>,
+    /// With --other-protocols=drop: UDP ports that may be used all the same, in both directions, comma separated.
+    #[arg(long, value_name = "PORTS", value_delimiter = ',')]
+    allow_udp_ports: Vec<String>,
+    /// With --other-protocols=drop: networks with which every protocol may be spoken all the same, comma separated.
+    #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
+    allow_other_cidrs: Vec<String>,
+    /// Change the machine's own network namespace, or that of process 1, all the same: everything on this machine is caught.
+    #[arg(long)]
+    host_namespace: bool,
+    /// This is a pod's container, whose process 1 is the pod's own.
+    #[arg(long, hide = true, conflicts_with = "host_namespace")]
+    in_pod: bool,
     /// What enforces it: auto, nftables, iptables.
     #[arg(long, default_value_t = Backend::Auto, value_name = "BACKEND")]
     backend: Backend,
@@ -58,26 +81,73 @@ fn list<T: std::str::FromStr, C: FromIterator<T>>(flag: &str, what: &str, items:
 }
 
 impl RedirectArgs {
-    fn redirect(&self) -> Result<Redirect, Mistake> {
+    fn redirect(&self, proxy_uid: u32) -> Result<Redirect, Mistake> {
         let cidrs = |flag: &str, items: &[String]| list::<IpNet, _>(flag, "CIDR, such as 10.0.0.0/8", items);
-        let mut exempt_inbound_ports: std::collections::BTreeSet<u16> =
-            list("--exclude-inbound-ports", "port", &self.exclude_inbound_ports)?;
-        exempt_inbound_ports.insert(self.mesh_port);
+        let ports = |flag: &str, items: &[String]| {
+            let ports: Vec<NonZeroU16> = list(flag, "port", items)?;
+            Ok::<_, Mistake>(ports.into_iter().map(NonZeroU16::get).collect::<std::collections::BTreeSet<u16>>())
+        };
+        if self.outbound_port == self.inbound_port {
+            return Err(Mistake::flag(
+                "--inbound-port",
+                "is --outbound-port too: the sidecar could not tell them apart",
+            ));
+        }
+        let mut exempt_inbound_ports = ports("--exclude-inbound-ports", &self.exclude_inbound_ports)?;
+        exempt_inbound_ports.insert(self.mesh_port.get());
         Ok(Redirect {
-            proxy_uid: self.proxy_uid,
-            outbound_port: self.outbound_port,
-            inbound_port: self.inbound_port,
+            proxy_uid,
+            outbound_port: self.outbound_port.get(),
+            inbound_port: self.inbound_port.get(),
             exempt_inbound_ports,
-            exempt_outbound_ports: list("--exclude-outbound-ports", "port", &self.exclude_outbound_ports)?,
+            exempt_outbound_ports: ports("--exclude-outbound-ports", &self.exclude_outbound_ports)?,
             exempt_inbound_cidrs: cidrs("--exclude-inbound-cidrs", &self.exclude_inbound_cidrs)?,
             exempt_outbound_cidrs: cidrs("--exclude-outbound-cidrs", &self.exclude_outbound_cidrs)?,
+            guard: self.guard()?,
         })
+    }
+
+    fn guard(&self) -> Result<Option<Guard>, Mistake> {
+        let named = Guard {
+            resolvers: list("--resolvers", "address", self.resolvers.as_deref().unwrap_or_default())?,
+            udp_ports: list::<NonZeroU16, Vec<_>>("--allow-udp-ports", "port", &self.allow_udp_ports)?
+                .into_iter()
+                .map(NonZeroU16::get)
+                .collect(),
+            cidrs: list("--allow-other-cidrs", "CIDR, such as 10.0.0.0/8", &self.allow_other_cidrs)?,
+        };
+        if self.other_protocols != "drop" {
+            let unused = [
+                ("--resolvers", self.resolvers.is_some()),
+                ("--allow-udp-ports", !named.udp_ports.is_empty()),
+                ("--allow-other-cidrs", !named.cidrs.is_empty()),
+            ];
+            if let Some((flag, _)) = unused.into_iter().find(|(_, given)| *given) {
+                return Err(Mistake::flag(flag, "has no effect without --other-protocols=drop"));
+            }
+            return Ok(None);
+        }
+        Ok(Some(match self.resolvers {
+            Some(_) => named,
+            None => Guard { resolvers: Guard::with_resolvers_of(Path::new(RESOLV_CONF)).resolvers, ..named },
+        }))
+    }
+
+    /// Refuses to change a namespace that others rely on, unless it is asked for by name.
+    fn refuse_shared(&self) -> Result<(), Mistake> {
+        match here::shared(self.in_pod) {
+            Some(shared) if !self.host_namespace => Err(Mistake(format!(
+                "this is {shared}, {}: the redirect would catch every TCP connection of it, SSH too, and send them to a sidecar. \
+                 Enter the workload's namespace first (`ip netns exec NAME countersign redirect …`), or say --host-namespace",
+                here::name()
+            ))),
+            _ => Ok(()),
+        }
     }
 }
 
 /// Installs, checks or removes.
 pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
-    let redirect = args.redirect()?;
     let mendable = |error: RedirectError| match error {
         RedirectError::NotPermitted | RedirectError::NoNftables(_) | RedirectError::NoNetfilter { .. } => {
             anyhow!(Mistake(error.to_string()))
@@ -85,20 +155,21 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
         other => other.into(),
     };
     if args.remove {
-        remove().map_err(mendable)?;
+        let found = remove().map_err(mendable)?;
+        eprintln!("{}", removed(&found, &here::name()));
         return Ok(ExitCode::SUCCESS);
     }
+    // clap asks for it unless --remove is given.
+    let proxy_uid = args.proxy_uid.ok_or_else(|| Mistake::flag("--proxy-uid", "is missing"))?;
+    let redirect = args.redirect(proxy_uid)?;
     if !args.check {
+        args.refuse_shared()?;
         let backend = install(&redirect, args.backend).map_err(mendable)?;
-        eprintln!(
-            "redirect installed with {backend}: out to {}, in to {}",
-            redirect.outbound_port, redirect.inbound_port
-        );
+        eprintln!("{}", done(&redirect, backend, &here::name()));
         return Ok(ExitCode::SUCCESS);
     }
     let found = installed().map_err(mendable)?;
-    let expected: Vec<String> = redirect.rules().iter().map(countersign_redirect::rules::Rule::comment).collect();
-    let in_force = found.iter().map(|r| r.comment.clone()).eq(expected);
+    let in_force = in_force(&redirect, &found);
     let mut table = Table::new(&["rule", "packets", "bytes"]);
     for rule in &found {
         table.row(vec![rule.comment.clone(), rule.packets.to_string(), rule.bytes.to_string()]);
@@ -107,8 +178,85 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
         found.iter().map(|r| serde_json::json!({"rule": r.comment, "packets": r.packets, "bytes": r.bytes})).collect();
     args.output.print(&table, &serde_json::json!({"in_force": in_force, "rules": rules}))?;
     match (found.is_empty(), in_force) {
-        (true, _) => Err(anyhow!("no redirect is installed in this network namespace")),
+        (true, _) => Err(anyhow!("no redirect is installed in network namespace {}", here::name())),
         (false, false) => Err(anyhow!("the redirect in force differs from the one asked for; install it again")),
         (false, true) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn done(redirect: &Redirect, backend: Backend, namespace: &str) -> String {
+    let others = redirect.guard.as_ref().map_or_else(
+        || "other protocols are left alone".to_owned(),
+        |guard| match guard.resolvers.len() {
+            0 => "other protocols are dropped, DNS too, for no resolver is known".to_owned(),
+            _ => {
+                let resolvers: Vec<String> = guard.resolvers.iter().map(IpAddr::to_string).collect();
+                format!("other protocols are dropped but ICMP and DNS to {}", resolvers.join(", "))
+            }
+        },
+    );
+    format!(
+        "redirect installed in network namespace {namespace} with {backend}: TCP out to {}, in to {}; {others}",
+        redirect.outbound_port, redirect.inbound_port
+    )
+}
+
+fn removed(found: &[countersign_redirect::InstalledRule], namespace: &str) -> String {
+    match found.len() {
+        0 => format!("there was no redirect in network namespace {namespace}"),
+        n => format!("removed the redirect from network namespace {namespace}: {n} rules"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: RedirectArgs,
+    }
+
+    fn read(args: &[&str]) -> Result<Redirect, String> {
+        let all = ["redirect"].iter().chain(args);
+        let args = Cli::try_parse_from(all).map_err(|e| e.to_string())?.args;
+        args.redirect(args.proxy_uid.unwrap()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_sidecars_user_is_asked_for_and_no_port_is_0() {
+        assert!(read(&[]).unwrap_err().contains("--proxy-uid"));
+        for flag in
+            ["--outbound-port", "--inbound-port", "--mesh-port", "--exclude-inbound-ports", "--exclude-outbound-ports"]
+        {
+            let said = read(&["--proxy-uid=2102", &format!("{flag}=0")]).unwrap_err();
+            assert!(said.contains(flag) && said.contains('0'), "{said}");
+        }
+        let said = read(&["--proxy-uid=2102", "--outbound-port=15006"]).unwrap_err();
+        assert!(said.contains("--inbound-port"), "{said}");
+        assert_eq!(read(&["--proxy-uid=2102"]).unwrap(), Redirect::for_proxy(2102));
+    }
+
+    #[test]
+    fn what_may_pass_is_named_only_where_the_rest_is_dropped() {
+        let said = read(&["--proxy-uid=1", "--allow-udp-ports=1"]).unwrap_err();
+        assert!(said.contains("--other-protocols=drop"), "{said}");
+        let drop = [
+            "--proxy-uid=1",
+            "--other-protocols=drop",
+            "--resolvers=10.0.0.10",
+            "--allow-udp-ports=4433, 1",
+            "--allow-other-cidrs=10.8.0.0/16",
+        ];
+        let guard = read(&drop).unwrap().guard.unwrap();
+        assert_eq!(guard.resolvers, ["10.0.0.10".parse().unwrap()].into());
+        assert_eq!(guard.udp_ports, [1, 4433].into());
+        assert_eq!(guard.cidrs, ["10.8.0.0/16".parse().unwrap()].into());
+        assert!(read(&["--proxy-uid=1", "--other-protocols=drop", "--allow-udp-ports=0"]).unwrap_err().contains("`0`"));
+        let none = read(&["--proxy-uid=1", "--other-protocols=drop", "--resolvers="]).unwrap().guard.unwrap();
+        assert_eq!(none.resolvers, [].into(), "an empty list is nobody, not everybody");
     }
 }

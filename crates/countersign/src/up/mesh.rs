@@ -19,8 +19,9 @@ use countersign_identity::policy::Mode;
 use countersign_identity::trust_domain::service_account_id;
 use countersign_identity::{Selector, SpiffeId};
 use countersign_redirect::fabric::{Addresses, Fabric};
+use countersign_redirect::guard::RESOLV_CONF;
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::{Backend, Redirect, install};
+use countersign_redirect::{Backend, Guard, Redirect, install};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
@@ -541,6 +542,8 @@ fn redirect_of(spec: &WorkloadSpec, proxy_uid: u32) -> Redirect {
     redirect.exempt_inbound_ports.extend(&spec.exclude_inbound_ports);
     redirect.exempt_outbound_cidrs.extend(&spec.exclude_outbound_cidrs);
     redirect.exempt_inbound_cidrs.extend(&spec.exclude_inbound_cidrs);
+    // The mode of the start: a mode that changes while the mesh runs leaves the rules as they are.
+    redirect.guard = (spec.policy.mode == Mode::Strict).then(|| Guard::with_resolvers_of(Path::new(RESOLV_CONF)));
     redirect
 }
 

@@ -14,6 +14,12 @@ use wire::{Batch, Expressions, Message, attributes};
 const TABLE: &str = "countersign";
 /// Priority of destination NAT (netfilter's `NF_IP_PRI_NAT_DST`).
 const DSTNAT: i32 = -100;
+/// Priority of filters (netfilter's `NF_IP_PRI_FILTER`): they see where NAT has sent a connection.
+const FILTER: i32 = 0;
+const IPPROTO_ICMP: u8 = 1;
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
+const IPPROTO_ICMPV6: u8 = 58;
 /// Largest answer that is read at once, in bytes.
 const RECEIVE: usize = 256 * 1024;
 
@@ -21,21 +27,39 @@ fn chain_of(hook: Hook) -> &'static str {
     match hook {
         Hook::Output => "output",
         Hook::Prerouting => "prerouting",
+        Hook::GuardOutput => "others-output",
+        Hook::GuardInput => "others-input",
     }
 }
 
-/// Puts the table in place of an earlier one, all or nothing.
+/// Puts the table in place of an earlier one, all or nothing. A kernel that cannot log drops all the same.
 pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
+    let rules = redirect.rules();
+    match transact(batch(&rules)) {
+        Err(RedirectError::NoNftables(_)) if rules.iter().any(|r| r.verdict == Verdict::Sample) => {
+            let rules: Vec<Rule> = rules.into_iter().filter(|r| r.verdict != Verdict::Sample).collect();
+            transact(batch(&rules))
+        }
+        done => done,
+    }
+}
+
+fn batch(rules: &[Rule]) -> Batch {
     let mut batch = Batch::new();
     // Adding, deleting and adding again in one transaction replaces the table whether or not it was there.
     batch.new_table(TABLE).delete_table(TABLE).new_table(TABLE);
-    for hook in [Hook::Output, Hook::Prerouting] {
-        batch.new_nat_chain(TABLE, chain_of(hook), hook, DSTNAT);
+    for hook in Hook::ALL {
+        let rules: Vec<&Rule> = rules.iter().filter(|r| r.hook == hook).collect();
+        if rules.is_empty() {
+            continue;
+        }
+        let (kind, priority) = if hook.is_guard() { ("filter", FILTER) } else { ("nat", DSTNAT) };
+        batch.new_chain(TABLE, chain_of(hook), kind, hook, priority);
+        for rule in rules {
+            batch.new_rule(TABLE, chain_of(hook), expressions(rule), &rule.comment());
+        }
     }
-    for rule in redirect.rules() {
-        batch.new_rule(TABLE, chain_of(rule.hook), expressions(&rule), &rule.comment());
-    }
-    transact(batch)
+    batch
 }
 
 /// Removes the table; one that is not there is fine.
@@ -115,36 +139,73 @@ fn from_kernel(error: io::Error) -> RedirectError {
 
 /// A rule as nf_tables' little machine runs it: load, compare, decide.
 fn expressions(rule: &Rule) -> Expressions {
-    let mut e = Expressions::new();
+    let mut all = Expressions::new();
+    let (e, out) = (&mut all, rule.hook.is_out());
     match rule.matches {
-        Match::Uid(uid) => e.meta(attributes::META_SKUID).equals(&uid.to_ne_bytes()),
+        Match::Uid(uid) => {
+            e.meta(attributes::META_SKUID).equals(&uid.to_ne_bytes());
+        }
         Match::Loopback => {
-            let key = if rule.hook == Hook::Output { attributes::META_OIFNAME } else { attributes::META_IIFNAME };
-            e.meta(key).equals(b"lo\0\0\0\0\0\0\0\0\0\0\0\0\0\0")
+            let key = if out { attributes::META_OIFNAME } else { attributes::META_IIFNAME };
+            e.meta(key).equals(b"lo\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
         }
-        Match::Port(port) => e.tcp().transport_header(2, 2).equals(&port.to_be_bytes()),
-        Match::Net(net) => {
-            let destination = rule.hook == Hook::Output;
-            // Where the address stands in the header: RFC 791 3.1, RFC 8200 3.
-            match net {
-                ipnet::IpNet::V4(net) => {
-                    let offset = if destination { 16 } else { 12 };
-                    e.family(attributes::NFPROTO_IPV4).network_header(offset, 4);
-                    e.mask(&net.netmask().octets()).equals(&net.network().octets())
-                }
-                ipnet::IpNet::V6(net) => {
-                    let offset = if destination { 24 } else { 8 };
-                    e.family(attributes::NFPROTO_IPV6).network_header(offset, 16);
-                    e.mask(&net.netmask().octets()).equals(&net.network().octets())
-                }
+        Match::Port(port) => port_of(e, IPPROTO_TCP, port),
+        Match::PortAt(port, address) => {
+            net(e, address.into(), out);
+            port_of(e, IPPROTO_TCP, port);
+        }
+        Match::Net(of) => net(e, of, out),
+        Match::TcpNet(of) => {
+            e.protocol(IPPROTO_TCP);
+            net(e, of, out);
+        }
+        Match::Icmp => {
+            e.family(attributes::NFPROTO_IPV4).protocol(IPPROTO_ICMP);
+        }
+        Match::Icmpv6 => {
+            e.family(attributes::NFPROTO_IPV6).protocol(IPPROTO_ICMPV6);
+        }
+        Match::Reply => {
+            e.reply();
+        }
+        Match::Udp(port, address) => {
+            if let Some(address) = address {
+                net(e, address.into(), out);
             }
+            port_of(e, IPPROTO_UDP, port);
         }
-        Match::Rest => e.tcp(),
-    };
+        Match::Rest if rule.hook.is_guard() => {}
+        Match::Rest | Match::Tcp => {
+            e.protocol(IPPROTO_TCP);
+        }
+    }
     e.counter();
     match rule.verdict {
         Verdict::Exempt => e.returns(),
         Verdict::To(port) => e.redirect_to(port),
+        Verdict::Sample => e.samples(if out { "countersign dropped out: " } else { "countersign dropped in: " }),
+        Verdict::Drop => e.drops(),
     };
-    e
+    all
+}
+
+/// Goes on for this destination port; TCP and UDP have it at the same place.
+fn port_of(e: &mut Expressions, protocol: u8, port: u16) {
+    e.protocol(protocol).transport_header(2, 2).equals(&port.to_be_bytes());
+}
+
+/// Goes on for a destination (`out`) or source in this network. Offsets: RFC 791 3.1, RFC 8200 3.
+fn net(e: &mut Expressions, net: ipnet::IpNet, out: bool) {
+    match net {
+        ipnet::IpNet::V4(net) => {
+            let offset = if out { 16 } else { 12 };
+            e.family(attributes::NFPROTO_IPV4).network_header(offset, 4);
+            e.mask(&net.netmask().octets()).equals(&net.network().octets());
+        }
+        ipnet::IpNet::V6(net) => {
+            let offset = if out { 24 } else { 8 };
+            e.family(attributes::NFPROTO_IPV6).network_header(offset, 16);
+            e.mask(&net.netmask().octets()).equals(&net.network().octets());
+        }
+    }
 }

@@ -11,6 +11,7 @@ pub mod attributes {
     pub const META_OIFNAME: u32 = 7;
     /// User of the socket that sends.
     pub const META_SKUID: u32 = 10;
+    /// IP version of a packet.
     pub(super) const META_NFPROTO: u32 = 15;
     pub(super) const META_L4PROTO: u32 = 16;
     /// IPv4.
@@ -44,7 +45,14 @@ const GETRULE: u16 = 7;
 const REGISTER_1: u32 = 1;
 const REGISTER_VERDICT: u32 = 0;
 const VERDICT_RETURN: i32 = -5;
-const IPPROTO_TCP: u8 = 6;
+const VERDICT_DROP: i32 = 0;
+const CT_DIRECTION: u32 = 1;
+const CT_DIRECTION_REPLY: u8 = 1;
+/// One packet of many: ten a minute, five at once.
+const SAMPLES: (u64, u32) = (10, 5);
+const SECONDS_OF_SAMPLES: u64 = 60;
+/// Level of `syslog` for what is remarkable and no error.
+const LOG_NOTICE: u32 = 5;
 
 /// Attributes under construction.
 #[derive(Default)]
@@ -141,15 +149,17 @@ impl Batch {
         self.push(DELTABLE, 0, &body)
     }
 
-    /// Adds a NAT chain at a hook; what no rule decides is accepted.
-    pub fn new_nat_chain(&mut self, table: &str, name: &str, hook: Hook, priority: i32) -> &mut Self {
+    /// Adds a base chain of this type at a hook; what no rule decides is accepted.
+    pub fn new_chain(&mut self, table: &str, name: &str, kind: &str, hook: Hook, priority: i32) -> &mut Self {
+        // Numbers of `enum nf_inet_hooks`.
         let number = match hook {
             Hook::Prerouting => 0,
-            Hook::Output => 3,
+            Hook::GuardInput => 1,
+            Hook::Output | Hook::GuardOutput => 3,
         };
         let place = Attributes::with(|a| a.u32(1, number).put(2, &priority.to_be_bytes()));
         let accept = 1;
-        let body = Attributes::with(|a| a.text(1, table).text(3, name).nested(4, &place).u32(5, accept).text(7, "nat"));
+        let body = Attributes::with(|a| a.text(1, table).text(3, name).nested(4, &place).u32(5, accept).text(7, kind));
         self.push(NEWCHAIN, NLM_F_CREATE, &body)
     }
 
@@ -205,9 +215,14 @@ impl Expressions {
         self.step("cmp", |a| a.u32(1, REGISTER_1).u32(2, 0).nested(3, &data))
     }
 
-    /// Goes on for TCP.
-    pub fn tcp(&mut self) -> &mut Self {
-        self.meta(attributes::META_L4PROTO).equals(&[IPPROTO_TCP])
+    /// Goes on for this protocol above IP.
+    pub fn protocol(&mut self, number: u8) -> &mut Self {
+        self.meta(attributes::META_L4PROTO).equals(&[number])
+    }
+
+    /// Goes on for a packet that answers one which went the other way.
+    pub fn reply(&mut self) -> &mut Self {
+        self.step("ct", |a| a.u32(1, REGISTER_1).u32(2, CT_DIRECTION)).equals(&[CT_DIRECTION_REPLY])
     }
 
     /// Goes on for this IP version.
@@ -246,9 +261,27 @@ impl Expressions {
 
     /// Leaves the chain.
     pub fn returns(&mut self) -> &mut Self {
-        let verdict = Attributes::with(|a| a.put(1, &VERDICT_RETURN.to_be_bytes()));
+        self.verdict(VERDICT_RETURN)
+    }
+
+    /// Drops the packet.
+    pub fn drops(&mut self) -> &mut Self {
+        self.verdict(VERDICT_DROP)
+    }
+
+    fn verdict(&mut self, code: i32) -> &mut Self {
+        let verdict = Attributes::with(|a| a.put(1, &code.to_be_bytes()));
         let data = Attributes::with(|a| a.nested(2, &verdict));
         self.step("immediate", |a| a.u32(1, REGISTER_VERDICT).nested(2, &data))
+    }
+
+    /// Writes some of the packets into the kernel's log.
+    pub fn samples(&mut self, prefix: &str) -> &mut Self {
+        let (rate, burst) = SAMPLES;
+        self.step("limit", |a| {
+            a.put(1, &rate.to_be_bytes()).put(2, &SECONDS_OF_SAMPLES.to_be_bytes()).u32(3, burst).u32(4, 0).u32(5, 0)
+        });
+        self.step("log", |a| a.text(2, prefix).u32(5, LOG_NOTICE))
     }
 
     /// Sends the connection to a local port.

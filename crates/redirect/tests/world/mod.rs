@@ -1,0 +1,55 @@
+//! Two network namespaces that see each other, for one test.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use countersign_redirect::fabric::{Addresses, Fabric};
+use countersign_redirect::netns::NetNs;
+
+/// Two namespaces on one switch, gone when dropped.
+pub struct World {
+    fabric: Fabric,
+    pub here: NetNs,
+    pub there: NetNs,
+    name: String,
+}
+
+pub const HERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 99, 0, 1), Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 1));
+pub const THERE: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 99, 0, 2), Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 2));
+
+impl World {
+    /// `None` without root: the test says so and passes, but in CI it fails.
+    pub fn new(test: &str) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "CI runs as root");
+            eprintln!("skipped: network namespaces need root");
+            return None;
+        }
+        let name = format!("cst-{test}-{}", std::process::id());
+        let fabric = Fabric::create(&name).unwrap();
+        let plug = |n: &str, (v4, v6)| {
+            let addresses = Addresses { v4: (v4, 24), v6: Some((v6, 64)) };
+            fabric.plug(&format!("{name}-{n}"), n, addresses).unwrap()
+        };
+        let (here, there) = (plug("here", HERE), plug("there", THERE));
+        Some(Self { fabric, here, there, name })
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.fabric.unplug(&self.here, "here");
+        let _ = self.fabric.unplug(&self.there, "there");
+        let _ = self.fabric.netns().remove();
+        assert!(NetNs::list(&self.name).is_empty());
+    }
+}
+
+/// Whether `iptables` is here; in CI it must be.
+pub fn has_iptables() -> bool {
+    if std::process::Command::new("iptables").arg("-V").output().is_ok() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "CI has iptables");
+    eprintln!("skipped: no iptables here");
+    false
+}
