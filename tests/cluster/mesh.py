@@ -29,7 +29,7 @@ def binary():
 
 def manifests(*settings):
     args = [a for s in (f"image.name={images.COUNTERSIGN}", "image.pullPolicy=Never", "clusterName=test",
-                        "server.persistence.storageClass=local", "mesh.mode=strict", *settings) for a in ("--set", s)]
+                        "server.persistence.storageClass=local", "mesh.mode=strict", "mesh.allowExceptions=lists,excepted", *settings) for a in ("--set", s)]
     return sp.check_output([binary(), "install", *args], text=True)
 
 

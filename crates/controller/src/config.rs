@@ -10,6 +10,9 @@ use countersign_identity::policy::Mode;
 use crate::injector::Sidecar;
 use crate::template::Template;
 
+/// Largest `mode` that is read, in bytes.
+const MAX_MODE_BYTES: u64 = 64;
+
 /// A controller's settings. Every combination of valid fields is a valid controller.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -38,6 +41,8 @@ pub struct RegistrarConfig {
     pub excluded_namespaces: BTreeSet<String>,
     /// Several replicas agree by a lease in this namespace who works; `None`: there is only one.
     pub lease_namespace: Option<String>,
+    /// Namespace of our own installation, whose names nobody is given by hand.
+    pub control_namespace: Option<String>,
 }
 
 /// The directory feed's settings.
@@ -62,4 +67,44 @@ pub struct InjectorConfig {
     pub agent_socket: PathBuf,
     /// What is put into pods.
     pub sidecar: Sidecar,
+    /// Folder with the mesh's settings, as its ConfigMap is mounted; `None`: the mesh is as `mode` says.
+    pub live_settings: Option<PathBuf>,
+    /// The mesh's mode where no folder is followed.
+    pub mode: Mode,
+}
+
+impl InjectorConfig {
+    /// The mesh's mode now. Whatever cannot be read is strict: rules are chosen once for a pod's life, and a pod that is too
+    /// strict is seen at once, one that is too open never.
+    pub fn mesh_mode(&self) -> Mode {
+        let Some(folder) = &self.live_settings else { return self.mode };
+        let read = countersign_api::files::read_bounded(&folder.join("mode"), MAX_MODE_BYTES);
+        let read = read.ok().and_then(|text| String::from_utf8(text).ok());
+        read.and_then(|text| text.trim().parse().ok()).unwrap_or(Mode::Strict)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mode_that_cannot_be_read_is_strict() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = InjectorConfig {
+            bind: "127.0.0.1:0".parse().unwrap(),
+            agent_socket: "/x".into(),
+            sidecar: Sidecar::new("i".into()),
+            live_settings: Some(folder.path().to_owned()),
+            mode: Mode::Off,
+        };
+        assert_eq!(config.mesh_mode(), Mode::Strict);
+        for (text, mode) in [("permissive\n", Mode::Permissive), ("stict", Mode::Strict), ("off", Mode::Off)] {
+            std::fs::write(folder.path().join("mode"), text).unwrap();
+            assert_eq!(config.mesh_mode(), mode, "{text}");
+        }
+        config.live_settings = None;
+        config.mode = Mode::Permissive;
+        assert_eq!(config.mesh_mode(), Mode::Permissive);
+    }
 }

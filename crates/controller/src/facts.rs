@@ -52,7 +52,7 @@ pub struct Pod {
 /// A namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Namespace {
-    /// Its mode, where it names a valid one.
+    /// Its mode, where it names one.
     pub mode: Option<Mode>,
 }
 
@@ -132,8 +132,13 @@ impl Facts {
         }
         let mesh = followed.mode.unwrap_or(default);
         let namespace = self.namespaces.get(&(String::new(), pod.namespace.clone())).and_then(|n| n.mode);
-        mesh.narrowed_by(namespace).narrowed_by(pod.annotations.get(MODE).and_then(|m| m.parse().ok()))
+        mesh.narrowed_by(namespace).narrowed_by(pod.annotations.get(MODE).map(|m| mode_word(m)))
     }
+}
+
+/// A mode as somebody wrote it. A word that means nothing is strict: a typing error must not open anything.
+fn mode_word(text: &str) -> Mode {
+    text.parse().unwrap_or(Mode::Strict)
 }
 
 fn addresses<'a>(texts: impl IntoIterator<Item = &'a String>) -> Vec<IpAddr> {
@@ -179,12 +184,10 @@ impl Pod {
 impl Namespace {
     /// What matters of a namespace.
     pub fn read(namespace: &v1::Namespace) -> Option<Self> {
-        let mode = namespace.annotations().get(MODE);
-        let parsed = mode.and_then(|m| m.parse().ok());
-        if let (Some(mode), None) = (mode, parsed) {
-            tracing::warn!(namespace = namespace.name_any(), mode, "{MODE} is not a mode; it is left out");
-        }
-        Some(Self { mode: parsed })
+        let said = [namespace.annotations().get(MODE), namespace.labels().get(MODE)].into_iter().flatten();
+        // The label says it to the webhook's selectors, the annotation to whoever reads it; the stricter one counts.
+        let mode = said.map(|text| mode_word(text)).max();
+        Some(Self { mode })
     }
 }
 
@@ -212,6 +215,29 @@ impl Service {
         self.namespace == pod.namespace
             && !self.selector.is_empty()
             && self.selector.iter().all(|(k, v)| pod.labels.get(k) == Some(v))
+    }
+}
+
+/// Which services stand before a pod, found by one pair of their selectors instead of one service after the other.
+pub struct ServiceIndex<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<&'a Service>>);
+
+impl<'a> ServiceIndex<'a> {
+    /// Of all services.
+    pub fn of(facts: &'a Facts) -> Self {
+        let mut index: HashMap<_, Vec<&Service>> = HashMap::new();
+        for service in facts.services.values() {
+            // A pod that is selected has every pair, this one among them.
+            let Some((key, value)) = service.selector.iter().next() else { continue };
+            index.entry((service.namespace.as_str(), key.as_str(), value.as_str())).or_default().push(service);
+        }
+        Self(index)
+    }
+
+    /// The services that a pod stands behind.
+    pub fn before(&self, pod: &Pod) -> Vec<&'a Service> {
+        let behind =
+            pod.labels.iter().filter_map(|(k, v)| self.0.get(&(pod.namespace.as_str(), k.as_str(), v.as_str())));
+        behind.flatten().copied().filter(|s| s.selects(pod)).collect()
     }
 }
 

@@ -21,6 +21,12 @@ use crate::watch::Cluster;
 
 /// Where every sidecar of a cluster takes mesh traffic.
 const MESH_PORT: u16 = 15008;
+/// Changes of this time are taken together.
+const TOGETHER: Duration = Duration::from_millis(20);
+/// Making the directory is followed by a rest of this many times its length, so that a busy cluster does not keep a core busy.
+const REST: u32 = 3;
+/// The longest rest.
+const MAX_REST: Duration = Duration::from_millis(500);
 /// The whole is published again after this time, for a server may have lost it without our noticing.
 const PUBLISH_AGAIN: Duration = Duration::from_secs(300);
 
@@ -56,7 +62,9 @@ impl Feed {
             tokio::pin!(gone);
             loop {
                 versions.mark_unchanged();
+                let began = tokio::time::Instant::now();
                 let now = self.cluster.facts().map(|facts| directory(&facts, &self.config, &self.trust_domain));
+                let rest = (began.elapsed() * REST).clamp(TOGETHER, MAX_REST);
                 if let Some(now) = now {
                     self.metrics.workloads.set(i64::try_from(now.workloads.len()).unwrap_or(i64::MAX));
                     self.metrics.services.set(i64::try_from(now.services.len()).unwrap_or(i64::MAX));
@@ -80,7 +88,12 @@ impl Feed {
                     }
                 }
                 tokio::select! {
-                    changed = versions.changed() => if changed.is_err() { return },
+                    changed = versions.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        tokio::time::sleep(rest).await;
+                    }
                     () = tokio::time::sleep(PUBLISH_AGAIN) => published = None,
                     _ = gone.as_mut(), if published.is_some() => {
                         gone.set(self.server.gone());
@@ -168,7 +181,7 @@ fn endpoints(slices: &[&crate::facts::Slice], name: &str, in_mesh: &HashSet<IpAd
 }
 
 /// The Kubernetes API server, which no strict workload is cut off from.
-fn api_server(facts: &Facts) -> Vec<IpNet> {
+pub fn api_server(facts: &Facts) -> Vec<IpNet> {
     let key = ("default".to_owned(), "kubernetes".to_owned());
     let service = facts.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());
     let slices = facts.slices.iter().filter(|((ns, _), s)| ns == "default" && s.service == "kubernetes");

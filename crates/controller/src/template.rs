@@ -102,6 +102,39 @@ impl Template {
         let text = format!("spiffe://{trust_domain}/{path}");
         Some(parse_workload_id(&text).map_err(|e| TemplateError::Id { text, why: e.to_string() }))
     }
+
+    /// Whether some pod of a namespace could have the SPIFFE ID with this path. What a blank is filled with is never empty and
+    /// has no slash.
+    pub fn could_give(&self, path: &str, namespace: &str) -> bool {
+        fits(&self.parts, path.trim_start_matches('/'), namespace)
+    }
+
+    /// What the SPIFFE IDs of a namespace's pods look like, for people.
+    pub fn shape_in(&self, namespace: &str) -> String {
+        let parts = self.parts.iter().map(|part| match part {
+            Part::Text(text) => text.clone(),
+            Part::Namespace => namespace.to_owned(),
+            Part::ServiceAccount => "SERVICE-ACCOUNT".to_owned(),
+            Part::Name => "POD".to_owned(),
+            Part::Uid => "UID".to_owned(),
+            Part::Label(key) | Part::Annotation(key) => key.to_ascii_uppercase(),
+        });
+        format!("/{}", parts.collect::<String>())
+    }
+}
+
+/// Whether a path is made of these parts. The recursion is as deep as there are parts, and a path is at most 2,048 bytes long.
+fn fits(parts: &[Part], path: &str, namespace: &str) -> bool {
+    let Some((first, rest)) = parts.split_first() else { return path.is_empty() };
+    match first {
+        Part::Text(text) => path.strip_prefix(text.as_str()).is_some_and(|after| fits(rest, after, namespace)),
+        Part::Namespace => path.strip_prefix(namespace).is_some_and(|after| fits(rest, after, namespace)),
+        _ => {
+            let segment = path.find('/').unwrap_or(path.len());
+            // Every length that a segment may be cut at; with text behind the blank, as everywhere, one of them fits.
+            (1..=segment).filter(|end| path.is_char_boundary(*end)).any(|end| fits(rest, &path[end..], namespace))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -144,5 +177,26 @@ mod tests {
         assert_eq!("x/{{.Pod.Name".parse::<Template>(), Err(TemplateError::Open("x/{{.Pod.Name".into())));
         let said = "{{x}}".parse::<Template>().unwrap_err().to_string();
         assert!(said.starts_with("`{{x}}` names nothing of a pod"), "{said}");
+    }
+
+    #[test]
+    fn an_id_is_one_that_a_namespaces_pods_could_have_or_not() {
+        let could = |template: &str, path: &str| template.parse::<Template>().unwrap().could_give(path, "shop");
+        for (template, path, expected) in [
+            (DEFAULT, "/ns/shop/sa/web", true),
+            (DEFAULT, "/ns/shop/sa/", false),
+            (DEFAULT, "/ns/shop/sa/web/x", false),
+            (DEFAULT, "/ns/shopping/sa/web", false),
+            (DEFAULT, "/ns/other/sa/web", false),
+            (DEFAULT, "/ns/shop", false),
+            (DEFAULT, "/x/ns/shop/sa/web", false),
+            ("{{.Pod.Namespace}}-{{.Pod.Name}}-x/{{.Pod.UID}}", "/shop-a-b-x/u", true),
+            ("{{.Pod.Namespace}}-{{.Pod.Name}}-x/{{.Pod.UID}}", "/shop-a-b/u", false),
+            ("{{.Pod.Labels.spiffe}}", "/front", true),
+            ("{{.Pod.Labels.spiffe}}", "/front/x", false),
+        ] {
+            assert_eq!(could(template, path), expected, "{template} {path}");
+        }
+        assert_eq!(DEFAULT.parse::<Template>().unwrap().shape_in("shop"), "/ns/shop/sa/SERVICE-ACCOUNT");
     }
 }

@@ -129,16 +129,35 @@ class Identity(unittest.TestCase):
         for name, selector in wanted.items():
             mesh.apply(json.dumps({
                 "apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID", "metadata": {"name": name, "namespace": ns},
-                "spec": {"spiffeId": f"spiffe://{TRUST_DOMAIN}/{name}", "parentId": f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{node}", "selector": selector}}))
+                "spec": {"spiffeId": f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/{name}", "parentId": f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{node}", "selector": selector}}))
             self.entry_of(ns, name)
         told = self.fetches(ns, "asks", pod="nodeName: node1\n  restartPolicy: Never")
-        return {i["spiffe_id"].removeprefix(f"spiffe://{TRUST_DOMAIN}/") for i in told} & set(wanted)
+        return {i["spiffe_id"].removeprefix(f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/") for i in told} & set(wanted)
 
     def test_32_a_certificate_needs_every_selector_of_its_entry(self):
         with mesh.namespace("subset") as ns:
             has = {"containerName": "proxy", "podLabel": {"app": "shaped", "version": "v1"}, "arbitrary": ["unix:uid:2102"]}
             lacks = {**has, "podLabel": {"app": "shaped", "version": "v2"}}
             self.assertEqual(self.granted(ns, {"all-of-them": has, "one-too-many": lacks}), {"all-of-them"})
+
+    def test_an_object_by_hand_gives_no_more_than_its_namespaces_pods_could_have(self):
+        node = get("nodes", "node1")["metadata"]["uid"]
+        agent = f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{node}"
+        with mesh.namespace("by-hand-ids", inject=False) as ns:
+            own = f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/default"
+            cases = {
+                "anothers-id": ({"spiffeId": f"spiffe://{TRUST_DOMAIN}/ns/kube-system/sa/default", "parentId": agent}, "could have"),
+                "the-webhook": ({"spiffeId": own, "parentId": agent, "dnsNames": [f"countersign-injector.{NAMESPACE}.svc"]}, "is no name of a Service"),
+                "the-api-server": ({"spiffeId": own, "parentId": agent, "dnsNames": ["kubernetes.default.svc"]}, "is no name of a Service"),
+                "a-free-parent": ({"spiffeId": own, "parentId": f"spiffe://{TRUST_DOMAIN}/spire/server"}, "parentId"),
+            }
+            for name, (spec, said) in cases.items():
+                mesh.apply(json.dumps({"apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID", "metadata": {"name": name, "namespace": ns},
+                                       "spec": {**spec, "selector": {"namespace": ns}}}))
+                condition = wait(f"the status of {name}", lambda: get("-n", ns, "spiffeid", name).get("status", {}).get("conditions"), 20)[0]
+                self.assertEqual((condition["status"], condition["reason"]), ("False", "Refused"))
+                self.assertIn(said, condition["message"])
+            self.assertNotIn(own, mesh.server("entry", "show", "--output=json"))
 
     def test_labels_of_a_namespace_are_attested_where_they_are_asked_for(self):
         mesh.install("agent.namespaceLabels=true")

@@ -87,6 +87,38 @@ class Injection(unittest.TestCase):
         for pod in pods(mesh.NAMESPACE, "app.kubernetes.io/name=countersign"):
             self.assertNotIn("initContainers", pod["spec"])
 
+    def test_a_label_that_means_nothing_is_refused_and_never_passed_over(self):
+        with mesh.namespace("unclear", inject=False) as ns:
+            done = kubectl("label", "namespace", ns, "countersign.dev/inject=true", check=False)
+            self.assertNotEqual(done.returncode, 0)
+            self.assertIn("did you mean `enabled`?", done.stderr)
+            done = kubectl("annotate", "namespace", ns, "countersign.dev/mode=stict", check=False)
+            self.assertNotEqual(done.returncode, 0)
+            self.assertIn("did you mean `strict`?", done.stderr)
+            done = self.submit(ns, plain(extra=", labels: {countersign.dev/inject: enable}"), check=False)
+            self.assertNotEqual(done.returncode, 0)
+            self.assertIn("did you mean `enabled`?", done.stderr)
+
+    def test_names_of_the_injection_and_exceptions_without_leave_are_refused(self):
+        with mesh.namespace("reserved") as ns:
+            volume = plain().replace("spec:\n", "spec:\n  volumes: [{name: countersign-agent, emptyDir: {}}]\n")
+            self.assertIn("volume `countersign-agent`", self.submit(ns, volume, check=False).stderr)
+            for annotation in ("ignore-inbound-ports: '8080'", "ignore-inbound-cidrs: 0.0.0.0/0", "allow-udp-ports: '4433'"):
+                done = self.submit(ns, plain(extra=f", annotations: {{countersign.dev/{annotation}}}"), check=False)
+                self.assertNotEqual(done.returncode, 0, annotation)
+                self.assertIn("mesh.allowExceptions", done.stderr)
+        with mesh.namespace("excepted") as ns:
+            self.submit(ns, plain(extra=", annotations: {countersign.dev/ignore-inbound-ports: '8080'}"))
+
+    def test_a_pods_label_that_changed_since_frees_no_ephemeral_container(self):
+        with mesh.namespace("relabelled") as ns:
+            self.submit(ns, plain())
+            kubectl("-n", ns, "label", "pod", "web", "countersign.dev/inject=disabled")
+            pod = get("-n", ns, "pod", "web")
+            pod["spec"]["ephemeralContainers"] = [{"name": "sly", "image": images.BOX, "imagePullPolicy": "Never", "securityContext": {"runAsUser": 2102}}]
+            done = kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-", input=json.dumps(pod), check=False)
+            self.assertIn("runs as UID 2102", done.stderr)
+
     def test_sidecar_and_redirect_are_confined(self):
         with mesh.namespace("confined") as ns:
             self.submit(ns, plain())
@@ -100,7 +132,7 @@ class Injection(unittest.TestCase):
             kubectl("-n", ns, "wait", "pod/web", "--for=condition=Ready", "--timeout=60s")
 
     def test_inject_by_hand_gives_what_the_webhook_gives(self):
-        made = sp.run([mesh.binary(), "inject", "-f", "-", "--image", images.COUNTERSIGN, "--image-pull-policy", "Never"],
+        made = sp.run([mesh.binary(), "inject", "-f", "-", "--mode", "strict", "--image", images.COUNTERSIGN, "--image-pull-policy", "Never"],
                       input=plain(), text=True, stdout=sp.PIPE, stderr=sp.PIPE, check=True)
         self.assertIn("Pod web: injected", made.stderr)
         with mesh.namespace("by-hand") as ns:

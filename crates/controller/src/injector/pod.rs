@@ -1,9 +1,13 @@
 //! Puts redirect and sidecar into a pod. Works on the object as it came, so that fields that we do not know stay.
 
+use countersign_identity::policy::Mode;
 use serde_json::{Map, Value, json};
 
-use super::settings::{Mistake, Settings};
-use super::{INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, probes};
+use super::namespace::WORDS;
+use super::nearest::did_you_mean;
+use super::settings::{Mistake, Settings, joined};
+use super::{Asks, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
+use crate::facts::MODE;
 
 /// The volume with the agent's socket.
 const VOLUME: &str = "countersign-agent";
@@ -16,6 +20,41 @@ pub enum Refused {
     /// An annotation.
     #[error(transparent)]
     Annotation(#[from] Mistake),
+    /// Nobody knows whether it should be meshed.
+    #[error("countersign.dev/inject: `{value}` is neither enabled nor disabled{hint}")]
+    Unclear {
+        /// What stands there.
+        value: String,
+        /// What was probably meant.
+        hint: String,
+    },
+    /// Nobody knows whether its namespace's pods should be meshed.
+    #[error(
+        "the label countersign.dev/inject of namespace {0} is neither enabled nor disabled, so nobody knows whether this pod belongs into the mesh: set it to one of them, or label the pod"
+    )]
+    UnclearNamespace(String),
+    /// Something of its own has a name that is ours.
+    #[error("{what} `{name}` has a name that the injection uses: rename it")]
+    Reserved {
+        /// A container, a volume, a mount of which container.
+        what: String,
+        /// The name.
+        name: String,
+    },
+    /// It would weaken a strict mesh.
+    #[error(
+        "annotation countersign.dev/{key}: `{value}` lets traffic past the sidecar{because}; an administrator can allow it for namespace {namespace} by the setting mesh.allowExceptions"
+    )]
+    Exception {
+        /// The annotation's name.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// Why that is asked about.
+        because: &'static str,
+        /// Where.
+        namespace: String,
+    },
     /// It would bypass the sidecar.
     #[error(
         "container `{0}` runs as UID 2102, which is the sidecar's: its traffic would bypass the mesh; give it another runAsUser"
@@ -40,16 +79,19 @@ pub enum Verdict {
     Left(&'static str),
 }
 
-/// Injects into a pod, or a pod template: an object with `metadata` and `spec`. `namespace_enabled`: its namespace asks for it.
-pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Result<Verdict, Refused> {
+/// Injects into a pod, or a pod template: an object with `metadata` and `spec`.
+pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Result<Verdict, Refused> {
     let label = pod["metadata"]["labels"][INJECT].as_str().or(pod["metadata"]["annotations"][INJECT].as_str());
-    match (label, namespace_enabled) {
+    match (label, around.asks) {
         (Some("disabled"), _) => return Ok(Verdict::Left("the pod is labelled countersign.dev/inject: disabled")),
-        (Some("enabled"), _) | (None, true) => {}
-        (None, false) => {
+        (Some("enabled"), _) | (None, Asks::Yes) => {}
+        (None, Asks::No) => {
             return Ok(Verdict::Left("neither the pod nor its namespace is labelled countersign.dev/inject: enabled"));
         }
-        (Some(_), _) => return Ok(Verdict::Left("countersign.dev/inject is neither enabled nor disabled")),
+        (None, Asks::Unclear) => return Err(Refused::UnclearNamespace(around.namespace.clone())),
+        (Some(value), _) => {
+            return Err(Refused::Unclear { value: value.to_owned(), hint: did_you_mean(value, &WORDS) });
+        }
     }
     if pod["spec"]["hostNetwork"].as_bool() == Some(true) {
         return Ok(Verdict::Left("the pod uses its node's network, where a redirect would catch the node's traffic"));
@@ -59,11 +101,16 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
     }
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();
     let settings = Settings::read(annotations.iter().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?))))?;
+    // Read above: what stands there is a mode.
+    let own = annotations.get(MODE).and_then(|m| m.as_str()).and_then(|m| m.parse().ok());
+    let mode = around.mode.narrowed_by(own);
+    refuse_exceptions(&settings, mode, sidecar, &around.namespace)?;
     if let Some(policy) = pod["spec"]["restartPolicy"].as_str().filter(|p| *p != "Always" && !sidecar.native) {
         return Err(Refused::NeverEnds(policy.to_owned()));
     }
-    let before = take_ours(&mut pod["spec"]);
+    let before = take_ours(pod, &volume(sidecar))?;
     refuse_proxy_uid(&pod["spec"], &["initContainers", "containers"])?;
+    refuse_mounts(&pod["spec"], &["initContainers", "containers"])?;
     let mut written = before;
     for list in ["initContainers", "containers"] {
         let all = pod["spec"][list].as_array_mut().into_iter().flatten();
@@ -72,9 +119,9 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
     let spec = &mut pod["spec"];
     let proxy = proxy(sidecar, &settings, &written);
     put_first(spec, if sidecar.native { "initContainers" } else { "containers" }, proxy);
-    put_first(spec, "initContainers", redirect(sidecar, &settings));
+    put_first(spec, "initContainers", redirect(sidecar, &settings, mode));
     let mut volumes = spec["volumes"].as_array().cloned().unwrap_or_default();
-    volumes.push(json!({ "name": VOLUME, "hostPath": { "path": sidecar.agent_dir, "type": "DirectoryOrCreate" } }));
+    volumes.push(volume(sidecar));
     spec["volumes"] = Value::Array(volumes);
     if !pod["metadata"]["annotations"].is_object() {
         pod["metadata"]["annotations"] = json!({});
@@ -83,26 +130,69 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, namespace_enabled: bool) -> Re
     Ok(Verdict::Injected)
 }
 
-/// Takes out what an earlier injection put in, whoever put it there; returns the probes that it wrote down.
-fn take_ours(spec: &mut Value) -> Map<String, Value> {
+fn volume(sidecar: &Sidecar) -> Value {
+    json!({ "name": VOLUME, "hostPath": { "path": sidecar.agent_dir, "type": "DirectoryOrCreate" } })
+}
+
+/// Strict is weakened by nobody who may only make pods: the mesh's administrator names the namespaces that may. What takes a pod
+/// out of the mesh altogether needs that leave in every mode.
+fn refuse_exceptions(settings: &Settings, mode: Mode, sidecar: &Sidecar, namespace: &str) -> Result<(), Refused> {
+    if sidecar.leave.is_given(namespace) {
+        return Ok(());
+    }
+    let refused = |(key, value), because| Refused::Exception { key, value, because, namespace: namespace.to_owned() };
+    if let Some(opens) = settings.opens_everything() {
+        return Err(refused(opens, ", whole"));
+    }
+    match settings.exceptions().into_iter().next() {
+        Some(first) if mode == Mode::Strict => Err(refused(first, ", and strict is not to be weakened")),
+        _ => Ok(()),
+    }
+}
+
+/// Takes out what an earlier injection put in; returns the probes that it wrote down. What has our names and is not of an
+/// injection is an app's own, and is refused: it would be replaced, or would become a way to what is ours.
+fn take_ours(pod: &mut Value, ours: &Value) -> Result<Map<String, Value>, Refused> {
+    let injected = pod["metadata"]["annotations"][INJECTED].is_string();
+    let reserved = |what: &str, name: &str| Refused::Reserved { what: what.to_owned(), name: name.to_owned() };
+    let spec = &mut pod["spec"];
     let mut written = Map::new();
     for list in ["initContainers", "containers"] {
         let Some(all) = spec[list].as_array_mut() else { continue };
-        all.retain(|container| {
+        let is_ours = |c: &Value| [SIDECAR, REDIRECT].contains(&c["name"].as_str().unwrap_or_default());
+        for container in all.iter().filter(|c| is_ours(c)) {
             let name = container["name"].as_str().unwrap_or_default();
+            if !injected {
+                return Err(reserved("container", name));
+            }
             if name == SIDECAR {
                 let env = container["env"].as_array().into_iter().flatten();
                 let probes = env.filter(|e| e["name"] == "COUNTERSIGN_PROBES").filter_map(|e| e["value"].as_str());
                 let read = probes.filter_map(|p| serde_json::from_str::<Map<String, Value>>(p).ok());
                 read.for_each(|p| written.extend(p));
             }
-            name != SIDECAR && name != REDIRECT
-        });
+        }
+        all.retain(|c| !is_ours(c));
     }
     if let Some(volumes) = spec["volumes"].as_array_mut() {
+        if volumes.iter().any(|v| v["name"] == VOLUME && !(injected && v == ours)) {
+            return Err(reserved("volume", VOLUME));
+        }
         volumes.retain(|v| v["name"] != VOLUME);
     }
-    written
+    Ok(written)
+}
+
+/// A mount of our volume would be the node's agent folder, writable, in an app's container.
+fn refuse_mounts(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
+    for container in lists.iter().flat_map(|list| spec[*list].as_array().into_iter().flatten()) {
+        let mounts = ["volumeMounts", "volumeDevices"].into_iter().flat_map(|m| container[m].as_array()).flatten();
+        if mounts.into_iter().any(|m| m["name"] == VOLUME) {
+            let what = format!("the mount of container `{}`", container["name"].as_str().unwrap_or_default());
+            return Err(Refused::Reserved { what, name: VOLUME.to_owned() });
+        }
+    }
+    Ok(())
 }
 
 fn put_first(spec: &mut Value, list: &str, container: Value) {
@@ -111,9 +201,16 @@ fn put_first(spec: &mut Value, list: &str, container: Value) {
     spec[list] = Value::Array(all);
 }
 
-/// Judges a pod that is given ephemeral containers (`kubectl debug`): they come after the injection, and are caught as well.
+/// Judges a pod that is given ephemeral containers (`kubectl debug`): they come after the injection, and are caught as well. The
+/// sidecar counts and no label, which may have changed since.
 pub fn judge_ephemeral(pod: &Value) -> Result<(), Refused> {
-    refuse_proxy_uid(&pod["spec"], &["ephemeralContainers"])
+    let lists = ["initContainers", "containers"];
+    let mut all = lists.iter().flat_map(|list| pod["spec"][*list].as_array().into_iter().flatten());
+    if !all.any(|c| c["name"] == SIDECAR) {
+        return Ok(());
+    }
+    refuse_proxy_uid(&pod["spec"], &["ephemeralContainers"])?;
+    refuse_mounts(&pod["spec"], &["ephemeralContainers"])
 }
 
 /// A container under the sidecar's user would not be caught by the redirect.
@@ -129,13 +226,10 @@ fn refuse_proxy_uid(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
     Ok(())
 }
 
-fn joined<T: ToString>(items: &[T]) -> String {
-    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
-}
-
-/// Installs the redirect, before anything else of the pod runs.
-fn redirect(sidecar: &Sidecar, settings: &Settings) -> Value {
-    let mut args = vec!["redirect".to_owned(), format!("--proxy-uid={PROXY_UID}")];
+/// Installs the redirect, before anything else of the pod runs. What becomes of other protocols is settled with it: the sidecar,
+/// which hears of a mode that changes, has no right to change rules.
+fn redirect(sidecar: &Sidecar, settings: &Settings, mode: Mode) -> Value {
+    let mut args = vec!["redirect".to_owned(), format!("--proxy-uid={PROXY_UID}"), "--in-pod".to_owned()];
     let mut list = |flag: &str, value: String| {
         if !value.is_empty() {
             args.push(format!("{flag}={value}"));
@@ -146,6 +240,11 @@ fn redirect(sidecar: &Sidecar, settings: &Settings) -> Value {
     list("--exclude-outbound-ports", ports(53, &settings.outbound_ports));
     list("--exclude-inbound-cidrs", joined(&settings.inbound_cidrs));
     list("--exclude-outbound-cidrs", joined(&settings.outbound_cidrs));
+    if mode == Mode::Strict {
+        list("--other-protocols", "drop".to_owned());
+        list("--allow-udp-ports", joined(&settings.udp_ports));
+        list("--allow-other-cidrs", joined(&settings.other_cidrs));
+    }
     json!({
         "name": REDIRECT, "image": sidecar.image, "imagePullPolicy": sidecar.pull_policy, "args": args,
         "securityContext": {
@@ -217,8 +316,27 @@ mod tests {
         })
     }
 
+    /// A namespace that asks, of a permissive mesh.
+    fn asks() -> Surroundings {
+        Surroundings { namespace: "shop".into(), asks: Asks::Yes, mode: Mode::Permissive }
+    }
+
+    fn asks_not() -> Surroundings {
+        Surroundings { asks: Asks::No, ..asks() }
+    }
+
+    fn strict() -> Surroundings {
+        Surroundings { mode: Mode::Strict, ..asks() }
+    }
+
     fn injected(mut pod: Value) -> Value {
-        assert_eq!(inject(&mut pod, &sidecar(), true), Ok(Verdict::Injected));
+        assert_eq!(inject(&mut pod, &sidecar(), &asks()), Ok(Verdict::Injected));
+        pod
+    }
+
+    fn annotated(key: &str, value: &str) -> Value {
+        let mut pod = pod();
+        pod["metadata"]["annotations"] = json!({ key: value });
         pod
     }
 
@@ -241,7 +359,7 @@ mod tests {
     fn a_plain_sidecar_stands_first_among_the_containers_and_gates_and_drains() {
         let plain = Sidecar { native: false, ..sidecar() };
         let mut pod = pod();
-        assert_eq!(inject(&mut pod, &plain, true), Ok(Verdict::Injected));
+        assert_eq!(inject(&mut pod, &plain, &asks()), Ok(Verdict::Injected));
         assert_eq!(names(&pod, "initContainers"), [REDIRECT, "migrate"]);
         assert_eq!(names(&pod, "containers"), [SIDECAR, "app"]);
         let proxy = &pod["spec"]["containers"][0];
@@ -249,11 +367,11 @@ mod tests {
         assert_eq!(proxy["lifecycle"]["postStart"]["exec"]["command"], json!(["/countersign", "sidecar-hook", "gate"]));
         assert_eq!(proxy["lifecycle"]["preStop"]["exec"]["command"], json!(["/countersign", "sidecar-hook", "drain"]));
         let once = pod.clone();
-        assert_eq!(inject(&mut pod, &plain, true), Ok(Verdict::Injected));
+        assert_eq!(inject(&mut pod, &plain, &asks()), Ok(Verdict::Injected));
         assert_eq!(pod, once, "twice is as once");
         pod["spec"]["restartPolicy"] = "OnFailure".into();
-        assert_eq!(inject(&mut pod, &plain, true), Err(Refused::NeverEnds("OnFailure".into())));
-        assert_eq!(inject(&mut pod, &sidecar(), true), Ok(Verdict::Injected));
+        assert_eq!(inject(&mut pod, &plain, &asks()), Err(Refused::NeverEnds("OnFailure".into())));
+        assert_eq!(inject(&mut pod, &sidecar(), &asks()), Ok(Verdict::Injected));
     }
 
     #[test]
@@ -282,27 +400,27 @@ mod tests {
         let mut labelled = pod();
         labelled["metadata"]["labels"] = json!({ INJECT: "disabled" });
         let before = labelled.clone();
-        assert!(matches!(inject(&mut labelled, &sidecar(), true), Ok(Verdict::Left(_))));
+        assert!(matches!(inject(&mut labelled, &sidecar(), &asks()), Ok(Verdict::Left(_))));
         assert_eq!(labelled, before);
         labelled["metadata"]["labels"] = json!({ INJECT: "enabled" });
-        assert_eq!(inject(&mut labelled, &sidecar(), false), Ok(Verdict::Injected));
-        assert!(matches!(inject(&mut pod(), &sidecar(), false), Ok(Verdict::Left(_))));
+        assert_eq!(inject(&mut labelled, &sidecar(), &asks_not()), Ok(Verdict::Injected));
+        assert!(matches!(inject(&mut pod(), &sidecar(), &asks_not()), Ok(Verdict::Left(_))));
         let mut host = pod();
         host["spec"]["hostNetwork"] = true.into();
-        assert!(matches!(inject(&mut host, &sidecar(), true), Ok(Verdict::Left(_))));
+        assert!(matches!(inject(&mut host, &sidecar(), &asks()), Ok(Verdict::Left(_))));
     }
 
     #[test]
     fn a_container_under_the_sidecars_user_is_refused() {
         let mut one = pod();
         one["spec"]["containers"][0]["securityContext"] = json!({ "runAsUser": 2102 });
-        assert_eq!(inject(&mut one, &sidecar(), true), Err(Refused::ProxyUid("app".into())));
+        assert_eq!(inject(&mut one, &sidecar(), &asks()), Err(Refused::ProxyUid("app".into())));
         let mut wide = pod();
         wide["spec"]["securityContext"] = json!({ "runAsUser": 2102 });
-        assert_eq!(inject(&mut wide, &sidecar(), true), Err(Refused::ProxyUid("migrate".into())));
+        assert_eq!(inject(&mut wide, &sidecar(), &asks()), Err(Refused::ProxyUid("migrate".into())));
         wide["spec"]["initContainers"][0]["securityContext"] = json!({ "runAsUser": 1 });
         wide["spec"]["containers"][0]["securityContext"] = json!({ "runAsUser": 1 });
-        assert_eq!(inject(&mut wide, &sidecar(), true), Ok(Verdict::Injected));
+        assert_eq!(inject(&mut wide, &sidecar(), &asks()), Ok(Verdict::Injected));
     }
 
     #[test]
@@ -331,7 +449,118 @@ mod tests {
         assert_eq!(proxy["resources"]["limits"]["memory"], "64Mi");
         let mut wrong = pod();
         wrong["metadata"]["annotations"] = json!({ "countersign.dev/mode": "tight" });
-        let said = inject(&mut wrong, &sidecar(), true).unwrap_err().to_string();
+        let said = inject(&mut wrong, &sidecar(), &asks()).unwrap_err().to_string();
         assert!(said.contains("`tight` is no mode"), "{said}");
+    }
+
+    #[test]
+    fn a_name_of_ours_on_something_of_the_apps_own_is_refused() {
+        let said = |pod: Value| inject(&mut pod.clone(), &sidecar(), &asks()).unwrap_err().to_string();
+        let mut own_volume = pod();
+        own_volume["spec"]["volumes"] = json!([{ "name": VOLUME, "emptyDir": {} }]);
+        own_volume["spec"]["containers"][0]["volumeMounts"] = json!([{ "name": VOLUME, "mountPath": "/x" }]);
+        assert!(said(own_volume.clone()).starts_with("volume `countersign-agent`"));
+        own_volume["metadata"]["annotations"] = json!({ INJECTED: "0.1.0" });
+        assert!(said(own_volume.clone()).starts_with("volume `countersign-agent`"), "an annotation is easily written");
+        own_volume["spec"]["volumes"] = json!([volume(&sidecar())]);
+        assert!(said(own_volume).starts_with("the mount of container `app` `countersign-agent`"));
+        for list in ["containers", "initContainers"] {
+            let mut mount = pod();
+            mount["spec"][list][0]["volumeMounts"] = json!([{ "name": VOLUME, "mountPath": "/x" }]);
+            assert!(said(mount).contains("`countersign-agent` has a name that the injection uses"));
+            for name in [SIDECAR, REDIRECT] {
+                let mut container = pod();
+                container["spec"][list][0]["name"] = name.into();
+                assert_eq!(
+                    said(container),
+                    format!("container `{name}` has a name that the injection uses: rename it")
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_label_that_means_nothing_is_refused_with_what_was_meant() {
+        for value in ["enable", "true"] {
+            let mut labelled = pod();
+            labelled["metadata"]["labels"] = json!({ INJECT: value });
+            for around in [asks(), asks_not()] {
+                let said = inject(&mut labelled.clone(), &sidecar(), &around).unwrap_err().to_string();
+                assert_eq!(
+                    said,
+                    format!(
+                        "countersign.dev/inject: `{value}` is neither enabled nor disabled; did you mean `enabled`?"
+                    )
+                );
+            }
+        }
+        let unclear = Surroundings { asks: Asks::Unclear, ..asks() };
+        assert_eq!(inject(&mut pod(), &sidecar(), &unclear), Err(Refused::UnclearNamespace("shop".into())));
+        let mut clear = pod();
+        clear["metadata"]["labels"] = json!({ INJECT: "disabled" });
+        assert!(matches!(inject(&mut clear, &sidecar(), &unclear), Ok(Verdict::Left(_))));
+        clear["metadata"]["labels"] = json!({ INJECT: "enabled" });
+        assert_eq!(inject(&mut clear, &sidecar(), &unclear), Ok(Verdict::Injected));
+    }
+
+    #[test]
+    fn exceptions_of_a_strict_mesh_need_the_administrators_leave() {
+        let leave = Sidecar { leave: super::super::Leave::of(["shop".to_owned()]), ..sidecar() };
+        for (key, value) in [
+            ("ignore-inbound-ports", "8080"),
+            ("ignore-outbound-ports", "5432"),
+            ("ignore-inbound-cidrs", "10.0.0.0/8"),
+            ("ignore-outbound-cidrs", "10.0.0.0/8"),
+            ("allow-udp-ports", "4433"),
+            ("allow-other-cidrs", "10.0.0.0/8"),
+        ] {
+            let pod = || annotated(&format!("countersign.dev/{key}"), value);
+            assert_eq!(inject(&mut pod(), &sidecar(), &asks()), Ok(Verdict::Injected), "{key}");
+            let said = inject(&mut pod(), &sidecar(), &strict()).unwrap_err().to_string();
+            assert!(said.contains(key) && said.contains("mesh.allowExceptions"), "{said}");
+            assert_eq!(inject(&mut pod(), &leave, &strict()), Ok(Verdict::Injected), "{key}");
+            let mut own = pod();
+            own["metadata"]["annotations"][MODE] = "strict".into();
+            assert!(inject(&mut own, &sidecar(), &asks()).is_err(), "a pod's own strict is one too");
+            let elsewhere = Surroundings { namespace: "other".into(), ..strict() };
+            assert!(inject(&mut pod(), &leave, &elsewhere).is_err());
+        }
+        let everything = || annotated("countersign.dev/ignore-inbound-cidrs", "0.0.0.0/0");
+        assert!(inject(&mut everything(), &sidecar(), &asks()).is_err(), "out of the mesh altogether, in any mode");
+        assert_eq!(inject(&mut everything(), &leave, &strict()), Ok(Verdict::Injected));
+        let nobody = Sidecar { leave: super::super::Leave::of([" ".to_owned()]), ..sidecar() };
+        assert!(inject(&mut everything(), &nobody, &asks()).is_err(), "an empty list is nobody");
+        let all = Sidecar { leave: super::super::Leave::of(["*".to_owned()]), ..sidecar() };
+        assert_eq!(inject(&mut everything(), &all, &strict()), Ok(Verdict::Injected));
+    }
+
+    #[test]
+    fn other_protocols_are_dropped_where_the_pod_is_strict() {
+        let args = |around: &Surroundings, mut pod: Value| {
+            let leave = Sidecar { leave: super::super::Leave::of(["*".to_owned()]), ..sidecar() };
+            inject(&mut pod, &leave, around).unwrap();
+            pod["spec"]["initContainers"][0]["args"].to_string()
+        };
+        assert!(!args(&asks(), pod()).contains("--other-protocols"));
+        assert!(args(&strict(), pod()).contains("--other-protocols=drop"));
+        assert!(args(&asks(), annotated(MODE, "strict")).contains("--other-protocols=drop"));
+        assert!(args(&strict(), annotated(MODE, "off")).contains("--other-protocols=drop"), "strict is not weakened");
+        let named = annotated("countersign.dev/allow-udp-ports", "4433");
+        assert!(args(&strict(), named.clone()).contains("--allow-udp-ports=4433"));
+        assert!(!args(&asks(), named).contains("--allow-udp-ports"), "the redirect knows it with the other flag alone");
+        assert!(args(&asks(), pod()).contains("--in-pod"));
+    }
+
+    #[test]
+    fn an_ephemeral_container_is_judged_by_the_sidecar_and_not_by_a_label() {
+        let mut pod = injected(pod());
+        pod["metadata"]["labels"] = json!({ INJECT: "disabled" });
+        pod["spec"]["ephemeralContainers"] = json!([{ "name": "debug", "securityContext": { "runAsUser": 2102 } }]);
+        assert_eq!(judge_ephemeral(&pod), Err(Refused::ProxyUid("debug".into())));
+        pod["spec"]["ephemeralContainers"] =
+            json!([{ "name": "debug", "volumeMounts": [{ "name": VOLUME, "mountPath": "/x" }] }]);
+        assert!(judge_ephemeral(&pod).unwrap_err().to_string().contains("the mount of container `debug`"));
+        pod["spec"]["initContainers"] = json!([]);
+        assert_eq!(judge_ephemeral(&pod), Ok(()), "a pod without a sidecar has nothing to bypass");
     }
 }

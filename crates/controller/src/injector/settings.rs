@@ -5,13 +5,20 @@ use std::collections::BTreeMap;
 use countersign_identity::policy::Mode;
 use ipnet::IpNet;
 
+use super::nearest::did_you_mean;
+
+/// Ports or networks that one annotation may list. Each is a rule that every packet of a new connection passes.
+const MAX_LISTED: usize = 64;
+/// The words for a mode.
+pub(super) const MODES: [&str; 3] = ["off", "permissive", "strict"];
+
 /// What an annotation with a mistake is answered with.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("annotation {key}: `{value}` {why}")]
 pub struct Mistake {
     key: String,
     value: String,
-    why: &'static str,
+    why: String,
 }
 
 /// What a pod's annotations say.
@@ -25,14 +32,18 @@ pub struct Settings {
     pub inbound_cidrs: Vec<IpNet>,
     /// Destinations that are not caught.
     pub outbound_cidrs: Vec<IpNet>,
+    /// UDP ports that strict leaves open.
+    pub udp_ports: Vec<u16>,
+    /// Networks with which strict lets every protocol but TCP pass.
+    pub other_cidrs: Vec<IpNet>,
     /// Log filter of the sidecar.
     pub log_level: Option<String>,
     /// Resource requests and limits that stand instead of the defaults: `requests` or `limits`, then `cpu` or `memory`.
     pub resources: BTreeMap<(&'static str, &'static str), String>,
 }
 
-/// The annotations that there are. `mode` is read by the directory feed; here it is only checked.
-const KEYS: [&str; 11] = [
+/// The annotations that there are. `mode` is read by the directory feed; here it is only checked, as is `inject` elsewhere.
+const KEYS: [&str; 14] = [
     "mode",
     "inject",
     "injected",
@@ -40,17 +51,25 @@ const KEYS: [&str; 11] = [
     "ignore-outbound-ports",
     "ignore-inbound-cidrs",
     "ignore-outbound-cidrs",
+    "allow-udp-ports",
+    "allow-other-cidrs",
     "log-level",
     "cpu-request",
     "memory-request",
     "cpu-limit",
+    "memory-limit",
 ];
 
 /// Reads a list whose items may have blanks around them; empty items are passed over.
-fn list<T: std::str::FromStr>(key: &str, text: &str, why: &'static str) -> Result<Vec<T>, Mistake> {
+fn list<T: std::str::FromStr>(key: &str, text: &str, why: &str) -> Result<Vec<T>, Mistake> {
     let items = text.split(',').map(str::trim).filter(|i| !i.is_empty());
-    let wrong = |item: &str| Mistake { key: key.to_owned(), value: item.to_owned(), why };
-    items.map(|item| item.parse().map_err(|_| wrong(item))).collect()
+    let wrong = |item: &str, why: &str| Mistake { key: key.to_owned(), value: item.to_owned(), why: why.to_owned() };
+    let all = items.map(|item| item.parse().map_err(|_| wrong(item, why))).collect::<Result<Vec<T>, _>>()?;
+    if all.len() > MAX_LISTED {
+        let count = all.len().to_string();
+        return Err(wrong(&count, &format!("items are too many: list at most {MAX_LISTED}")));
+    }
+    Ok(all)
 }
 
 /// A Kubernetes quantity: digits, perhaps a fraction, perhaps a suffix.
@@ -67,7 +86,7 @@ impl Settings {
         let mut settings = Self::default();
         for (full, value) in annotations {
             let Some(key) = full.strip_prefix(crate::facts::OURS) else { continue };
-            let wrong = |why| Mistake { key: full.to_owned(), value: value.to_owned(), why };
+            let wrong = |why: &str| Mistake { key: full.to_owned(), value: value.to_owned(), why: why.to_owned() };
             let mut resource = |kind, what| {
                 if !is_quantity(value) {
                     return Err(wrong("is no quantity, such as 100m or 64Mi"));
@@ -76,7 +95,13 @@ impl Settings {
                 Ok(())
             };
             match key {
-                "mode" => drop(value.parse::<Mode>().map_err(|_| wrong("is no mode: use off, permissive or strict"))?),
+                "mode" => {
+                    value.parse::<Mode>().map_err(|_| {
+                        wrong(&format!("is no mode: use off, permissive or strict{}", did_you_mean(value, &MODES)))
+                    })?;
+                }
+                "allow-udp-ports" => settings.udp_ports = ports(full, value)?,
+                "allow-other-cidrs" => settings.other_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
                 "ignore-inbound-ports" => settings.inbound_ports = ports(full, value)?,
                 "ignore-outbound-ports" => settings.outbound_ports = ports(full, value)?,
                 "ignore-inbound-cidrs" => settings.inbound_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
@@ -95,21 +120,47 @@ impl Settings {
                 "memory-limit" => resource("limits", "memory")?,
                 known if KEYS.contains(&known) => {}
                 _ => {
-                    return Err(wrong(
-                        "is set on an annotation that does not exist; see docs/kubernetes.md for those that do",
-                    ));
+                    return Err(wrong(&format!(
+                        "is set on an annotation that does not exist; see docs/kubernetes.md for those that do{}",
+                        did_you_mean(key, &KEYS)
+                    )));
                 }
             }
         }
         Ok(settings)
     }
+
+    /// What of it lets traffic past the sidecar: annotation and value.
+    pub fn exceptions(&self) -> Vec<(&'static str, String)> {
+        let all = [
+            ("ignore-inbound-ports", joined(&self.inbound_ports)),
+            ("ignore-outbound-ports", joined(&self.outbound_ports)),
+            ("ignore-inbound-cidrs", joined(&self.inbound_cidrs)),
+            ("ignore-outbound-cidrs", joined(&self.outbound_cidrs)),
+            ("allow-udp-ports", joined(&self.udp_ports)),
+            ("allow-other-cidrs", joined(&self.other_cidrs)),
+        ];
+        all.into_iter().filter(|(_, value)| !value.is_empty()).collect()
+    }
+
+    /// What of it takes the pod out of the mesh altogether, whatever the mode: networks that together are all addresses.
+    pub fn opens_everything(&self) -> Option<(&'static str, String)> {
+        let everything = |nets: &Vec<IpNet>| IpNet::aggregate(nets).iter().any(|net| net.prefix_len() == 0);
+        let lists = [("ignore-inbound-cidrs", &self.inbound_cidrs), ("ignore-outbound-cidrs", &self.outbound_cidrs)];
+        lists.into_iter().find(|(_, nets)| everything(nets)).map(|(key, nets)| (key, joined(nets)))
+    }
+}
+
+/// Items as a flag takes them.
+pub(super) fn joined<T: ToString>(items: &[T]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn ports(key: &str, value: &str) -> Result<Vec<u16>, Mistake> {
     let why = "is no port: use numbers from 1 to 65535, comma separated";
     let all: Vec<u16> = list(key, value, why)?;
     match all.iter().find(|p| **p == 0) {
-        Some(_) => Err(Mistake { key: key.to_owned(), value: "0".to_owned(), why }),
+        Some(_) => Err(Mistake { key: key.to_owned(), value: "0".to_owned(), why: why.to_owned() }),
         None => Ok(all),
     }
 }
@@ -144,6 +195,12 @@ mod tests {
                 "annotation countersign.dev/ignore-inbound-cidrs: `10.0.0.0/40` is no CIDR",
             ),
             ("mode", "loose", "annotation countersign.dev/mode: `loose` is no mode"),
+            (
+                "mode",
+                "stict",
+                "annotation countersign.dev/mode: `stict` is no mode: use off, permissive or strict; did you mean `strict`?",
+            ),
+            ("allow-udp-ports", "0", "annotation countersign.dev/allow-udp-ports: `0` is no port"),
             ("log-level", "loud", "annotation countersign.dev/log-level: `loud` is no level"),
             ("memory-limit", "much", "annotation countersign.dev/memory-limit: `much` is no quantity"),
             ("cpu-request", "-1", "annotation countersign.dev/cpu-request: `-1` is no quantity"),
@@ -160,5 +217,46 @@ mod tests {
         assert_eq!(settings.resources[&("limits", "memory")], "64Mi");
         assert_eq!(read("log-level", "debug").unwrap().log_level.as_deref(), Some("debug"));
         assert!(read("mode", "strict").is_ok());
+    }
+
+    #[test]
+    fn a_list_is_bounded_and_a_key_with_a_mistake_is_guessed() {
+        let many: Vec<String> = (1..=65).map(|p: u16| p.to_string()).collect();
+        let why = read("ignore-inbound-ports", &many.join(",")).unwrap_err();
+        assert!(why.contains("`65` items are too many"), "{why}");
+        assert_eq!(read("ignore-inbound-ports", &many[..64].join(",")).unwrap().inbound_ports.len(), 64);
+        let why = read("ignore-inbound-port", "80").unwrap_err();
+        assert!(why.ends_with("did you mean `ignore-inbound-ports`?"), "{why}");
+    }
+
+    #[test]
+    fn networks_that_together_are_everything_are_known() {
+        for (list, opens) in [
+            ("0.0.0.0/0", true),
+            ("::/0", true),
+            ("0.0.0.0/1, 128.0.0.0/1", true),
+            ("0.0.0.0/1,128.0.0.0/2,192.0.0.0/2", true),
+            ("10.0.0.0/8, fd00::/8", false),
+            ("", false),
+        ] {
+            assert_eq!(read("ignore-inbound-cidrs", list).unwrap().opens_everything().is_some(), opens, "{list}");
+            assert_eq!(read("ignore-outbound-cidrs", list).unwrap().opens_everything().is_some(), opens, "{list}");
+        }
+    }
+
+    #[test]
+    fn each_way_past_the_sidecar_is_an_exception() {
+        for key in [
+            "ignore-inbound-ports",
+            "ignore-outbound-ports",
+            "allow-udp-ports",
+            "ignore-inbound-cidrs",
+            "ignore-outbound-cidrs",
+            "allow-other-cidrs",
+        ] {
+            let value = if key.ends_with("ports") { "80" } else { "10.0.0.0/8" };
+            assert_eq!(read(key, value).unwrap().exceptions(), [(key, value.to_owned())]);
+        }
+        assert!(read("memory-limit", "64Mi").unwrap().exceptions().is_empty());
     }
 }

@@ -28,7 +28,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Verdict, inject, judge_ephemeral};
+use super::{Asks, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace};
+use countersign_identity::policy::Mode;
+
 use crate::config::InjectorConfig;
 use crate::metrics::{Metrics, Outcome};
 
@@ -197,6 +199,29 @@ async fn connection(
     Ok(())
 }
 
+/// What the API server asks, told by the path: its selectors know the labels of a pod's namespace, and a review does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// About a pod: what its namespace asks for, and whether the namespace is strict by its label.
+    Pod { asks: Asks, strict: bool },
+    /// About a namespace.
+    Namespace,
+}
+
+impl Asked {
+    fn by(path: &str) -> Option<Self> {
+        Some(match path {
+            "/inject/namespace" => Self::Pod { asks: Asks::Yes, strict: false },
+            "/inject/namespace/strict" => Self::Pod { asks: Asks::Yes, strict: true },
+            "/inject/pod" => Self::Pod { asks: Asks::No, strict: false },
+            "/inject/pod/strict" => Self::Pod { asks: Asks::No, strict: true },
+            "/inject/unclear" => Self::Pod { asks: Asks::Unclear, strict: false },
+            "/judge/namespace" => Self::Namespace,
+            _ => return None,
+        })
+    }
+}
+
 struct Hook {
     config: InjectorConfig,
     metrics: Arc<Metrics>,
@@ -220,10 +245,11 @@ fn plain(status: StatusCode, text: &str) -> Response<String> {
 
 impl Hook {
     async fn answer(&self, request: Request<Incoming>, peer: IpAddr, seat: &Seat) -> Response<String> {
-        let namespace_enabled = match (request.method(), request.uri().path()) {
-            (&Method::POST, "/inject/namespace") => true,
-            (&Method::POST, "/inject/pod") => false,
-            _ => return plain(StatusCode::NOT_FOUND, "POST /inject/namespace or /inject/pod\n"),
+        if request.method() != Method::POST {
+            return plain(StatusCode::NOT_FOUND, "POST an AdmissionReview\n");
+        }
+        let Some(asked) = Asked::by(request.uri().path()) else {
+            return plain(StatusCode::NOT_FOUND, "there is nothing at this path: see the webhook configuration\n");
         };
         let body = match tokio::time::timeout(TIMEOUT, self.read(request.into_body(), peer)).await {
             Ok(Ok(body)) => body,
@@ -236,7 +262,7 @@ impl Hook {
         };
         let _busy = seat.busy();
         let review: Option<Value> = serde_json::from_slice(&body).ok();
-        let Some(answer) = review.as_ref().and_then(|review| self.review(review, namespace_enabled)) else {
+        let Some(answer) = review.as_ref().and_then(|review| self.review(review, asked)) else {
             self.count("malformed");
             return plain(StatusCode::BAD_REQUEST, "the body is no admission.k8s.io/v1 AdmissionReview of a pod\n");
         };
@@ -279,25 +305,31 @@ impl Hook {
     }
 
     /// Judges one review; `None`: it is none.
-    fn review(&self, review: &Value, namespace_enabled: bool) -> Option<Value> {
+    fn review(&self, review: &Value, asked: Asked) -> Option<Value> {
         let request = review.get("request").filter(|_| review["kind"] == "AdmissionReview")?;
         let uid = request["uid"].as_str()?;
-        let mut pod = request.get("object").filter(|o| o.is_object())?.clone();
-        let before = pod.clone();
+        let mut object = request.get("object").filter(|o| o.is_object())?.clone();
+        let before = object.clone();
         let namespace = request["namespace"].as_str().unwrap_or_default();
         let name = ["name", "generateName"].iter().find_map(|k| before["metadata"][*k].as_str()).unwrap_or_default();
         let mut response = json!({ "uid": uid, "allowed": true });
-        let verdict = if request["subResource"] == "ephemeralcontainers" {
-            judge_ephemeral(&pod).map(|()| None)
-        } else {
-            inject(&mut pod, &self.config.sidecar, namespace_enabled).map(Some)
+        let verdict = match asked {
+            Asked::Namespace => judge_namespace(&object, request.get("oldObject")).map(|()| None),
+            Asked::Pod { .. } if request["subResource"] == "ephemeralcontainers" => {
+                judge_ephemeral(&object).map(|()| None).map_err(|e| e.to_string())
+            }
+            Asked::Pod { asks, strict } => {
+                let mode = if strict { Mode::Strict } else { self.config.mesh_mode() };
+                let around = Surroundings { namespace: namespace.to_owned(), asks, mode };
+                inject(&mut object, &self.config.sidecar, &around).map(Some).map_err(|e| e.to_string())
+            }
         };
         match verdict {
             Ok(None) => self.count("kept"),
             Ok(Some(Verdict::Injected)) => {
                 self.count("injected");
                 tracing::info!(namespace, pod = name, "injected");
-                let patch = json_patch::diff(&before, &pod);
+                let patch = json_patch::diff(&before, &object);
                 let patch = serde_json::to_vec(&patch).unwrap_or_default();
                 response["patchType"] = "JSONPatch".into();
                 response["patch"] = base64::engine::general_purpose::STANDARD.encode(patch).into();
@@ -307,11 +339,11 @@ impl Hook {
                 tracing::info!(namespace, pod = name, why, "left as it is");
                 response["warnings"] = json!([format!("countersign: not injected: {why}")]);
             }
-            Err(refused) => {
+            Err(why) => {
                 self.count("refused");
-                tracing::warn!(namespace, pod = name, why = %refused, "refused");
+                tracing::warn!(namespace, object = name, why, "refused");
                 response["allowed"] = false.into();
-                response["status"] = json!({ "code": 422, "reason": "Invalid", "message": refused.to_string() });
+                response["status"] = json!({ "code": 422, "reason": "Invalid", "message": why });
             }
         }
         Some(json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response }))

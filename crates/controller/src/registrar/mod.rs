@@ -3,9 +3,12 @@
 //! Level-triggered: each pass compares the whole of what should be with the whole of what is, so that a pass after any
 //! downtime, on either side, mends whatever was missed. What is, is known from watches and from our own answers.
 
+#[cfg(test)]
+mod bench;
+mod by_hand;
 mod object;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,10 +21,11 @@ use kube::{Client, ResourceExt};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use self::by_hand::entry_by_hand;
 use self::object::{Wanted, entry_of, is_ours, key_of, object_of, owner_uid, status_of};
 use crate::config::RegistrarConfig;
 use crate::crd::SpiffeID;
-use crate::facts::{Facts, Key};
+use crate::facts::{Facts, Key, ServiceIndex};
 use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
 use crate::watch::Cluster;
@@ -32,6 +36,12 @@ const ENTRY_PREFIX: &str = "k8s.";
 const AT_ONCE: usize = 16;
 /// Objects written in one pass, at most: the entries of the first pods do not wait for the objects of the last.
 const A_PASS: usize = 48;
+/// Changes of this time are taken together.
+const TOGETHER: Duration = Duration::from_millis(50);
+/// A pass is followed by a rest of this many times its length, so that a busy cluster does not keep a core busy.
+const REST: u32 = 3;
+/// The longest rest: no pod waits longer for its turn.
+const MAX_REST: Duration = Duration::from_secs(1);
 /// The server's entries are looked at anew after this time, for somebody may have changed them by hand.
 const LOOK_AGAIN: Duration = Duration::from_secs(300);
 
@@ -74,6 +84,43 @@ impl Left {
     }
 }
 
+/// What follows from the objects.
+#[derive(Debug, Default)]
+struct Judged {
+    /// The entries by their IDs, each with the UID of its object.
+    wanted: BTreeMap<String, (String, Wanted)>,
+    /// Why an object has none, by its UID.
+    refused: HashMap<String, String>,
+}
+
+/// The object that each pod should have.
+fn desired(facts: &Facts, config: &RegistrarConfig, trust_domain: &TrustDomain) -> HashMap<Key, SpiffeID> {
+    let services = ServiceIndex::of(facts);
+    let pods = facts.pods.iter().filter(|(_, p)| !p.over && !config.excluded_namespaces.contains(&p.namespace));
+    pods.filter_map(|(key, pod)| Some((key.clone(), object_of(pod, facts, &services, config, trust_domain)?))).collect()
+}
+
+/// What must be done to the objects for pods to have theirs.
+fn steps(desired: &HashMap<Key, SpiffeID>, actual: &HashMap<Key, SpiffeID>) -> Vec<Step> {
+    let mut steps = vec![];
+    for (key, wanted) in desired {
+        match actual.get(key) {
+            None => steps.push(Step::Create(wanted.clone())),
+            Some(found) if owner_uid(found) != owner_uid(wanted) => {
+                // Another pod had this name, or somebody else's object has it: that one is left alone.
+                if is_ours(found) {
+                    steps.push(Step::Delete(found.clone()));
+                }
+            }
+            Some(found) if found.spec != wanted.spec => steps.push(Step::Replace(wanted.clone())),
+            Some(_) => {}
+        }
+    }
+    let gone = actual.iter().filter(|(key, found)| is_ours(found) && !desired.contains_key(*key));
+    steps.extend(gone.map(|(_, found)| Step::Delete(found.clone())));
+    steps
+}
+
 impl Registrar {
     /// Works until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
@@ -85,7 +132,9 @@ impl Registrar {
             tokio::pin!(gone);
             loop {
                 versions.mark_unchanged();
+                let began = tokio::time::Instant::now();
                 let done = self.pass(&mut known).await;
+                let rest = (began.elapsed() * REST).clamp(TOGETHER, MAX_REST);
                 self.metrics.registered.set(known.as_ref().map_or(0, |k| i64::try_from(k.len()).unwrap_or(i64::MAX)));
                 let again = match done {
                     Ok(Left::Something) => {
@@ -106,7 +155,12 @@ impl Registrar {
                 let failed = again != LOOK_AGAIN;
                 tokio::select! {
                     // What has failed is not tried faster because something else has changed.
-                    changed = versions.changed(), if !failed => if changed.is_err() { return },
+                    changed = versions.changed(), if !failed => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        tokio::time::sleep(rest).await;
+                    }
                     () = tokio::time::sleep(again) => if !failed { known = None },
                     status = gone.as_mut(), if known.is_some() && !failed => {
                         gone.set(self.server.gone());
@@ -126,14 +180,21 @@ impl Registrar {
     /// Makes things as they should be, as far as it can be done, and some of them only: first objects, then the entries of all
     /// objects, last what objects say of themselves. Says what could not be done.
     async fn pass(&self, known: &mut Option<HashMap<String, Wanted>>) -> Result<Left, String> {
-        let Some((desired, actual)) = self.cluster.facts().map(|f| (self.desired(&f), f.spiffe_ids.clone())) else {
+        let planned = self.cluster.facts().map(|facts| {
+            let desired = self.desired(&facts);
+            let steps = steps(&desired, &facts.spiffe_ids);
+            (desired, steps)
+        });
+        let Some((desired, steps)) = planned else { return Ok(Left::Nothing) };
+        let (mut left, mut failed) = self.keep_objects(steps).await;
+        let Some(judged) = self.cluster.facts().map(|facts| self.judge(&desired, &facts)) else {
             return Ok(Left::Nothing);
         };
-        let (mut left, mut failed) = self.keep_objects(&desired, &actual).await;
-        let objects = self.cluster.facts().map(|f| f.spiffe_ids.clone()).unwrap_or_default();
-        match self.keep_entries(&desired, &objects, known).await {
+        // Whoever makes objects by hand that are refused does not make everybody else wait for the next try.
+        let by_hand: HashSet<String> = judged.refused.keys().cloned().collect();
+        match self.keep_entries(judged, known).await {
             Ok(outcome) if left == Left::Nothing => {
-                let (more, refused) = self.keep_statuses(&objects, &outcome).await;
+                let (more, refused) = self.keep_statuses(&outcome, &by_hand).await;
                 left = more;
                 failed.extend(refused);
             }
@@ -151,34 +212,32 @@ impl Registrar {
 
     /// The object that each pod should have.
     fn desired(&self, facts: &Facts) -> HashMap<Key, SpiffeID> {
-        let pods =
-            facts.pods.iter().filter(|(_, p)| !p.over && !self.config.excluded_namespaces.contains(&p.namespace));
-        pods.filter_map(|(key, pod)| Some((key.clone(), object_of(pod, facts, &self.config, &self.trust_domain)?)))
-            .collect()
+        desired(facts, &self.config, &self.trust_domain)
+    }
+
+    /// The entry of each object, by its ID, with the object's UID; or why it has none.
+    fn judge(&self, desired: &HashMap<Key, SpiffeID>, facts: &Facts) -> Judged {
+        let mut judged = Judged::default();
+        for (key, object) in facts.spiffe_ids.iter().filter(|(_, o)| o.metadata.deletion_timestamp.is_none()) {
+            let Some(uid) = object.uid() else { continue };
+            // A pod's own object says nothing that counts: what it should say does. It may be behind, and will be replaced.
+            let own = desired.get(key).filter(|d| owner_uid(d) == owner_uid(object));
+            let entry = match own {
+                Some(own) => Ok(entry_of(own, None)),
+                // Of a pod that is gone or another: it is about to be deleted, and says nothing any more.
+                None if is_ours(object) => continue,
+                None => entry_by_hand(object, facts, &self.config, &self.trust_domain),
+            };
+            match entry {
+                Ok(entry) => drop(judged.wanted.insert(format!("{ENTRY_PREFIX}{uid}"), (uid, entry))),
+                Err(why) => drop(judged.refused.insert(uid, why)),
+            }
+        }
+        judged
     }
 
     /// Creates, replaces and deletes the objects of pods.
-    async fn keep_objects(
-        &self,
-        desired: &HashMap<Key, SpiffeID>,
-        actual: &HashMap<Key, SpiffeID>,
-    ) -> (Left, Vec<String>) {
-        let mut steps = vec![];
-        for (key, wanted) in desired {
-            match actual.get(key) {
-                None => steps.push(Step::Create(wanted.clone())),
-                Some(found) if owner_uid(found) != owner_uid(wanted) => {
-                    // Another pod had this name, or somebody else's object has it: that one is left alone.
-                    if is_ours(found) {
-                        steps.push(Step::Delete(found.clone()));
-                    }
-                }
-                Some(found) if found.spec != wanted.spec => steps.push(Step::Replace(wanted.clone())),
-                Some(_) => {}
-            }
-        }
-        let gone = actual.iter().filter(|(key, found)| is_ours(found) && !desired.contains_key(*key));
-        steps.extend(gone.map(|(_, found)| Step::Delete(found.clone())));
+    async fn keep_objects(&self, mut steps: Vec<Step>) -> (Left, Vec<String>) {
         let left = Left::cut(&mut steps);
         let run = stream::iter(steps).map(|step| self.step(step)).buffer_unordered(AT_ONCE);
         (left, run.filter_map(std::future::ready).collect().await)
@@ -248,16 +307,10 @@ impl Registrar {
     /// Creates, updates and deletes entries; what became of each object, by its UID.
     async fn keep_entries(
         &self,
-        desired: &HashMap<Key, SpiffeID>,
-        objects: &HashMap<Key, SpiffeID>,
+        judged: Judged,
         known: &mut Option<HashMap<String, Wanted>>,
     ) -> Result<HashMap<String, Result<String, String>>, tonic::Status> {
-        let mut wanted: BTreeMap<String, (String, Wanted)> = BTreeMap::new();
-        for (key, object) in objects.iter().filter(|(_, o)| o.metadata.deletion_timestamp.is_none()) {
-            let Some(uid) = object.uid() else { continue };
-            let own = desired.get(key).is_some_and(|d| d.spec == object.spec && owner_uid(d) == owner_uid(object));
-            wanted.insert(format!("{ENTRY_PREFIX}{uid}"), (uid, entry_of(object, own)));
-        }
+        let Judged { wanted, refused } = judged;
         let held = if let Some(held) = known {
             held
         } else {
@@ -272,11 +325,14 @@ impl Registrar {
             orphans.iter().for_each(|id| drop(held.remove(id)));
             tracing::info!(entries = orphans.len(), "entries of pods that are gone are deleted");
         }
-        let mut outcome = HashMap::new();
+        let mut outcome: HashMap<String, _> = refused.into_iter().map(|(uid, why)| (uid, Err(why))).collect();
         let (mut create, mut update) = (vec![], vec![]);
         for (id, (uid, want)) in &wanted {
+            if held.get(id) == Some(want) {
+                outcome.insert(uid.clone(), Ok(id.clone()));
+                continue;
+            }
             match (held.get(id), want.entry(id)) {
-                (Some(have), _) if have == want => drop(outcome.insert(uid.clone(), Ok(id.clone()))),
                 (_, Err(why)) => drop(outcome.insert(uid.clone(), Err(why))),
                 (None, Ok(entry)) => create.push((uid, want, entry)),
                 (Some(_), Ok(entry)) => update.push((uid, want, entry)),
@@ -302,12 +358,8 @@ impl Registrar {
     }
 
     /// Writes into each object what became of it.
-    async fn keep_statuses(
-        &self,
-        objects: &HashMap<Key, SpiffeID>,
-        outcome: &HashMap<String, Result<String, String>>,
-    ) -> (Left, Vec<String>) {
-        let stale = objects.values().filter_map(|object| {
+    async fn keep_statuses(&self, outcome: &HashMap<String, Result<String, String>>) -> (Left, Vec<String>) {
+        let stale = |object: &SpiffeID| {
             let outcome = outcome.get(&object.uid()?)?;
             let before = object.status.as_ref().and_then(|s| s.conditions.first().map(|c| (s.entry_id.as_ref(), c)));
             let same = match (before, outcome) {
@@ -316,17 +368,30 @@ impl Registrar {
                 (None, _) => false,
             };
             (!same).then(|| (object.clone(), outcome.clone()))
-        });
-        let mut stale: Vec<_> = stale.collect();
+        };
+        let mut stale: Vec<_> = self
+            .cluster
+            .facts()
+            .iter()
+            .flat_map(|facts| facts.spiffe_ids.values().filter_map(&stale))
+            .take(A_PASS + 1)
+            .collect();
         let left = Left::cut(&mut stale);
-        let run = stream::iter(stale).map(|(object, outcome)| self.write_status(object, outcome));
+        let run = stream::iter(stale).map(|(object, outcome)| {
+            let counts = object.uid().is_some_and(|uid| !by_hand.contains(&uid));
+            self.write_status(object, outcome, counts)
+        });
         (left, run.buffer_unordered(AT_ONCE).filter_map(std::future::ready).collect().await)
     }
 
-    async fn write_status(&self, object: SpiffeID, outcome: Result<String, String>) -> Option<String> {
+    /// `counts`: what was refused is a failure of this pass.
+    async fn write_status(&self, object: SpiffeID, outcome: Result<String, String>, counts: bool) -> Option<String> {
         let (namespace, name) = key_of(&object);
         let patch = json!({ "status": status_of(&outcome) });
-        let failed = outcome.err().map(|why| format!("SpiffeID {namespace}/{name}: {why}"));
+        if let (Err(why), false) = (&outcome, counts) {
+            tracing::warn!(namespace, name, why, "a SpiffeID made by hand is refused");
+        }
+        let failed = outcome.err().filter(|_| counts).map(|why| format!("SpiffeID {namespace}/{name}: {why}"));
         match self.api(&object).patch_status(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
             Ok(written) => {
                 self.heard(written);

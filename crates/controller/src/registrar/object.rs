@@ -8,9 +8,10 @@ use countersign_identity::trust_domain::{agent_id, parse_workload_id};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::ResourceExt;
 
+use super::by_hand::is_reserved;
 use crate::config::RegistrarConfig;
 use crate::crd::{Condition, SpiffeID, SpiffeIdSelector, SpiffeIdSpec, SpiffeIdStatus};
-use crate::facts::{FEDERATES_WITH, Facts, Key, Pod};
+use crate::facts::{FEDERATES_WITH, Facts, Key, Pod, ServiceIndex};
 
 /// Label of the objects that we made.
 const MADE_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "countersign");
@@ -71,7 +72,13 @@ fn federates_with(pod: &Pod) -> Vec<String> {
 }
 
 /// The object that a pod should have; `None`: it has no node yet, or nothing that an identity can be made of.
-pub fn object_of(pod: &Pod, facts: &Facts, config: &RegistrarConfig, trust_domain: &TrustDomain) -> Option<SpiffeID> {
+pub fn object_of(
+    pod: &Pod,
+    facts: &Facts,
+    services: &ServiceIndex<'_>,
+    config: &RegistrarConfig,
+    trust_domain: &TrustDomain,
+) -> Option<SpiffeID> {
     let node = pod.node.clone()?;
     let node_uid = facts.nodes.get(&(String::new(), node.clone()))?;
     let id = match config.template.id_of(pod, trust_domain)? {
@@ -82,7 +89,8 @@ pub fn object_of(pod: &Pod, facts: &Facts, config: &RegistrarConfig, trust_domai
         }
     };
     let parent = agent_id(trust_domain, "k8s_psat", &format!("{}/{node_uid}", config.cluster)).ok()?;
-    let services = facts.services.values().filter(|s| s.selects(pod));
+    // The API server's name is no pod's, whatever somebody writes into its Service's selector.
+    let services = services.before(pod).into_iter().filter(|s| !is_reserved(&s.namespace, &s.name, config, true));
     let dns_names: BTreeSet<String> = services.map(|s| format!("{}.{}.svc", s.name, s.namespace)).collect();
     let spec = SpiffeIdSpec {
         spiffe_id: id.to_string(),
@@ -130,12 +138,10 @@ pub fn status_of(outcome: &Result<String, String>) -> SpiffeIdStatus {
     SpiffeIdStatus { entry_id: outcome.as_ref().ok().cloned(), conditions: vec![condition] }
 }
 
-/// The entry of an object. One that is not as we make them speaks for pods of its own namespace alone.
-pub fn entry_of(object: &SpiffeID, own: bool) -> Wanted {
+/// The entry of an object. `within`: it speaks for pods of this namespace alone.
+pub fn entry_of(object: &SpiffeID, within: Option<&str>) -> Wanted {
     let mut selectors: BTreeSet<_> = object.spec.selector.selectors().into_iter().collect();
-    if !own {
-        selectors.insert(("k8s".into(), format!("ns:{}", object.namespace().unwrap_or_default())));
-    }
+    selectors.extend(within.map(|namespace| ("k8s".to_owned(), format!("ns:{namespace}"))));
     Wanted {
         spiffe_id: object.spec.spiffe_id.clone(),
         parent_id: object.spec.parent_id.clone(),

@@ -4,7 +4,8 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use countersign_controller::injector::{self, Sidecar, Verdict};
+use countersign_controller::injector::{self, Asks, Sidecar, Surroundings, Verdict};
+use countersign_identity::policy::Mode;
 use serde_json::Value;
 
 use super::install::yaml;
@@ -23,6 +24,12 @@ pub struct InjectArgs {
     /// YAML or JSON file; `-` reads standard input.
     #[arg(short = 'f', long = "filename", value_name = "FILE")]
     file: PathBuf,
+    /// The mode of the mesh and of the pods' namespace, off, permissive or strict: under strict what is not TCP is dropped.
+    #[arg(long, value_name = "MODE", default_value = "permissive")]
+    mode: String,
+    /// The namespace of what names none.
+    #[arg(long, short, value_name = "NAMESPACE", default_value = "default")]
+    namespace: String,
     #[command(flatten)]
     sidecar: SidecarArgs,
 }
@@ -39,22 +46,24 @@ pub fn inject(args: InjectArgs) -> Result<()> {
     read.map_err(|e| Mistake(format!("{name}: cannot be read: {e}")))?;
     let documents: Vec<Value> =
         serde_saphyr::from_multiple(&text).map_err(|e| Mistake(format!("{name}: {}", e.without_snippet())))?;
+    let mode: Mode = args.mode.parse().map_err(|e| Mistake::flag("--mode", &format!("{e}")))?;
+    let around = Surroundings { namespace: args.namespace, asks: Asks::Yes, mode };
     let sidecar = args.sidecar.sidecar();
     let mut out = vec![];
     for mut document in documents.into_iter().filter(|d| !d.is_null()) {
-        document_in(&mut document, &sidecar).with_context(|| name.clone())?;
+        document_in(&mut document, &sidecar, &around).with_context(|| name.clone())?;
         out.push(yaml(&document)?);
     }
     Ok(crate::stdout::put(&out.join("---\n"))?)
 }
 
 /// Injects wherever a document holds a pod.
-fn document_in(document: &mut Value, sidecar: &Sidecar) -> Result<()> {
+fn document_in(document: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Result<()> {
     let kind = document["kind"].as_str().unwrap_or_default().to_owned();
     let place = match kind.as_str() {
         "List" => {
             for item in document["items"].as_array_mut().into_iter().flatten() {
-                document_in(item, sidecar)?;
+                document_in(item, sidecar, around)?;
             }
             return Ok(());
         }
@@ -64,8 +73,10 @@ fn document_in(document: &mut Value, sidecar: &Sidecar) -> Result<()> {
         _ => return Ok(()),
     };
     let name = document["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+    let namespace = document["metadata"]["namespace"].as_str().unwrap_or(&around.namespace).to_owned();
+    let around = Surroundings { namespace, ..around.clone() };
     let pod = document.pointer_mut(place).with_context(|| format!("{kind} {name} has no pod template"))?;
-    match injector::inject(pod, sidecar, true).map_err(|e| Mistake(format!("{kind} {name}: {e}")))? {
+    match injector::inject(pod, sidecar, &around).map_err(|e| Mistake(format!("{kind} {name}: {e}")))? {
         Verdict::Injected => eprintln!("{kind} {name}: injected"),
         Verdict::Left(why) => eprintln!("{kind} {name}: left as it is: {why}"),
     }
@@ -82,7 +93,8 @@ mod tests {
         let pod = json!({ "spec": { "containers": [{ "name": "a", "image": "i" }] } });
         let sidecar = Sidecar::new("cs:1".into());
         let with = |mut document: Value| {
-            document_in(&mut document, &sidecar).unwrap();
+            let around = Surroundings { namespace: "n".into(), asks: Asks::Yes, mode: Mode::Permissive };
+            document_in(&mut document, &sidecar, &around).unwrap();
             document.to_string().contains("countersign-proxy")
         };
         assert!(with(json!({ "kind": "Pod", "spec": pod["spec"] })));

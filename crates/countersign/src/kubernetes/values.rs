@@ -130,6 +130,12 @@ fn judge_form(at: &str, text: &str) -> Result<(), Mistake> {
         "trustDomain" => {
             countersign_identity::trust_domain::parse_trust_domain(text).map_err(|e| wrong(e.to_string()))?;
         }
+        "mesh.allowExceptions" => {
+            let form = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-*, ".contains(&b);
+            if !text.bytes().all(form) {
+                return Err(wrong(format!("`{text}` is no list of namespaces, comma separated, nor `*`")));
+            }
+        }
         _ if at.ends_with("TTL") => {
             text.parse::<crate::settings::Ttl>().map_err(wrong)?;
         }
@@ -182,6 +188,7 @@ mod tests {
             ("server.svidTTL=soon", "setting server.svidTTL:"),
             ("trustDomain=Not A Domain", "setting trustDomain:"),
             ("clusterName=a/b", "setting clusterName:"),
+            ("mesh.allowExceptions=a\"b", "setting mesh.allowExceptions:"),
             ("image.name=", "setting image.name: `` is empty"),
         ] {
             let why = read(&[set]).unwrap_err();

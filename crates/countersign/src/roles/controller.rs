@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use countersign_controller::injector::Sidecar;
+use countersign_controller::injector::{Leave, Sidecar};
 use countersign_controller::template::{DEFAULT, Template};
 use countersign_controller::{Config, DirectoryConfig, InjectorConfig, RegistrarConfig};
 use countersign_identity::policy::Mode;
@@ -43,7 +43,7 @@ pub struct ControllerArgs {
     /// Registrar: namespace of the lease by which several replicas agree who works; without it there is only one.
     #[arg(long, value_name = "NAMESPACE")]
     lease_namespace: Option<String>,
-    /// Directory: the mesh's mode, where namespace and pod say nothing: off, permissive, strict.
+    /// The mesh's mode, where namespace and pod say nothing: off, permissive, strict.
     #[arg(long, value_name = "MODE", default_value = "permissive")]
     mode: String,
     /// Directory: ConfigMap, namespace/name, whose `mode` stands instead of --mode and is followed while the mesh runs.
@@ -55,6 +55,10 @@ pub struct ControllerArgs {
     /// Injector: the agent's Unix socket, from which its certificate comes.
     #[arg(long, default_value = AGENT_SOCKET, value_name = "PATH")]
     agent_socket: PathBuf,
+    /// Injector: folder where ConfigMap countersign-mesh is mounted; its `mode` stands instead of --mode, and is strict where it
+    /// cannot be read.
+    #[arg(long, value_name = "DIR")]
+    live_settings: Option<PathBuf>,
     #[command(flatten)]
     sidecar: SidecarArgs,
     /// Serve /metrics, /ready and /live here; off unless set.
@@ -85,6 +89,9 @@ pub struct SidecarArgs {
     /// What sidecars log, where a pod says nothing.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = ["error", "warn", "info", "debug", "trace"])]
     sidecar_log: String,
+    /// Namespaces whose pods may weaken strict by annotations (`ignore-*`, `allow-*`), comma separated; `*` is every one.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    allow_exceptions: Vec<String>,
 }
 
 impl SidecarArgs {
@@ -96,6 +103,7 @@ impl SidecarArgs {
             agent_dir: self.agent_dir,
             log_level: self.sidecar_log,
             native: self.native_sidecars,
+            leave: Leave::of(self.allow_exceptions),
         }
     }
 }
@@ -119,6 +127,10 @@ impl ControllerArgs {
             }
             _ => Err(Mistake::flag("--mesh-configmap", &format!("`{text}` is no namespace/name"))),
         });
+        let mesh_configmap = mesh_configmap.transpose()?;
+        // Where we are installed: its names are not given to anybody by hand.
+        let control_namespace =
+            self.lease_namespace.clone().or_else(|| mesh_configmap.as_ref().map(|(namespace, _)| namespace.clone()));
         Ok(Config {
             trust_domain: parse_trust_domain(&self.trust_domain)
                 .map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
@@ -128,17 +140,20 @@ impl ControllerArgs {
                 template: template.clone(),
                 excluded_namespaces: self.exclude_namespaces.into_iter().collect(),
                 lease_namespace: self.lease_namespace,
+                control_namespace,
             }),
             directory: only.contains("directory").then_some(DirectoryConfig {
                 server_socket: self.server_socket,
                 template,
                 mode,
-                mesh_configmap: mesh_configmap.transpose()?,
+                mesh_configmap,
             }),
             injector: only.contains("injector").then(|| InjectorConfig {
                 bind: self.bind,
                 agent_socket: self.agent_socket,
                 sidecar: self.sidecar.sidecar(),
+                live_settings: self.live_settings,
+                mode,
             }),
             metrics: self.metrics,
         })

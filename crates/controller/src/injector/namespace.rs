@@ -1,0 +1,53 @@
+//! Judges what is said of the mesh on a namespace, when it is said.
+
+use serde_json::Value;
+
+use super::INJECT;
+use super::nearest::did_you_mean;
+use super::settings::MODES;
+use crate::facts::MODE;
+
+/// What the label may say.
+pub(super) const WORDS: [&str; 2] = ["enabled", "disabled"];
+
+/// Refuses a label or annotation of ours with a value that means nothing, where this change brings it. A value that stood there
+/// before is let be, for whoever changes something else must be able to.
+pub fn judge_namespace(namespace: &Value, before: Option<&Value>) -> Result<(), String> {
+    let said = |object: &Value, place: &str, key: &str| object["metadata"][place][key].as_str().map(ToOwned::to_owned);
+    let mut checks = vec![];
+    for (place, what) in [("labels", "label"), ("annotations", "annotation")] {
+        checks.push((place, what, INJECT, &WORDS[..], "is neither enabled nor disabled"));
+        checks.push((place, what, MODE, &MODES[..], "is no mode: use off, permissive or strict"));
+    }
+    for (place, what, key, words, why) in checks {
+        let Some(value) = said(namespace, place, key) else { continue };
+        let stood = before.and_then(|b| said(b, place, key)).as_ref() == Some(&value);
+        if !stood && !words.contains(&value.as_str()) {
+            return Err(format!("{what} {key}: `{value}` {why}{}", did_you_mean(&value, words)));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_word_that_means_nothing_is_refused_where_it_is_new() {
+        let labelled = |value: &str| json!({ "metadata": { "labels": { INJECT: value } } });
+        let moded = |value: &str| json!({ "metadata": { "annotations": { MODE: value } } });
+        assert_eq!(judge_namespace(&labelled("enabled"), None), Ok(()));
+        let why = judge_namespace(&labelled("true"), Some(&labelled("enabled"))).unwrap_err();
+        assert!(
+            why.starts_with("label countersign.dev/inject: `true` is neither") && why.ends_with("`enabled`?"),
+            "{why}"
+        );
+        let why = judge_namespace(&moded("stict"), None).unwrap_err();
+        assert!(why.starts_with("annotation countersign.dev/mode: `stict`") && why.ends_with("`strict`?"), "{why}");
+        assert_eq!(judge_namespace(&moded("stict"), Some(&moded("stict"))), Ok(()), "something else is changed");
+        assert_eq!(judge_namespace(&moded("strict"), Some(&moded("stict"))), Ok(()));
+        assert_eq!(judge_namespace(&json!({}), None), Ok(()));
+    }
+}
