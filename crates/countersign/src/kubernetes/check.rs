@@ -4,20 +4,23 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use countersign_controller::injector::INJECT;
 use countersign_identity::X509Authority;
 use countersign_identity::bundle::certificates_from_pem;
+use countersign_identity::policy::Mode;
 use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::json;
 use time::OffsetDateTime;
 
-use super::cluster::{client, is_ready, page, pods};
+use super::cluster::{client, is_meshed, is_ready, page, pods, words};
+use super::exceptions::{exceptions, leave};
 use crate::metrics_page::{label, metric};
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
@@ -65,10 +68,10 @@ pub fn check(args: &CheckArgs) -> Result<ExitCode> {
     let mut all = vec![];
     for Finding { check, outcome } in &findings {
         let (ok, found, mend) = match outcome {
-            Ok(found) => (true, found, ""),
-            Err((found, mend)) => (false, found, *mend),
+            Ok(found) => (true, words(found), ""),
+            Err((found, mend)) => (false, words(found), *mend),
         };
-        let row = [*check, if ok { "ok" } else { "FAILED" }, found.as_str(), mend];
+        let row = [*check, if ok { "ok" } else { "FAILED" }, &found, mend];
         table.row(row.into_iter().map(ToOwned::to_owned).collect());
         all.push(json!({ "check": check, "ok": ok, "found": found, "mend": mend }));
     }
@@ -104,6 +107,8 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
         Finding { check: "bundle", outcome: bundle(server.as_ref(), map.as_deref()) },
         Finding { check: "webhook's caBundle", outcome: webhook_bundle(&client, map.as_deref()).await },
         Finding { check: "webhook", outcome: webhook(&client).await },
+        Finding { check: "labels", outcome: labels(&client).await },
+        Finding { check: "exceptions", outcome: past_sidecars(&client, namespace).await },
     ]);
     Ok(findings)
 }
@@ -368,6 +373,12 @@ async fn webhook_bundle(client: &Client, map: Result<&str, &String>) -> Outcome 
     let api: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
     let found = api.get("countersign-injector").await.map_err(absent)?;
     let hooks = found.webhooks.unwrap_or_default();
+    if map.is_ok_and(|m| m.trim().is_empty()) {
+        return Err((
+            "ConfigMap countersign-bundle is empty".into(),
+            "see the server's log: it publishes the bundle there, and does not with another trust domain's data",
+        ));
+    }
     let same = hooks
         .iter()
         .filter(|h| h.client_config.ca_bundle.as_ref().map(|b| b.0.as_slice()) == map.ok().map(str::as_bytes));
@@ -376,6 +387,60 @@ async fn webhook_bundle(client: &Client, map: Result<&str, &String>) -> Outcome 
         n => Err((
             format!("{n} of {} webhooks have the bundle of the ConfigMap", hooks.len()),
             "see the server's log: it may not change the webhook configuration",
+        )),
+    }
+}
+
+/// Labels and annotations of namespaces that mean nothing, or say half of what was meant.
+async fn labels(client: &Client) -> Outcome {
+    let api: Api<Namespace> = Api::all(client.clone());
+    let all = api.list(&ListParams::default()).await.map_err(absent)?;
+    let wrong: Vec<String> = all.items.iter().filter_map(label_mistake).collect();
+    match wrong.as_slice() {
+        [] => Ok(format!("{} namespaces, each with words that mean something", all.items.len())),
+        some => Err((some.join("; "), "correct them: `kubectl label namespace`, `kubectl annotate namespace`")),
+    }
+}
+
+fn label_mistake(namespace: &Namespace) -> Option<String> {
+    const MODE: &str = "countersign.dev/mode";
+    let name = namespace.name_any();
+    let inject = namespace.labels().get(INJECT).or_else(|| namespace.annotations().get(INJECT));
+    if let Some(value) = inject.filter(|v| !["enabled", "disabled"].contains(&v.as_str())) {
+        return Some(format!("namespace {name}: {INJECT} is `{value}`, neither enabled nor disabled"));
+    }
+    let modes = [namespace.annotations().get(MODE), namespace.labels().get(MODE)];
+    if let Some(value) = modes.into_iter().flatten().find(|v| v.parse::<Mode>().is_err()) {
+        return Some(format!("namespace {name}: {MODE} is `{value}`, no mode, so it is strict"));
+    }
+    let is_strict = |said: Option<&String>| said.and_then(|m| m.parse().ok()) == Some(Mode::Strict);
+    (is_strict(modes[0]) && !is_strict(modes[1])).then(|| {
+        format!("namespace {name}: strict by annotation and not by label, so new pods do not drop what is not TCP")
+    })
+}
+
+/// Pods that let traffic past their sidecars without leave.
+async fn past_sidecars(client: &Client, namespace: &str) -> Outcome {
+    let leave = leave(client, namespace).await.map_err(absent)?;
+    let api: Api<Pod> = Api::all(client.clone());
+    let all = api.list(&ListParams::default()).await.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
+    let (mut allowed, mut not) = (0, vec![]);
+    for pod in all.items.iter().filter(|p| is_meshed(p)) {
+        let (of, which) = (pod.namespace().unwrap_or_default(), exceptions(pod));
+        if which.is_empty() {
+            continue;
+        }
+        if leave.is_given(&of) {
+            allowed += 1;
+        } else {
+            not.push(format!("{of}/{} ({})", pod.name_any(), which.join(" ")));
+        }
+    }
+    match not.as_slice() {
+        [] => Ok(format!("{allowed} pods let traffic past their sidecars by your leave")),
+        some => Err((
+            format!("{} pods let traffic past their sidecars: {}", some.len(), some.join(", ")),
+            "remove the annotations, or allow them by mesh.allowExceptions",
         )),
     }
 }
@@ -453,5 +518,19 @@ mod tests {
         assert!(judged(&[("other", 1)], false, &pem).unwrap_err().0.contains("0 of 1"), "somebody else's certificate");
         assert!(judged(&[("other", 1)], true, &pem).unwrap().contains("1 roots above"));
         assert!(judged(&[(made.id(), 1)], false, "garbage").is_err());
+    }
+
+    #[test]
+    fn a_label_that_means_nothing_is_found() {
+        let said = |labels: serde_json::Value, annotations: serde_json::Value| {
+            let namespace = json!({ "metadata": { "name": "shop", "labels": labels, "annotations": annotations } });
+            label_mistake(&serde_json::from_value(namespace).unwrap())
+        };
+        assert_eq!(said(json!({ INJECT: "enabled" }), json!({})), None);
+        assert!(said(json!({ INJECT: "true" }), json!({})).unwrap().contains("`true`, neither"));
+        assert!(said(json!({}), json!({ "countersign.dev/mode": "stict" })).unwrap().contains("`stict`, no mode"));
+        assert!(said(json!({}), json!({ "countersign.dev/mode": "strict" })).unwrap().contains("not by label"));
+        let both = json!({ "countersign.dev/mode": "strict" });
+        assert_eq!(said(both.clone(), both), None);
     }
 }

@@ -64,3 +64,30 @@ pub async fn sidecar_log(client: &Client, pod: &Pod, lines: i64) -> Result<(Vec<
     let connections = connections.collect();
     Ok((text.lines().map(ToOwned::to_owned).collect(), connections))
 }
+
+/// The longest finding, in characters: a table has one line for it.
+const MAX_WORDS: usize = 200;
+
+/// An error's text as one line of words. The Kubernetes client shows an answer's whole structure behind its message.
+pub fn words(text: &str) -> String {
+    // `ApiError: MESSAGE: REASON (Status { … })` and the like.
+    let text = text.split(" (Status {").next().unwrap_or(text).split(" (ErrorResponse {").next().unwrap_or(text);
+    let line = text.replace("ApiError: ", "").split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(MAX_WORDS) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_of_words() {
+        let long = "ApiError: namespaces \"nosuch\" not found: NotFound (Status { status: Some(Failure), code: 404 })";
+        assert_eq!(words(long), "namespaces \"nosuch\" not found: NotFound");
+        assert_eq!(words("a\n  b"), "a b");
+        assert_eq!(words(&"é".repeat(300)).chars().count(), MAX_WORDS + 1);
+    }
+}

@@ -3,6 +3,7 @@
 mod chart;
 mod check;
 mod cluster;
+mod exceptions;
 mod explain;
 mod inject;
 mod install;

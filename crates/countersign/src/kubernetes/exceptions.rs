@@ -1,0 +1,71 @@
+//! What a pod's redirect, as it was injected, lets past the sidecar.
+
+use countersign_controller::injector::{Leave, REDIRECT};
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Pod;
+use kube::Client;
+use kube::api::Api;
+
+/// Flags of the redirect that make exceptions, with what every injection sets.
+const FLAGS: [(&str, &[&str]); 6] = [
+    ("--exclude-inbound-ports=", &["15020"]),
+    ("--exclude-outbound-ports=", &["53"]),
+    ("--exclude-inbound-cidrs=", &[]),
+    ("--exclude-outbound-cidrs=", &[]),
+    ("--allow-udp-ports=", &[]),
+    ("--allow-other-cidrs=", &[]),
+];
+
+fn redirect_args(pod: &Pod) -> Option<&[String]> {
+    let containers = pod.spec.as_ref()?.init_containers.as_ref()?;
+    containers.iter().find(|c| c.name == REDIRECT)?.args.as_deref()
+}
+
+/// What it lets past, as flags: `exclude-inbound-ports=8080`.
+pub fn exceptions(pod: &Pod) -> Vec<String> {
+    let args = redirect_args(pod).unwrap_or_default();
+    let of = |(flag, always): &(&str, &[&str])| {
+        let value = args.iter().find_map(|a| a.strip_prefix(flag))?;
+        let own: Vec<&str> = value.split(',').filter(|v| !v.is_empty() && !always.contains(v)).collect();
+        (!own.is_empty()).then(|| format!("{}{}", flag.trim_start_matches('-'), own.join(",")))
+    };
+    FLAGS.iter().filter_map(of).collect()
+}
+
+/// Whether it drops what is not TCP, which is settled when a pod is made.
+pub fn drops_others(pod: &Pod) -> bool {
+    redirect_args(pod).is_some_and(|args| args.iter().any(|a| a == "--other-protocols=drop"))
+}
+
+/// Who has the administrator's leave for exceptions, as the installed injector knows it; nobody where none is installed.
+pub async fn leave(client: &Client, namespace: &str) -> Result<Leave, kube::Error> {
+    let api: Api<Deployment> = Api::namespaced(client.clone(), namespace);
+    let injector = api.get_opt("countersign-injector").await?;
+    let args = injector.and_then(|d| d.spec?.template.spec?.containers.into_iter().next()?.args).unwrap_or_default();
+    let list = args.iter().find_map(|a| a.strip_prefix("--allow-exceptions=")).unwrap_or_default();
+    Ok(Leave::of(list.split(',').map(ToOwned::to_owned)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_a_pods_redirect_lets_past_is_read_from_its_flags() {
+        let pod = |args: &[&str]| -> Pod {
+            let spec = json!({ "containers": [], "initContainers": [{ "name": REDIRECT, "args": args }] });
+            serde_json::from_value(json!({ "spec": spec })).unwrap()
+        };
+        let plain = pod(&["redirect", "--exclude-inbound-ports=15020", "--exclude-outbound-ports=53"]);
+        assert!(exceptions(&plain).is_empty() && !drops_others(&plain));
+        let open = pod(&[
+            "--exclude-inbound-ports=15020,8080",
+            "--exclude-outbound-cidrs=10.0.0.0/8",
+            "--other-protocols=drop",
+        ]);
+        assert_eq!(exceptions(&open), ["exclude-inbound-ports=8080", "exclude-outbound-cidrs=10.0.0.0/8"]);
+        assert!(drops_others(&open));
+        assert!(exceptions(&Pod::default()).is_empty() && !drops_others(&Pod::default()));
+    }
+}
