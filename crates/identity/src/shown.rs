@@ -42,7 +42,7 @@ impl fmt::Display for Shown<'_> {
                 '`' if self.quoted => f.write_str("\\u{60}")?,
                 ' ' => f.write_char(c)?,
                 _ if !(c == '\\' && self.quoted) && (c.is_alphanumeric() || c.is_ascii_punctuation()) => {
-                    f.write_char(c)?
+                    f.write_char(c)?;
                 }
                 _ => write!(f, "{}", c.escape_default())?,
             }
