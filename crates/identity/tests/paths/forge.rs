@@ -165,7 +165,7 @@ fn name(common: &str) -> Vec<u8> {
     seq(&[tlv(0x31, &seq(&[tlv(6, &[0x55, 4, 3]), tlv(0x0c, common.as_bytes())]))])
 }
 
-/// UTCTime: every time of these tests lies before 2050 (RFC 5280 4.1.2.5.1).
+/// `UTCTime`: every time of these tests lies before 2050 (RFC 5280 4.1.2.5.1).
 fn time(seconds: i64) -> Vec<u8> {
     let t = time::OffsetDateTime::from_unix_timestamp(seconds).unwrap();
     let text = format!(

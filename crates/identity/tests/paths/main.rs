@@ -81,6 +81,9 @@ fn verdict(chain: &[Vec<u8>], bundles: &BundleSet) -> &'static str {
 
 type Change = fn(&mut Pki);
 
+/// Name, what is wrong with a root, whether it can be an authority all the same.
+type RootCase = (&'static str, fn(&mut Plan), bool);
+
 /// Name, intermediates, what is wrong, verdict.
 const CASES: &[(&str, usize, Change, &str)] = &[
     // Paths.
@@ -271,14 +274,14 @@ const CASES: &[(&str, usize, Change, &str)] = &[
     ("intermediate of version 1", 1, |p| (p.inters[0].version, p.inters[0].extensions) = (0, vec![]), "untrusted"),
     ("bytes behind the leaf", 0, |p| p.leaf.trailing = vec![0], "malformed_certificate"),
     ("bytes behind the intermediate", 1, |p| p.inters[0].trailing = vec![0], "untrusted"),
-    ("a leaf of 20 kB", 0, |p| p.leaf.add(UNKNOWN, false, tlv(4, &[0; 20_000])), "chain_too_long"),
-    ("an intermediate of 20 kB", 1, |p| p.inters[0].add(UNKNOWN, false, tlv(4, &[0; 20_000])), "chain_too_long"),
+    ("a leaf of 20 kB", 0, |p| p.leaf.add(UNKNOWN, false, tlv(4, &vec![0; 20_000])), "chain_too_long"),
+    ("an intermediate of 20 kB", 1, |p| p.inters[0].add(UNKNOWN, false, tlv(4, &vec![0; 20_000])), "chain_too_long"),
     (
         "four certificates of 13 kB",
         3,
         |p| {
             let Pki { inters, leaf, .. } = p;
-            inters.iter_mut().chain([leaf]).for_each(|c| c.add(UNKNOWN, false, tlv(4, &[0; 13_000])));
+            inters.iter_mut().chain([leaf]).for_each(|c| c.add(UNKNOWN, false, tlv(4, &vec![0; 13_000])));
         },
         "chain_too_long",
     ),
@@ -331,7 +334,7 @@ fn certificates_that_are_wrong_in_one_way_are_refused_for_it_in_both_directions(
 
 #[test]
 fn certificates_that_cannot_be_roots_are_no_authorities() {
-    let cases: &[(&str, fn(&mut Plan), bool)] = &[
+    let cases: &[RootCase] = &[
         ("right", |_| {}, true),
         ("without keyUsage", |r| r.drop(KEY_USAGE), true),
         ("with an unknown extension", |r| r.add(UNKNOWN, false, tlv(5, &[])), true),
@@ -345,7 +348,7 @@ fn certificates_that_cannot_be_roots_are_no_authorities() {
         ("empty constraints", |r| r.set(NAME_CONSTRAINTS, true, seq(&[])), false),
         ("malformed constraint", |r| r.set(NAME_CONSTRAINTS, true, constraints(&[subtree(0x82, b"a b")], &[])), false),
         ("bytes behind it", |r| r.trailing = vec![0], false),
-        ("20 kB", |r| r.add(UNKNOWN, false, tlv(4, &[0; 20_000])), false),
+        ("20 kB", |r| r.add(UNKNOWN, false, tlv(4, &vec![0; 20_000])), false),
     ];
     for (name, change, good) in cases {
         let mut pki = Pki::new(0);
@@ -411,7 +414,7 @@ fn a_cross_signed_intermediate_ends_in_whichever_root_is_trusted() {
     let other_root = other_root.sign(&other.keys[0], &other.keys[0]);
     let leaf = pki.chain()[0].clone();
     let anchor = |roots: &[Vec<u8>]| verify(&[leaf.clone(), crossed.clone()], &trusting(roots), PeerRole::Server);
-    assert_eq!(anchor(&[other_root.clone()]).unwrap().authority, "09".repeat(20));
+    assert_eq!(anchor(std::slice::from_ref(&other_root)).unwrap().authority, "09".repeat(20));
     assert_eq!(anchor(&[pki.root()]).unwrap_err().0, "untrusted");
     assert_eq!(anchor(&[pki.root(), other_root]).unwrap().authority, "09".repeat(20));
 }

@@ -218,7 +218,7 @@ fn cert_algorithm() -> Vec<u8> {
 async fn serial_numbers_have_whole_bytes_as_spire_writes_them() {
     let ca = Ca::root("ca");
     let attestor = attestor_of(&[&ca]);
-    for (serial, text) in [(0x0abc, "0abc"), (0x7, "07"), (0xabcd_ef, "abcdef")] {
+    for (serial, text) in [(0x0abc, "0abc"), (0x7, "07"), (0x00ab_cdef, "abcdef")] {
         let (leaf, key) = ca.node(serial);
         let selectors = attest(&attestor, &[&leaf], &key).await.unwrap().selectors;
         let expected = format!("x509pop:serialnumber:{text}").parse().unwrap();
