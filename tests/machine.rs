@@ -108,7 +108,7 @@ if pid == 0:
     time.sleep(0.2)
     os.execv("{COUNTERSIGN}", ["countersign", "up", "{file}"])
 fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", {rows}, {columns}, 0, 0))
-got, keys, deadline, quiet = b"", {keys:?}, time.time() + 120, None
+got, keys, deadline, quiet = b"", bytes({keys:?}), time.time() + 120, None
 while time.time() < deadline:
     if select.select([fd], [], [], 0.5)[0]:
         try:
@@ -119,13 +119,14 @@ while time.time() < deadline:
     if shown and quiet is None:
         quiet = time.time() + 3
     if quiet and time.time() > quiet and keys:
-        os.write(fd, keys[:1].encode()); keys = keys[1:]; quiet = time.time() + 1
+        os.write(fd, keys[:1]); keys = keys[1:]; quiet = time.time() + 1
 os.write(1, got)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 "#,
         file = folder.path().join("mesh.yaml").display(),
         rows = size.1,
         columns = size.0,
+        keys = keys.as_bytes(),
     );
     std::fs::write(folder.path().join("terminal.py"), script).unwrap();
     run(std::process::Command::new("python3").arg(folder.path().join("terminal.py")))

@@ -208,12 +208,11 @@ pub fn down(args: &DownArgs) -> Result<()> {
     let mesh = the_mesh(args.mesh.as_deref(), "its name, as in `countersign down NAME`")?;
     let overview = ask(&mesh, &Question::Down)?;
     let folder = Path::new(RUN_DIR).join(&mesh);
-    let process = PathBuf::from(format!("/proc/{}", overview.pid));
     let deadline = Instant::now() + DOWN_PATIENCE;
-    while process.exists() && Instant::now() < deadline {
+    while runs(overview.pid) && Instant::now() < deadline {
         std::thread::sleep(LOOK);
     }
-    if process.exists() {
+    if runs(overview.pid) {
         return Err(anyhow!(
             "mesh `{mesh}` is still going down after {} s (process {})",
             DOWN_PATIENCE.as_secs(),
@@ -230,6 +229,14 @@ pub fn down(args: &DownArgs) -> Result<()> {
     Ok(())
 }
 
+/// Whether a process still runs. One that has ended and that its parent has not asked after yet is listed too (proc(5)).
+fn runs(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The name, in brackets, may hold anything; the state stands behind the last of them.
+    let state = stat.rsplit_once(')').map_or("", |(_, rest)| rest.trim_start());
+    !state.starts_with(['Z', 'X'])
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::table::Row;
@@ -243,6 +250,18 @@ mod tests {
             workloads: vec![row("web"), row("db")],
             ..Overview::default()
         }
+    }
+
+    #[test]
+    fn a_process_that_has_ended_does_not_run_though_it_is_listed() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while runs(child.id()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!runs(child.id()) && Path::new("/proc").join(child.id().to_string()).exists());
+        child.wait().unwrap();
+        assert!(!runs(child.id()) && runs(std::process::id()));
     }
 
     #[test]

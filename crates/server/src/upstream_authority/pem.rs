@@ -143,8 +143,8 @@ fn sections(content: &[u8], expected: &str, convert: &str) -> Result<Vec<Section
     })?;
     if sections.is_empty() {
         let found = match content {
-            // DER begins with a SEQUENCE of a length in two bytes; text never does.
-            [0x30, 0x82, ..] => {
+            // DER begins with a SEQUENCE whose length takes one or two bytes more; text never does.
+            [0x30, 0x81 | 0x82, ..] => {
                 return Err(format!("expected {expected} as PEM, found DER; convert it with {convert}"));
             }
             c if has(c, b"-----BEGIN ") => "a block of another kind",
