@@ -1,6 +1,6 @@
 //! A machine that is gone says nothing, and without a bound Linux sends again for a quarter of an hour before it gives up.
 //!
-//! TCP_USER_TIMEOUT is not used: with it Linux also ends a connection whose reader is alive and has no room (tcp(7)), which
+//! `TCP_USER_TIMEOUT` is not used: with it Linux also ends a connection whose reader is alive and has no room (tcp(7)), which
 //! is how a slow app behaves. Instead, a connection with bytes under way is looked at now and then, and is over when its peer
 //! has acknowledged nothing, not even a probe of its window, for the whole time. Idle connections are probed by keepalive and
 //! need no look.

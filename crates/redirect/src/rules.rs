@@ -94,7 +94,7 @@ pub enum Match {
     Tcp,
     /// ICMP over IPv4.
     Icmp,
-    /// ICMPv6 over IPv6, neighbour discovery in it.
+    /// `ICMPv6` over IPv6, neighbour discovery in it.
     Icmpv6,
     /// Of a connection whose first packet went the other way.
     Reply,

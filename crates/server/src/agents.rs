@@ -238,16 +238,15 @@ impl Agents {
                 }
                 // Somebody else's ban of the same node under another name, which we have not seen.
                 Written::Banned => return Err(ChangeError::Denied(Denied::Banned)),
-                Written::Stale => match self.store.agent(id).await? {
-                    Some(Versioned { value, version }) => {
+                Written::Stale => {
+                    if let Some(Versioned { value, version }) = self.store.agent(id).await? {
                         versions.insert(name.clone(), version);
                         self.write(|known| known.insert(value));
-                    }
-                    None => {
+                    } else {
                         versions.remove(&name);
                         self.write(|known| known.remove(&name));
                     }
-                },
+                }
             }
         }
         Err(DataStoreError::Contended(format!("agent `{id}`")).into())

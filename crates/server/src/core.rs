@@ -221,9 +221,10 @@ pub fn status_of(error: &AuthorityError) -> Status {
             Status::failed_precondition(text)
         }
         AuthorityError::NoId | AuthorityError::Issue(_) | AuthorityError::Bundle(_) => Status::invalid_argument(text),
-        AuthorityError::NotReady | AuthorityError::Store(_) => Status::unavailable(text),
+        AuthorityError::NotReady | AuthorityError::Store(_) | AuthorityError::UpstreamTimeout(_) => {
+            Status::unavailable(text)
+        }
         AuthorityError::Key(_) | AuthorityError::UpstreamRefused(_) => Status::internal(text),
-        AuthorityError::UpstreamTimeout(_) => Status::unavailable(text),
     }
 }
 

@@ -131,7 +131,7 @@ fn read(mut block: &[u8]) -> Vec<Field> {
             fields.push(Field::Index(*first));
             continue;
         }
-        let name = (first & 0x0f == 0).then(|| read_string(&mut block));
+        let name = first.trailing_zeros().ge(&4).then(|| read_string(&mut block));
         fields.push(Field::Literal { first: *first, name, value: read_string(&mut block) });
     }
     fields

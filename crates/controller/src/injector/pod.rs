@@ -186,7 +186,7 @@ fn take_ours(pod: &mut Value, ours: &Value) -> Result<Map<String, Value>, Refuse
 /// A mount of our volume would be the node's agent folder, writable, in an app's container.
 fn refuse_mounts(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
     for container in lists.iter().flat_map(|list| spec[*list].as_array().into_iter().flatten()) {
-        let mounts = ["volumeMounts", "volumeDevices"].into_iter().flat_map(|m| container[m].as_array()).flatten();
+        let mounts = ["volumeMounts", "volumeDevices"].into_iter().filter_map(|m| container[m].as_array()).flatten();
         if mounts.into_iter().any(|m| m["name"] == VOLUME) {
             let what = format!("the mount of container `{}`", container["name"].as_str().unwrap_or_default());
             return Err(Refused::Reserved { what, name: VOLUME.to_owned() });

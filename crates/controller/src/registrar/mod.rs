@@ -358,7 +358,11 @@ impl Registrar {
     }
 
     /// Writes into each object what became of it.
-    async fn keep_statuses(&self, outcome: &HashMap<String, Result<String, String>>, by_hand: &HashSet<String>) -> (Left, Vec<String>) {
+    async fn keep_statuses(
+        &self,
+        outcome: &HashMap<String, Result<String, String>>,
+        by_hand: &HashSet<String>,
+    ) -> (Left, Vec<String>) {
         let stale = |object: &SpiffeID| {
             let outcome = outcome.get(&object.uid()?)?;
             let before = object.status.as_ref().and_then(|s| s.conditions.first().map(|c| (s.entry_id.as_ref(), c)));

@@ -313,10 +313,10 @@ mod tests {
         let page = |mode: &str, n: u32| {
             format!("countersign_proxy_connections_total{{direction=\"inbound\",mode=\"{mode}\"}} {n}\n")
         };
-        assert!(complete(10, &[plain.clone()], &page("Plain", 1)).is_ok());
-        assert!(complete(10, &[plain.clone()], &page("mtls", 9)).is_ok());
+        assert!(complete(10, std::slice::from_ref(&plain), &page("Plain", 1)).is_ok());
+        assert!(complete(10, std::slice::from_ref(&plain), &page("mtls", 9)).is_ok());
         for mode in ["Plain", "plain"] {
-            let why = complete(10, &[plain.clone()], &page(mode, 2)).unwrap_err();
+            let why = complete(10, std::slice::from_ref(&plain), &page(mode, 2)).unwrap_err();
             assert!(why.contains("counted 2") && why.contains("has 1"), "{why}");
         }
         assert!(complete(20_000, &[], "").unwrap_err().contains("longer than"));

@@ -18,6 +18,7 @@ use crate::settings::Mistake;
 /// A workload's traffic goes through its sidecar then. Installing again replaces it; nothing else in the namespace is touched.
 /// It is meant for the namespace of one workload: in the machine's own it would catch SSH too, and is refused.
 #[derive(Debug, clap::Args)]
+#[allow(clippy::struct_excessive_bools)] // each is a flag of the command line
 pub struct RedirectArgs {
     /// Show the rules that are in force, with what they matched; exit 1 when there are none or they differ.
     #[arg(long, conflicts_with = "remove")]
@@ -187,12 +188,12 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
 fn done(redirect: &Redirect, backend: Backend, namespace: &str) -> String {
     let others = redirect.guard.as_ref().map_or_else(
         || "other protocols are left alone".to_owned(),
-        |guard| match guard.resolvers.len() {
-            0 => "other protocols are dropped, DNS too, for no resolver is known".to_owned(),
-            _ => {
-                let resolvers: Vec<String> = guard.resolvers.iter().map(IpAddr::to_string).collect();
-                format!("other protocols are dropped but ICMP and DNS to {}", resolvers.join(", "))
+        |guard| {
+            if guard.resolvers.is_empty() {
+                return "other protocols are dropped, DNS too, for no resolver is known".to_owned();
             }
+            let resolvers: Vec<String> = guard.resolvers.iter().map(IpAddr::to_string).collect();
+            format!("other protocols are dropped but ICMP and DNS to {}", resolvers.join(", "))
         },
     );
     format!(

@@ -26,7 +26,8 @@ pub fn load_tree(path: &Path) -> Result<(Node, String), Mistake> {
     let shown = path.display();
     let bytes = read_file(path)?;
     let text = String::from_utf8(bytes).map_err(|e| {
-        let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
+        let good = String::from_utf8_lossy(&e.as_bytes()[..e.utf8_error().valid_up_to()]);
+        let line = good.matches('\n').count() + 1;
         Mistake(format!("{shown}:{line}: this is not UTF-8 text; save the file as UTF-8"))
     })?;
     let tree = parse(&text).map_err(|e| Mistake(format!("{shown}:{}: {}", e.line, e.why)))?;

@@ -152,7 +152,10 @@ pub fn logs(args: &LogsArgs) -> Result<()> {
         Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
     };
     print_tail(&mut file, args.lines).with_context(|| format!("cannot read {}", path.display()))??;
-    while args.follow {
+    if !args.follow {
+        return Ok(());
+    }
+    loop {
         let grown = print_rest(&mut file).with_context(|| format!("cannot read {}", path.display()))??;
         if !grown {
             if !socket_of(&overview.mesh).exists() {
@@ -162,7 +165,6 @@ pub fn logs(args: &LogsArgs) -> Result<()> {
             std::thread::sleep(LOOK);
         }
     }
-    Ok(())
 }
 
 type Printed<T> = std::io::Result<Result<T, stdout::StdoutError>>;

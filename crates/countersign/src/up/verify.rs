@@ -45,7 +45,7 @@ struct Checks {
 
 impl Checks {
     /// Prints a line. The checks go on when nobody reads it: the mesh has to be taken down, and the sum at the end fails.
-    fn say(&self, line: &str) {
+    fn say(line: &str) {
         let _ = crate::stdout::line(line);
     }
 
@@ -53,11 +53,11 @@ impl Checks {
         match result {
             Ok(detail) => {
                 self.passed += 1;
-                self.say(&format!("ok    {what}: {detail}"));
+                Self::say(&format!("ok    {what}: {detail}"));
             }
             Err(error) => {
                 self.failed += 1;
-                self.say(&format!("FAIL  {what}: {}", crate::one_line(&error)));
+                Self::say(&format!("FAIL  {what}: {}", crate::one_line(&error)));
             }
         }
     }

@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 
 use crate::buffer::{Buffer, CHUNK};
 
-/// Longest ClientHello, in bytes. Ours has some 1,500, of which the post-quantum key share takes 1,216; other
+/// Longest `ClientHello`, in bytes. Ours has some 1,500, of which the post-quantum key share takes 1,216; other
 /// implementations add groups and extensions.
 const MAX_HELLO: usize = 6 * 1024;
 /// Longest unfinished part of a flight after it, in bytes: the longest chain that the verifier reads takes 48 KiB.

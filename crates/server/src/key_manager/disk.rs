@@ -59,7 +59,7 @@ impl KeyManager for Disk {
             // What a write that was cut off leaves behind (`<name>.key.<pid>.tmp`) is nobody's: this folder has one server.
             match name.split_once(".key") {
                 Some((name, "")) => names.push(name.to_owned()),
-                Some((_, rest)) if rest.ends_with(".tmp") => {
+                Some((_, rest)) if rest.rsplit_once('.').is_some_and(|(_, end)| end == "tmp") => {
                     std::fs::remove_file(&file).map_err(io("remove", &file))?;
                 }
                 _ => {}

@@ -41,7 +41,13 @@ async fn served() -> Served {
     serving.set(Certificate { tls: Arc::new(server), ends_at: OffsetDateTime::now_utc() + Duration::from_secs(60) });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
-    let config = InjectorConfig { bind: at, agent_socket: "/nowhere".into(), sidecar: Sidecar::new("image".into()), mode: countersign_identity::policy::Mode::Strict, live_settings: None };
+    let config = InjectorConfig {
+        bind: at,
+        agent_socket: "/nowhere".into(),
+        sidecar: Sidecar::new("image".into()),
+        mode: countersign_identity::policy::Mode::Strict,
+        live_settings: None,
+    };
     let hook = Arc::new(Hook { config, metrics: Arc::default(), parts: Admission::new(PARTS) });
     let task = tokio::spawn(accept(listener, hook, serving, TaskTracker::new(), CancellationToken::new()));
     Served { at, client: Arc::new(client), _task: AbortOnDropHandle::new(task) }

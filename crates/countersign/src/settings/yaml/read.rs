@@ -18,7 +18,7 @@ pub struct Fields<'a> {
     reader: Reader<'a>,
     /// Line of the map, for a key that is missing.
     line: usize,
-    /// What the map is, for a key that is missing: `workload `a``.
+    /// What the map is, for a key that is missing, such as: workload `a`.
     what: String,
     known: &'static [&'static str],
     left: BTreeMap<&'a str, &'a Entry>,

@@ -106,13 +106,12 @@ pub fn parse(text: &str) -> Result<Option<Node>, SyntaxError> {
     loop {
         let Some((event, span)) = events.next()? else { return Ok(document) };
         match event {
-            Event::StreamStart | Event::DocumentEnd => {}
             Event::StreamEnd => return Ok(document),
             Event::DocumentStart(..) if document.is_some() => {
                 return Err(at(&span, "a second YAML document begins here; expected one document in the file"));
             }
             // An empty file is no document to the parser, a file with `---` alone is one with nothing in it.
-            Event::DocumentStart(..) => {}
+            Event::StreamStart | Event::DocumentEnd | Event::DocumentStart(..) => {}
             event => document = Some(events.node(event, &span, 0)?),
         }
     }

@@ -101,7 +101,9 @@ async fn the_index_answers_as_the_model_does_and_deltas_lead_to_the_same_set() {
                     Update::Snapshot(all) => *set = all.iter().map(|e| e.id.clone()).collect(),
                     Update::Delta { upserted, removed } => {
                         set.extend(upserted.iter().map(|e| e.id.clone()));
-                        removed.iter().for_each(|id| drop(set.remove(id)));
+                        removed.iter().for_each(|id| {
+                            set.remove(id);
+                        });
                     }
                 }
                 assert_eq!(*set, e.authorized(agent).iter().map(|e| e.id.clone()).collect(), "step {step}");
