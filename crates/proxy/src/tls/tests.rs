@@ -279,7 +279,7 @@ async fn an_alert_is_heard_by_a_peer_that_has_sent_more_than_was_read() {
 #[tokio::test]
 async fn what_was_said_before_a_reset_is_read_though_a_write_has_failed() {
     let (mut client, mut server) = pair().await;
-    server.write_all(&[5; 30_000]).await.unwrap();
+    server.write_all(&vec![5; 30_000]).await.unwrap();
     server.flush().await.unwrap();
     // Time for it to arrive; then the server goes, with a reset.
     while crate::kernel::standing(server.tcp()).unacknowledged > 0 {

@@ -48,7 +48,7 @@ impl World {
     }
 }
 
-async fn statuses(a: &Authorities) -> Vec<&'static str> {
+fn statuses(a: &Authorities) -> Vec<&'static str> {
     a.journal().iter().map(|r| r.status.as_str()).collect()
 }
 
@@ -56,25 +56,25 @@ async fn statuses(a: &Authorities) -> Vec<&'static str> {
 async fn an_authority_is_published_before_it_signs_and_trusted_until_its_end() {
     let world = World::new().await;
     let a = world.authorities().await;
-    assert_eq!(statuses(&a).await, ["active"]);
+    assert_eq!(statuses(&a), ["active"]);
     assert_eq!(a.bundle().borrow().authorities.len(), 1);
     // Lifetime 610 s (backdated): the next is prepared when 305 s are left, active when 101.6 s are left.
     world.pass(294);
     a.rotate().await.unwrap();
-    assert_eq!(statuses(&a).await, ["active"]);
+    assert_eq!(statuses(&a), ["active"]);
     world.pass(2);
     a.rotate().await.unwrap();
-    assert_eq!(statuses(&a).await, ["active", "prepared"]);
+    assert_eq!(statuses(&a), ["active", "prepared"]);
     assert_eq!(a.bundle().borrow().authorities.len(), 2, "published before first use");
     world.pass(203);
     a.rotate().await.unwrap();
-    assert_eq!(statuses(&a).await, ["old", "active"]);
+    assert_eq!(statuses(&a), ["old", "active"]);
     assert_eq!(a.bundle().borrow().authorities.len(), 2, "the old one is still trusted");
     let first = a.journal()[0].id.clone();
     world.pass(102);
     a.rotate().await.unwrap();
     // The second one is past its own half by now, so a third stands ready; the first has ended and is kept for a while yet.
-    assert_eq!(statuses(&a).await, ["old", "active", "prepared"]);
+    assert_eq!(statuses(&a), ["old", "active", "prepared"]);
     world.pass(3_600);
     a.rotate().await.unwrap();
     assert!(a.journal().iter().all(|r| r.id != first));
@@ -99,7 +99,7 @@ async fn with_its_keys_gone_a_server_makes_a_new_authority_and_still_trusts_the_
     drop(world.authorities().await);
     world.keys = Arc::default();
     let a = world.authorities().await;
-    assert_eq!(statuses(&a).await, ["old", "active"]);
+    assert_eq!(statuses(&a), ["old", "active"]);
     assert_eq!(a.bundle().borrow().authorities.len(), 2);
 }
 
@@ -195,7 +195,7 @@ async fn a_server_that_was_away_until_all_had_ended_never_publishes_an_empty_bun
     drop(world.authorities().await);
     world.pass(10 * 86_400);
     let a = world.authorities().await;
-    assert_eq!(statuses(&a).await, ["active"]);
+    assert_eq!(statuses(&a), ["active"]);
     assert_eq!(a.bundle().borrow().authorities.len(), 1);
 }
 
@@ -206,7 +206,7 @@ async fn revoking_takes_a_taint_and_no_command_does_without_an_id() {
     let first = a.journal()[0].id.clone();
     let next = a.prepare().await.unwrap();
     assert!(matches!(a.activate("").await, Err(AuthorityError::NoId)));
-    assert_eq!(statuses(&a).await, ["active", "prepared"]);
+    assert_eq!(statuses(&a), ["active", "prepared"]);
     a.activate(&next.id).await.unwrap();
     assert!(matches!(a.revoke("").await, Err(AuthorityError::NoId)));
     let why = a.revoke(&first).await.unwrap_err().to_string();
