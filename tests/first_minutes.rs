@@ -118,7 +118,7 @@ fn a_program_below_a_closed_folder_is_named_with_the_folder_and_the_user() {
     assert_eq!(code, 1, "{said}");
     let folder = closed.0.path().display().to_string();
     let last = said.lines().last().unwrap();
-    assert!(last.contains("./serve") && last.contains(&format!("may not enter {folder};")), "{said}");
+    assert!(last.contains("/serve`") && last.contains(&format!("may not enter {folder};")), "{said}");
     assert!(last.contains("uid 2"), "the user is named: {said}");
     assert_eq!(namespaces(&name), "");
 }
@@ -255,8 +255,8 @@ for round in 1 2; do
   kill -TERM $up; code=0; wait $up || code=$?
   cat /run/said
   [ $code = 0 ] || {{ echo "up ended with $code"; exit 4; }}
-  ! ls /run/netns | grep ^cs- || exit 5
-  ! grep 'netns/cs-' /proc/self/mounts || exit 6
+  ! ls /run/netns | grep ^cs-{name} || exit 5
+  ! grep 'netns/cs-{name}' /proc/self/mounts || exit 6
 done
 ls /run/netns
 "#,

@@ -135,11 +135,25 @@ fn forge(dir: &Path, name: &str, ca: &str, extensions: &str, days: &str) -> Path
     folder
 }
 
+/// A CA that is a day old: what was signed by it an hour ago and has ended since is of its time.
 fn make_ca(dir: &Path, name: &str) {
+    let (from, to) = (sh("date -u -d '-1 day' +%Y%m%d%H%M%SZ"), sh("date -u -d '30 days' +%Y%m%d%H%M%SZ"));
+    let folder = dir.join(format!("{name}.ca"));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("ca.cnf"), "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n[p]\norganizationName=optional\n").unwrap();
+    std::fs::write(
+        folder.join("ext"),
+        format!("basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nsubjectAltName=URI:spiffe://{TD}\n"),
+    )
+    .unwrap();
     sh(&format!(
-        "cd {} && openssl ecparam -name prime256v1 -genkey -noout | openssl pkcs8 -topk8 -nocrypt -out {name}.key
-        openssl req -x509 -new -key {name}.key -days 30 -subj /O={name} -out {name}.crt -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign -addext subjectAltName=URI:spiffe://{TD}",
-        dir.display()
+        "cd {0} && : > index && echo 01 > serial
+        openssl ecparam -name prime256v1 -genkey -noout | openssl pkcs8 -topk8 -nocrypt -out ../{name}.key
+        openssl req -new -key ../{name}.key -subj /O={name} -out csr
+        openssl ca -batch -notext -config ca.cnf -selfsign -in csr -keyfile ../{name}.key -startdate {1} -enddate {2} -extfile ext -out ../{name}.crt",
+        folder.display(),
+        from.trim(),
+        to.trim()
     ));
 }
 

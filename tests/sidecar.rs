@@ -195,7 +195,9 @@ fn handshakes_that_never_end_take_little_memory_and_nobody_s_place() {
         }
     }
     most = most.max(resident());
-    assert!(most < before + 100_000, "from {before} to {most} kB");
+    // What is taken for a handshake is the state of its task, which an unoptimised build makes several times as large.
+    let bound = if cfg!(debug_assertions) { 350_000 } else { 100_000 };
+    assert!(most < before + bound, "from {before} to {most} kB");
     ping(pair.out);
 }
 
@@ -262,7 +264,8 @@ for p in parts: p.join()
     sh(&format!(
         "ip netns exec {ns} nft 'table inet cut {{
            chain i {{ type filter hook input priority -300; iifname != \"lo\" drop; }}
-           chain o {{ type filter hook output priority 300; oifname != \"lo\" drop; }} }}'"
+           chain o {{ type filter hook output priority 300; oifname != \"lo\" drop; }}
+           }}'"
     ));
     let cut = Instant::now();
     let output = child.wait_with_output().unwrap();

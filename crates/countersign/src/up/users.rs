@@ -114,6 +114,10 @@ pub fn refused(uid: u32) -> Option<String> {
             format!("uid {uid} is kept for sidecars, whose traffic is never caught; use another user")
         });
     }
+    // Root can become anybody and take any rule away: nothing is gained by keeping it from one number.
+    if uid == 0 {
+        return None;
+    }
     sidecar_of(uid).map(|pid| {
         format!("uid {uid} is that of a sidecar on this machine (process {pid}), whose traffic is never caught; use another user")
     })
