@@ -26,6 +26,9 @@ const TURN: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long they may take in all.
 const LAST_WORDS: Duration = Duration::from_secs(60);
+/// How often a flow that cannot write is asked whether the leg that it reads is still there. Nothing else would tell: while
+/// it waits for room it does not read.
+const STUCK: Duration = Duration::from_secs(5);
 /// Longest pause between two looks at whether they have arrived.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -263,6 +266,7 @@ pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>
     let mut back = Flow::new(counters.1, false);
     let mut silence = Silence::new(network);
     let mut tick = pin!(silence.tick());
+    let mut look = pin!(tokio::time::sleep(STUCK));
     let stopped = std::future::poll_fn(|cx| {
         if let Some(end) = cut.poll(cx) {
             return Poll::Ready(Err(end));
@@ -275,6 +279,16 @@ pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>
             (Poll::Ready(Err(a)), _) => Poll::Ready(Ok((Some(a), None))),
             (_, Poll::Ready(Err(b))) => Poll::Ready(Ok((None, Some(b)))),
             _ => {
+                let stuck = forth.rest.is_some() || back.rest.is_some();
+                while stuck && look.as_mut().poll(cx).is_ready() {
+                    look.as_mut().reset(tokio::time::Instant::now() + STUCK);
+                    if forth.rest.is_some() && standing(first.tcp()).over {
+                        return Poll::Ready(Ok((Some(Failure::Read(End::Reset)), None)));
+                    }
+                    if back.rest.is_some() && standing(second.tcp()).over {
+                        return Poll::Ready(Ok((None, Some(Failure::Read(End::Reset)))));
+                    }
+                }
                 let (tcp, sent) = match network.leg {
                     Side::First => (first.tcp(), back.sent()),
                     Side::Second => (second.tcp(), forth.sent()),

@@ -236,20 +236,28 @@ impl Agents {
                     self.write(|known| known.insert(next));
                     return Ok(());
                 }
-                // Somebody else's ban of the same node under another name, which we have not seen.
-                Written::Banned => return Err(ChangeError::Denied(Denied::Banned)),
-                Written::Stale => {
-                    if let Some(Versioned { value, version }) = self.store.agent(id).await? {
-                        versions.insert(name.clone(), version);
-                        self.write(|known| known.insert(value));
-                    } else {
-                        versions.remove(&name);
-                        self.write(|known| known.remove(&name));
-                    }
+                // A ban that another server has written, of this agent or of the same node under another name.
+                Written::Banned => {
+                    self.learn(id, &mut versions).await?;
+                    return Err(ChangeError::Denied(Denied::Banned));
                 }
+                Written::Stale => self.learn(id, &mut versions).await?,
             }
         }
         Err(DataStoreError::Contended(format!("agent `{id}`")).into())
+    }
+
+    /// Takes up what another server has written of an agent.
+    async fn learn(&self, id: &SpiffeId, versions: &mut HashMap<String, Version>) -> Result<(), DataStoreError> {
+        let name = id.to_string();
+        if let Some(Versioned { value, version }) = self.store.agent(id).await? {
+            versions.insert(name, version);
+            self.write(|known| known.insert(value));
+        } else {
+            versions.remove(&name);
+            self.write(|known| known.remove(&name));
+        }
+        Ok(())
     }
 
     fn write<R>(&self, change: impl FnOnce(&mut Known) -> R) -> R {

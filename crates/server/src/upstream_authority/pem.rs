@@ -143,8 +143,7 @@ fn sections(content: &[u8], expected: &str, convert: &str) -> Result<Vec<Section
     })?;
     if sections.is_empty() {
         let found = match content {
-            // DER begins with a SEQUENCE whose length takes one or two bytes more; text never does.
-            [0x30, 0x81 | 0x82, ..] => {
+            c if is_der(c) => {
                 return Err(format!("expected {expected} as PEM, found DER; convert it with {convert}"));
             }
             c if has(c, b"-----BEGIN ") => "a block of another kind",
@@ -153,6 +152,17 @@ fn sections(content: &[u8], expected: &str, convert: &str) -> Result<Vec<Section
         return Err(format!("expected {expected} as PEM, found {found}"));
     }
     Ok(sections.into_iter().map(|(kind, der)| (kind, Zeroizing::new(der))).collect())
+}
+
+/// Whether this is one DER SEQUENCE, as a certificate and a key are: its length is in the second byte, or in the one or two
+/// behind it (X.690 8.1.3). Text may begin with the same bytes, and is not just as long as they say.
+fn is_der(content: &[u8]) -> bool {
+    match content {
+        [0x30, 0x82, high, low, body @ ..] => body.len() == usize::from(u16::from_be_bytes([*high, *low])),
+        [0x30, 0x81, length, body @ ..] => body.len() == usize::from(*length),
+        [0x30, length, body @ ..] => *length < 0x80 && body.len() == usize::from(*length),
+        _ => false,
+    }
 }
 
 fn has(content: &[u8], needle: &[u8]) -> bool {
