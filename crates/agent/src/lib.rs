@@ -5,6 +5,8 @@ mod attestation_state;
 pub mod cache;
 pub mod config;
 mod endpoints;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod keeper;
 mod link;
 pub mod metrics;

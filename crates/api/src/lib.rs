@@ -9,6 +9,8 @@ pub mod convert;
 pub mod denied;
 pub mod directory;
 pub mod files;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod graceful;
 pub mod grpc;
 pub mod http;

@@ -10,6 +10,8 @@ pub mod config;
 mod connections;
 mod copy;
 mod cut;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod identity;
 mod inbound;
 mod kernel;

@@ -19,6 +19,7 @@ use ipnet::IpNet;
 use super::account::Account;
 use super::users;
 use crate::settings::words::shown;
+use crate::settings::yaml::Node;
 use crate::settings::{Mistake, Ttl, load_tree};
 
 pub use program::find_program;
@@ -165,7 +166,12 @@ pub fn check_user(account: &Account) -> Result<(), String> {
 /// Reads a mesh file.
 pub fn load(path: &Path) -> Result<MeshSpec, Mistake> {
     let (tree, _) = load_tree(path)?;
-    mesh::read(path, &tree)
+    read(path, &tree)
+}
+
+/// Reads the tree of a mesh file; `path` is for the mistakes in it.
+pub fn read(path: &Path, tree: &Node) -> Result<MeshSpec, Mistake> {
+    mesh::read(path, tree)
 }
 
 #[cfg(test)]

@@ -36,6 +36,8 @@ use crate::settings::{Mistake, need_root};
 pub use ask::meshes;
 pub use machine::{DownArgs, LogsArgs, PsArgs, down, logs, ps, socket_named};
 pub use mesh_file::find_program;
+#[cfg(fuzzing)]
+pub use mesh_file::read as read_mesh;
 pub use place::RUN_DIR;
 pub use run::{RunArgs, run};
 

@@ -2,6 +2,22 @@
 
 mod wire;
 
+/// Doors for the fuzz targets in `fuzz/`.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use super::wire::{Answer, messages, read_rule};
+
+    /// Reads the input as what the kernel sends.
+    pub fn answers(data: &[u8]) {
+        for answer in messages(data) {
+            if let Answer::Rule(rule) = answer {
+                let _ = read_rule(rule);
+            }
+        }
+        let _ = read_rule(data);
+    }
+}
+
 use std::io;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};

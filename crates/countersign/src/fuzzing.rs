@@ -1,0 +1,29 @@
+//! Doors for the fuzz targets in `fuzz/`, built with `--cfg fuzzing` alone.
+
+use std::path::Path;
+
+use crate::roles::agent::AgentSettings;
+use crate::roles::proxy::ProxySettings;
+use crate::roles::server::ServerSettings;
+use crate::settings::yaml::{from_node, parse};
+use crate::up;
+
+/// Reads the input as a mesh file.
+///
+/// # Panics
+/// When a mistake is more than a line, or names no place.
+pub fn mesh_file(text: &str) {
+    let Ok(Some(tree)) = parse(text) else { return };
+    if let Err(mistake) = up::read_mesh(Path::new("mesh.yaml"), &tree) {
+        let said = mistake.to_string();
+        assert!(said.starts_with("mesh.yaml:") && !said.contains('\n'), "{said:?}");
+    }
+}
+
+/// Reads the input as settings of server, agent and sidecar.
+pub fn settings(text: &str) {
+    let Ok(Some(tree)) = parse(text) else { return };
+    let _ = from_node::<ServerSettings>(&tree);
+    let _ = from_node::<AgentSettings>(&tree);
+    let _ = from_node::<ProxySettings>(&tree);
+}
