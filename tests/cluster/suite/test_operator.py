@@ -87,7 +87,7 @@ class Operator(unittest.TestCase):
 
     def test_check_is_green_on_a_mesh_that_is_well_and_names_what_is_not(self):
         found = wait("a green check", lambda: (c := self.check()) and all(x["ok"] for x in c.values()) and c, 30)
-        self.assertEqual(len(found), 13)
+        self.assertEqual(len(found), 15)
         self.assertEqual(set(self.check("--before")), {"API version", "permissions", "clocks"})
         # An agent that is away is named with its node, and what mends it.
         kubectl("label", "node", "node2", "test/no-agent=true")
