@@ -464,7 +464,7 @@ fn a_mesh_relays_to_no_one_and_hides_its_own_ports() {
     }
     let mesh = Mesh::up(
         "relay",
-        "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n  - name: other\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n",
+        "  - name: web\n    ports: [8000]\n    workdir: /\n    command: [/usr/bin/python3, -m, http.server, '8000']\n  - name: other\n    ports: [8000]\n    command: [python3, -m, http.server, '8000']\n",
     );
     mesh.wait_for_port("web", 8000);
     mesh.wait_for_port("other", 8000);
@@ -500,7 +500,7 @@ fn strict_lets_nothing_out_but_the_mesh_and_named_exceptions() {
     }
     let mesh = Mesh::up(
         "egress",
-        "  - name: web\n    ports: [8000]\n    command: [/usr/bin/python3, -m, http.server, '8000']\n",
+        "  - name: web\n    ports: [8000]\n    workdir: /\n    command: [/usr/bin/python3, -m, http.server, '8000']\n",
     );
     mesh.wait_for_port("web", 8000);
     let python = "import socket,sys\ns=socket.socket(); s.settimeout(5)\ntry:\n s.connect((sys.argv[1], int(sys.argv[2]))); s.send(b'GET / HTTP/1.0\\r\\n\\r\\n'); print(s.recv(12))\nexcept OSError as e: print(type(e).__name__)";
