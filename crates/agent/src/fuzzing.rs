@@ -9,7 +9,8 @@ use crate::workload_attestor::container_of;
 pub fn cgroup(text: &str) {
     if let Ok(Some(container)) = container_of(text) {
         assert_eq!(container.id.len(), 64);
-        let claims = |line: &str| line.contains("kubepods") && !line.contains("user.slice");
-        assert!(text.lines().any(claims), "{container:?} from {text:?}");
+        let path = |line: &str| line.splitn(3, ':').nth(2).unwrap_or_default().to_owned();
+        let claims = |path: String| path.contains("kubepods") && !path.contains("user.slice");
+        assert!(text.lines().map(path).any(claims), "{container:?} from {text:?}");
     }
 }

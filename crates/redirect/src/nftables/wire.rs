@@ -324,7 +324,8 @@ pub fn messages(buffer: &[u8]) -> impl Iterator<Item = Answer<'_>> {
                 NLMSG_DONE => return Some(Answer::Done),
                 NLMSG_ERROR => {
                     let code = i32::from_ne_bytes(message.get(..4)?.try_into().ok()?);
-                    return Some(Answer::Error(-code));
+                    // The least number has no positive twin; the kernel sends none such, and a panic would be no answer to it.
+                    return Some(Answer::Error(code.saturating_neg()));
                 }
                 k if k == Message::nftables(NEWRULE) => return Some(Answer::Rule(message.get(4..)?)),
                 _ => {}
@@ -365,4 +366,21 @@ pub fn read_rule(rule: &[u8]) -> Option<InstalledRule> {
         }
     }
     Some(installed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_any_number_is_read() {
+        for (number, read) in [(-2, 2), (0, 0), (i32::MIN, i32::MAX)] {
+            let mut answer = [&20_u32.to_ne_bytes()[..], &NLMSG_ERROR.to_ne_bytes(), &[0; 10]].concat();
+            answer.extend(i32::to_ne_bytes(number));
+            let found: Vec<i32> = messages(&answer)
+                .filter_map(|answer| if let Answer::Error(code) = answer { Some(code) } else { None })
+                .collect();
+            assert_eq!(found, [read]);
+        }
+    }
 }
