@@ -135,12 +135,15 @@ fn forge(dir: &Path, name: &str, ca: &str, extensions: &str, days: &str) -> Path
     folder
 }
 
+/// What `openssl ca` needs to sign anything in the folder that it runs in.
+const CA_CONFIG: &str = "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n[p]\norganizationName=optional\n";
+
 /// A CA that is a day old: what was signed by it an hour ago and has ended since is of its time.
 fn make_ca(dir: &Path, name: &str) {
     let (from, to) = (sh("date -u -d '-1 day' +%Y%m%d%H%M%SZ"), sh("date -u -d '30 days' +%Y%m%d%H%M%SZ"));
     let folder = dir.join(format!("{name}.ca"));
     std::fs::create_dir_all(&folder).unwrap();
-    std::fs::write(folder.join("ca.cnf"), "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n[p]\norganizationName=optional\n").unwrap();
+    std::fs::write(folder.join("ca.cnf"), CA_CONFIG).unwrap();
     std::fs::write(
         folder.join("ext"),
         format!("basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nsubjectAltName=URI:spiffe://{TD}\n"),
@@ -303,7 +306,7 @@ fn forge_dated(dir: &Path, name: &str, from: &str, to: &str) -> PathBuf {
     let folder = dir.join(name);
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("ext"), leaf("URI:spiffe://test.local/a")).unwrap();
-    std::fs::write(folder.join("ca.cnf"), "[ca]\ndefault_ca=d\n[d]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n[p]\norganizationName=optional\n").unwrap();
+    std::fs::write(folder.join("ca.cnf"), CA_CONFIG).unwrap();
     sh(&format!(
         "cd {0} && : > index && echo 4712 > serial
         openssl ecparam -name prime256v1 -genkey -noout | openssl pkcs8 -topk8 -nocrypt -out key.pem
