@@ -6,6 +6,7 @@ pub mod roles;
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -187,10 +188,18 @@ impl Mesh {
         std::fs::read_to_string(self.folder.path().join("logs").join(format!("{name}.log"))).unwrap_or_default()
     }
 
-    /// A sidecar's access log, one JSON value a line.
+    /// A sidecar's access log, one JSON value per line, the part that `up` has moved aside first.
     pub fn access_log(&self, workload: &str) -> Vec<serde_json::Value> {
         let path = self.dir().join("sidecars").join(workload).join("access.log");
-        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let Ok(mut current) = File::open(&path) else { return vec![] };
+        let mut text = String::new();
+        // Opened before the older one is read: a log that is moved in between is neither missed nor read twice.
+        if let Ok(mut older) = File::open(path.with_file_name("access.log.1"))
+            && older.metadata().unwrap().ino() != current.metadata().unwrap().ino()
+        {
+            older.read_to_string(&mut text).unwrap();
+        }
+        current.read_to_string(&mut text).unwrap();
         text.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect()
     }
 

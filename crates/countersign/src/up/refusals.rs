@@ -11,6 +11,7 @@ use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 
 use super::mesh::{Mesh, Running};
+use super::rotate::previous;
 
 /// How much of an access log's end is looked at, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -78,8 +79,15 @@ fn name_of(mesh: &Mesh, address: SocketAddr) -> Option<String> {
     mesh.workloads().into_iter().find(|(_, w)| w.addresses.contains(&address.ip())).map(|(name, _)| name)
 }
 
-/// The refusals at the end of an access log. What cannot be read is none.
+/// The refusals at the end of an access log and of the part of it that was moved aside. What cannot be read is none.
 fn refused_lines(log: &Path) -> Vec<Line> {
+    let text = end_of(&previous(log)) + &end_of(log);
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
+    lines.filter(|line| line.mode == "refused").collect()
+}
+
+/// The last [`MAX_BYTES`] of a file; empty when it cannot be read.
+fn end_of(log: &Path) -> String {
     let read = || {
         let mut file = File::open(log)?;
         let start = file.metadata()?.len().saturating_sub(MAX_BYTES);
@@ -88,9 +96,7 @@ fn refused_lines(log: &Path) -> Vec<Line> {
         file.take(MAX_BYTES).read_to_end(&mut bytes)?;
         std::io::Result::Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
-    let text = read().unwrap_or_default();
-    let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
-    lines.filter(|line| line.mode == "refused").collect()
+    read().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -104,7 +110,9 @@ mod tests {
         let out = r#"{"direction":"outbound","mode":"refused","source":"10.86.0.11:5","destination":"10.86.0.10:8000","code":"not_allowed","reason":"me is not on the list","bytes_sent":0}"#;
         let inbound = r#"{"direction":"inbound","mode":"refused","source":"10.86.0.12:5","code":"not_mtls"}"#;
         let fine = r#"{"direction":"inbound","mode":"mtls","source":"10.86.0.12:5"}"#;
-        std::fs::write(&log, format!("{out}\n{fine}\n{out}\n{inbound}\nhalf a li")).unwrap();
+        // The log has grown long in between, and its first part lies beside it.
+        std::fs::write(previous(&log), format!("{out}\n{fine}\n")).unwrap();
+        std::fs::write(&log, format!("{out}\n{inbound}\nhalf a li")).unwrap();
         let name = |a: SocketAddr| (a.ip().to_string() == "10.86.0.10").then(|| "web".to_owned());
         assert_eq!(
             in_words(&refused_lines(&log), &name),

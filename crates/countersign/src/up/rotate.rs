@@ -1,7 +1,8 @@
 //! Keeps the logs of a mesh short: each has one predecessor, and neither grows without end.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -67,7 +68,31 @@ fn cut(log: &Path) -> std::io::Result<()> {
     copied.map(|_| ())
 }
 
-fn previous(log: &Path) -> PathBuf {
+/// A log from its older part on. Between the move and the sidecar's next line there is an older part alone.
+///
+/// # Errors
+/// Neither part can be read.
+pub(super) fn read(log: &Path) -> std::io::Result<String> {
+    // Opened before the older part is read: what is moved in between is neither missed nor read twice.
+    let current = File::open(log);
+    let mut text = String::new();
+    match (File::open(previous(log)), current) {
+        (Ok(mut older), Ok(mut current)) => {
+            if older.metadata()?.ino() != current.metadata()?.ino() {
+                older.read_to_string(&mut text)?;
+            }
+            current.read_to_string(&mut text)?;
+        }
+        (Ok(mut only), Err(_)) | (Err(_), Ok(mut only)) => {
+            only.read_to_string(&mut text)?;
+        }
+        (Err(_), Err(error)) => return Err(error),
+    }
+    Ok(text)
+}
+
+/// Where the older part of a log lies.
+pub(super) fn previous(log: &Path) -> PathBuf {
     let mut name = log.as_os_str().to_owned();
     name.push(".1");
     name.into()
@@ -91,5 +116,9 @@ mod tests {
         assert_eq!(std::fs::metadata(folder.path().join("web.log.1")).unwrap().len(), MOST + 1);
         assert!(!folder.path().join("short.log.1").exists());
         assert!(!moved(&log), "it is short again");
+        assert_eq!(read(&log).unwrap().len() as u64, MOST + 1 + 6, "both parts");
+        std::fs::remove_file(&log).unwrap();
+        assert_eq!(read(&log).unwrap().len() as u64, MOST + 1, "moved, and not opened anew yet");
+        assert!(read(&folder.path().join("none.log")).is_err());
     }
 }

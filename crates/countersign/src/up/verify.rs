@@ -432,7 +432,7 @@ fn requests(load: &[(Process, PathBuf)]) -> Result<String> {
 }
 
 fn lines(path: &Path) -> Result<Vec<Value>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = super::rotate::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     text.lines()
         .map(|l| serde_json::from_str(l).with_context(|| format!("{}: not JSON: {l}", path.display())))
         .collect()
