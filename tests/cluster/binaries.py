@@ -65,19 +65,27 @@ def build():
     major, minor = k8s[1:].split(".")[:2]
     stamp = " ".join(f"-X k8s.io/{p}.{k}={v}" for p in ("component-base/version", "client-go/pkg/version")
                      for k, v in (("gitVersion", k8s), ("gitMajor", major), ("gitMinor", minor), ("gitTreeState", "clean")))
-    for program in missing:
-        print(f"building {program}", flush=True)
-        fresh = out / f"{program}.new"
-        if program in KUBERNETES:
-            args, cwd = ["build", "-p", "2", "-ldflags", f"-s -w {stamp}", "-o", str(fresh), f"k8s.io/kubernetes/cmd/{program}"], "kubernetes"
-        elif program == "etcd":
-            args, cwd = ["build", "-p", "2", "-ldflags", "-s -w", "-o", str(fresh), "go.etcd.io/etcd/server/v3"], "etcd"
-        else:
-            args, cwd = ["install", "-p", "2", "-ldflags", "-s -w", f"github.com/coredns/coredns@{COREDNS}"], "."
-        sp.run([go_, *args], cwd=HERE / "programs" / cwd, env=env, check=True)
-        if program == "coredns":
-            (out / "bin" / "coredns").rename(fresh)
-        fresh.rename(out / program)
+    # All of one module in one command, so that one program is linked while the next is compiled.
+    fresh = out / "new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for module, flags, packages in (
+        ("kubernetes", f"-s -w {stamp}", {p: f"k8s.io/kubernetes/cmd/{p}" for p in KUBERNETES}),
+        ("etcd", "-s -w", {"etcd": "go.etcd.io/etcd/server/v3"}),
+    ):
+        wanted = [p for p in packages if p in missing]
+        if not wanted:
+            continue
+        print(f"building {', '.join(wanted)}", flush=True)
+        target = fresh if len(wanted) > 1 else fresh / wanted[0]
+        sp.run([go_, "build", "-ldflags", flags, "-o", str(target), *(packages[p] for p in wanted)], cwd=HERE / "programs" / module, env=env, check=True)
+        for program in wanted:
+            (fresh / program).rename(out / program)
+    if "coredns" in missing:
+        print("building coredns", flush=True)
+        sp.run([go_, "install", "-ldflags", "-s -w", f"github.com/coredns/coredns@{COREDNS}"], cwd=HERE / "programs", env=env, check=True)
+        (out / "bin" / "coredns").rename(out / "coredns")
+    fresh.rmdir()
     sp.run([go_, "clean", "-cache"], env=env, check=False)
     shutil.rmtree(cache, ignore_errors=True)
     return out
