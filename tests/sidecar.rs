@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use crate::metrics::http_get;
 use crate::support::roles::{Role, Server, TD, free_port};
-use crate::support::{Mesh, able, countersign, sh, wait_for};
+use crate::support::{Ended, Mesh, able, countersign, sh, wait_for};
 
 /// A fixed way in to `target` and a fixed way out to it, with identities of their own; not started yet.
 struct Pair {
@@ -295,7 +295,7 @@ fn an_app_is_told_who_calls_by_the_proxy_protocol() {
     std::fs::write(
         &conf,
         format!(
-            "daemon off; worker_processes 1; user root; error_log {place}/error.log; pid {place}/nginx.pid; events {{}}
+            "daemon off; master_process off; error_log {place}/error.log; pid {place}/nginx.pid; events {{}}
 http {{
   log_format who '$proxy_protocol_addr $request_uri'; access_log {} who;
   client_body_temp_path {place}/b; proxy_temp_path {place}/p; fastcgi_temp_path {place}/f; uwsgi_temp_path {place}/u;
@@ -306,7 +306,9 @@ http {{
         ),
     )
     .unwrap();
-    let mut nginx = std::process::Command::new(crate::support::path_of("nginx")).arg("-c").arg(&conf).spawn().unwrap();
+    // One process alone: a worker would outlive its master's kill.
+    let _nginx =
+        Ended(std::process::Command::new(crate::support::path_of("nginx")).arg("-c").arg(&conf).spawn().unwrap());
     let mut pair = pair(dir.path(), app);
     pair.way_in.extend(["--proxy-protocol".into(), app.to_string()]);
     let _in = Role::start(dir.path(), "in", &pair.way_in);
@@ -318,8 +320,6 @@ http {{
     wait_for("nginx's log", Duration::from_secs(10), || {
         std::fs::read_to_string(&log).is_ok_and(|t| t.contains("127.0.0.1 /who")).then_some(())
     });
-    nginx.kill().unwrap();
-    nginx.wait().unwrap();
 }
 
 #[test]

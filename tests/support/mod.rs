@@ -120,6 +120,16 @@ pub fn sha256(path: &Path) -> String {
     run(Command::new("sha256sum").arg(path)).split(' ').next().unwrap().to_owned()
 }
 
+/// A process that ends with its test, also when the test fails.
+pub struct Ended(pub Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A mesh that `countersign up` runs, taken down when dropped.
 pub struct Mesh {
     /// Its name.
