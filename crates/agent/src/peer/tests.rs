@@ -73,7 +73,7 @@ async fn a_caller_that_became_a_trusted_program_after_it_connected_is_refused() 
     let dir = tempfile::tempdir().unwrap();
     // The child of the connector asks on its connection; the connector itself becomes `sleep`, whose path an entry trusts.
     let script = format!(
-        "exec python3 -c \"{CONNECT}\nif not os.fork(): time.sleep(60)\n\
+        "exec python3 -c \"{CONNECT}\nif not os.fork(): s.recv(1); os._exit(0)\n\
          while not os.path.exists(os.environ['S'] + '.go'): time.sleep(0.01)\nos.execv('/bin/sleep', ['sleep', '60'])\""
     );
     let (stream, mut child) = caller(dir.path(), &script).await;
