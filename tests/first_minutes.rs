@@ -275,7 +275,9 @@ fn two_signals_at_once_leave_nothing() {
         Mesh::up("twice", "  - {name: deaf, command: [sh, -c, \"trap '' TERM; while :; do sleep 1; done\"]}\n");
     let pid = Pid::from_raw(mesh.pid());
     kill(pid, Signal::SIGINT).unwrap();
-    std::thread::sleep(Duration::from_millis(10));
+    wait_for("the first to be taken", Duration::from_secs(10), || {
+        mesh.said().contains("taking the mesh down").then_some(())
+    });
     let began = Instant::now();
     kill(pid, Signal::SIGTERM).unwrap();
     assert_eq!(mesh.ended(), 130, "{}", mesh.said());
