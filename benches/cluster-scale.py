@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""How quick and how large in a cluster: pods one by one, then many at once; from creation to entry, to ready, to the first
-mTLS byte; and the memory of each role.
+"""How quick and how large in a cluster: pods one by one, then many at once; from creation to entry, to ready, to the
+first mTLS byte; and the memory of each role.
 
   benches/cluster-scale.py [--pods 200]      in a cluster that `tests/cluster/run up` brought up
 """
@@ -12,22 +12,30 @@ import cluster, mesh  # noqa: E402
 from mesh import get, kubectl  # noqa: E402
 
 # As soon as it starts, the app asks a meshed service and says when it was answered.
-FIRST = ("import http.client,time\nwhile True:\n  try:\n    c=http.client.HTTPConnection('web.%s',8080,timeout=5); c.request('GET','/')\n"
-         "    assert c.getresponse().read()==b'ok'; print('first', time.time(), flush=True); break\n  except Exception as e: print(repr(e), flush=True)\ntime.sleep(1e6)")
+FIRST = ("import http.client,time\nwhile True:\n  try:\n"
+         "    c=http.client.HTTPConnection('web.%s',8080,timeout=5); c.request('GET','/')\n"
+         "    assert c.getresponse().read()==b'ok'; print('first', time.time(), flush=True); break\n"
+         "  except Exception as e: print(repr(e), flush=True)\ntime.sleep(1e6)")
 
 
 def parsed(stamp):
     return datetime.datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
+def is_ready(pod):
+    return all(c.get("ready") for c in pod["status"].get("containerStatuses", [{}]))
+
+
 def show(name, values):
     values = sorted(values)
     at = lambda q: values[min(len(values) - 1, int(q * len(values)))]
-    print(f"{name:34} n={len(values):4}  min {values[0]:6.2f}  p50 {statistics.median(values):6.2f}  p90 {at(.9):6.2f}  p99 {at(.99):6.2f}  max {values[-1]:6.2f} s")
+    print(f"{name:34} n={len(values):4}  min {values[0]:6.2f}  p50 {statistics.median(values):6.2f}"
+          f"  p90 {at(.9):6.2f}  p99 {at(.99):6.2f}  max {values[-1]:6.2f} s")
 
 
 def memory(role, selector, container):
-    """Memory of a role's processes in MiB: resident, its proportional share (a page that n processes map counts 1/n), anonymous."""
+    """Memory of a role's processes in MiB: resident, its proportional share (a page that n processes map counts 1/n),
+    anonymous."""
     out = []
     for pod in mesh.pods(mesh.NAMESPACE if role != "sidecar" else "scale", selector):
         node = mesh.node_of(pod["spec"]["nodeName"])
@@ -38,7 +46,8 @@ def memory(role, selector, container):
         status = node.run("cat", f"/proc/{pid}/smaps_rollup", stdout=-1, check=True).stdout
         field = lambda name: next(int(l.split()[1]) / 1024 for l in status.splitlines() if l.startswith(name))
         out.append([field(name) for name in ("Rss:", "Pss:", "Anonymous:")])
-    shown = "  ".join(f"{name} median {statistics.median(values):5.1f} max {max(values):5.1f}" for name, values in zip(("RSS", "PSS", "anonymous"), zip(*out)))
+    shown = "  ".join(f"{name} median {statistics.median(values):5.1f} max {max(values):5.1f}"
+                      for name, values in zip(("RSS", "PSS", "anonymous"), zip(*out)))
     print(f"{role:10} {len(out):4} processes, MiB: {shown}")
 
 
@@ -51,7 +60,7 @@ def main():
         began = time.time()
         app = mesh.deployment("many", ["python3", "-c", FIRST % web_ns], replicas=pods)
         kubectl("-n", ns, "apply", "-f", "-", input=app)
-        mesh.wait("all pods", lambda: len([p for p in mesh.pods(ns, "app=many") if all(c.get("ready") for c in p["status"].get("containerStatuses", [{}]))]) == pods, 900)
+        mesh.wait("all pods", lambda: sum(map(is_ready, mesh.pods(ns, "app=many"))) == pods, 900)
         print(f"{pods} pods at once on {len(cluster.NODES)} nodes: all ready after {time.time() - began:.1f} s")
         found = {p["metadata"]["name"]: p for p in mesh.pods(ns, "app=many")}
         created = {n: parsed(p["metadata"]["creationTimestamp"]) for n, p in found.items()}
@@ -67,7 +76,8 @@ def main():
             proxy = next(c for c in pod["status"]["initContainerStatuses"] if c["name"] == "countersign-proxy")
             app_began = parsed(pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])
             started.append(app_began - parsed(proxy["state"]["running"]["startedAt"]))
-            said = mesh.wait("its first answer", lambda: [l for l in mesh.logs(ns, name, "app").splitlines() if l.startswith("first ")], 60)
+            said = mesh.wait("its first answer",
+                             lambda: [l for l in mesh.logs(ns, name, "app").splitlines() if l.startswith("first ")], 60)
             first.append(float(said[0].split()[1]) - created[name])
         show("sidecar start to app start", started)
         show("creation to first mTLS byte", first)

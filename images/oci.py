@@ -5,7 +5,8 @@ ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def tar(files):
-    """A tar of (name, content, mode) that depends on nothing else: bytes make a file, None a folder, a string a link to it."""
+    """A tar of (name, content, mode) that depends on nothing else: bytes make a file, None a folder, a string a link to
+    it."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as t:
         for name, data, mode in files:
@@ -30,10 +31,11 @@ def archive(name, layer, config, compression=9):
                       "rootfs": {"type": "layers", "diff_ids": [digest(layer)]}})
     media = "application/vnd.oci.image."
     part = lambda kind, data: {"mediaType": media + kind, "digest": digest(data), "size": len(data)}
-    manifest = compact({"schemaVersion": 2, "mediaType": media + "manifest.v1+json", "config": part("config.v1+json", config),
-                        "layers": [part("layer.v1.tar+gzip", packed)]})
+    manifest = compact({"schemaVersion": 2, "mediaType": media + "manifest.v1+json",
+                        "config": part("config.v1+json", config), "layers": [part("layer.v1.tar+gzip", packed)]})
     named = part("manifest.v1+json", manifest)
-    named["annotations"] = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.rsplit(":", 1)[1]}
+    named["annotations"] = {"io.containerd.image.name": name,
+                            "org.opencontainers.image.ref.name": name.rsplit(":", 1)[1]}
     index = compact({"schemaVersion": 2, "mediaType": media + "index.v1+json", "manifests": [named]})
     blobs = sorted((digest(b).replace("sha256:", "blobs/sha256/"), b, 0o644) for b in (packed, config, manifest))
     return tar([("blobs", None, 0o755), ("blobs/sha256", None, 0o755), *blobs, ("index.json", index, 0o644),

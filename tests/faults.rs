@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -67,7 +67,19 @@ impl Capture {
         let file = folder.join("capture.pcap");
         let ns = format!("cs-{}-{workload}", mesh.name);
         let child = Command::new("ip")
-            .args(["netns", "exec", &ns, &path_of("tcpdump"), "-i", "eth0", "-U", "-Z", "root", "-w"])
+            .args([
+                "netns",
+                "exec",
+                &ns,
+                &path_of("tcpdump"),
+                "-i",
+                "eth0",
+                "--immediate-mode",
+                "-U",
+                "-Z",
+                "root",
+                "-w",
+            ])
             .arg(&file)
             .stderr(Stdio::null())
             .spawn()
@@ -78,12 +90,37 @@ impl Capture {
 
     /// Bytes captured, and whether these are among them.
     fn stop(mut self, needle: &str) -> (usize, bool) {
-        std::thread::sleep(Duration::from_millis(300));
+        // What the kernel has seen is in the file when it has not grown for a while.
+        let (mut last, mut since) = (0, Instant::now());
+        wait_for("the capture to be written", Duration::from_secs(10), || {
+            let now = std::fs::metadata(&self.file).unwrap().len();
+            if std::mem::replace(&mut last, now) != now {
+                since = Instant::now();
+            }
+            (since.elapsed() > Duration::from_millis(300)).then_some(())
+        });
         signal(self.child.id().try_into().unwrap(), Signal::SIGTERM);
         self.child.wait().unwrap();
         let bytes = std::fs::read(&self.file).unwrap();
         (bytes.len(), bytes.windows(needle.len()).any(|w| w == needle.as_bytes()))
     }
+}
+
+/// Waits until further connections have come through the server's sidecar.
+fn traffic_goes_on(mesh: &Mesh) {
+    let log = mesh.dir().join("sidecars/server/access.log");
+    let lines = || std::fs::read_to_string(&log).unwrap_or_default().lines().count();
+    let before = lines();
+    wait_for("traffic to go on", Duration::from_secs(20), || (lines() > before + 50).then_some(()));
+}
+
+/// Kills a process of the mesh, by what its command line holds, and waits until there is another.
+fn dies_and_comes_back(mesh: &Mesh, process: &str) {
+    let pid = mesh.process(process);
+    signal(pid, Signal::SIGKILL);
+    wait_for(&format!("{process} to be back"), Duration::from_secs(20), || {
+        (mesh.process(process) != pid).then_some(())
+    });
 }
 
 #[test]
@@ -93,10 +130,10 @@ fn server_and_agent_die_under_load_and_nobody_notices() {
     }
     let mesh = shop("die-control", "mode: strict\nsvid_ttl: 30s");
     let load = Load::start(&mesh, "client", 20, "");
-    std::thread::sleep(Duration::from_secs(3));
+    traffic_goes_on(&mesh);
     for role in ["countersign server", "countersign agent", "countersign server", "countersign agent"] {
-        signal(mesh.process(role), Signal::SIGKILL);
-        std::thread::sleep(Duration::from_secs(3));
+        dies_and_comes_back(&mesh, role);
+        traffic_goes_on(&mesh);
     }
     let report = load.report();
     assert_eq!(report["failed"], 0, "{report}");
@@ -124,10 +161,10 @@ fn a_sidecar_that_dies_leaks_nothing_and_comes_back() {
     let folder = tempfile::tempdir().unwrap();
     let capture = Capture::start(&mesh, "server", folder.path());
     let load = Load::start(&mesh, "client", 14, "?echo=canary-of-a-dying-sidecar");
-    std::thread::sleep(Duration::from_secs(2));
+    traffic_goes_on(&mesh);
     for sidecar in ["sidecars/server/admin.sock", "sidecars/client/admin.sock", "sidecars/server/admin.sock"] {
-        signal(mesh.process(sidecar), Signal::SIGKILL);
-        std::thread::sleep(Duration::from_secs(2));
+        dies_and_comes_back(&mesh, sidecar);
+        traffic_goes_on(&mesh);
     }
     let report = load.report();
     // While a sidecar is away its app's connections fail; they never go around it.
@@ -147,7 +184,7 @@ fn a_server_that_is_away_for_minutes_costs_nothing() {
     let away: u64 = std::env::var("COUNTERSIGN_AWAY_SECONDS").map_or(150, |s| s.parse().unwrap());
     let mesh = shop("away", "mode: strict\nsvid_ttl: 15m");
     let load = Load::start(&mesh, "client", away + 10, "");
-    std::thread::sleep(Duration::from_secs(3));
+    traffic_goes_on(&mesh);
     let server = mesh.process("countersign server");
     // Stopped, it accepts connections and answers nothing: worse than gone.
     signal(server, Signal::SIGSTOP);

@@ -6,6 +6,7 @@
 
 mod backup;
 mod bad_input;
+mod docs;
 mod faults;
 mod fidelity;
 mod first_minutes;

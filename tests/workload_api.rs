@@ -1,6 +1,7 @@
 //! Unmodified SPIFFE clients get their SVID from the agent and follow its rotation: `PyPI`'s and crates.io's.
 
 use std::collections::HashSet;
+use std::io::{BufRead, BufReader};
 use std::process::Command;
 use std::time::Duration;
 
@@ -123,12 +124,14 @@ fn a_caller_without_an_entry_is_refused_and_a_withdrawn_one_is_told() {
     assert_eq!(code, 1);
     assert!(said.contains("no identity issued: attested unix:gid:12345, unix:uid:12345; the closest entry, `spiffe://test.local/me`, also needs unix:uid:0"), "{said}");
     // One that watches is told when its entry goes.
-    let watch = crate::support::countersign(&["x509", "watch", "--socket", &socket])
-        .stdout(std::process::Stdio::null())
+    let mut watch = crate::support::countersign(&["x509", "watch", "--socket", &socket])
+        .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(Duration::from_millis(500));
+    let (mut told, mut first) = (BufReader::new(watch.stdout.take().unwrap()), String::new());
+    told.read_line(&mut first).unwrap();
+    assert!(first.contains("spiffe://test.local/me"), "{first}");
     let id = server.json(&["entry", "show"])[0]["id"].as_str().unwrap().to_owned();
     server.json(&["entry", "delete", "--id", &id]);
     let output = watch.wait_with_output().unwrap();
@@ -137,7 +140,7 @@ fn a_caller_without_an_entry_is_refused_and_a_withdrawn_one_is_told() {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    assert!(agent.log().contains("caller attested"));
+    wait_for("the agent's log", Duration::from_secs(10), || agent.log().contains("caller attested").then_some(()));
     let status: serde_json::Value = serde_json::from_str(&run(&mut crate::support::countersign(&[
         "status", "--output", "json", "--socket", &socket,
     ])))

@@ -10,7 +10,8 @@ KUBERNETES = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "ku
 
 
 def version(module, path):
-    line = next(l for l in (HERE / "programs" / module / "go.mod").read_text().splitlines() if f"{path} v" in l and "//" not in l)
+    line = next(l for l in (HERE / "programs" / module / "go.mod").read_text().splitlines() if f"{path} v" in l
+                and "//" not in l)
     return line.split()[-1]
 
 
@@ -23,7 +24,8 @@ def key():
 def go():
     """A Go that is new enough: the machine's own, or the toolchain that Go's module proxy serves."""
     have = shutil.which("go")
-    if have and tuple(int(n) for n in sp.check_output([have, "env", "GOVERSION"], text=True).strip()[2:].split(".")[:2]) >= (1, 24):
+    if have and tuple(int(n) for n in sp.check_output([have, "env", "GOVERSION"],
+                                                      text=True).strip()[2:].split(".")[:2]) >= (1, 24):
         return have
     root = CACHE / f"go-{GO}"
     if not (root / "bin" / "go").exists():
@@ -58,13 +60,14 @@ def build():
     if not missing:
         return out
     cache = out / "go-build"
-    env = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(cache), "GOFLAGS": "-trimpath -buildvcs=false", "GOTOOLCHAIN": "local",
-           "GOBIN": str(out / "bin")}
+    env = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(cache), "GOFLAGS": "-trimpath -buildvcs=false",
+           "GOTOOLCHAIN": "local", "GOBIN": str(out / "bin")}
     go_ = go()
     k8s = version("kubernetes", "k8s.io/kubernetes")
     major, minor = k8s[1:].split(".")[:2]
     stamp = " ".join(f"-X k8s.io/{p}.{k}={v}" for p in ("component-base/version", "client-go/pkg/version")
-                     for k, v in (("gitVersion", k8s), ("gitMajor", major), ("gitMinor", minor), ("gitTreeState", "clean")))
+                     for k, v in (("gitVersion", k8s), ("gitMajor", major), ("gitMinor", minor),
+                                  ("gitTreeState", "clean")))
     # All of one module in one command, so that one program is linked while the next is compiled.
     fresh = out / "new"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -78,12 +81,14 @@ def build():
             continue
         print(f"building {', '.join(wanted)}", flush=True)
         target = fresh if len(wanted) > 1 else fresh / wanted[0]
-        sp.run([go_, "build", "-ldflags", flags, "-o", str(target), *(packages[p] for p in wanted)], cwd=HERE / "programs" / module, env=env, check=True)
+        sp.run([go_, "build", "-ldflags", flags, "-o", str(target), *(packages[p] for p in wanted)],
+               cwd=HERE / "programs" / module, env=env, check=True)
         for program in wanted:
             (fresh / program).rename(out / program)
     if "coredns" in missing:
         print("building coredns", flush=True)
-        sp.run([go_, "install", "-ldflags", "-s -w", f"github.com/coredns/coredns@{COREDNS}"], cwd=HERE / "programs", env=env, check=True)
+        sp.run([go_, "install", "-ldflags", "-s -w", f"github.com/coredns/coredns@{COREDNS}"], cwd=HERE / "programs",
+               env=env, check=True)
         (out / "bin" / "coredns").rename(out / "coredns")
     fresh.rmdir()
     sp.run([go_, "clean", "-cache"], env=env, check=False)
@@ -99,8 +104,10 @@ def helm(version):
             shutil.rmtree(old, ignore_errors=True)
     if not (out / "helm").exists():
         print(f"building helm {version}", flush=True)
-        env = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(out / "go-build"), "GOFLAGS": "-trimpath -buildvcs=false", "GOTOOLCHAIN": "local", "GOBIN": str(out / "bin")}
-        sp.run([go(), "install", "-p", "2", "-ldflags", "-s -w", f"helm.sh/helm/{version.split('.')[0]}/cmd/helm@{version}"], env=env, check=True)
+        env = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(out / "go-build"),
+               "GOFLAGS": "-trimpath -buildvcs=false", "GOTOOLCHAIN": "local", "GOBIN": str(out / "bin")}
+        sp.run([go(), "install", "-p", "2", "-ldflags", "-s -w",
+                f"helm.sh/helm/{version.split('.')[0]}/cmd/helm@{version}"], env=env, check=True)
         shutil.rmtree(out / "go-build", ignore_errors=True)
         (out / "bin" / "helm").rename(out / "helm")
     return out / "helm"

@@ -1,8 +1,8 @@
 """A real Kubernetes of two nodes on this machine.
 
-Each node is a set of namespaces (network, mount, PID) with its own containerd, kubelet and kube-proxy; the first one also
-runs etcd, the control plane and DNS. The nodes' links meet in a bridge in a network namespace of its own: nothing listens
-on the machine itself. One state folder holds everything; `down` ends what `up` started and leaves nothing.
+Each node is a set of namespaces (network, mount, PID) with its own containerd, kubelet and kube-proxy; the first one
+also runs etcd, the control plane and DNS. The nodes' links meet in a bridge in a network namespace of its own: nothing
+listens on the machine itself. One state folder holds everything; `down` ends what `up` started and leaves nothing.
 """
 import json, os, pathlib, shutil, signal, subprocess as sp, time
 
@@ -54,7 +54,8 @@ def pki():
     sh(f"openssl req -x509 {key} -days 30 -keyout ca.key -out ca.crt -subj /CN=test-cluster", **quiet)
     sh("openssl genrsa -out sa.key 2048", **quiet)
     names = {
-        "apiserver": ("/CN=kube-apiserver", "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,IP:10.89.0.1,IP:10.91.0.1"),
+        "apiserver": ("/CN=kube-apiserver",
+                      "DNS:kubernetes,DNS:kubernetes.default,DNS:kubernetes.default.svc,IP:10.89.0.1,IP:10.91.0.1"),
         "admin": ("/O=system:masters/CN=admin", "DNS:admin"),
         "controller-manager": ("/CN=system:kube-controller-manager", "DNS:controller-manager"),
         "scheduler": ("/CN=system:kube-scheduler", "DNS:scheduler"),
@@ -64,19 +65,21 @@ def pki():
         **{n.name: (f"/O=system:nodes/CN=system:node:{n.name}", f"DNS:{n.name},IP:{n.ip}") for n in NODES},
     }
     for name, (subject, san) in names.items():
-        sh(f"openssl req {key} -keyout {name}.key -out {name}.csr -subj {subject} && openssl x509 -req -in {name}.csr -CA ca.crt"
-           f" -CAkey ca.key -CAcreateserial -days 30 -out {name}.crt"
+        sh(f"openssl req {key} -keyout {name}.key -out {name}.csr -subj {subject} &&"
+           f" openssl x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -out {name}.crt"
            f" -extfile <(printf 'subjectAltName={san}\\nextendedKeyUsage=serverAuth,clientAuth\\n')", **quiet)
         (p / f"{name}.conf").write_text(json.dumps({
             "apiVersion": "v1", "kind": "Config", "current-context": "x",
             "clusters": [{"name": "c", "cluster": {"server": API, "certificate-authority": str(p / "ca.crt")}}],
-            "users": [{"name": "u", "user": {"client-certificate": str(p / f"{name}.crt"), "client-key": str(p / f"{name}.key")}}],
+            "users": [{"name": "u",
+                       "user": {"client-certificate": str(p / f"{name}.crt"), "client-key": str(p / f"{name}.key")}}],
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}]}))
     return p
 
 
 def network():
-    sh(f"ip netns add {FABRIC}; ip -n {FABRIC} link add br0 type bridge; ip -n {FABRIC} link set br0 up; ip -n {FABRIC} link set lo up")
+    sh(f"ip netns add {FABRIC}; ip -n {FABRIC} link add br0 type bridge; ip -n {FABRIC} link set br0 up;"
+       f" ip -n {FABRIC} link set lo up")
     for n in NODES:
         sh(f"""ip netns add {n.netns}; ip -n {n.netns} link set lo up
                ip -n {n.netns} link add eth0 type veth peer name {n.name} netns {FABRIC}
@@ -102,7 +105,8 @@ def programs(n, bins, p):
 root = "{n.dir}/containerd"
 state = "/run/containerd"
 oom_score = 0
-disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper"]
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
+                    "io.containerd.snapshotter.v1.devmapper"]
 [grpc]
   address = "/run/containerd/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
@@ -116,14 +120,19 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 """)
     (n.dir / "kubelet.yaml").write_text(json.dumps({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
-        "authentication": {"anonymous": {"enabled": False}, "webhook": {"enabled": True, "cacheTTL": "2s"}, "x509": {"clientCAFile": f"{p}/ca.crt"}},
+        "authentication": {"anonymous": {"enabled": False}, "webhook": {"enabled": True, "cacheTTL": "2s"},
+                           "x509": {"clientCAFile": f"{p}/ca.crt"}},
         "authorization": {"mode": "Webhook", "webhook": {"cacheAuthorizedTTL": "2s", "cacheUnauthorizedTTL": "2s"}},
         "tlsCertFile": f"{p}/{n.name}.crt", "tlsPrivateKeyFile": f"{p}/{n.name}.key",
-        "cgroupDriver": "cgroupfs", "cgroupRoot": cgroup, "cgroupsPerQOS": True, "enforceNodeAllocatable": [], "failCgroupV1": False,
-        "failSwapOn": False, "clusterDomain": DNS_DOMAIN, "clusterDNS": ["10.89.0.1"], "resolvConf": f"{STATE}/resolv.conf",
+        "cgroupDriver": "cgroupfs", "cgroupRoot": cgroup, "cgroupsPerQOS": True, "enforceNodeAllocatable": [],
+        "failCgroupV1": False,
+        "failSwapOn": False, "clusterDomain": DNS_DOMAIN, "clusterDNS": ["10.89.0.1"],
+        "resolvConf": f"{STATE}/resolv.conf",
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock", "imageGCHighThresholdPercent": 100,
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%", "nodefs.inodesFree": "1%"},
-        "maxPods": 250, "syncFrequency": "10s", "nodeStatusUpdateFrequency": "4s", "registryPullQPS": 0, "kubeAPIQPS": 100, "kubeAPIBurst": 200,
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%",
+                         "nodefs.inodesFree": "1%"},
+        "maxPods": 250, "syncFrequency": "10s", "nodeStatusUpdateFrequency": "4s", "registryPullQPS": 0,
+        "kubeAPIQPS": 100, "kubeAPIBurst": 200,
         "podPidsLimit": -1, "serializeImagePulls": False, "localStorageCapacityIsolation": False}))
     control = []
     if n.number == 1:
@@ -139,7 +148,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 """)
         control = [
             ["etcd", f"{bins}/etcd", f"--data-dir={n.dir}/etcd", "--listen-client-urls=http://127.0.0.1:2379",
-             "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380", "--unsafe-no-fsync"],
+             "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380",
+             "--unsafe-no-fsync"],
             ["kube-apiserver", f"{bins}/kube-apiserver", "--etcd-servers=http://127.0.0.1:2379", "--secure-port=6443",
              f"--bind-address={n.ip}", f"--advertise-address={n.ip}", f"--client-ca-file={p}/ca.crt",
              f"--tls-cert-file={p}/apiserver.crt", f"--tls-private-key-file={p}/apiserver.key",
@@ -150,9 +160,10 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
              "--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP",
              "--enable-admission-plugins=NodeRestriction"],
             ["kube-controller-manager", f"{bins}/kube-controller-manager", f"--kubeconfig={p}/controller-manager.conf",
-             "--use-service-account-credentials", f"--service-account-private-key-file={p}/sa.key", f"--root-ca-file={p}/ca.crt",
-             f"--cluster-signing-cert-file={p}/ca.crt", f"--cluster-signing-key-file={p}/ca.key", "--leader-elect=false",
-             "--kube-api-qps=200", "--kube-api-burst=400", "--node-monitor-grace-period=40s"],
+             "--use-service-account-credentials", f"--service-account-private-key-file={p}/sa.key",
+             f"--root-ca-file={p}/ca.crt",
+             f"--cluster-signing-cert-file={p}/ca.crt", f"--cluster-signing-key-file={p}/ca.key",
+             "--leader-elect=false", "--kube-api-qps=200", "--kube-api-burst=400", "--node-monitor-grace-period=40s"],
             ["kube-scheduler", f"{bins}/kube-scheduler", f"--kubeconfig={p}/scheduler.conf", "--leader-elect=false",
              "--kube-api-qps=200", "--kube-api-burst=400"],
             ["coredns", f"{bins}/coredns", f"-conf={STATE}/Corefile"],
@@ -162,7 +173,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         ["kubelet", f"{bins}/kubelet", f"--kubeconfig={p}/{n.name}.conf", f"--config={n.dir}/kubelet.yaml",
          f"--hostname-override={n.name}", f"--node-ip={n.ip}"],
         ["kube-proxy", f"{bins}/kube-proxy", f"--kubeconfig={p}/kube-proxy.conf", "--cluster-cidr=10.90.0.0/16",
-         f"--hostname-override={n.name}", "--proxy-mode=iptables", "--conntrack-max-per-core=0", "--iptables-min-sync-period=100ms"],
+         f"--hostname-override={n.name}", "--proxy-mode=iptables", "--conntrack-max-per-core=0",
+         "--iptables-min-sync-period=100ms"],
     ]
 
 
@@ -178,7 +190,8 @@ def wait(what, seconds, look):
 
 def operators(*command):
     """A command where the cluster's administrator would run it: within reach of the API server, with KUBECONFIG."""
-    return ["nsenter", f"--net=/run/netns/{NODES[0].netns}", "env", f"KUBECONFIG={STATE}/pki/admin.conf", *map(str, command)]
+    return ["nsenter", f"--net=/run/netns/{NODES[0].netns}", "env", f"KUBECONFIG={STATE}/pki/admin.conf",
+            *map(str, command)]
 
 
 def kubectl_command(*args):
@@ -212,21 +225,25 @@ def up(images):
                 group.mkdir(exist_ok=True)
                 for file in ("cpuset.cpus", "cpuset.mems") if controller.name == "cpuset" else ():
                     (group / file).write_text((controller / file).read_text())
-        outer = sp.Popen(["nsenter", f"--net=/run/netns/{n.netns}", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+        outer = sp.Popen(["nsenter", f"--net=/run/netns/{n.netns}", "unshare", "--mount", "--pid", "--fork",
+                          "--kill-child", "--mount-proc",
                           str(HERE / "node"), str(n.dir)], start_new_session=True, stdin=sp.DEVNULL,
                          stdout=open(n.dir / "out", "w"), stderr=sp.STDOUT)
         (n.dir / "outer").write_text(str(outer.pid))
         child = lambda: pathlib.Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
         (n.dir / "init").write_text(wait(f"{n.name}'s first process", 10, child)[0])
     for n in NODES:
-        wait(f"{n.name}'s containerd", 30, lambda n=n: n.run("ctr", "version", stdout=sp.DEVNULL, stderr=sp.DEVNULL).returncode == 0)
+        wait(f"{n.name}'s containerd", 30,
+             lambda n=n: n.run("ctr", "version", stdout=sp.DEVNULL, stderr=sp.DEVNULL).returncode == 0)
         for image in images:
             load(n, image)
     wait("the API server", 60, lambda: kubectl("get", "--raw", "/readyz", check=False).returncode == 0)
     kubectl("create", "clusterrolebinding", "coredns", "--clusterrole=view", "--user=coredns")
-    kubectl("create", "clusterrole", "coredns", "--verb=list,watch", "--resource=namespaces,endpointslices.discovery.k8s.io,services,pods")
+    kubectl("create", "clusterrole", "coredns", "--verb=list,watch",
+            "--resource=namespaces,endpointslices.discovery.k8s.io,services,pods")
     kubectl("create", "clusterrolebinding", "coredns-more", "--clusterrole=coredns", "--user=coredns")
-    ready = lambda: kubectl("get", "nodes", "-o", "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}", check=False).stdout
+    ready = lambda: kubectl("get", "nodes", "-o", "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}",
+                            check=False).stdout
     wait("both nodes", 90, lambda: ready().split() == ["True"] * len(NODES))
 
 
@@ -250,7 +267,8 @@ def down():
             except (FileNotFoundError, ProcessLookupError):
                 pass
     for n in NODES:
-        groups = [g for c in CGROUPS.glob(f"*/csk-{n.name}") for g in [*sorted(c.rglob("*/"), key=lambda g: -len(str(g))), c]]
+        groups = [g for c in CGROUPS.glob(f"*/csk-{n.name}")
+                  for g in [*sorted(c.rglob("*/"), key=lambda g: -len(str(g))), c]]
         for _ in range(100):
             groups = [g for g in groups if g.exists() and not removed(g)]
             if not groups:

@@ -1,4 +1,5 @@
-"""The images that the suite runs: Countersign's own, a pause container, and a box of this machine's own unmodified programs."""
+"""The images that the suite runs: Countersign's own, a pause container, and a box of this machine's own unmodified
+programs."""
 import pathlib, shutil, subprocess as sp, sys, tempfile
 
 HERE = pathlib.Path(__file__).parent
@@ -8,7 +9,8 @@ import oci  # noqa: E402
 
 COUNTERSIGN = "docker.io/countersign/countersign:test"
 BOX = "docker.io/countersign-test/box:1"
-PROGRAMS = ["bash", "sh", "cat", "ls", "sleep", "env", "id", "head", "tail", "sha256sum", "dd", "mkdir", "date", "true", "seq", "kill", "touch", "grep",
+PROGRAMS = ["bash", "sh", "cat", "ls", "sleep", "env", "id", "head", "tail", "sha256sum", "dd", "mkdir", "date",
+            "true", "seq", "kill", "touch", "grep",
             "curl", "nginx", "redis-server", "redis-cli", "redis-benchmark", "python3"]
 PAUSE = "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n"
 
@@ -18,7 +20,8 @@ def pause(out):
         (pathlib.Path(d) / "pause.c").write_text(PAUSE)
         sp.run(["cc", "-static", "-Os", "-s", "-o", f"{d}/pause", f"{d}/pause.c"], check=True)
         layer = oci.tar([("pause", (pathlib.Path(d) / "pause").read_bytes(), 0o755)])
-    out.write_bytes(oci.archive("docker.io/countersign-test/pause:1", layer, {"Entrypoint": ["/pause"], "User": "65535:65535"}))
+    out.write_bytes(oci.archive("docker.io/countersign-test/pause:1", layer,
+                                {"Entrypoint": ["/pause"], "User": "65535:65535"}))
 
 
 def closure(paths):
@@ -40,7 +43,8 @@ def box(out):
     files = closure(found)
     for library in pathlib.Path("/usr/lib").glob("python3*/lib-dynload/*.so"):
         files.update(closure([library]))
-    for tree in [*pathlib.Path("/usr/lib").glob("python3.[0-9]*"), postgres.parent, pathlib.Path("/usr/share/postgresql"), pathlib.Path("/etc/nginx")]:
+    for tree in [*pathlib.Path("/usr/lib").glob("python3.[0-9]*"), postgres.parent,
+                 pathlib.Path("/usr/share/postgresql"), pathlib.Path("/etc/nginx")]:
         skip = {"__pycache__", "test", "tests", "idlelib", "lib2to3", "bitcode", "dist-packages"}
         for file in tree.rglob("*"):
             if file.is_file() and not skip.intersection(file.parts):
@@ -52,11 +56,15 @@ def box(out):
                   "/etc/nsswitch.conf": b"hosts: files dns\n"})
     usr = lambda path: "usr" + path if path.startswith(("/bin/", "/sbin/", "/lib/", "/lib64/")) else path.lstrip("/")
     placed = {usr(path): data for path, data in files.items()}
-    folders = {"/".join(p.split("/")[:i]) for p in placed for i in range(1, p.count("/") + 1)} | {"tmp", "run", "var", "var/log", "var/log/nginx", "var/lib", "var/lib/nginx"}
+    folders = {"/".join(p.split("/")[:i]) for p in placed for i in range(1, p.count("/") + 1)} | {
+        "tmp", "run", "var", "var/log", "var/log/nginx", "var/lib", "var/lib/nginx"}
     links = [(n, f"usr/{n}", 0o777) for n in ("bin", "sbin", "lib", "lib64")]
-    entries = [(f, None, 0o1777 if f in ("tmp", "run", "var/log/nginx", "var/lib/nginx") else 0o755) for f in sorted(folders)]
-    entries += links + [(p, placed[p], 0o755 if "/bin/" in f"/{p}" or ".so" in p or "sbin/" in p else 0o644) for p in sorted(placed)]
-    out.write_bytes(oci.archive(BOX, oci.tar(entries), {"Env": ["PATH=/usr/bin:/usr/sbin:" + str(postgres)], "Cmd": ["/bin/sleep", "infinity"]}, 1))
+    entries = [(f, None, 0o1777 if f in ("tmp", "run", "var/log/nginx", "var/lib/nginx") else 0o755)
+               for f in sorted(folders)]
+    entries += links + [(p, placed[p], 0o755 if "/bin/" in f"/{p}" or ".so" in p or "sbin/" in p else 0o644)
+                        for p in sorted(placed)]
+    out.write_bytes(oci.archive(BOX, oci.tar(entries), {"Env": ["PATH=/usr/bin:/usr/sbin:" + str(postgres)],
+                                                        "Cmd": ["/bin/sleep", "infinity"]}, 1))
 
 
 def build(folder):

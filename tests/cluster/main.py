@@ -3,7 +3,8 @@ import pathlib, sys, tempfile, unittest
 
 import cluster, images, mesh
 
-SUITE = [f"suite.test_{name}" for name in ("bootstrap", "injection", "identity", "traffic", "operator", "faults", "rotation", "plain", "uninstall", "helm", "guide")]
+SUITE = [f"suite.test_{name}" for name in ("bootstrap", "injection", "identity", "traffic", "operator", "faults",
+                                           "rotation", "plain", "uninstall", "helm", "guide")]
 
 
 def up():
@@ -18,7 +19,8 @@ def report():
     for pod in mesh.pods(mesh.NAMESPACE, "app.kubernetes.io/name=countersign"):
         for container in pod["spec"]["containers"]:
             print(f"--- {pod['metadata']['name']} {container['name']}")
-            print(cluster.kubectl("-n", mesh.NAMESPACE, "logs", pod["metadata"]["name"], "-c", container["name"], "--tail=15", check=False).stdout)
+            print(cluster.kubectl("-n", mesh.NAMESPACE, "logs", pod["metadata"]["name"], "-c", container["name"],
+                                  "--tail=15", check=False).stdout)
 
 
 def main(args):
@@ -26,7 +28,8 @@ def main(args):
         return cluster.down()
     if args[:1] == ["up"]:
         up()
-        print(f"KUBECONFIG={cluster.STATE}/pki/admin.conf, from inside: nsenter --net=/run/netns/{cluster.NODES[0].netns} kubectl …")
+        print(f"KUBECONFIG={cluster.STATE}/pki/admin.conf, from inside:"
+              f" nsenter --net=/run/netns/{cluster.NODES[0].netns} kubectl …")
         return None
     keep = "--keep" in args
     tests = [a for a in args if a != "--keep"] or SUITE

@@ -16,7 +16,8 @@ spec:
   accessModes: [ReadWriteOnce]
   storageClassName: local
   local: {path: /var/lib/countersign}
-  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [node1]}]}]}}
+  nodeAffinity:
+    required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [node1]}]}]}
 """
 
 
@@ -29,7 +30,8 @@ def binary():
 
 def manifests(*settings):
     args = [a for s in (f"image.name={images.COUNTERSIGN}", "image.pullPolicy=Never", "clusterName=test",
-                        "server.persistence.storageClass=local", "mesh.mode=strict", "mesh.allowExceptions=lists,excepted", *settings) for a in ("--set", s)]
+                        "server.persistence.storageClass=local", "mesh.mode=strict",
+                        "mesh.allowExceptions=lists,excepted", *settings) for a in ("--set", s)]
     return sp.check_output([binary(), "install", *args], text=True)
 
 
@@ -80,7 +82,8 @@ def run_in(namespace, pod, *command, container="app", check=True, timeout=60):
 
 
 def agent_on(node):
-    return next(p["metadata"]["name"] for p in pods(NAMESPACE, "app.kubernetes.io/component=agent") if p["spec"]["nodeName"] == node)
+    return next(p["metadata"]["name"] for p in pods(NAMESPACE, "app.kubernetes.io/component=agent")
+                if p["spec"]["nodeName"] == node)
 
 
 def agent_status(node):
@@ -91,7 +94,8 @@ def agent_status(node):
 
 def server(*command):
     """An operator's command against the server, over its Unix socket."""
-    return run_in(NAMESPACE, "countersign-server-0", "/countersign", *command, "--socket=/run/countersign/server/server.sock", container="server")
+    return run_in(NAMESPACE, "countersign-server-0", "/countersign", *command,
+                  "--socket=/run/countersign/server/server.sock", container="server")
 
 
 def node_of(name):
@@ -104,14 +108,16 @@ def namespace(name, inject=True, mode=None):
     label = "{countersign.dev/inject: enabled}" if inject else "{}"
     note = f"{{countersign.dev/mode: {mode}}}" if mode else "{}"
     apply(f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {label}, annotations: {note}}}")
-    wait("the namespace's service account", lambda: kubectl("-n", name, "get", "sa", "default", check=False).returncode == 0)
+    wait("the namespace's service account",
+         lambda: kubectl("-n", name, "get", "sa", "default", check=False).returncode == 0)
     try:
         yield name
     finally:
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-def deployment(name, command, image=images.BOX, replicas=1, port=None, labels="", spec="", container="", account="default", grace=1):
+def deployment(name, command, image=images.BOX, replicas=1, port=None, labels="", spec="", container="",
+               account="default", grace=1):
     """A Deployment and, with a port, its Service: nothing in it knows of the mesh."""
     service = f"""
 ---
@@ -145,8 +151,9 @@ spec:
 
 
 # An unmodified nginx that needs no root and answers `ok`; one shell command.
-NGINX = ("echo 'pid /tmp/p; error_log stderr; events {} http { access_log off; client_body_temp_path /tmp/c; proxy_temp_path /tmp/x;"
-         " fastcgi_temp_path /tmp/f; uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s; server { listen 8080; location / { return 200 ok; } } }'"
+NGINX = ("echo 'pid /tmp/p; error_log stderr; events {} http { access_log off; client_body_temp_path /tmp/c;"
+         " proxy_temp_path /tmp/x; fastcgi_temp_path /tmp/f; uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s;"
+         " server { listen 8080; location / { return 200 ok; } } }'"
          " > /tmp/n.conf; exec nginx -c /tmp/n.conf -g 'daemon off;'")
 
 
@@ -173,7 +180,8 @@ def capture(filter_="tcp"):
         for n in NODES:
             for link in ("cni0", "eth0"):
                 file = f"{folder}/{n.name}-{link}.pcap"
-                tcpdump = sp.Popen(["nsenter", f"--net=/run/netns/{n.netns}", "tcpdump", "--immediate-mode", "-i", link, "-s", "0", "-U", "-Z", "root", "-w", file, filter_],
+                tcpdump = sp.Popen(["nsenter", f"--net=/run/netns/{n.netns}", "tcpdump", "--immediate-mode", "-i",
+                                    link, "-s", "0", "-U", "-Z", "root", "-w", file, filter_],
                                    stdout=sp.DEVNULL, stderr=sp.PIPE, text=True)
                 line = tcpdump.stderr.readline()
                 assert "listening" in line, line

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each story uses its part
 
+pub mod pages;
+pub mod reader;
 pub mod roles;
 
 use std::fs::File;

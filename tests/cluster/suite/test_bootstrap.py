@@ -23,10 +23,13 @@ class Bootstrap(unittest.TestCase):
         self.assertIn("emptyDir", volumes["socket"])
 
     def test_the_control_plane_and_the_sidecar_meet_pod_security_restricted(self):
-        # A meshed pod as a whole does not: its redirect needs NET_ADMIN, and the folder of the agent's socket is the node's.
+        # A meshed pod as a whole does not: its redirect needs NET_ADMIN, and the folder of the agent's socket is the
+        # node's.
         without_folder = lambda spec: {**spec, "volumes": [v for v in spec.get("volumes", []) if "hostPath" not in v]}
-        apply = lambda ns, name, spec: kubectl("-n", ns, "create", "--dry-run=server", "-f", "-", check=False, input=json.dumps(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": {**spec, "serviceAccountName": "default"}}))
+        apply = lambda ns, name, spec: kubectl(
+            "-n", ns, "create", "--dry-run=server", "-f", "-", check=False,
+            input=json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+                              "spec": {**spec, "serviceAccountName": "default"}}))
         with mesh.namespace("restricted", inject=False) as ns, mesh.namespace("sample") as sample:
             kubectl("label", "namespace", ns, "pod-security.kubernetes.io/enforce=restricted")
             server = get("-n", NAMESPACE, "statefulset", "countersign-server")["spec"]["template"]["spec"]
@@ -57,14 +60,18 @@ class Bootstrap(unittest.TestCase):
     def test_13_no_tcp_port_of_the_server_takes_an_operators_call(self):
         pod = get("-n", NAMESPACE, "pod", "countersign-server-0")
         inside = mesh.node_of(pod["spec"]["nodeName"])
-        listening = inside.run("nsenter", "-t", self.pid_of(pod, inside), "-n", "ss", "-Hltn", stdout=sp.PIPE, check=True).stdout
+        listening = inside.run("nsenter", "-t", self.pid_of(pod, inside), "-n", "ss", "-Hltn", stdout=sp.PIPE,
+                               check=True).stdout
         ports = {int(line.split()[3].rsplit(":", 1)[1]) for line in listening.splitlines()}
         self.assertEqual(ports, {8081, 9464, 9465}, "agents, and two pages of metrics")
         with mesh.namespace("no-admin", inject=False) as ns:
             mesh.deploy(ns, mesh.deployment("caller", ["sleep", "infinity"]))
-            # HTTP/2 over TLS 1.3 without a certificate, a gRPC call without a body: CountEntries is refused to strangers.
-            call = ["curl", "-skS", "--http2-prior-knowledge", "--tlsv1.3", "-o", "/dev/null", "-D", "-", "-X", "POST", "-H", "content-type: application/grpc",
-                    "-H", "te: trailers", "--data-binary", "@/tmp/empty", f"https://{pod['status']['podIP']}:8081/spire.api.server.entry.v1.Entry/CountEntries"]
+            # HTTP/2 over TLS 1.3 without a certificate, a gRPC call without a body: CountEntries is refused to
+            # strangers.
+            call = ["curl", "-skS", "--http2-prior-knowledge", "--tlsv1.3", "-o", "/dev/null", "-D", "-", "-X", "POST",
+                    "-H", "content-type: application/grpc",
+                    "-H", "te: trailers", "--data-binary", "@/tmp/empty",
+                    f"https://{pod['status']['podIP']}:8081/spire.api.server.entry.v1.Entry/CountEntries"]
             mesh.run_in(ns, mesh.pod_of(ns, "caller"), "python3", "-c", "open('/tmp/empty','wb').write(bytes(5))")
             answer = mesh.run_in(ns, mesh.pod_of(ns, "caller"), *call)
             self.assertRegex(answer.lower(), r"grpc-status: (7|16)")
@@ -87,12 +94,15 @@ class Bootstrap(unittest.TestCase):
         in_hook = lambda hook: certificates(base64.b64decode(hook["clientConfig"]["caBundle"]).decode())
         wait("the webhook's caBundle to follow", lambda: all(in_hook(h) == after for h in hooks()), 10)
         # Somebody else's hand in it is mended too.
-        kubectl("-n", NAMESPACE, "patch", "configmap", "countersign-bundle", "-p", json.dumps({"data": {"bundle.crt": "garbage"}}))
+        kubectl("-n", NAMESPACE, "patch", "configmap", "countersign-bundle", "-p",
+                json.dumps({"data": {"bundle.crt": "garbage"}}))
         wait("the ConfigMap to be mended", lambda: certificates(configmap()) == after, 10)
 
     def test_30_an_agent_with_a_wrong_bundle_refuses_the_server_and_says_so(self):
         with mesh.namespace("wrong-bundle", inject=False) as ns:
-            made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -keyout /dev/null -subj /CN=other -addext subjectAltName=URI:spiffe://cluster.local -addext keyUsage=critical,keyCertSign,cRLSign 2>/dev/null"
+            made = ("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -keyout /dev/null"
+                    " -subj /CN=other -addext subjectAltName=URI:spiffe://cluster.local"
+                    " -addext keyUsage=critical,keyCertSign,cRLSign 2>/dev/null")
             pem = sp.check_output(made, shell=True, text=True)
             kubectl("-n", ns, "create", "configmap", "bundle", f"--from-literal=bundle.crt={pem}")
             mesh.apply(self.agent(ns, bundle="bundle"))
@@ -129,9 +139,11 @@ spec:
     - name: agent
       image: {images.COUNTERSIGN}
       imagePullPolicy: Never
-      args: [agent, --trust-domain=cluster.local, "--server=countersign-server.{NAMESPACE}.svc:8081", --socket=/data/agent.sock, --data-dir=/data/own,
+      args: [agent, --trust-domain=cluster.local, "--server=countersign-server.{NAMESPACE}.svc:8081",
+             --socket=/data/agent.sock, --data-dir=/data/own,
              --trust-bundle=/bundle/bundle.crt, --k8s-psat-cluster=test, --k8s-psat-token=/token/token]
-      volumeMounts: [{{name: data, mountPath: /data}}, {{name: bundle, mountPath: /bundle}}, {{name: token, mountPath: /token}}]
+      volumeMounts:
+        [{{name: data, mountPath: /data}}, {{name: bundle, mountPath: /bundle}}, {{name: token, mountPath: /token}}]
   volumes:
     - {{name: data, emptyDir: {{}}}}
     - {{name: bundle, configMap: {{name: {bundle}}}}}

@@ -1,4 +1,5 @@
-"""What is promised when something fails: traffic between running pods never stops, and new pods recover without a hand."""
+"""What is promised when something fails: traffic between running pods never stops, and new pods recover without a
+hand."""
 import json, subprocess as sp, time, unittest
 
 import cluster, mesh
@@ -32,7 +33,8 @@ class Faults(unittest.TestCase):
     def new_pod_works(self, ns):
         deploy(ns, web("fresh"))
         client = pod_of(ns, "client")
-        wait("a new pod to be reached", lambda: run_in(ns, client, "curl", "-sSf", "-m", "5", "http://fresh:8080/", check=False).stdout == "ok", 30)
+        ask = ["curl", "-sSf", "-m", "5", "http://fresh:8080/"]
+        wait("a new pod to be reached", lambda: run_in(ns, client, *ask, check=False).stdout == "ok", 30)
 
     def test_agent_pods_deleted(self):
         with mesh.namespace("no-agent") as ns:
@@ -53,25 +55,31 @@ class Faults(unittest.TestCase):
             self.new_pod_works(ns)
 
     def test_of_two_registrars_one_works_and_the_other_takes_over_when_it_hangs(self):
-        server = mesh.get("-n", NAMESPACE, "statefulset", "countersign-server")["spec"]["template"]["spec"]["containers"]
+        server = mesh.get("-n", NAMESPACE, "statefulset",
+                          "countersign-server")["spec"]["template"]["spec"]["containers"]
         second = next(c for c in server if c["name"] == "registrar")
-        second = {**second, "name": "second", "env": [{"name": "POD_NAME", "value": "second"}], "ports": [], "readinessProbe": None, "livenessProbe": None,
+        second = {**second, "name": "second", "env": [{"name": "POD_NAME", "value": "second"}], "ports": [],
+                  "readinessProbe": None, "livenessProbe": None,
                   "args": [a.replace("9465", "9466") for a in second["args"]]}
-        change = lambda step: kubectl("-n", NAMESPACE, "patch", "statefulset", "countersign-server", "--type=json", "-p", json.dumps([step]))
-        change({"op": "add", "path": "/spec/template/spec/containers/-", "value": {k: v for k, v in second.items() if v is not None}})
+        change = lambda step: kubectl("-n", NAMESPACE, "patch", "statefulset", "countersign-server", "--type=json",
+                                      "-p", json.dumps([step]))
+        change({"op": "add", "path": "/spec/template/spec/containers/-",
+                "value": {k: v for k, v in second.items() if v is not None}})
         try:
             mesh.ready()
             lease = lambda: mesh.get("-n", NAMESPACE, "lease", "countersign-registrar")["spec"]
             containers = {"countersign-server-0": "registrar", "second": "second"}
             began = lease()["renewTime"]
-            holder = wait("one of them to hold the lease", lambda: (l := lease())["renewTime"] > began and l["holderIdentity"], 40)
+            holder = wait("one of them to hold the lease",
+                          lambda: (l := lease())["renewTime"] > began and l["holderIdentity"], 40)
             other = next(name for name in containers if name != holder)
             registered = lambda name, ns: f"/ns/{ns}/" in mesh.logs(NAMESPACE, "countersign-server-0", containers[name])
             with mesh.namespace("one-works") as ns, mesh.namespace("other-works") as later:
                 deploy(ns, web())
                 self.assertEqual((registered(holder, ns), registered(other, ns)), (True, False))
                 pod = mesh.get("-n", NAMESPACE, "pod", "countersign-server-0")
-                wanted = next(c["containerID"].split("//")[1] for c in pod["status"]["containerStatuses"] if c["name"] == containers[holder])
+                wanted = next(c["containerID"].split("//")[1] for c in pod["status"]["containerStatuses"]
+                              if c["name"] == containers[holder])
                 node = mesh.node_of(pod["spec"]["nodeName"])
                 tasks = node.run("ctr", "-n", "k8s.io", "task", "ls", stdout=sp.PIPE, check=True).stdout
                 pid = next(line.split()[1] for line in tasks.splitlines() if line.startswith(wanted))
@@ -82,7 +90,8 @@ class Faults(unittest.TestCase):
                     self.assertTrue(registered(other, later))
                 finally:
                     node.run("kill", "-CONT", pid, check=True)
-                wait("the first to see that it leads no more", lambda: "the lease is lost" in mesh.logs(NAMESPACE, "countersign-server-0", containers[holder]), 30)
+                log = (NAMESPACE, "countersign-server-0", containers[holder])
+                wait("the first to see that it leads no more", lambda: "the lease is lost" in mesh.logs(*log), 30)
         finally:
             change({"op": "remove", "path": f"/spec/template/spec/containers/{len(server)}"})
             mesh.ready()
@@ -124,7 +133,8 @@ class Faults(unittest.TestCase):
                 for node in cluster.NODES:
                     node.restart("kubelet")
                 time.sleep(15)
-                ready = lambda: kubectl("get", "nodes", "-o", "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}").split()
+                ready = lambda: kubectl("get", "nodes", "-o",
+                                        "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}").split()
                 wait("the nodes", lambda: ready() == ["True"] * len(cluster.NODES), 60)
             self.inside_load(ns, break_it, 200)
             self.new_pod_works(ns)

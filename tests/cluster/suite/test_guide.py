@@ -9,7 +9,8 @@ GUIDE = images.ROOT / "docs" / "kubernetes.md"
 
 class Guide(unittest.TestCase):
     def test_every_command_of_the_guide_works(self):
-        commands = [line for block in re.findall(r"```console\n(.*?)```", GUIDE.read_text(), re.S) for line in block.splitlines()]
+        commands = [line for block in re.findall(r"```console\n(.*?)```", GUIDE.read_text(), re.S)
+                    for line in block.splitlines()]
         self.assertGreater(len(commands), 12)
         left = kubectl("get", "namespace", "countersign", "-o", "name", check=False)
         self.assertNotEqual(left.returncode, 0, "the guide begins without an installation")
@@ -24,8 +25,9 @@ class Guide(unittest.TestCase):
             place = pathlib.Path(folder)
             (place / "kubectl").symlink_to(binaries.build() / "kubectl")
             (place / "countersign").symlink_to(mesh.binary())
-            sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout ca.key -out ca.crt -subj /CN=own", shell=True, check=True,
-                   cwd=folder, stdout=sp.DEVNULL, stderr=sp.DEVNULL)
+            sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout ca.key"
+                   " -out ca.crt -subj /CN=own", shell=True, check=True, cwd=folder, stdout=sp.DEVNULL,
+                   stderr=sp.DEVNULL)
             for command in commands:
                 # The registry is the reader's own; here the image is on the nodes already.
                 here = command.replace("registry.example.org/countersign:0.1.0", images.COUNTERSIGN)

@@ -1,4 +1,5 @@
-"""The chart in the hands of Helm itself, 3 and 4: the same objects as `countersign install`, a mesh that works, and a clean end."""
+"""The chart in the hands of Helm itself, 3 and 4: the same objects as `countersign install`, a mesh that works, and a
+clean end."""
 import json, subprocess as sp, unittest
 
 import binaries, cluster, images, mesh
@@ -6,13 +7,15 @@ from mesh import NAMESPACE, deploy, deployment, kubectl, pod_of, run_in, web
 from suite.test_operator import countersign
 
 CHART = images.ROOT / "charts" / "countersign"
-SETTINGS = [f"image.name={images.COUNTERSIGN}", "image.pullPolicy=Never", "clusterName=test", "server.persistence.storageClass=local", "mesh.mode=strict"]
+SETTINGS = [f"image.name={images.COUNTERSIGN}", "image.pullPolicy=Never", "clusterName=test",
+            "server.persistence.storageClass=local", "mesh.mode=strict"]
 # A Helm that is built from its module does not know of which Kubernetes it is to think.
 KUBERNETES = ["--kube-version", "1.34.0"]
 
 
 def helm(version, *command, check=True):
-    done = sp.run(cluster.operators("env", "HOME=/tmp", binaries.helm(version), *command), text=True, capture_output=True, timeout=180)
+    done = sp.run(cluster.operators("env", "HOME=/tmp", binaries.helm(version), *command), text=True,
+                  capture_output=True, timeout=180)
     if check and done.returncode:
         raise AssertionError(f"helm {version} {' '.join(map(str, command))}: {done.stdout}{done.stderr}")
     return done
@@ -34,18 +37,21 @@ class Helm(unittest.TestCase):
         return [a for s in (*SETTINGS, *more) for a in ("--set", s)]
 
     def test_the_chart_renders_to_what_install_prints(self):
-        for more in ([], ["server.upstreamSecret=ca", "agent.nodesProxyPermission=true", "injector.replicas=3", "injector.nativeSidecars=false"]):
+        for more in ([], ["server.upstreamSecret=ca", "agent.nodesProxyPermission=true", "injector.replicas=3",
+                          "injector.nativeSidecars=false"]):
             ours = objects(sp.check_output([mesh.binary(), "install", *self.settings(*more)], text=True))
             ours.pop(("Namespace", NAMESPACE))
             self.assertGreater(len(ours), 15)
             for version in binaries.HELM:
-                theirs = objects(helm(version, "template", "countersign", CHART, "-n", NAMESPACE, "--include-crds", *KUBERNETES, *self.settings(*more)).stdout)
+                theirs = objects(helm(version, "template", "countersign", CHART, "-n", NAMESPACE, "--include-crds",
+                                      *KUBERNETES, *self.settings(*more)).stdout)
                 self.assertEqual(sorted(theirs), sorted(ours))
                 for key, wanted in ours.items():
                     self.assertEqual(theirs[key], wanted, f"{version}: {key}")
         for version in binaries.HELM:
             helm(version, "lint", "--strict", *KUBERNETES, CHART)
-            refused = helm(version, "template", "countersign", CHART, *KUBERNETES, "--set", "mesh.mode=tight", check=False)
+            refused = helm(version, "template", "countersign", CHART, *KUBERNETES, "--set", "mesh.mode=tight",
+                           check=False)
             self.assertNotEqual(refused.returncode, 0, "the schema judges")
             self.assertIn("mode", refused.stderr)
 
@@ -63,9 +69,11 @@ class Helm(unittest.TestCase):
             with mesh.namespace(f"by-helm-{version[1]}") as ns:
                 deploy(ns, web(), deployment("client", ["sleep", "infinity"]))
                 self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "10", "http://web:8080/"), "ok")
-            running = lambda: sorted(p["metadata"]["uid"] for p in mesh.pods(NAMESPACE, "app.kubernetes.io/name=countersign"))
+            running = lambda: sorted(p["metadata"]["uid"]
+                                     for p in mesh.pods(NAMESPACE, "app.kubernetes.io/name=countersign"))
             before = running()
-            helm(version, "upgrade", "countersign", CHART, "-n", NAMESPACE, *self.settings("mesh.mode=permissive", "server.svidTTL=30m", "agent.workloadKeyType=ec-p384"))
+            helm(version, "upgrade", "countersign", CHART, "-n", NAMESPACE,
+                 *self.settings("mesh.mode=permissive", "server.svidTTL=30m", "agent.workloadKeyType=ec-p384"))
             self.assertEqual(mesh.get("-n", NAMESPACE, "configmap", "countersign-mesh")["data"]["svidTTL"], "30m")
             mesh.ready()
             self.assertEqual(running(), before, "mode, TTLs and key types restart nothing")

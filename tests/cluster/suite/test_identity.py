@@ -5,6 +5,11 @@ import cluster, images, mesh
 from mesh import NAMESPACE, TRUST_DOMAIN, get, kubectl, pods, wait
 
 
+def proxy_log(ns, pod):
+    """What a pod's container `proxy` has logged; nothing while it does not run."""
+    return mesh.logs(ns, pod, "proxy", check=False).stdout or ""
+
+
 def reference_pod(ns):
     """A pod in the shape of the reference's: container `proxy`, uid 2102, gid 1000, the agent's socket mounted."""
     return f"""
@@ -14,7 +19,10 @@ metadata: {{name: web-sa}}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: shaped, labels: {{spiffe.io/spiffeid: "true", spire-workload: shaped, version: v1, app: shaped, countersign.dev/inject: disabled}}}}
+metadata:
+  name: shaped
+  labels: {{spiffe.io/spiffeid: "true", spire-workload: shaped, version: v1, app: shaped,
+            countersign.dev/inject: disabled}}
 spec:
   serviceAccountName: web-sa
   terminationGracePeriodSeconds: 1
@@ -55,10 +63,13 @@ class Identity(unittest.TestCase):
                 self.assertEqual(entry["dns_names"], [f"web.{ns}.svc"])
             kubectl("-n", ns, "delete", "pod", running[0]["metadata"]["name"])
             gone = running[0]["metadata"]["name"]
-            wait("its object to go with the pod", lambda: kubectl("-n", ns, "get", "spiffeid", gone, check=False).returncode != 0, 20)
+            wait("its object to go with the pod",
+                 lambda: kubectl("-n", ns, "get", "spiffeid", gone, check=False).returncode != 0, 20)
 
     def test_05_system_namespaces_are_left_out(self):
-        mesh.apply(f"apiVersion: v1\nkind: Pod\nmetadata: {{name: idle, namespace: kube-public}}\nspec: {{terminationGracePeriodSeconds: 1, containers: [{{name: app, image: {images.BOX}, imagePullPolicy: Never, args: [sleep, infinity]}}]}}")
+        mesh.apply("apiVersion: v1\nkind: Pod\nmetadata: {name: idle, namespace: kube-public}\n"
+                   "spec: {terminationGracePeriodSeconds: 1, containers: [{name: app,"
+                   f" image: {images.BOX}, imagePullPolicy: Never, args: [sleep, infinity]" "}]}")
         try:
             kubectl("-n", "kube-public", "wait", "pod/idle", "--for=condition=Ready", "--timeout=60s")
             self.assertEqual(get("-n", "kube-public", "spiffeids")["items"], [])
@@ -70,7 +81,8 @@ class Identity(unittest.TestCase):
             mesh.deploy(ns, mesh.deployment("nobody-asks", ["sleep", "infinity"]))
             pod = pods(ns, "app=nobody-asks")[0]
             entry = self.entry_of(ns, pod["metadata"]["name"])
-            held = lambda: [i for i in mesh.agent_status(pod["spec"]["nodeName"])["identities"] if i["entry_id"] == entry]
+            held = lambda: [i for i in mesh.agent_status(pod["spec"]["nodeName"])["identities"]
+                            if i["entry_id"] == entry]
             found = wait("the agent to hold it", lambda: held() and held()[0]["serial"] and held()[0], 10)
             self.assertEqual(found["spiffe_id"], f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/default")
 
@@ -82,16 +94,19 @@ class Identity(unittest.TestCase):
             uid, node = pod["metadata"]["uid"], pod["spec"]["nodeName"]
             proxy = next(c for c in pod["status"]["containerStatuses"] if c["name"] == "proxy")
             idle = next(c for c in pod["status"]["containerStatuses"] if c["name"] == "idle")
-            attested = lambda: [l for l in mesh.logs(NAMESPACE, mesh.agent_on(node), "agent").splitlines() if "caller attested" in l and uid in l]
+            attested = lambda: [l for l in mesh.logs(NAMESPACE, mesh.agent_on(node), "agent").splitlines()
+                                if "caller attested" in l and uid in l]
             lines = wait("the agent's line", attested, 20)
             self.assertEqual(len(lines), 1, "one line an attestation")
             self.assertRegex(lines[0], r"pid=\d+")
             found = re.search(r'selectors="([^"]+)"', lines[0]).group(1).split()
             expected = {
-                "unix:uid:2102", "unix:gid:1000", "unix:supplementary_gid:1000", "k8s:sa:web-sa", f"k8s:ns:{ns}", f"k8s:pod-uid:{uid}", "k8s:pod-name:shaped",
-                "k8s:container-name:proxy", f"k8s:node-name:{node}", "k8s:pod-image-count:2", "k8s:pod-init-image-count:0",
-                "k8s:pod-label:spire-workload:shaped", "k8s:pod-label:version:v1", "k8s:pod-label:app:shaped", "k8s:pod-label:spiffe.io/spiffeid:true",
-                "k8s:pod-label:countersign.dev/inject:disabled",
+                "unix:uid:2102", "unix:gid:1000", "unix:supplementary_gid:1000", "k8s:sa:web-sa", f"k8s:ns:{ns}",
+                f"k8s:pod-uid:{uid}", "k8s:pod-name:shaped",
+                "k8s:container-name:proxy", f"k8s:node-name:{node}", "k8s:pod-image-count:2",
+                "k8s:pod-init-image-count:0",
+                "k8s:pod-label:spire-workload:shaped", "k8s:pod-label:version:v1", "k8s:pod-label:app:shaped",
+                "k8s:pod-label:spiffe.io/spiffeid:true", "k8s:pod-label:countersign.dev/inject:disabled",
                 *(f"k8s:container-image:{i}" for i in (proxy["image"], proxy["imageID"])),
                 *(f"k8s:pod-image:{i}" for c in (proxy, idle) for i in (c["image"], c["imageID"])),
             }
@@ -100,18 +115,22 @@ class Identity(unittest.TestCase):
 
     def fetches(self, ns, name, pod="restartPolicy: Never"):
         """A pod that asks the agent's socket itself, and ends; what it was told."""
-        text = reference_pod(ns).replace("x509, watch", "x509, fetch, --output=json").replace("name: shaped", f"name: {name}")
-        kubectl("-n", ns, "apply", "-f", "-", input=text.replace("terminationGracePeriodSeconds: 1", f"terminationGracePeriodSeconds: 1\n  {pod}"))
-        return json.loads(wait("its answer", lambda: "spiffe_id" in (t := mesh.logs(ns, name, "proxy", check=False).stdout or "") and t, 40))
+        text = reference_pod(ns).replace("x509, watch", "x509, fetch, --output=json")
+        text = text.replace("name: shaped", f"name: {name}")
+        kubectl("-n", ns, "apply", "-f", "-",
+                input=text.replace("terminationGracePeriodSeconds: 1", f"terminationGracePeriodSeconds: 1\n  {pod}"))
+        return json.loads(wait("its answer", lambda: "spiffe_id" in (t := proxy_log(ns, name)) and t, 40))
 
     def test_17_the_sidecar_is_attested_on_the_nodes_own_socket(self):
         with mesh.namespace("socket") as ns:
             mesh.deploy(ns, mesh.deployment("web", ["sleep", "infinity"]))
             pod = pods(ns, "app=web")[0]
             uid, node = pod["metadata"]["uid"], mesh.node_of(pod["spec"]["nodeName"])
-            attested = lambda: [l for l in mesh.logs(NAMESPACE, mesh.agent_on(node.name), "agent").splitlines() if "caller attested" in l and uid in l]
+            attested = lambda: [l for l in mesh.logs(NAMESPACE, mesh.agent_on(node.name), "agent").splitlines()
+                                if "caller attested" in l and uid in l]
             line = wait("the agent's line", attested, 20)[0]
-            # The agent's pid is the node's own number of the sidecar, and that process holds a stream on the socket's path.
+            # The agent's pid is the node's own number of the sidecar, and that process holds a stream on the socket's
+            # path.
             caller = re.search(r"pid=(\d+)", line).group(1)
             command = node.run("cat", f"/proc/{caller}/cmdline", stdout=sp.PIPE, check=True).stdout.split("\0")
             self.assertEqual(command[:2], ["/countersign", "proxy"])
@@ -120,23 +139,29 @@ class Identity(unittest.TestCase):
             self.assertIn(uid.replace("-", "_"), cgroup.replace("-", "_"))
             streams = node.run("nsenter", "-t", caller, "-n", "ss", "-Hxpn", stdout=sp.PIPE, check=True).stdout
             self.assertIn(f"pid={caller},", streams, "an open stream of a Unix socket")
-            tcp = node.run("nsenter", "-t", caller, "-n", "ss", "-Htnp", "state", "established", stdout=sp.PIPE, check=True).stdout
+            tcp = node.run("nsenter", "-t", caller, "-n", "ss", "-Htnp", "state", "established", stdout=sp.PIPE,
+                           check=True).stdout
             self.assertNotIn(f"pid={caller},", tcp, "and no other way to anybody")
 
     def granted(self, ns, wanted):
-        """Which of some SpiffeID objects, made by hand by name and selectors, a pod of node1 in the reference's shape is granted."""
+        """Which of some SpiffeID objects, made by hand by name and selectors, a pod of node1 in the reference's shape
+        is granted."""
         node = get("nodes", "node1")["metadata"]["uid"]
         for name, selector in wanted.items():
             mesh.apply(json.dumps({
-                "apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID", "metadata": {"name": name, "namespace": ns},
-                "spec": {"spiffeId": f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/{name}", "parentId": f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{node}", "selector": selector}}))
+                "apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID",
+                "metadata": {"name": name, "namespace": ns},
+                "spec": {"spiffeId": f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/{name}",
+                         "parentId": f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{node}",
+                         "selector": selector}}))
             self.entry_of(ns, name)
         told = self.fetches(ns, "asks", pod="nodeName: node1\n  restartPolicy: Never")
         return {i["spiffe_id"].removeprefix(f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/") for i in told} & set(wanted)
 
     def test_32_a_certificate_needs_every_selector_of_its_entry(self):
         with mesh.namespace("subset") as ns:
-            has = {"containerName": "proxy", "podLabel": {"app": "shaped", "version": "v1"}, "arbitrary": ["unix:uid:2102"]}
+            has = {"containerName": "proxy", "podLabel": {"app": "shaped", "version": "v1"},
+                   "arbitrary": ["unix:uid:2102"]}
             lacks = {**has, "podLabel": {"app": "shaped", "version": "v2"}}
             self.assertEqual(self.granted(ns, {"all-of-them": has, "one-too-many": lacks}), {"all-of-them"})
 
@@ -146,15 +171,20 @@ class Identity(unittest.TestCase):
         with mesh.namespace("by-hand-ids", inject=False) as ns:
             own = f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/default"
             cases = {
-                "anothers-id": ({"spiffeId": f"spiffe://{TRUST_DOMAIN}/ns/kube-system/sa/default", "parentId": agent}, "could have"),
-                "the-webhook": ({"spiffeId": own, "parentId": agent, "dnsNames": [f"countersign-injector.{NAMESPACE}.svc"]}, "is no name of a Service"),
-                "the-api-server": ({"spiffeId": own, "parentId": agent, "dnsNames": ["kubernetes.default.svc"]}, "is no name of a Service"),
+                "anothers-id": ({"spiffeId": f"spiffe://{TRUST_DOMAIN}/ns/kube-system/sa/default", "parentId": agent},
+                                "could have"),
+                "the-webhook": ({"spiffeId": own, "parentId": agent,
+                                 "dnsNames": [f"countersign-injector.{NAMESPACE}.svc"]}, "is no name of a Service"),
+                "the-api-server": ({"spiffeId": own, "parentId": agent, "dnsNames": ["kubernetes.default.svc"]},
+                                   "is no name of a Service"),
                 "a-free-parent": ({"spiffeId": own, "parentId": f"spiffe://{TRUST_DOMAIN}/spire/server"}, "parentId"),
             }
             for name, (spec, said) in cases.items():
-                mesh.apply(json.dumps({"apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID", "metadata": {"name": name, "namespace": ns},
+                mesh.apply(json.dumps({"apiVersion": "spiffeid.spiffe.io/v1beta1", "kind": "SpiffeID",
+                                       "metadata": {"name": name, "namespace": ns},
                                        "spec": {**spec, "selector": {"namespace": ns}}}))
-                condition = wait(f"the status of {name}", lambda: get("-n", ns, "spiffeid", name).get("status", {}).get("conditions"), 20)[0]
+                condition = wait(f"the status of {name}",
+                                 lambda: get("-n", ns, "spiffeid", name).get("status", {}).get("conditions"), 20)[0]
                 self.assertEqual((condition["status"], condition["reason"]), ("False", "Refused"))
                 self.assertIn(said, condition["message"])
             self.assertNotIn(own, mesh.server("entry", "show", "--output=json"))
@@ -173,13 +203,15 @@ class Identity(unittest.TestCase):
         with mesh.namespace("twins") as ns:
             mesh.deploy(ns, mesh.deployment("twin", ["sleep", "infinity"], replicas=2))
             entries = {self.entry_of(ns, p["metadata"]["name"]) for p in pods(ns, "app=twin")}
-            identities = [i for n in cluster.NODES for i in mesh.agent_status(n.name)["identities"] if i["entry_id"] in entries]
+            identities = [i for n in cluster.NODES for i in mesh.agent_status(n.name)["identities"]
+                          if i["entry_id"] in entries]
             self.assertEqual(len(identities), 2)
             self.assertEqual(len({i["spiffe_id"] for i in identities}), 1)
             self.assertEqual(len({i["serial"] for i in identities}), 2)
             # Asked for by two pods themselves: the same identity, other keys.
-            public = lambda name: sp.run(["openssl", "x509", "-noout", "-pubkey"], input=self.fetches(ns, name)[0]["certificates"], text=True, stdout=sp.PIPE, check=True).stdout
-            first, second = public("first"), public("second")
+            first, second = (
+                sp.run(["openssl", "x509", "-noout", "-pubkey"], input=self.fetches(ns, name)[0]["certificates"],
+                       text=True, stdout=sp.PIPE, check=True).stdout for name in ("first", "second"))
             self.assertIn("BEGIN PUBLIC KEY", first)
             self.assertNotEqual(first, second)
 
@@ -188,11 +220,13 @@ class Identity(unittest.TestCase):
             ids = {i["spiffe_id"] for i in self.fetches(ns, "fetches")}
             self.assertEqual(ids, {f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/web-sa"}, "its own, and no other of the node")
         # In a namespace that is left out there is no entry, and so no identity.
-        text = reference_pod("kube-public").replace("x509, watch", "x509, fetch").replace("name: shaped", "name: nobody")
+        text = reference_pod("kube-public").replace("x509, watch", "x509, fetch")
+        text = text.replace("name: shaped", "name: nobody")
         try:
             kubectl("-n", "kube-public", "apply", "-f", "-", input=text)
-            said = wait("the refusal", lambda: "no identity issued" in (t := mesh.logs("kube-public", "nobody", "proxy", check=False).stdout or "") and t, 60)
-            self.assertIn("also needs k8s:pod-uid:", said, "and the closest miss is named")
+            log = ("kube-public", "nobody")
+            refusal = wait("the refusal", lambda: "no identity issued" in (t := proxy_log(*log)) and t, 60)
+            self.assertIn("also needs k8s:pod-uid:", refusal, "and the closest miss is named")
         finally:
             kubectl("-n", "kube-public", "delete", "pod/nobody", "sa/web-sa", "--ignore-not-found")
 
@@ -202,17 +236,20 @@ class Identity(unittest.TestCase):
             mesh.deploy(ns, mesh.deployment("first", ["sleep", "infinity"], spec="nodeName: node1"))
             pod, node = pods(ns, "app=first")[0], mesh.node_of("node1")
             uid = pod["metadata"]["uid"]
-            attested = lambda what: [l for l in mesh.logs(NAMESPACE, mesh.agent_on("node1"), "agent").splitlines() if "caller attested" in l and what in l]
+            attested = lambda what: [l for l in mesh.logs(NAMESPACE, mesh.agent_on("node1"), "agent").splitlines()
+                                     if "caller attested" in l and what in l]
             pid = int(re.search(r"pid=(\d+)", wait("the agent's line", lambda: attested(uid), 20)[-1]).group(1))
             kubectl("-n", ns, "delete", "deployment", "first")
             kubectl("-n", ns, "wait", "--for=delete", f"pod/{pod['metadata']['name']}", "--timeout=60s")
-            # A process outside of every pod takes that very pid (the kernel counts up from ns_last_pid) and asks the socket.
+            # A process outside of every pod takes that very pid (the kernel counts up from ns_last_pid) and asks the
+            # socket.
             binary = str(mesh.binary())
             script = f"""
 import os, subprocess as sp, sys
 for _ in range(200):
     open("/proc/sys/kernel/ns_last_pid", "w").write(str({pid} - 1))
-    child = sp.Popen([{binary!r}, "x509", "fetch", "--socket=/run/countersign/agent/agent.sock"], stdout=sp.PIPE, stderr=sp.STDOUT, text=True)
+    child = sp.Popen([{binary!r}, "x509", "fetch", "--socket=/run/countersign/agent/agent.sock"],
+                     stdout=sp.PIPE, stderr=sp.STDOUT, text=True)
     said = child.communicate()[0]
     if child.pid == {pid}: print(said); sys.exit(0)
 sys.exit("the pid was not to be had")
@@ -223,7 +260,8 @@ sys.exit("the pid was not to be had")
 
     def test_a_statefulsets_pod_made_again_never_gets_its_predecessors_svid(self):
         with mesh.namespace("again") as ns:
-            mesh.deploy(ns, mesh.deployment("db", ["sleep", "infinity"]).replace("kind: Deployment", "kind: StatefulSet").replace("spec:\n  replicas", "spec:\n  serviceName: db\n  replicas"))
+            stateful = mesh.deployment("db", ["sleep", "infinity"]).replace("kind: Deployment", "kind: StatefulSet")
+            mesh.deploy(ns, stateful.replace("spec:\n  replicas", "spec:\n  serviceName: db\n  replicas"))
             first_uid = get("-n", ns, "pod", "db-0")["metadata"]["uid"]
             first = self.entry_of(ns, "db-0")
             kubectl("-n", ns, "delete", "pod", "db-0")
@@ -235,4 +273,5 @@ sys.exit("the pid was not to be had")
             entry = entry[0] if isinstance(entry, list) else entry
             self.assertEqual(entry["selectors"], [f"k8s:pod-uid:{pod['metadata']['uid']}"])
             for node in cluster.NODES:
-                wait("the old one to be gone from the agents", lambda: first not in [i["entry_id"] for i in mesh.agent_status(node.name)["identities"]], 10)
+                wait("the old one to be gone from the agents",
+                     lambda: first not in [i["entry_id"] for i in mesh.agent_status(node.name)["identities"]], 10)

@@ -12,7 +12,8 @@ kind: Pod
 metadata: {{name: {name}{extra}}}
 spec:
   terminationGracePeriodSeconds: 1
-  containers: [{{name: app, image: {images.BOX}, imagePullPolicy: Never, args: [sleep, infinity], securityContext: {{runAsUser: 1000}}}}]
+  containers: [{{name: app, image: {images.BOX}, imagePullPolicy: Never, args: [sleep, infinity],
+                 securityContext: {{runAsUser: 1000}}}}]
 """
 
 
@@ -24,7 +25,8 @@ class Injection(unittest.TestCase):
         with mesh.namespace("inject") as ns:
             self.submit(ns, plain())
             stored = get("-n", ns, "pod", "web")["spec"]
-            self.assertEqual([c["name"] for c in stored["initContainers"]], ["countersign-redirect", "countersign-proxy"])
+            self.assertEqual([c["name"] for c in stored["initContainers"]],
+                             ["countersign-redirect", "countersign-proxy"])
             self.assertEqual([c["name"] for c in stored["containers"]], ["app"])
             self.assertEqual(stored["containers"][0]["args"], ["sleep", "infinity"], "the app is as it was submitted")
 
@@ -35,7 +37,8 @@ class Injection(unittest.TestCase):
             status = get("-n", ns, "pod", "web")["status"]
             proxy = next(c for c in status["initContainerStatuses"] if c["name"] == "countersign-proxy")
             self.assertTrue(proxy["ready"] and proxy["started"])
-            self.assertLessEqual(proxy["state"]["running"]["startedAt"], status["containerStatuses"][0]["state"]["running"]["startedAt"])
+            self.assertLessEqual(proxy["state"]["running"]["startedAt"],
+                                 status["containerStatuses"][0]["state"]["running"]["startedAt"])
 
     def test_the_pods_label_wins_over_its_namespace(self):
         with mesh.namespace("label-wins") as ns:
@@ -49,8 +52,10 @@ class Injection(unittest.TestCase):
 
     def test_an_annotation_with_a_mistake_is_refused_and_named(self):
         with mesh.namespace("mistakes") as ns:
-            for annotation, said in [("ignore-inbound-ports: '80, http'", "`http` is no port"), ("mode: loose", "`loose` is no mode"),
-                                     ("ignore-outbound-cidrs: 10.0.0.0/99", "`10.0.0.0/99` is no CIDR"), ("memory-limit: lots", "`lots` is no quantity")]:
+            for annotation, said in [("ignore-inbound-ports: '80, http'", "`http` is no port"),
+                                     ("mode: loose", "`loose` is no mode"),
+                                     ("ignore-outbound-cidrs: 10.0.0.0/99", "`10.0.0.0/99` is no CIDR"),
+                                     ("memory-limit: lots", "`lots` is no quantity")]:
                 done = self.submit(ns, plain(extra=f", annotations: {{countersign.dev/{annotation}}}"), check=False)
                 self.assertNotEqual(done.returncode, 0)
                 self.assertIn(said, done.stderr)
@@ -64,8 +69,10 @@ class Injection(unittest.TestCase):
             def debug(name, uid):
                 pod = get("-n", ns, "pod", "web")
                 pod["spec"].setdefault("ephemeralContainers", []).append(
-                    {"name": name, "image": images.BOX, "imagePullPolicy": "Never", "command": ["sleep", "infinity"], "securityContext": {"runAsUser": uid}})
-                return kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-", input=json.dumps(pod), check=False)
+                    {"name": name, "image": images.BOX, "imagePullPolicy": "Never", "command": ["sleep", "infinity"],
+                     "securityContext": {"runAsUser": uid}})
+                return kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-",
+                               input=json.dumps(pod), check=False)
             refused = debug("sly", 2102)
             self.assertNotEqual(refused.returncode, 0)
             self.assertIn("runs as UID 2102", refused.stderr)
@@ -73,7 +80,9 @@ class Injection(unittest.TestCase):
 
     def test_lists_with_and_without_blanks_reach_the_redirect(self):
         with mesh.namespace("lists") as ns:
-            self.submit(ns, plain(extra=", annotations: {countersign.dev/ignore-inbound-ports: '9090, 9091', countersign.dev/ignore-outbound-cidrs: '10.8.0.0/16,10.9.0.0/16'}"))
+            annotations = ("countersign.dev/ignore-inbound-ports: '9090, 9091',"
+                           " countersign.dev/ignore-outbound-cidrs: '10.8.0.0/16,10.9.0.0/16'")
+            self.submit(ns, plain(extra=f", annotations: {{{annotations}}}"))
             args = get("-n", ns, "pod", "web")["spec"]["initContainers"][0]["args"]
             self.assertIn("--exclude-inbound-ports=15020,9090,9091", args)
             self.assertIn("--exclude-outbound-cidrs=10.8.0.0/16,10.9.0.0/16", args)
@@ -103,7 +112,8 @@ class Injection(unittest.TestCase):
         with mesh.namespace("reserved") as ns:
             volume = plain().replace("spec:\n", "spec:\n  volumes: [{name: countersign-agent, emptyDir: {}}]\n")
             self.assertIn("volume `countersign-agent`", self.submit(ns, volume, check=False).stderr)
-            for annotation in ("ignore-inbound-ports: '8080'", "ignore-inbound-cidrs: 0.0.0.0/0", "allow-udp-ports: '4433'"):
+            for annotation in ("ignore-inbound-ports: '8080'", "ignore-inbound-cidrs: 0.0.0.0/0",
+                               "allow-udp-ports: '4433'"):
                 done = self.submit(ns, plain(extra=f", annotations: {{countersign.dev/{annotation}}}"), check=False)
                 self.assertNotEqual(done.returncode, 0, annotation)
                 self.assertIn("mesh.allowExceptions", done.stderr)
@@ -115,8 +125,10 @@ class Injection(unittest.TestCase):
             self.submit(ns, plain())
             kubectl("-n", ns, "label", "pod", "web", "countersign.dev/inject=disabled")
             pod = get("-n", ns, "pod", "web")
-            pod["spec"]["ephemeralContainers"] = [{"name": "sly", "image": images.BOX, "imagePullPolicy": "Never", "securityContext": {"runAsUser": 2102}}]
-            done = kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-", input=json.dumps(pod), check=False)
+            pod["spec"]["ephemeralContainers"] = [{"name": "sly", "image": images.BOX, "imagePullPolicy": "Never",
+                                                   "securityContext": {"runAsUser": 2102}}]
+            done = kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-",
+                           input=json.dumps(pod), check=False)
             self.assertIn("runs as UID 2102", done.stderr)
 
     def test_sidecar_and_redirect_are_confined(self):
@@ -132,7 +144,8 @@ class Injection(unittest.TestCase):
             kubectl("-n", ns, "wait", "pod/web", "--for=condition=Ready", "--timeout=60s")
 
     def test_inject_by_hand_gives_what_the_webhook_gives(self):
-        made = sp.run([mesh.binary(), "inject", "-f", "-", "--mode", "strict", "--image", images.COUNTERSIGN, "--image-pull-policy", "Never"],
+        made = sp.run([mesh.binary(), "inject", "-f", "-", "--mode", "strict", "--image", images.COUNTERSIGN,
+                       "--image-pull-policy", "Never"],
                       input=plain(), text=True, stdout=sp.PIPE, stderr=sp.PIPE, check=True)
         self.assertIn("Pod web: injected", made.stderr)
         with mesh.namespace("by-hand") as ns:

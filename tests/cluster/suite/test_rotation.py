@@ -13,7 +13,8 @@ def holders():
 
 
 def webhook_bundle():
-    return certificates(base64.b64decode(get("mutatingwebhookconfiguration", "countersign-injector")["webhooks"][0]["clientConfig"]["caBundle"]).decode())
+    client = get("mutatingwebhookconfiguration", "countersign-injector")["webhooks"][0]["clientConfig"]
+    return certificates(base64.b64decode(client["caBundle"]).decode())
 
 
 class Rotation(unittest.TestCase):
@@ -28,9 +29,11 @@ class Rotation(unittest.TestCase):
             second = show()["active"]["id"]
             self.assertNotEqual(second, first)
             mesh.server("authority", "taint", "--id", first)
-            wait("every SVID to be signed by the new root", lambda: (h := holders()) and all(i["authority_id"] == second for i in h), 60)
+            wait("every SVID to be signed by the new root",
+                 lambda: (h := holders()) and all(i["authority_id"] == second for i in h), 60)
             deploy(ns, web("fresh"))
-            self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok", "the webhook works with its new certificate")
+            self.assertEqual(run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok",
+                             "the webhook works with its new certificate")
             made, failed = load.end()
             self.assertEqual(failed, [])
             self.assertGreater(made, 200)
@@ -46,10 +49,12 @@ class Rotation(unittest.TestCase):
 
     def test_28_29_below_an_upstream_root_everything_follows_a_rotation_with_no_failed_request(self):
         with tempfile.TemporaryDirectory() as folder:
-            sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout tls.key -out tls.crt -subj /CN=upstream"
-                   " -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign", shell=True, check=True, cwd=folder,
-                   stdout=sp.DEVNULL, stderr=sp.DEVNULL)
-            kubectl("-n", NAMESPACE, "create", "secret", "tls", "upstream", f"--cert={folder}/tls.crt", f"--key={folder}/tls.key")
+            sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout tls.key"
+                   " -out tls.crt -subj /CN=upstream -addext basicConstraints=critical,CA:TRUE"
+                   " -addext keyUsage=critical,keyCertSign,cRLSign",
+                   shell=True, check=True, cwd=folder, stdout=sp.DEVNULL, stderr=sp.DEVNULL)
+            kubectl("-n", NAMESPACE, "create", "secret", "tls", "upstream", f"--cert={folder}/tls.crt",
+                    f"--key={folder}/tls.key")
             root = open(f"{folder}/tls.crt").read()
         # Everything starts anew: the trust root is another one.
         kubectl("-n", NAMESPACE, "delete", "statefulset/countersign-server", "--wait=true")
@@ -73,7 +78,8 @@ class Rotation(unittest.TestCase):
             second = wait("an authority of its own accord", lambda: (i := show()["active"]["id"]) != first and i, 200)
             wait("every SVID to be signed by it", lambda: all(i["authority_id"] == second for i in holders()), 60)
             deploy(ns, web("fresh"))
-            self.assertEqual(run_in(ns, client, "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok", "the webhook works with its new certificate")
+            self.assertEqual(run_in(ns, client, "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok",
+                             "the webhook works with its new certificate")
             time.sleep(max(0, 30 - (time.monotonic() - began)))
             made, failed = load.end()
             self.assertEqual(failed, [])

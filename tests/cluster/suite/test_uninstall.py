@@ -12,7 +12,8 @@ class Uninstall(unittest.TestCase):
         refused = countersign("uninstall")
         self.assertEqual(refused.returncode, 2)
         self.assertIn("--yes", refused.stderr)
-        self.assertIn("no installation in namespace `elsewhere`", countersign("uninstall", "--yes", "-n", "elsewhere").stderr)
+        self.assertIn("no installation in namespace `elsewhere`",
+                      countersign("uninstall", "--yes", "-n", "elsewhere").stderr)
         kubectl("create", "namespace", "stays")
         kubectl("label", "namespace", "stays", "countersign.dev/inject=enabled")
         deploy("stays", web(replicas=2), deployment("client", ["sleep", "infinity"]))
@@ -22,8 +23,10 @@ class Uninstall(unittest.TestCase):
         made, failed = load.end()
         self.assertEqual(failed, [])
         self.assertGreater(made, 100)
-        left = kubectl("get", "all,configmaps,secrets,serviceaccounts,roles,rolebindings,pvc,pdb,leases", "-A", "-l", "app.kubernetes.io/name=countersign", "-o", "name")
-        left += kubectl("get", "clusterroles,clusterrolebindings,mutatingwebhookconfigurations,crds,namespaces", "-o", "name")
+        left = kubectl("get", "all,configmaps,secrets,serviceaccounts,roles,rolebindings,pvc,pdb,leases", "-A", "-l",
+                       "app.kubernetes.io/name=countersign", "-o", "name")
+        left += kubectl("get", "clusterroles,clusterrolebindings,mutatingwebhookconfigurations,crds,namespaces", "-o",
+                        "name")
         self.assertEqual([line for line in left.splitlines() if "countersign" in line or "spiffeid" in line], [])
         kubectl("-n", "stays", "rollout", "restart", "deployment/web", "deployment/client")
         for name in ("web", "client"):
@@ -31,4 +34,5 @@ class Uninstall(unittest.TestCase):
         for app in ("web", "client"):
             for pod in mesh.pods("stays", f"app={app}"):
                 self.assertNotIn("initContainers", pod["spec"], "as before")
-        self.assertEqual(run_in("stays", pod_of("stays", "client"), "curl", "-sSf", "-m", "5", "http://web:8080/"), "ok")
+        self.assertEqual(run_in("stays", pod_of("stays", "client"), "curl", "-sSf", "-m", "5", "http://web:8080/"),
+                         "ok")
