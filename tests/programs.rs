@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::support::{Mesh, able, path_of, random_file, sh, sha256, wait_for};
 
 /// A workload of a mesh file.
@@ -289,5 +292,28 @@ fn grpc_calls_and_streams_pass() {
     .unwrap();
     let _ = agent.kill();
     agent.wait().unwrap();
+    mesh.down();
+}
+
+#[test]
+fn a_program_whose_terminal_is_closed_takes_leave_and_leaves_nothing_in_the_mesh() {
+    if !able(&[]) {
+        return;
+    }
+    let mesh = Mesh::up("hangup", &workload("web", "root", 8080, &["sleep", "600"]));
+    let at = mesh.folder().display().to_string();
+    let script = format!("trap 'echo bye > {at}/bye; exit 3' TERM; echo > {at}/runs; while :; do sleep 0.05; done");
+    for signal in [Signal::SIGHUP, Signal::SIGTERM] {
+        let mut me = mesh.join("me", &["--user", "root"], &["sh", "-c", &script]).spawn().unwrap();
+        let patience = Duration::from_secs(20);
+        wait_for("the program to run", patience, || std::fs::remove_file(format!("{at}/runs")).ok());
+        kill(Pid::from_raw(me.id().try_into().unwrap()), signal).unwrap();
+        let status = wait_for("`run` to end", patience, || me.try_wait().unwrap());
+        assert_eq!(status.code(), Some(3), "{signal}: it is the program's own end");
+        std::fs::remove_file(format!("{at}/bye")).unwrap();
+        let left = || sh("ip netns list 2>/dev/null || true").contains(&format!("cs-{}-me", mesh.name));
+        wait_for("its namespace to be gone", patience, || (!left()).then_some(()));
+        assert!(!mesh.dir().join("homes/me").exists());
+    }
     mesh.down();
 }

@@ -29,7 +29,7 @@ use crate::launch::OWN_PROGRAM;
 use crate::settings::words::{duration, shown};
 
 /// How long a process may take to end after SIGTERM.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// How long a start may take until the program runs: no more than entering namespaces and changing the user.
 const START: Duration = Duration::from_secs(10);
