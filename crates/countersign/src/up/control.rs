@@ -175,6 +175,9 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
         exclude_inbound_ports: [].into(),
         exclude_outbound_cidrs: [].into(),
         exclude_inbound_cidrs: [].into(),
+        proxy_protocol: [].into(),
+        allow_udp_ports: [].into(),
+        allow_other_cidrs: [].into(),
     };
     let running = mesh.join(spec).await?;
     if let Err(error) = mesh.wait_for_sidecar(&running).await {
