@@ -528,6 +528,8 @@ async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, 
             directory.lock().unwrap_or_else(PoisonError::into_inner).iter().map(workload_to_wire).collect::<Vec<_>>();
         if !all.is_empty() {
             let request = PublishRequest { replace: true, upserted: all, ..Default::default() };
+            let mut request = tonic::Request::new(request);
+            request.set_timeout(PATIENCE);
             let mut client = client!(DirectoryClient, channel.clone());
             if let Err(status) = client.publish(request).await {
                 tracing::debug!(status = status.message(), "cannot publish the directory; trying again");

@@ -1,6 +1,6 @@
 //! `countersign run`: a program of your own in a mesh that `up` runs, in your terminal.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use countersign_api::transport::connect_unix;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -18,9 +19,14 @@ use super::children::GRACE;
 use super::control::{Farewell, Join, Joined, socket_of};
 use super::mesh_file::{check_name, check_port, check_segment, check_user, find_program};
 use super::signals::Signals;
+use crate::clients::CONNECT;
 use crate::launch::OWN_PROGRAM;
 use crate::settings::{Mistake, need_root};
 
+/// How long a mesh may take to make room: others may be joining, and a sidecar has 30 s to come up.
+const JOINING: Duration = Duration::from_secs(90);
+/// Longest answer to that, in bytes.
+const MAX_ANSWER: u64 = 256 * 1024;
 /// How long the mesh may take to say what was refused.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// Longest of that, in bytes.
@@ -72,7 +78,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     need_root("run")?;
     let mesh = the_mesh(args.mesh.as_deref(), "--mesh")?;
     let path = socket_of(&mesh);
-    let mut stream = UnixStream::connect(&path).map_err(|e| {
+    let mut stream = connect_unix(&path, CONNECT).map_err(|e| {
         Mistake(format!("no mesh `{mesh}` is up here ({}: {e}); start one with `countersign up`", path.display()))
     })?;
     let join = Join {
@@ -84,9 +90,14 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
         mode: args.mode,
         allow: args.allow,
     };
+    stream.set_read_timeout(Some(JOINING))?;
+    stream.set_write_timeout(Some(JOINING))?;
     writeln!(stream, "{}", serde_json::to_string(&join)?)?;
     let mut answer = String::new();
-    BufReader::new(stream.try_clone()?).read_line(&mut answer).context("the mesh went away")?;
+    BufReader::new(stream.try_clone()?.take(MAX_ANSWER)).read_line(&mut answer).map_err(|e| match e.kind() {
+        ErrorKind::WouldBlock => anyhow!("the mesh gave no answer within {JOINING:?}"),
+        _ => anyhow!("the mesh went away: {e}"),
+    })?;
     let joined: Joined = serde_json::from_str(&answer).map_err(|_| {
         let said = serde_json::from_str::<serde_json::Value>(&answer)
             .ok()
