@@ -113,7 +113,7 @@ pub async fn run(
         Ok::<_, ServerError>((core, own))
     };
     let (core, own) = assembled.await.inspect_err(|_| drop(std::fs::remove_file(socket)))?;
-    let routes = endpoints::routes(&core).await;
+    let services = endpoints::by_caller(&core).await;
     if let Some(listener) = metrics {
         let core = core.clone();
         core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
@@ -125,10 +125,11 @@ pub async fn run(
     let tls = accept_tls(tcp, move || own.tls());
     let unix = accept_unix(unix, core.config.admin_socket.clone(), 0o600);
     let serve_tls = grpc::server(CALLS_AT_ONCE)
-        .add_routes(routes.clone())
+        .layer(services.clone())
+        .add_routes(services.routes())
         .serve_with_incoming_shutdown(tls, shutdown.clone().cancelled_owned());
     let serve_unix = grpc::server(CALLS_AT_ONCE)
-        .add_routes(routes)
+        .add_routes(services.routes())
         .serve_with_incoming_shutdown(unix, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.trust_domain(), %address, socket = %core.config.admin_socket.display(), "server ready");
     ready(address);
