@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use countersign_api::clock::Clock;
+use countersign_api::graceful::{GRACE, take_leave};
 use countersign_api::transport::{accept_tls, accept_unix, bind_unix};
 use countersign_api::{grpc, http};
 use tokio::net::TcpListener;
@@ -133,12 +134,14 @@ pub async fn run(
         .serve_with_incoming_shutdown(unix, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.trust_domain(), %address, socket = %core.config.admin_socket.display(), "server ready");
     ready(address);
-    let served = tokio::try_join!(serve_tls, serve_unix);
-    shutdown.cancel();
-    core.tasks.close();
-    core.tasks.wait().await;
-    served?;
-    Ok(())
+    let serving = async {
+        let served = tokio::try_join!(serve_tls, serve_unix);
+        shutdown.cancel();
+        core.tasks.close();
+        core.tasks.wait().await;
+        served.map(|_| ())
+    };
+    take_leave(serving, &shutdown, GRACE).await.unwrap_or(Ok(())).map_err(ServerError::from)
 }
 
 /// Calls of one connection at once.
@@ -222,4 +225,35 @@ fn pages(core: Arc<Core>) -> Arc<http::Handler> {
         "/ready" | "/live" => Some(http::Answer::ready(None)),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::time::{Duration, Instant};
+
+    #[tokio::test]
+    async fn a_client_that_stands_still_does_not_keep_the_server_from_ending() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = caller::tests::config(dir.path());
+        let (socket, shutdown) = (config.admin_socket.clone(), CancellationToken::new());
+        let (ready, is_ready) = tokio::sync::oneshot::channel();
+        let (clock, end) = (countersign_api::clock::system_clock(), shutdown.clone());
+        let server = tokio::spawn(run(config, clock, end, |_| ready.send(()).unwrap()));
+        is_ready.await.unwrap();
+        // It opens an HTTP/2 connection, with its settings, and reads nothing, not even that the server takes leave.
+        let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        client.write_all(grpc::PREFACE).unwrap();
+        client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).unwrap();
+        let (mut readable, deadline) = (client.try_clone().unwrap(), Some(Duration::from_secs(10)));
+        readable.set_read_timeout(deadline).unwrap();
+        let served = tokio::task::spawn_blocking(move || std::io::Read::read_exact(&mut readable, &mut [0; 9]));
+        served.await.unwrap().unwrap();
+        let told = Instant::now();
+        shutdown.cancel();
+        tokio::time::timeout(Duration::from_secs(20), server).await.expect("in bounded time").unwrap().unwrap();
+        assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
+        assert!(!socket.exists());
+    }
 }
