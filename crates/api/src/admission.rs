@@ -7,13 +7,39 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// How often one table says that it takes seats away.
 const SAY_EVERY: Duration = Duration::from_secs(60);
+
+/// Which connections were dropped, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Dropped {
+    /// The table's name, with `_` between its words; `accept` before there is a seat.
+    listener: String,
+    /// `source`: its source, or the group of it, held as many as it may; `total`: all together did; `descriptors`: they had run
+    /// out.
+    reason: &'static str,
+}
+
+/// Connections dropped in this process since its start.
+static DROPPED: LazyLock<Family<Dropped, Counter>> = LazyLock::new(Family::default);
+
+/// The count of dropped connections of every table in this process, for a role's metrics.
+pub fn dropped() -> Family<Dropped, Counter> {
+    DROPPED.clone()
+}
+
+/// Counts one more.
+pub(crate) fn count_dropped(listener: &str, reason: &'static str) {
+    DROPPED.get_or_create(&Dropped { listener: listener.to_lowercase().replace(' ', "_"), reason }).inc();
+}
 
 /// Bounds of one table.
 #[derive(Debug, Clone, Copy)]
@@ -192,10 +218,10 @@ impl<S: Source> Admission<S> {
         let mut state = self.0.state();
         let group = source.group();
         let crowded = state.groups.get(&group).filter(|g| g.held >= limits.per_group.max(1));
-        let gives_way = match crowded {
-            Some(group) => group.first_to_go(),
-            None if state.sources.len() >= limits.total.max(1) => state.first_to_go(),
-            None => None,
+        let (gives_way, reason) = match crowded {
+            Some(group) => (group.first_to_go(), "source"),
+            None if state.sources.len() >= limits.total.max(1) => (state.first_to_go(), "total"),
+            None => (None, ""),
         };
         let gone = gives_way.and_then(|number| state.remove(number));
         let number = state.next;
@@ -209,6 +235,7 @@ impl<S: Source> Admission<S> {
         member.held.insert(number, Held { busy: false, taken_away: taken_away.clone() });
         if let Some((source, held)) = gone {
             held.taken_away.cancel();
+            count_dropped(limits.name, reason);
             self.0.say(&mut state, &source);
         }
         drop(state);
@@ -219,7 +246,10 @@ impl<S: Source> Admission<S> {
     pub fn shed(&self) -> bool {
         let mut state = self.0.state();
         let gone = state.first_to_go().and_then(|number| state.remove(number));
-        gone.inspect(|(_, held)| held.taken_away.cancel()).is_some()
+        let Some((_, held)) = gone else { return false };
+        held.taken_away.cancel();
+        count_dropped(self.0.limits.name, "descriptors");
+        true
     }
 
     /// Seats that are held.
@@ -333,6 +363,18 @@ mod tests {
         drop((few, many, fresh));
         assert_eq!(table.held(), 0);
         assert!(table.0.state().groups.is_empty());
+    }
+
+    #[test]
+    fn what_is_dropped_is_counted_by_table_and_reason() {
+        let table = Admission::new(Limits { name: "Counted here", total: 3, per_group: 2 });
+        let _seats: Vec<Seat> = [1, 1, 1, 2, 3].map(|n| table.admit(at(n))).into();
+        assert!(table.shed());
+        let count = |reason| {
+            let labels = Dropped { listener: "counted_here".into(), reason };
+            dropped().get(&labels).map_or(0, |c| c.get())
+        };
+        assert_eq!((count("source"), count("total"), count("descriptors")), (1, 1, 1));
     }
 
     #[test]

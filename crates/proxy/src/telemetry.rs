@@ -151,6 +151,11 @@ impl Telemetry {
             connections.clone(),
         );
         registry.register("refused", "Connections refused or cut, by direction and reason", refused.clone());
+        registry.register(
+            "connections_dropped",
+            "Connections dropped for want of room, by listener and reason",
+            countersign_api::admission::dropped(),
+        );
         registry.register("bytes", "Bytes carried for the workload, by direction and flow", bytes.clone());
         registry.register("active_connections", "Open connections", active.clone());
         registry.register("identity_rotations", "Identities taken up since the start", rotations.clone());
