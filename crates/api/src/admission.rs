@@ -2,7 +2,8 @@
 //!
 //! Every connection is accepted. When a bound is reached, a seat is taken away: from the group of sources that holds the
 //! most, in it from the member that holds the most, and of that member's connections the oldest that waits for its peer.
-//! A caller that connects and asks at once is therefore served, however many silent connections somebody else holds.
+//! A caller that connects and asks at once is therefore served, however many silent connections somebody else holds. Whoever
+//! comes from hundreds of sources holds one seat of each; sources that are near ([`Admission::admit_near`]) keep theirs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
@@ -125,6 +126,8 @@ struct State<S: Source> {
 }
 
 struct Group<S> {
+    /// Strangers take no seat of it, unless all seats are its own and its like's.
+    near: bool,
     held: usize,
     waiting: usize,
     members: HashMap<S, Member>,
@@ -132,7 +135,7 @@ struct Group<S> {
 
 impl<S> Default for Group<S> {
     fn default() -> Self {
-        Self { held: 0, waiting: 0, members: HashMap::new() }
+        Self { near: false, held: 0, waiting: 0, members: HashMap::new() }
     }
 }
 
@@ -165,8 +168,9 @@ impl<S: Source> Group<S> {
 
 impl<S: Source> State<S> {
     fn first_to_go(&self) -> Option<u64> {
-        let most = self.groups.values().map(|g| (g.waiting > 0, g.held)).max()?;
-        let greatest = self.groups.values().filter(|g| (g.waiting > 0, g.held) == most);
+        let rank = |g: &Group<S>| (!g.near, g.waiting > 0, g.held);
+        let most = self.groups.values().map(rank).max()?;
+        let greatest = self.groups.values().filter(|g| rank(g) == most);
         greatest.filter_map(Group::first_to_go).min()
     }
 
@@ -213,6 +217,16 @@ impl<S: Source> Admission<S> {
 
     /// Gives a connection a seat, which is somebody else's when a bound is reached.
     pub fn admit(&self, source: S) -> Seat {
+        self.seat(source, false)
+    }
+
+    /// The same for a source that is near, as a node's own probes are: strangers take no seat from it, however many they are.
+    /// Its own bound holds for it as for everybody.
+    pub fn admit_near(&self, source: S) -> Seat {
+        self.seat(source, true)
+    }
+
+    fn seat(&self, source: S, near: bool) -> Seat {
         let limits = self.0.limits;
         let taken_away = CancellationToken::new();
         let mut state = self.0.state();
@@ -228,6 +242,7 @@ impl<S: Source> Admission<S> {
         state.next += 1;
         state.sources.insert(number, source.clone());
         let group = state.groups.entry(group).or_default();
+        group.near = near;
         group.held += 1;
         group.waiting += 1;
         let member = group.members.entry(source).or_default();
@@ -400,6 +415,34 @@ mod tests {
         busy.clear();
         drop((seats, next, last));
         assert_eq!(table.held(), 0);
+    }
+
+    #[test]
+    fn strangers_from_any_number_of_sources_take_no_seat_from_who_is_near() {
+        let table = table(256, 64);
+        let probe = table.admit_near(at(1));
+        let answered = table.admit_near(at(2));
+        let busy = answered.busy();
+        let strangers: Vec<Seat> =
+            (0..600u32).map(|n| table.admit(IpAddr::from((0x0a00_0000 + n).to_be_bytes()))).collect();
+        assert!(!is_gone(&probe) && !is_gone(&answered));
+        assert_eq!(table.held(), 256);
+        assert_eq!(strangers.iter().filter(|s| !is_gone(s)).count(), 254, "they share what is left");
+        // One that is near has its own bound, and takes from strangers up to it.
+        let many: Vec<Seat> = (0..100).map(|_| table.admit_near(at(1))).collect();
+        assert_eq!((many.iter().filter(|s| !is_gone(s)).count(), is_gone(&probe)), (64, true));
+        assert_eq!(strangers.iter().filter(|s| !is_gone(s)).count(), 256 - 64 - 1);
+        drop(busy);
+    }
+
+    #[test]
+    fn those_who_are_near_share_when_nobody_else_is_there() {
+        let table = table(4, 4);
+        let first: Vec<Seat> = (1..=4).map(|n| table.admit_near(at(n))).collect();
+        let stranger = table.admit(at(9));
+        assert_eq!(first.iter().map(is_gone).collect::<Vec<_>>(), [true, false, false, false]);
+        let next = table.admit_near(at(1));
+        assert!(is_gone(&stranger) && !is_gone(&next), "the stranger goes first");
     }
 
     #[test]
