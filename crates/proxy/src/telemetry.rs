@@ -236,6 +236,7 @@ impl Telemetry {
     /// Refusals by direction and reason, read back from the registry's own text.
     pub fn refused_counts(&self) -> BTreeMap<String, u64> {
         let mut text = String::new();
+        // Writing to a text cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
         let field = |line: &str, name: &str| {
             line.split_once(&format!("{name}=\"")).and_then(|(_, r)| r.split_once('"')).map(|(v, _)| v.to_owned())

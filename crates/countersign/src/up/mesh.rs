@@ -337,7 +337,9 @@ impl Mesh {
         made.with_context(|| format!("cannot make {}", folder.display()))?;
         // A workload that joins again under its name may have another number: the logs of the one before are its own now.
         for old in std::fs::read_dir(&folder)?.flatten() {
-            let _ = std::os::unix::fs::lchown(old.path(), Some(owner), Some(owner));
+            if let Err(error) = std::os::unix::fs::lchown(old.path(), Some(owner), Some(owner)) {
+                tracing::warn!(path = %old.path().display(), %error, "cannot give an earlier file to the workload's new user");
+            }
         }
         Ok(folder)
     }
@@ -390,14 +392,22 @@ impl Mesh {
         if let Err(error) = operator::entry::delete(self.channel(), running.entry_ids.clone()).await {
             tracing::warn!(name, %error, "cannot delete the registration entry");
         }
-        let _ = kill_inside(&running.netns);
+        kill_inside(&running.netns);
         for kind in ["homes", "accounts"] {
-            let _ = std::fs::remove_dir_all(self.dir.join(kind).join(name));
+            match std::fs::remove_dir_all(self.dir.join(kind).join(name)) {
+                // A workload with a user of the machine has neither.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(name, kind, %error, "cannot remove a folder of a workload that has left");
+                }
+                _ => {}
+            }
         }
         if let Err(error) = self.fabric.unplug(&running.netns, &port_name(running.number)) {
             tracing::warn!(name, %error, "cannot remove the namespace");
         }
-        let _ = self.write_hosts();
+        if let Err(error) = self.write_hosts() {
+            tracing::warn!(name, error = format!("{error:#}"), "the mesh's names still have a workload that has left");
+        }
     }
 
     /// Takes everything down, programs first. `Place::tidy` removes the rest.
