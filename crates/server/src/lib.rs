@@ -230,30 +230,72 @@ fn pages(core: Arc<Core>) -> Arc<http::Handler> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::path::{Path, PathBuf};
     use std::time::{Duration, Instant};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+    use tokio::task::JoinHandle;
 
-    #[tokio::test]
-    async fn a_client_that_stands_still_does_not_keep_the_server_from_ending() {
-        let dir = tempfile::tempdir().unwrap();
-        let config = caller::tests::config(dir.path());
-        let (socket, shutdown) = (config.admin_socket.clone(), CancellationToken::new());
+    /// A server that is ready, and its operators' socket.
+    async fn serving(dir: &Path, shutdown: &CancellationToken) -> (JoinHandle<Result<(), ServerError>>, PathBuf) {
+        let config = caller::tests::config(dir);
+        let socket = config.admin_socket.clone();
         let (ready, is_ready) = tokio::sync::oneshot::channel();
         let (clock, end) = (countersign_api::clock::system_clock(), shutdown.clone());
         let server = tokio::spawn(run(config, clock, end, |_| ready.send(()).unwrap()));
         is_ready.await.unwrap();
-        // It opens an HTTP/2 connection, with its settings, and reads nothing, not even that the server takes leave.
-        let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
-        client.write_all(grpc::PREFACE).unwrap();
-        client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).unwrap();
-        let (mut readable, deadline) = (client.try_clone().unwrap(), Some(Duration::from_secs(10)));
-        readable.set_read_timeout(deadline).unwrap();
-        let served = tokio::task::spawn_blocking(move || std::io::Read::read_exact(&mut readable, &mut [0; 9]));
-        served.await.unwrap().unwrap();
+        (server, socket)
+    }
+
+    /// An HTTP/2 connection whose settings are sent.
+    async fn connected(socket: &Path) -> UnixStream {
+        let mut client = UnixStream::connect(socket).await.unwrap();
+        client.write_all(grpc::PREFACE).await.unwrap();
+        client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+        client
+    }
+
+    #[tokio::test]
+    async fn a_client_that_stands_still_does_not_keep_the_server_from_ending() {
+        let (dir, shutdown) = (tempfile::tempdir().unwrap(), CancellationToken::new());
+        let (server, socket) = serving(dir.path(), &shutdown).await;
+        // It is served, and reads nothing more, not even that the server takes leave.
+        let mut client = connected(&socket).await;
+        client.read_exact(&mut [0; 9]).await.unwrap();
         let told = Instant::now();
         shutdown.cancel();
         tokio::time::timeout(Duration::from_secs(20), server).await.expect("in bounded time").unwrap().unwrap();
         assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
         assert!(!socket.exists());
+    }
+
+    /// RFC 9113 8.3.1 wants a slash in front, and 8.1.1 a stream error of type `PROTOCOL_ERROR` where there is none.
+    #[tokio::test]
+    async fn a_request_with_a_malformed_path_is_reset_and_its_connection_goes_on() {
+        let (dir, shutdown) = (tempfile::tempdir().unwrap(), CancellationToken::new());
+        let (_server, socket) = serving(dir.path(), &shutdown).await;
+        let mut client = connected(&socket).await;
+        // POST, http, and a path and an authority as literals (RFC 7541 6.2.1).
+        let block = [&[0x83, 0x86, 0x44, 7][..], b"foo/Bar", &[0x41, 1], b"x"].concat();
+        let headers = [&[0, 0, u8::try_from(block.len()).unwrap(), 1, 0x5, 0, 0, 0, 1][..], &block].concat();
+        client.write_all(&headers).await.unwrap();
+        client.write_all(&[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]).await.unwrap();
+        let mut resets = vec![];
+        let until_ping_is_answered = async {
+            loop {
+                let mut head = [0; 9];
+                client.read_exact(&mut head).await.unwrap();
+                let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+                client.read_exact(&mut payload).await.unwrap();
+                match (head[3], head[4]) {
+                    (3, _) => resets.push((head[8], payload)),
+                    (6, 1) if payload == [1, 2, 3, 4, 5, 6, 7, 8] => return,
+                    (7, _) => panic!("the whole connection is given up: {payload:?}"),
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), until_ping_is_answered).await.unwrap();
+        assert_eq!(resets, [(1, vec![0, 0, 0, 1])]);
     }
 }
