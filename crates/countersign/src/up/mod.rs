@@ -114,7 +114,7 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
             }
         };
         let mesh = started.inspect_err(|_| place.tidy())?;
-        control::serve(&mesh)?;
+        control::serve(&mesh).inspect_err(|_| place.tidy())?;
         let rotating = tokio::task::spawn_local(rotate::keep_short(mesh.clone()));
         if table {
             table::live(&mesh, &stop).await;
