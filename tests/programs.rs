@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::support::{Mesh, able, path_of, random_file, sh, sha256, wait_for};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{Mesh, able, path_of, random_file, run, sh, sha256, wait_for};
 
 /// A workload of a mesh file.
 fn workload(name: &str, user: &str, port: u16, command: &[&str]) -> String {
@@ -289,5 +292,69 @@ fn grpc_calls_and_streams_pass() {
     .unwrap();
     let _ = agent.kill();
     agent.wait().unwrap();
+    mesh.down();
+}
+
+#[test]
+fn a_program_whose_terminal_is_closed_takes_leave_and_leaves_nothing_in_the_mesh() {
+    if !able(&[]) {
+        return;
+    }
+    let mesh = Mesh::up("hangup", &workload("web", "root", 8080, &["sleep", "600"]));
+    let at = mesh.folder().display().to_string();
+    let script = format!("trap 'echo bye > {at}/bye; exit 3' TERM; echo > {at}/runs; while :; do sleep 0.05; done");
+    for signal in [Signal::SIGHUP, Signal::SIGTERM] {
+        let mut me = mesh.join("me", &["--user", "root"], &["sh", "-c", &script]).spawn().unwrap();
+        let patience = Duration::from_secs(20);
+        wait_for("the program to run", patience, || std::fs::remove_file(format!("{at}/runs")).ok());
+        kill(Pid::from_raw(me.id().try_into().unwrap()), signal).unwrap();
+        let status = wait_for("`run` to end", patience, || me.try_wait().unwrap());
+        assert_eq!(status.code(), Some(3), "{signal}: it is the program's own end");
+        std::fs::remove_file(format!("{at}/bye")).unwrap();
+        let left = || sh("ip netns list 2>/dev/null || true").contains(&format!("cs-{}-me", mesh.name));
+        wait_for("its namespace to be gone", patience, || (!left()).then_some(()));
+        assert!(!mesh.dir().join("homes/me").exists());
+    }
+    mesh.down();
+}
+
+#[test]
+fn the_mesh_file_lets_single_udp_ports_pass_and_tells_a_program_who_calls() {
+    if !able(&["python3"]) {
+        return;
+    }
+    // It answers a connection with the bytes that came before the caller's own, and a datagram with itself.
+    let program = r#"
+import socket, threading
+def echo(port):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("0.0.0.0", port))
+    while True:
+        data, peer = s.recvfrom(100); s.sendto(data, peer)
+for port in (4433, 4434): threading.Thread(target=echo, args=(port,), daemon=True).start()
+s = socket.create_server(("0.0.0.0", 8080))
+while True:
+    c, _ = s.accept(); c.settimeout(10); c.sendall(c.recv(12).hex().encode()); c.close()
+"#;
+    let keys = "    allow_udp_ports: [4433]\n";
+    let web = workload("web", "root", 8080, &["python3", "-c", program]) + "    proxy_protocol: [8080]\n" + keys;
+    let mesh = Mesh::up("keys", &(web + &workload("caller", "root", 80, &["sleep", "600"]) + keys));
+    mesh.wait_for_port("web", 8080);
+    let caller = |script: &str| {
+        let text = format!("import socket\n{script}");
+        run(std::process::Command::new("ip")
+            .args(["netns", "exec", &format!("cs-{}-caller", mesh.name)])
+            .args(["python3", "-c", &text]))
+    };
+    let header = caller(
+        "c = socket.create_connection(('10.86.0.10', 8080), 10); c.sendall(b'hello, who am I?'); print(c.recv(24).decode())",
+    );
+    assert_eq!(header.trim(), "0d0a0d0a000d0a515549540a", "PROXY protocol version 2 begins so");
+    let udp = |port: u16| {
+        caller(&format!(
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(2)\ntry:\n  s.sendto(b'x', ('10.86.0.10', {port})); print(s.recv(9))\nexcept OSError: print('dropped')"
+        ))
+    };
+    assert_eq!(udp(4433).trim(), "b'x'");
+    assert_eq!(udp(4434).trim(), "dropped");
     mesh.down();
 }

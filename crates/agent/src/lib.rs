@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use countersign_api::clock::Clock;
 use countersign_api::directory::{Quota, Subscriptions};
-use countersign_api::graceful::{GRACE, within_grace};
+use countersign_api::graceful::{GRACE, take_leave};
 use countersign_api::transport::{accept_unix, bind_unix};
 use countersign_api::{grpc, http};
 use tokio::net::TcpListener;
@@ -136,15 +136,7 @@ pub async fn run(
         core.tasks.wait().await;
         served
     };
-    let Some(served) = within_grace(serving, &shutdown, GRACE).await else {
-        // A stopped or paused client does not read its stream's end.
-        tracing::warn!("some callers did not take leave within {GRACE:?}; ending without them");
-        // The accept loop hears of the end of its stream only now, and takes the socket's file away.
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        return Ok(());
-    };
-    served?;
-    Ok(())
+    take_leave(serving, &shutdown, GRACE).await.unwrap_or(Ok(())).map_err(AgentError::from)
 }
 
 fn start_tasks(core: &Arc<Core>) {

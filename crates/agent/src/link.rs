@@ -7,6 +7,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use countersign_api::clock::Clock;
 use countersign_api::convert::id_from_wire;
+use countersign_api::files::read_pem;
 use countersign_api::spire::agent::agent_client::AgentClient;
 use countersign_api::spire::agent::attest_agent_request::{Params, Step};
 use countersign_api::spire::agent::attest_agent_response::Step as Answer;
@@ -125,7 +126,7 @@ impl Link {
             (Some(kept), None) => Some(kept),
             (kept, Some(path)) => {
                 let wrong = |why: String| LinkError::Evidence(EvidenceError::File { path: path.clone(), why });
-                let pem = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+                let pem = read_pem(path).map_err(|e| wrong(e.to_string()))?;
                 let given =
                     X509Bundle::from_pem(config.trust_domain.clone(), &pem).map_err(|e| wrong(e.to_string()))?;
                 let kept = kept.filter(|k| identity.is_some() && k.authorities.iter().any(|a| a.not_after() > now));

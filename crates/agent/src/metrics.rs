@@ -45,6 +45,11 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("countersign_agent");
+        registry.register(
+            "connections_dropped",
+            "Connections dropped for want of room, by listener and reason",
+            countersign_api::admission::dropped(),
+        );
         let (svids_signed, signing_failures, attestations) =
             (Counter::default(), Counter::default(), Counter::default());
         let streams = Gauge::default();

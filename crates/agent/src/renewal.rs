@@ -1,17 +1,8 @@
 //! When an SVID is due for renewal: the agent's own and its workloads' alike.
 
-use std::time::Duration;
-
+use countersign_identity::rotation::is_rested;
 use countersign_identity::{X509Bundle, X509Svid};
 use time::OffsetDateTime;
-
-/// Shortest time from one signature to the next for the same identity. An authority that is about to end signs lives of
-/// seconds, whose every fraction would be over at once.
-pub const PAUSE: Duration = Duration::from_secs(2);
-
-/// Longest time that an SVID below a tainted or missing authority is used on when its successor was below one too: the bundle
-/// in which that is good may still be under way.
-const STEADY: Duration = Duration::from_secs(5);
 
 /// Whether a new SVID should be asked for. `obtained`: when this one came; `jitter` from -1.0 to 1.0; `bundle`: our trust
 /// domain's, by the latest word of the server.
@@ -24,17 +15,7 @@ pub fn is_due(
 ) -> bool {
     let of_life = svid.renew_at(jitter) <= now;
     let of_trust = bundle.is_some_and(|bundle| !is_below_good_root(svid, bundle));
-    if !of_life && !of_trust {
-        return false;
-    }
-    // A clock that was set back says nothing of how long ago the last signature was.
-    if obtained > now {
-        return true;
-    }
-    // Half of a life that began before the signature may be over at once: a quarter of what was left is waited for.
-    let quarter = svid.remaining(obtained) / 4;
-    let wait = if of_trust { quarter.min(STEADY) } else { quarter };
-    obtained + wait.max(PAUSE) <= now
+    (of_life || of_trust) && is_rested(obtained, svid.remaining(obtained), of_trust, now)
 }
 
 /// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed for the
@@ -48,6 +29,7 @@ fn is_below_good_root(svid: &X509Svid, bundle: &X509Bundle) -> bool {
 mod tests {
     use super::*;
     use crate::testing::Ca;
+    use std::time::Duration;
 
     const fn secs(s: u64) -> Duration {
         Duration::from_secs(s)

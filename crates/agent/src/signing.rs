@@ -96,6 +96,7 @@ impl Signing {
                 Err(status) => status,
             };
             if let Some(refusal) = Refusal::of(&status) {
+                // Whoever hears of them has several waiting already, and will act on those.
                 let _ = self.refusals.try_send(refusal);
             }
             self.metrics.signing_failures.inc();

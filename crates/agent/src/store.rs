@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use countersign_api::files::{write_atomically, write_secret};
+use countersign_api::files::{read_pem, write_atomically, write_secret};
 use countersign_identity::bundle::{certificates_from_pem, certificates_to_pem, pem_block};
 use countersign_identity::{PrivateKey, TrustDomain, X509Bundle, X509Svid};
 use nix::errno::Errno;
@@ -59,7 +59,7 @@ impl Store {
 
     /// The identity of an earlier run. A file that cannot be used is reported and passed over.
     pub fn identity(&self) -> Option<X509Svid> {
-        let pem = Zeroizing::new(std::fs::read(&self.identity).ok()?);
+        let pem = Zeroizing::new(kept(&self.identity)?);
         let read = || {
             let key = PrivatePkcs8KeyDer::from_pem_slice(&pem).map_err(|e| e.to_string())?;
             let key = PrivateKey::from_pkcs8(key.secret_pkcs8_der().to_vec()).map_err(|e| e.to_string())?;
@@ -80,8 +80,9 @@ impl Store {
 
     /// The bundle of an earlier run.
     pub fn bundle(&self, trust_domain: &TrustDomain) -> Option<X509Bundle> {
-        let pem = std::fs::read(&self.bundle).ok()?;
-        X509Bundle::from_pem(trust_domain.clone(), &pem).ok()
+        let read = X509Bundle::from_pem(trust_domain.clone(), &kept(&self.bundle)?);
+        read.map_err(|error| tracing::warn!(path = %self.bundle.display(), %error, "the kept bundle cannot be used"))
+            .ok()
     }
 
     /// Keeps the bundle.
@@ -90,9 +91,30 @@ impl Store {
     }
 }
 
+/// What an earlier run has kept in a file; one that cannot be read is reported and passed over.
+fn kept(path: &Path) -> Option<Vec<u8>> {
+    read_pem(path)
+        .inspect_err(|error| {
+            if error.kind() != std::io::ErrorKind::NotFound {
+                tracing::warn!(path = %path.display(), %error, "a kept file cannot be read");
+            }
+        })
+        .ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kept_files_that_are_none_are_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        for file in [&store.identity, &store.bundle] {
+            nix::unistd::mkfifo(file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        }
+        assert!(store.identity().is_none() && store.bundle(&TrustDomain::new("td").unwrap()).is_none());
+    }
 
     #[test]
     fn a_second_agent_on_the_same_folder_is_refused_until_the_first_ends() {

@@ -101,6 +101,7 @@ impl Sync {
             line.cuts += u32::from(was_cut(&ended));
             let refusal = Refusal::of(&ended).or((line.cuts >= CUTS).then_some(Refusal::Svid));
             if let Some(refusal) = refusal {
+                // Whoever hears of them has several waiting already, and will act on those.
                 let _ = self.refusals.try_send(refusal);
             }
             let delay = line.backoff.next_delay();

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use nix::libc::{EMFILE, ENFILE, ENOBUFS, ENOMEM};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use crate::admission::count_dropped;
+
 /// Pause after an accept that fails for a reason that a moment may mend.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How often one door says that it cannot accept.
@@ -106,6 +108,9 @@ impl<L: Listener> Door<L> {
         let accepted = pin!(self.listener.accept()).poll(&mut Context::from_waker(Waker::noop()));
         let turned_away = matches!(accepted, std::task::Poll::Ready(Ok(_)));
         drop(accepted);
+        if turned_away {
+            count_dropped("accept", "descriptors");
+        }
         self.reserve = spare();
         turned_away
     }

@@ -2,18 +2,45 @@
 //!
 //! Every connection is accepted. When a bound is reached, a seat is taken away: from the group of sources that holds the
 //! most, in it from the member that holds the most, and of that member's connections the oldest that waits for its peer.
-//! A caller that connects and asks at once is therefore served, however many silent connections somebody else holds.
+//! A caller that connects and asks at once is therefore served, however many silent connections somebody else holds. Whoever
+//! comes from hundreds of sources holds one seat of each; sources that are near ([`Admission::admit_near`]) keep theirs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// How often one table says that it takes seats away.
 const SAY_EVERY: Duration = Duration::from_secs(60);
+
+/// Which connections were dropped, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Dropped {
+    /// The table's name, with `_` between its words; `accept` before there is a seat.
+    listener: String,
+    /// `source`: its source, or the group of it, held as many as it may; `total`: all together did; `descriptors`: they had run
+    /// out.
+    reason: &'static str,
+}
+
+/// Connections dropped in this process since its start.
+static DROPPED: LazyLock<Family<Dropped, Counter>> = LazyLock::new(Family::default);
+
+/// The count of dropped connections of every table in this process, for a role's metrics.
+pub fn dropped() -> Family<Dropped, Counter> {
+    DROPPED.clone()
+}
+
+/// Counts one more.
+pub(crate) fn count_dropped(listener: &str, reason: &'static str) {
+    DROPPED.get_or_create(&Dropped { listener: listener.to_lowercase().replace(' ', "_"), reason }).inc();
+}
 
 /// Bounds of one table.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +126,8 @@ struct State<S: Source> {
 }
 
 struct Group<S> {
+    /// Strangers take no seat of it, unless all seats are its own and its like's.
+    near: bool,
     held: usize,
     waiting: usize,
     members: HashMap<S, Member>,
@@ -106,7 +135,7 @@ struct Group<S> {
 
 impl<S> Default for Group<S> {
     fn default() -> Self {
-        Self { held: 0, waiting: 0, members: HashMap::new() }
+        Self { near: false, held: 0, waiting: 0, members: HashMap::new() }
     }
 }
 
@@ -139,8 +168,9 @@ impl<S: Source> Group<S> {
 
 impl<S: Source> State<S> {
     fn first_to_go(&self) -> Option<u64> {
-        let most = self.groups.values().map(|g| (g.waiting > 0, g.held)).max()?;
-        let greatest = self.groups.values().filter(|g| (g.waiting > 0, g.held) == most);
+        let rank = |g: &Group<S>| (!g.near, g.waiting > 0, g.held);
+        let most = self.groups.values().map(rank).max()?;
+        let greatest = self.groups.values().filter(|g| rank(g) == most);
         greatest.filter_map(Group::first_to_go).min()
     }
 
@@ -187,21 +217,32 @@ impl<S: Source> Admission<S> {
 
     /// Gives a connection a seat, which is somebody else's when a bound is reached.
     pub fn admit(&self, source: S) -> Seat {
+        self.seat(source, false)
+    }
+
+    /// The same for a source that is near, as a node's own probes are: strangers take no seat from it, however many they are.
+    /// Its own bound holds for it as for everybody.
+    pub fn admit_near(&self, source: S) -> Seat {
+        self.seat(source, true)
+    }
+
+    fn seat(&self, source: S, near: bool) -> Seat {
         let limits = self.0.limits;
         let taken_away = CancellationToken::new();
         let mut state = self.0.state();
         let group = source.group();
         let crowded = state.groups.get(&group).filter(|g| g.held >= limits.per_group.max(1));
-        let gives_way = match crowded {
-            Some(group) => group.first_to_go(),
-            None if state.sources.len() >= limits.total.max(1) => state.first_to_go(),
-            None => None,
+        let (gives_way, reason) = match crowded {
+            Some(group) => (group.first_to_go(), "source"),
+            None if state.sources.len() >= limits.total.max(1) => (state.first_to_go(), "total"),
+            None => (None, ""),
         };
         let gone = gives_way.and_then(|number| state.remove(number));
         let number = state.next;
         state.next += 1;
         state.sources.insert(number, source.clone());
         let group = state.groups.entry(group).or_default();
+        group.near = near;
         group.held += 1;
         group.waiting += 1;
         let member = group.members.entry(source).or_default();
@@ -209,6 +250,7 @@ impl<S: Source> Admission<S> {
         member.held.insert(number, Held { busy: false, taken_away: taken_away.clone() });
         if let Some((source, held)) = gone {
             held.taken_away.cancel();
+            count_dropped(limits.name, reason);
             self.0.say(&mut state, &source);
         }
         drop(state);
@@ -219,7 +261,10 @@ impl<S: Source> Admission<S> {
     pub fn shed(&self) -> bool {
         let mut state = self.0.state();
         let gone = state.first_to_go().and_then(|number| state.remove(number));
-        gone.inspect(|(_, held)| held.taken_away.cancel()).is_some()
+        let Some((_, held)) = gone else { return false };
+        held.taken_away.cancel();
+        count_dropped(self.0.limits.name, "descriptors");
+        true
     }
 
     /// Seats that are held.
@@ -336,6 +381,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_dropped_is_counted_by_table_and_reason() {
+        let table = Admission::new(Limits { name: "Counted here", total: 3, per_group: 2 });
+        let _seats: Vec<Seat> = [1, 1, 1, 2, 3].map(|n| table.admit(at(n))).into();
+        assert!(table.shed());
+        let count = |reason| {
+            let labels = Dropped { listener: "counted_here".into(), reason };
+            dropped().get(&labels).map_or(0, |c| c.get())
+        };
+        assert_eq!((count("source"), count("total"), count("descriptors")), (1, 1, 1));
+    }
+
+    #[test]
     fn a_source_at_its_own_bound_takes_from_itself() {
         let table = table(10, 3);
         let other = table.admit(at(1));
@@ -358,6 +415,34 @@ mod tests {
         busy.clear();
         drop((seats, next, last));
         assert_eq!(table.held(), 0);
+    }
+
+    #[test]
+    fn strangers_from_any_number_of_sources_take_no_seat_from_who_is_near() {
+        let table = table(256, 64);
+        let probe = table.admit_near(at(1));
+        let answered = table.admit_near(at(2));
+        let busy = answered.busy();
+        let strangers: Vec<Seat> =
+            (0..600u32).map(|n| table.admit(IpAddr::from((0x0a00_0000 + n).to_be_bytes()))).collect();
+        assert!(!is_gone(&probe) && !is_gone(&answered));
+        assert_eq!(table.held(), 256);
+        assert_eq!(strangers.iter().filter(|s| !is_gone(s)).count(), 254, "they share what is left");
+        // One that is near has its own bound, and takes from strangers up to it.
+        let many: Vec<Seat> = (0..100).map(|_| table.admit_near(at(1))).collect();
+        assert_eq!((many.iter().filter(|s| !is_gone(s)).count(), is_gone(&probe)), (64, true));
+        assert_eq!(strangers.iter().filter(|s| !is_gone(s)).count(), 256 - 64 - 1);
+        drop(busy);
+    }
+
+    #[test]
+    fn those_who_are_near_share_when_nobody_else_is_there() {
+        let table = table(4, 4);
+        let first: Vec<Seat> = (1..=4).map(|n| table.admit_near(at(n))).collect();
+        let stranger = table.admit(at(9));
+        assert_eq!(first.iter().map(is_gone).collect::<Vec<_>>(), [true, false, false, false]);
+        let next = table.admit_near(at(1));
+        assert!(is_gone(&stranger) && !is_gone(&next), "the stranger goes first");
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! Files, read with a bound; and those that hold secrets, written so that no crash leaves half of one and nobody else reads it.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Reads a regular file of at most `most` bytes. Devices, pipes and folders are refused: what they hold may never end, or
-/// never come.
-pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let mut content = vec![];
+/// Largest file with certificates or a key, in bytes.
+pub const MAX_PEM_BYTES: u64 = 1024 * 1024;
+
+/// Opens a regular file for reading. Devices, pipes and folders are refused: what they hold may never end, or never come.
+pub fn open_regular(path: &Path) -> io::Result<File> {
     // Without O_NONBLOCK the open itself waits for a pipe's writer. It changes nothing for regular files.
     let file = OpenOptions::new().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path)?;
     let kind = file.metadata()?.file_type();
@@ -21,11 +22,25 @@ pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
         };
         return Err(io::Error::other(format!("it is {what}; expected a file")));
     }
+    Ok(file)
+}
+
+/// Reads a regular file of at most `most` bytes; see [`open_regular`].
+pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let file = open_regular(path)?;
+    // Room for all of it: what grows leaves copies behind, and it may hold a key.
+    let length = file.metadata()?.len().min(most);
+    let mut content = Vec::with_capacity(usize::try_from(length).unwrap_or(0) + 1);
     file.take(most + 1).read_to_end(&mut content)?;
     if content.len() as u64 > most {
         return Err(io::Error::other(format!("it is longer than {most} bytes")));
     }
     Ok(content)
+}
+
+/// Reads a file with certificates or a key, [`MAX_PEM_BYTES`] at most.
+pub fn read_pem(path: &Path) -> io::Result<Vec<u8>> {
+    read_bounded(path, MAX_PEM_BYTES)
 }
 
 /// Writes a file of mode 0600 atomically: a fresh file beside it, synced, renamed over it, the folder synced.
@@ -50,5 +65,25 @@ pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()
         let _ = std::fs::remove_file(temporary);
         return written;
     }
-    std::fs::File::open(dir)?.sync_all()
+    File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_file_or_too_long_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("fits"), vec![b'x'; 1 << 20]).unwrap();
+        std::fs::write(at("long"), vec![b'x'; (1 << 20) + 1]).unwrap();
+        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(read_pem(&at("fits")).unwrap().len(), 1 << 20);
+        let why = |path: &Path| read_pem(path).unwrap_err().to_string();
+        assert_eq!(why(&at("long")), "it is longer than 1048576 bytes");
+        assert_eq!(why(&at("pipe")), "it is a pipe; expected a file");
+        assert_eq!(why(Path::new("/dev/zero")), "it is a device; expected a file");
+        assert_eq!(why(dir.path()), "it is a folder; expected a file");
+    }
 }

@@ -27,6 +27,23 @@ pub async fn within_grace<T>(
     }
 }
 
+/// What follows the end of serving without us: accept loops hear of it and take their sockets' files away.
+const LAST_STEPS: Duration = Duration::from_millis(50);
+
+/// Awaits `serving` as [`within_grace`] does; when that was too short, says so and ends without whoever is still there.
+pub async fn take_leave<T>(
+    serving: impl Future<Output = T>,
+    shutdown: &CancellationToken,
+    grace: Duration,
+) -> Option<T> {
+    let served = within_grace(serving, shutdown, grace).await;
+    if served.is_none() {
+        tracing::warn!("some callers did not take leave within {grace:?}; ending without them");
+        tokio::time::sleep(LAST_STEPS).await;
+    }
+    served
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -16,8 +16,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::accept::Door;
 use crate::admission::{Admission, Limits, Seat};
+use crate::near::Near;
 
-/// Connections served at once. A probe is answered within the time that it takes so many others to connect after it.
+/// Connections served at once. Those of the node itself, its probes, keep their seats; any other is answered within the time
+/// that it takes so many others to connect after it.
 const LIMITS: Limits = Limits { name: "HTTP connections", total: 256, per_group: 64 };
 
 /// How long a connection may take.
@@ -96,6 +98,7 @@ pub async fn serve(listener: TcpListener, handler: Arc<Handler>, shutdown: Cance
 async fn serve_within(deadlines: Deadlines, listener: TcpListener, handler: Arc<Handler>, shutdown: CancellationToken) {
     let mut door = Door::new(listener);
     let seats = Admission::<IpAddr>::new(LIMITS);
+    let near = Near::of_this_process();
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
@@ -103,13 +106,15 @@ async fn serve_within(deadlines: Deadlines, listener: TcpListener, handler: Arc<
             () = shutdown.cancelled() => return,
             accepted = door.next(|| seats.shed()) => accepted,
         };
-        let seat = seats.admit(peer.ip().to_canonical());
-        connections.spawn(serve_one(deadlines, stream, seat, handler.clone()));
+        // A connection that has no address of ours any more is over already.
+        let Ok(local) = stream.local_addr() else { continue };
+        let source = peer.ip().to_canonical();
+        let seat = if near.holds(source, local.ip()) { seats.admit_near(source) } else { seats.admit(source) };
+        connections.spawn(serve_one(deadlines, stream, local, seat, handler.clone()));
     }
 }
 
-async fn serve_one(deadlines: Deadlines, stream: TcpStream, seat: Seat, handler: Arc<Handler>) {
-    let Ok(local) = stream.local_addr() else { return };
+async fn serve_one(deadlines: Deadlines, stream: TcpStream, local: SocketAddr, seat: Seat, handler: Arc<Handler>) {
     let taken_away = seat.taken_away();
     let service = service_fn(move |request: Request<Incoming>| {
         let answering = (request.method() == hyper::Method::GET)

@@ -16,6 +16,7 @@ pub mod grpc;
 pub mod http;
 pub mod log_writer;
 pub mod names;
+mod near;
 pub mod peer;
 pub mod peer_credentials;
 pub mod process;

@@ -1,12 +1,15 @@
 //! gRPC over TLS on TCP and over Unix sockets: bounded accept loops, handshakes with a deadline, channels.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use nix::errno::Errno;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::{UnixListener, UnixStream};
@@ -23,6 +26,8 @@ pub use crate::unix_accept::{UnixIo, accept_unix};
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for a channel's connection: for its name and addresses, and then for the handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest wait for a sign that a socket is somebody's.
+const ALIVE: Duration = Duration::from_secs(1);
 /// Longest gRPC message read, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
 
@@ -61,7 +66,8 @@ pub fn bind_unix(path: &Path, mode: u32) -> io::Result<UnixListener> {
         if !meta.file_type().is_socket() {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file here that is no socket"));
         }
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        // Whoever listens and does not accept, a stopped process, is alive all the same.
+        if connect_unix(path, ALIVE).map_or_else(|e| e.kind() == io::ErrorKind::TimedOut, |_| true) {
             return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on this socket"));
         }
         std::fs::remove_file(path)?;
@@ -69,6 +75,24 @@ pub fn bind_unix(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(listener)
+}
+
+/// Connects to a Unix socket, blocking. `TimedOut` after `patience`, at least a microsecond: a listener whose queue is full, because
+/// its process is stopped, would keep a plain connect(2) waiting for ever.
+pub fn connect_unix(path: &Path, patience: Duration) -> io::Result<std::os::unix::net::UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let stream = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    // It bounds connect(2) too (unix(7) sleeps for the send timeout).
+    let stream = std::os::unix::net::UnixStream::from(stream);
+    stream.set_write_timeout(Some(patience))?;
+    socket::connect(stream.as_raw_fd(), &UnixAddr::new(path)?).map_err(|error| match error {
+        Errno::EAGAIN => {
+            io::Error::new(io::ErrorKind::TimedOut, format!("it does not accept connections, for {patience:?}"))
+        }
+        other => other.into(),
+    })?;
+    stream.set_write_timeout(None)?;
+    Ok(stream)
 }
 
 /// A channel to a gRPC service on a Unix socket. Connects when first used and again when the connection is lost.
@@ -107,4 +131,25 @@ fn endpoint(uri: &'static str) -> Endpoint {
         .http2_keep_alive_interval(Duration::from_secs(15))
         .keep_alive_timeout(Duration::from_secs(10))
         .keep_alive_while_idle(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_that_accepts_nothing_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("full.sock");
+        let listener = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+        socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        socket::listen(&listener, socket::Backlog::new(0).unwrap()).unwrap();
+        let patience = Duration::from_millis(20);
+        let queued: Vec<_> = (0..10).map_while(|_| connect_unix(&path, patience).ok()).collect();
+        assert!((1..10).contains(&queued.len()), "{}", queued.len());
+        assert_eq!(connect_unix(&path, patience).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(bind_unix(&path, 0o600).unwrap_err().kind(), io::ErrorKind::AddrInUse, "it is somebody's");
+        drop((listener, queued));
+        assert_eq!(connect_unix(&path, patience).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    }
 }

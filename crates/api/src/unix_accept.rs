@@ -131,6 +131,7 @@ fn accept_bounded(listener: UnixListener, path: PathBuf, mode: u32, descriptors:
             }
         }
         if inode_of(&path) == inode {
+            // A file that stays is replaced by the next role that listens here.
             let _ = std::fs::remove_file(&path);
         }
     });

@@ -18,6 +18,7 @@ pub mod watch;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use countersign_api::graceful::{GRACE, take_leave};
 use countersign_api::http;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -94,7 +95,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
     ready();
     shutdown.cancelled().await;
     tasks.close();
-    tasks.wait().await;
+    take_leave(tasks.wait(), &shutdown, GRACE).await;
     Ok(())
 }
 

@@ -36,6 +36,11 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("countersign_controller");
+        registry.register(
+            "connections_dropped",
+            "Connections dropped for want of room, by listener and reason",
+            countersign_api::admission::dropped(),
+        );
         let metrics = Self {
             registered: Gauge::default(),
             registrar_errors: Counter::default(),

@@ -1,11 +1,12 @@
 //! Ways to a running server or agent, and errors that say what to do next.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::settings::Mistake;
 use crate::up;
 use anyhow::{Context, anyhow};
-use countersign_api::transport::{MAX_MESSAGE_BYTES, unix_channel};
+use countersign_api::transport::{MAX_MESSAGE_BYTES, connect_unix, unix_channel};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -13,6 +14,8 @@ use tonic::{Code, Status};
 pub const SERVER_SOCKET: &str = "/run/countersign/server.sock";
 /// Where an agent's Unix socket is, unless told otherwise.
 pub const AGENT_SOCKET: &str = "/run/countersign/agent.sock";
+/// Longest wait for a socket to take a connection.
+pub const CONNECT: Duration = Duration::from_secs(5);
 
 /// How a command finds its server.
 #[derive(Debug, Clone, clap::Args)]
@@ -69,8 +72,7 @@ pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Channel> {
         }
         Err(e) => return Err(anyhow!("cannot reach {shown}: {e}")),
     }
-    std::os::unix::net::UnixStream::connect(socket)
-        .with_context(|| format!("cannot reach the {role} at {}", socket.display()))?;
+    connect_unix(socket, CONNECT).with_context(|| format!("cannot reach the {role} at {}", socket.display()))?;
     Ok(unix_channel(socket))
 }
 

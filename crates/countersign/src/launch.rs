@@ -73,6 +73,7 @@ pub fn run(args: &LaunchArgs) -> Result<Infallible> {
     let mut report = File::from(std::io::stdin().as_fd().try_clone_to_owned().context("no pipe to report on")?);
     dup2_stdin(File::open("/dev/null")?).context("cannot replace standard input")?;
     start(args).inspect_err(|error| {
+        // `up` may be gone, which ends this process as well.
         let _ = report.write_all(one_line(error).as_bytes());
     })
 }

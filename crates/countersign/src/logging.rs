@@ -46,8 +46,10 @@ impl LogArgs {
             // A second start in one process (tests) keeps the first.
             let _ = LOG.set(log);
         }
-        let layer = fmt::layer().with_writer(|| Line).with_ansi(io::stderr().is_terminal());
+        // What fails is a write to standard error; to say so there is the macro that panics when nobody reads any more.
+        let layer = fmt::layer().log_internal_errors(false).with_writer(|| Line).with_ansi(io::stderr().is_terminal());
         let layer = if self.log_format == "json" { layer.json().boxed() } else { layer.boxed() };
+        // The same holds for a second start here.
         let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
         Ok(())
     }

@@ -5,10 +5,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use countersign_api::names::connect;
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, Limited};
 use hyper::Request;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
+
+/// How long one request may take.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Longest body that is read, in bytes.
+const MAX_BODY: usize = 16 * 1024 * 1024;
 
 /// Request a URL many times and report.
 #[derive(Debug, clap::Args)]
@@ -78,6 +83,11 @@ impl Client {
         Ok(Self { authority: authority.to_owned(), path, kept: None, report: Report::default() })
     }
 
+    async fn request_in_time(&mut self, keep: bool) -> Result<String> {
+        let answer = tokio::time::timeout(PATIENCE, self.request(keep)).await;
+        answer.unwrap_or_else(|_| Err(anyhow!("no answer within {PATIENCE:?}")))
+    }
+
     async fn request(&mut self, keep: bool) -> Result<String> {
         let mut sender = if let Some(sender) = self.kept.take() {
             sender
@@ -95,7 +105,8 @@ impl Client {
         }
         let response = sender.send_request(request.body(String::new())?).await.context("request")?;
         let status = response.status();
-        let body = response.into_body().collect().await.context("body")?.to_bytes();
+        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
+        let body = body.map_err(|e| anyhow!("body: {e}"))?.to_bytes();
         if !status.is_success() {
             return Err(anyhow!("status {status}: {}", String::from_utf8_lossy(&body).trim()));
         }
@@ -107,8 +118,7 @@ impl Client {
 
     async fn run(mut self, until: Option<Instant>, keep: bool, pause: Duration) -> Report {
         loop {
-            let answer = tokio::time::timeout(Duration::from_secs(15), self.request(keep)).await;
-            match answer.unwrap_or_else(|_| Err(anyhow!("no answer within 15 s"))) {
+            match self.request_in_time(keep).await {
                 Ok(body) => {
                     self.report.ok += 1;
                     self.report.body = body;
@@ -125,7 +135,7 @@ impl Client {
 
 /// One request; its body. An answer that is no success is an error.
 pub async fn get(url: &str) -> Result<String> {
-    Client::new(url)?.request(false).await
+    Client::new(url)?.request_in_time(false).await
 }
 
 /// Prints the report; exit 1 when a request failed.
@@ -147,4 +157,16 @@ pub fn run(args: ProbeArgs) -> Result<ExitCode> {
     });
     crate::stdout::line(&serde_json::to_string(&report)?)?;
     Ok(ExitCode::from(u8::from(report.failed > 0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_accepts_and_never_answers_is_given_up() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        assert_eq!(get(&url).await.unwrap_err().to_string(), "no answer within 15s");
+    }
 }

@@ -12,7 +12,7 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
@@ -49,7 +49,9 @@ pub fn run(args: ShopArgs) -> Result<()> {
         loop {
             let (stream, _) = listener.accept().await?;
             let service = service_fn(move |request| respond(args.service, request));
-            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+            // With a timer a request's head has hyper's 30 s to come.
+            let mut http = hyper::server::conn::http1::Builder::new();
+            tokio::spawn(http.timer(TokioTimer::new()).serve_connection(TokioIo::new(stream), service));
         }
     })
 }

@@ -7,6 +7,14 @@ use time::OffsetDateTime;
 /// Not-before is set this far back, so that clocks which differ a little still agree.
 pub const BACKDATE: Duration = Duration::from_secs(10);
 
+/// Shortest time from one signature to the next for the same identity. An authority that is about to end signs lives of
+/// seconds, whose every fraction would be over at once.
+pub const PAUSE: Duration = Duration::from_secs(2);
+
+/// Longest time that an SVID below a tainted or missing authority is used on when its successor was below one too: the bundle
+/// in which that is good may still be under way.
+const STEADY: Duration = Duration::from_secs(5);
+
 const DAY: u64 = 24 * 60 * 60;
 
 /// When to prepare the next authority: when min(lifetime / 2, 30 days) is left.
@@ -27,6 +35,19 @@ pub fn renew_at(not_before: OffsetDateTime, not_after: OffsetDateTime, jitter: f
     let half = lifetime(not_before, not_after) / 2;
     let shift = half.mul_f64(0.1 * jitter.abs().min(1.0));
     if jitter < 0.0 { not_before + half - shift } else { not_before + half + shift }
+}
+
+/// Whether an SVID that is due has been used for long enough. `obtained`: when it came; `left`: what was left of its life then;
+/// `distrusted`: it is due because its authority is tainted or missing.
+pub fn is_rested(obtained: OffsetDateTime, left: Duration, distrusted: bool, now: OffsetDateTime) -> bool {
+    // A clock that was set back says nothing of how long ago the last signature was.
+    if obtained > now {
+        return true;
+    }
+    // Half of a life that began before the signature may be over at once: a quarter of what was left is waited for.
+    let quarter = left / 4;
+    let wait = if distrusted { quarter.min(STEADY) } else { quarter };
+    obtained + wait.max(PAUSE) <= now
 }
 
 /// The validity window for something issued now: backdated, and never past `latest`.
@@ -71,6 +92,15 @@ mod tests {
         assert_eq!(renew_at(T0, end, 0.0), T0 + secs(100));
         assert_eq!(renew_at(T0, end, -1.0), T0 + secs(90));
         assert_eq!(renew_at(T0, end, 1.0), T0 + secs(110));
+    }
+
+    #[test]
+    fn an_svid_is_used_for_a_while_whatever_it_is_due_for() {
+        let rested = |left, distrusted, after| is_rested(T0, secs(left), distrusted, T0 + secs(after));
+        assert!(!rested(0, false, 1) && rested(0, false, 2), "a life that is over is no reason to spin");
+        assert!(!rested(100, false, 24) && rested(100, false, 25));
+        assert!(!rested(100, true, 4) && rested(100, true, 5));
+        assert!(is_rested(T0 + secs(60), secs(100), false, T0), "the clock was set back");
     }
 
     #[test]

@@ -41,6 +41,7 @@ use std::time::Duration;
 use countersign_api::admission::{self, Admission};
 use countersign_api::clock::Clock;
 use countersign_api::directory::Subscriptions;
+use countersign_api::graceful::take_leave;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::transport::{accept_unix, bind_unix, unix_channel};
 use countersign_api::{grpc, http};
@@ -161,7 +162,8 @@ pub async fn run(
     }
     end.cancel();
     tasks.close();
-    tasks.wait().await;
+    // A client of the status socket that is stopped does not read that we take leave.
+    take_leave(tasks.wait(), &end, LAST_WORDS).await;
     sidecar.telemetry.finish().await;
     Ok(())
 }
@@ -366,3 +368,47 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// How long a sidecar lets open connections go on after SIGTERM, by default.
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(25);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[tokio::test]
+    async fn a_client_of_the_status_socket_that_stands_still_does_not_keep_the_sidecar_from_ending() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("admin.sock");
+        let config = Config {
+            identity: IdentitySource::Agent { socket: dir.path().join("agent.sock") },
+            routing: Routing::Fixed { outbound: None, inbound: None },
+            http: None,
+            admin_socket: Some(socket.clone()),
+            access_log: None,
+            workers: 1,
+            drain: Duration::ZERO,
+            limits: config::Limits::default(),
+            handshakes: config::Handshakes::default(),
+            timeouts: config::Timeouts::default(),
+            balance: config::Balance::default(),
+            proxy_protocol: Default::default(),
+            probes: Default::default(),
+            reopen: Default::default(),
+        };
+        let (shutdown, (ready, is_ready)) = (CancellationToken::new(), tokio::sync::oneshot::channel());
+        let (clock, stop) = (countersign_api::clock::system_clock(), shutdown.clone());
+        let sidecar = tokio::spawn(run(config, clock, stop, || ready.send(()).unwrap()));
+        is_ready.await.unwrap();
+        // It opens an HTTP/2 connection, with its settings, and reads nothing, not even that the sidecar takes leave.
+        let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        client.write_all(grpc::PREFACE).unwrap();
+        client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).unwrap();
+        let mut readable = client.try_clone().unwrap();
+        readable.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let served = tokio::task::spawn_blocking(move || std::io::Read::read_exact(&mut readable, &mut [0; 9]));
+        served.await.unwrap().unwrap();
+        let told = std::time::Instant::now();
+        shutdown.cancel();
+        tokio::time::timeout(Duration::from_secs(20), sidecar).await.expect("in bounded time").unwrap().unwrap();
+        assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
+    }
+}

@@ -127,5 +127,6 @@ pub async fn refuse(tls: &mut ServerStream, refused: &Refused) {
         while tokio::io::AsyncReadExt::read(tls, &mut rest).await? != 0 {}
         std::io::Result::Ok(())
     };
+    // A peer that does not hear why learns it from its own side of the handshake, or from our log.
     let _ = tokio::time::timeout(std::time::Duration::from_secs(1), say).await;
 }

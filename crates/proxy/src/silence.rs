@@ -95,5 +95,6 @@ pub fn probe_when_idle(tcp: &TcpStream, bound: Duration) {
     // Whole seconds are what the kernel counts in: two fifths of silence, then a probe each fifth.
     let fifth = (bound / 5).max(Duration::from_secs(1));
     let keepalive = TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3);
+    // Neither is it worth a refusal: without it the system's own, slower, probes end the connection.
     let _ = SockRef::from(tcp).set_tcp_keepalive(&keepalive);
 }

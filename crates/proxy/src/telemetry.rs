@@ -151,6 +151,11 @@ impl Telemetry {
             connections.clone(),
         );
         registry.register("refused", "Connections refused or cut, by direction and reason", refused.clone());
+        registry.register(
+            "connections_dropped",
+            "Connections dropped for want of room, by listener and reason",
+            countersign_api::admission::dropped(),
+        );
         registry.register("bytes", "Bytes carried for the workload, by direction and flow", bytes.clone());
         registry.register("active_connections", "Open connections", active.clone());
         registry.register("identity_rotations", "Identities taken up since the start", rotations.clone());
@@ -231,6 +236,7 @@ impl Telemetry {
     /// Refusals by direction and reason, read back from the registry's own text.
     pub fn refused_counts(&self) -> BTreeMap<String, u64> {
         let mut text = String::new();
+        // Writing to a text cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
         let field = |line: &str, name: &str| {
             line.split_once(&format!("{name}=\"")).and_then(|(_, r)| r.split_once('"')).map(|(v, _)| v.to_owned())

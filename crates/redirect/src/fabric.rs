@@ -35,6 +35,7 @@ impl Fabric {
             })
         });
         if let Err(error) = built {
+            // The first error says more; what stays is removed by whoever tidies up.
             let _ = ns.remove();
             return Err(error);
         }
@@ -56,6 +57,7 @@ impl Fabric {
         let ns = NetNs::create(name)?;
         let plugged = self.cable(&ns, port).and_then(|()| ns.run(move || configure(addresses)));
         if let Err(error) = plugged {
+            // The first error says more; what stays is removed by whoever tidies up.
             let _ = ns.remove();
             return Err(error);
         }
@@ -98,7 +100,7 @@ impl Fabric {
 
 /// Gives this namespace's interface its addresses and brings it and the loopback up.
 fn configure(addresses: Addresses) -> io::Result<()> {
-    // Without a wait for duplicates: the fabric gives each address once.
+    // Without a wait for duplicates: the fabric gives each address once. Where it cannot be set, an address comes a second later.
     let _ = std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0");
     with_netlink(async |netlink| {
         let eth0 = index(&netlink, INTERFACE).await?;

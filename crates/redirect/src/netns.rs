@@ -62,6 +62,7 @@ impl NetNs {
             Ok(())
         });
         if let Err(error) = made {
+            // The first error says more; what stays is removed by whoever tidies up.
             let _ = std::fs::remove_file(&ns.path);
             return Err(error);
         }

@@ -8,7 +8,7 @@ use countersign_api::denied::Reason;
 use countersign_api::peer::{TlsPeer, UnixPeer};
 use countersign_identity::SpiffeId;
 use countersign_identity::verify::VerifiedPeer;
-use tonic::{Request, Status};
+use tonic::{Extensions, Request, Status};
 
 use crate::agents::{AttestedAgent, Denied};
 use crate::core::Core;
@@ -45,7 +45,16 @@ impl fmt::Display for Caller {
 impl Caller {
     /// Finds out who sent a request.
     pub fn of<T>(core: &Core, request: &Request<T>) -> Result<Self, Status> {
-        if let Some(peer) = request.extensions().get::<UnixPeer>() {
+        Self::behind(core, request.extensions())
+    }
+
+    /// Whether what is on the other end of a connection may send more than it takes to become somebody.
+    pub fn is_known(core: &Core, connection: &Extensions) -> bool {
+        matches!(Self::behind(core, connection), Ok(Self::Local { .. } | Self::Agent(_) | Self::Admin(_)))
+    }
+
+    fn behind(core: &Core, connection: &Extensions) -> Result<Self, Status> {
+        if let Some(peer) = connection.get::<UnixPeer>() {
             let own = nix::unistd::geteuid().as_raw();
             return if peer.uid == 0 || peer.uid == own {
                 Ok(Self::Local { uid: peer.uid })
@@ -56,8 +65,7 @@ impl Caller {
                 )))
             };
         }
-        let peer =
-            request.extensions().get::<TlsPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
+        let peer = connection.get::<TlsPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
         let Some(svid) = &peer.svid else { return Ok(Self::Anonymous(peer.address.ip().to_canonical())) };
         // The connection is older than the call: the authority that vouched for it may have been revoked since.
         if !core.authorities.bundle().borrow().holds(svid.anchor) {
@@ -143,4 +151,4 @@ pub fn denied_status(denied: Denied, id: &SpiffeId) -> Status {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use countersign_identity::rotation::PAUSE;
+
 use crate::core::Core;
 use crate::own_svid::OwnSvid;
 
@@ -18,9 +20,9 @@ pub fn start(core: &Arc<Core>, own: &Arc<OwnSvid>) {
     core.tasks.spawn(reopen_audit(core.clone()));
 }
 
-/// Waits until it is time to look again; false when the server ends.
-async fn pause(core: &Core) -> bool {
-    let pause = CHECK.min(core.issuance().ca_ttl / 60).max(Duration::from_millis(100));
+/// Waits until it is time to look again, `most` at the latest; false when the server ends.
+async fn pause(core: &Core, most: Duration) -> bool {
+    let pause = most.min(core.issuance().ca_ttl / 60).max(Duration::from_millis(100));
     tokio::select! {
         () = tokio::time::sleep(pause) => true,
         () = core.shutdown.cancelled() => false,
@@ -38,7 +40,7 @@ async fn rotate(core: Arc<Core>) {
         if let Err(error) = rotated {
             tracing::error!(%error, "cannot rotate the authorities; trying again");
         }
-        if !pause(&core).await {
+        if !pause(&core, CHECK).await {
             return;
         }
     }
@@ -53,7 +55,8 @@ async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
             tracing::error!(%error, "cannot renew the server's own SVID; trying again");
         }
         let go_on = tokio::select! {
-            go_on = pause(&core) => go_on,
+            // What was too fresh for it a moment ago is looked at soon again.
+            go_on = pause(&core, PAUSE) => go_on,
             changed = bundles.changed() => changed.is_ok(),
         };
         if !go_on {
@@ -68,7 +71,7 @@ async fn observe(core: Arc<Core>, own: Arc<OwnSvid>) {
         core.metrics.observe_trust(&core.authorities.bundle().borrow(), own.ends_at());
         core.metrics.observe(core.entries.len(), core.agents.len(), &core.authorities.journal());
         core.tell_refusals(std::time::Instant::now());
-        if !pause(&core).await {
+        if !pause(&core, CHECK).await {
             core.tell_all_refusals();
             return;
         }

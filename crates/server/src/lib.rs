@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use countersign_api::clock::Clock;
+use countersign_api::graceful::{GRACE, take_leave};
 use countersign_api::transport::{accept_tls, accept_unix, bind_unix};
 use countersign_api::{grpc, http};
 use tokio::net::TcpListener;
@@ -113,7 +114,7 @@ pub async fn run(
         Ok::<_, ServerError>((core, own))
     };
     let (core, own) = assembled.await.inspect_err(|_| drop(std::fs::remove_file(socket)))?;
-    let routes = endpoints::routes(&core).await;
+    let services = endpoints::by_caller(&core).await;
     if let Some(listener) = metrics {
         let core = core.clone();
         core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
@@ -125,19 +126,22 @@ pub async fn run(
     let tls = accept_tls(tcp, move || own.tls());
     let unix = accept_unix(unix, core.config.admin_socket.clone(), 0o600);
     let serve_tls = grpc::server(CALLS_AT_ONCE)
-        .add_routes(routes.clone())
+        .layer(services.clone())
+        .add_routes(services.routes())
         .serve_with_incoming_shutdown(tls, shutdown.clone().cancelled_owned());
     let serve_unix = grpc::server(CALLS_AT_ONCE)
-        .add_routes(routes)
+        .add_routes(services.routes())
         .serve_with_incoming_shutdown(unix, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.trust_domain(), %address, socket = %core.config.admin_socket.display(), "server ready");
     ready(address);
-    let served = tokio::try_join!(serve_tls, serve_unix);
-    shutdown.cancel();
-    core.tasks.close();
-    core.tasks.wait().await;
-    served?;
-    Ok(())
+    let serving = async {
+        let served = tokio::try_join!(serve_tls, serve_unix);
+        shutdown.cancel();
+        core.tasks.close();
+        core.tasks.wait().await;
+        served.map(|_| ())
+    };
+    take_leave(serving, &shutdown, GRACE).await.unwrap_or(Ok(())).map_err(ServerError::from)
 }
 
 /// Calls of one connection at once.
@@ -221,4 +225,77 @@ fn pages(core: Arc<Core>) -> Arc<http::Handler> {
         "/ready" | "/live" => Some(http::Answer::ready(None)),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::{Path, PathBuf};
+    use std::time::{Duration, Instant};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+    use tokio::task::JoinHandle;
+
+    /// A server that is ready, and its operators' socket.
+    async fn serving(dir: &Path, shutdown: &CancellationToken) -> (JoinHandle<Result<(), ServerError>>, PathBuf) {
+        let config = caller::tests::config(dir);
+        let socket = config.admin_socket.clone();
+        let (ready, is_ready) = tokio::sync::oneshot::channel();
+        let (clock, end) = (countersign_api::clock::system_clock(), shutdown.clone());
+        let server = tokio::spawn(run(config, clock, end, |_| ready.send(()).unwrap()));
+        is_ready.await.unwrap();
+        (server, socket)
+    }
+
+    /// An HTTP/2 connection whose settings are sent.
+    async fn connected(socket: &Path) -> UnixStream {
+        let mut client = UnixStream::connect(socket).await.unwrap();
+        client.write_all(grpc::PREFACE).await.unwrap();
+        client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+        client
+    }
+
+    #[tokio::test]
+    async fn a_client_that_stands_still_does_not_keep_the_server_from_ending() {
+        let (dir, shutdown) = (tempfile::tempdir().unwrap(), CancellationToken::new());
+        let (server, socket) = serving(dir.path(), &shutdown).await;
+        // It is served, and reads nothing more, not even that the server takes leave.
+        let mut client = connected(&socket).await;
+        client.read_exact(&mut [0; 9]).await.unwrap();
+        let told = Instant::now();
+        shutdown.cancel();
+        tokio::time::timeout(Duration::from_secs(20), server).await.expect("in bounded time").unwrap().unwrap();
+        assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
+        assert!(!socket.exists());
+    }
+
+    /// RFC 9113 8.3.1 wants a slash in front, and 8.1.1 a stream error of type `PROTOCOL_ERROR` where there is none.
+    #[tokio::test]
+    async fn a_request_with_a_malformed_path_is_reset_and_its_connection_goes_on() {
+        let (dir, shutdown) = (tempfile::tempdir().unwrap(), CancellationToken::new());
+        let (_server, socket) = serving(dir.path(), &shutdown).await;
+        let mut client = connected(&socket).await;
+        // POST, http, and a path and an authority as literals (RFC 7541 6.2.1).
+        let block = [&[0x83, 0x86, 0x44, 7][..], b"foo/Bar", &[0x41, 1], b"x"].concat();
+        let headers = [&[0, 0, u8::try_from(block.len()).unwrap(), 1, 0x5, 0, 0, 0, 1][..], &block].concat();
+        client.write_all(&headers).await.unwrap();
+        client.write_all(&[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]).await.unwrap();
+        let mut resets = vec![];
+        let until_ping_is_answered = async {
+            loop {
+                let mut head = [0; 9];
+                client.read_exact(&mut head).await.unwrap();
+                let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+                client.read_exact(&mut payload).await.unwrap();
+                match (head[3], head[4]) {
+                    (3, _) => resets.push((head[8], payload)),
+                    (6, 1) if payload == [1, 2, 3, 4, 5, 6, 7, 8] => return,
+                    (7, _) => panic!("the whole connection is given up: {payload:?}"),
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), until_ping_is_answered).await.unwrap();
+        assert_eq!(resets, [(1, vec![0, 0, 0, 1])]);
+    }
 }

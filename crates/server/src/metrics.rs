@@ -56,6 +56,11 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("countersign_server");
+        registry.register(
+            "connections_dropped",
+            "Connections dropped for want of room, by listener and reason",
+            countersign_api::admission::dropped(),
+        );
         let signed = Family::<Kind, Counter>::default();
         let refused = Family::<Reason, Counter>::default();
         let (push_streams, entries, agents) = (Gauge::default(), Gauge::default(), Gauge::default());

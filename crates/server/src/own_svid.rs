@@ -5,8 +5,10 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use countersign_api::tls::{ServerTls, SvidVerifier, TlsError, certified_key};
 use countersign_identity::profile::request;
+use countersign_identity::rotation::is_rested;
 use countersign_identity::trust_domain::server_id;
 use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Svid};
+use time::OffsetDateTime;
 
 use crate::ServerError;
 use crate::authority::AuthorityError;
@@ -22,6 +24,7 @@ struct Current {
     svid: X509Svid,
     tls: Arc<ServerTls>,
     jitter: f64,
+    obtained: OffsetDateTime,
 }
 
 impl OwnSvid {
@@ -37,18 +40,21 @@ impl OwnSvid {
     }
 
     /// When the one of the moment ends.
-    pub fn ends_at(&self) -> time::OffsetDateTime {
+    pub fn ends_at(&self) -> OffsetDateTime {
         self.current.load().svid.facts().not_after
     }
 
-    /// Issues a new one at half life, or at once when its authority is not to be used any more.
+    /// Issues a new one at half life, or as soon as its authority is not to be used any more; but not before this one was used
+    /// for a while, however short its life is.
     pub fn renew_if_due(&self) -> Result<(), ServerError> {
         let current = self.current.load();
         let bundle = self.core.authorities.bundle().borrow().clone();
         let authority = &current.svid.facts().authority_id;
         let under_upstream = self.core.config.upstream.is_some();
         let gone = !under_upstream && !bundle.authorities.iter().any(|a| a.id() == authority && !a.tainted);
-        if gone || current.svid.renew_at(current.jitter) <= self.core.now() {
+        let now = self.core.now();
+        let due = gone || current.svid.renew_at(current.jitter) <= now;
+        if due && is_rested(current.obtained, current.svid.remaining(current.obtained), gone, now) {
             self.current.store(Arc::new(issue(&self.core)?));
         }
         Ok(())
@@ -73,7 +79,7 @@ fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
         .map_err(|e| failed(e.message().to_owned()))?;
     let svid = X509Svid::new(issued.chain, key).map_err(|e| failed(e.to_string()))?;
     let tls = tls_of(core, &svid)?;
-    Ok(Current { svid, tls, jitter: rand::random_range(-1.0..=1.0) })
+    Ok(Current { svid, tls, jitter: rand::random_range(-1.0..=1.0), obtained: core.now() })
 }
 
 /// Callers show an SVID of our trust domain, or none (an agent before its attestation).
@@ -86,4 +92,35 @@ fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerTls>, TlsError>
     };
     let verifier = SvidVerifier::new(bundles, |_| Ok(())).client_may_be_anonymous();
     Ok(Arc::new(ServerTls::new(certified_key(svid)?, verifier, &[b"h2"])?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::caller::tests::config;
+    use std::collections::BTreeSet;
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    #[tokio::test]
+    async fn an_authority_that_is_about_to_end_does_not_make_the_server_sign_for_itself_without_a_pause() {
+        let dir = tempfile::tempdir().unwrap();
+        let ahead = Arc::<AtomicI64>::default();
+        let start = OffsetDateTime::now_utc();
+        let clock = {
+            let ahead = ahead.clone();
+            move || start + time::Duration::milliseconds(ahead.load(Ordering::Relaxed))
+        };
+        let core = Arc::new(crate::assemble(config(dir.path()), Arc::new(clock), Default::default()).await.unwrap());
+        let own = OwnSvid::new(core).unwrap();
+        // Nine seconds before the authority's end, and nobody rotates it here: whatever it signs ends with it.
+        let left = 9_000;
+        let serial = || own.current.load().svid.facts().serial.clone();
+        let (mut serials, end) = (BTreeSet::from([serial()]), 3_600_000);
+        for at in (end - left..end - 1_000).step_by(10) {
+            ahead.store(at, Ordering::Relaxed);
+            own.renew_if_due().unwrap();
+            serials.insert(serial());
+        }
+        assert!((2..=5).contains(&serials.len()), "{}", serials.len());
+    }
 }

@@ -56,6 +56,7 @@ impl Directory for Endpoint {
             };
             core.metrics.streams.dec();
             if let Some(status) = ended {
+                // The caller may be gone.
                 let _ = tx.send(Err(status)).await;
             }
         });

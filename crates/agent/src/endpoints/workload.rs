@@ -109,6 +109,7 @@ impl Endpoint {
             };
             core.metrics.streams.dec();
             if let Some(status) = ended {
+                // The caller may be gone.
                 let _ = tx.send(Err(status)).await;
             }
         });

@@ -5,6 +5,7 @@ use std::path::Path;
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{self, EcdsaKeyPair, RsaKeyPair};
 use base64::Engine;
+use countersign_api::files::read_pem;
 use countersign_identity::bundle::certificates_from_pem;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
@@ -31,9 +32,9 @@ impl X509Pop {
     /// Reads the PEM files.
     pub fn load(certificate: &Path, key: &Path) -> Result<Self, EvidenceError> {
         let wrong = |path: &Path, why: String| EvidenceError::File { path: path.to_owned(), why };
-        let pem = std::fs::read(certificate).map_err(|e| wrong(certificate, e.to_string()))?;
+        let pem = read_pem(certificate).map_err(|e| wrong(certificate, e.to_string()))?;
         let chain = certificates_from_pem(&pem).map_err(|e| wrong(certificate, e.to_string()))?;
-        let pem = Zeroizing::new(std::fs::read(key).map_err(|e| wrong(key, e.to_string()))?);
+        let pem = Zeroizing::new(read_pem(key).map_err(|e| wrong(key, e.to_string()))?);
         let key = PrivatePkcs8KeyDer::from_pem_slice(&pem).map_err(|e| {
             wrong(key, format!("no PKCS#8 private key ({e}); convert it with `openssl pkcs8 -topk8 -nocrypt`"))
         })?;
@@ -75,5 +76,22 @@ impl X509Pop {
             return Err(challenge_error("the server's challenge is of an unknown kind"));
         };
         serde_json::to_vec(&answer).map_err(challenge_error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn evidence_that_is_a_pipe_or_too_long_is_named_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pipe, long) = (dir.path().join("pipe"), dir.path().join("long"));
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::write(&long, vec![b'x'; 2 << 20]).unwrap();
+        for (path, why) in [(&pipe, "it is a pipe; expected a file"), (&long, "it is longer than 1048576 bytes")] {
+            let said = X509Pop::load(path, path).err().unwrap().to_string();
+            assert!(said.contains(&path.display().to_string()) && said.contains(why), "{said}");
+        }
     }
 }

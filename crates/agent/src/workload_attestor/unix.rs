@@ -73,6 +73,7 @@ impl Unix {
 
 fn names(path: &str) -> String {
     let mut text = String::new();
+    // An image from scratch has no such file, and no names then: a caller gets the selectors of its numbers alone.
     let _ = File::open(path).and_then(|f| f.take(MAX_NAMES_BYTES).read_to_string(&mut text));
     text
 }

@@ -265,6 +265,8 @@ fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>) -
         from("POD_NAMESPACE", "metadata.namespace"),
         from("POD_UID", "metadata.uid"),
         from("NODE_NAME", "spec.nodeName"),
+        // Whose probes strangers do not crowd out.
+        from("HOST_IP", "status.hostIP"),
     ];
     if !written.is_empty() {
         env.push(json!({ "name": "COUNTERSIGN_PROBES", "value": Value::Object(written.clone()).to_string() }));

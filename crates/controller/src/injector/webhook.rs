@@ -261,6 +261,7 @@ impl Hook {
             Err(_) => return plain(StatusCode::REQUEST_TIMEOUT, "the review did not come in time\n"),
         };
         let _busy = seat.busy();
+        // Answered and counted as malformed; the API server, which wrote it, keeps the record.
         let review: Option<Value> = serde_json::from_slice(&body).ok();
         let Some(answer) = review.as_ref().and_then(|review| self.review(review, asked)) else {
             self.count("malformed");

@@ -42,6 +42,8 @@ const TOGETHER: Duration = Duration::from_millis(50);
 const REST: u32 = 3;
 /// The longest rest: no pod waits longer for its turn.
 const MAX_REST: Duration = Duration::from_secs(1);
+/// A call to the API server takes no longer.
+const CALL: Duration = Duration::from_secs(15);
 /// The server's entries are looked at anew after this time, for somebody may have changed them by hand.
 const LOOK_AGAIN: Duration = Duration::from_secs(300);
 
@@ -119,6 +121,14 @@ fn steps(desired: &HashMap<Key, SpiffeID>, actual: &HashMap<Key, SpiffeID>) -> V
     let gone = actual.iter().filter(|(key, found)| is_ours(found) && !desired.contains_key(*key));
     steps.extend(gone.map(|(_, found)| Step::Delete(found.clone())));
     steps
+}
+
+/// One call to the API server, within [`CALL`]: the client's own bound is made for watches, and is minutes long.
+async fn in_time<T>(call: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
+    match tokio::time::timeout(CALL, call).await {
+        Ok(answer) => answer.map_err(|e| e.to_string()),
+        Err(_) => Err(format!("the API server gave no answer within {CALL:?}")),
+    }
 }
 
 impl Registrar {
@@ -244,11 +254,14 @@ impl Registrar {
     }
 
     async fn step(&self, step: Step) -> Option<String> {
-        let result = match &step {
-            Step::Create(wanted) => self.create(wanted).await,
-            Step::Replace(wanted) => self.replace(wanted).await,
-            Step::Delete(found) => self.delete(found).await,
-        };
+        let result = in_time(async {
+            match &step {
+                Step::Create(wanted) => self.create(wanted).await,
+                Step::Replace(wanted) => self.replace(wanted).await,
+                Step::Delete(found) => self.delete(found).await,
+            }
+        })
+        .await;
         let (Step::Create(object) | Step::Replace(object) | Step::Delete(object)) = &step;
         let (namespace, name) = key_of(object);
         result.err().map(|e| format!("SpiffeID {namespace}/{name}: {e}"))
@@ -396,13 +409,35 @@ impl Registrar {
             tracing::warn!(namespace, name, why, "a SpiffeID made by hand is refused");
         }
         let failed = outcome.err().filter(|_| counts).map(|why| format!("SpiffeID {namespace}/{name}: {why}"));
-        match self.api(&object).patch_status(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
-            Ok(written) => {
+        let (api, params, patch) = (self.api(&object), PatchParams::default(), Patch::Merge(patch));
+        let written = in_time(async {
+            match api.patch_status(&name, &params, &patch).await {
+                Ok(written) => Ok(Some(written)),
+                Err(kube::Error::Api(e)) if e.code == 404 => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        match written.await {
+            Ok(Some(written)) => {
                 self.heard(written);
                 failed
             }
-            Err(kube::Error::Api(e)) if e.code == 404 => None,
+            Ok(None) => None,
             Err(error) => Some(format!("status of SpiffeID {namespace}/{name}: {error}")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_api_server_that_does_not_answer_does_not_hold_up_a_pass() {
+        let began = tokio::time::Instant::now();
+        let why = in_time(std::future::pending::<Result<(), kube::Error>>()).await.unwrap_err();
+        assert_eq!(why, "the API server gave no answer within 15s");
+        assert_eq!(began.elapsed(), CALL);
+        assert_eq!(in_time(async { Ok(1) }).await, Ok(1));
     }
 }

@@ -1,12 +1,12 @@
 //! What `ps`, `logs`, `status NAME` and `down` ask a mesh that is up, over the same socket that `run` joins by.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use countersign_api::transport::connect_unix;
 use nix::sys::signal::{Signal, raise};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,7 @@ use super::control::socket_of;
 use super::mesh::Mesh;
 use super::place::RUN_DIR;
 use super::table::{Row, ask_once};
+use crate::clients::CONNECT;
 use crate::settings::Mistake;
 use crate::settings::words::{did_you_mean, shown};
 
@@ -141,7 +142,7 @@ pub fn the_mesh(named: Option<&str>, flag: &str) -> Result<String, Mistake> {
 pub fn ask(mesh: &str, question: &Question) -> Result<Overview> {
     let path = socket_of(mesh);
     let talk = || -> Result<Overview> {
-        let mut stream = UnixStream::connect(&path)?;
+        let mut stream = connect_unix(&path, CONNECT)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         writeln!(stream, "{}", serde_json::to_string(question)?)?;

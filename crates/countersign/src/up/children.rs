@@ -29,7 +29,7 @@ use crate::launch::OWN_PROGRAM;
 use crate::settings::words::{duration, shown};
 
 /// How long a process may take to end after SIGTERM.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// How long a start may take until the program runs: no more than entering namespaces and changing the user.
 const START: Duration = Duration::from_secs(10);
@@ -250,16 +250,15 @@ async fn watch_over(
                 }
                 let delay = backoff.next_delay();
                 program.events.record(&format!("{}: {how} after {lived}; starting it again in {delay:.1?}{why}", program.name));
+                let failed = |why: &str| {
+                    let how = format!("cannot be started again: {why}");
+                    program.events.record(&format!("{}: {how}; trying on", program.name));
+                    state.send_replace(State::Ended(End { how, good: false, at: now() }));
+                };
+                let again = start_again(|| program.start(&log), delay, &mut backoff, failed);
                 tokio::select! {
-                    () = tokio::time::sleep(delay) => {}
+                    again = again => child = again,
                     () = stop.notified() => return,
-                }
-                match program.start(&log).await {
-                    Ok(again) => child = again,
-                    Err(error) => {
-                        program.events.record(&format!("{}: cannot be started again: {error:#}", program.name));
-                        return;
-                    }
                 }
                 restarts.fetch_add(1, Ordering::Relaxed);
                 state.send_replace(State::Running(child.id().unwrap_or(0)));
@@ -268,6 +267,31 @@ async fn watch_over(
                 terminate(&mut child).await;
                 state.send_replace(State::Ended(End { how: "was stopped".into(), good: true, at: now() }));
                 return;
+            }
+        }
+    }
+}
+
+/// Starts something after `delay`, and again and again until it starts: what hinders it, no memory or a full disk, may pass.
+/// `failed` hears of each reason that is not the one before.
+async fn start_again<T, F: Future<Output = Result<T>>>(
+    mut start: impl FnMut() -> F,
+    mut delay: Duration,
+    backoff: &mut Backoff,
+    failed: impl Fn(&str),
+) -> T {
+    let mut before = String::new();
+    loop {
+        tokio::time::sleep(delay).await;
+        match start().await {
+            Ok(started) => return started,
+            Err(error) => {
+                let why = format!("{error:#}");
+                if why != before {
+                    failed(&why);
+                    before = why;
+                }
+                delay = backoff.next_delay();
             }
         }
     }
@@ -329,4 +353,31 @@ pub fn cause_of_end(log: &Path) -> String {
     let end = last_lines(log, 20);
     let said = end.lines().rev().find_map(|line| line.strip_prefix("countersign: "));
     said.map_or_else(|| format!("its log ends: {}", last_lines(log, 1)), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::{Cell, RefCell};
+
+    #[tokio::test(start_paused = true)]
+    async fn what_cannot_be_started_again_is_tried_on_and_each_reason_is_told_once() {
+        let (tries, told) = (Cell::new(0), RefCell::new(vec![]));
+        let start = || {
+            tries.set(tries.get() + 1);
+            std::future::ready(match tries.get() {
+                1..4 => Err(anyhow!("no memory")),
+                4..6 => Err(anyhow!("the disk is full")),
+                _ => Ok("running"),
+            })
+        };
+        let most = Duration::from_secs(5);
+        let mut backoff = Backoff::new(Duration::from_millis(50), most);
+        let began = tokio::time::Instant::now();
+        let failed = |why: &str| told.borrow_mut().push(why.to_owned());
+        let started = start_again(start, Duration::from_millis(50), &mut backoff, failed).await;
+        assert_eq!((started, tries.get()), ("running", 6));
+        assert_eq!(*told.borrow(), ["no memory", "the disk is full"]);
+        assert!(began.elapsed() >= Duration::from_millis(50) && began.elapsed() < 6 * most, "{:?}", began.elapsed());
+    }
 }

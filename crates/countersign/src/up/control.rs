@@ -2,14 +2,16 @@
 //! connection is closed; a last line out then says what was refused.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use countersign_api::transport::{bind_unix, peer_credentials};
 use countersign_identity::policy::Policy;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::account::Account;
@@ -21,6 +23,9 @@ use crate::settings::parse_mode;
 
 /// Longest request, in bytes.
 const MAX_LINE: u64 = 64 * 1024;
+
+/// How long a client may take to send its request, and to read an answer.
+const REQUEST: Duration = Duration::from_secs(10);
 
 /// What `run` asks for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -103,12 +108,10 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
     }
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::new(read);
-    let mut line = String::new();
-    if (&mut read).take(MAX_LINE).read_line(&mut line).await.is_err() {
-        return;
-    }
+    let Some(line) = request(&mut read).await else { return };
     if let Some(answer) = super::ask::answer(mesh, &line).await {
-        let _ = write.write_all((answer + "\n").as_bytes()).await;
+        // Whoever asked may be gone; then nobody misses the answer.
+        let _ = tell(&mut write, answer).await;
         return;
     }
     let joined = join(mesh, &line).await;
@@ -116,8 +119,7 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
         Ok((_, joined)) => serde_json::to_string(joined),
         Err(error) => serde_json::to_string(&serde_json::json!({ "error": format!("{error:#}") })),
     };
-    let answer = answer.unwrap_or_default() + "\n";
-    let told = write.write_all(answer.as_bytes()).await;
+    let told = tell(&mut write, answer.unwrap_or_default()).await;
     if let Ok((name, _)) = joined {
         if told.is_ok() {
             // It stays until the other end goes away, however that happens.
@@ -125,13 +127,24 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
             while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
             if let Some(running) = mesh.workload(&name) {
                 let farewell = Farewell { refused: refusals::told(mesh, &running).await };
-                let line = serde_json::to_string(&farewell).unwrap_or_default() + "\n";
                 // Nobody may be there any more.
-                let _ = write.write_all(line.as_bytes()).await;
+                let _ = tell(&mut write, serde_json::to_string(&farewell).unwrap_or_default()).await;
             }
         }
         mesh.remove(&name).await;
     }
+}
+
+/// The request, a line; `None` when the client does not finish it in time.
+async fn request(read: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
+    let mut line = String::new();
+    let read = tokio::time::timeout(REQUEST, read.take(MAX_LINE).read_line(&mut line)).await;
+    matches!(read, Ok(Ok(_))).then_some(line)
+}
+
+/// Writes a line. A client that does not read it in time is as one that is gone.
+async fn tell(write: &mut (impl AsyncWrite + Unpin), line: String) -> io::Result<()> {
+    tokio::time::timeout(REQUEST, write.write_all((line + "\n").as_bytes())).await?
 }
 
 async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
@@ -175,6 +188,9 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
         exclude_inbound_ports: [].into(),
         exclude_outbound_cidrs: [].into(),
         exclude_inbound_cidrs: [].into(),
+        proxy_protocol: [].into(),
+        allow_udp_ports: [].into(),
+        allow_other_cidrs: [].into(),
     };
     let running = mesh.join(spec).await?;
     if let Err(error) = mesh.wait_for_sidecar(&running).await {
@@ -194,4 +210,22 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
         address: running.addresses[0].to_string(),
     };
     Ok((join.name, joined))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_finish_or_does_not_read_is_given_up() {
+        let (mut client, server) = tokio::io::duplex(16);
+        client.write_all(b"{\"ask\":").await.unwrap();
+        assert_eq!(request(&mut BufReader::new(server)).await, None);
+        let (client, mut server) = tokio::io::duplex(16);
+        assert_eq!(tell(&mut server, "x".repeat(100)).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(client);
+        let (mut client, server) = tokio::io::duplex(64);
+        client.write_all(b"{\"ask\":\"ps\"}\nmore").await.unwrap();
+        assert_eq!(request(&mut BufReader::new(server)).await.unwrap(), "{\"ask\":\"ps\"}\n");
+    }
 }

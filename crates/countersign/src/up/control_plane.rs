@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use countersign_api::convert::{id_to_wire, selectors_to_wire};
-use countersign_api::files::write_secret;
+use countersign_api::files::{read_pem, write_secret};
 use countersign_api::spire::types;
 use countersign_api::transport::unix_channel;
 use countersign_identity::trust_domain::{parse_workload_id, server_id};
@@ -67,7 +67,7 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, node: &NodeIdentity, l
         // The server's user may not read the operator's files: it gets copies of its own.
         let copy = |from: &Path, name: &str| -> Result<String> {
             let to = home.join(name);
-            let content = std::fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+            let content = read_pem(from).with_context(|| format!("cannot read {}", from.display()))?;
             write_secret(&to, &content).with_context(|| format!("cannot write {}", to.display()))?;
             std::os::unix::fs::chown(&to, Some(user), Some(user))?;
             Ok(to.display().to_string())

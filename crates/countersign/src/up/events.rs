@@ -102,6 +102,7 @@ impl Kept {
     fn write(&mut self, event: &Event) {
         let Some((path, file)) = &mut self.file else { return };
         if file.metadata().is_ok_and(|m| m.len() > MAX_FILE_BYTES) {
+            // A full disk costs the file its events; the table shows them all the same.
             let _ = std::fs::rename(&*path, path.with_extension("log.1"));
             if let Ok(fresh) = open(path) {
                 *file = fresh;

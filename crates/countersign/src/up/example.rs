@@ -40,6 +40,9 @@ pub fn shop() -> MeshSpec {
         exclude_inbound_ports: [].into(),
         exclude_outbound_cidrs: [].into(),
         exclude_inbound_cidrs: [].into(),
+        proxy_protocol: [].into(),
+        allow_udp_ports: [].into(),
+        allow_other_cidrs: [].into(),
     });
     MeshSpec {
         name: "shop".into(),

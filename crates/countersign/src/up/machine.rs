@@ -196,6 +196,7 @@ fn reopened(file: &mut File, path: &Path) {
         return;
     };
     if ours.len() < at {
+        // A regular file can always be read from its start.
         let _ = file.seek(SeekFrom::Start(0));
     } else if ours.ino() != theirs.ino()
         && let Ok(fresh) = File::open(path)

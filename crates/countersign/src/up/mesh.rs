@@ -19,9 +19,8 @@ use countersign_identity::policy::Mode;
 use countersign_identity::trust_domain::service_account_id;
 use countersign_identity::{Selector, SpiffeId};
 use countersign_redirect::fabric::{Addresses, Fabric};
-use countersign_redirect::guard::RESOLV_CONF;
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::{Backend, Guard, Redirect, install};
+use countersign_redirect::{Backend, install};
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
@@ -32,9 +31,9 @@ use super::events::Events;
 use super::mesh_file::{MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec, check_user};
 use super::node_identity::NodeIdentity;
 use super::place::{Place, kill_inside, passable};
+use super::sidecar;
 use super::users::Users;
 use crate::clients::client;
-use crate::launch::OWN_PROGRAM;
 use crate::operator;
 
 /// The sidecars' mTLS port.
@@ -258,7 +257,7 @@ impl Mesh {
         let netns = self.fabric.plug(&self.netns_name(name), &port_name(number), both(number));
         let netns = netns.with_context(|| format!("cannot make the namespace of {name}"))?;
         // In force before anything runs there: NAT sees only a connection's first packet.
-        let redirect = redirect_of(&spec, proxy_uid);
+        let redirect = sidecar::redirect(&spec, proxy_uid);
         netns
             .run(move || Ok(install(&redirect, Backend::Auto)))?
             .with_context(|| format!("cannot redirect the traffic of {name}"))?;
@@ -269,9 +268,9 @@ impl Mesh {
             entry_ids.push(self.register(&spec, &spiffe_id, account.uid).await?);
         }
         let home = self.folder("sidecars", name, proxy_uid, 0o755)?;
-        let admin_socket = home.join("admin.sock");
+        let admin_socket = sidecar::admin_socket(&home);
         let sidecar =
-            Process::start(self.sidecar(name, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar"))).await?;
+            Process::start(self.sidecar(&spec, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar"))).await?;
         let (environment, accounts) = self.person(&spec, &account)?;
         let (v4, v6) = addresses(number);
         let running = Rc::new(Running {
@@ -338,7 +337,9 @@ impl Mesh {
         made.with_context(|| format!("cannot make {}", folder.display()))?;
         // A workload that joins again under its name may have another number: the logs of the one before are its own now.
         for old in std::fs::read_dir(&folder)?.flatten() {
-            let _ = std::os::unix::fs::lchown(old.path(), Some(owner), Some(owner));
+            if let Err(error) = std::os::unix::fs::lchown(old.path(), Some(owner), Some(owner)) {
+                tracing::warn!(path = %old.path().display(), %error, "cannot give an earlier file to the workload's new user");
+            }
         }
         Ok(folder)
     }
@@ -391,14 +392,22 @@ impl Mesh {
         if let Err(error) = operator::entry::delete(self.channel(), running.entry_ids.clone()).await {
             tracing::warn!(name, %error, "cannot delete the registration entry");
         }
-        let _ = kill_inside(&running.netns);
+        kill_inside(&running.netns);
         for kind in ["homes", "accounts"] {
-            let _ = std::fs::remove_dir_all(self.dir.join(kind).join(name));
+            match std::fs::remove_dir_all(self.dir.join(kind).join(name)) {
+                // A workload with a user of the machine has neither.
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(name, kind, %error, "cannot remove a folder of a workload that has left");
+                }
+                _ => {}
+            }
         }
         if let Err(error) = self.fabric.unplug(&running.netns, &port_name(running.number)) {
             tracing::warn!(name, %error, "cannot remove the namespace");
         }
-        let _ = self.write_hosts();
+        if let Err(error) = self.write_hosts() {
+            tracing::warn!(name, error = format!("{error:#}"), "the mesh's names still have a workload that has left");
+        }
     }
 
     /// Takes everything down, programs first. `Place::tidy` removes the rest.
@@ -440,29 +449,15 @@ impl Mesh {
         format!("{}-{workload}", self.names.fabric)
     }
 
-    fn sidecar(&self, name: &str, uid: u32, netns: &NetNs, home: &Path) -> Program {
-        let shown = |file: &str| home.join(file).display().to_string();
-        let agent_socket = agent_socket(&self.dir).display().to_string();
-        let command = [
-            OWN_PROGRAM,
-            "proxy",
-            "--agent-socket",
-            &agent_socket,
-            "--admin-socket",
-            &shown("admin.sock"),
-            "--access-log",
-            &shown("access.log"),
-            "--drain",
-            "3s",
-        ];
+    fn sidecar(&self, spec: &WorkloadSpec, uid: u32, netns: &NetNs, home: &Path) -> Program {
         Program {
-            name: format!("{name}'s sidecar"),
+            name: format!("{}'s sidecar", spec.name),
             netns: Some(netns.clone()),
             hosts: None,
             accounts: None,
             account: Account::of_uid(uid),
             no_new_privs: true,
-            command: command.map(String::from).to_vec(),
+            command: sidecar::command(spec, &agent_socket(&self.dir), home),
             env: BTreeMap::new(),
             workdir: None,
             restart: Restart::Always,
@@ -536,17 +531,6 @@ impl Running {
     }
 }
 
-fn redirect_of(spec: &WorkloadSpec, proxy_uid: u32) -> Redirect {
-    let mut redirect = Redirect::for_proxy(proxy_uid);
-    redirect.exempt_outbound_ports.extend(&spec.exclude_outbound_ports);
-    redirect.exempt_inbound_ports.extend(&spec.exclude_inbound_ports);
-    redirect.exempt_outbound_cidrs.extend(&spec.exclude_outbound_cidrs);
-    redirect.exempt_inbound_cidrs.extend(&spec.exclude_inbound_cidrs);
-    // The mode of the start: a mode that changes while the mesh runs leaves the rules as they are.
-    redirect.guard = (spec.policy.mode == Mode::Strict).then(|| Guard::with_resolvers_of(Path::new(RESOLV_CONF)));
-    redirect
-}
-
 /// Publishes the directory on each change, and again every now and then.
 async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, changed: Arc<Notify>) {
     loop {
@@ -554,6 +538,8 @@ async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, 
             directory.lock().unwrap_or_else(PoisonError::into_inner).iter().map(workload_to_wire).collect::<Vec<_>>();
         if !all.is_empty() {
             let request = PublishRequest { replace: true, upserted: all, ..Default::default() };
+            let mut request = tonic::Request::new(request);
+            request.set_timeout(PATIENCE);
             let mut client = client!(DirectoryClient, channel.clone());
             if let Err(status) = client.publish(request).await {
                 tracing::debug!(status = status.message(), "cannot publish the directory; trying again");

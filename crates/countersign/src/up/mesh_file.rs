@@ -81,6 +81,12 @@ pub struct WorkloadSpec {
     pub exclude_outbound_cidrs: BTreeSet<IpNet>,
     /// Sources that are not caught.
     pub exclude_inbound_cidrs: BTreeSet<IpNet>,
+    /// Served ports at which the program reads a PROXY protocol header before each connection's bytes.
+    pub proxy_protocol: BTreeSet<u16>,
+    /// UDP ports that strict lets pass, in both directions.
+    pub allow_udp_ports: BTreeSet<u16>,
+    /// Networks with which strict lets every protocol but TCP pass, in both directions.
+    pub allow_other_cidrs: BTreeSet<IpNet>,
 }
 
 /// What happens when a process ends by itself.

@@ -1,7 +1,7 @@
 //! `countersign up` and `countersign run`: the whole mesh on one machine.
 //!
 //! `mesh_file` says what is wanted, `place` where it stands on this machine, `account` whose users run it, `mesh` brings it up and takes it down,
-//! `control_plane` is its server and agent, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
+//! `control_plane` is its server and agent, `sidecar` what a workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
 //! `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the logs, `reach` looks at working folders.
 
 mod account;
@@ -20,6 +20,7 @@ mod reach;
 mod refusals;
 mod rotate;
 mod run;
+mod sidecar;
 mod signals;
 mod table;
 mod users;
@@ -113,7 +114,7 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
             }
         };
         let mesh = started.inspect_err(|_| place.tidy())?;
-        control::serve(&mesh)?;
+        control::serve(&mesh).inspect_err(|_| place.tidy())?;
         let rotating = tokio::task::spawn_local(rotate::keep_short(mesh.clone()));
         if table {
             table::live(&mesh, &stop).await;

@@ -148,6 +148,7 @@ pub fn passable(dir: &Path) -> io::Result<()> {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        // A lock counts by being held, not by its file.
         let _ = std::fs::remove_file(Path::new(RUN_DIR).join(format!("{}.lock", self.name)));
         drop(self.held.take());
         // These go only when they are empty.

@@ -1,12 +1,12 @@
 //! What a sidecar refused, or was refused, in words: what `run` tells when its program has ended.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use countersign_api::files::open_regular;
 use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 
@@ -89,7 +89,8 @@ fn refused_lines(log: &Path) -> Vec<Line> {
 /// The last [`MAX_BYTES`] of a file; empty when it cannot be read.
 fn end_of(log: &Path) -> String {
     let read = || {
-        let mut file = File::open(log)?;
+        // The folder belongs to the sidecar's user, who could leave a pipe there.
+        let mut file = open_regular(log)?;
         let start = file.metadata()?.len().saturating_sub(MAX_BYTES);
         file.seek(SeekFrom::Start(start))?;
         let mut bytes = vec![];
@@ -122,5 +123,8 @@ mod tests {
             ]
         );
         assert!(in_words(&refused_lines(Path::new("/nowhere")), &name).is_empty());
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(end_of(&pipe), "", "not waited for");
     }
 }

@@ -29,6 +29,7 @@ pub async fn keep_short(mesh: Rc<Mesh>) {
                 && moved(&running.access_log())
                 && let Ok(pid) = i32::try_from(pid)
             {
+                // One that has ended opens its log anew when it is started again.
                 let _ = kill(Pid::from_raw(pid), Signal::SIGHUP);
             }
         }
@@ -59,6 +60,7 @@ fn cut_all(folder: &Path) {
 /// Copies a log aside and empties it. It is open for appending elsewhere, so that the next line lands at its start.
 fn cut(log: &Path) -> std::io::Result<()> {
     let previous = previous(log);
+    // What hinders it hinders the copy too, which says so.
     let _ = std::fs::remove_file(&previous);
     let mut from = File::open(log)?;
     let fresh = OpenOptions::new().write(true).create_new(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&previous);

@@ -1,22 +1,32 @@
 //! `countersign run`: a program of your own in a mesh that `up` runs, in your terminal.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use countersign_api::transport::connect_unix;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::account::Account;
 use super::ask::the_mesh;
+use super::children::GRACE;
 use super::control::{Farewell, Join, Joined, socket_of};
 use super::mesh_file::{check_name, check_port, check_segment, check_user, find_program};
+use super::signals::Signals;
+use crate::clients::CONNECT;
 use crate::launch::OWN_PROGRAM;
 use crate::settings::{Mistake, need_root};
 
+/// How long a mesh may take to make room: others may be joining, and a sidecar has 30 s to come up.
+const JOINING: Duration = Duration::from_secs(90);
+/// Longest answer to that, in bytes.
+const MAX_ANSWER: u64 = 256 * 1024;
 /// How long the mesh may take to say what was refused.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// Longest of that, in bytes.
@@ -68,7 +78,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     need_root("run")?;
     let mesh = the_mesh(args.mesh.as_deref(), "--mesh")?;
     let path = socket_of(&mesh);
-    let mut stream = UnixStream::connect(&path).map_err(|e| {
+    let mut stream = connect_unix(&path, CONNECT).map_err(|e| {
         Mistake(format!("no mesh `{mesh}` is up here ({}: {e}); start one with `countersign up`", path.display()))
     })?;
     let join = Join {
@@ -80,9 +90,14 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
         mode: args.mode,
         allow: args.allow,
     };
+    stream.set_read_timeout(Some(JOINING))?;
+    stream.set_write_timeout(Some(JOINING))?;
     writeln!(stream, "{}", serde_json::to_string(&join)?)?;
     let mut answer = String::new();
-    BufReader::new(stream.try_clone()?).read_line(&mut answer).context("the mesh went away")?;
+    BufReader::new(stream.try_clone()?.take(MAX_ANSWER)).read_line(&mut answer).map_err(|e| match e.kind() {
+        ErrorKind::WouldBlock => anyhow!("the mesh gave no answer within {JOINING:?}"),
+        _ => anyhow!("the mesh went away: {e}"),
+    })?;
     let joined: Joined = serde_json::from_str(&answer).map_err(|_| {
         let said = serde_json::from_str::<serde_json::Value>(&answer)
             .ok()
@@ -100,9 +115,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
             },
         };
     }
-    // Ctrl-C reaches the program through the terminal; this one waits for it and leaves the mesh.
-    let _ignored = ignore_interrupts()?;
-    let status = command.status().context("cannot start the program")?;
+    let status = run_to_its_end(command)?;
     for refused in farewell(&stream) {
         eprintln!("countersign: {refused}");
     }
@@ -176,14 +189,61 @@ fn farewell(stream: &UnixStream) -> Vec<String> {
     serde_json::from_str::<Farewell>(&line).unwrap_or_default().refused
 }
 
-/// Keeps a runtime that swallows SIGINT and SIGTERM while the program runs.
-fn ignore_interrupts() -> Result<tokio::runtime::Runtime> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    runtime.block_on(async {
-        let mut int = signal(SignalKind::interrupt())?;
-        tokio::spawn(async move { while int.recv().await.is_some() {} });
-        anyhow::Ok(())
-    })?;
-    Ok(runtime)
+/// Runs the program; however it is ended, this one stays until it has, and then leaves the mesh.
+fn run_to_its_end(command: Command) -> Result<ExitStatus> {
+    // One thread: the program is tied to the one that starts it (PR_SET_PDEATHSIG).
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async { supervise(command, &Signals::beside_a_program()?).await })
+}
+
+/// Waits for the program's end. The first signal is handed on as SIGTERM; a program that goes on for [`GRACE`], or until a second
+/// signal, is killed.
+async fn supervise(command: Command, signals: &Signals) -> Result<ExitStatus> {
+    let mut child = tokio::process::Command::from(command).spawn().context("cannot start the program")?;
+    tokio::select! {
+        ended = child.wait() => return ended.context("cannot wait for the program"),
+        () = signals.stop.cancelled() => {}
+    }
+    if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+        // It may have ended in this very moment; then there is nobody to tell.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
+    tokio::select! {
+        ended = child.wait() => return ended.context("cannot wait for the program"),
+        () = tokio::time::sleep(GRACE) => {}
+        () = signals.at_once.cancelled() => {}
+    }
+    child.kill().await.context("cannot end the program")?;
+    child.wait().await.context("cannot wait for the program")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_util::sync::CancellationToken;
+
+    /// How a program ended that was running, and knew what to do on SIGTERM, when the signal came.
+    async fn ended(on_term: &str, second: bool) -> ExitStatus {
+        let (out, mut said) = tokio::net::unix::pipe::pipe().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("trap '{on_term}' TERM; echo ready; while :; do sleep 0.05; done")]);
+        command.stdout(out.into_blocking_fd().unwrap());
+        let signals = Signals { stop: CancellationToken::new(), at_once: CancellationToken::new() };
+        let told = signals.clone();
+        let (status, ()) = tokio::join!(supervise(command, &signals), async move {
+            let mut ready = [0; 6];
+            tokio::io::AsyncReadExt::read_exact(&mut said, &mut ready).await.unwrap();
+            told.stop.cancel();
+            if second {
+                told.at_once.cancel();
+            }
+        });
+        status.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_signal_ends_the_program_in_order_and_a_second_one_at_once() {
+        assert_eq!(ended("exit 3", false).await.code(), Some(3), "it took leave");
+        assert_eq!(ended("", true).await.signal(), Some(9), "it goes on, and was killed");
+    }
 }

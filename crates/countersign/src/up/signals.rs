@@ -1,5 +1,5 @@
-//! How `up` is told to stop: the first signal takes the mesh down in order, the second one at once. Unlike a role it never just
-//! exits: namespaces, folders and processes would stay.
+//! How `up` and `run` are told to stop: the first signal ends what they look after in order, the second one at once. Unlike a
+//! role they never just exit: namespaces, folders and processes would stay.
 
 use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -17,6 +17,15 @@ pub struct Signals {
 impl Signals {
     /// Takes the signals over.
     pub fn take() -> anyhow::Result<Self> {
+        Self::listen(true)
+    }
+
+    /// Takes them over for a program that shares our terminal: Ctrl-C reaches that program by itself, and stops nothing here.
+    pub fn beside_a_program() -> anyhow::Result<Self> {
+        Self::listen(false)
+    }
+
+    fn listen(interrupt_stops: bool) -> anyhow::Result<Self> {
         let signals = Self { stop: CancellationToken::new(), at_once: CancellationToken::new() };
         let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
@@ -31,7 +40,7 @@ impl Signals {
             loop {
                 tokio::select! {
                     _ = term.recv() => {}
-                    _ = int.recv() => {}
+                    _ = int.recv() => if !interrupt_stops { continue },
                     () = hang_up(hup.as_mut()) => {}
                 }
                 if told.stop.is_cancelled() {

@@ -98,6 +98,7 @@ impl Users {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        // A lock counts by being held, not by its file.
         let _ = std::fs::remove_file(&self.path);
     }
 }

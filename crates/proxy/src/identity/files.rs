@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use countersign_api::files::read_pem;
 use countersign_identity::bundle::certificates_from_pem;
 use countersign_identity::{PrivateKey, TrustDomain, X509Bundle, X509Svid};
 use rustls::pki_types::PrivatePkcs8KeyDer;
@@ -42,7 +43,7 @@ impl Files {
 
     fn load(&self) -> Result<Identity, FilesError> {
         let failed = |path: &Path, why: String| FilesError { path: path.to_owned(), why };
-        let read = |path: &Path| std::fs::read(path).map_err(|e| failed(path, e.to_string()));
+        let read = |path: &Path| read_pem(path).map_err(|e| failed(path, e.to_string()));
         let chain = certificates_from_pem(&read(&self.chain)?).map_err(|e| failed(&self.chain, e.to_string()))?;
         let pem = Zeroizing::new(read(&self.key)?);
         let key = PrivatePkcs8KeyDer::from_pem_slice(&pem).map_err(|e| {

@@ -1,5 +1,6 @@
 //! A caller whose authority was revoked is nobody, however old its connection.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::*;
@@ -9,14 +10,15 @@ use countersign_identity::profile::request as csr;
 use countersign_identity::verify::{PeerRole, verify_chain};
 use countersign_identity::{BundleSet, Entry, KeyType, PrivateKey, TrustDomain, X509Bundle};
 
-async fn server(dir: &tempfile::TempDir) -> Core {
+/// Settings of a server in a folder of its own.
+pub fn config(dir: &Path) -> Config {
     let hour = Duration::from_secs(3_600);
     let issuance = Issuance { ca_ttl: hour, svid_ttl: hour, agent_svid_ttl: hour, ca_key_type: KeyType::EcP256 };
-    let config = Config {
+    Config {
         trust_domain: TrustDomain::new("td").unwrap(),
         bind: "127.0.0.1:0".parse().unwrap(),
-        admin_socket: dir.path().join("server.sock"),
-        data_dir: dir.path().to_owned(),
+        admin_socket: dir.join("server.sock"),
+        data_dir: dir.to_owned(),
         issuance: tokio::sync::watch::channel(issuance).1,
         key_manager: KeyManagerKind::Memory,
         upstream: None,
@@ -27,8 +29,12 @@ async fn server(dir: &tempfile::TempDir) -> Core {
         audit_log: None,
         metrics: None,
         reopen: Default::default(),
-    };
-    crate::assemble(config, countersign_api::clock::system_clock(), Default::default()).await.unwrap()
+    }
+}
+
+/// Its core; nothing listens.
+pub async fn server(dir: &tempfile::TempDir) -> Core {
+    crate::assemble(config(dir.path()), countersign_api::clock::system_clock(), Default::default()).await.unwrap()
 }
 
 fn admin_entry(id: &SpiffeId) -> Entry {

@@ -305,6 +305,7 @@ impl Agent for Endpoint {
                     Err(status)
                 }
             };
+            // The caller may be gone; what was decided is in the record.
             let _ = tx.send(message).await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))

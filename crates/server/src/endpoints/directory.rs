@@ -51,6 +51,7 @@ impl Directory for Endpoint {
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the server is shutting down")),
             };
             if let Some(status) = ended {
+                // The agent may be gone, or read so slowly that it will not hear it.
                 let _ = tx.try_send(Err(status));
             }
         });

@@ -2,6 +2,7 @@
 
 mod agent;
 mod bundle;
+mod by_caller;
 mod directory;
 mod entry;
 mod entry_sync;
@@ -24,12 +25,13 @@ use countersign_api::spire::entry::entry_server::EntryServer;
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthorityServer;
 use countersign_api::spire::svid::svid_server::SvidServer;
 use countersign_api::spire::types;
-use countersign_api::transport::MAX_MESSAGE_BYTES;
 use futures::Stream;
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
 use crate::core::Core;
+
+pub use by_caller::by_caller;
 
 /// A response stream.
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -38,20 +40,20 @@ type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[derive(Clone)]
 struct Endpoint(Arc<Core>);
 
-/// Every service of the server.
-pub async fn routes(core: &Arc<Core>) -> Routes {
+/// Every service of the server, for messages of at most `longest` bytes.
+async fn routes(core: &Arc<Core>, longest: usize) -> Routes {
     let endpoint = Endpoint(core.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     Routes::new(health)
-        .add_service(AgentServer::new(endpoint.clone()).max_decoding_message_size(1024 * 1024))
-        .add_service(EntryServer::new(endpoint.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(SvidServer::new(endpoint.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(BundleServer::new(endpoint.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(LocalAuthorityServer::new(endpoint.clone()))
-        .add_service(PushServer::new(endpoint.clone()))
-        .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(StatusServer::new(endpoint))
+        .add_service(AgentServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(EntryServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(SvidServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(BundleServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(LocalAuthorityServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(PushServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(StatusServer::new(endpoint).max_decoding_message_size(longest))
 }
 
 /// The status of one item in a batch.

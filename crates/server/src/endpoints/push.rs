@@ -41,6 +41,7 @@ impl Push for Endpoint {
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the server is shutting down")),
             };
             if let Some(status) = ended {
+                // The agent may be gone, or read so slowly that it will not hear it.
                 let _ = tx.try_send(Err(status));
             }
             core.metrics.push_streams.dec();

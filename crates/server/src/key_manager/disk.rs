@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use countersign_api::files::write_secret;
+use countersign_api::files::{read_pem, write_secret};
 use countersign_identity::{KeyType, PrivateKey};
 
 use super::{KeyManager, KeyManagerError};
@@ -48,7 +48,7 @@ impl KeyManager for Disk {
             }
             Ok(_) => {}
         }
-        Ok(Some(PrivateKey::from_pkcs8(std::fs::read(&path).map_err(io("read", &path))?)?))
+        Ok(Some(PrivateKey::from_pkcs8(read_pem(&path).map_err(io("read", &path))?)?))
     }
 
     fn names(&self) -> Result<Vec<String>, KeyManagerError> {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
 use countersign_api::clock::Clock;
+use countersign_api::files::read_pem;
 use countersign_identity::bundle::certificates_from_pem;
 use countersign_identity::path::{TrustedPath, check_bounds, trusted_path};
 use countersign_identity::selector::{Selector, SelectorSet};
@@ -39,7 +40,7 @@ impl X509Pop {
     /// Reads the CA bundle.
     pub fn new(path: &Path, trust_domain: TrustDomain, clock: Clock) -> Result<Self, SetupError> {
         let wrong = |why: String| SetupError { path: path.to_owned(), why };
-        let pem = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+        let pem = read_pem(path).map_err(|e| wrong(e.to_string()))?;
         let certificates = certificates_from_pem(&pem).map_err(|e| wrong(e.to_string()))?;
         let roots = certificates.into_iter().map(|c| X509Authority::from_der(c.to_vec())).collect::<Result<_, _>>();
         Ok(Self { trust_domain, roots: roots.map_err(|e| wrong(e.to_string()))?, clock })

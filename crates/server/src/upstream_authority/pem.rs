@@ -6,7 +6,7 @@ use std::path::Path;
 use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der};
 use aws_lc_rs::rsa;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P384_SHA384_ASN1_SIGNING, EcdsaKeyPair};
-use countersign_api::files::read_bounded;
+use countersign_api::files::read_pem;
 use countersign_identity::PrivateKey;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::{Error as PemError, SectionKind, from_buf};
@@ -16,8 +16,6 @@ use zeroize::Zeroizing;
 
 use super::UpstreamError;
 
-/// Largest PEM file, in bytes.
-const MAX_BYTES: u64 = 1024 * 1024;
 /// PEM blocks of one file that are looked at.
 const MAX_SECTIONS: usize = 10_000;
 /// Shortest RSA key, in bits.
@@ -118,7 +116,7 @@ pub fn check_order(chain: &[CertificateDer<'_>]) -> Result<(), String> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, UpstreamError> {
-    read_bounded(path, MAX_BYTES).map_err(|source| UpstreamError::Io { path: path.to_owned(), source })
+    read_pem(path).map_err(|source| UpstreamError::Io { path: path.to_owned(), source })
 }
 
 type Section = (SectionKind, Zeroizing<Vec<u8>>);

@@ -50,7 +50,7 @@ fn a_small_file_takes_the_defaults() {
 #[test]
 fn every_key_of_a_workload_is_read() {
     let mesh = read(&with(
-        "namespace: shop\nservice_account: web\nuser: 1234\nworkdir: folder\nrestart: on-failure\nports: [80, 81]\nenv: {A: b, N: 1, E: '', B: true}\nallow: [a, 'spiffe://mesh.local/x']\nmode: off\nport_modes: {80: strict}\nport_allow: {81: []}\negress: [10.0.0.0/8]\nexclude_outbound_ports: [5432]\nexclude_inbound_ports: [22]\nexclude_outbound_cidrs: [192.168.0.0/16]\nexclude_inbound_cidrs: ['fd00::/8']",
+        "namespace: shop\nservice_account: web\nuser: 1234\nworkdir: folder\nrestart: on-failure\nports: [80, 81]\nenv: {A: b, N: 1, E: '', B: true}\nallow: [a, 'spiffe://mesh.local/x']\nmode: off\nport_modes: {80: strict}\nport_allow: {81: []}\nproxy_protocol: [81]\negress: [10.0.0.0/8]\nallow_udp_ports: [53, 4433]\nallow_other_cidrs: [10.9.0.0/16]\nexclude_outbound_ports: [5432]\nexclude_inbound_ports: [22]\nexclude_outbound_cidrs: [192.168.0.0/16]\nexclude_inbound_cidrs: ['fd00::/8']",
     ))
     .unwrap();
     let w = &mesh.workloads[0];
@@ -63,6 +63,7 @@ fn every_key_of_a_workload_is_read() {
     assert!(w.policy.port_allow[&81].is_empty(), "nobody");
     assert_eq!(w.policy.allow.as_ref().unwrap().len(), 2);
     assert_eq!((w.ports.len(), w.exclude_outbound_ports.len(), w.exclude_inbound_cidrs.len()), (2, 1, 1));
+    assert_eq!((w.proxy_protocol.len(), w.allow_udp_ports.len(), w.allow_other_cidrs.len()), (1, 2, 1));
 }
 
 #[test]
@@ -114,7 +115,7 @@ fn mistakes() -> Vec<(String, &'static str)> {
         // Keys.
         ("wrkloads: []\n".into(), "mesh.yaml:1: unknown key `wrkloads`; did you mean `workloads`?"),
         (with("prots: [80]"), "mesh.yaml:4: unknown key `prots`; did you mean `ports`?"),
-        (with("colour: red"), "mesh.yaml:4: unknown key `colour`; known keys of workload `a`: name, namespace, service_account, user, command, workdir, restart, ports, env, allow, mode, port_modes, port_allow, egress, exclude_outbound_ports, exclude_inbound_ports, exclude_outbound_cidrs, exclude_inbound_cidrs"),
+        (with("colour: red"), "mesh.yaml:4: unknown key `colour`; known keys of workload `a`: name, namespace, service_account, user, command, workdir, restart, ports, env, allow, mode, port_modes, port_allow, proxy_protocol, egress, allow_udp_ports, allow_other_cidrs, exclude_outbound_ports, exclude_inbound_ports, exclude_outbound_cidrs, exclude_inbound_cidrs"),
         (with("ports: [80]\nuser: root\nports: [81]"), "mesh.yaml:6: ports: this key is there twice; it is first set on line 4"),
         (with("[a]: b"), "mesh.yaml:4: expected a text as key, found a list"),
         (above("upstream: {cert: a, key: b}"), "mesh.yaml:1: unknown key `cert`; did you mean `certificate`?"),
@@ -192,12 +193,19 @@ fn mistakes() -> Vec<(String, &'static str)> {
         (with("ports: [80]\nport_allow: {80: a}"), "mesh.yaml:5: port_allow.80: expected a list such as [a], found `a`"),
         (with("ports: [80]\nport_allow: [a]"), "mesh.yaml:5: port_allow: expected names with values such as {8080: [web]}, found a list"),
         (with("ports: [80]\nport_modes: {80: strickt}"), "mesh.yaml:5: port_modes.80: `strickt` is not a mode: use off, permissive or strict"),
+        (with("ports: [80]\nproxy_protocl: [80]"), "mesh.yaml:5: unknown key `proxy_protocl`; did you mean `proxy_protocol`?"),
+        (with("ports: [80]\nproxy_protocol: [80, 81]"), "mesh.yaml:5: proxy_protocol: port 81 is not served: `ports` lists 80"),
+        (with("proxy_protocol: 80"), "mesh.yaml:4: proxy_protocol: expected a list such as [8080], found the number 80"),
+        (with("allow_udp_port: [80]"), "mesh.yaml:4: unknown key `allow_udp_port`; did you mean `allow_udp_ports`?"),
+        (with("allow_udp_ports: [0]"), "mesh.yaml:4: allow_udp_ports: expected a port from 1 to 65535, found the number 0"),
+        (with("allow_other_cidr: [10.0.0.0/8]"), "mesh.yaml:4: unknown key `allow_other_cidr`; did you mean `allow_other_cidrs`?"),
+        (with("allow_other_cidrs: [10.0.0.0]"), "mesh.yaml:4: allow_other_cidrs: expected a network such as 10.0.0.0/8, found the address 10.0.0.0; write 10.0.0.0/32"),
         (with("egress: [here]"), "mesh.yaml:4: egress: expected a network such as 10.0.0.0/8, found `here`"),
         (with("egress: [10.0.0.1]"), "mesh.yaml:4: egress: expected a network such as 10.0.0.0/8, found the address 10.0.0.1; write 10.0.0.1/32"),
         (with("exclude_inbound_cidrs: [10.0.0.0/33]"), "mesh.yaml:4: exclude_inbound_cidrs: expected a network such as 10.0.0.0/8, found `10.0.0.0/33`"),
         // Text that is meant to do harm.
         (with("user: \"\\e[2J\\e[31mroot\\nuid=0\""), "mesh.yaml:4: user: there is no user `\\u{1b}[2J\\u{1b}[31mroot\\nuid=0` in this machine's /etc/passwd"),
-        (with("\"\\e[2J\": x"), "mesh.yaml:4: unknown key `\\u{1b}[2J`; known keys of workload `a`: name, namespace, service_account, user, command, workdir, restart, ports, env, allow, mode, port_modes, port_allow, egress, exclude_outbound_ports, exclude_inbound_ports, exclude_outbound_cidrs, exclude_inbound_cidrs"),
+        (with("\"\\e[2J\": x"), "mesh.yaml:4: unknown key `\\u{1b}[2J`; known keys of workload `a`: name, namespace, service_account, user, command, workdir, restart, ports, env, allow, mode, port_modes, port_allow, proxy_protocol, egress, allow_udp_ports, allow_other_cidrs, exclude_outbound_ports, exclude_inbound_ports, exclude_outbound_cidrs, exclude_inbound_cidrs"),
     ]
 }
 

@@ -28,7 +28,10 @@ const KEYS: &[&str] = &[
     "mode",
     "port_modes",
     "port_allow",
+    "proxy_protocol",
     "egress",
+    "allow_udp_ports",
+    "allow_other_cidrs",
     "exclude_outbound_ports",
     "exclude_inbound_ports",
     "exclude_outbound_cidrs",
@@ -108,6 +111,15 @@ pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<Worklo
     let ports = ports_of("ports", true)?;
     let exclude_outbound_ports = ports_of("exclude_outbound_ports", false)?;
     let exclude_inbound_ports = ports_of("exclude_inbound_ports", false)?;
+    let allow_udp_ports = ports_of("allow_udp_ports", false)?;
+    let proxy_protocol = match fields.optional("proxy_protocol") {
+        Some(at) => distinct(reader, at, "proxy_protocol", "[8080]", |item| {
+            let port = port(reader, item, "proxy_protocol")?;
+            let wrong = || reader.wrong(item.line, "proxy_protocol", &not_served(port, &ports));
+            ports.contains(&port).then_some(port).ok_or_else(wrong)
+        })?,
+        None => BTreeSet::new(),
+    };
     let mut networks_of = |key: &'static str| match fields.optional(key) {
         Some(at) => distinct(reader, at, key, "[10.0.0.0/8]", |item| network(reader, item, key)),
         None => Ok(BTreeSet::new()),
@@ -115,6 +127,7 @@ pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<Worklo
     let egress = networks_of("egress")?;
     let exclude_outbound_cidrs = networks_of("exclude_outbound_cidrs")?;
     let exclude_inbound_cidrs = networks_of("exclude_inbound_cidrs")?;
+    let allow_other_cidrs = networks_of("allow_other_cidrs")?;
     let env = fields.optional("env").map(|at| environment(reader, at)).transpose()?.unwrap_or_default();
     let mut policy = Policy { egress: egress.into_iter().collect(), ..Policy::default() };
     if let Some(at) = fields.optional("allow") {
@@ -152,6 +165,9 @@ pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<Worklo
         exclude_inbound_ports,
         exclude_outbound_cidrs,
         exclude_inbound_cidrs,
+        proxy_protocol,
+        allow_udp_ports,
+        allow_other_cidrs,
     })
 }
 
