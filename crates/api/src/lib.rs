@@ -18,6 +18,7 @@ pub mod log_writer;
 pub mod names;
 pub mod peer;
 pub mod peer_credentials;
+pub mod portions;
 pub mod process;
 pub mod reopen;
 #[cfg(test)]
