@@ -30,6 +30,8 @@ pub async fn keep(link: Arc<Link>, cache: Arc<Cache>, refusals: mpsc::Receiver<R
         jitter: draw(),
         obtained: OffsetDateTime::UNIX_EPOCH,
         refused: false,
+        expired: false,
+        banned: false,
         backoff: backoff(30),
         disk: Disk { backoff: backoff(60), next: Instant::now() },
     };
@@ -48,6 +50,10 @@ struct State {
     obtained: OffsetDateTime,
     /// The server does not accept our SVID, which is kept until there is another one.
     refused: bool,
+    /// It has been said that the SVID has expired.
+    expired: bool,
+    /// The server has banned this agent; what is on disk is no way back.
+    banned: bool,
     backoff: Backoff,
     disk: Disk,
 }
@@ -93,13 +99,33 @@ impl State {
     }
 
     fn due(&mut self) -> Due {
-        let Some(svid) = self.link.identity().borrow().clone() else { return Due::Attest };
+        let identity = self.link.identity().borrow().clone();
+        let Some(svid) = identity else {
+            // Nothing is left but what is on disk, and by now the clock may tell another time.
+            return if !self.banned && !self.link.can_attest() && self.link.recover() {
+                Due::Renew
+            } else {
+                Due::Attest
+            };
+        };
         let now = self.link.now();
         if svid.is_expired(now) {
-            tracing::error!(agent = %svid.id(), expired_at = %svid.facts().not_after, "the agent's own SVID has expired; attesting again");
-            self.link.forget();
-            return Due::Attest;
+            let expired_at = svid.facts().not_after;
+            if self.link.can_attest() {
+                tracing::error!(agent = %svid.id(), %expired_at, "the agent's own SVID has expired; attesting again");
+                self.link.forget();
+                return Due::Attest;
+            }
+            // It is no use now, and the only one that there is: a clock that has jumped ahead may come back.
+            if !std::mem::replace(&mut self.expired, true) {
+                tracing::error!(
+                    agent = %svid.id(), %expired_at,
+                    "the agent's own SVID has expired, and a join token works once. Unless this machine's clock is wrong, make a token (`countersign token generate`), put it into the --join-token-file, and restart the agent"
+                );
+            }
+            return Due::Nothing;
         }
+        self.expired = false;
         if self.refused && self.link.can_attest() {
             return Due::Attest;
         }
@@ -115,6 +141,7 @@ impl State {
         self.jitter = draw();
         self.obtained = self.link.now();
         self.refused = false;
+        self.banned = false;
         // What was said of the SVID before does not hold for this one.
         while self.refusals.try_recv().is_ok() {}
     }
@@ -125,6 +152,7 @@ impl State {
         if let Some(refusal) = error.refusal() {
             self.heed(refusal);
         }
+        self.link.look_at_given();
         tokio::time::sleep(delay).await;
     }
 
@@ -137,6 +165,7 @@ impl State {
                     state.entries.clear();
                     state.synced = true;
                 });
+                self.banned = true;
                 self.link.forget();
             }
             Refusal::Agent(
@@ -146,7 +175,12 @@ impl State {
                 | Reason::AgentMustReattest),
             ) => {
                 tracing::warn!(?reason, "the server asks this agent to attest again");
-                self.link.forget();
+                if self.link.can_attest() {
+                    self.link.forget();
+                } else {
+                    // There is no other one to come, and the server's clock may have been wrong.
+                    self.svid_refused();
+                }
             }
             Refusal::Agent(Reason::Unknown) => {}
             Refusal::Svid => self.svid_refused(),

@@ -3,8 +3,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use countersign_identity::{TrustDomain, X509Bundle, X509Svid};
+use countersign_identity::{TrustDomain, X509Svid};
 
+use crate::known::Kept;
 use crate::store::{Store, StoreError};
 
 /// The agent's folder, and what is still to be written there.
@@ -16,7 +17,7 @@ pub struct Keeper {
 #[derive(Default)]
 struct Pending {
     identity: Option<Arc<X509Svid>>,
-    bundle: Option<Arc<X509Bundle>>,
+    bundle: Option<Arc<Kept>>,
     why: Option<String>,
 }
 
@@ -32,7 +33,7 @@ impl Keeper {
     }
 
     /// The bundle of an earlier run.
-    pub fn bundle(&self, trust_domain: &TrustDomain) -> Option<X509Bundle> {
+    pub fn bundle(&self, trust_domain: &TrustDomain) -> Option<Kept> {
         self.store.bundle(trust_domain)
     }
 
@@ -48,7 +49,7 @@ impl Keeper {
     }
 
     /// Writes a bundle, now or later.
-    pub fn keep_bundle(&self, bundle: Arc<X509Bundle>) {
+    pub fn keep_bundle(&self, bundle: Arc<Kept>) {
         self.pending().bundle = Some(bundle);
         self.write_pending();
     }

@@ -8,6 +8,7 @@ mod endpoints;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod keeper;
+mod known;
 mod link;
 pub mod metrics;
 pub mod node_attestor;

@@ -27,6 +27,7 @@ use tonic::{Code, Status};
 
 use crate::config::{Config, Evidence};
 use crate::keeper::Keeper;
+use crate::known::{self, Given, Kept};
 use crate::node_attestor::{EvidenceError, NodeAttestor};
 use crate::refusal::Refusal;
 use crate::store::{Store, StoreError};
@@ -110,6 +111,8 @@ pub struct Link {
     clock: Clock,
     identity: watch::Sender<Option<Arc<X509Svid>>>,
     bundles: Arc<ArcSwap<BundleSet>>,
+    /// Digest of the given bundle's file as it was read last.
+    seen: Mutex<Option<String>>,
     signing: Mutex<Option<(Option<Arc<X509Svid>>, Channel)>>,
 }
 
@@ -120,20 +123,9 @@ impl Link {
         let now = clock();
         let own = |svid: &X509Svid| svid.id().is_member_of(&config.trust_domain) && !svid.is_expired(now);
         let identity = keeper.identity().filter(own).map(Arc::new);
-        let kept = keeper.bundle(&config.trust_domain);
-        let bundle = match (kept, &config.trust_bundle) {
-            // The kept bundle is newer than the file, unless somebody has put a new trust root there on purpose.
-            (Some(kept), None) => Some(kept),
-            (kept, Some(path)) => {
-                let wrong = |why: String| LinkError::Evidence(EvidenceError::File { path: path.clone(), why });
-                let pem = read_pem(path).map_err(|e| wrong(e.to_string()))?;
-                let given =
-                    X509Bundle::from_pem(config.trust_domain.clone(), &pem).map_err(|e| wrong(e.to_string()))?;
-                let kept = kept.filter(|k| identity.is_some() && k.authorities.iter().any(|a| a.not_after() > now));
-                Some(kept.unwrap_or(given))
-            }
-            (None, None) => None,
-        };
+        let given = config.trust_bundle.as_deref().map(|path| Given::read(path, &config.trust_domain)).transpose()?;
+        let seen = given.as_ref().map(|given| given.digest.clone());
+        let bundle = known::at_start(keeper.bundle(&config.trust_domain), given, now);
         let bundles = Arc::new(ArcSwap::from_pointee(bundle.into_iter().collect::<BundleSet>()));
         Ok(Self {
             keeper,
@@ -141,6 +133,7 @@ impl Link {
             clock,
             identity: watch::Sender::new(identity),
             bundles,
+            seen: Mutex::new(seen),
             signing: Mutex::default(),
             config,
         })
@@ -162,7 +155,37 @@ impl Link {
             return;
         }
         self.bundles.store(Arc::new(std::iter::once(bundle.clone()).collect()));
-        self.keeper.keep_bundle(Arc::new(bundle.clone()));
+        let replaces = self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.keeper.keep_bundle(Arc::new(Kept { bundle: bundle.clone(), replaces }));
+    }
+
+    /// Reads the given bundle's file anew where it has changed; the server is known by it too from then on. For when the server
+    /// cannot be reached: it may have become another one.
+    pub fn look_at_given(&self) {
+        let Some(path) = &self.config.trust_bundle else { return };
+        let given = match Given::read(path, &self.config.trust_domain) {
+            Ok(given) => given,
+            Err(error) => return tracing::warn!(%error, "the trust bundle cannot be read anew"),
+        };
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.as_ref() == Some(&given.digest) {
+            return;
+        }
+        tracing::info!(path = %path.display(), "the trust bundle's file has changed; the server is known by it too");
+        *seen = Some(given.digest);
+        let known = self.bundle().map(|known| known::both(&known, &given.bundle, self.now()));
+        self.bundles.store(Arc::new(std::iter::once(known.unwrap_or(given.bundle)).collect()));
+    }
+
+    /// Takes up the identity on disk where we have none: it was passed over by a clock that was ahead.
+    pub fn recover(&self) -> bool {
+        if self.identity.borrow().is_some() {
+            return false;
+        }
+        let own = |svid: &X509Svid| svid.id().is_member_of(&self.config.trust_domain) && !svid.is_expired(self.now());
+        let Some(svid) = self.keeper.identity().filter(own) else { return false };
+        self.identity.send_replace(Some(Arc::new(svid)));
+        true
     }
 
     /// What is on disk, and what is not yet.

@@ -14,6 +14,8 @@ use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject;
 use zeroize::Zeroizing;
 
+use crate::known::Kept;
+
 /// Why something could not be kept or found again.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {why}", path.display())]
@@ -32,6 +34,8 @@ pub struct Store {
 
 /// Larger than any identity of ours: a key and a chain of a few certificates.
 const PROBE_BYTES: usize = 16 * 1024;
+/// Before the certificates of a kept bundle: a line that readers of PEM pass over.
+const REPLACES: &str = "# In place of the trust bundle file with SHA-256 ";
 
 fn failed(path: &Path, why: impl ToString) -> StoreError {
     StoreError { path: path.to_owned(), why: why.to_string() }
@@ -79,15 +83,21 @@ impl Store {
     }
 
     /// The bundle of an earlier run.
-    pub fn bundle(&self, trust_domain: &TrustDomain) -> Option<X509Bundle> {
-        let read = X509Bundle::from_pem(trust_domain.clone(), &kept(&self.bundle)?);
-        read.map_err(|error| tracing::warn!(path = %self.bundle.display(), %error, "the kept bundle cannot be used"))
-            .ok()
+    pub fn bundle(&self, trust_domain: &TrustDomain) -> Option<Kept> {
+        let pem = kept(&self.bundle)?;
+        let read = X509Bundle::from_pem(trust_domain.clone(), &pem);
+        let bundle = read
+            .map_err(|error| tracing::warn!(path = %self.bundle.display(), %error, "the kept bundle cannot be used"))
+            .ok()?;
+        let first = String::from_utf8_lossy(pem.split(|b| *b == b'\n').next().unwrap_or_default());
+        Some(Kept { bundle, replaces: first.strip_prefix(REPLACES).map(ToOwned::to_owned) })
     }
 
-    /// Keeps the bundle.
-    pub fn put_bundle(&self, bundle: &X509Bundle) -> Result<(), StoreError> {
-        write_atomically(&self.bundle, bundle.to_pem().as_bytes(), 0o644).map_err(|e| failed(&self.bundle, e))
+    /// Keeps the bundle. What it replaces stands in the same file, so that the two are never of different times.
+    pub fn put_bundle(&self, kept: &Kept) -> Result<(), StoreError> {
+        let replaces = kept.replaces.iter().map(|digest| format!("{REPLACES}{digest}\n"));
+        let text: String = replaces.chain([kept.bundle.to_pem()]).collect();
+        write_atomically(&self.bundle, text.as_bytes(), 0o644).map_err(|e| failed(&self.bundle, e))
     }
 }
 
@@ -114,6 +124,18 @@ mod tests {
             nix::unistd::mkfifo(file, nix::sys::stat::Mode::S_IRWXU).unwrap();
         }
         assert!(store.identity().is_none() && store.bundle(&TrustDomain::new("td").unwrap()).is_none());
+    }
+
+    #[test]
+    fn a_kept_bundle_says_what_it_replaces_and_one_of_an_older_version_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let bundle = crate::testing::Ca::new(time::OffsetDateTime::now_utc()).bundle();
+        let kept = Kept { bundle: bundle.clone(), replaces: Some("ab".repeat(32)) };
+        store.put_bundle(&kept).unwrap();
+        assert_eq!(store.bundle(&bundle.trust_domain), Some(kept));
+        std::fs::write(dir.path().join("bundle.pem"), bundle.to_pem()).unwrap();
+        assert_eq!(store.bundle(&bundle.trust_domain), Some(Kept { bundle, replaces: None }));
     }
 
     #[test]

@@ -45,6 +45,26 @@ struct Position {
     revision: u64,
 }
 
+/// The parts of a message that has not ended.
+#[derive(Default)]
+struct Parts {
+    snapshot: bool,
+    upserted: Vec<types::Entry>,
+}
+
+impl Parts {
+    /// Takes a part; the whole, once its last is there.
+    fn join(&mut self, mut part: WatchResponse) -> Option<WatchResponse> {
+        self.snapshot |= part.snapshot;
+        self.upserted.append(&mut part.upserted);
+        if part.more {
+            return None;
+        }
+        let whole = std::mem::take(self);
+        Some(WatchResponse { snapshot: whole.snapshot, upserted: whole.upserted, ..part })
+    }
+}
+
 /// Connections in a row that were cut without a word before the server is taken to refuse our SVID. One that restarts cuts
 /// one or two.
 const CUTS: u32 = 3;
@@ -104,6 +124,7 @@ impl Sync {
                 // Whoever hears of them has several waiting already, and will act on those.
                 let _ = self.refusals.try_send(refusal);
             }
+            self.link.look_at_given();
             let delay = line.backoff.next_delay();
             tracing::warn!(
                 status = describe(&ended),
@@ -120,10 +141,12 @@ impl Sync {
             Ok(stream) => stream.into_inner(),
             Err(status) => return status,
         };
+        let mut parts = Parts::default();
         loop {
             match stream.message().await {
                 Ok(Some(message)) => {
                     line.heard();
+                    let Some(message) = parts.join(message) else { continue };
                     let at = Position { epoch: message.epoch.clone(), revision: message.revision };
                     self.take_push(message);
                     *position = at;
@@ -154,6 +177,10 @@ impl Sync {
             upserted.into_iter().for_each(|e| put_entry(state, e));
             if let Some(bundle) = bundle {
                 state.bundle = Some(Arc::new(bundle));
+            }
+            if message.federated_whole {
+                // One that the server has deleted may be one that somebody has stolen a key of.
+                state.federated.clear();
             }
             for bundle in federated {
                 state.federated.insert(bundle.trust_domain.to_string(), Arc::new(bundle));
@@ -256,4 +283,28 @@ fn read_bundle(wire: types::Bundle) -> Option<X509Bundle> {
     let td = wire.trust_domain.clone();
     let read = bundle_from_wire(wire);
     read.map_err(|error| tracing::warn!(trust_domain = td, %error, "the server sent a bundle that cannot be read; it is left out")).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_become_one_message_when_the_last_is_there() {
+        let mut parts = Parts::default();
+        let part = |id: &str, snapshot, more| WatchResponse {
+            snapshot,
+            upserted: vec![types::Entry { id: id.into(), ..types::Entry::default() }],
+            more,
+            revision: if more { 0 } else { 7 },
+            ..WatchResponse::default()
+        };
+        assert_eq!(parts.join(part("a", true, true)), None);
+        assert_eq!(parts.join(part("b", false, true)), None);
+        let whole = parts.join(part("c", false, false)).unwrap();
+        let ids: Vec<&str> = whole.upserted.iter().map(|e| e.id.as_str()).collect();
+        assert_eq!((ids, whole.snapshot, whole.revision), (vec!["a", "b", "c"], true, 7));
+        let next = parts.join(part("d", false, false)).unwrap();
+        assert_eq!((next.upserted.len(), next.snapshot), (1, false), "nothing is left of the one before");
+    }
 }

@@ -4,16 +4,17 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use countersign_api::clock::system_clock;
+use countersign_api::clock::{Clock, system_clock};
 use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::cache::Cache;
-use crate::config::Evidence;
+use crate::config::{Config, Evidence};
 use crate::link::Link;
 use crate::testing::{Ca, FakeServer, config, entry, eventually, td};
 use crate::{AgentError, attestation_state, metrics, signing, sync};
@@ -32,8 +33,12 @@ struct Agent {
 
 impl Agent {
     fn start(dir: &Path, server: &FakeServer, evidence: Evidence) -> Self {
-        let config = Arc::new(config(dir, server.address.clone(), &server.bundle(), evidence));
-        let link = Arc::new(Link::new(config.clone(), system_clock()).unwrap());
+        Self::start_by(system_clock(), config(dir, server.address.clone(), &server.bundle(), evidence))
+    }
+
+    fn start_by(clock: Clock, config: Config) -> Self {
+        let config = Arc::new(config);
+        let link = Arc::new(Link::new(config.clone(), clock).unwrap());
         let (cache, shutdown) = (Arc::<Cache>::default(), CancellationToken::new());
         let (refusals, heard) = tokio::sync::mpsc::channel(4);
         let sync = sync::Sync {
@@ -157,6 +162,68 @@ async fn an_agent_whose_svid_is_refused_and_whose_token_is_used_up_keeps_what_it
     agent.stop().await;
 }
 
+/// A clock that is ahead by so many hours.
+fn shifted(hours: &Arc<AtomicI64>) -> Clock {
+    let hours = hours.clone();
+    Arc::new(move || OffsetDateTime::now_utc() + time::Duration::hours(hours.load(Ordering::Relaxed)))
+}
+
+#[tokio::test]
+async fn a_clock_that_jumps_ahead_for_a_moment_costs_an_agent_with_a_join_token_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = FakeServer::start().await;
+    server.push(vec![entry("a", 1)], server.bundle());
+    let ahead = Arc::new(AtomicI64::new(0));
+    let settings = || config(dir.path(), server.address.clone(), &server.bundle(), token());
+    let agent = Agent::start_by(shifted(&ahead), settings());
+    let first = agent.authority().await;
+    eventually("an SVID", || (agent.signed() == 1).then_some(())).await;
+    ahead.store(2, Ordering::Relaxed);
+    tokio::time::sleep(secs(3)).await;
+    ahead.store(0, Ordering::Relaxed);
+    server.push(vec![entry("a", 1), entry("b", 1)], server.bundle());
+    eventually("another SVID", || (agent.signed() == 2).then_some(())).await;
+    assert_eq!((agent.authority().await, server.agent_signatures().0), (first, 1), "a used token is not shown again");
+    agent.stop().await;
+    // Nor does a start in such a moment, once the clock is right again.
+    ahead.store(2, Ordering::Relaxed);
+    let link = Link::new(Arc::new(settings()), shifted(&ahead)).unwrap();
+    assert!(link.identity().borrow().is_none() && !link.recover());
+    ahead.store(0, Ordering::Relaxed);
+    assert!(link.recover() && link.identity().borrow().is_some());
+}
+
+#[tokio::test]
+async fn an_agent_that_was_away_knows_its_server_by_what_it_kept_and_by_a_file_that_has_changed_since() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = FakeServer::start().await;
+    let old = server.bundle();
+    let agent = Agent::start(dir.path(), &server, again(dir.path()));
+    let first = agent.authority().await;
+    let next = Ca::new(OffsetDateTime::now_utc());
+    let second = next.bundle().authorities[0].id().to_owned();
+    let both = server.next_authority(next);
+    server.push(vec![], both);
+    let kept = dir.path().join("agent/bundle.pem");
+    eventually("the kept bundle", || std::fs::read_to_string(&kept).ok().filter(|t| t.starts_with('#'))).await;
+    agent.stop().await;
+    // Its SVID is gone, and the file is as old as the installation.
+    std::fs::remove_file(dir.path().join("agent/agent-svid.pem")).unwrap();
+    let settings = config(dir.path(), server.address.clone(), &old, again(dir.path()));
+    let given = settings.trust_bundle.clone().unwrap();
+    let agent = Agent::start_by(system_clock(), settings);
+    agent.comes_under(&second).await;
+    // The server is another one altogether, and the operator says so while the agent runs.
+    let other = FakeServer::start().await;
+    agent.stop().await;
+    let settings = config(dir.path(), other.address.clone(), &old, again(dir.path()));
+    let agent = Agent::start_by(system_clock(), settings);
+    std::fs::write(given, other.bundle().to_pem()).unwrap();
+    agent.comes_under(other.bundle().authorities[0].id()).await;
+    assert_ne!(first, second);
+    agent.stop().await;
+}
+
 #[tokio::test]
 async fn an_authority_that_is_about_to_end_does_not_make_an_agent_spin() {
     let dir = tempfile::tempdir().unwrap();
@@ -167,6 +234,21 @@ async fn an_authority_that_is_about_to_end_does_not_make_an_agent_spin() {
     tokio::time::sleep(secs(5)).await;
     let (attested, renewed) = server.agent_signatures();
     assert!(attested == 1 && (1..=3).contains(&renewed), "{attested} attestations and {renewed} renewals in 5 s");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_foreign_bundle_that_the_server_has_deleted_is_gone_from_its_agents() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = FakeServer::start().await;
+    let mut partner = Ca::new(OffsetDateTime::now_utc()).bundle();
+    partner.trust_domain = countersign_identity::trust_domain::parse_trust_domain("partner").unwrap();
+    server.push_foreign(vec![partner]);
+    let agent = Agent::start(dir.path(), &server, token());
+    let held = || agent.cache.read().federated.len();
+    eventually("the foreign bundle", || (held() == 1).then_some(())).await;
+    server.push_foreign(vec![]);
+    eventually("its end", || (held() == 0).then_some(())).await;
     agent.stop().await;
 }
 

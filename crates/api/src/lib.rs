@@ -19,6 +19,7 @@ pub mod names;
 mod near;
 pub mod peer;
 pub mod peer_credentials;
+pub mod portions;
 pub mod process;
 pub mod reopen;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use countersign_identity::entry::{MAX_DNS_NAMES, MAX_FEDERATED};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{CustomResource, CustomResourceExt};
 use schemars::JsonSchema;
@@ -27,16 +28,20 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "camelCase")]
 pub struct SpiffeIdSpec {
     /// The identity.
+    #[schemars(length(max = 2048))]
     pub spiffe_id: String,
     /// Who may hand it out: the node's agent.
+    #[schemars(length(max = 2048))]
     pub parent_id: String,
     /// What a caller must have, all of it.
     pub selector: SpiffeIdSelector,
     /// DNS names in the certificate.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_DNS_NAMES), inner(length(max = 253)))]
     pub dns_names: Vec<String>,
     /// Foreign trust domains whose bundles the workload gets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = MAX_FEDERATED), inner(length(max = 255)))]
     pub federates_with: Vec<String>,
 }
 
@@ -73,6 +78,7 @@ pub struct SpiffeIdSelector {
     pub cluster: Option<String>,
     /// Selectors in full, `type:value`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 4096)))]
     pub arbitrary: Vec<String>,
 }
 

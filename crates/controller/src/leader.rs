@@ -1,6 +1,7 @@
 //! Several replicas agree who works, by a Lease (coordination.k8s.io/v1): whoever holds it renews it; when it runs out,
 //! another takes it. The API server's version check lets only one of two takers through.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -21,12 +22,33 @@ pub struct Leader {
     api: Api<Lease>,
     name: &'static str,
     me: String,
+    seen: Mutex<Option<Seen>>,
+}
+
+/// A lease as we saw it last. Two machines' clocks are never compared: how old a renewal is, counts from when we saw it.
+struct Seen {
+    holder: String,
+    renewed: Option<Timestamp>,
+    since: Instant,
+}
+
+impl Seen {
+    /// Takes a look at who holds the lease and when that one renewed it by its own clock; for how long it has been so.
+    fn look(seen: &mut Option<Self>, holder: &str, renewed: Option<Timestamp>, now: Instant) -> Duration {
+        match seen {
+            Some(seen) if seen.holder == holder && seen.renewed == renewed => now.saturating_duration_since(seen.since),
+            _ => {
+                *seen = Some(Self { holder: holder.to_owned(), renewed, since: now });
+                Duration::ZERO
+            }
+        }
+    }
 }
 
 impl Leader {
     /// Stands for `name` in a namespace, as `me`.
     pub fn new(client: kube::Client, namespace: &str, name: &'static str, me: String) -> Self {
-        Self { api: Api::namespaced(client, namespace), name, me }
+        Self { api: Api::namespaced(client, namespace), name, me, seen: Mutex::default() }
     }
 
     /// Returns once the lease is ours, with the time that it counts from.
@@ -86,10 +108,13 @@ impl Leader {
         };
         let held = found.spec.take().unwrap_or_default();
         let mine = held.holder_identity.as_deref() == Some(&self.me);
-        let seconds = held.lease_duration_seconds.unwrap_or_default().max(1);
-        let renewed = held.renew_time.as_ref().map_or(0, |t| t.0.as_second());
-        let free = held.holder_identity.as_deref().unwrap_or_default().is_empty()
-            || renewed + i64::from(seconds) < now.as_second();
+        let life = Duration::from_secs(held.lease_duration_seconds.and_then(|s| s.try_into().ok()).unwrap_or(1).max(1));
+        let holder = held.holder_identity.as_deref().unwrap_or_default();
+        let unchanged = {
+            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            Seen::look(&mut seen, holder, held.renew_time.as_ref().map(|t| t.0), Instant::now())
+        };
+        let free = holder.is_empty() || unchanged > life;
         if !mine && !free {
             return Ok(false);
         }
@@ -135,6 +160,22 @@ fn won(result: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
 mod tests {
     use super::*;
     use std::convert::Infallible;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_free_when_nobody_has_renewed_it_for_its_life_whatever_the_holders_clock_says() {
+        let mut seen = None;
+        let by_its_clock = |second: i64| Some(Timestamp::from_second(second).unwrap());
+        let mut look = |holder: &str, renewed| Seen::look(&mut seen, holder, renewed, Instant::now());
+        // The holder's clock is hours behind ours; it renews all the same.
+        for second in 0..10 {
+            assert_eq!(look("a", by_its_clock(second)), Duration::ZERO, "somebody new, or renewed");
+            tokio::time::advance(RENEW).await;
+        }
+        assert_eq!(look("a", by_its_clock(9)), RENEW);
+        tokio::time::advance(LEASE).await;
+        assert!(look("a", by_its_clock(9)) > LEASE);
+        assert_eq!(look("b", by_its_clock(9)), Duration::ZERO, "another one has taken it");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_holder_stops_before_another_may_begin_however_the_api_server_stalls() {

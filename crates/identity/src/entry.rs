@@ -46,6 +46,10 @@ pub const MAX_DNS_NAMES: usize = 256;
 pub const MAX_DNS_BYTES: usize = 8 * 1024;
 /// Most selectors of an entry.
 pub const MAX_SELECTORS: usize = 256;
+/// Longest selectors of an entry together, in bytes: lists of entries must fit into messages.
+pub const MAX_SELECTOR_BYTES: usize = 32 * 1024;
+/// Most trust domains that an entry federates with: their bundles all go to the workload in one message.
+pub const MAX_FEDERATED: usize = 64;
 
 /// Why an entry is refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -94,6 +98,12 @@ pub enum EntryError {
     /// More selectors than any workload has.
     #[error("{0} selectors; at most {MAX_SELECTORS} are taken")]
     TooManySelectors(usize),
+    /// Selectors longer than any workload's.
+    #[error("selectors of {0} bytes; at most {MAX_SELECTOR_BYTES} are taken")]
+    SelectorsTooLong(usize),
+    /// More trust domains than a workload's bundles can come from.
+    #[error("federates with {0} trust domains; at most {MAX_FEDERATED} are taken")]
+    TooManyFederated(usize),
     /// The hint is too long (SPIFFE Workload API 5.2.1: 1,024 bytes).
     #[error("the hint is longer than 1024 bytes")]
     Hint,
@@ -161,6 +171,10 @@ impl Entry {
         if self.selectors.len() > MAX_SELECTORS {
             return Err(EntryError::TooManySelectors(self.selectors.len()));
         }
+        let bytes = self.selectors.iter().map(|s| s.kind().len() + 1 + s.value().len()).sum();
+        if bytes > MAX_SELECTOR_BYTES {
+            return Err(EntryError::SelectorsTooLong(bytes));
+        }
         if let Some((selector, why)) = self.selectors.iter().find_map(|s| Some((s, s.never_attested()?))) {
             return Err(EntryError::Selector { selector: selector.to_string(), why });
         }
@@ -173,6 +187,9 @@ impl Entry {
         }
         if self.hint.len() > 1024 {
             return Err(EntryError::Hint);
+        }
+        if self.federates_with.len() > MAX_FEDERATED {
+            return Err(EntryError::TooManyFederated(self.federates_with.len()));
         }
         if let Some(own) = self.federates_with.iter().find(|f| *f == td) {
             return Err(EntryError::Federation(own.to_string()));
@@ -276,6 +293,15 @@ mod tests {
         let mut e = entry("spiffe://td/x");
         e.selectors = (0..300).map(|n| format!("unix:uid:{n}").parse().unwrap()).collect();
         assert_eq!(e.check(&td), Err(EntryError::TooManySelectors(300)));
+        let long = |n: usize| format!("unix:path:/{n}{}", "x".repeat(4_000)).parse().unwrap();
+        e.selectors = (0..9).map(long).collect();
+        assert!(matches!(e.check(&td), Err(EntryError::SelectorsTooLong(_))), "few and long");
+        e.selectors = (0..8).map(long).collect();
+        assert_eq!(e.check(&td), Ok(()));
+        e.federates_with = (0..65).map(|n| TrustDomain::new(&format!("td{n}")).unwrap()).collect();
+        assert_eq!(e.check(&td), Err(EntryError::TooManyFederated(65)));
+        e.federates_with.pop_last();
+        assert_eq!(e.check(&td), Ok(()));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use countersign_identity::directory::{Answer, Workload};
 use tokio::sync::watch;
 
 use crate::identity::Identity;
-use crate::sockets::own_addresses;
+use crate::sockets::{is_link_local, own_addresses};
 
 /// Addresses are looked up again at most this often.
 const LOOK: Duration = Duration::from_secs(1);
@@ -43,9 +43,11 @@ impl Own {
         state.looked = Instant::now();
         let addresses = own_addresses();
         state.answers.retain(|a, _| addresses.contains(a));
+        // One that the directory had no room for has nobody who would tell of it any more: it is asked for again.
+        state.answers.retain(|_, a| a.as_ref().is_none_or(|answers| answers.has_changed().is_ok()));
         for address in addresses {
             // Loopback and link-local addresses are alike everywhere: the directory cannot know them.
-            let local = address.is_loopback() || matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
+            let local = address.is_loopback() || is_link_local(address);
             state.answers.entry(address).or_insert_with(|| (!local).then(|| self.directory.follow(address)));
         }
     }
@@ -59,9 +61,18 @@ impl Own {
         state.answers.contains_key(&address)
     }
 
-    /// The workload at one of our addresses, if the directory says that it is us.
+    /// The workload at one of our addresses, if the directory says that it is us. A link-local address is that of the workload at
+    /// our others.
     pub fn at(&self, address: IpAddr, identity: &Identity) -> Option<Arc<Workload>> {
-        let state = self.state();
+        if is_link_local(address) {
+            return if self.is_own(address) { self.workload(identity) } else { None };
+        }
+        let mut state = self.state();
+        let lost =
+            |s: &State| s.answers.get(&address).and_then(Option::as_ref).is_some_and(|a| a.has_changed().is_err());
+        if lost(&state) && state.looked.elapsed() >= LOOK {
+            self.look(&mut state);
+        }
         let answer = state.answers.get(&address)?.as_ref()?.borrow().clone();
         ours(answer?, identity)
     }
@@ -69,7 +80,8 @@ impl Own {
     /// The workload at any of our addresses, if the directory says that it is us.
     pub fn workload(&self, identity: &Identity) -> Option<Arc<Workload>> {
         let mut state = self.state();
-        if state.answers.values().all(Option::is_none) && state.looked.elapsed() >= LOOK {
+        let is_gone = |a: &Option<watch::Receiver<_>>| a.as_ref().is_none_or(|answers| answers.has_changed().is_err());
+        if state.answers.values().all(is_gone) && state.looked.elapsed() >= LOOK {
             self.look(&mut state);
         }
         let answers = state.answers.values().flatten();
@@ -81,5 +93,68 @@ fn ours(answer: Answer, identity: &Identity) -> Option<Arc<Workload>> {
     match answer {
         Answer::Meshed(workload) if workload.spiffe_ids.contains(&identity.svid().id().to_string()) => Some(workload),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use countersign_identity::directory::Workload;
+    use countersign_identity::policy::Policy;
+    use countersign_identity::profile::{LeafRequest, RequestedKey, SigningAuthority, issue_leaf, issue_root, request};
+    use countersign_identity::{KeyType, PrivateKey, SpiffeId, TrustDomain, X509Svid};
+    use time::OffsetDateTime;
+
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    fn identity(id: &str) -> Identity {
+        let (now, id) = (OffsetDateTime::now_utc(), SpiffeId::new(id).unwrap());
+        let above = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let root = issue_root(&TrustDomain::new("td").unwrap(), &above, DAY, now).unwrap();
+        let authority = SigningAuthority::new(root, vec![], &above).unwrap();
+        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let asked = RequestedKey::from_csr(&request(&key, None).unwrap()).unwrap();
+        let leaf = LeafRequest { id: &id, dns_names: &[], key: &asked, ttl: DAY / 24 };
+        let issued = issue_leaf(&leaf, &authority, now).unwrap();
+        Identity::new(X509Svid::new(issued.chain, key).unwrap(), std::iter::empty().collect()).unwrap()
+    }
+
+    #[test]
+    fn a_link_local_address_of_ours_is_that_of_the_workload_at_our_others() {
+        let own = Own::new(Subscriptions::default());
+        let (here, link): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "fe80::1".parse().unwrap());
+        let workload = Workload {
+            uid: "u".into(),
+            name: "web".into(),
+            addresses: vec![here],
+            spiffe_ids: ["spiffe://td/web".to_owned()].into(),
+            mesh_port: 15008,
+            policy: Policy::default(),
+        };
+        let (_directory, answer) = watch::channel(Some(Answer::Meshed(Arc::new(workload))));
+        {
+            let mut state = own.state();
+            state.answers.extend([(here, Some(answer)), (link, None)]);
+            // These addresses are in no interface's list, which is not read again meanwhile.
+            state.looked = Instant::now() + DAY;
+        }
+        let web = identity("spiffe://td/web");
+        assert_eq!(own.at(link, &web).map(|w| w.uid.clone()), Some("u".into()), "its policy decides there too");
+        assert_eq!(own.at("fe80::2".parse().unwrap(), &web), None, "somebody else's");
+        assert_eq!(own.at(Ipv4Addr::LOCALHOST.into(), &web), None);
+        assert_eq!(own.at(link, &identity("spiffe://td/db")), None, "the directory knows somebody else here");
+    }
+
+    #[test]
+    fn an_address_that_there_was_no_room_for_is_asked_for_again() {
+        let own = Own::new(Subscriptions::default());
+        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let (_, nobody) = watch::channel(None);
+        own.state().answers.insert(loopback, Some(nobody));
+        own.look(&mut own.state());
+        assert!(own.state().answers[&loopback].is_none(), "it was looked up anew");
     }
 }

@@ -65,6 +65,9 @@ impl Guard {
                 // error to a link-local source of its own, so that it cannot be refused.
                 rule(Match::TcpNet(link_local()), Verdict::Drop);
             }
+            // What is left of TCP was redirected, or is exempt from that. Which it is was decided by a connection's first packet:
+            // `install` lets the kernel forget connections that are older than the rules, and these belong to none.
+            rule(Match::TcpInvalid, Verdict::Drop);
             rule(Match::Tcp, Verdict::Exempt);
             rule(Match::Icmp, Verdict::Exempt);
             rule(Match::Icmpv6, Verdict::Exempt);
@@ -123,6 +126,7 @@ mod tests {
                 "countersign others out: loopback exempt",
                 "countersign others out: replies exempt",
                 "countersign others out: TCP with net fe80::/10 dropped",
+                "countersign others out: TCP of no connection dropped",
                 "countersign others out: TCP exempt",
                 "countersign others out: ICMP exempt",
                 "countersign others out: ICMPv6 exempt",
@@ -133,6 +137,7 @@ mod tests {
                 "countersign others out: rest dropped",
                 "countersign others in: loopback exempt",
                 "countersign others in: replies exempt",
+                "countersign others in: TCP of no connection dropped",
                 "countersign others in: TCP exempt",
                 "countersign others in: ICMP exempt",
                 "countersign others in: ICMPv6 exempt",

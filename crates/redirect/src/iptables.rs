@@ -73,11 +73,18 @@ fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
             } else {
                 format!("-A {builtin} -p tcp -j {chain}")
             };
-            if present.lines().any(|l| l == jump) {
-                continue;
-            }
+            let begins = format!("-A {builtin} ");
+            let first = present.lines().find(|l| l.starts_with(&begins));
+            let there = present.lines().any(|l| l == jump);
             // What somebody else's rule accepts is not seen by rules behind it: the guard stands first.
-            let jump = if hook.is_guard() { format!("-I {builtin} 1 -j {chain}") } else { jump };
+            let jump = match (hook.is_guard(), there) {
+                (true, true) if first != Some(jump.as_str()) => {
+                    format!("-D {builtin} -j {chain}\n-I {builtin} 1 -j {chain}")
+                }
+                (_, true) => continue,
+                (true, false) => format!("-I {builtin} 1 -j {chain}"),
+                (false, false) => jump,
+            };
             let _ = writeln!(script, "{jump}");
         }
         script.push_str("COMMIT\n");
@@ -97,6 +104,7 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
         Match::PortAt(port, at) => format!("{} -p tcp --dport {port}", net(at.into())?),
         Match::Net(of) => net(of)?,
         Match::TcpNet(of) => format!("{} -p tcp", net(of)?),
+        Match::TcpInvalid => "-p tcp -m conntrack --ctstate INVALID".into(),
         Match::Icmp if !v6 => "-p icmp".into(),
         Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),
         Match::Icmp | Match::Icmpv6 => return None,

@@ -4,6 +4,7 @@
 //! binary where the kernel has no nf_tables. [`guard`] says what becomes of that which is not TCP. [`here`] tells in which
 //! namespace we are. [`netns`] makes and enters network namespaces, [`fabric`] joins them.
 
+pub mod conntrack;
 pub mod fabric;
 pub mod guard;
 pub mod here;
@@ -97,8 +98,29 @@ pub struct InstalledRule {
     pub bytes: u64,
 }
 
-/// Installs the redirect in this network namespace, in place of an earlier one. Returns the backend that holds it.
+/// Installs the redirect in this network namespace, in place of an earlier one, whichever backend held that. Returns the backend
+/// that holds it.
+///
+/// With a guard that is not in force yet connections that are open are judged anew: those that would go past the sidecar are
+/// reset.
 pub fn install(redirect: &Redirect, backend: Backend) -> Result<Backend, RedirectError> {
+    let judged = redirect.guard.is_none() || installed().is_ok_and(|found| in_force(redirect, &found));
+    let held_by = install_by(redirect, backend)?;
+    match held_by {
+        Backend::Iptables => match nftables::remove() {
+            Err(RedirectError::NoNftables(_)) | Ok(()) => {}
+            Err(error) => return Err(error),
+        },
+        Backend::Nftables | Backend::Auto if !iptables::installed()?.is_empty() => iptables::remove()?,
+        Backend::Nftables | Backend::Auto => {}
+    }
+    if !judged && let Err(error) = conntrack::forget_all() {
+        tracing::warn!(%error, "connections that are open already may go on past the sidecar until they end");
+    }
+    Ok(held_by)
+}
+
+fn install_by(redirect: &Redirect, backend: Backend) -> Result<Backend, RedirectError> {
     match backend {
         Backend::Nftables => nftables::install(redirect).map(|()| Backend::Nftables),
         Backend::Iptables => iptables::install(redirect).map(|()| Backend::Iptables),

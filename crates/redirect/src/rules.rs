@@ -92,6 +92,8 @@ pub enum Match {
     TcpNet(IpNet),
     /// TCP.
     Tcp,
+    /// TCP that belongs to no connection that the kernel follows: NAT leaves it as it is.
+    TcpInvalid,
     /// ICMP over IPv4.
     Icmp,
     /// `ICMPv6` over IPv6, neighbour discovery in it.
@@ -145,6 +147,7 @@ impl Rule {
             Match::Net(net) => format!("net {net}"),
             Match::TcpNet(net) => format!("TCP with net {net}"),
             Match::Tcp => "TCP".into(),
+            Match::TcpInvalid => "TCP of no connection".into(),
             Match::Icmp => "ICMP".into(),
             Match::Icmpv6 => "ICMPv6".into(),
             Match::Reply => "replies".into(),
@@ -181,11 +184,9 @@ impl Redirect {
         }
         rules.extend(nets(Hook::Output, &self.exempt_outbound_cidrs));
         rules.push(rest(Hook::Output, self.outbound_port));
+        // Link-local sources are caught as all others are: a policy that asks who is calling holds on one link too, and the mode may
+        // change while these rules stay.
         rules.push(exempt(Hook::Prerouting, Match::Loopback));
-        if self.guard.is_none() {
-            // Under a guard the sidecar catches it, and its policy refuses it at once.
-            rules.push(exempt(Hook::Prerouting, Match::Net(link_local())));
-        }
         rules.extend(self.exempt_inbound_ports.iter().map(|p| exempt(Hook::Prerouting, Match::Port(*p))));
         rules.extend(nets(Hook::Prerouting, &self.exempt_inbound_cidrs));
         rules.push(rest(Hook::Prerouting, self.inbound_port));
@@ -215,7 +216,6 @@ mod tests {
                 "countersign out: net 10.0.0.0/8 exempt",
                 "countersign out: rest to 15001",
                 "countersign in: loopback exempt",
-                "countersign in: net fe80::/10 exempt",
                 "countersign in: port 15008 exempt",
                 "countersign in: port 15020 exempt",
                 "countersign in: rest to 15006",

@@ -171,32 +171,176 @@ fn link_local_is_no_black_hole(backend: Backend, test: &str) {
         std::thread::sleep(Duration::from_millis(100));
     }
     let mut redirect = Redirect::for_proxy(4242);
-    for ns in [&world.here, &world.there] {
-        put(ns, &redirect, backend);
+    put(&world.here, &redirect, backend);
+    assert!(dial_link_local(&world).0.is_ok(), "going out it is left alone, for the sidecar could not dial it");
+    // Coming in the sidecar gets it, with a guard and without: who may come in is a question of policy.
+    for guard in [None, Some(Guard::default())] {
+        redirect.guard = guard;
+        put(&world.there, &redirect, backend);
+        let (dialled, took) = dial_link_local(&world);
+        assert!(
+            dialled.is_err() && took < Duration::from_secs(2),
+            "no sidecar listens, so it is refused at once: {took:?}"
+        );
+        assert!(packets(&world.there, "countersign in: rest to 15006") >= 1);
     }
-    assert!(dial_link_local(&world).0.is_ok(), "it is left alone, for the sidecar could not dial it");
-    // Strict: the sidecar gets it, who refuses what is not in the mesh.
-    redirect.guard = Some(Guard::default());
-    put(&world.there, &redirect, backend);
-    let (dialled, took) = dial_link_local(&world);
-    assert!(
-        dialled.is_err() && took < Duration::from_secs(2),
-        "no sidecar listens, so it is refused at once: {took:?}"
-    );
-    assert!(packets(&world.there, "countersign in: rest to 15006") >= 1);
+    // A sidecar hears the caller, and reaches the app behind the address that was asked for.
+    let sidecar = world.there.run(|| std::net::TcpListener::bind("[::]:15006")).unwrap();
+    assert!(dial_link_local(&world).0.is_ok());
+    let (_, caller) = sidecar.accept().unwrap();
+    assert!(matches!(caller.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()), "{caller}");
+    let (address, number) = link_local(&world.there);
+    let app = SocketAddr::V6(std::net::SocketAddrV6::new(address, 80, 0, number));
+    world.there.run(move || TcpStream::connect_timeout(&app, Duration::from_secs(2)).map(drop)).unwrap();
     put(&world.here, &redirect, backend);
     assert!(dial_link_local(&world).0.is_err(), "a strict caller does not get out");
     assert!(packets(&world.here, "countersign others out: TCP with net fe80::/10 dropped") >= 1);
 }
 
 #[test]
-fn nftables_leaves_link_local_alone_unless_others_are_guarded() {
+fn nftables_brings_link_local_callers_to_the_sidecar_and_leaves_callees_alone_without_a_guard() {
     link_local_is_no_black_hole(Backend::Nftables, "llnft");
 }
 
 #[test]
-fn iptables_leaves_link_local_alone_unless_others_are_guarded() {
+fn iptables_brings_link_local_callers_to_the_sidecar_and_leaves_callees_alone_without_a_guard() {
     if has_iptables() {
         link_local_is_no_black_hole(Backend::Iptables, "llipt");
     }
+}
+
+/// A connection from one namespace to port 80 of the other: the caller's end, and the callee's.
+fn connected(from: &NetNs, at: &NetNs, to: Ipv4Addr) -> (TcpStream, TcpStream) {
+    let listener = at.run(move || std::net::TcpListener::bind((to, 80))).unwrap();
+    let wait = Duration::from_secs(5);
+    let caller = from.run(move || TcpStream::connect_timeout(&SocketAddr::new(to.into(), 80), wait)).unwrap();
+    let (callee, _) = listener.accept().unwrap();
+    for end in [&caller, &callee] {
+        end.set_read_timeout(Some(wait)).unwrap();
+    }
+    (caller, callee)
+}
+
+/// Says something over a connection that must not go on; whatever the other end hears of it.
+fn said_over(mut near: TcpStream, mut far: TcpStream) -> (io::Result<usize>, String) {
+    use std::io::{Read, Write};
+    near.write_all(b"secret").unwrap();
+    let answered = near.read(&mut [0; 64]);
+    far.set_read_timeout(Some(SILENCE)).unwrap();
+    let mut heard = [0; 64];
+    let n = far.read(&mut heard).unwrap_or(0);
+    (answered, String::from_utf8_lossy(&heard[..n]).into_owned())
+}
+
+fn cuts_older_connections(backend: Backend, test: &str) {
+    let Some(world) = World::new(test) else { return };
+    let (here, there) = (&world.here, &world.there);
+    // The first two are followed by the kernel, and exempt; the others are older than that.
+    let mut plain = Redirect::for_proxy(4242);
+    plain.exempt_outbound_ports.insert(80);
+    plain.exempt_inbound_ports.insert(80);
+    let oldest = [connected(here, there, THERE.0), connected(there, here, HERE.0)];
+    put(here, &plain, backend);
+    let older = [connected(here, there, THERE.0), connected(there, here, HERE.0)];
+    let mut strict = Redirect::for_proxy(4242);
+    strict.guard = Some(Guard::default());
+    put(here, &strict, backend);
+    for [(caller, there_end), (there_caller, callee)] in [older, oldest] {
+        for (near, far) in [(caller, there_end), (callee, there_caller)] {
+            let (answered, heard) = said_over(near, far);
+            assert_eq!(heard, "", "what a strict workload says stays here");
+            let kind = answered.unwrap_err().kind();
+            assert_eq!(kind, io::ErrorKind::ConnectionReset, "and it learns at once that nobody hears it");
+        }
+    }
+    // The same rules once more change nothing for anybody.
+    strict.exempt_outbound_ports.insert(80);
+    put(here, &strict, backend);
+    let (mut caller, mut callee) = connected(here, there, THERE.0);
+    put(here, &strict, backend);
+    io::Write::write_all(&mut caller, b"exempt").unwrap();
+    assert_eq!(io::Read::read(&mut callee, &mut [0; 64]).unwrap(), 6);
+}
+
+#[test]
+fn nftables_cuts_connections_that_are_older_than_the_guard() {
+    cuts_older_connections(Backend::Nftables, "oldnft");
+}
+
+#[test]
+fn iptables_cuts_connections_that_are_older_than_the_guard() {
+    if has_iptables() {
+        cuts_older_connections(Backend::Iptables, "oldipt");
+    }
+}
+
+fn drops_tcp_of_no_connection(backend: Backend, test: &str) {
+    /// A segment that begins and ends a connection at once, with data in it.
+    const SEND: &str = "import socket, struct, sys\ns = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)\n\
+                        head = struct.pack('!HHIIBBHHH', 4000, 80, 1, 0, 5 << 4, 3, 1024, 0, 0)\n\
+                        try: print(s.sendto(head + b'secret', (sys.argv[1], 0)))\nexcept OSError as e: print(e)";
+    let Some(world) = World::new(test) else { return };
+    let mut strict = Redirect::for_proxy(4242);
+    strict.guard = Some(Guard::default());
+    put(&world.here, &strict, backend);
+    python(&world.here, SEND, THERE.0.into());
+    assert!(packets(&world.here, "countersign others out: TCP of no connection dropped") >= 1);
+    python(&world.there, SEND, HERE.0.into());
+    assert!(packets(&world.here, "countersign others in: TCP of no connection dropped") >= 1);
+}
+
+#[test]
+fn nftables_drops_tcp_that_nat_does_not_touch() {
+    drops_tcp_of_no_connection(Backend::Nftables, "invnft");
+}
+
+#[test]
+fn iptables_drops_tcp_that_nat_does_not_touch() {
+    if has_iptables() {
+        drops_tcp_of_no_connection(Backend::Iptables, "invipt");
+    }
+}
+
+fn one_backend_holds_the_rules(first: Backend, second: Backend, test: &str) {
+    let Some(world) = World::new(test) else { return };
+    echo(&world.there, 4000);
+    let mut strict = Redirect::for_proxy(4242);
+    strict.guard = Some(Guard::default());
+    put(&world.here, &strict, first);
+    put(&world.here, &Redirect::for_proxy(4242), second);
+    assert!(answered(&world.here, THERE.0, 4000), "the other backend's guard is gone");
+}
+
+#[test]
+fn a_redirect_by_one_backend_takes_the_place_of_the_others() {
+    if has_iptables() {
+        one_backend_holds_the_rules(Backend::Iptables, Backend::Nftables, "iptnft");
+        one_backend_holds_the_rules(Backend::Nftables, Backend::Iptables, "nftipt");
+    }
+}
+
+#[test]
+fn nftables_takes_more_rules_than_a_sockets_memory_has_acknowledgements_for() {
+    let Some(world) = World::new("manynft") else { return };
+    let mut many = Redirect::for_proxy(4242);
+    many.exempt_outbound_cidrs =
+        (0..2_000).map(|n| format!("10.{}.{}.0/24", n / 250, n % 250).parse().unwrap()).collect();
+    many.guard = Some(Guard::default());
+    put(&world.here, &many, Backend::Nftables);
+}
+
+#[test]
+fn an_iptables_guard_that_somebody_has_put_a_rule_before_stands_first_again() {
+    if !has_iptables() {
+        return;
+    }
+    let Some(world) = World::new("firstipt") else { return };
+    echo(&world.there, 4000);
+    let mut strict = Redirect::for_proxy(4242);
+    strict.guard = Some(Guard::default());
+    put(&world.here, &strict, Backend::Iptables);
+    world.here.run(|| Command::new("iptables").args(["-I", "OUTPUT", "1", "-j", "ACCEPT"]).status()).unwrap();
+    assert!(answered(&world.here, THERE.0, 4000), "the guard is not asked");
+    put(&world.here, &strict, Backend::Iptables);
+    assert!(!answered(&world.here, THERE.0, 4000));
 }

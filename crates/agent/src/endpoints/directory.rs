@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Attested, BoxStream, Endpoint};
+use super::{Attested, BoxStream, Endpoint, last_word};
 
 /// Whom addresses are counted for: a caller cannot become another one by opening connections or by exec.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -56,8 +56,7 @@ impl Directory for Endpoint {
             };
             core.metrics.streams.dec();
             if let Some(status) = ended {
-                // The caller may be gone.
-                let _ = tx.send(Err(status)).await;
+                last_word(&tx, status).await;
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))

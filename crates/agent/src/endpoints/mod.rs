@@ -17,6 +17,7 @@ use countersign_api::workload::spiffe_workload_api_server::SpiffeWorkloadApiServ
 use countersign_identity::selector::SelectorSet;
 use futures::Stream;
 use time::OffsetDateTime;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -61,6 +62,14 @@ pub async fn routes(core: &Arc<Core>) -> Routes {
         .add_service(SpiffeWorkloadApiServer::new(endpoint.clone()).max_decoding_message_size(64 * 1024))
         .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(1024 * 1024))
         .add_service(StatusServer::new(endpoint).max_decoding_message_size(64 * 1024))
+}
+
+/// How long a caller is given to read why its stream ends.
+const LAST_WORD: Duration = Duration::from_secs(5);
+
+/// Says why a stream ends. A caller that reads nothing keeps nobody waiting.
+async fn last_word<T>(tx: &mpsc::Sender<Result<T, Status>>, status: Status) {
+    let _ = tx.send_timeout(Err(status), LAST_WORD).await;
 }
 
 /// What was attested in part is attested anew after this time.
@@ -159,5 +168,21 @@ impl Core {
                 Err(Status::permission_denied(format!("no identity issued: {why}")))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_reads_nothing_does_not_keep_its_streams_task() {
+        let (tx, mut rx) = mpsc::channel(1);
+        tx.try_send(Ok(1)).unwrap();
+        let ended = last_word(&tx, Status::permission_denied("changed"));
+        tokio::time::timeout(Duration::from_secs(60), ended).await.unwrap();
+        assert_eq!(rx.recv().await.unwrap().unwrap(), 1);
+        last_word(&tx, Status::permission_denied("changed")).await;
+        assert_eq!(rx.recv().await.unwrap().unwrap_err().message(), "changed", "one that reads hears it");
     }
 }

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Attested, BoxStream, Core, Endpoint};
+use super::{Attested, BoxStream, Core, Endpoint, last_word};
 use crate::cache::Cached;
 
 /// How long a first call waits for an SVID that is being signed.
@@ -109,8 +109,7 @@ impl Endpoint {
             };
             core.metrics.streams.dec();
             if let Some(status) = ended {
-                // The caller may be gone.
-                let _ = tx.send(Err(status)).await;
+                last_word(&tx, status).await;
             }
         });
         Box::pin(ReceiverStream::new(rx))

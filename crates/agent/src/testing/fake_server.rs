@@ -46,8 +46,8 @@ pub struct FakeServer {
     /// Where it listens.
     pub address: String,
     inner: Arc<Mutex<Inner>>,
-    /// What it pushes: entries, and the bundle.
-    pushed: watch::Sender<(Vec<Entry>, X509Bundle)>,
+    /// What it pushes: entries, the bundle, and foreign bundles.
+    pushed: watch::Sender<(Vec<Entry>, X509Bundle, Vec<X509Bundle>)>,
 }
 
 struct Inner {
@@ -68,7 +68,7 @@ impl FakeServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ca = Ca::new(OffsetDateTime::now_utc());
         let hour = Duration::from_secs(3_600);
-        let pushed = watch::Sender::new((vec![], ca.bundle()));
+        let pushed = watch::Sender::new((vec![], ca.bundle(), vec![]));
         let inner = Inner {
             trusted: Arc::new(std::iter::once(ca.bundle()).collect()),
             ca,
@@ -131,7 +131,12 @@ impl FakeServer {
 
     /// Pushes entries and a bundle to all agents.
     pub fn push(&self, entries: Vec<Entry>, bundle: X509Bundle) {
-        self.pushed.send_replace((entries, bundle));
+        self.pushed.send_replace((entries, bundle, vec![]));
+    }
+
+    /// Pushes these foreign bundles, which are all there are.
+    pub fn push_foreign(&self, foreign: Vec<X509Bundle>) {
+        self.pushed.send_modify(|pushed| pushed.2 = foreign);
     }
 
     /// Refuses to sign for these entries.
@@ -258,7 +263,7 @@ impl Push for FakeServer {
     type WatchStream = Answers<WatchResponse>;
 
     async fn watch(&self, _: Request<WatchRequest>) -> Answer<Self::WatchStream> {
-        let pushes = WatchStream::new(self.pushed.subscribe()).map(|(entries, bundle)| {
+        let pushes = WatchStream::new(self.pushed.subscribe()).map(|(entries, bundle, foreign)| {
             Ok(WatchResponse {
                 epoch: "test".into(),
                 revision: 1,
@@ -266,7 +271,9 @@ impl Push for FakeServer {
                 upserted: entries.iter().map(entry_to_wire).collect(),
                 removed_ids: vec![],
                 bundle: Some(bundle_to_wire(&bundle)),
-                federated_bundles: vec![],
+                federated_bundles: foreign.iter().map(bundle_to_wire).collect(),
+                more: false,
+                federated_whole: true,
             })
         });
         Ok(Response::new(Box::pin(pushes)))

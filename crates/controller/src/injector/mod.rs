@@ -7,7 +7,7 @@ mod probes;
 mod settings;
 mod webhook;
 
-pub use namespace::judge_namespace;
+pub use namespace::{judge_namespace, mark_strict};
 pub use pod::{Refused, Verdict, inject, judge_ephemeral};
 pub use webhook::{Serving, WebhookError, serve};
 

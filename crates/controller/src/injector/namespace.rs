@@ -1,6 +1,6 @@
 //! Judges what is said of the mesh on a namespace, when it is said.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::INJECT;
 use super::nearest::did_you_mean;
@@ -29,10 +29,36 @@ pub fn judge_namespace(namespace: &Value, before: Option<&Value>) -> Result<(), 
     Ok(())
 }
 
+/// Gives a namespace that is strict by annotation the label that says so too: by the label the API server tells us of which kind
+/// a pod's namespace is.
+pub fn mark_strict(namespace: &mut Value) {
+    let metadata = &mut namespace["metadata"];
+    if metadata["annotations"][MODE] != "strict" || metadata["labels"][MODE] == "strict" {
+        return;
+    }
+    if !metadata["labels"].is_object() {
+        metadata["labels"] = json!({});
+    }
+    metadata["labels"][MODE] = "strict".into();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+
+    #[test]
+    fn a_namespace_that_is_strict_by_annotation_is_labelled_so() {
+        let marked = |mut namespace: Value| {
+            mark_strict(&mut namespace);
+            namespace["metadata"]["labels"].clone()
+        };
+        let strict = json!({ MODE: "strict" });
+        assert_eq!(marked(json!({ "metadata": { "annotations": strict } })), strict);
+        let both = json!({ "metadata": { "annotations": strict, "labels": { "a": "b", MODE: "permissive" } } });
+        assert_eq!(marked(both), json!({ "a": "b", MODE: "strict" }));
+        assert_eq!(marked(json!({ "metadata": { "annotations": { MODE: "permissive" } } })), Value::Null);
+        assert_eq!(marked(json!({ "metadata": {} })), Value::Null);
+    }
 
     #[test]
     fn a_word_that_means_nothing_is_refused_where_it_is_new() {

@@ -28,7 +28,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Asks, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace};
+use super::{Asks, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace, mark_strict};
 use countersign_identity::policy::Mode;
 
 use crate::config::InjectorConfig;
@@ -237,6 +237,13 @@ enum Unread {
     TooMany,
 }
 
+/// Answers with what turns the one object into the other.
+fn put_patch(response: &mut Value, before: &Value, after: &Value) {
+    let patch = serde_json::to_vec(&json_patch::diff(before, after)).unwrap_or_default();
+    response["patchType"] = "JSONPatch".into();
+    response["patch"] = base64::engine::general_purpose::STANDARD.encode(patch).into();
+}
+
 fn plain(status: StatusCode, text: &str) -> Response<String> {
     let mut response = Response::new(text.to_owned());
     *response.status_mut() = status;
@@ -315,7 +322,10 @@ impl Hook {
         let name = ["name", "generateName"].iter().find_map(|k| before["metadata"][*k].as_str()).unwrap_or_default();
         let mut response = json!({ "uid": uid, "allowed": true });
         let verdict = match asked {
-            Asked::Namespace => judge_namespace(&object, request.get("oldObject")).map(|()| None),
+            Asked::Namespace => judge_namespace(&object, request.get("oldObject")).map(|()| {
+                mark_strict(&mut object);
+                None
+            }),
             Asked::Pod { .. } if request["subResource"] == "ephemeralcontainers" => {
                 judge_ephemeral(&object).map(|()| None).map_err(|e| e.to_string())
             }
@@ -326,14 +336,16 @@ impl Hook {
             }
         };
         match verdict {
-            Ok(None) => self.count("kept"),
+            Ok(None) => {
+                self.count("kept");
+                if object != before {
+                    put_patch(&mut response, &before, &object);
+                }
+            }
             Ok(Some(Verdict::Injected)) => {
                 self.count("injected");
                 tracing::info!(namespace, pod = name, "injected");
-                let patch = json_patch::diff(&before, &object);
-                let patch = serde_json::to_vec(&patch).unwrap_or_default();
-                response["patchType"] = "JSONPatch".into();
-                response["patch"] = base64::engine::general_purpose::STANDARD.encode(patch).into();
+                put_patch(&mut response, &before, &object);
             }
             Ok(Some(Verdict::Left(why))) => {
                 self.count("left");

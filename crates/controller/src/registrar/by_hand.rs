@@ -8,7 +8,7 @@ use countersign_identity::TrustDomain;
 use countersign_identity::trust_domain::{agent_id, parse_workload_id};
 use kube::ResourceExt;
 
-use super::object::{Wanted, entry_of};
+use super::object::{Wanted, entry_of, judge_federated};
 use crate::config::RegistrarConfig;
 use crate::crd::SpiffeID;
 use crate::facts::Facts;
@@ -17,6 +17,10 @@ use crate::facts::Facts;
 const CLUSTER_DOMAIN: &str = "cluster.local";
 /// DNS names of one object, at most.
 const MAX_NAMES: usize = 64;
+/// Selectors of one object, at most.
+const MAX_SELECTORS: usize = 64;
+/// Selectors of one object together, in bytes, at most.
+const MAX_SELECTOR_BYTES: usize = 16 * 1024;
 /// The API server's own Service: whoever has its name in a certificate stands for it.
 const API_SERVER: (&str, &str) = ("default", "kubernetes");
 
@@ -70,6 +74,15 @@ pub fn entry_by_hand(
     }
     for name in &spec.dns_names {
         judge_name(name, &namespace, facts, config).map_err(|why| format!("dnsNames: `{name}` {why}"))?;
+    }
+    judge_federated(&spec.federates_with, trust_domain).map_err(|why| format!("federatesWith: {why}"))?;
+    let selectors = spec.selector.selectors();
+    let bytes: usize = selectors.iter().map(|(kind, value)| kind.len() + 1 + value.len()).sum();
+    if selectors.len() > MAX_SELECTORS || bytes > MAX_SELECTOR_BYTES {
+        return Err(format!(
+            "selector: {} selectors with {bytes} bytes are too many; at most {MAX_SELECTORS} with {MAX_SELECTOR_BYTES} bytes",
+            selectors.len()
+        ));
     }
     // Selectors are only ever narrowed: this binds them to pods of the object's namespace.
     Ok(entry_of(object, Some(&namespace)))
@@ -189,5 +202,21 @@ mod tests {
         }
         let many = vec!["web.evil.svc".to_owned(); MAX_NAMES + 1];
         assert!(judged("evil", |o| o.spec.dns_names = many).unwrap_err().contains("too many"));
+    }
+
+    #[test]
+    fn what_would_not_fit_into_lists_with_others_is_refused_and_said() {
+        let federated = |names: Vec<String>| judged("evil", |o| o.spec.federates_with = names);
+        let domains = |n: usize| (0..n).map(|n| format!("td{n}")).collect::<Vec<_>>();
+        assert!(federated(domains(64)).is_ok());
+        assert!(federated(domains(65)).unwrap_err().starts_with("federatesWith: 65 trust domains are too many"));
+        assert!(federated(vec!["td".into()]).unwrap_err().contains("own trust domain"));
+        assert!(federated(vec!["a b".into()]).unwrap_err().starts_with("federatesWith: "));
+        let arbitrary = |all: Vec<String>| judged("evil", |o| o.spec.selector.arbitrary = all);
+        assert!(arbitrary((0..64).map(|n| format!("unix:uid:{n}")).collect()).is_ok());
+        assert!(arbitrary((0..65).map(|n| format!("unix:uid:{n}")).collect()).unwrap_err().contains("65 selectors"));
+        assert!(arbitrary(vec![format!("k8s:sa:{}", "x".repeat(1_000_000))]).unwrap_err().starts_with("selector: "));
+        let image = judged("evil", |o| o.spec.selector.container_image = Some("x".repeat(20_000)));
+        assert!(image.unwrap_err().starts_with("selector: "), "each field, not the list alone");
     }
 }

@@ -6,14 +6,14 @@
 #[cfg(test)]
 mod bench;
 mod by_hand;
+mod entries;
 mod object;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
-use countersign_api::spire::types::Entry;
 use countersign_identity::TrustDomain;
 use futures::{StreamExt, stream};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
@@ -22,6 +22,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use self::by_hand::entry_by_hand;
+use self::entries::{Judged, Refused};
 use self::object::{Wanted, entry_of, is_ours, key_of, object_of, owner_uid, status_of};
 use crate::config::RegistrarConfig;
 use crate::crd::SpiffeID;
@@ -84,15 +85,6 @@ impl Left {
         all.truncate(A_PASS);
         left
     }
-}
-
-/// What follows from the objects.
-#[derive(Debug, Default)]
-struct Judged {
-    /// The entries by their IDs, each with the UID of its object.
-    wanted: BTreeMap<String, (String, Wanted)>,
-    /// Why an object has none, by its UID.
-    refused: HashMap<String, String>,
 }
 
 /// The object that each pod should have.
@@ -200,16 +192,17 @@ impl Registrar {
         let Some(judged) = self.cluster.facts().map(|facts| self.judge(&desired, &facts)) else {
             return Ok(Left::Nothing);
         };
-        // Whoever makes objects by hand that are refused does not make everybody else wait for the next try.
-        let by_hand: HashSet<String> = judged.refused.keys().cloned().collect();
-        match self.keep_entries(judged, known).await {
-            Ok(outcome) if left == Left::Nothing => {
-                let (more, refused) = self.keep_statuses(&outcome, &by_hand).await;
-                left = more;
-                failed.extend(refused);
+        let said = |status: tonic::Status| format!("server at {}: {}", self.server.name(), status.message());
+        match entries::keep(&self.server, judged, known).await {
+            Ok(kept) => {
+                failed.extend(kept.failed.into_iter().map(said));
+                if left == Left::Nothing {
+                    let (more, refused) = self.keep_statuses(&kept.outcome).await;
+                    left = more;
+                    failed.extend(refused);
+                }
             }
-            Ok(_) => {}
-            Err(status) => failed.push(format!("server at {}: {}", self.server.name(), status.message())),
+            Err(status) => failed.push(said(status)),
         }
         match failed.first() {
             None => Ok(left),
@@ -317,71 +310,14 @@ impl Registrar {
         Ok(())
     }
 
-    /// Creates, updates and deletes entries; what became of each object, by its UID.
-    async fn keep_entries(
-        &self,
-        judged: Judged,
-        known: &mut Option<HashMap<String, Wanted>>,
-    ) -> Result<HashMap<String, Result<String, String>>, tonic::Status> {
-        let Judged { wanted, refused } = judged;
-        let held = if let Some(held) = known {
-            held
-        } else {
-            let listed = self.server.list().await?;
-            let ours = listed.iter().filter(|e| e.id.starts_with(ENTRY_PREFIX));
-            known.insert(ours.map(|e| (e.id.clone(), Wanted::read(e))).collect())
-        };
-        // What is gone goes first: its successor may want the very same.
-        let orphans: Vec<String> = held.keys().filter(|id| !wanted.contains_key(*id)).cloned().collect();
-        if !orphans.is_empty() {
-            self.server.delete(&orphans).await?;
-            orphans.iter().for_each(|id| drop(held.remove(id)));
-            tracing::info!(entries = orphans.len(), "entries of pods that are gone are deleted");
-        }
-        let mut outcome: HashMap<String, _> = refused.into_iter().map(|(uid, why)| (uid, Err(why))).collect();
-        let (mut create, mut update) = (vec![], vec![]);
-        for (id, (uid, want)) in &wanted {
-            if held.get(id) == Some(want) {
-                outcome.insert(uid.clone(), Ok(id.clone()));
-                continue;
-            }
-            match (held.get(id), want.entry(id)) {
-                (_, Err(why)) => drop(outcome.insert(uid.clone(), Err(why))),
-                (None, Ok(entry)) => create.push((uid, want, entry)),
-                (Some(_), Ok(entry)) => update.push((uid, want, entry)),
-            }
-        }
-        for (fresh, batch) in [(true, create), (false, update)] {
-            if batch.is_empty() {
-                continue;
-            }
-            let entries: Vec<Entry> = batch.iter().map(|(_, _, entry)| entry.clone()).collect();
-            let done = if fresh { self.server.create(&entries).await? } else { self.server.update(&entries).await? };
-            for ((uid, want, entry), done) in batch.into_iter().zip(done) {
-                // ALREADY_EXISTS (6) with our own ID: an answer that we did not hear.
-                let good = done.code == 0 || done.code == 6 && fresh;
-                if good {
-                    held.insert(entry.id.clone(), want.clone());
-                    tracing::info!(spiffe_id = want.spiffe_id, entry = entry.id, fresh, "pod registered");
-                }
-                outcome.insert(uid.clone(), if good { Ok(entry.id) } else { Err(done.message) });
-            }
-        }
-        Ok(outcome)
-    }
-
     /// Writes into each object what became of it.
-    async fn keep_statuses(
-        &self,
-        outcome: &HashMap<String, Result<String, String>>,
-        by_hand: &HashSet<String>,
-    ) -> (Left, Vec<String>) {
+    async fn keep_statuses(&self, outcome: &HashMap<String, Result<String, Refused>>) -> (Left, Vec<String>) {
         let stale = |object: &SpiffeID| {
             let outcome = outcome.get(&object.uid()?)?;
             let before = object.status.as_ref().and_then(|s| s.conditions.first().map(|c| (s.entry_id.as_ref(), c)));
             let same = match (before, outcome) {
                 (Some((id, c)), Ok(entry)) => id == Some(entry) && c.status == "True",
-                (Some((_, c)), Err(why)) => c.status == "False" && c.message == *why,
+                (Some((_, c)), Err(why)) => c.status == "False" && c.message == why.why,
                 (None, _) => false,
             };
             (!same).then(|| (object.clone(), outcome.clone()))
@@ -394,21 +330,19 @@ impl Registrar {
             .take(A_PASS + 1)
             .collect();
         let left = Left::cut(&mut stale);
-        let run = stream::iter(stale).map(|(object, outcome)| {
-            let counts = object.uid().is_some_and(|uid| !by_hand.contains(&uid));
-            self.write_status(object, outcome, counts)
-        });
+        let run = stream::iter(stale).map(|(object, outcome)| self.write_status(object, outcome));
         (left, run.buffer_unordered(AT_ONCE).filter_map(std::future::ready).collect().await)
     }
 
-    /// `counts`: what was refused is a failure of this pass.
-    async fn write_status(&self, object: SpiffeID, outcome: Result<String, String>, counts: bool) -> Option<String> {
+    async fn write_status(&self, object: SpiffeID, outcome: Result<String, Refused>) -> Option<String> {
         let (namespace, name) = key_of(&object);
         let patch = json!({ "status": status_of(&outcome) });
-        if let (Err(why), false) = (&outcome, counts) {
-            tracing::warn!(namespace, name, why, "a SpiffeID made by hand is refused");
+        if let Err(Refused { why, by_content: true }) = &outcome {
+            tracing::warn!(namespace, name, why, "a SpiffeID is refused for what it says");
         }
-        let failed = outcome.err().filter(|_| counts).map(|why| format!("SpiffeID {namespace}/{name}: {why}"));
+        // Whoever asks for what is refused does not make everybody else wait for the next try.
+        let failed = outcome.err().filter(|refused| !refused.by_content);
+        let failed = failed.map(|Refused { why, .. }| format!("SpiffeID {namespace}/{name}: {why}"));
         let (api, params, patch) = (self.api(&object), PatchParams::default(), Patch::Merge(patch));
         let written = in_time(async {
             match api.patch_status(&name, &params, &patch).await {

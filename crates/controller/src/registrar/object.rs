@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 
 use countersign_api::spire::types::{Entry, Selector, Spiffeid};
 use countersign_identity::TrustDomain;
-use countersign_identity::trust_domain::{agent_id, parse_workload_id};
+use countersign_identity::entry::{MAX_DNS_BYTES, MAX_DNS_NAMES, MAX_FEDERATED};
+use countersign_identity::trust_domain::{agent_id, parse_trust_domain, parse_workload_id};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::ResourceExt;
 
 use super::by_hand::is_reserved;
+use super::entries::Refused;
 use crate::config::RegistrarConfig;
 use crate::crd::{Condition, SpiffeID, SpiffeIdSelector, SpiffeIdSpec, SpiffeIdStatus};
 use crate::facts::{FEDERATES_WITH, Facts, Key, Pod, ServiceIndex};
@@ -64,11 +66,42 @@ impl Wanted {
     }
 }
 
-/// Turns the list of a `spiffe.io/federatesWith` annotation into names.
-fn federates_with(pod: &Pod) -> Vec<String> {
+/// Turns the list of a `spiffe.io/federatesWith` annotation into names. One that an entry could not hold is no list: the pod is
+/// registered without it, for its identity hangs on it, and other pods' registration must not.
+fn federates_with(pod: &Pod, trust_domain: &TrustDomain) -> Vec<String> {
     let listed = pod.annotations.get(FEDERATES_WITH).map(String::as_str).unwrap_or_default();
     let names: BTreeSet<&str> = listed.split(',').map(str::trim).filter(|n| !n.is_empty()).collect();
-    names.into_iter().map(ToOwned::to_owned).collect()
+    let names: Vec<String> = names.into_iter().map(ToOwned::to_owned).collect();
+    match judge_federated(&names, trust_domain) {
+        Ok(()) => names,
+        Err(why) => {
+            tracing::warn!(namespace = pod.namespace, pod = pod.name, why, "{FEDERATES_WITH} is left out");
+            vec![]
+        }
+    }
+}
+
+/// Why an entry cannot federate with these.
+pub fn judge_federated(names: &[String], own: &TrustDomain) -> Result<(), String> {
+    if names.len() > MAX_FEDERATED {
+        return Err(format!("{} trust domains are too many; at most {MAX_FEDERATED}", names.len()));
+    }
+    for name in names {
+        if parse_trust_domain(name).map_err(|e| e.to_string())? == *own {
+            return Err(format!("`{name}` is this mesh's own trust domain"));
+        }
+    }
+    Ok(())
+}
+
+/// As many of a pod's names as a certificate holds, in their order.
+fn fitting(names: BTreeSet<String>) -> Vec<String> {
+    let mut bytes = 0;
+    let fits = |name: &String| {
+        bytes += name.len();
+        bytes <= MAX_DNS_BYTES
+    };
+    names.into_iter().take(MAX_DNS_NAMES).take_while(fits).collect()
 }
 
 /// The object that a pod should have; `None`: it has no node yet, or nothing that an identity can be made of.
@@ -100,8 +133,8 @@ pub fn object_of(
             node_name: Some(node),
             ..SpiffeIdSelector::default()
         },
-        dns_names: dns_names.into_iter().collect(),
-        federates_with: federates_with(pod),
+        dns_names: fitting(dns_names),
+        federates_with: federates_with(pod, trust_domain),
     };
     let owner = OwnerReference {
         api_version: "v1".into(),
@@ -122,11 +155,11 @@ pub fn object_of(
 }
 
 /// What an object says of itself after this outcome.
-pub fn status_of(outcome: &Result<String, String>) -> SpiffeIdStatus {
+pub fn status_of(outcome: &Result<String, Refused>) -> SpiffeIdStatus {
     let now = time::OffsetDateTime::now_utc().replace_nanosecond(0).unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
     let (status, reason, message) = match outcome {
         Ok(_) => ("True", "EntryKept", "the registration entry is as it should be"),
-        Err(why) => ("False", "Refused", why.as_str()),
+        Err(refused) => ("False", "Refused", refused.why.as_str()),
     };
     let condition = Condition {
         kind: "Registered".into(),
@@ -164,4 +197,63 @@ pub fn is_ours(object: &SpiffeID) -> bool {
 /// The pod that it was made for.
 pub fn owner_uid(object: &SpiffeID) -> Option<&str> {
     object.owner_references().iter().find(|o| o.kind == "Pod").map(|o| o.uid.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::Service;
+
+    fn object_with(annotation: &str, services: usize) -> SpiffeID {
+        let config = RegistrarConfig {
+            server_socket: "/x".into(),
+            cluster: "c".into(),
+            template: crate::template::DEFAULT.parse().unwrap(),
+            excluded_namespaces: BTreeSet::new(),
+            lease_namespace: None,
+            control_namespace: None,
+        };
+        let pod = Pod {
+            namespace: "shop".into(),
+            name: "web-0".into(),
+            uid: "u".into(),
+            service_account: "web".into(),
+            node: Some("node1".into()),
+            labels: [("app".to_owned(), "web".to_owned())].into(),
+            annotations: [(FEDERATES_WITH.to_owned(), annotation.to_owned())].into(),
+            ..Pod::default()
+        };
+        let service = |n: usize| {
+            let name = format!("svc-{n:03}-{}", "x".repeat(40));
+            let selector = pod.labels.clone();
+            let service = Service { namespace: "shop".into(), name: name.clone(), selector, ..Service::default() };
+            (("shop".to_owned(), name), service)
+        };
+        let facts = Facts {
+            nodes: [((String::new(), "node1".to_owned()), "node-uid".to_owned())].into(),
+            services: (0..services).map(service).collect(),
+            ..Facts::default()
+        };
+        let trust_domain = TrustDomain::new("td").unwrap();
+        object_of(&pod, &facts, &ServiceIndex::of(&facts), &config, &trust_domain).unwrap()
+    }
+
+    #[test]
+    fn a_list_that_no_entry_can_hold_costs_its_pod_the_list_and_nothing_else() {
+        let listed = |annotation: &str| object_with(annotation, 0).spec.federates_with;
+        assert_eq!(listed(" b.example, a.example,"), ["a.example", "b.example"]);
+        let many: Vec<String> = (0..65).map(|n| format!("td{n}")).collect();
+        for bad in [many.join(",").as_str(), "a.example,not a name", "a.example,td", &"x".repeat(250_000)] {
+            assert_eq!(listed(bad), [] as [&str; 0], "{:.40}", bad);
+        }
+    }
+
+    #[test]
+    fn a_pod_behind_more_services_than_a_certificate_can_name_is_registered_with_what_fits() {
+        let names = |services| object_with("", services).spec.dns_names;
+        assert_eq!(names(100).len(), 100);
+        let fitting = names(300);
+        assert!(fitting.len() < 256 && fitting.iter().map(String::len).sum::<usize>() <= MAX_DNS_BYTES);
+        assert_eq!(fitting, names(300), "the same ones each time");
+    }
 }

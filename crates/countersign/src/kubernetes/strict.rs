@@ -138,7 +138,7 @@ fn say(plan: &Plan, only_plan: bool, moves: bool) {
     }
     if !plan.unguarded.is_empty() {
         eprintln!(
-            "UDP and other protocols go on in the clear until these pods are made anew under strict (kubectl rollout restart): {}",
+            "UDP, other protocols and TCP to link-local IPv6 addresses (fe80::/10) go on in the clear until these pods are made anew under strict (kubectl rollout restart): {}",
             plan.unguarded.join(", ")
         );
     }

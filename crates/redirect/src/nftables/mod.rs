@@ -113,29 +113,21 @@ fn open() -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends a transaction and reads one acknowledgement a message.
+/// Sends a transaction and reads what came of it.
 fn transact(batch: Batch) -> Result<(), RedirectError> {
     let socket = open().map_err(from_kernel)?;
-    let (bytes, mut expected) = batch.finish();
-    socket.send(&bytes, 0).map_err(from_kernel)?;
-    let mut first_error = None;
-    while expected > 0 {
+    socket.send(&batch.finish(), 0).map_err(from_kernel)?;
+    loop {
         let mut buffer = Vec::with_capacity(RECEIVE);
         socket.recv(&mut buffer, 0).map_err(from_kernel)?;
-        for message in wire::messages(&buffer) {
-            if let wire::Answer::Error(code) = message {
-                expected = expected.saturating_sub(1);
-                if code != 0 {
-                    first_error.get_or_insert(code);
-                    // A transaction that is refused as a whole is not answered message by message.
-                    expected = 0;
-                }
-            }
+        // The first one decides: refusals stand before the acknowledgement of the last message.
+        let answer =
+            wire::messages(&buffer).find_map(|m| if let wire::Answer::Error(code) = m { Some(code) } else { None });
+        match answer {
+            None => {}
+            Some(0) => return Ok(()),
+            Some(code) => return Err(from_kernel(io::Error::from_raw_os_error(code))),
         }
-    }
-    match first_error {
-        None => Ok(()),
-        Some(code) => Err(from_kernel(io::Error::from_raw_os_error(code))),
     }
 }
 
@@ -174,6 +166,9 @@ fn expressions(rule: &Rule) -> Expressions {
         Match::TcpNet(of) => {
             e.protocol(IPPROTO_TCP);
             net(e, of, out);
+        }
+        Match::TcpInvalid => {
+            e.protocol(IPPROTO_TCP).invalid();
         }
         Match::Icmp => {
             e.family(attributes::NFPROTO_IPV4).protocol(IPPROTO_ICMP);

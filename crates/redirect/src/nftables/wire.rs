@@ -46,6 +46,9 @@ const REGISTER_1: u32 = 1;
 const REGISTER_VERDICT: u32 = 0;
 const VERDICT_RETURN: i32 = -5;
 const VERDICT_DROP: i32 = 0;
+const CT_STATE: u32 = 0;
+/// `NF_CT_STATE_INVALID_BIT`. A packet has one state, so that it can be compared whole.
+const CT_STATE_INVALID: u32 = 1;
 const CT_DIRECTION: u32 = 1;
 const CT_DIRECTION_REPLY: u8 = 1;
 /// One packet of many: ten a minute, five at once.
@@ -120,6 +123,8 @@ impl Message {
 pub struct Batch {
     bytes: Vec<u8>,
     messages: u32,
+    /// Where the last message begins.
+    last: usize,
 }
 
 impl Batch {
@@ -127,12 +132,13 @@ impl Batch {
     pub fn new() -> Self {
         let begin =
             Message::bytes(BATCH_BEGIN, NLM_F_REQUEST, 0, NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES, &Attributes::default());
-        Self { bytes: begin, messages: 0 }
+        Self { bytes: begin, messages: 0, last: 0 }
     }
 
     fn push(&mut self, kind: u16, flags: u16, body: &Attributes) -> &mut Self {
         self.messages += 1;
-        let flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        self.last = self.bytes.len();
+        let flags = NLM_F_REQUEST | flags;
         self.bytes.extend(Message::bytes(Message::nftables(kind), flags, self.messages, NFPROTO_INET, 0, body));
         self
     }
@@ -173,8 +179,13 @@ impl Batch {
         self.push(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, &body)
     }
 
-    /// The bytes to send, and how many acknowledgements come back.
-    pub fn finish(mut self) -> (Vec<u8>, u32) {
+    /// The bytes to send. One answer comes back when all is done, and one for each message that is refused: an acknowledgement of
+    /// each would not fit into the socket's memory, which is read only when the kernel has taken them all.
+    pub fn finish(mut self) -> Vec<u8> {
+        // Flags stand behind length and type (netlink(7)).
+        if let Some(flags) = self.bytes.get_mut(self.last + 6..self.last + 8) {
+            flags.copy_from_slice(&(u16::from_ne_bytes([flags[0], flags[1]]) | NLM_F_ACK).to_ne_bytes());
+        }
         let end = Message::bytes(
             BATCH_END,
             NLM_F_REQUEST,
@@ -184,7 +195,7 @@ impl Batch {
             &Attributes::default(),
         );
         self.bytes.extend(end);
-        (self.bytes, self.messages)
+        self.bytes
     }
 }
 
@@ -223,6 +234,11 @@ impl Expressions {
     /// Goes on for a packet that answers one which went the other way.
     pub fn reply(&mut self) -> &mut Self {
         self.step("ct", |a| a.u32(1, REGISTER_1).u32(2, CT_DIRECTION)).equals(&[CT_DIRECTION_REPLY])
+    }
+
+    /// Goes on for a packet that belongs to no connection.
+    pub fn invalid(&mut self) -> &mut Self {
+        self.step("ct", |a| a.u32(1, REGISTER_1).u32(2, CT_STATE)).equals(&CT_STATE_INVALID.to_ne_bytes())
     }
 
     /// Goes on for this IP version.

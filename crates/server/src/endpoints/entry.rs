@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use async_trait::async_trait;
 use countersign_api::convert::{entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire};
+use countersign_api::portions::first_portion;
 use countersign_api::spire::entry::entry_server::Entry as EntryService;
 use countersign_api::spire::entry::{
     BatchCreateEntryRequest, BatchCreateEntryResponse, BatchDeleteEntryRequest, BatchDeleteEntryResponse,
@@ -145,10 +146,13 @@ impl EntryService for Endpoint {
         let size = paging::size(request.page_size);
         // One more than is shown tells whether there is another page.
         let mut page = self.0.entries.page(after.as_ref(), size + 1, wanted);
-        let more = page.len() > size;
-        page.truncate(size);
+        let mut entries: Vec<_> =
+            page.iter().take(size).map(|e| masks::entry(entry_to_wire(e), request.output_mask)).collect();
+        // A page of large entries is shorter: it must fit into a message.
+        entries.truncate(first_portion(&entries, size));
+        let more = page.len() > entries.len();
+        page.truncate(entries.len());
         let next_page_token = page.last().filter(|_| more).map(|e| e.id.to_string()).unwrap_or_default();
-        let entries = page.iter().map(|e| masks::entry(entry_to_wire(e), request.output_mask)).collect();
         Ok(Response::new(ListEntriesResponse { entries, next_page_token }))
     }
 

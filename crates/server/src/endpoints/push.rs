@@ -5,6 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_to_wire, entry_to_wire};
 use countersign_api::peer::TlsPeer;
+use countersign_api::portions::first_portion;
 use countersign_api::push::push_server::Push;
 use countersign_api::push::{WatchRequest, WatchResponse};
 use tokio::sync::mpsc;
@@ -50,6 +51,22 @@ impl Push for Endpoint {
     }
 }
 
+/// Cuts a message whose entries do not fit into one. Where the agent stands afterwards comes with the last part.
+fn parts(mut whole: WatchResponse) -> Vec<WatchResponse> {
+    let mut parts = vec![];
+    loop {
+        let rest = whole.upserted.split_off(first_portion(&whole.upserted, usize::MAX));
+        if rest.is_empty() {
+            parts.push(whole);
+            return parts;
+        }
+        let upserted = std::mem::replace(&mut whole.upserted, rest);
+        // The first says that all else is gone: an agent that does not know of parts then adds the others to it.
+        let snapshot = std::mem::take(&mut whole.snapshot);
+        parts.push(WatchResponse { snapshot, upserted, more: true, ..WatchResponse::default() });
+    }
+}
+
 struct Stream {
     core: Arc<Core>,
     id: countersign_identity::SpiffeId,
@@ -86,6 +103,7 @@ impl Stream {
             };
             self.revision = Some(revision);
             let bundle = bundle_changed.then(|| bundle_to_wire(&bundles.borrow_and_update()));
+            let federated_whole = foreign_changed;
             let federated_bundles = if foreign_changed {
                 foreign.borrow_and_update().values().map(|b| bundle_to_wire(b)).collect()
             } else {
@@ -100,8 +118,12 @@ impl Stream {
                     removed_ids: removed.iter().map(ToString::to_string).collect(),
                     bundle,
                     federated_bundles,
+                    more: false,
+                    federated_whole,
                 };
-                self.tx.send(Ok(message)).await.ok()?;
+                for part in parts(message) {
+                    self.tx.send(Ok(part)).await.ok()?;
+                }
             }
             first = false;
             (bundle_changed, foreign_changed) = (false, false);
@@ -119,5 +141,34 @@ impl Stream {
                 () = self.tx.closed() => return None,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use countersign_api::portions::PORTION_BYTES;
+    use countersign_api::spire::types::Entry;
+
+    use super::*;
+
+    #[test]
+    fn a_snapshot_that_fits_into_no_message_comes_in_parts_and_its_position_with_the_last() {
+        let large = |n: usize| Entry { id: n.to_string(), hint: "x".repeat(PORTION_BYTES / 2), ..Entry::default() };
+        let whole = WatchResponse {
+            epoch: "e".into(),
+            revision: 7,
+            snapshot: true,
+            upserted: (0..3).map(large).collect(),
+            removed_ids: vec!["gone".into()],
+            federated_whole: true,
+            ..WatchResponse::default()
+        };
+        let told = parts(whole);
+        let shape: Vec<_> = told.iter().map(|p| (p.epoch.as_str(), p.revision, p.snapshot, p.more)).collect();
+        assert_eq!(shape, [("", 0, true, true), ("", 0, false, true), ("e", 7, false, false)]);
+        let ids: Vec<&str> = told.iter().flat_map(|p| &p.upserted).map(|e| e.id.as_str()).collect();
+        assert_eq!(ids, ["0", "1", "2"]);
+        assert_eq!((told[2].removed_ids.len(), told[2].federated_whole), (1, true));
+        assert_eq!(parts(WatchResponse::default()), [WatchResponse::default()], "nothing to cut");
     }
 }
