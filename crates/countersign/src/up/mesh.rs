@@ -32,6 +32,7 @@ use super::events::Events;
 use super::mesh_file::{MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec, check_user};
 use super::node_identity::NodeIdentity;
 use super::place::{Place, kill_inside, passable};
+use super::rotate::Log;
 use super::users::Users;
 use crate::clients::client;
 use crate::launch::OWN_PROGRAM;
@@ -188,6 +189,17 @@ impl Mesh {
     /// Where the processes' logs are.
     pub fn logs(&self) -> &Path {
         &self.logs
+    }
+
+    /// The logs that its processes have open.
+    pub fn open_logs(&self) -> Vec<Log> {
+        let mut logs: Vec<Log> = self.roles().iter().map(|(_, process)| process.log().clone()).collect();
+        for running in self.workloads().values() {
+            logs.push(running.sidecar.log().clone());
+            let program = running.program.lock().unwrap_or_else(PoisonError::into_inner);
+            logs.extend(program.as_ref().map(|process| process.log().clone()));
+        }
+        logs
     }
 
     /// The switch.
