@@ -92,6 +92,51 @@ fn a_mesh_is_listed_read_asked_and_taken_down_from_another_terminal() {
     mesh.down();
 }
 
+#[test]
+fn a_mesh_whose_name_begins_like_anothers_leaves_the_other_alone() {
+    if !able(&["ip"]) {
+        return;
+    }
+    let workload = |name: &str| format!("  - {{name: {name}, command: [sleep, infinity]}}\n");
+    let mut short = Mesh::up("alike", &workload("web"));
+    let name = short.name.clone();
+    let long = Mesh::up_named(format!("{name}-eu"), "mode: strict", &workload("web"));
+    let own = |mesh: &str| {
+        let names = sh("ls /run/netns");
+        names.lines().filter(|n| *n == format!("cs-{mesh}") || *n == format!("cs-{mesh}-web")).count()
+    };
+    let (program, sidecar) = (row(&long, "web"), long.process("sidecars/web"));
+    let is_whole = || {
+        assert_eq!(own(&long.name), 2, "{}", sh("ls /run/netns"));
+        assert_eq!(row(&long, "web")["state"], "running");
+        assert_eq!((long.process("sidecars/web"), &row(&long, "web")["restarts"]), (sidecar, &program["restarts"]));
+    };
+
+    // One name that two meshes could mean stays with the mesh that has it.
+    let (code, said) = outcome(&mut short.join("eu", &[], &["true"]));
+    let owner = format!("would be cs-{name}-eu, which belongs to the mesh `{name}-eu`");
+    assert!(code == 1 && said.contains(&owner), "{code} {said}");
+    is_whole();
+
+    // Killed, and tidied by the next of its name.
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(short.pid()), nix::sys::signal::Signal::SIGKILL).unwrap();
+    short.exit_code();
+    assert_eq!(own(&name), 2, "a killed mesh leaves its namespaces");
+    drop(short);
+    let mut short = Mesh::up_named(name.clone(), "mode: strict", &workload("web"));
+    is_whole();
+
+    // Taken down in order: it neither takes the other's namespaces along nor complains of them.
+    run(&mut countersign(&["down", &name]));
+    assert_eq!((short.exit_code(), own(&name)), (0, 0), "{}", short.said());
+    assert!(!short.said().contains("could not remove"), "{}", short.said());
+    is_whole();
+    let lists = sh("ls /run/countersign/up");
+    assert!(!lists.lines().any(|f| f == format!("{name}.namespaces")), "{lists}");
+    drop(short);
+    long.down();
+}
+
 /// Runs `up` in a terminal of this size, with keys after the mesh is up; what the terminal got.
 fn in_a_terminal(term: &str, size: (u16, u16), keys: &str) -> String {
     let folder = tempfile::tempdir().unwrap();

@@ -30,6 +30,7 @@ use super::children::{Process, Program, State, cause_of_end};
 use super::control_plane::{PATIENCE, agent_socket, node_alias, server_socket, start_agent, start_server};
 use super::events::Events;
 use super::mesh_file::{MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec, check_user};
+use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
 use super::place::{Place, kill_inside, passable};
 use super::rotate::Log;
@@ -51,7 +52,7 @@ pub struct Mesh {
     pub spec: MeshSpec,
     dir: PathBuf,
     users: Users,
-    names: Names,
+    namespaces: Namespaces,
     logs: PathBuf,
     fabric: Fabric,
     server: Process,
@@ -67,12 +68,6 @@ pub struct Mesh {
     publisher: tokio::task::JoinHandle<()>,
     /// The mode of the moment, in place of the file's.
     mode: Mutex<Option<Mode>>,
-}
-
-/// Names of namespaces.
-struct Names {
-    fabric: String,
-    mesh: String,
 }
 
 /// A workload that is up.
@@ -134,13 +129,22 @@ impl Mesh {
         let events = place.events.clone();
         events.keep_in(&logs).with_context(|| format!("cannot write events to {}", logs.display()))?;
         let dir = place.dir.clone();
+        // Before anything runs: a name that is another mesh's is a mistake in the file.
+        place.namespaces().claim(&place.namespaces().fabric()).context("the mesh cannot have this name")?;
+        for workload in &spec.workloads {
+            let claimed = place.namespaces().claim(&place.namespaces().workload(&workload.name));
+            claimed.with_context(|| format!("workload {} cannot have this name", workload.name))?;
+        }
         progress(&format!("mesh {}: trust domain {}, mode {}", spec.name, spec.trust_domain, spec.mode));
         let node = NodeIdentity::new(time::OffsetDateTime::now_utc())?;
         let server = start_server(&spec, place, &node, &logs).await?;
         progress("server is up");
         let agent = start_agent(&spec, place, &node, &logs).await?;
         progress("agent is up and attested");
-        let fabric = Fabric::create(&place.fabric_name()).context("cannot make the mesh's network")?;
+        let switch = place.namespaces().fabric();
+        let fabric = Fabric::create(&switch)
+            .inspect_err(|error| place.namespaces().not_made(&switch, error))
+            .context("cannot make the mesh's network")?;
         let mut random = [0u8; 4];
         rand::fill(&mut random);
         let publish = Arc::new(Notify::new());
@@ -148,7 +152,7 @@ impl Mesh {
         let publisher =
             tokio::spawn(keep_published(unix_channel(server_socket(&dir)), directory.clone(), publish.clone()));
         let mesh = Rc::new(Self {
-            names: Names { fabric: place.fabric_name(), mesh: spec.name.clone() },
+            namespaces: place.namespaces().clone(),
             run_id: format!("{:08x}", u32::from_be_bytes(random)),
             workloads: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
@@ -200,11 +204,6 @@ impl Mesh {
             logs.extend(program.as_ref().map(|process| process.log().clone()));
         }
         logs
-    }
-
-    /// The switch.
-    pub fn fabric(&self) -> &Fabric {
-        &self.fabric
     }
 
     /// Programs that have failed and are not started again, with how they ended.
@@ -267,8 +266,7 @@ impl Mesh {
         }
         let proxy_uid = self.users.sidecar(number);
         let spiffe_id = service_account_id(&self.spec.trust_domain, &spec.namespace, &spec.service_account)?;
-        let netns = self.fabric.plug(&self.netns_name(name), &port_name(number), both(number));
-        let netns = netns.with_context(|| format!("cannot make the namespace of {name}"))?;
+        let netns = self.plug(name, &port_name(number), both(number))?;
         // In force before anything runs there: NAT sees only a connection's first packet.
         let redirect = redirect_of(&spec, proxy_uid);
         netns
@@ -307,6 +305,28 @@ impl Mesh {
         self.write_hosts()?;
         self.publish_now();
         Ok(running)
+    }
+
+    /// Makes a namespace of the mesh's own and plugs it in.
+    pub fn plug(&self, name: &str, port: &str, addresses: Addresses) -> Result<NetNs> {
+        let namespace = self.namespaces.workload(name);
+        self.namespaces.claim(&namespace).with_context(|| format!("{name} cannot have this name"))?;
+        let plugged = self.fabric.plug(&namespace, port, addresses);
+        if let Err(error) = &plugged {
+            self.namespaces.not_made(&namespace, error);
+        }
+        plugged.with_context(|| format!("cannot make the namespace of {name}"))
+    }
+
+    /// Unplugs and removes a namespace; the name is free again when it is gone.
+    pub fn unplug(&self, netns: &NetNs, port: &str) -> Result<()> {
+        let unplugged = self.fabric.unplug(netns, port);
+        if !netns.path().exists()
+            && let Some(name) = netns.path().file_name().and_then(|n| n.to_str())
+        {
+            self.namespaces.release(name);
+        }
+        Ok(unplugged?)
     }
 
     /// Registers a workload's identity for the processes of one user.
@@ -407,7 +427,7 @@ impl Mesh {
         for kind in ["homes", "accounts"] {
             let _ = std::fs::remove_dir_all(self.dir.join(kind).join(name));
         }
-        if let Err(error) = self.fabric.unplug(&running.netns, &port_name(running.number)) {
+        if let Err(error) = self.unplug(&running.netns, &port_name(running.number)) {
             tracing::warn!(name, %error, "cannot remove the namespace");
         }
         let _ = self.write_hosts();
@@ -448,10 +468,6 @@ impl Mesh {
         self.logs.join(format!("{name}.log"))
     }
 
-    fn netns_name(&self, workload: &str) -> String {
-        format!("{}-{workload}", self.names.fabric)
-    }
-
     fn sidecar(&self, name: &str, uid: u32, netns: &NetNs, home: &Path) -> Program {
         let shown = |file: &str| home.join(file).display().to_string();
         let agent_socket = agent_socket(&self.dir).display().to_string();
@@ -484,7 +500,7 @@ impl Mesh {
 
     /// Written in place: every workload has this very file mounted.
     fn write_hosts(&self) -> Result<()> {
-        let mut text = format!("127.0.0.1 localhost\n::1 localhost\n# mesh {}\n", self.names.mesh);
+        let mut text = format!("127.0.0.1 localhost\n::1 localhost\n# mesh {}\n", self.spec.name);
         for w in self.workloads().values() {
             for address in w.addresses {
                 text.push_str(&format!("{address} {0} {0}.{1} {0}.{1}.svc\n", w.spec.name, w.spec.namespace));

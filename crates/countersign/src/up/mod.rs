@@ -1,6 +1,6 @@
 //! `countersign up` and `countersign run`: the whole mesh on one machine.
 //!
-//! `mesh_file` says what is wanted, `place` where it stands on this machine, `account` whose users run it, `mesh` brings it up and takes it down,
+//! `mesh_file` says what is wanted, `place` where it stands on this machine, `namespaces` which network namespaces are its, `account` whose users run it, `mesh` brings it up and takes it down,
 //! `control_plane` is its server and agent, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
 //! `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the logs, `reach` looks at working folders.
 
@@ -14,6 +14,7 @@ mod example;
 mod machine;
 mod mesh;
 mod mesh_file;
+mod namespaces;
 mod node_identity;
 mod place;
 mod reach;

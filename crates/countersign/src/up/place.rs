@@ -13,19 +13,19 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::events::Events;
+use super::namespaces::Namespaces;
 use super::users::{Held, Users};
 use crate::settings::Mistake;
 
 /// Folder of all meshes.
 pub const RUN_DIR: &str = "/run/countersign/up";
-/// Every network namespace of ours begins so.
-const NETNS_PREFIX: &str = "cs-";
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(3);
 
 /// A mesh's place; no other `up` has it while this is held.
 pub struct Place {
     name: String,
+    namespaces: Namespaces,
     /// Its folder.
     pub dir: PathBuf,
     /// What happens in the mesh.
@@ -47,17 +47,18 @@ impl Place {
                 "a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"
             ))
         })?;
-        tidy(name, &dir);
+        let namespaces = Namespaces::of(name);
+        tidy(&namespaces, &dir);
         let held = Users::take().context("cannot find users for the mesh's server, sidecars and workloads")?;
         let (users, events) = (held.users, Events::default());
-        let place = Self { name: name.to_owned(), dir, events, users, held: Some(held), _lock: lock };
+        let place = Self { name: name.to_owned(), namespaces, dir, events, users, held: Some(held), _lock: lock };
         passable(&place.dir).with_context(|| format!("cannot make {}", place.dir.display()))?;
         Ok(place)
     }
 
-    /// Name of the namespace with the switch.
-    pub fn fabric_name(&self) -> String {
-        fabric_of(&self.name)
+    /// Its network namespaces.
+    pub fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
     }
 
     /// Whose users run it.
@@ -75,7 +76,8 @@ impl Place {
 
     /// Everything of this mesh that is left, in words; empty when nothing is.
     pub fn leftovers(&self) -> Vec<String> {
-        let mut left: Vec<String> = namespaces(&self.name).iter().map(|n| format!("namespace {n}")).collect();
+        let names = self.namespaces.listed().into_iter().filter(|n| NetNs::named(n).path().exists());
+        let mut left: Vec<String> = names.map(|n| format!("namespace {n}")).collect();
         if self.dir.exists() {
             left.push(format!("folder {}", self.dir.display()));
         }
@@ -86,23 +88,12 @@ impl Place {
 
     /// Ends what runs in this mesh's namespaces or under its folder, and removes them.
     pub fn tidy(&self) {
-        tidy(&self.name, &self.dir);
+        tidy(&self.namespaces, &self.dir);
     }
 }
 
-/// Name of the namespace with a mesh's switch; those of its workloads begin with it.
-fn fabric_of(name: &str) -> String {
-    format!("{NETNS_PREFIX}{name}")
-}
-
-fn namespaces(name: &str) -> Vec<String> {
-    let fabric = fabric_of(name);
-    let of_workloads = format!("{fabric}-");
-    NetNs::list(&fabric).into_iter().filter(|n| *n == fabric || n.starts_with(&of_workloads)).collect()
-}
-
-fn tidy(name: &str, dir: &Path) {
-    let names = namespaces(name);
+fn tidy(namespaces: &Namespaces, dir: &Path) {
+    let names = namespaces.listed();
     let mut killed: Vec<i32> = names.iter().flat_map(|name| kill_inside(&NetNs::named(name))).collect();
     for pid in processes_of(dir) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -118,6 +109,7 @@ fn tidy(name: &str, dir: &Path) {
             tracing::warn!(namespace = name, %error, "cannot remove a network namespace");
         }
     }
+    namespaces.release_gone();
     match std::fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::warn!(path = %dir.display(), %error, "cannot remove the mesh's folder");

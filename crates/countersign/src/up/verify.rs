@@ -228,9 +228,8 @@ async fn wait_for_ports(workloads: &BTreeMap<String, Rc<Running>>) -> Result<()>
 }
 
 async fn stranger(mesh: &Rc<Mesh>) -> Result<String> {
-    let name = format!("cs-{}-stranger", mesh.spec.name);
     let addresses = Addresses { v4: (Ipv4Addr::new(10, 86, 0, 250), 24), v6: None };
-    let ns = mesh.fabric().plug(&name, "stranger", addresses).context("cannot plug a stranger in")?;
+    let ns = mesh.plug("stranger", "stranger", addresses).context("cannot plug a stranger in")?;
     let asked = async {
         let (mut refused, mut accepted) = (0, 0);
         for (name, w) in mesh.workloads() {
@@ -247,7 +246,7 @@ async fn stranger(mesh: &Rc<Mesh>) -> Result<String> {
         Ok(format!("{refused} ports refused it, {accepted} are not strict"))
     };
     let asked = asked.await;
-    mesh.fabric().unplug(&ns, "stranger").context("cannot unplug the stranger")?;
+    mesh.unplug(&ns, "stranger").context("cannot unplug the stranger")?;
     asked
 }
 
