@@ -5,10 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use countersign_api::backoff::Backoff;
 use countersign_api::convert::{id_to_wire, selectors_to_wire, workload_to_wire};
 use countersign_api::push::directory_client::DirectoryClient;
 use countersign_api::push::{GetStatusResponse, PublishRequest};
@@ -23,18 +25,20 @@ use countersign_redirect::guard::RESOLV_CONF;
 use countersign_redirect::netns::NetNs;
 use countersign_redirect::{Backend, Guard, Redirect, install};
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use super::account::{Account, Login};
 use super::children::{Process, Program, State, cause_of_end};
 use super::control_plane::{PATIENCE, agent_socket, node_alias, server_socket, start_agent, start_server};
 use super::events::Events;
-use super::mesh_file::{MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec, check_user};
+use super::mesh_file::{MeshSpec, Restart, WorkloadSpec, check_user};
 use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
+use super::numbers::Numbers;
 use super::place::{Place, kill_inside, passable};
 use super::rotate::Log;
-use super::users::Users;
+use super::users::{Users, users_with_processes};
 use crate::clients::client;
 use crate::launch::OWN_PROGRAM;
 use crate::operator;
@@ -45,6 +49,8 @@ const MESH_PORT: u16 = 15008;
 const FIRST_HOST: u16 = 10;
 /// How often the directory is published again, so that a server that was started again knows it.
 const PUBLISH_EVERY: Duration = Duration::from_secs(2);
+/// How long the server may take to delete entries.
+const DELETE: Duration = Duration::from_secs(5);
 
 /// A mesh that is up.
 pub struct Mesh {
@@ -59,6 +65,11 @@ pub struct Mesh {
     agent: Process,
     events: Events,
     workloads: Mutex<BTreeMap<String, Rc<Running>>>,
+    numbers: Numbers,
+    /// Entries made so far; each gets a name of its own.
+    entries: AtomicU64,
+    /// Entries that the server could not delete yet.
+    forgetting: Mutex<JoinSet<()>>,
     /// Held while a workload comes or goes: who comes next finds its name and number free.
     changing: tokio::sync::Mutex<()>,
     /// Names this run in the directory.
@@ -88,10 +99,21 @@ pub struct Running {
     pub environment: BTreeMap<String, String>,
     /// Folder with tables that have its user, where the machine's lack it.
     pub accounts: Option<PathBuf>,
-    entry_ids: Vec<String>,
+    parts: Parts,
     admin_socket: PathBuf,
-    sidecar: Process,
+    sidecar: Rc<Process>,
     program: Mutex<Option<Process>>,
+}
+
+/// What has to go again when a workload goes, as far as it is there.
+#[derive(Clone, Default)]
+struct Parts {
+    number: usize,
+    netns: Option<NetNs>,
+    /// Users that are nobody's but the workload's and its sidecar's.
+    uids: Vec<u32>,
+    entry_ids: Vec<String>,
+    sidecar: Option<Rc<Process>>,
 }
 
 /// A namespace's addresses by its number.
@@ -155,6 +177,9 @@ impl Mesh {
             namespaces: place.namespaces().clone(),
             run_id: format!("{:08x}", u32::from_be_bytes(random)),
             workloads: Mutex::default(),
+            numbers: Numbers::default(),
+            entries: AtomicU64::default(),
+            forgetting: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             mode: Mutex::default(),
             spec: spec.clone(),
@@ -172,7 +197,9 @@ impl Mesh {
         mesh.write_hosts()?;
         // All at once: the sidecars wait for their identities side by side.
         let mut prepared = vec![];
-        for (number, workload) in spec.workloads.into_iter().enumerate() {
+        for workload in spec.workloads {
+            // In the file's order from 0: whoever took the users has looked that no process has them.
+            let number = mesh.numbers.take(|_| false)?;
             prepared.push(mesh.prepare(workload, number).await?);
         }
         for running in &prepared {
@@ -246,20 +273,27 @@ impl Mesh {
         if self.workload(&spec.name).is_some() {
             return Err(anyhow!("`{}` is already in the mesh; give this one another --name", spec.name));
         }
-        let number = self.free_number()?;
+        let busy = users_with_processes();
+        let has_process = |n| busy.contains(&self.users.sidecar(n)) || busy.contains(&self.users.workload(n).uid);
+        let number = self.numbers.take(has_process)?;
         self.prepare(spec, number).await
     }
 
-    fn free_number(&self) -> Result<usize> {
-        let used: Vec<usize> = self.workloads().values().map(|w| w.number).collect();
-        (0..MAX_WORKLOADS)
-            .find(|n| !used.contains(n))
-            .ok_or_else(|| anyhow!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads"))
+    /// Namespace, redirect, entry and sidecar of a workload; its program comes later. When one of them cannot be had, the
+    /// others go again.
+    async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
+        let name = spec.name.clone();
+        let mut parts = Parts { number, ..Parts::default() };
+        let prepared = self.assemble(spec, &mut parts).await;
+        if prepared.is_err() {
+            self.workloads.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+            self.take_apart(&name, parts).await;
+        }
+        prepared
     }
 
-    /// Namespace, redirect, entry and sidecar of a workload; its program comes later.
-    async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
-        let name = &spec.name;
+    async fn assemble(self: &Rc<Self>, spec: WorkloadSpec, parts: &mut Parts) -> Result<Rc<Running>> {
+        let (name, number) = (&spec.name, parts.number);
         // Here too, for a sidecar may have been started by hand since the file was read.
         if let Some(user) = &spec.user {
             check_user(user).map_err(|why| anyhow!("{name}: {why}"))?;
@@ -267,21 +301,30 @@ impl Mesh {
         let proxy_uid = self.users.sidecar(number);
         let spiffe_id = service_account_id(&self.spec.trust_domain, &spec.namespace, &spec.service_account)?;
         let netns = self.plug(name, &port_name(number), both(number))?;
+        parts.netns = Some(netns.clone());
         // In force before anything runs there: NAT sees only a connection's first packet.
         let redirect = redirect_of(&spec, proxy_uid);
         netns
             .run(move || Ok(install(&redirect, Backend::Auto)))?
             .with_context(|| format!("cannot redirect the traffic of {name}"))?;
         let account = spec.user.clone().unwrap_or_else(|| self.users.workload(number));
-        let mut entry_ids = vec![self.register(&spec, &spiffe_id, proxy_uid).await?];
+        parts.uids = vec![proxy_uid];
         // Only for a user that nobody else on the machine has: by any other, whoever shares it would get this identity.
         if spec.user.is_none() {
-            entry_ids.push(self.register(&spec, &spiffe_id, account.uid).await?);
+            parts.uids.push(account.uid);
+        }
+        for uid in parts.uids.clone() {
+            // Known before it is asked for: an answer that is lost leaves an entry behind.
+            let id = format!("{name}-{}", self.entries.fetch_add(1, Ordering::Relaxed));
+            parts.entry_ids.push(id.clone());
+            self.register(&spec, &spiffe_id, uid, id).await?;
         }
         let home = self.folder("sidecars", name, proxy_uid, 0o755)?;
         let admin_socket = home.join("admin.sock");
         let sidecar =
             Process::start(self.sidecar(name, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar"))).await?;
+        let sidecar = Rc::new(sidecar);
+        parts.sidecar = Some(sidecar.clone());
         let (environment, accounts) = self.person(&spec, &account)?;
         let (v4, v6) = addresses(number);
         let running = Rc::new(Running {
@@ -294,7 +337,7 @@ impl Mesh {
             number,
             netns,
             spiffe_id,
-            entry_ids,
+            parts: parts.clone(),
             admin_socket,
             sidecar,
         });
@@ -330,8 +373,9 @@ impl Mesh {
     }
 
     /// Registers a workload's identity for the processes of one user.
-    async fn register(&self, spec: &WorkloadSpec, id: &SpiffeId, uid: u32) -> Result<String> {
+    async fn register(&self, spec: &WorkloadSpec, id: &SpiffeId, uid: u32, entry_id: String) -> Result<()> {
         let entry = types::Entry {
+            id: entry_id,
             spiffe_id: Some(id_to_wire(id)),
             parent_id: Some(id_to_wire(&node_alias(&self.spec)?)),
             selectors: selectors_to_wire([&Selector::new("unix", format!("uid:{uid}"))?]),
@@ -339,7 +383,7 @@ impl Mesh {
             ..types::Entry::default()
         };
         let created = operator::entry::create(self.channel(), entry).await;
-        Ok(created.with_context(|| format!("cannot register {}", spec.name))?.id)
+        created.map(|_| ()).with_context(|| format!("cannot register {}", spec.name))
     }
 
     /// Who a workload's program is: what stands in its environment, and tables of users that have its own.
@@ -419,18 +463,45 @@ impl Mesh {
             program.stop().await;
         }
         self.publish_now();
-        running.sidecar.stop().await;
-        if let Err(error) = operator::entry::delete(self.channel(), running.entry_ids.clone()).await {
-            tracing::warn!(name, %error, "cannot delete the registration entry");
+        self.take_apart(name, running.parts.clone()).await;
+    }
+
+    /// Removes what there is of a workload, the last first. Its number stays taken until its entries are gone.
+    async fn take_apart(&self, name: &str, parts: Parts) {
+        if let Some(sidecar) = &parts.sidecar {
+            sidecar.stop().await;
         }
-        let _ = kill_inside(&running.netns);
+        if let Some(netns) = &parts.netns {
+            let _ = kill_inside(netns);
+        }
+        self.forget(name, parts.number, parts.entry_ids).await;
         for kind in ["homes", "accounts"] {
             let _ = std::fs::remove_dir_all(self.dir.join(kind).join(name));
         }
-        if let Err(error) = self.unplug(&running.netns, &port_name(running.number)) {
+        if let Some(netns) = &parts.netns
+            && let Err(error) = self.unplug(netns, &port_name(parts.number))
+        {
             tracing::warn!(name, %error, "cannot remove the namespace");
         }
         let _ = self.write_hosts();
+    }
+
+    /// Deletes a workload's entries and gives its number back. A server that does not answer now is asked again until it
+    /// does, and the number is kept meanwhile: by it, the next workload would be handed the identity of this one.
+    async fn forget(&self, name: &str, number: usize, entry_ids: Vec<String>) {
+        let first = delete_entries(self.channel(), &entry_ids).await;
+        let Err(error) = first else { return self.numbers.release(number) };
+        tracing::warn!(name, %error, "cannot delete the registration entry; trying again");
+        let (channel, numbers) = (self.channel(), self.numbers.clone());
+        let mut forgetting = self.forgetting.lock().unwrap_or_else(PoisonError::into_inner);
+        while forgetting.try_join_next().is_some() {}
+        forgetting.spawn(async move {
+            let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+            while delete_entries(channel.clone(), &entry_ids).await.is_err() {
+                tokio::time::sleep(backoff.next_delay()).await;
+            }
+            numbers.release(number);
+        });
     }
 
     /// Takes everything down, programs first. `Place::tidy` removes the rest.
@@ -445,6 +516,7 @@ impl Mesh {
             running.sidecar.stop().await;
         }
         self.publisher.abort();
+        self.forgetting.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
         self.agent.stop().await;
         self.server.stop().await;
     }
@@ -517,7 +589,7 @@ impl Mesh {
             let mut policy = w.spec.policy.clone();
             policy.mode = mode.unwrap_or(policy.mode);
             Workload {
-                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.entry_ids.join("+")),
+                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.parts.entry_ids.join("+")),
                 name: w.spec.name.clone(),
                 addresses: w.addresses.to_vec(),
                 spiffe_ids: [w.spiffe_id.to_string()].into(),
@@ -573,6 +645,16 @@ fn redirect_of(spec: &WorkloadSpec, proxy_uid: u32) -> Redirect {
     // The mode of the start: a mode that changes while the mesh runs leaves the rules as they are.
     redirect.guard = (spec.policy.mode == Mode::Strict).then(|| Guard::with_resolvers_of(Path::new(RESOLV_CONF)));
     redirect
+}
+
+/// Deletes entries; those that are not there are deleted.
+async fn delete_entries(channel: Channel, ids: &[String]) -> Result<()> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    tokio::time::timeout(DELETE, operator::entry::delete_if_there(channel, ids.to_vec()))
+        .await
+        .context("the server does not answer")?
 }
 
 /// Publishes the directory on each change, and again every now and then.

@@ -16,6 +16,7 @@ mod mesh;
 mod mesh_file;
 mod namespaces;
 mod node_identity;
+mod numbers;
 mod place;
 mod reach;
 mod refusals;

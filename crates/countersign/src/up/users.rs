@@ -83,7 +83,7 @@ impl Users {
 
     /// Takes users that nobody on this machine has: no mesh that is up, no entry of its table, no process.
     pub fn take() -> io::Result<Held> {
-        let somebodys: BTreeSet<u32> = known_uids().into_iter().chain(running()).collect();
+        let somebodys: BTreeSet<u32> = known_uids().into_iter().chain(users_with_processes()).collect();
         for number in 0..MAX_MESHES {
             let path = Path::new(RUN_DIR).join(format!("users-{number}.lock"));
             let Some(lock) = lock(&path)? else { continue };
@@ -134,13 +134,18 @@ fn sidecar_of(uid: u32) -> Option<i32> {
 }
 
 /// Every user that a process runs as.
-fn running() -> impl Iterator<Item = u32> {
-    every_process().into_iter().flat_map(uids_of)
+pub fn users_with_processes() -> BTreeSet<u32> {
+    every_process().into_iter().flat_map(uids_of).collect()
 }
 
-/// Real, effective, saved and file system user of a process (proc(5)); none when it is gone.
+/// Real, effective, saved and file system user of a process (proc(5)); none when it is gone, or only waits for its parent to
+/// ask how it ended.
 fn uids_of(pid: i32) -> Vec<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let state = status.lines().find_map(|l| l.strip_prefix("State:")).unwrap_or_default().trim_start();
+    if state.starts_with(['Z', 'X']) {
+        return vec![];
+    }
     let line = status.lines().find_map(|l| l.strip_prefix("Uid:")).unwrap_or_default();
     line.split_whitespace().filter_map(|n| n.parse().ok()).collect()
 }
