@@ -36,7 +36,7 @@ use super::mesh_file::{MeshSpec, Restart, WorkloadSpec, check_user};
 use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
 use super::numbers::Numbers;
-use super::place::{Place, kill_inside, passable};
+use super::place::{Place, end_all_of, kill_inside, passable};
 use super::rotate::Log;
 use super::users::{Users, users_with_processes};
 use crate::clients::client;
@@ -474,6 +474,8 @@ impl Mesh {
         if let Some(netns) = &parts.netns {
             let _ = kill_inside(netns);
         }
+        // A process may have left the namespace; the next workload of this number has the same users.
+        end_all_of(&parts.uids).await;
         self.forget(name, parts.number, parts.entry_ids).await;
         for kind in ["homes", "accounts"] {
             let _ = std::fs::remove_dir_all(self.dir.join(kind).join(name));

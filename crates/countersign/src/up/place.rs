@@ -1,5 +1,6 @@
 //! Where a mesh stands on this machine: its folder, its names, and tidying up after a mesh that was killed.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -14,11 +15,13 @@ use nix::unistd::Pid;
 
 use super::events::Events;
 use super::namespaces::Namespaces;
-use super::users::{Held, Users};
+use super::users::{self, Held, Users};
 use crate::settings::Mistake;
 
 /// Folder of all meshes.
 pub const RUN_DIR: &str = "/run/countersign/up";
+/// File of a mesh's folder with the number of its users.
+const USERS: &str = "users";
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(3);
 
@@ -48,11 +51,17 @@ impl Place {
             ))
         })?;
         let namespaces = Namespaces::of(name);
-        tidy(&namespaces, &dir);
+        // Those of a mesh that was killed, unless another mesh has found them without a process and taken them since.
+        let before = std::fs::read_to_string(dir.join(USERS)).ok().and_then(|number| number.parse().ok());
+        let before = before.and_then(|number| Users::hold(number).ok().flatten());
+        tidy(&namespaces, &dir, before.as_ref().map(|held| held.users));
+        drop(before);
         let held = Users::take().context("cannot find users for the mesh's server, sidecars and workloads")?;
-        let (users, events) = (held.users, Events::default());
+        let (users, number, events) = (held.users, held.number, Events::default());
         let place = Self { name: name.to_owned(), namespaces, dir, events, users, held: Some(held), _lock: lock };
-        passable(&place.dir).with_context(|| format!("cannot make {}", place.dir.display()))?;
+        passable(&place.dir)
+            .and_then(|()| std::fs::write(place.dir.join(USERS), number.to_string()))
+            .with_context(|| format!("cannot make {}", place.dir.display()))?;
         Ok(place)
     }
 
@@ -81,27 +90,28 @@ impl Place {
         if self.dir.exists() {
             left.push(format!("folder {}", self.dir.display()));
         }
-        let processes = processes_of(&self.dir);
+        let processes: BTreeSet<i32> = processes_of(&self.dir).into_iter().chain(self.users.processes()).collect();
         left.extend(processes.iter().map(|p| format!("process {p}")));
         left
     }
 
-    /// Ends what runs in this mesh's namespaces or under its folder, and removes them.
+    /// Ends what runs in this mesh's namespaces, under its folder or as one of its users, and removes namespaces and folder.
     pub fn tidy(&self) {
-        tidy(&self.namespaces, &self.dir);
+        tidy(&self.namespaces, &self.dir, Some(self.users));
     }
 }
 
-fn tidy(namespaces: &Namespaces, dir: &Path) {
+fn tidy(namespaces: &Namespaces, dir: &Path, users: Option<Users>) {
     let names = namespaces.listed();
-    let mut killed: Vec<i32> = names.iter().flat_map(|name| kill_inside(&NetNs::named(name))).collect();
-    for pid in processes_of(dir) {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        killed.push(pid);
-    }
-    // What is killed may still write a file or hold a namespace for a moment.
+    // What is killed may still write a file, hold a namespace or have made another process for a moment.
     let deadline = Instant::now() + GONE;
-    while killed.iter().any(|pid| is_alive(*pid)) && Instant::now() < deadline {
+    loop {
+        let mut left: Vec<i32> = names.iter().flat_map(|name| kill_inside(&NetNs::named(name))).collect();
+        left.extend(kill_each(processes_of(dir)));
+        left.extend(kill_each(users.map(Users::processes).unwrap_or_default()));
+        if !left.into_iter().any(is_alive) || Instant::now() > deadline {
+            break;
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
     for name in names {
@@ -172,11 +182,23 @@ pub fn kill_inside(ns: &NetNs) -> Vec<i32> {
     // A name whose namespace is gone, or hidden, is a mere file: nobody is inside.
     let theirs =
         |pid: &i32| std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == namespace);
-    let inside: Vec<i32> = every_process().into_iter().filter(theirs).collect();
-    for pid in &inside {
+    kill_each(every_process().into_iter().filter(theirs).collect())
+}
+
+/// Kills every process of these users, wherever it has gone, and waits until none is left, within bounds.
+pub async fn end_all_of(users: &[u32]) {
+    let deadline = Instant::now() + GONE;
+    // A process that forks as fast as it is killed is looked for again.
+    while !kill_each(users::processes_of(|uid| users.contains(&uid))).is_empty() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn kill_each(pids: Vec<i32>) -> Vec<i32> {
+    for pid in &pids {
         let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
     }
-    inside
+    pids
 }
 
 /// Our own roles whose command line names a folder.
