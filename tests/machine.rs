@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{COUNTERSIGN, Mesh, able, countersign, outcome, run, sh, wait_for};
+use crate::support::{COUNTERSIGN, Ended, Mesh, able, countersign, outcome, run, sh, wait_for};
 
 fn ps(mesh: &Mesh) -> serde_json::Value {
     serde_json::from_str(&run(&mut countersign(&["ps", "--mesh", &mesh.name, "--output", "json"]))).unwrap()
@@ -135,6 +135,87 @@ fn a_mesh_whose_name_begins_like_anothers_leaves_the_other_alone() {
     assert!(!lists.lines().any(|f| f == format!("{name}.namespaces")), "{lists}");
     drop(short);
     long.down();
+}
+
+#[test]
+fn a_workload_leaves_neither_its_identity_nor_its_processes_to_the_next() {
+    if !able(&["ip", "setsid", "unshare"]) {
+        return;
+    }
+    let mesh = Mesh::up("heirs", "  - {name: idle, command: [sleep, infinity]}\n");
+    let patience = Duration::from_secs(30);
+    let registered = |workload: &str| run(&mut mesh.operator(&["entry", "show"])).contains(&format!("sa/{workload} "));
+    let has_namespace =
+        |workload: &str| sh("ls /run/netns").lines().any(|n| n == format!("cs-{}-{workload}", mesh.name));
+    let runs = |pid: &str| std::path::Path::new("/proc").join(pid).join("exe").exists();
+
+    // A process that went into namespaces of its own ends with its workload, and does so before its user is given on.
+    let script = "setsid unshare -Urn sleep 7777 >/dev/null 2>&1 & \
+                  until [ \"$(cat /proc/$!/comm)\" = sleep ]; do sleep 0.05; done; echo $! $(id -u)";
+    let said = mesh.run("a", &["sh", "-c", script]);
+    let (pid, user) = said.trim().split_once(' ').unwrap();
+    wait_for("the process that went away to be ended", patience, || (!runs(pid)).then_some(()));
+    assert_ne!(mesh.run("b", &["id", "-u"]).trim(), user, "a number comes again late");
+    wait_for("both to be gone", patience, || (!registered("a") && !registered("b")).then_some(()));
+
+    // The server cannot be reached in the moment when a workload ends, and when the next one starts.
+    let socket = mesh.dir().join("server/server.sock");
+    let away = socket.with_extension("away");
+    let mut c = mesh.join("c", &[], &["sleep", "infinity"]);
+    let mut c = Ended(c.stdin(std::process::Stdio::null()).spawn().unwrap());
+    wait_for("c to run", patience, || (row_of(&mesh, "c")? == "joined").then_some(()));
+    std::fs::rename(&socket, &away).unwrap();
+    c.0.kill().unwrap();
+    wait_for("c to leave", patience, || (!has_namespace("c")).then_some(()));
+    let (code, said) = outcome(&mut mesh.join("d", &[], &["true"]));
+    assert!(code == 1 && said.contains("cannot register d"), "{code} {said}");
+    assert!(!has_namespace("d"), "what had been made of d is gone");
+    std::fs::rename(&away, &socket).unwrap();
+    mesh.run("d", &["true"]);
+    wait_for("c's entries to be deleted", patience, || (!registered("c")).then_some(()));
+
+    // A start that fails after the sidecar has come up leaves neither entries nor the sidecar.
+    let home = mesh.dir().join("homes/e");
+    std::fs::write(&home, "no folder").unwrap();
+    let (code, said) = outcome(&mut mesh.join("e", &[], &["true"]));
+    assert!(code == 1 && said.contains("homes/e"), "{code} {said}");
+    assert!(!registered("e") && !has_namespace("e"));
+    let sidecar = format!("{}/sidecars/e/", mesh.dir().display());
+    let lines = sh("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' || true");
+    assert!(!lines.contains(&sidecar), "a sidecar without a workload runs on");
+    std::fs::remove_file(&home).unwrap();
+    mesh.run("e", &["true"]);
+    mesh.down();
+}
+
+/// The state of a workload, if there is one of this name.
+fn row_of(mesh: &Mesh, workload: &str) -> Option<String> {
+    let all = ps(mesh);
+    let row = all[0]["workloads"].as_array()?.iter().find(|r| r["name"] == workload)?.clone();
+    Some(row["state"].as_str()?.to_owned())
+}
+
+#[test]
+fn an_up_that_cannot_listen_for_run_leaves_nothing() {
+    if !able(&["ip"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let name = format!("t-deaf-{}", std::process::id());
+    let file = folder.path().join("mesh.yaml");
+    std::fs::write(&file, format!("name: {name}\nworkloads:\n  - {{name: idle, command: [sleep, infinity]}}\n"))
+        .unwrap();
+    let dir = std::path::Path::new("/run/countersign/up").join(&name);
+    let mut up = countersign(&["up", "--plain"]);
+    let mut up =
+        Ended(up.arg(&file).stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap());
+    let socket = dir.join("up.sock");
+    wait_for("the mesh's folder", Duration::from_secs(20), || std::fs::write(&socket, "no socket").ok());
+    let status = wait_for("up to end", Duration::from_secs(60), || up.0.try_wait().unwrap());
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut up.0.stderr.take().unwrap(), &mut said).unwrap();
+    assert!(status.code() == Some(1) && said.contains("cannot listen on"), "{status} {said}");
+    assert!(!dir.exists() && !sh("ls /run/netns").contains(&name), "{}", sh("ls /run/netns /run/countersign/up"));
 }
 
 /// Runs `up` in a terminal of this size, with keys after the mesh is up; what the terminal got.

@@ -114,7 +114,7 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
                 return Ok(ExitCode::from(130));
             }
         };
-        let mesh = started.inspect_err(|_| place.tidy())?;
+        let mesh = started?;
         control::serve(&mesh)?;
         let rotating = tokio::task::spawn_local(rotate::keep_short(mesh.clone()));
         if table {

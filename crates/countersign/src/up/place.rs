@@ -25,7 +25,7 @@ const USERS: &str = "users";
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(3);
 
-/// A mesh's place; no other `up` has it while this is held.
+/// A mesh's place; no other `up` has it while this is held. It is tidied when it is dropped.
 pub struct Place {
     name: String,
     namespaces: Namespaces,
@@ -150,6 +150,8 @@ pub fn passable(dir: &Path) -> io::Result<()> {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        // On whatever way `up` ends: an error on the way, or a panic.
+        self.tidy();
         let _ = std::fs::remove_file(Path::new(RUN_DIR).join(format!("{}.lock", self.name)));
         drop(self.held.take());
         // These go only when they are empty.

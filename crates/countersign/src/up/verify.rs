@@ -73,13 +73,7 @@ pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, signal
         started = Mesh::start(spec, &place, log_dir, &progress) => started,
         () = signals.stop.cancelled() => Err(anyhow!("stopped while starting")),
     };
-    let mesh = match started {
-        Ok(mesh) => mesh,
-        Err(error) => {
-            place.tidy();
-            return Err(error);
-        }
-    };
+    let mesh = started?;
     checks.line(
         "the mesh comes up",
         Ok(format!("{} workloads in {:.1} s", mesh.workloads().len(), began.elapsed().as_secs_f64())),
