@@ -36,7 +36,7 @@ use super::mesh_file::{MeshSpec, Restart, WorkloadSpec, check_user};
 use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
 use super::numbers::Numbers;
-use super::place::{Place, end_all_of, kill_inside, passable};
+use super::place::{Place, end_all_of, fresh, kill_inside};
 use super::rotate::Log;
 use super::users::{Users, users_with_processes};
 use crate::clients::client;
@@ -405,17 +405,10 @@ impl Mesh {
         Ok((environment, accounts))
     }
 
-    /// A workload's folder of one kind, its user's.
+    /// A workload's folder of one kind, its user's, and empty.
     fn folder(&self, kind: &str, workload: &str, owner: u32, mode: u32) -> Result<PathBuf> {
         let folder = self.dir.join(kind).join(workload);
-        let made = passable(&folder)
-            .and_then(|()| std::fs::set_permissions(&folder, PermissionsExt::from_mode(mode)))
-            .and_then(|()| std::os::unix::fs::chown(&folder, Some(owner), Some(owner)));
-        made.with_context(|| format!("cannot make {}", folder.display()))?;
-        // A workload that joins again under its name may have another number: the logs of the one before are its own now.
-        for old in std::fs::read_dir(&folder)?.flatten() {
-            let _ = std::os::unix::fs::lchown(old.path(), Some(owner), Some(owner));
-        }
+        fresh(&folder, owner, mode).with_context(|| format!("cannot make {}", folder.display()))?;
         Ok(folder)
     }
 

@@ -148,6 +148,18 @@ pub fn passable(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes a folder of a user's anew. One that was there had another owner, who may have put links into it: what lies there
+/// is removed and never given away.
+pub fn fresh(dir: &Path, owner: u32, mode: u32) -> io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    passable(dir)?;
+    std::fs::set_permissions(dir, PermissionsExt::from_mode(mode))?;
+    chown(dir, Some(owner), Some(owner))
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         // On whatever way `up` ends: an error on the way, or a panic.
@@ -221,4 +233,27 @@ fn processes_of(dir: &Path) -> Vec<i32> {
 pub fn every_process() -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_made_anew_and_no_file_in_it_is_given_away() {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "nothing may be skipped in CI: not root");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let (dir, secret) = (folder.path().join("me"), folder.path().join("secret"));
+        fresh(&dir, 2_102, 0o755).unwrap();
+        std::fs::write(&secret, "root's").unwrap();
+        std::fs::hard_link(&secret, dir.join("access.log")).unwrap();
+        fresh(&dir, 2_103, 0o700).unwrap();
+        let made = std::fs::metadata(&dir).unwrap();
+        assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (2_103, 2_103, 0o700));
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+        assert_eq!(std::fs::metadata(&secret).unwrap().uid(), 0);
+    }
 }

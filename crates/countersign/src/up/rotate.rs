@@ -132,15 +132,16 @@ fn cut_all(logs: &[Log]) {
     }
 }
 
-/// A log from its older part on. Between the move and the sidecar's next line there is an older part alone.
+/// A log from its older part on; the folder may belong to a sidecar's user. Between the move and the sidecar's next line there is an older part alone.
 ///
 /// # Errors
 /// Neither part can be read.
 pub(super) fn read(log: &Path) -> std::io::Result<String> {
     // Opened before the older part is read: what is moved in between is neither missed nor read twice.
-    let current = File::open(log);
+    let open = |path: &Path| regular(path, OpenOptions::new().read(true));
+    let current = open(log);
     let mut text = String::new();
-    match (File::open(previous(log)), current) {
+    match (open(&previous(log)), current) {
         (Ok(mut older), Ok(mut current)) => {
             if older.metadata()?.ino() != current.metadata()?.ino() {
                 older.read_to_string(&mut text)?;
@@ -195,6 +196,21 @@ mod tests {
         std::fs::remove_file(&*log).unwrap();
         assert_eq!(read(&log).unwrap().len() as u64, MOST + 1, "moved, and not opened anew yet");
         assert!(read(&folder.path().join("none.log")).is_err());
+    }
+
+    #[test]
+    fn a_log_that_is_a_pipe_or_a_link_is_neither_waited_for_nor_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("access.log");
+        nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(read(&log).unwrap_err().to_string(), "it is no regular file");
+        let secret = folder.path().join("secret");
+        std::fs::write(&secret, "root's").unwrap();
+        std::os::unix::fs::symlink(&secret, previous(&log)).unwrap();
+        assert!(read(&log).is_err());
+        std::fs::remove_file(&log).unwrap();
+        std::fs::write(&log, "a line\n").unwrap();
+        assert_eq!(read(&log).unwrap(), "a line\n");
     }
 
     #[test]
