@@ -15,6 +15,7 @@ use super::ask::the_mesh;
 use super::control::{Farewell, Join, Joined, socket_of};
 use super::mesh_file::{check_name, check_port, check_segment, check_user, find_program};
 use crate::launch::OWN_PROGRAM;
+use crate::operator::output::told;
 use crate::settings::{Mistake, need_root};
 
 /// How long the mesh may take to say what was refused.
@@ -104,7 +105,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     let _ignored = ignore_interrupts()?;
     let status = command.status().context("cannot start the program")?;
     for refused in farewell(&stream) {
-        eprintln!("countersign: {refused}");
+        eprintln!("countersign: {}", told(&refused));
     }
     drop(stream);
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));

@@ -26,6 +26,7 @@ use super::signals::Signals;
 use crate::capture::Capture;
 use crate::launch::OWN_PROGRAM;
 use crate::operator;
+use crate::operator::output::told;
 use crate::probe::Report;
 use crate::shop::PORT;
 
@@ -46,7 +47,7 @@ struct Checks {
 impl Checks {
     /// Prints a line. The checks go on when nobody reads it: the mesh has to be taken down, and the sum at the end fails.
     fn say(line: &str) {
-        let _ = crate::stdout::line(line);
+        let _ = crate::stdout::line(&told(line));
     }
 
     fn line(&mut self, what: &str, result: Result<String>) {
