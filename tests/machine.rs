@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{COUNTERSIGN, Mesh, able, countersign, outcome, run, sh, wait_for};
+use crate::support::{COUNTERSIGN, Ended, Mesh, able, countersign, outcome, run, sh, wait_for};
 
 fn ps(mesh: &Mesh) -> serde_json::Value {
     serde_json::from_str(&run(&mut countersign(&["ps", "--mesh", &mesh.name, "--output", "json"]))).unwrap()
@@ -90,6 +90,132 @@ fn a_mesh_is_listed_read_asked_and_taken_down_from_another_terminal() {
     assert_eq!(mesh.exit_code(), 1, "{}", mesh.said());
     assert!(mesh.said().contains("once ended with code 7 at "), "{}", mesh.said());
     mesh.down();
+}
+
+#[test]
+fn a_mesh_whose_name_begins_like_anothers_leaves_the_other_alone() {
+    if !able(&["ip"]) {
+        return;
+    }
+    let workload = |name: &str| format!("  - {{name: {name}, command: [sleep, infinity]}}\n");
+    let mut short = Mesh::up("alike", &workload("web"));
+    let name = short.name.clone();
+    let long = Mesh::up_named(format!("{name}-eu"), "mode: strict", &workload("web"));
+    let own = |mesh: &str| {
+        let names = sh("ls /run/netns");
+        names.lines().filter(|n| *n == format!("cs-{mesh}") || *n == format!("cs-{mesh}-web")).count()
+    };
+    let (program, sidecar) = (row(&long, "web"), long.process("sidecars/web"));
+    let is_whole = || {
+        assert_eq!(own(&long.name), 2, "{}", sh("ls /run/netns"));
+        assert_eq!(row(&long, "web")["state"], "running");
+        assert_eq!((long.process("sidecars/web"), &row(&long, "web")["restarts"]), (sidecar, &program["restarts"]));
+    };
+
+    // One name that two meshes could mean stays with the mesh that has it.
+    let (code, said) = outcome(&mut short.join("eu", &[], &["true"]));
+    let owner = format!("would be cs-{name}-eu, which belongs to the mesh `{name}-eu`");
+    assert!(code == 1 && said.contains(&owner), "{code} {said}");
+    is_whole();
+
+    // Killed, and tidied by the next of its name.
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(short.pid()), nix::sys::signal::Signal::SIGKILL).unwrap();
+    short.exit_code();
+    assert_eq!(own(&name), 2, "a killed mesh leaves its namespaces");
+    drop(short);
+    let mut short = Mesh::up_named(name.clone(), "mode: strict", &workload("web"));
+    is_whole();
+
+    // Taken down in order: it neither takes the other's namespaces along nor complains of them.
+    run(&mut countersign(&["down", &name]));
+    assert_eq!((short.exit_code(), own(&name)), (0, 0), "{}", short.said());
+    assert!(!short.said().contains("could not remove"), "{}", short.said());
+    is_whole();
+    let lists = sh("ls /run/countersign/up");
+    assert!(!lists.lines().any(|f| f == format!("{name}.namespaces")), "{lists}");
+    drop(short);
+    long.down();
+}
+
+#[test]
+fn a_workload_leaves_neither_its_identity_nor_its_processes_to_the_next() {
+    if !able(&["ip", "setsid", "unshare"]) {
+        return;
+    }
+    let mesh = Mesh::up("heirs", "  - {name: idle, command: [sleep, infinity]}\n");
+    let patience = Duration::from_secs(30);
+    let registered = |workload: &str| run(&mut mesh.operator(&["entry", "show"])).contains(&format!("sa/{workload} "));
+    let has_namespace =
+        |workload: &str| sh("ls /run/netns").lines().any(|n| n == format!("cs-{}-{workload}", mesh.name));
+    let runs = |pid: &str| std::path::Path::new("/proc").join(pid).join("exe").exists();
+
+    // A process that went into namespaces of its own ends with its workload, and does so before its user is given on.
+    let script = "setsid unshare -Urn sleep 7777 >/dev/null 2>&1 & \
+                  until [ \"$(cat /proc/$!/comm)\" = sleep ]; do sleep 0.05; done; echo $! $(id -u)";
+    let said = mesh.run("a", &["sh", "-c", script]);
+    let (pid, user) = said.trim().split_once(' ').unwrap();
+    wait_for("the process that went away to be ended", patience, || (!runs(pid)).then_some(()));
+    assert_ne!(mesh.run("b", &["id", "-u"]).trim(), user, "a number comes again late");
+    wait_for("both to be gone", patience, || (!registered("a") && !registered("b")).then_some(()));
+
+    // The server cannot be reached in the moment when a workload ends, and when the next one starts.
+    let socket = mesh.dir().join("server/server.sock");
+    let away = socket.with_extension("away");
+    let mut c = mesh.join("c", &[], &["sleep", "infinity"]);
+    let mut c = Ended(c.stdin(std::process::Stdio::null()).spawn().unwrap());
+    wait_for("c to run", patience, || (row_of(&mesh, "c")? == "joined").then_some(()));
+    std::fs::rename(&socket, &away).unwrap();
+    c.0.kill().unwrap();
+    wait_for("c to leave", patience, || (!has_namespace("c")).then_some(()));
+    let (code, said) = outcome(&mut mesh.join("d", &[], &["true"]));
+    assert!(code == 1 && said.contains("cannot register d"), "{code} {said}");
+    assert!(!has_namespace("d"), "what had been made of d is gone");
+    std::fs::rename(&away, &socket).unwrap();
+    mesh.run("d", &["true"]);
+    wait_for("c's entries to be deleted", patience, || (!registered("c")).then_some(()));
+
+    // A start that fails after the sidecar has come up leaves neither entries nor the sidecar.
+    let home = mesh.dir().join("homes/e");
+    std::fs::write(&home, "no folder").unwrap();
+    let (code, said) = outcome(&mut mesh.join("e", &[], &["true"]));
+    assert!(code == 1 && said.contains("homes/e"), "{code} {said}");
+    assert!(!registered("e") && !has_namespace("e"));
+    let sidecar = format!("{}/sidecars/e/", mesh.dir().display());
+    let lines = sh("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' || true");
+    assert!(!lines.contains(&sidecar), "a sidecar without a workload runs on");
+    std::fs::remove_file(&home).unwrap();
+    mesh.run("e", &["true"]);
+    mesh.down();
+}
+
+/// The state of a workload, if there is one of this name.
+fn row_of(mesh: &Mesh, workload: &str) -> Option<String> {
+    let all = ps(mesh);
+    let row = all[0]["workloads"].as_array()?.iter().find(|r| r["name"] == workload)?.clone();
+    Some(row["state"].as_str()?.to_owned())
+}
+
+#[test]
+fn an_up_that_cannot_listen_for_run_leaves_nothing() {
+    if !able(&["ip"]) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let name = format!("t-deaf-{}", std::process::id());
+    let file = folder.path().join("mesh.yaml");
+    std::fs::write(&file, format!("name: {name}\nworkloads:\n  - {{name: idle, command: [sleep, infinity]}}\n"))
+        .unwrap();
+    let dir = std::path::Path::new("/run/countersign/up").join(&name);
+    let mut up = countersign(&["up", "--plain"]);
+    let mut up =
+        Ended(up.arg(&file).stdin(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap());
+    let socket = dir.join("up.sock");
+    wait_for("the mesh's folder", Duration::from_secs(20), || std::fs::write(&socket, "no socket").ok());
+    let status = wait_for("up to end", Duration::from_secs(60), || up.0.try_wait().unwrap());
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut up.0.stderr.take().unwrap(), &mut said).unwrap();
+    assert!(status.code() == Some(1) && said.contains("cannot listen on"), "{status} {said}");
+    assert!(!dir.exists() && !sh("ls /run/netns").contains(&name), "{}", sh("ls /run/netns /run/countersign/up"));
 }
 
 /// Runs `up` in a terminal of this size, with keys after the mesh is up; what the terminal got.

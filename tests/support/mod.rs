@@ -148,7 +148,11 @@ impl Mesh {
 
     /// The same with other settings at the top.
     pub fn up_with(test: &str, settings: &str, workloads: &str) -> Self {
-        let name = format!("t-{test}-{}", std::process::id());
+        Self::up_named(format!("t-{test}-{}", std::process::id()), settings, workloads)
+    }
+
+    /// The same under a name that is given.
+    pub fn up_named(name: String, settings: &str, workloads: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         // Workloads of other users read their files here.
         sh(&format!("chmod 755 {}", folder.path().display()));

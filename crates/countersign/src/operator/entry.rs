@@ -196,6 +196,19 @@ pub async fn delete(channel: Channel, ids: Vec<String>) -> Result<Vec<String>> {
     response.results.into_iter().map(|r| ok(r.status).map(|()| r.id)).collect()
 }
 
+/// Deletes entries, of which some may not be there; fails with the first reason.
+pub async fn delete_if_there(channel: Channel, ids: Vec<String>) -> Result<()> {
+    let request = BatchDeleteEntryRequest { ids };
+    let response = client!(EntryClient, channel).batch_delete_entry(request).await.map_err(refused)?.into_inner();
+    let not_found = i32::from(tonic::Code::NotFound);
+    response
+        .results
+        .into_iter()
+        .map(|r| r.status)
+        .filter(|s| s.as_ref().is_none_or(|s| s.code != not_found))
+        .try_for_each(ok)
+}
+
 /// Runs the command.
 pub async fn run(command: EntryCommand) -> Result<()> {
     match command {

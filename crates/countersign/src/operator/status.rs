@@ -7,7 +7,7 @@ use countersign_api::push::status_client::StatusClient;
 use countersign_api::push::{GetStatusRequest, GetStatusResponse, PlaintextPeer};
 use serde_json::json;
 
-use super::output::{Output, Table};
+use super::output::{Output, Table, json_text};
 use super::when;
 use crate::clients::{channel, client, refused, server_socket};
 
@@ -59,7 +59,7 @@ pub async fn run(args: StatusArgs) -> Result<()> {
         let all = json!({ "role": s.role, "version": s.version, "trust_domain": s.trust_domain, "started_at": s.started_at,
             "facts": s.facts, "refused": s.refused, "identities": identities, "plaintext_peers": plaintext(&s),
             "plaintext_peers_forgotten": s.plaintext_peers_forgotten });
-        return Ok(crate::stdout::line(&serde_json::to_string_pretty(&all)?)?);
+        return Ok(crate::stdout::line(&json_text(&all))?);
     }
     let mut facts = vec![
         ("role".to_owned(), s.role),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{PipeReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -25,6 +25,7 @@ use tokio::task::JoinHandle;
 use super::account::Account;
 use super::events::Events;
 use super::mesh_file::Restart;
+use super::rotate::Log;
 use crate::launch::OWN_PROGRAM;
 use crate::settings::words::{duration, shown};
 
@@ -91,6 +92,7 @@ impl fmt::Display for End {
 
 /// A process that is looked after.
 pub struct Process {
+    log: Log,
     restarts: Arc<AtomicU32>,
     stop: Arc<Notify>,
     state: watch::Receiver<State>,
@@ -99,7 +101,7 @@ pub struct Process {
 
 impl Program {
     /// Starts it, and waits until it runs or the reason is known why it cannot.
-    async fn start(&self, log: &Path) -> Result<Child> {
+    async fn start(&self, log: &Log) -> Result<Child> {
         let (child, report) = self.spawn(log)?;
         let mut why = String::new();
         let mut report =
@@ -112,13 +114,9 @@ impl Program {
         }
     }
 
-    fn spawn(&self, log: &Path) -> Result<(Child, PipeReader)> {
+    fn spawn(&self, log: &Log) -> Result<(Child, PipeReader)> {
         let (report, reporter) = std::io::pipe().context("cannot make a pipe")?;
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(log)
-            .with_context(|| format!("cannot open the log {}", log.display()))?;
+        let file = log.open().with_context(|| format!("cannot open the log {}", log.display()))?;
         // Not by its path: it may have been replaced since, or lie where only root may go.
         let mut command = Command::new(OWN_PROGRAM);
         command.arg0("countersign");
@@ -167,12 +165,18 @@ fn small_environment() -> impl Iterator<Item = (String, String)> {
 impl Process {
     /// Starts a program and looks after it.
     pub async fn start(program: Program, log: PathBuf) -> Result<Self> {
+        let log = Log::at(log);
         let child = program.start(&log).await?;
         let (tx, state) = watch::channel(State::Running(child.id().unwrap_or(0)));
         let stop = Arc::new(Notify::new());
         let restarts = Arc::<AtomicU32>::default();
-        let watcher = tokio::spawn(watch_over(program, log, child, tx, stop.clone(), restarts.clone()));
-        Ok(Self { restarts, stop, state, watcher: Mutex::new(Some(watcher)) })
+        let watcher = tokio::spawn(watch_over(program, log.clone(), child, tx, stop.clone(), restarts.clone()));
+        Ok(Self { log, restarts, stop, state, watcher: Mutex::new(Some(watcher)) })
+    }
+
+    /// Its log.
+    pub fn log(&self) -> &Log {
+        &self.log
     }
 
     /// How often it was started again.
@@ -218,7 +222,7 @@ impl Process {
 
 async fn watch_over(
     program: Program,
-    log: PathBuf,
+    log: Log,
     mut child: Child,
     state: watch::Sender<State>,
     stop: Arc<Notify>,

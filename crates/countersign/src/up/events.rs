@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -101,7 +102,11 @@ impl Kept {
     /// Best effort: a full disk must not take the mesh down, and what cannot be written is still in memory.
     fn write(&mut self, event: &Event) {
         let Some((path, file)) = &mut self.file else { return };
-        if file.metadata().is_ok_and(|m| m.len() > MAX_FILE_BYTES) {
+        // What lies at the path may be another's by now, or a link.
+        let is_ours = |m: &std::fs::Metadata| {
+            std::fs::symlink_metadata(&*path).is_ok_and(|at| (at.dev(), at.ino()) == (m.dev(), m.ino()))
+        };
+        if file.metadata().is_ok_and(|m| m.len() > MAX_FILE_BYTES && is_ours(&m)) {
             // A full disk costs the file its events; the table shows them all the same.
             let _ = std::fs::rename(&*path, path.with_extension("log.1"));
             if let Ok(fresh) = open(path) {
@@ -136,5 +141,23 @@ mod tests {
         let file = std::fs::read_to_string(folder.path().join(FILE)).unwrap();
         assert_eq!(file.lines().count(), KEPT + 1);
         assert!(file.lines().next().unwrap().ends_with("Z web: killed by signal 9\\nforged line \\u{1b}[2J"));
+    }
+    #[test]
+    fn a_long_file_of_events_moves_aside_and_what_is_not_ours_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE);
+        let events = Events::default();
+        events.keep_in(folder.path()).unwrap();
+        let lengthen = || OpenOptions::new().write(true).open(&path).unwrap().set_len(MAX_FILE_BYTES + 1).unwrap();
+        lengthen();
+        events.record("after");
+        let before = folder.path().join("events.log.1");
+        assert_eq!(std::fs::metadata(&before).unwrap().len(), MAX_FILE_BYTES + 1);
+        lengthen();
+        std::fs::rename(&path, folder.path().join("away")).unwrap();
+        std::fs::write(&path, "another's").unwrap();
+        events.record("later");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "another's");
+        assert_eq!(std::fs::metadata(&before).unwrap().len(), MAX_FILE_BYTES + 1);
     }
 }

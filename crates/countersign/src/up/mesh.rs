@@ -5,10 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use countersign_api::backoff::Backoff;
 use countersign_api::convert::{id_to_wire, selectors_to_wire, workload_to_wire};
 use countersign_api::push::directory_client::DirectoryClient;
 use countersign_api::push::{GetStatusResponse, PublishRequest};
@@ -22,17 +24,21 @@ use countersign_redirect::fabric::{Addresses, Fabric};
 use countersign_redirect::netns::NetNs;
 use countersign_redirect::{Backend, install};
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use super::account::{Account, Login};
 use super::children::{Process, Program, State, cause_of_end};
 use super::control_plane::{PATIENCE, agent_socket, node_alias, server_socket, start_agent, start_server};
 use super::events::Events;
-use super::mesh_file::{MAX_WORKLOADS, MeshSpec, Restart, WorkloadSpec, check_user};
+use super::mesh_file::{MeshSpec, Restart, WorkloadSpec, check_user};
+use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
-use super::place::{Place, kill_inside, passable};
+use super::numbers::Numbers;
+use super::place::{Place, end_all_of, fresh, kill_inside};
+use super::rotate::Log;
 use super::sidecar;
-use super::users::Users;
+use super::users::{Users, users_with_processes};
 use crate::clients::client;
 use crate::operator;
 
@@ -42,6 +48,8 @@ const MESH_PORT: u16 = 15008;
 const FIRST_HOST: u16 = 10;
 /// How often the directory is published again, so that a server that was started again knows it.
 const PUBLISH_EVERY: Duration = Duration::from_secs(2);
+/// How long the server may take to delete entries.
+const DELETE: Duration = Duration::from_secs(5);
 
 /// A mesh that is up.
 pub struct Mesh {
@@ -49,13 +57,18 @@ pub struct Mesh {
     pub spec: MeshSpec,
     dir: PathBuf,
     users: Users,
-    names: Names,
+    namespaces: Namespaces,
     logs: PathBuf,
     fabric: Fabric,
     server: Process,
     agent: Process,
     events: Events,
     workloads: Mutex<BTreeMap<String, Rc<Running>>>,
+    numbers: Numbers,
+    /// Entries made so far; each gets a name of its own.
+    entries: AtomicU64,
+    /// Entries that the server could not delete yet.
+    forgetting: Mutex<JoinSet<()>>,
     /// Held while a workload comes or goes: who comes next finds its name and number free.
     changing: tokio::sync::Mutex<()>,
     /// Names this run in the directory.
@@ -65,12 +78,6 @@ pub struct Mesh {
     publisher: tokio::task::JoinHandle<()>,
     /// The mode of the moment, in place of the file's.
     mode: Mutex<Option<Mode>>,
-}
-
-/// Names of namespaces.
-struct Names {
-    fabric: String,
-    mesh: String,
 }
 
 /// A workload that is up.
@@ -91,10 +98,21 @@ pub struct Running {
     pub environment: BTreeMap<String, String>,
     /// Folder with tables that have its user, where the machine's lack it.
     pub accounts: Option<PathBuf>,
-    entry_ids: Vec<String>,
+    parts: Parts,
     admin_socket: PathBuf,
-    sidecar: Process,
+    sidecar: Rc<Process>,
     program: Mutex<Option<Process>>,
+}
+
+/// What has to go again when a workload goes, as far as it is there.
+#[derive(Clone, Default)]
+struct Parts {
+    number: usize,
+    netns: Option<NetNs>,
+    /// Users that are nobody's but the workload's and its sidecar's.
+    uids: Vec<u32>,
+    entry_ids: Vec<String>,
+    sidecar: Option<Rc<Process>>,
 }
 
 /// A namespace's addresses by its number.
@@ -132,13 +150,22 @@ impl Mesh {
         let events = place.events.clone();
         events.keep_in(&logs).with_context(|| format!("cannot write events to {}", logs.display()))?;
         let dir = place.dir.clone();
+        // Before anything runs: a name that is another mesh's is a mistake in the file.
+        place.namespaces().claim(&place.namespaces().fabric()).context("the mesh cannot have this name")?;
+        for workload in &spec.workloads {
+            let claimed = place.namespaces().claim(&place.namespaces().workload(&workload.name));
+            claimed.with_context(|| format!("workload {} cannot have this name", workload.name))?;
+        }
         progress(&format!("mesh {}: trust domain {}, mode {}", spec.name, spec.trust_domain, spec.mode));
         let node = NodeIdentity::new(time::OffsetDateTime::now_utc())?;
         let server = start_server(&spec, place, &node, &logs).await?;
         progress("server is up");
         let agent = start_agent(&spec, place, &node, &logs).await?;
         progress("agent is up and attested");
-        let fabric = Fabric::create(&place.fabric_name()).context("cannot make the mesh's network")?;
+        let switch = place.namespaces().fabric();
+        let fabric = Fabric::create(&switch)
+            .inspect_err(|error| place.namespaces().not_made(&switch, error))
+            .context("cannot make the mesh's network")?;
         let mut random = [0u8; 4];
         rand::fill(&mut random);
         let publish = Arc::new(Notify::new());
@@ -146,9 +173,12 @@ impl Mesh {
         let publisher =
             tokio::spawn(keep_published(unix_channel(server_socket(&dir)), directory.clone(), publish.clone()));
         let mesh = Rc::new(Self {
-            names: Names { fabric: place.fabric_name(), mesh: spec.name.clone() },
+            namespaces: place.namespaces().clone(),
             run_id: format!("{:08x}", u32::from_be_bytes(random)),
             workloads: Mutex::default(),
+            numbers: Numbers::default(),
+            entries: AtomicU64::default(),
+            forgetting: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             mode: Mutex::default(),
             spec: spec.clone(),
@@ -166,7 +196,9 @@ impl Mesh {
         mesh.write_hosts()?;
         // All at once: the sidecars wait for their identities side by side.
         let mut prepared = vec![];
-        for (number, workload) in spec.workloads.into_iter().enumerate() {
+        for workload in spec.workloads {
+            // In the file's order from 0: whoever took the users has looked that no process has them.
+            let number = mesh.numbers.take(|_| false)?;
             prepared.push(mesh.prepare(workload, number).await?);
         }
         for running in &prepared {
@@ -189,9 +221,15 @@ impl Mesh {
         &self.logs
     }
 
-    /// The switch.
-    pub fn fabric(&self) -> &Fabric {
-        &self.fabric
+    /// The logs that its processes have open.
+    pub fn open_logs(&self) -> Vec<Log> {
+        let mut logs: Vec<Log> = self.roles().iter().map(|(_, process)| process.log().clone()).collect();
+        for running in self.workloads().values() {
+            logs.push(running.sidecar.log().clone());
+            let program = running.program.lock().unwrap_or_else(PoisonError::into_inner);
+            logs.extend(program.as_ref().map(|process| process.log().clone()));
+        }
+        logs
     }
 
     /// Programs that have failed and are not started again, with how they ended.
@@ -234,43 +272,58 @@ impl Mesh {
         if self.workload(&spec.name).is_some() {
             return Err(anyhow!("`{}` is already in the mesh; give this one another --name", spec.name));
         }
-        let number = self.free_number()?;
+        let busy = users_with_processes();
+        let has_process = |n| busy.contains(&self.users.sidecar(n)) || busy.contains(&self.users.workload(n).uid);
+        let number = self.numbers.take(has_process)?;
         self.prepare(spec, number).await
     }
 
-    fn free_number(&self) -> Result<usize> {
-        let used: Vec<usize> = self.workloads().values().map(|w| w.number).collect();
-        (0..MAX_WORKLOADS)
-            .find(|n| !used.contains(n))
-            .ok_or_else(|| anyhow!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads"))
+    /// Namespace, redirect, entry and sidecar of a workload; its program comes later. When one of them cannot be had, the
+    /// others go again.
+    async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
+        let name = spec.name.clone();
+        let mut parts = Parts { number, ..Parts::default() };
+        let prepared = self.assemble(spec, &mut parts).await;
+        if prepared.is_err() {
+            self.workloads.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+            self.take_apart(&name, parts).await;
+        }
+        prepared
     }
 
-    /// Namespace, redirect, entry and sidecar of a workload; its program comes later.
-    async fn prepare(self: &Rc<Self>, spec: WorkloadSpec, number: usize) -> Result<Rc<Running>> {
-        let name = &spec.name;
+    async fn assemble(self: &Rc<Self>, spec: WorkloadSpec, parts: &mut Parts) -> Result<Rc<Running>> {
+        let (name, number) = (&spec.name, parts.number);
         // Here too, for a sidecar may have been started by hand since the file was read.
         if let Some(user) = &spec.user {
             check_user(user).map_err(|why| anyhow!("{name}: {why}"))?;
         }
         let proxy_uid = self.users.sidecar(number);
         let spiffe_id = service_account_id(&self.spec.trust_domain, &spec.namespace, &spec.service_account)?;
-        let netns = self.fabric.plug(&self.netns_name(name), &port_name(number), both(number));
-        let netns = netns.with_context(|| format!("cannot make the namespace of {name}"))?;
+        let netns = self.plug(name, &port_name(number), both(number))?;
+        parts.netns = Some(netns.clone());
         // In force before anything runs there: NAT sees only a connection's first packet.
         let redirect = sidecar::redirect(&spec, proxy_uid);
         netns
             .run(move || Ok(install(&redirect, Backend::Auto)))?
             .with_context(|| format!("cannot redirect the traffic of {name}"))?;
         let account = spec.user.clone().unwrap_or_else(|| self.users.workload(number));
-        let mut entry_ids = vec![self.register(&spec, &spiffe_id, proxy_uid).await?];
+        parts.uids = vec![proxy_uid];
         // Only for a user that nobody else on the machine has: by any other, whoever shares it would get this identity.
         if spec.user.is_none() {
-            entry_ids.push(self.register(&spec, &spiffe_id, account.uid).await?);
+            parts.uids.push(account.uid);
+        }
+        for uid in parts.uids.clone() {
+            // Known before it is asked for: an answer that is lost leaves an entry behind.
+            let id = format!("{name}-{}", self.entries.fetch_add(1, Ordering::Relaxed));
+            parts.entry_ids.push(id.clone());
+            self.register(&spec, &spiffe_id, uid, id).await?;
         }
         let home = self.folder("sidecars", name, proxy_uid, 0o755)?;
         let admin_socket = sidecar::admin_socket(&home);
         let sidecar =
             Process::start(self.sidecar(&spec, proxy_uid, &netns, &home), self.log(&format!("{name}.sidecar"))).await?;
+        let sidecar = Rc::new(sidecar);
+        parts.sidecar = Some(sidecar.clone());
         let (environment, accounts) = self.person(&spec, &account)?;
         let (v4, v6) = addresses(number);
         let running = Rc::new(Running {
@@ -283,7 +336,7 @@ impl Mesh {
             number,
             netns,
             spiffe_id,
-            entry_ids,
+            parts: parts.clone(),
             admin_socket,
             sidecar,
         });
@@ -296,9 +349,32 @@ impl Mesh {
         Ok(running)
     }
 
+    /// Makes a namespace of the mesh's own and plugs it in.
+    pub fn plug(&self, name: &str, port: &str, addresses: Addresses) -> Result<NetNs> {
+        let namespace = self.namespaces.workload(name);
+        self.namespaces.claim(&namespace).with_context(|| format!("{name} cannot have this name"))?;
+        let plugged = self.fabric.plug(&namespace, port, addresses);
+        if let Err(error) = &plugged {
+            self.namespaces.not_made(&namespace, error);
+        }
+        plugged.with_context(|| format!("cannot make the namespace of {name}"))
+    }
+
+    /// Unplugs and removes a namespace; the name is free again when it is gone.
+    pub fn unplug(&self, netns: &NetNs, port: &str) -> Result<()> {
+        let unplugged = self.fabric.unplug(netns, port);
+        if !netns.path().exists()
+            && let Some(name) = netns.path().file_name().and_then(|n| n.to_str())
+        {
+            self.namespaces.release(name);
+        }
+        Ok(unplugged?)
+    }
+
     /// Registers a workload's identity for the processes of one user.
-    async fn register(&self, spec: &WorkloadSpec, id: &SpiffeId, uid: u32) -> Result<String> {
+    async fn register(&self, spec: &WorkloadSpec, id: &SpiffeId, uid: u32, entry_id: String) -> Result<()> {
         let entry = types::Entry {
+            id: entry_id,
             spiffe_id: Some(id_to_wire(id)),
             parent_id: Some(id_to_wire(&node_alias(&self.spec)?)),
             selectors: selectors_to_wire([&Selector::new("unix", format!("uid:{uid}"))?]),
@@ -306,7 +382,7 @@ impl Mesh {
             ..types::Entry::default()
         };
         let created = operator::entry::create(self.channel(), entry).await;
-        Ok(created.with_context(|| format!("cannot register {}", spec.name))?.id)
+        created.map(|_| ()).with_context(|| format!("cannot register {}", spec.name))
     }
 
     /// Who a workload's program is: what stands in its environment, and tables of users that have its own.
@@ -328,19 +404,10 @@ impl Mesh {
         Ok((environment, accounts))
     }
 
-    /// A workload's folder of one kind, its user's.
+    /// A workload's folder of one kind, its user's, and empty.
     fn folder(&self, kind: &str, workload: &str, owner: u32, mode: u32) -> Result<PathBuf> {
         let folder = self.dir.join(kind).join(workload);
-        let made = passable(&folder)
-            .and_then(|()| std::fs::set_permissions(&folder, PermissionsExt::from_mode(mode)))
-            .and_then(|()| std::os::unix::fs::chown(&folder, Some(owner), Some(owner)));
-        made.with_context(|| format!("cannot make {}", folder.display()))?;
-        // A workload that joins again under its name may have another number: the logs of the one before are its own now.
-        for old in std::fs::read_dir(&folder)?.flatten() {
-            if let Err(error) = std::os::unix::fs::lchown(old.path(), Some(owner), Some(owner)) {
-                tracing::warn!(path = %old.path().display(), %error, "cannot give an earlier file to the workload's new user");
-            }
-        }
+        fresh(&folder, owner, mode).with_context(|| format!("cannot make {}", folder.display()))?;
         Ok(folder)
     }
 
@@ -388,11 +455,20 @@ impl Mesh {
             program.stop().await;
         }
         self.publish_now();
-        running.sidecar.stop().await;
-        if let Err(error) = operator::entry::delete(self.channel(), running.entry_ids.clone()).await {
-            tracing::warn!(name, %error, "cannot delete the registration entry");
+        self.take_apart(name, running.parts.clone()).await;
+    }
+
+    /// Removes what there is of a workload, the last first. Its number stays taken until its entries are gone.
+    async fn take_apart(&self, name: &str, parts: Parts) {
+        if let Some(sidecar) = &parts.sidecar {
+            sidecar.stop().await;
         }
-        kill_inside(&running.netns);
+        if let Some(netns) = &parts.netns {
+            let _ = kill_inside(netns);
+        }
+        // A process may have left the namespace; the next workload of this number has the same users.
+        end_all_of(&parts.uids).await;
+        self.forget(name, parts.number, parts.entry_ids).await;
         for kind in ["homes", "accounts"] {
             match std::fs::remove_dir_all(self.dir.join(kind).join(name)) {
                 // A workload with a user of the machine has neither.
@@ -402,12 +478,32 @@ impl Mesh {
                 _ => {}
             }
         }
-        if let Err(error) = self.fabric.unplug(&running.netns, &port_name(running.number)) {
+        if let Some(netns) = &parts.netns
+            && let Err(error) = self.unplug(netns, &port_name(parts.number))
+        {
             tracing::warn!(name, %error, "cannot remove the namespace");
         }
         if let Err(error) = self.write_hosts() {
             tracing::warn!(name, error = format!("{error:#}"), "the mesh's names still have a workload that has left");
         }
+    }
+
+    /// Deletes a workload's entries and gives its number back. A server that does not answer now is asked again until it
+    /// does, and the number is kept meanwhile: by it, the next workload would be handed the identity of this one.
+    async fn forget(&self, name: &str, number: usize, entry_ids: Vec<String>) {
+        let first = delete_entries(self.channel(), &entry_ids).await;
+        let Err(error) = first else { return self.numbers.release(number) };
+        tracing::warn!(name, %error, "cannot delete the registration entry; trying again");
+        let (channel, numbers) = (self.channel(), self.numbers.clone());
+        let mut forgetting = self.forgetting.lock().unwrap_or_else(PoisonError::into_inner);
+        while forgetting.try_join_next().is_some() {}
+        forgetting.spawn(async move {
+            let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+            while delete_entries(channel.clone(), &entry_ids).await.is_err() {
+                tokio::time::sleep(backoff.next_delay()).await;
+            }
+            numbers.release(number);
+        });
     }
 
     /// Takes everything down, programs first. `Place::tidy` removes the rest.
@@ -422,6 +518,7 @@ impl Mesh {
             running.sidecar.stop().await;
         }
         self.publisher.abort();
+        self.forgetting.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
         self.agent.stop().await;
         self.server.stop().await;
     }
@@ -445,10 +542,6 @@ impl Mesh {
         self.logs.join(format!("{name}.log"))
     }
 
-    fn netns_name(&self, workload: &str) -> String {
-        format!("{}-{workload}", self.names.fabric)
-    }
-
     fn sidecar(&self, spec: &WorkloadSpec, uid: u32, netns: &NetNs, home: &Path) -> Program {
         Program {
             name: format!("{}'s sidecar", spec.name),
@@ -467,7 +560,7 @@ impl Mesh {
 
     /// Written in place: every workload has this very file mounted.
     fn write_hosts(&self) -> Result<()> {
-        let mut text = format!("127.0.0.1 localhost\n::1 localhost\n# mesh {}\n", self.names.mesh);
+        let mut text = format!("127.0.0.1 localhost\n::1 localhost\n# mesh {}\n", self.spec.name);
         for w in self.workloads().values() {
             for address in w.addresses {
                 text.push_str(&format!("{address} {0} {0}.{1} {0}.{1}.svc\n", w.spec.name, w.spec.namespace));
@@ -484,7 +577,7 @@ impl Mesh {
             let mut policy = w.spec.policy.clone();
             policy.mode = mode.unwrap_or(policy.mode);
             Workload {
-                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.entry_ids.join("+")),
+                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.parts.entry_ids.join("+")),
                 name: w.spec.name.clone(),
                 addresses: w.addresses.to_vec(),
                 spiffe_ids: [w.spiffe_id.to_string()].into(),
@@ -529,6 +622,16 @@ impl Running {
     pub fn access_log(&self) -> PathBuf {
         self.admin_socket.with_file_name("access.log")
     }
+}
+
+/// Deletes entries; those that are not there are deleted.
+async fn delete_entries(channel: Channel, ids: &[String]) -> Result<()> {
+    if ids.is_empty() {
+        return Ok(());
+    }
+    tokio::time::timeout(DELETE, operator::entry::delete_if_there(channel, ids.to_vec()))
+        .await
+        .context("the server does not answer")?
 }
 
 /// Publishes the directory on each change, and again every now and then.

@@ -1,6 +1,6 @@
 //! `countersign up` and `countersign run`: the whole mesh on one machine.
 //!
-//! `mesh_file` says what is wanted, `place` where it stands on this machine, `account` whose users run it, `mesh` brings it up and takes it down,
+//! `mesh_file` says what is wanted, `place` where it stands on this machine, `namespaces` which network namespaces are its, `account` whose users run it, `mesh` brings it up and takes it down,
 //! `control_plane` is its server and agent, `sidecar` what a workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
 //! `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the logs, `reach` looks at working folders.
 
@@ -14,7 +14,9 @@ mod example;
 mod machine;
 mod mesh;
 mod mesh_file;
+mod namespaces;
 mod node_identity;
+mod numbers;
 mod place;
 mod reach;
 mod refusals;
@@ -113,8 +115,8 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
                 return Ok(ExitCode::from(130));
             }
         };
-        let mesh = started.inspect_err(|_| place.tidy())?;
-        control::serve(&mesh).inspect_err(|_| place.tidy())?;
+        let mesh = started?;
+        control::serve(&mesh)?;
         let rotating = tokio::task::spawn_local(rotate::keep_short(mesh.clone()));
         if table {
             table::live(&mesh, &stop).await;

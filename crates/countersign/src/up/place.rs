@@ -1,5 +1,6 @@
 //! Where a mesh stands on this machine: its folder, its names, and tidying up after a mesh that was killed.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -13,19 +14,21 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::events::Events;
-use super::users::{Held, Users};
+use super::namespaces::Namespaces;
+use super::users::{self, Held, Users};
 use crate::settings::Mistake;
 
 /// Folder of all meshes.
 pub const RUN_DIR: &str = "/run/countersign/up";
-/// Every network namespace of ours begins so.
-const NETNS_PREFIX: &str = "cs-";
+/// File of a mesh's folder with the number of its users.
+const USERS: &str = "users";
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(3);
 
-/// A mesh's place; no other `up` has it while this is held.
+/// A mesh's place; no other `up` has it while this is held. It is tidied when it is dropped.
 pub struct Place {
     name: String,
+    namespaces: Namespaces,
     /// Its folder.
     pub dir: PathBuf,
     /// What happens in the mesh.
@@ -47,17 +50,24 @@ impl Place {
                 "a mesh `{name}` is already up on this machine; stop it with Ctrl-C, or give this one another `name`"
             ))
         })?;
-        tidy(name, &dir);
+        let namespaces = Namespaces::of(name);
+        // Those of a mesh that was killed, unless another mesh has found them without a process and taken them since.
+        let before = std::fs::read_to_string(dir.join(USERS)).ok().and_then(|number| number.parse().ok());
+        let before = before.and_then(|number| Users::hold(number).ok().flatten());
+        tidy(&namespaces, &dir, before.as_ref().map(|held| held.users));
+        drop(before);
         let held = Users::take().context("cannot find users for the mesh's server, sidecars and workloads")?;
-        let (users, events) = (held.users, Events::default());
-        let place = Self { name: name.to_owned(), dir, events, users, held: Some(held), _lock: lock };
-        passable(&place.dir).with_context(|| format!("cannot make {}", place.dir.display()))?;
+        let (users, number, events) = (held.users, held.number, Events::default());
+        let place = Self { name: name.to_owned(), namespaces, dir, events, users, held: Some(held), _lock: lock };
+        passable(&place.dir)
+            .and_then(|()| std::fs::write(place.dir.join(USERS), number.to_string()))
+            .with_context(|| format!("cannot make {}", place.dir.display()))?;
         Ok(place)
     }
 
-    /// Name of the namespace with the switch.
-    pub fn fabric_name(&self) -> String {
-        fabric_of(&self.name)
+    /// Its network namespaces.
+    pub fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
     }
 
     /// Whose users run it.
@@ -75,42 +85,33 @@ impl Place {
 
     /// Everything of this mesh that is left, in words; empty when nothing is.
     pub fn leftovers(&self) -> Vec<String> {
-        let mut left: Vec<String> = namespaces(&self.name).iter().map(|n| format!("namespace {n}")).collect();
+        let names = self.namespaces.listed().into_iter().filter(|n| NetNs::named(n).path().exists());
+        let mut left: Vec<String> = names.map(|n| format!("namespace {n}")).collect();
         if self.dir.exists() {
             left.push(format!("folder {}", self.dir.display()));
         }
-        let processes = processes_of(&self.dir);
+        let processes: BTreeSet<i32> = processes_of(&self.dir).into_iter().chain(self.users.processes()).collect();
         left.extend(processes.iter().map(|p| format!("process {p}")));
         left
     }
 
-    /// Ends what runs in this mesh's namespaces or under its folder, and removes them.
+    /// Ends what runs in this mesh's namespaces, under its folder or as one of its users, and removes namespaces and folder.
     pub fn tidy(&self) {
-        tidy(&self.name, &self.dir);
+        tidy(&self.namespaces, &self.dir, Some(self.users));
     }
 }
 
-/// Name of the namespace with a mesh's switch; those of its workloads begin with it.
-fn fabric_of(name: &str) -> String {
-    format!("{NETNS_PREFIX}{name}")
-}
-
-fn namespaces(name: &str) -> Vec<String> {
-    let fabric = fabric_of(name);
-    let of_workloads = format!("{fabric}-");
-    NetNs::list(&fabric).into_iter().filter(|n| *n == fabric || n.starts_with(&of_workloads)).collect()
-}
-
-fn tidy(name: &str, dir: &Path) {
-    let names = namespaces(name);
-    let mut killed: Vec<i32> = names.iter().flat_map(|name| kill_inside(&NetNs::named(name))).collect();
-    for pid in processes_of(dir) {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        killed.push(pid);
-    }
-    // What is killed may still write a file or hold a namespace for a moment.
+fn tidy(namespaces: &Namespaces, dir: &Path, users: Option<Users>) {
+    let names = namespaces.listed();
+    // What is killed may still write a file, hold a namespace or have made another process for a moment.
     let deadline = Instant::now() + GONE;
-    while killed.iter().any(|pid| is_alive(*pid)) && Instant::now() < deadline {
+    loop {
+        let mut left: Vec<i32> = names.iter().flat_map(|name| kill_inside(&NetNs::named(name))).collect();
+        left.extend(kill_each(processes_of(dir)));
+        left.extend(kill_each(users.map(Users::processes).unwrap_or_default()));
+        if !left.into_iter().any(is_alive) || Instant::now() > deadline {
+            break;
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
     for name in names {
@@ -118,6 +119,7 @@ fn tidy(name: &str, dir: &Path) {
             tracing::warn!(namespace = name, %error, "cannot remove a network namespace");
         }
     }
+    namespaces.release_gone();
     match std::fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::warn!(path = %dir.display(), %error, "cannot remove the mesh's folder");
@@ -146,8 +148,22 @@ pub fn passable(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes a folder of a user's anew. One that was there had another owner, who may have put links into it: what lies there
+/// is removed and never given away.
+pub fn fresh(dir: &Path, owner: u32, mode: u32) -> io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    passable(dir)?;
+    std::fs::set_permissions(dir, PermissionsExt::from_mode(mode))?;
+    chown(dir, Some(owner), Some(owner))
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
+        // On whatever way `up` ends: an error on the way, or a panic.
+        self.tidy();
         // A lock counts by being held, not by its file.
         let _ = std::fs::remove_file(Path::new(RUN_DIR).join(format!("{}.lock", self.name)));
         drop(self.held.take());
@@ -181,11 +197,23 @@ pub fn kill_inside(ns: &NetNs) -> Vec<i32> {
     // A name whose namespace is gone, or hidden, is a mere file: nobody is inside.
     let theirs =
         |pid: &i32| std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == namespace);
-    let inside: Vec<i32> = every_process().into_iter().filter(theirs).collect();
-    for pid in &inside {
+    kill_each(every_process().into_iter().filter(theirs).collect())
+}
+
+/// Kills every process of these users, wherever it has gone, and waits until none is left, within bounds.
+pub async fn end_all_of(users: &[u32]) {
+    let deadline = Instant::now() + GONE;
+    // A process that forks as fast as it is killed is looked for again.
+    while !kill_each(users::processes_of(|uid| users.contains(&uid))).is_empty() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn kill_each(pids: Vec<i32>) -> Vec<i32> {
+    for pid in &pids {
         let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
     }
-    inside
+    pids
 }
 
 /// Our own roles whose command line names a folder.
@@ -206,4 +234,27 @@ fn processes_of(dir: &Path) -> Vec<i32> {
 pub fn every_process() -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_made_anew_and_no_file_in_it_is_given_away() {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "nothing may be skipped in CI: not root");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let (dir, secret) = (folder.path().join("me"), folder.path().join("secret"));
+        fresh(&dir, 2_102, 0o755).unwrap();
+        std::fs::write(&secret, "root's").unwrap();
+        std::fs::hard_link(&secret, dir.join("access.log")).unwrap();
+        fresh(&dir, 2_103, 0o700).unwrap();
+        let made = std::fs::metadata(&dir).unwrap();
+        assert_eq!((made.uid(), made.gid(), made.mode() & 0o777), (2_103, 2_103, 0o700));
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+        assert_eq!(std::fs::metadata(&secret).unwrap().uid(), 0);
+    }
 }

@@ -1,10 +1,15 @@
 //! Keeps the logs of a mesh short: each has one predecessor, and neither grows without end.
+//!
+//! Logs may lie in a folder of the operator's among the logs of others, or where a user may write: only a file that a
+//! process of this mesh was started with is ever cut.
 
 use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::io::{self, Read};
+use std::ops::Deref;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
@@ -18,6 +23,80 @@ use super::mesh::Mesh;
 const MOST: u64 = 16 * 1024 * 1024;
 /// How often the logs are looked at.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// The log of a process: its path, and which file there the process was last started with. Clones are the same log.
+#[derive(Clone)]
+pub struct Log(Arc<Named>);
+
+struct Named {
+    path: PathBuf,
+    /// Device and inode.
+    opened: Mutex<Option<(u64, u64)>>,
+}
+
+impl Log {
+    /// A log at this path, not opened yet.
+    pub fn at(path: PathBuf) -> Self {
+        Self(Arc::new(Named { path, opened: Mutex::default() }))
+    }
+
+    /// Opens it for appending, made where it is missing, and remembers which file it was.
+    pub fn open(&self) -> io::Result<File> {
+        let file = OpenOptions::new().create(true).append(true).open(&self.0.path)?;
+        *self.opened() = Some(identity(&file)?);
+        Ok(file)
+    }
+
+    fn opened(&self) -> std::sync::MutexGuard<'_, Option<(u64, u64)>> {
+        self.0.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Copies it aside and empties it when it is too long. It is open for appending elsewhere, so that the next line lands at
+    /// its start.
+    ///
+    /// # Errors
+    /// The file at its path is another one than was opened, or cannot be copied or emptied.
+    fn cut(&self) -> io::Result<()> {
+        let Some(ours) = *self.opened() else { return Ok(()) };
+        let mut log = regular(&self.0.path, OpenOptions::new().read(true).write(true))?;
+        if identity(&log)? != ours {
+            return Err(io::Error::other("it is another file than the one that was opened"));
+        }
+        if log.metadata()?.len() <= MOST {
+            return Ok(());
+        }
+        let previous = previous(&self.0.path);
+        let _ = std::fs::remove_file(&previous);
+        let fresh =
+            OpenOptions::new().write(true).create_new(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&previous);
+        let copied = fresh.and_then(|mut to| io::copy(&mut log, &mut to));
+        // A full disk is the more a reason to empty it.
+        log.set_len(0)?;
+        copied.map(|_| ())
+    }
+}
+
+impl Deref for Log {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0.path
+    }
+}
+
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    file.metadata().map(|m| (m.dev(), m.ino()))
+}
+
+/// Opens a file in a folder where somebody else may write: never through a link, and never waiting for the other end of a
+/// pipe.
+///
+/// # Errors
+/// It cannot be opened so, or is no regular file.
+pub(super) fn regular(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    let file = options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits()).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no regular file")) }
+}
 
 /// Looks after the logs until it is dropped.
 pub async fn keep_short(mesh: Rc<Mesh>) {
@@ -34,8 +113,8 @@ pub async fn keep_short(mesh: Rc<Mesh>) {
             }
         }
         // Programs have theirs as standard output and cannot be told. Copying megabytes is no work for this thread.
-        let folder = mesh.logs().to_owned();
-        let _ = tokio::task::spawn_blocking(move || cut_all(&folder)).await;
+        let logs = mesh.open_logs();
+        let _ = tokio::task::spawn_blocking(move || cut_all(&logs)).await;
     }
 }
 
@@ -46,39 +125,24 @@ fn moved(log: &Path) -> bool {
         && std::fs::rename(log, previous(log)).is_ok()
 }
 
-fn cut_all(folder: &Path) {
-    let Ok(entries) = std::fs::read_dir(folder) else { return };
-    for entry in entries.flatten() {
-        let path = entry.path();
-        let long = entry.metadata().is_ok_and(|m| m.is_file() && m.len() > MOST);
-        if long && path.extension().is_some_and(|e| e == "log") && cut(&path).is_err() {
-            tracing::debug!(log = %path.display(), "cannot begin a log anew");
+fn cut_all(logs: &[Log]) {
+    for log in logs {
+        if let Err(error) = log.cut() {
+            tracing::debug!(log = %log.display(), %error, "cannot begin a log anew");
         }
     }
 }
 
-/// Copies a log aside and empties it. It is open for appending elsewhere, so that the next line lands at its start.
-fn cut(log: &Path) -> std::io::Result<()> {
-    let previous = previous(log);
-    // What hinders it hinders the copy too, which says so.
-    let _ = std::fs::remove_file(&previous);
-    let mut from = File::open(log)?;
-    let fresh = OpenOptions::new().write(true).create_new(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&previous);
-    let copied = fresh.and_then(|mut to| std::io::copy(&mut from, &mut to));
-    // A full disk is the more a reason to empty it.
-    OpenOptions::new().write(true).open(log)?.set_len(0)?;
-    copied.map(|_| ())
-}
-
-/// A log from its older part on. Between the move and the sidecar's next line there is an older part alone.
+/// A log from its older part on; the folder may belong to a sidecar's user. Between the move and the sidecar's next line there is an older part alone.
 ///
 /// # Errors
 /// Neither part can be read.
 pub(super) fn read(log: &Path) -> std::io::Result<String> {
     // Opened before the older part is read: what is moved in between is neither missed nor read twice.
-    let current = File::open(log);
+    let open = |path: &Path| regular(path, OpenOptions::new().read(true));
+    let current = open(log);
     let mut text = String::new();
-    match (File::open(previous(log)), current) {
+    match (open(&previous(log)), current) {
         (Ok(mut older), Ok(mut current)) => {
             if older.metadata()?.ino() != current.metadata()?.ino() {
                 older.read_to_string(&mut text)?;
@@ -105,22 +169,74 @@ mod tests {
     use super::*;
     use std::io::Write;
 
+    /// A log in this folder that a program has open and that is too long.
+    fn long(folder: &Path, name: &str) -> (Log, File) {
+        let log = Log::at(folder.join(name));
+        let mut program = log.open().unwrap();
+        program.write_all(&vec![b'x'; usize::try_from(MOST).unwrap() + 1]).unwrap();
+        (log, program)
+    }
+
+    fn length(path: &Path) -> u64 {
+        std::fs::metadata(path).unwrap().len()
+    }
+
     #[test]
     fn a_long_log_is_begun_anew_while_its_program_writes_on() {
         let folder = tempfile::tempdir().unwrap();
-        let log = folder.path().join("web.log");
-        let mut program = OpenOptions::new().create(true).append(true).open(&log).unwrap();
-        program.write_all(&vec![b'x'; usize::try_from(MOST).unwrap() + 1]).unwrap();
-        std::fs::write(folder.path().join("short.log"), "short\n").unwrap();
-        cut_all(folder.path());
+        let (log, mut program) = long(folder.path(), "web.log");
+        let short = Log::at(folder.path().join("short.log"));
+        short.open().unwrap().write_all(b"short\n").unwrap();
+        cut_all(&[log.clone(), short, Log::at(folder.path().join("never-opened.log"))]);
         program.write_all(b"after\n").unwrap();
-        assert_eq!(std::fs::read_to_string(&log).unwrap(), "after\n");
-        assert_eq!(std::fs::metadata(folder.path().join("web.log.1")).unwrap().len(), MOST + 1);
+        assert_eq!(std::fs::read_to_string(&*log).unwrap(), "after\n");
+        assert_eq!(length(&folder.path().join("web.log.1")), MOST + 1);
         assert!(!folder.path().join("short.log.1").exists());
         assert!(!moved(&log), "it is short again");
         assert_eq!(read(&log).unwrap().len() as u64, MOST + 1 + 6, "both parts");
-        std::fs::remove_file(&log).unwrap();
+        std::fs::remove_file(&*log).unwrap();
         assert_eq!(read(&log).unwrap().len() as u64, MOST + 1, "moved, and not opened anew yet");
         assert!(read(&folder.path().join("none.log")).is_err());
+    }
+
+    #[test]
+    fn a_log_that_is_a_pipe_or_a_link_is_neither_waited_for_nor_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("access.log");
+        nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(read(&log).unwrap_err().to_string(), "it is no regular file");
+        let secret = folder.path().join("secret");
+        std::fs::write(&secret, "root's").unwrap();
+        std::os::unix::fs::symlink(&secret, previous(&log)).unwrap();
+        assert!(read(&log).is_err());
+        std::fs::remove_file(&log).unwrap();
+        std::fs::write(&log, "a line\n").unwrap();
+        assert_eq!(read(&log).unwrap(), "a line\n");
+    }
+
+    #[test]
+    fn a_file_that_no_process_of_the_mesh_was_started_with_is_never_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        // The operator's own logs in the same folder.
+        let kernel = at("kern.log");
+        std::fs::write(&kernel, vec![b'k'; usize::try_from(MOST).unwrap() + 1]).unwrap();
+        std::fs::write(at("kern.log.1"), "rotated by logrotate").unwrap();
+        let (ours, _program) = long(folder.path(), "web.log");
+        // One of ours is a link to the operator's now, one is another file, and one a pipe.
+        let (linked, _held) = long(folder.path(), "linked.log");
+        std::fs::remove_file(&*linked).unwrap();
+        std::os::unix::fs::symlink(&kernel, &*linked).unwrap();
+        let (moved, _held) = long(folder.path(), "moved.log");
+        std::fs::rename(&*moved, at("away")).unwrap();
+        std::fs::copy(&kernel, &*moved).unwrap();
+        let (pipe, _held) = long(folder.path(), "pipe.log");
+        std::fs::remove_file(&*pipe).unwrap();
+        nix::unistd::mkfifo(&*pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        cut_all(&[linked, moved.clone(), pipe, ours.clone()]);
+        assert_eq!(length(&ours), 0);
+        assert_eq!((length(&kernel), length(&moved), length(&at("away"))), (MOST + 1, MOST + 1, MOST + 1));
+        assert_eq!(std::fs::read_to_string(at("kern.log.1")).unwrap(), "rotated by logrotate");
+        assert!(!at("moved.log.1").exists() && !at("linked.log.1").exists());
     }
 }

@@ -21,6 +21,7 @@ use super::mesh_file::{check_name, check_port, check_segment, check_user, find_p
 use super::signals::Signals;
 use crate::clients::CONNECT;
 use crate::launch::OWN_PROGRAM;
+use crate::operator::output::told;
 use crate::settings::{Mistake, need_root};
 
 /// How long a mesh may take to make room: others may be joining, and a sidecar has 30 s to come up.
@@ -117,7 +118,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     }
     let status = run_to_its_end(command)?;
     for refused in farewell(&stream) {
-        eprintln!("countersign: {refused}");
+        eprintln!("countersign: {}", told(&refused));
     }
     drop(stream);
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));

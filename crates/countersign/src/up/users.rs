@@ -37,6 +37,8 @@ pub struct Users {
 pub struct Held {
     /// Which.
     pub users: Users,
+    /// The mesh's number on the machine.
+    pub number: u32,
     path: PathBuf,
     _lock: Flock<File>,
 }
@@ -81,13 +83,27 @@ impl Users {
         self.ranges().iter().any(|range| range.contains(&uid))
     }
 
+    /// Every process that runs as one of them. A user that the machine's table knows by now is somebody else's too.
+    pub fn processes(self) -> Vec<i32> {
+        let known: BTreeSet<u32> = known_uids().into_iter().collect();
+        processes_of(|uid| self.contain(uid) && !known.contains(&uid))
+    }
+
+    /// The users of the mesh with this number on the machine; `None` while another mesh has them.
+    pub fn hold(number: u32) -> io::Result<Option<Held>> {
+        if number >= MAX_MESHES {
+            return Ok(None);
+        }
+        let path = Path::new(RUN_DIR).join(format!("users-{number}.lock"));
+        let lock = lock(&path)?;
+        Ok(lock.map(|lock| Held { users: Self::of_mesh(number), number, path, _lock: lock }))
+    }
+
     /// Takes users that nobody on this machine has: no mesh that is up, no entry of its table, no process.
     pub fn take() -> io::Result<Held> {
-        let somebodys: BTreeSet<u32> = known_uids().into_iter().chain(running()).collect();
+        let somebodys: BTreeSet<u32> = known_uids().into_iter().chain(users_with_processes()).collect();
         for number in 0..MAX_MESHES {
-            let path = Path::new(RUN_DIR).join(format!("users-{number}.lock"));
-            let Some(lock) = lock(&path)? else { continue };
-            let held = Held { users: Self::of_mesh(number), path, _lock: lock };
+            let Some(held) = Self::hold(number)? else { continue };
             if !somebodys.iter().any(|uid| held.users.contain(*uid)) {
                 return Ok(held);
             }
@@ -135,13 +151,23 @@ fn sidecar_of(uid: u32) -> Option<i32> {
 }
 
 /// Every user that a process runs as.
-fn running() -> impl Iterator<Item = u32> {
-    every_process().into_iter().flat_map(uids_of)
+pub fn users_with_processes() -> BTreeSet<u32> {
+    every_process().into_iter().flat_map(uids_of).collect()
 }
 
-/// Real, effective, saved and file system user of a process (proc(5)); none when it is gone.
+/// Every process that runs as a user of this kind.
+pub fn processes_of(is_meant: impl Fn(u32) -> bool) -> Vec<i32> {
+    every_process().into_iter().filter(|pid| uids_of(*pid).into_iter().any(&is_meant)).collect()
+}
+
+/// Real, effective, saved and file system user of a process (proc(5)); none when it is gone, or only waits for its parent to
+/// ask how it ended.
 fn uids_of(pid: i32) -> Vec<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let state = status.lines().find_map(|l| l.strip_prefix("State:")).unwrap_or_default().trim_start();
+    if state.starts_with(['Z', 'X']) {
+        return vec![];
+    }
     let line = status.lines().find_map(|l| l.strip_prefix("Uid:")).unwrap_or_default();
     line.split_whitespace().filter_map(|n| n.parse().ok()).collect()
 }

@@ -26,6 +26,7 @@ use super::signals::Signals;
 use crate::capture::Capture;
 use crate::launch::OWN_PROGRAM;
 use crate::operator;
+use crate::operator::output::told;
 use crate::probe::Report;
 use crate::shop::PORT;
 
@@ -46,7 +47,7 @@ struct Checks {
 impl Checks {
     /// Prints a line. The checks go on when nobody reads it: the mesh has to be taken down, and the sum at the end fails.
     fn say(line: &str) {
-        let _ = crate::stdout::line(line);
+        let _ = crate::stdout::line(&told(line));
     }
 
     fn line(&mut self, what: &str, result: Result<String>) {
@@ -73,13 +74,7 @@ pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, signal
         started = Mesh::start(spec, &place, log_dir, &progress) => started,
         () = signals.stop.cancelled() => Err(anyhow!("stopped while starting")),
     };
-    let mesh = match started {
-        Ok(mesh) => mesh,
-        Err(error) => {
-            place.tidy();
-            return Err(error);
-        }
-    };
+    let mesh = started?;
     checks.line(
         "the mesh comes up",
         Ok(format!("{} workloads in {:.1} s", mesh.workloads().len(), began.elapsed().as_secs_f64())),
@@ -228,9 +223,8 @@ async fn wait_for_ports(workloads: &BTreeMap<String, Rc<Running>>) -> Result<()>
 }
 
 async fn stranger(mesh: &Rc<Mesh>) -> Result<String> {
-    let name = format!("cs-{}-stranger", mesh.spec.name);
     let addresses = Addresses { v4: (Ipv4Addr::new(10, 86, 0, 250), 24), v6: None };
-    let ns = mesh.fabric().plug(&name, "stranger", addresses).context("cannot plug a stranger in")?;
+    let ns = mesh.plug("stranger", "stranger", addresses).context("cannot plug a stranger in")?;
     let asked = async {
         let (mut refused, mut accepted) = (0, 0);
         for (name, w) in mesh.workloads() {
@@ -247,7 +241,7 @@ async fn stranger(mesh: &Rc<Mesh>) -> Result<String> {
         Ok(format!("{refused} ports refused it, {accepted} are not strict"))
     };
     let asked = asked.await;
-    mesh.fabric().unplug(&ns, "stranger").context("cannot unplug the stranger")?;
+    mesh.unplug(&ns, "stranger").context("cannot unplug the stranger")?;
     asked
 }
 

@@ -10,7 +10,8 @@ use super::super::children::State;
 use super::super::mesh::{Mesh, Running};
 use super::EVERY;
 use super::answers::Answers;
-use crate::stdout::{StdoutError, line};
+use crate::operator::output::told;
+use crate::stdout::{self, StdoutError};
 
 /// What was said last of a workload.
 #[derive(PartialEq)]
@@ -69,4 +70,9 @@ fn tell(
     }
     seen.insert(name.to_owned(), now);
     Ok(())
+}
+
+/// Prints a line. Serials and reasons are what a sidecar says of itself.
+fn line(text: &str) -> Result<(), StdoutError> {
+    stdout::line(&told(text))
 }

@@ -1,6 +1,7 @@
 //! Lines for a window of any size: as many columns as fit, as many rows as fit, and never a line more.
 
 use super::view::{Row, View};
+use crate::settings::words::escaped;
 
 /// A line and how it is shown.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,8 +110,9 @@ pub fn frame(view: &View, width: usize, height: usize, scroll: usize) -> Frame {
     Frame { lines, scroll, page: page.max(1) }
 }
 
+/// A line; what sidecars say of themselves is in it.
 fn line(text: &str, style: Style) -> Line {
-    Line { text: text.to_owned(), style }
+    Line { text: escaped(text), style }
 }
 
 fn foot_line(all: usize, scroll: usize, shown: usize) -> String {
@@ -229,6 +231,17 @@ mod tests {
         let head = &frame.lines.iter().find(|l| l.text.starts_with("WORKLOAD")).unwrap().text;
         assert!(head.contains("STATE") && head.contains("RESTARTS") && !head.contains("SPIFFE ID"), "{head}");
         assert!(frame.page >= 6, "{}", text(&frame));
+    }
+
+    #[test]
+    fn nothing_that_a_sidecar_says_moves_the_cursor() {
+        let mut view = view();
+        view.rows[0].serial = "\u{1b}[2J\u{9b}1A".into();
+        view.rows[0].state = "\r\nforged".into();
+        view.summary.push('\u{7}');
+        let frame = frame(&view, 200, 100, 0);
+        assert!(frame.lines.iter().all(|l| !l.text.contains(char::is_control)), "{}", text(&frame));
+        assert!(frame.lines.iter().all(|l| l.text.chars().count() <= 200));
     }
 
     #[test]

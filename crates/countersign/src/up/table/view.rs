@@ -10,6 +10,7 @@ use super::super::children::State;
 use super::super::mesh::{Mesh, Running};
 use super::super::mesh_file::MeshSpec;
 use super::answers::Answers;
+use crate::operator::output::told;
 use crate::settings::words::{bytes, count, duration};
 
 /// A sidecar that has not answered for longer than this is said to be silent.
@@ -138,7 +139,7 @@ fn row(name: &str, running: &Running, answers: &Answers) -> Row {
         state,
         trouble,
         spiffe_id: running.spiffe_id.to_string(),
-        serial: identity.map_or_else(|| "-".into(), |i| i.serial.clone()),
+        serial: identity.map_or_else(|| "-".into(), |i| told(&i.serial)),
         expires_at: identity.map_or(0, |i| i.expires_at),
         connections_in: number("connections in, mtls") + number("connections in, plain"),
         connections_out: number("connections out, mtls") + number("connections out, plain"),
