@@ -14,6 +14,7 @@ pub mod fuzzing;
 pub mod graceful;
 pub mod grpc;
 pub mod http;
+pub mod http_client;
 pub mod log_writer;
 pub mod names;
 mod near;

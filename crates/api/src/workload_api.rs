@@ -31,10 +31,12 @@ pub enum Told {
     Update(Box<Update>),
     /// There is no identity for us any more.
     Withdrawn,
+    /// Why there was no identity, or why its stream has ended; it is asked again.
+    Ended(Status),
 }
 
-/// Hands on what the agent says, until `shutdown`. An agent that is away says nothing: it is dialled again, with a jittered
-/// delay of 50 ms to 2 s.
+/// Hands on what the agent says, until `shutdown`. An agent that is away withdraws nothing: it is dialled again, with a
+/// jittered delay of 50 ms to 2 s.
 pub async fn follow(channel: Channel, shutdown: CancellationToken, mut told: impl FnMut(Told)) {
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
     loop {
@@ -57,6 +59,7 @@ pub async fn follow(channel: Channel, shutdown: CancellationToken, mut told: imp
         } else {
             tracing::warn!(status = ended.message(), "no identity from the agent; trying again in {delay:.1?}");
         }
+        told(Told::Ended(ended));
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = shutdown.cancelled() => return,
@@ -138,6 +141,24 @@ pub fn split_der(mut bytes: &[u8]) -> Result<Vec<&[u8]>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_agent_that_is_away_is_told_and_withdraws_nothing() {
+        let shutdown = CancellationToken::new();
+        let end = shutdown.clone();
+        let mut heard = vec![];
+        let channel = crate::transport::unix_channel("/nowhere/agent.sock");
+        follow(channel, shutdown, |told| {
+            heard.push(match told {
+                Told::Update(_) => None,
+                Told::Withdrawn => Some(Code::PermissionDenied),
+                Told::Ended(status) => Some(status.code()),
+            });
+            end.cancel();
+        })
+        .await;
+        assert_eq!(heard, [Some(Code::Unavailable)]);
+    }
 
     #[test]
     fn concatenated_der_is_cut_at_its_own_lengths() {

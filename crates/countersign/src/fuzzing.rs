@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::kubernetes;
 use crate::roles::agent::AgentSettings;
 use crate::roles::proxy::ProxySettings;
 use crate::roles::server::ServerSettings;
@@ -26,4 +27,14 @@ pub fn settings(text: &str) {
     let _ = from_node::<ServerSettings>(&tree);
     let _ = from_node::<AgentSettings>(&tree);
     let _ = from_node::<ProxySettings>(&tree);
+}
+
+/// Reads the input as the answer of a sidecar, which may be anybody's.
+///
+/// # Panics
+/// When a text in it could write over what an operator sees.
+pub fn sidecar_status(body: &[u8]) {
+    for text in kubernetes::sidecar_texts(body) {
+        assert!(!text.contains(|c: char| c.is_control()), "{text:?}");
+    }
 }

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
+use countersign_api::http_client::{self, Reply};
 use countersign_api::names::connect;
-use http_body_util::{BodyExt, Limited};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -88,14 +88,7 @@ async fn both(name: &str, needs: &[(&str, &str)]) -> Result<Value> {
 async fn get(host: &str) -> Result<Value> {
     let ask = async {
         let stream = connect(&format!("{host}:{PORT}")).await?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let connection = tokio::spawn(connection);
-        let request = Request::get("/").header("host", host).body(String::new())?;
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        let body: Bytes =
-            Limited::new(response.into_body(), MAX_BODY).collect().await.map_err(|e| anyhow!("{e}"))?.to_bytes();
-        connection.abort();
+        let Reply { status, body } = http_client::get(stream, host, "/", MAX_BODY).await?;
         if !status.is_success() {
             return Err(anyhow!("it answered {status}: {}", String::from_utf8_lossy(&body).trim()));
         }

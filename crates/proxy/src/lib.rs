@@ -19,7 +19,7 @@ mod memory;
 mod mesh;
 mod outbound;
 mod own;
-mod plaintext;
+pub mod plaintext;
 mod preamble;
 mod probes;
 mod proxy_protocol;
@@ -29,6 +29,7 @@ mod sidecar;
 mod silence;
 mod sockets;
 mod status;
+pub mod status_page;
 mod telemetry;
 mod tls;
 mod trim;
@@ -38,9 +39,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use countersign_api::admission::{self, Admission};
 use countersign_api::clock::Clock;
-use countersign_api::directory::Subscriptions;
 use countersign_api::graceful::take_leave;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::transport::{accept_unix, bind_unix, unix_channel};
@@ -52,15 +51,12 @@ use tokio_util::task::TaskTracker;
 
 pub use config::{Config, IdentitySource, Routing};
 
-use crate::balance::Balancer;
 use crate::config::{FixedInbound, FixedOutbound};
-use crate::connections::Connections;
-use crate::identity::{Current, Files, FilesError, follow_agent, follow_files};
+use crate::identity::{Files, FilesError, follow_agent, follow_files};
 use crate::inbound::Target;
-use crate::own::Own;
-use crate::plaintext::Plaintext;
 use crate::probes::Prober;
 use crate::sidecar::Sidecar;
+use crate::status_page::SidecarStatus;
 use crate::telemetry::Telemetry;
 
 /// Why a sidecar did not start.
@@ -113,23 +109,7 @@ pub async fn run(
         None => None,
     };
     let telemetry = Telemetry::new(config.access_log.as_ref()).map_err(ProxyError::AccessLog)?;
-    let directory = Subscriptions::default();
-    let sidecar = Arc::new(Sidecar {
-        current: Arc::new(Current::new(clock)),
-        own: Own::new(directory.clone()),
-        connections: Arc::new(Connections::new(config.limits, telemetry.active.clone())),
-        handshakes: Admission::new(admission::Limits {
-            name: "unfinished handshakes",
-            total: config.handshakes.total,
-            per_group: config.handshakes.per_peer,
-        }),
-        plaintext: Plaintext::default(),
-        balancer: Arc::new(Balancer::new(config.balance)),
-        started_at: time::OffsetDateTime::now_utc(),
-        directory,
-        telemetry,
-        config,
-    });
+    let sidecar = Arc::new(Sidecar::new(config, telemetry, clock));
     tasks.spawn(watch_identity(sidecar.clone(), end.clone()));
     match &sidecar.config.identity {
         IdentitySource::Agent { socket } => {
@@ -348,11 +328,9 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
                 Some(mode) => http::Answer::text(200, format!("{mode}\n")),
                 None => http::Answer::text(503, "not known yet\n"),
             }),
-            // Only from inside, which `kubectl port-forward` is too: who talks to whom is nothing for strangers.
-            "/plaintext" if asked.local.ip().to_canonical().is_loopback() => {
-                let text = serde_json::to_string(&sidecar.plaintext.shown()).unwrap_or_default();
-                Some(http::Answer { status: 200, kind: "application/json", text })
-            }
+            // Only from inside, which a port-forward is too: who talks to whom is nothing for strangers.
+            "/plaintext" if is_inside(&asked) => Some(json(&sidecar.plaintext.shown())),
+            "/status" if is_inside(&asked) => Some(json(&SidecarStatus::of(&sidecar))),
             "/ready" => {
                 let draining = shutdown.is_cancelled().then(|| "shutting down".to_owned());
                 Some(http::Answer::ready(draining.or_else(|| sidecar.missing())))
@@ -361,6 +339,18 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
         };
         Box::pin(std::future::ready(answer))
     })
+}
+
+/// Whether a question comes from inside the pod: the kernel takes nothing for a loopback address from a network.
+fn is_inside(asked: &http::Asked) -> bool {
+    asked.local.ip().to_canonical().is_loopback()
+}
+
+fn json(page: &impl serde::Serialize) -> http::Answer {
+    match serde_json::to_string(page) {
+        Ok(text) => http::Answer { status: 200, kind: "application/json", text },
+        Err(e) => http::Answer::text(500, format!("cannot write the page: {e}\n")),
+    }
 }
 
 /// How long connections may take to notice that the drain is over.
@@ -373,6 +363,9 @@ pub const DEFAULT_DRAIN: Duration = Duration::from_secs(25);
 mod tests {
     use super::*;
     use std::io::Write;
+
+    use crate::config::{Balance, Handshakes, Limits, Ports, Timeouts};
+    use crate::status_page::{Carried, Direction};
 
     #[tokio::test]
     async fn a_client_of_the_status_socket_that_stands_still_does_not_keep_the_sidecar_from_ending() {
@@ -410,5 +403,59 @@ mod tests {
         shutdown.cancel();
         tokio::time::timeout(Duration::from_secs(20), sidecar).await.expect("in bounded time").unwrap().unwrap();
         assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
+    }
+
+    fn sidecar() -> Sidecar {
+        let config = Config {
+            identity: IdentitySource::Agent { socket: "/nowhere/agent.sock".into() },
+            routing: Routing::Redirected(Ports::default()),
+            http: None,
+            admin_socket: None,
+            access_log: None,
+            workers: 1,
+            drain: DEFAULT_DRAIN,
+            limits: Limits::default(),
+            handshakes: Handshakes::default(),
+            timeouts: Timeouts::default(),
+            balance: Balance::default(),
+            proxy_protocol: [].into(),
+            probes: [].into(),
+            reopen: countersign_api::reopen::Reopen::default(),
+        };
+        let telemetry = Telemetry::new(None).unwrap();
+        Sidecar::new(config, telemetry, countersign_api::clock::system_clock())
+    }
+
+    #[tokio::test]
+    async fn the_pages_of_who_talks_to_whom_are_for_those_inside_the_pod_alone() {
+        let sidecar = Arc::new(sidecar());
+        let key = plaintext::Key {
+            peer: "10.0.0.9".parse().unwrap(),
+            port: 8080,
+            direction: Direction::Inbound,
+            mode: Carried::Plain,
+        };
+        let _open = sidecar.plaintext.admitted(key, time::OffsetDateTime::UNIX_EPOCH);
+        sidecar.current.refused_by_agent("PermissionDenied", "no identity issued\n\u{1b}[31m");
+        let pages = pages(sidecar.clone(), CancellationToken::new());
+        let ask = |path: &str, local: &str| pages(http::Asked { path: path.into(), local: local.parse().unwrap() });
+        for path in ["/status", "/plaintext"] {
+            for outside in ["10.0.0.1:15020", "[fd00::1]:15020", "[::ffff:10.0.0.1]:15020"] {
+                assert!(ask(path, outside).await.is_none(), "{path} at {outside}");
+            }
+            for inside in ["127.0.0.1:15020", "[::1]:15020", "[::ffff:127.0.0.1]:15020"] {
+                assert_eq!(ask(path, inside).await.unwrap().status, 200, "{path} at {inside}");
+            }
+        }
+        let page = ask("/status", "127.0.0.1:15020").await.unwrap().text;
+        let read: SidecarStatus = serde_json::from_str(&page).unwrap();
+        assert_eq!(read, SidecarStatus::of(&sidecar), "what is written can be read");
+        assert_eq!((read.plaintext.peers[0].key, read.plaintext.peers[0].open), (key, 1));
+        assert_eq!((read.identity, read.mode, read.open), (None, None, 0));
+        let refusal = read.agent_refusal.unwrap();
+        assert_eq!(
+            (refusal.code.as_str(), refusal.message.as_str()),
+            ("PermissionDenied", r"no identity issued\n\u{1b}[31m")
+        );
     }
 }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use crate::telemetry::{Carried, Direction};
@@ -17,7 +17,7 @@ use crate::telemetry::{Carried, Direction};
 const ROWS: usize = 1_024;
 
 /// What one row is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {
     /// The caller's address, or that of the destination.
     pub peer: IpAddr,
@@ -30,7 +30,7 @@ pub struct Key {
 }
 
 /// What is known of one peer. Times are seconds since 1970.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
     /// What it is about.
     #[serde(flatten)]
@@ -46,7 +46,7 @@ pub struct Row {
 }
 
 /// The table as it is shown.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shown {
     /// Rows, in the order of their keys.
     pub peers: Vec<Row>,

@@ -9,9 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use countersign_api::http::Answer;
+use countersign_api::http_client;
 use http_body_util::Empty;
-use hyper::body::Bytes;
-use hyper_util::rt::TokioIo;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -19,7 +18,6 @@ use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_util::task::AbortOnDropHandle;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -85,9 +83,6 @@ async fn get<S>(stream: S, to: SocketAddr, path: &str, headers: &[(String, Strin
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let failed = |e: &dyn std::fmt::Display| e.to_string();
-    let (mut client, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| failed(&e))?;
     let mut request = http::Request::get(path);
     let named = |name: &str| headers.iter().any(|(n, _)| n.eq_ignore_ascii_case(name));
     if !named("host") {
@@ -99,10 +94,8 @@ where
     for (name, value) in headers {
         request = request.header(name, value);
     }
-    let request = request.body(Empty::<Bytes>::new()).map_err(|e| failed(&e))?;
-    // Aborted when the answer is there, or when we are no longer waited for.
-    let _driver = AbortOnDropHandle::new(tokio::spawn(connection));
-    let status = client.send_request(request).await.map_err(|e| failed(&e))?.status();
+    let request = request.body(Empty::new()).map_err(|e| e.to_string())?;
+    let status = http_client::send(stream, request).await.map_err(|e| e.to_string())?.status;
     if (200..400).contains(&status.as_u16()) { Ok(status.to_string()) } else { Err(status.to_string()) }
 }
 

@@ -4,7 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use countersign_api::admission::Admission;
+use countersign_api::admission::{self, Admission};
+use countersign_api::clock::Clock;
 use countersign_api::directory::Subscriptions;
 use countersign_identity::policy::Mode;
 use time::OffsetDateTime;
@@ -45,6 +46,27 @@ pub struct Sidecar {
 }
 
 impl Sidecar {
+    /// One that has no identity and no connection yet.
+    pub fn new(config: Config, telemetry: Telemetry, clock: Clock) -> Self {
+        let directory = Subscriptions::default();
+        Self {
+            current: Arc::new(Current::new(clock)),
+            own: Own::new(directory.clone()),
+            connections: Arc::new(Connections::new(config.limits, telemetry.active.clone())),
+            handshakes: Admission::new(admission::Limits {
+                name: "unfinished handshakes",
+                total: config.handshakes.total,
+                per_group: config.handshakes.per_peer,
+            }),
+            plaintext: Plaintext::default(),
+            balancer: Arc::new(Balancer::new(config.balance)),
+            started_at: OffsetDateTime::now_utc(),
+            directory,
+            telemetry,
+            config,
+        }
+    }
+
     /// The ports behind a redirect.
     pub fn ports(&self) -> Ports {
         match self.config.routing {

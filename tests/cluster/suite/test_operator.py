@@ -1,5 +1,5 @@
 """What an operator asks of a running mesh."""
-import json, subprocess as sp, tempfile, time, unittest
+import contextlib, json, pathlib, subprocess as sp, tempfile, time, unittest
 
 import cluster, mesh
 from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, run_in, wait, web
@@ -8,6 +8,35 @@ from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, run_in, wa
 def countersign(*command):
     """A command of an operator with the cluster's KUBECONFIG."""
     return sp.run(cluster.operators(mesh.binary(), *command), text=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def user(name, *verbs_and_resources):
+    """A user who may do this and nothing else, each as `verb,verb resource,resource`; yields its `countersign`."""
+    config = json.loads((cluster.STATE / "pki" / "admin.conf").read_text())
+    config["users"][0]["user"]["as"] = name
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "user.conf"
+        file.write_text(json.dumps(config))
+        try:
+            for n, rule in enumerate(verbs_and_resources):
+                verbs, resources = rule.split()
+                role = f"{name}-{n}"
+                made += [f"clusterrole/{role}", f"clusterrolebinding/{role}"]
+                kubectl("create", "clusterrole", role, f"--verb={verbs}", f"--resource={resources}")
+                kubectl("create", "clusterrolebinding", role, f"--clusterrole={role}", f"--user={name}")
+            as_them = ["env", f"KUBECONFIG={file}", mesh.binary()]
+            yield lambda *command: sp.run(cluster.operators(*as_them, *command), text=True, capture_output=True)
+        finally:
+            for what in made:
+                kubectl("delete", what, "--ignore-not-found")
+
+
+# What `strict --plan` and `explain pod` read of objects, and what they need to ask a sidecar.
+LOOKS = ("get,list pods,services,namespaces", "list endpointslices.discovery.k8s.io", "get deployments.apps",
+         "get spiffeids.spiffeid.spiffe.io")
+ASKS = "get,create pods/portforward"
 
 
 def settings(**changed):
@@ -123,14 +152,32 @@ class Operator(unittest.TestCase):
             client = pod_of(ns, "client")
             run_in(ns, client, "curl", "-sSf", "-m", "10", "http://web:8000/etc/hosts")
             explain = lambda pod: countersign("explain", "pod", pod, "-n", ns, "--output", "json")
-            told = wait("its connection", lambda: (t := json.loads(explain(client).stdout))["connections"] and t, 10)
+            counts = lambda t: {(c["direction"], c["mode"]): c["count"] for c in t["sidecar"]["connections"]}
+            explained = lambda: json.loads(explain(client).stdout)
+            told = wait("its connection", lambda: (t := explained()) and counts(t)["outbound", "mtls"] and t, 10)
             self.assertTrue(told["ok"], told)
-            self.assertEqual([s["step"] for s in told["steps"]],
-                             ["injection", "registration", "agent", "attestation", "SVID", "mode", "handshakes"])
-            last = told["connections"][-1]
-            self.assertEqual((last["mode"], last["source_id"], last["destination_id"]),
-                             ("mtls", *[f"spiffe://{mesh.TRUST_DOMAIN}/ns/{ns}/sa/default"] * 2))
-            self.assertIn("over mTLS", countersign("explain", "pod", client, "-n", ns).stdout)
+            steps = ["injection", "registration", "agent", "sidecar", "attestation", "SVID", "mode", "handshakes"]
+            self.assertEqual([s["step"] for s in told["steps"]], steps)
+            sidecar = told["sidecar"]
+            self.assertEqual(sidecar["identity"]["spiffe_id"], f"spiffe://{mesh.TRUST_DOMAIN}/ns/{ns}/sa/default")
+            self.assertEqual((sidecar["mode"], sidecar["agent_refusal"]), ("strict", None))
+            said = countersign("explain", "pod", client, "-n", ns).stdout
+            self.assertIn("outbound: 1 over mTLS, 0 in the clear, 0 refused", said)
+            # A destination outside the mesh is refused, and explained by its code.
+            run_in(ns, client, "curl", "-sS", "-m", "5", "http://192.0.2.1:81/", check=False)
+            refusals = lambda: {(r["direction"], r["reason"]): r["count"] for r in explained()["sidecar"]["refused"]}
+            self.assertEqual(wait("the refusal", lambda: refusals().get(("outbound", "not_meshed")), 10), 1)
+            self.only_inside(ns, client, get("-n", ns, "pod", pod_of(ns, "web"))["status"]["podIP"])
+            # Who may not open a port-forward is told so; who may needs no log.
+            with user("eve", *LOOKS) as as_eve:
+                look = lambda: as_eve("explain", "pod", client, "-n", ns, "--output", "json")
+                refused = wait("the right to look", lambda: (d := look()).stdout and d, 10)
+                self.assertEqual(refused.returncode, 1, refused.stderr)
+                step = json.loads(refused.stdout)["steps"][-1]
+                self.assertEqual((step["step"], step["ok"]), ("sidecar", False))
+                self.assertIn("get and create on pods/portforward", step["found"])
+            with user("ann", *LOOKS, ASKS) as as_ann:
+                wait("the right to ask", lambda: as_ann("explain", "pod", client, "-n", ns).returncode == 0, 10)
             kubectl("-n", ns, "apply", "-f", "-",
                     input="apiVersion: v1\nkind: Pod\n"
                           "metadata: {name: bare, labels: {countersign.dev/inject: disabled}}\n"
@@ -141,28 +188,89 @@ class Operator(unittest.TestCase):
             self.assertIn("its label countersign.dev/inject is disabled", bare.stdout)
             self.assertIn("cannot read pod", countersign("explain", "pod", "nobody", "-n", ns).stderr)
 
+    def only_inside(self, ns, client, address):
+        """The pages of who talks to whom are there for those inside the pod alone."""
+        pages = ("/live", "/status", "/plaintext")
+        code = ("curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}")
+        with mesh.namespace("stranger", inject=False) as outside:
+            deploy(outside, deployment("stranger", ["sleep", "infinity"]))
+            stranger = pod_of(outside, "stranger")
+            told = [run_in(outside, stranger, *code, f"http://{address}:15020{page}") for page in pages]
+            self.assertEqual(told, ["200", "404", "404"])
+        self.assertEqual([run_in(ns, client, *code, f"http://127.0.0.1:15020{page}") for page in pages], ["200"] * 3)
+
     def test_strict_is_planned_by_the_plaintext_peers_seen_and_then_done(self):
         kubectl("-n", NAMESPACE, "patch", "configmap", "countersign-mesh", "-p", '{"data":{"mode":"permissive"}}')
         try:
             with mesh.namespace("to-strict") as ns, mesh.namespace("still-plain", inject=False) as outside:
+                began = time.time()
                 deploy(ns, deployment("web", ["python3", "-m", "http.server", "8000"], port=8000))
+                # One that calls, and one that connects once and says nothing for ever.
+                hold = f"import socket, time; s = socket.create_connection(('web.{ns}', 8000)); time.sleep(1e6)"
                 deploy(outside, deployment("old", ["sleep", "infinity"]))
-                old = pod_of(outside, "old")
-                call = lambda: run_in(outside, old, "curl", "-sSf", "-m", "5", f"http://web.{ns}:8000/etc/hosts",
-                                      check=False)
-                wait("plaintext to be taken", lambda: call().returncode == 0, 20)
+                old, web = pod_of(outside, "old"), pod_of(ns, "web")
+                request = ("curl", "-sSf", "-m", "5", f"http://web.{ns}:8000/etc/hosts")
+                call = lambda: run_in(outside, old, *request, check=False).returncode
+                wait("plaintext to be taken", lambda: call() == 0, 20)
+                deploy(outside, deployment("held", ["python3", "-c", hold]))
+                held = pod_of(outside, "held")
                 plan = lambda: json.loads(countersign("strict", "--plan", "-n", ns, "--output", "json").stdout)
-                found = wait("the plan", lambda: (p := plan())["plaintext"] and p, 10)
+                row = lambda p, pod, kind="plaintext": next((r for r in p[kind] if r["peer"].endswith(f"/{pod}")), {})
+                both = lambda p: (row(p, old).get("open"), row(p, held).get("open")) == (0, 1)
+                found = wait("one that is over and one that never ends", lambda: both(p := plan()) and p, 20)
                 self.assertFalse(found["moved"])
-                self.assertEqual((found["plaintext"][0]["peer"], found["plaintext"][0]["port"],
-                                  found["plaintext"][0]["direction"]), (f"pod still-plain/{old}", "8000", "in"))
+                seen = row(found, old)
+                self.assertEqual((seen["workload"], seen["direction"], seen["port"]), (f"{ns}/{web}", "in", 8000))
+                self.assertEqual(seen["peer"], f"pod still-plain/{old}")
+                self.assertGreaterEqual(seen["total"], 1)
+                self.assertLessEqual(began - 1, seen["first_seen"])
+                self.assertLessEqual(seen["first_seen"], seen["last_seen"])
+                asked = next(s for s in found["sidecars"] if s["workload"] == f"{ns}/{web}")
+                self.assertEqual((asked["forgotten"], found["unknown"]), (0, []))
+                self.assertLessEqual(began - 1, asked["since"], "when the sidecar started")
+                shown = countersign("strict", "--plan", "-n", ns)
+                self.assertRegex(shown.stdout, rf"in +pod still-plain/{held} +8000 +carried +1/1 ")
+                self.assertIn("have looked since", shown.stderr)
                 refused = countersign("strict", "-n", ns)
                 self.assertEqual(refused.returncode, 1)
                 self.assertIn("nothing was changed", refused.stderr)
-                self.assertEqual(call().returncode, 0)
+                self.assertEqual(call(), 0)
+                moved_at = int(time.time())
                 self.assertEqual(countersign("strict", "-n", ns, "--force").returncode, 0)
-                wait("strict to hold", lambda: call().returncode != 0, 20)
+                wait("strict to hold", lambda: call() != 0, 20)
                 self.assertEqual(get("namespace", ns)["metadata"]["annotations"]["countersign.dev/mode"], "strict")
+                apart = lambda: (r := row(plan(), old, "refused")) and r["last_seen"] >= moved_at and r
+                seen = wait("the refused peer apart from the carried", apart, 10)
+                self.assertEqual((seen["direction"], seen["port"], seen["open"]), ("in", 8000, 0))
         finally:
             kubectl("-n", NAMESPACE, "patch", "configmap", "countersign-mesh", "-p", '{"data":{"mode":"strict"}}')
         self.assertEqual(countersign("strict").returncode, 2)
+
+    def test_strict_moves_nothing_while_a_sidecar_cannot_be_asked_and_needs_no_log(self):
+        kubectl("-n", NAMESPACE, "patch", "configmap", "countersign-mesh", "-p", '{"data":{"mode":"permissive"}}')
+        try:
+            with mesh.namespace("unasked") as ns:
+                deploy(ns, deployment("web", ["sleep", "infinity"]))
+                web = f"{ns}/{pod_of(ns, 'web')}"
+                moved = lambda: get("namespace", ns)["metadata"].get("annotations", {}).get("countersign.dev/mode")
+                with user("blind", *LOOKS, "patch namespaces") as as_blind:
+                    move = lambda: as_blind("strict", "-n", ns, "--output", "json")
+                    done = wait("the right to look", lambda: (d := move()).stdout and d, 10)
+                    self.assertEqual(done.returncode, 1, done.stderr)
+                    (unknown,) = json.loads(done.stdout)["unknown"]
+                    self.assertEqual((unknown["workload"], unknown["reason"]), (web, "forbidden"))
+                    self.assertIn("pods/portforward", unknown["why"])
+                    self.assertIn("get and create on pods/portforward", unknown["mend"])
+                    self.assertIn("nothing was changed", done.stderr)
+                    self.assertNotEqual(moved(), "strict")
+                with user("asking", *LOOKS, ASKS, "patch namespaces") as as_asking:
+                    may = ("auth", "can-i", "get", "pods", "--subresource=log")
+                    logs = kubectl("-n", ns, *may, "--as=asking", check=False)
+                    self.assertEqual(logs.stdout.strip(), "no")
+                    plan = lambda: as_asking("strict", "--plan", "-n", ns, "--output", "json")
+                    clear = lambda: (d := plan()).returncode == 0 and json.loads(d.stdout)["sidecars"]
+                    wait("a plan with no pod unknown", clear, 10)
+                    self.assertEqual(as_asking("strict", "-n", ns).returncode, 0)
+                    self.assertEqual(moved(), "strict")
+        finally:
+            kubectl("-n", NAMESPACE, "patch", "configmap", "countersign-mesh", "-p", '{"data":{"mode":"strict"}}')

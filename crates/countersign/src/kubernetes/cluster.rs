@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, LogParams};
+use kube::api::Api;
 use kube::{Client, ResourceExt};
-use serde_json::Value;
 
 use crate::settings::Mistake;
 
@@ -14,9 +13,6 @@ use crate::settings::Mistake;
 const PAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where a sidecar serves its pages.
 pub const SIDECAR_PORT: u16 = 15020;
-
-/// Most of a log that is read, in bytes.
-const MAX_LOG_BYTES: i64 = 16 * 1024 * 1024;
 
 /// A way to the API server.
 pub async fn client() -> Result<Client> {
@@ -50,19 +46,6 @@ pub async fn pods(client: &Client, namespace: &str, labels: &str) -> Result<Vec<
 pub fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
-}
-
-/// What a pod's sidecar has logged last: its lines, and the connections among them.
-pub async fn sidecar_log(client: &Client, pod: &Pod, lines: i64) -> Result<(Vec<String>, Vec<Value>)> {
-    let api: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
-    let container = Some(countersign_controller::injector::SIDECAR.to_owned());
-    let params =
-        LogParams { container, tail_lines: Some(lines), limit_bytes: Some(MAX_LOG_BYTES), ..LogParams::default() };
-    let text = api.logs(&pod.name_any(), &params).await.context("cannot read the sidecar's log")?;
-    let connections =
-        text.lines().filter_map(|l| serde_json::from_str(l).ok()).filter(|v: &Value| v["direction"].is_string());
-    let connections = connections.collect();
-    Ok((text.lines().map(ToOwned::to_owned).collect(), connections))
 }
 
 /// The longest finding, in characters: a table has one line for it.

@@ -5,23 +5,26 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use countersign_controller::crd::SpiffeID;
 use countersign_controller::injector::{INJECT, SIDECAR};
+use countersign_proxy::plaintext::Row;
+use countersign_proxy::status_page::{Carried, Direction, SidecarStatus};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::api::Api;
 use kube::{Client, ResourceExt};
-use serde_json::{Value, json};
+use serde_json::json;
 use time::OffsetDateTime;
 
-use super::cluster::{SIDECAR_PORT, client, is_meshed, is_ready, page, pods, sidecar_log};
-use crate::metrics_page::metric;
-use crate::operator::block;
+use super::cluster::{client, is_meshed, is_ready, pods};
+use super::sidecars::{Unasked, ask};
 use crate::operator::output::{Output, Table};
+use crate::operator::{block, when};
 
-/// Connections that are shown.
+/// Plaintext peers that the table shows: those that came last. JSON has all.
 const SHOWN: usize = 5;
 
 /// Kubernetes: explain how a pod came into the mesh, or why it is not in it.
 ///
-/// Step by step: injection, entry, agent, attestation, SVID, mode, last handshakes. Exit 1 when one is missing.
+/// Step by step: injection, entry, agent, sidecar, attestation, SVID, mode, handshakes; then what the sidecar refused, and its
+/// plaintext peers. Exit 1 when a step is missing.
 #[derive(Debug, clap::Args)]
 pub struct ExplainArgs {
     #[command(subcommand)]
@@ -54,7 +57,7 @@ struct Step {
 /// Explains; exit 1 when a step fails.
 pub fn explain(args: &ExplainArgs) -> Result<ExitCode> {
     let What::Pod { name, namespace, mesh_namespace, output } = &args.what;
-    let (steps, connections) = block(find(name, namespace, mesh_namespace))?;
+    let (steps, status) = block(find(name, namespace, mesh_namespace))?;
     let mut table = Table::new(&["step", "result", "found"]);
     let mut all = vec![];
     for Step { name, outcome } in &steps {
@@ -65,30 +68,35 @@ pub fn explain(args: &ExplainArgs) -> Result<ExitCode> {
         table.row(vec![(*name).to_owned(), if ok { "ok" } else { "MISSING" }.to_owned(), found.clone()]);
         all.push(json!({ "step": name, "ok": ok, "found": found }));
     }
-    for c in connections.iter().rev().take(SHOWN) {
-        table.row(vec!["connection".into(), c["mode"].as_str().unwrap_or_default().into(), sentence(c)]);
+    if let Some(status) = &status {
+        for refused in &status.refused {
+            let found = format!("{} {}, {} times", refused.direction.as_str(), refused.reason, refused.count);
+            table.row(vec!["refused".into(), String::new(), found]);
+        }
+        let mut latest: Vec<&Row> = status.plaintext.peers.iter().collect();
+        latest.sort_by_key(|row| std::cmp::Reverse((row.open > 0, row.last_seen)));
+        latest.iter().take(SHOWN).for_each(|row| table.row(vec!["plaintext".into(), String::new(), sentence(row)]));
     }
     let good = steps.iter().all(|s| s.outcome.is_ok());
-    output.print(&table, &json!({ "ok": good, "steps": all, "connections": connections }))?;
+    output.print(&table, &json!({ "ok": good, "steps": all, "sidecar": status }))?;
     Ok(ExitCode::from(u8::from(!good)))
 }
 
-/// A connection's line of the access log in words.
-fn sentence(c: &Value) -> String {
-    let text = |key: &str| c[key].as_str().unwrap_or("?").to_owned();
-    let (from, to) =
-        (c["source_id"].as_str().unwrap_or("plaintext"), c["destination_id"].as_str().unwrap_or("plaintext"));
-    let how = c["reason"].as_str().map_or_else(|| text("tls"), |why| format!("refused: {why}"));
+/// A plaintext peer in words.
+fn sentence(row: &Row) -> String {
+    let how = if row.key.mode == Carried::Refused { "refused" } else { "carried" };
+    let (key, last) = (&row.key, when(row.last_seen));
     format!(
-        "{} {}: {from} at {} to {to} at {}, {how}",
-        text("time"),
-        text("direction"),
-        text("source"),
-        text("destination")
+        "{} {}, port {}: {how}, {} open, {} in all, last {last}",
+        key.direction.as_str(),
+        key.peer,
+        key.port,
+        row.open,
+        row.total
     )
 }
 
-async fn find(name: &str, namespace: &str, mesh: &str) -> Result<(Vec<Step>, Vec<Value>)> {
+async fn find(name: &str, namespace: &str, mesh: &str) -> Result<(Vec<Step>, Option<SidecarStatus>)> {
     let client = client().await?;
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let pod = api.get(name).await.with_context(|| format!("cannot read pod {namespace}/{name}"))?;
@@ -96,20 +104,27 @@ async fn find(name: &str, namespace: &str, mesh: &str) -> Result<(Vec<Step>, Vec
     steps.push(Step { name: "registration", outcome: registration(&client, name, namespace).await });
     steps.push(Step { name: "agent", outcome: agent(&client, &pod, mesh).await });
     if !is_meshed(&pod) {
-        return Ok((steps, vec![]));
+        return Ok((steps, None));
     }
-    let (lines, connections) = sidecar_log(&client, &pod, 2_000).await.unwrap_or_default();
-    steps.push(Step { name: "attestation", outcome: attestation(&lines) });
-    let metrics = page(&client, &pod, SIDECAR_PORT, "/metrics").await;
-    steps.push(Step { name: "SVID", outcome: svid(metrics.as_deref().map_err(ToString::to_string)) });
-    let mode = page(&client, &pod, SIDECAR_PORT, "/mode").await;
-    let mode = mode.map(|m| m.trim().to_owned()).map_err(|e| format!("the sidecar does not know its policy yet ({e})"));
-    steps.push(Step { name: "mode", outcome: mode });
-    let handshakes = connections.iter().filter(|c| c["mode"] == "mtls").count();
-    let refused = connections.iter().filter(|c| c["mode"] == "refused").count();
-    let said = format!("{handshakes} over mTLS and {refused} refused among the last {} connections", connections.len());
-    steps.push(Step { name: "handshakes", outcome: Ok(said) });
-    Ok((steps, connections))
+    let asked = ask(&client, &pod).await;
+    steps.extend(told(&asked, OffsetDateTime::now_utc().unix_timestamp()));
+    Ok((steps, asked.ok()))
+}
+
+/// The steps that the sidecar itself tells of. `now`: seconds since 1970.
+fn told(asked: &Result<SidecarStatus, Unasked>, now: i64) -> Vec<Step> {
+    let status = match asked {
+        Ok(status) => status,
+        Err(why) => return vec![Step { name: "sidecar", outcome: Err(format!("{why}; {}", why.mend())) }],
+    };
+    let since = format!("version {}, started {}", status.version, when(status.started_at));
+    vec![
+        Step { name: "sidecar", outcome: Ok(since) },
+        Step { name: "attestation", outcome: attestation(status) },
+        Step { name: "SVID", outcome: svid(status, now) },
+        Step { name: "mode", outcome: mode(status) },
+        Step { name: "handshakes", outcome: Ok(handshakes(status)) },
+    ]
 }
 
 async fn injection(client: &Client, pod: &Pod, namespace: &str) -> Result<String, String> {
@@ -155,50 +170,106 @@ async fn agent(client: &Client, pod: &Pod, mesh: &str) -> Result<String, String>
 }
 
 /// What the agent last answered the sidecar.
-fn attestation(lines: &[String]) -> Result<String, String> {
-    let refusal = lines.iter().rposition(|l| l.contains("no identity from the agent"));
-    let success = lines.iter().rposition(|l| l.contains("identity in use") || l.contains("\"mode\":\"mtls\""));
-    match (refusal, success) {
-        (Some(at), then) if then.is_none_or(|s| s < at) => {
-            let said = lines[at].split_once("status=").map_or(lines[at].as_str(), |(_, said)| said);
-            Err(said.trim_matches('"').to_owned())
-        }
-        _ => Ok("the agent has not refused the sidecar lately".into()),
+fn attestation(status: &SidecarStatus) -> Result<String, String> {
+    match &status.agent_refusal {
+        Some(refusal) => Err(format!("{} ({}, {})", refusal.message, refusal.code, when(refusal.at))),
+        None if status.identity.is_some() => Ok("the agent's last answer was an identity".into()),
+        None => Err("the agent has not answered the sidecar yet".into()),
     }
 }
 
-fn svid(metrics: Result<&str, String>) -> Result<String, String> {
-    let metrics = metrics.map_err(|e| format!("the sidecar does not answer: {e}"))?;
-    let now = OffsetDateTime::now_utc().unix_timestamp();
-    #[allow(clippy::cast_possible_truncation)] // seconds since 1970
-    let end = metric(metrics, "countersign_proxy_svid_expiry_timestamp_seconds").next().map(|(_, end)| end as i64);
-    match end {
-        Some(end) if end > now => Ok(format!("{} s left", end - now)),
-        Some(0) | None => Err("the sidecar has none".into()),
-        Some(end) => Err(format!("it ended {} s ago; is the agent connected to its server?", now - end)),
+fn svid(status: &SidecarStatus, now: i64) -> Result<String, String> {
+    let identity = status.identity.as_ref().ok_or("the sidecar has none")?;
+    match identity.expires_at - now {
+        left @ 1.. => Ok(format!("{}, serial {}, {left} s left", identity.spiffe_id, identity.serial)),
+        over => Err(format!("it ended {} s ago; is the agent connected to its server?", -over)),
     }
+}
+
+fn mode(status: &SidecarStatus) -> Result<String, String> {
+    let missing = || format!(" ({})", status.missing.as_deref().unwrap_or("the directory has not answered"));
+    status.mode.clone().ok_or_else(|| format!("the sidecar does not know its policy yet{}", missing()))
+}
+
+fn handshakes(status: &SidecarStatus) -> String {
+    let count = |direction, mode| {
+        let of = status.connections.iter().filter(|c| (c.direction, c.mode) == (direction, mode));
+        of.map(|c| c.count).sum::<u64>()
+    };
+    let one = |direction: Direction| {
+        format!(
+            "{}: {} over mTLS, {} in the clear, {} refused",
+            direction.as_str(),
+            count(direction, Carried::Mtls),
+            count(direction, Carried::Plain),
+            count(direction, Carried::Refused)
+        )
+    };
+    format!("{}; {}; {} open", one(Direction::Inbound), one(Direction::Outbound), status.open)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubernetes::sidecars::tests::page;
+    use serde_json::Value;
+
+    fn status(change: impl FnOnce(&mut Value)) -> SidecarStatus {
+        let mut page = page();
+        change(&mut page);
+        serde_json::from_value(page).unwrap()
+    }
+
+    #[test]
+    fn a_sidecar_that_is_well_passes_each_step() {
+        let steps = told(&Ok(status(|_| {})), 1_000);
+        let names: Vec<_> = steps.iter().map(|s| s.name).collect();
+        assert_eq!(names, ["sidecar", "attestation", "SVID", "mode", "handshakes"]);
+        assert!(steps.iter().all(|s| s.outcome.is_ok()));
+        assert_eq!(steps[2].outcome.as_ref().unwrap(), "spiffe://a.org/ns/shop/sa/web, serial 0a, 3999999000 s left");
+        let said = steps[4].outcome.as_ref().unwrap();
+        let expected =
+            "inbound: 7 over mTLS, 0 in the clear, 0 refused; outbound: 0 over mTLS, 0 in the clear, 0 refused; 1 open";
+        assert_eq!(said, expected);
+    }
 
     #[test]
     fn the_agents_last_word_counts() {
-        let refused = "WARN no identity from the agent; trying again in 1s status=\"no identity issued: attested x; the closest entry also needs y\"".to_owned();
-        let good = "{\"direction\":\"outbound\",\"mode\":\"mtls\"}".to_owned();
-        assert!(attestation(&[good.clone(), refused.clone()]).unwrap_err().ends_with("also needs y"));
-        assert!(attestation(&[refused, good]).is_ok());
-        assert!(attestation(&[]).is_ok());
+        let refusal = json!({ "at": 60, "code": "PermissionDenied", "message": "no identity issued: it also needs y" });
+        let refused = status(|page| page["agent_refusal"] = refusal);
+        let why = attestation(&refused).unwrap_err();
+        assert_eq!(why, "no identity issued: it also needs y (PermissionDenied, 1970-01-01T00:01:00Z)");
+        assert!(attestation(&status(|_| {})).is_ok());
+        let silent = status(|page| page["identity"] = Value::Null);
+        assert!(attestation(&silent).unwrap_err().contains("not answered"));
     }
 
     #[test]
     fn an_svid_that_is_over_is_none() {
-        let page = |end: i64| format!("countersign_proxy_svid_expiry_timestamp_seconds {end}\n");
-        let now = OffsetDateTime::now_utc().unix_timestamp();
-        assert!(svid(Ok(&page(now + 60))).is_ok());
-        assert!(svid(Ok(&page(now - 60))).unwrap_err().contains("ended"));
-        assert!(svid(Ok(&page(0))).unwrap_err().contains("none"));
-        assert!(svid(Err("gone".into())).unwrap_err().contains("gone"));
+        let ends = |end: i64| status(|page| page["identity"]["expires_at"] = json!(end));
+        assert!(svid(&ends(61), 60).is_ok());
+        assert!(svid(&ends(60), 60).unwrap_err().contains("ended 0 s ago"));
+        assert!(svid(&status(|page| page["identity"] = Value::Null), 60).unwrap_err().contains("none"));
+    }
+
+    #[test]
+    fn a_mode_that_is_not_known_says_what_is_missing() {
+        let waiting = status(|page| (page["mode"], page["missing"]) = (Value::Null, json!("no SVID yet")));
+        assert!(mode(&waiting).unwrap_err().contains("no SVID yet"));
+    }
+
+    #[test]
+    fn a_sidecar_that_cannot_be_asked_is_one_step_with_what_to_do() {
+        let steps = told(&Err(Unasked::Forbidden("no".into())), 0);
+        assert_eq!((steps.len(), steps[0].name), (1, "sidecar"));
+        let why = steps[0].outcome.as_ref().unwrap_err();
+        assert!(why.contains("get and create on pods/portforward"), "{why}");
+    }
+
+    #[test]
+    fn a_plaintext_peer_is_a_sentence() {
+        let row = &status(|_| {}).plaintext.peers[0];
+        let said = "inbound 10.0.0.9, port 8080: carried, 1 open, 3 in all, last 1970-01-01T00:02:00Z";
+        assert_eq!(sentence(row), said);
     }
 }

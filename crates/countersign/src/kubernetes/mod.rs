@@ -7,10 +7,14 @@ mod exceptions;
 mod explain;
 mod inject;
 mod install;
+mod sidecars;
 mod strict;
 mod uninstall;
 mod values;
 mod verify;
+
+#[cfg(fuzzing)]
+pub use sidecars::texts as sidecar_texts;
 
 pub use check::{CheckArgs, check};
 pub use explain::{ExplainArgs, explain};

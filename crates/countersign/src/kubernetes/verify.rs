@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use countersign_controller::injector::SIDECAR;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::api::{Api, DeleteParams, LogParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 
-use super::cluster::{client, is_meshed, is_ready, sidecar_log};
+use super::cluster::{client, is_meshed, is_ready};
 use crate::capture::{Line, pcap};
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
@@ -22,6 +23,8 @@ use crate::stop::on_signal;
 
 /// How often a pod is looked at.
 const LOOK: Duration = Duration::from_millis(500);
+/// Most of a sidecar's log that is read, in bytes.
+const MAX_LOG_BYTES: i64 = 16 * 1024 * 1024;
 /// The port that sidecars meet on.
 const MESH_PORT: u16 = 15008;
 /// The user of the pods' apps; anybody but the sidecar's.
@@ -219,6 +222,19 @@ impl Stage {
         self.pods().logs(pod, &params).await.map_err(|e| format!("log of {pod}: {e}"))
     }
 
+    /// The connections that a pod's sidecar has logged last.
+    async fn connections(&self, pod: &str) -> Result<Vec<Value>> {
+        let params = LogParams {
+            container: Some(SIDECAR.to_owned()),
+            tail_lines: Some(200),
+            limit_bytes: Some(MAX_LOG_BYTES),
+            ..LogParams::default()
+        };
+        let text = self.pods().logs(pod, &params).await.context("cannot read the sidecar's log")?;
+        let lines = text.lines().filter_map(|l| serde_json::from_str(l).ok());
+        Ok(lines.filter(|v: &Value| v["direction"].is_string()).collect())
+    }
+
     async fn play(&self, pcap_file: Option<&std::path::Path>) -> Result<Found> {
         let mut found = Found::default();
         eprintln!("starting two pods in namespace {}", self.namespace);
@@ -253,8 +269,8 @@ impl Stage {
         found.check("pods", Ok(format!("caller on {}, callee on {}", node_of(&caller), node_of(&callee))));
         let said = self.log("caller", "app").await.map_err(|e| anyhow!(e))?;
         found.check("request", answered(&said, &self.word));
-        let (_, out) = sidecar_log(&self.client, &caller, 200).await?;
-        let (_, inward) = sidecar_log(&self.client, &callee, 200).await?;
+        let out = self.connections("caller").await?;
+        let inward = self.connections("callee").await?;
         let destination = format!("{host}:{PORT}");
         let both = (told(&out, "outbound", &destination), told(&inward, "inbound", &destination));
         let agreed = match both {

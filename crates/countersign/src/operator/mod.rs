@@ -25,7 +25,7 @@ pub fn block<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
 }
 
 /// Seconds since 1970 as RFC 3339; 0 is never.
-fn when(seconds: i64) -> String {
+pub(crate) fn when(seconds: i64) -> String {
     if seconds == 0 {
         return "never".into();
     }

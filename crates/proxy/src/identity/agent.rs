@@ -17,6 +17,7 @@ pub async fn follow_agent(current: Arc<Current>, channel: Channel, shutdown: Can
         },
         // Withdrawn is withdrawn; an agent that is only away leaves us who we are.
         Told::Withdrawn => current.clear(),
+        Told::Ended(status) => current.refused_by_agent(&format!("{:?}", status.code()), status.message()),
     };
     follow(channel, shutdown, told).await;
 }

@@ -6,16 +6,18 @@ mod agent;
 mod files;
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use countersign_api::clock::Clock;
 use countersign_api::tls::{SvidVerifier, TlsError, certified_key, client_config, server_config};
 use countersign_api::verified::VerifiedChains;
+use countersign_identity::shown::sentence;
 use countersign_identity::verify::Refusal;
 use countersign_identity::{AuthorityKey, BundleSet, X509Svid};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ServerConfig};
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -99,9 +101,25 @@ impl Identity {
     }
 }
 
+/// Longest text of the agent's that is kept, in characters.
+const MAX_AGENT_TEXT: usize = 512;
+
+/// What the agent answered instead of an identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentRefusal {
+    /// When, in seconds since 1970.
+    pub at: i64,
+    /// The gRPC status, such as `PermissionDenied`.
+    pub code: String,
+    /// Its text.
+    pub message: String,
+}
+
 /// The identity of the moment, and each change.
 pub struct Current {
     identity: ArcSwapOption<Identity>,
+    /// The agent's last answer, where it was no identity.
+    refusal: Mutex<Option<AgentRefusal>>,
     changes: watch::Sender<u64>,
     clock: Clock,
 }
@@ -109,7 +127,7 @@ pub struct Current {
 impl Current {
     /// Nobody yet.
     pub fn new(clock: Clock) -> Self {
-        Self { identity: ArcSwapOption::empty(), changes: watch::Sender::new(0), clock }
+        Self { identity: ArcSwapOption::empty(), refusal: Mutex::default(), changes: watch::Sender::new(0), clock }
     }
 
     /// The time.
@@ -142,6 +160,7 @@ impl Current {
         tracing::info!(spiffe_id = %identity.svid.id(), serial = facts.serial, not_after = %facts.not_after,
             authorities = identity.bundles().iter().map(|b| b.authorities.len()).sum::<usize>(), "identity in use");
         self.identity.store(Some(Arc::new(identity)));
+        *self.last_refusal() = None;
         self.changes.send_modify(|n| *n += 1);
     }
 
@@ -151,6 +170,21 @@ impl Current {
             tracing::error!("the identity was withdrawn; nothing goes to or from the mesh any more");
             self.changes.send_modify(|n| *n += 1);
         }
+    }
+
+    fn last_refusal(&self) -> MutexGuard<'_, Option<AgentRefusal>> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The agent gave no identity, or has ended its stream. An identity that stands goes on to do so.
+    pub fn refused_by_agent(&self, code: &str, message: &str) {
+        let message = sentence(message, MAX_AGENT_TEXT).to_string();
+        *self.last_refusal() = Some(AgentRefusal { at: self.now().unix_timestamp(), code: code.to_owned(), message });
+    }
+
+    /// The agent's last answer, where it was no identity.
+    pub fn agent_refusal(&self) -> Option<AgentRefusal> {
+        self.last_refusal().clone()
     }
 
     /// Ticks with each change.

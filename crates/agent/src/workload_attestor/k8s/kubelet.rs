@@ -5,11 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::files::read_bounded;
-use countersign_api::names;
+use countersign_api::{http_client, names};
 use countersign_identity::bundle::certificates_from_pem;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::body::Bytes;
-use hyper_util::rt::TokioIo;
+use http_body_util::Empty;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::sync::Mutex;
@@ -133,35 +131,22 @@ impl Client {
         let name = ServerName::try_from(host.to_owned()).map_err(|e| fails(&e))?;
         let tcp = names::connect(address).await.map_err(|e| fails(&e))?;
         let tls = TlsConnector::from(self.tls.clone()).connect(name, tcp).await.map_err(|e| fails(&e))?;
-        let (mut client, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(tls)).await.map_err(|e| fails(&e))?;
         let request = http::Request::get("/pods")
             .header(http::header::HOST, address.as_str())
             .header(http::header::AUTHORIZATION, bearer)
-            .body(Empty::<Bytes>::new())
+            .body(Empty::new())
             .map_err(|e| fails(&e))?;
-        let exchange = async {
-            let answer = client.send_request(request).await.map_err(|e| fails(&e))?;
-            let status = answer.status().as_u16();
-            if status != 200 {
-                let mend = match status {
-                    401 => "does it accept service account tokens (authentication.webhook)?",
-                    403 => "give the agent's service account `get` on nodes/pods (nodes/proxy before Kubernetes 1.33)",
-                    _ => "see the kubelet's log",
-                };
-                return Err(QueryError::Refused { address: address.clone(), status, mend });
-            }
-            let body = Limited::new(answer.into_body(), MAX_LIST_BYTES).collect().await;
-            let body = body.map_err(|e| QueryError::Answer(e.to_string()))?.to_bytes();
-            Pods::parse(&body).map_err(|e| QueryError::Answer(e.to_string()))
-        };
-        tokio::pin!(exchange);
-        tokio::select! {
-            pods = &mut exchange => pods,
-            ended = connection => match ended {
-                Ok(()) => exchange.await,
-                Err(e) => Err(fails(&e)),
-            },
+        let answer = http_client::send(tls, request).await.map_err(|e| fails(&e))?;
+        let status = answer.status.as_u16();
+        if status != 200 {
+            let mend = match status {
+                401 => "does it accept service account tokens (authentication.webhook)?",
+                403 => "give the agent's service account `get` on nodes/pods (nodes/proxy before Kubernetes 1.33)",
+                _ => "see the kubelet's log",
+            };
+            return Err(QueryError::Refused { address: address.clone(), status, mend });
         }
+        let pods = answer.whole(MAX_LIST_BYTES).await.map_err(|e| QueryError::Answer(e.to_string()))?;
+        Pods::parse(&pods.body).map_err(|e| QueryError::Answer(e.to_string()))
     }
 }
