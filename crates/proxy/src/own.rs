@@ -1,4 +1,4 @@
-//! Which workload this sidecar stands beside: its addresses, and what the directory says of them.
+//! The workload that this sidecar belongs to: its addresses, and what the directory says about them.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::identity::Identity;
 use crate::sockets::own_addresses;
 
-/// Addresses are looked up again at most this often.
+/// Shortest interval between two reads of the interface addresses.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The workload behind this namespace's addresses.
@@ -22,13 +22,13 @@ pub struct Own {
 }
 
 struct State {
-    /// Held, so that the directory goes on to be asked.
+    /// Kept, because the directory is asked for an address only while a receiver exists.
     answers: HashMap<IpAddr, Option<watch::Receiver<Option<Answer>>>>,
     looked: Instant,
 }
 
 impl Own {
-    /// Begins to follow this namespace's addresses.
+    /// Starts following this namespace's addresses in the directory.
     pub fn new(directory: Subscriptions) -> Self {
         let own = Self { state: Mutex::new(State { answers: HashMap::new(), looked: Instant::now() }), directory };
         own.look(&mut own.state());
@@ -44,13 +44,13 @@ impl Own {
         let addresses = own_addresses();
         state.answers.retain(|a, _| addresses.contains(a));
         for address in addresses {
-            // Loopback and link-local addresses are alike everywhere: the directory cannot know them.
+            // Loopback and link-local addresses exist on every machine: the directory cannot know them.
             let local = address.is_loopback() || matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
             state.answers.entry(address).or_insert_with(|| (!local).then(|| self.directory.follow(address)));
         }
     }
 
-    /// Whether an address is this namespace's own.
+    /// Whether an address is one of this namespace's own. Rereads the interfaces if it is not known yet.
     pub fn is_own(&self, address: IpAddr) -> bool {
         let mut state = self.state();
         if !state.answers.contains_key(&address) && state.looked.elapsed() >= LOOK {
@@ -59,14 +59,14 @@ impl Own {
         state.answers.contains_key(&address)
     }
 
-    /// The workload at one of our addresses, if the directory says that it is us.
+    /// The workload at one of our addresses; `None` unless the directory names our own SPIFFE ID there.
     pub fn at(&self, address: IpAddr, identity: &Identity) -> Option<Arc<Workload>> {
         let state = self.state();
         let answer = state.answers.get(&address)?.as_ref()?.borrow().clone();
         ours(answer?, identity)
     }
 
-    /// The workload at any of our addresses, if the directory says that it is us.
+    /// The workload at any of our addresses; `None` unless the directory names our own SPIFFE ID there.
     pub fn workload(&self, identity: &Identity) -> Option<Arc<Workload>> {
         let mut state = self.state();
         if state.answers.values().all(Option::is_none) && state.looked.elapsed() >= LOOK {
@@ -79,6 +79,7 @@ impl Own {
 
 fn ours(answer: Answer, identity: &Identity) -> Option<Arc<Workload>> {
     match answer {
+        // During a change of pods the directory may still name the address's former owner: its policy is not ours.
         Answer::Meshed(workload) if workload.spiffe_ids.contains(&identity.svid().id().to_string()) => Some(workload),
         _ => None,
     }
