@@ -1,15 +1,15 @@
-//! Files, read with a bound; and those that hold secrets, written so that no crash leaves half of one and nobody else reads it.
+//! Bounded reads of files, and atomic writes of secrets: no crash leaves half a file, and no other user can read it.
 
 use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Reads a regular file of at most `most` bytes. Devices, pipes and folders are refused: what they hold may never end, or
-/// never come.
+/// Reads a regular file of at most `most` bytes. Devices, pipes and folders are rejected, because reading them may
+/// never end or may block.
 pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut content = vec![];
-    // Without O_NONBLOCK the open itself waits for a pipe's writer. It changes nothing for regular files.
+    // Without O_NONBLOCK, open(2) would wait for a pipe's writer. It has no effect on regular files.
     let file = OpenOptions::new().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path)?;
     let kind = file.metadata()?.file_type();
     if !kind.is_file() {
@@ -28,12 +28,13 @@ pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Writes a file of mode 0600 atomically: a fresh file beside it, synced, renamed over it, the folder synced.
+/// Writes a file of mode 0600 atomically: a new file in the same folder, synced, renamed over the old one, the folder
+/// synced.
 pub fn write_secret(path: &Path, content: &[u8]) -> io::Result<()> {
     write_atomically(path, content, 0o600)
 }
 
-/// Writes a file of this mode atomically.
+/// Writes a file with this mode atomically, see [`write_secret`].
 pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let dir = path.parent().ok_or_else(|| io::Error::other("the path has no folder"))?;
     let mut temporary = path.as_os_str().to_owned();
