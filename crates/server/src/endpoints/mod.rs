@@ -1,4 +1,4 @@
-//! The services that the server speaks, on TLS for agents and on its Unix socket for operators.
+//! The server's gRPC services, on TLS for agents and on its Unix socket for operators.
 
 mod agent;
 mod bundle;
@@ -31,14 +31,14 @@ use tonic::{Code, Status};
 
 use crate::core::Core;
 
-/// A response stream.
+/// A stream of responses.
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// A service's own handle on the server.
+/// Implements all services on the server's state.
 #[derive(Clone)]
 struct Endpoint(Arc<Core>);
 
-/// Every service of the server.
+/// All services of the server, with gRPC health checks.
 pub async fn routes(core: &Arc<Core>) -> Routes {
     let endpoint = Endpoint(core.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -54,7 +54,7 @@ pub async fn routes(core: &Arc<Core>) -> Routes {
         .add_service(StatusServer::new(endpoint))
 }
 
-/// The status of one item in a batch.
+/// The status of one item of a batch.
 fn item_status(result: &Result<(), Status>) -> types::Status {
     match result {
         Ok(()) => types::Status { code: Code::Ok.into(), message: "OK".into() },
@@ -62,7 +62,7 @@ fn item_status(result: &Result<(), Status>) -> types::Status {
     }
 }
 
-/// A field that cannot be parsed.
+/// InvalidArgument for a field that cannot be parsed.
 fn invalid(error: impl std::fmt::Display) -> Status {
     Status::invalid_argument(error.to_string())
 }
