@@ -1,20 +1,20 @@
-//! When an SVID is due for renewal: the agent's own and its workloads' alike.
+//! When an SVID is due for renewal, for the agent's own and its workloads' alike.
 
 use std::time::Duration;
 
 use countersign_identity::{X509Bundle, X509Svid};
 use time::OffsetDateTime;
 
-/// Shortest time from one signature to the next for the same identity. An authority that is about to end signs lives of
-/// seconds, whose every fraction would be over at once.
+/// Shortest time between two signatures for the same identity. An authority that is about to expire issues lifetimes of
+/// seconds, whose every fraction would be due at once.
 pub const PAUSE: Duration = Duration::from_secs(2);
 
-/// Longest time that an SVID below a tainted or missing authority is used on when its successor was below one too: the bundle
-/// in which that is good may still be under way.
+/// Longest wait before an SVID under a tainted or missing authority is renewed once more, if its successor was under
+/// such an authority too: the bundle that makes it valid may still be in transit.
 const STEADY: Duration = Duration::from_secs(5);
 
-/// Whether a new SVID should be asked for. `obtained`: when this one came; `jitter` from -1.0 to 1.0; `bundle`: our trust
-/// domain's, by the latest word of the server.
+/// Whether a new SVID should be requested. `obtained`: when this one was obtained; `jitter`: -1.0 to 1.0; `bundle`: our
+/// trust domain's latest bundle.
 pub fn is_due(
     svid: &X509Svid,
     obtained: OffsetDateTime,
@@ -27,18 +27,19 @@ pub fn is_due(
     if !of_life && !of_trust {
         return false;
     }
-    // A clock that was set back says nothing of how long ago the last signature was.
+    // If the clock was set back, the time since the last signature is unknown.
     if obtained > now {
         return true;
     }
-    // Half of a life that began before the signature may be over at once: a quarter of what was left is waited for.
+    // Half of a lifetime that began before the signature may be over at once, so at least a quarter of the remaining
+    // time is awaited.
     let quarter = svid.remaining(obtained) / 4;
     let wait = if of_trust { quarter.min(STEADY) } else { quarter };
     obtained + wait.max(PAUSE) <= now
 }
 
-/// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed for the
-/// sake of its life alone: its bundle does not tell which of them is tainted.
+/// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed by
+/// its lifetime only, because the bundle does not show which intermediate is tainted.
 fn is_below_good_root(svid: &X509Svid, bundle: &X509Bundle) -> bool {
     let id = &svid.facts().authority_id;
     svid.chain().len() > 1 || bundle.authorities.iter().any(|a| a.id() == id && !a.tainted)
@@ -66,7 +67,7 @@ mod tests {
     #[test]
     fn lives_of_seconds_are_signed_at_most_every_other_second() {
         let start = OffsetDateTime::now_utc();
-        // An authority with nine seconds left: whatever it signs ends when it ends.
+        // The authority expires in nine seconds, and so does every SVID that it signs.
         let ca = Ca::lasting(secs(9), start);
         let (mut signatures, mut at) = (0, start);
         let (mut svid, mut obtained) = (ca.svid("/w", secs(3_600), start), start);
@@ -77,7 +78,7 @@ mod tests {
             }
         }
         assert!((1..=4).contains(&signatures), "{signatures}");
-        // And one that has ended already is no reason to spin.
+        // An authority that has already expired must not cause a busy loop.
         assert!(!is_due(&svid, at, 0.0, Some(&ca.bundle()), at + secs(1)));
     }
 
