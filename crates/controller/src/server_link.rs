@@ -1,4 +1,4 @@
-//! The server's Unix socket: registration entries and the directory.
+//! Calls to the server over its Unix socket: registration entries and the directory.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,23 +15,23 @@ use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
-/// Entries of one call, at most.
+/// Most entries per call.
 const BATCH: usize = 200;
-/// A call takes no longer.
+/// Longest call to the server.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The way to a server.
+/// The connection to a server. Clones share it.
 #[derive(Clone)]
 pub struct ServerLink {
     socket: PathBuf,
     channel: Channel,
 }
 
-/// What became of one item of a batch.
+/// Outcome of one item of a batch.
 pub struct Done {
-    /// gRPC code, 0 is good.
+    /// gRPC status code; 0 is success.
     pub code: i32,
-    /// For people.
+    /// Message of the status, for people.
     pub message: String,
 }
 
@@ -43,12 +43,12 @@ impl Done {
 }
 
 impl ServerLink {
-    /// A way to the server behind this socket; nothing is dialled before the first call.
+    /// A connection to the server on this socket, opened at the first call.
     pub fn new(socket: &Path) -> Self {
         Self { socket: socket.to_owned(), channel: unix_channel(socket) }
     }
 
-    /// For logs.
+    /// Path of the socket, for logs.
     pub fn name(&self) -> String {
         self.socket.display().to_string()
     }
@@ -59,7 +59,7 @@ impl ServerLink {
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// Returns when the server went away: its memory, the directory in it, is gone then.
+    /// Resolves once the server is gone. Its memory, and the directory in it, is lost then.
     pub async fn gone(&self) -> tonic::Status {
         let mut client = HealthClient::new(self.channel.clone());
         let request = HealthCheckRequest { service: String::new() };
@@ -78,7 +78,7 @@ impl ServerLink {
         }
     }
 
-    /// All entries.
+    /// All registration entries.
     pub async fn list(&self) -> Result<Vec<Entry>, tonic::Status> {
         let (mut all, mut token) = (vec![], String::new());
         loop {
@@ -94,7 +94,7 @@ impl ServerLink {
         }
     }
 
-    /// Creates entries; one answer each, in order.
+    /// Creates entries; returns one outcome per entry, in order.
     pub async fn create(&self, entries: &[Entry]) -> Result<Vec<Done>, tonic::Status> {
         let mut done = vec![];
         for batch in entries.chunks(BATCH) {
@@ -107,7 +107,7 @@ impl ServerLink {
         Ok(done)
     }
 
-    /// Replaces entries; one answer each, in order.
+    /// Replaces entries; returns one outcome per entry, in order.
     pub async fn update(&self, entries: &[Entry]) -> Result<Vec<Done>, tonic::Status> {
         let mut done = vec![];
         for batch in entries.chunks(BATCH) {
@@ -120,7 +120,7 @@ impl ServerLink {
         Ok(done)
     }
 
-    /// Deletes entries; one that is gone already is no mistake.
+    /// Deletes entries. An entry that no longer exists is not an error.
     pub async fn delete(&self, ids: &[String]) -> Result<(), tonic::Status> {
         for batch in ids.chunks(BATCH) {
             let mut request = tonic::Request::new(BatchDeleteEntryRequest { ids: batch.to_vec() });
@@ -130,7 +130,7 @@ impl ServerLink {
         Ok(())
     }
 
-    /// Feeds the directory.
+    /// Publishes changes of the directory; with `replace`, everything else is removed.
     pub async fn publish(
         &self,
         replace: bool,
