@@ -1,4 +1,4 @@
-//! The cluster of the current KUBECONFIG, as the commands look at it.
+//! Access to the cluster of the current KUBECONFIG, for commands.
 
 use std::time::Duration;
 
@@ -10,21 +10,21 @@ use serde_json::Value;
 
 use crate::settings::Mistake;
 
-/// An answer of a pod's page takes no longer.
+/// Longest request for a pod's page.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Where a sidecar serves its pages.
+/// TCP port of a sidecar's pages.
 pub const SIDECAR_PORT: u16 = 15020;
 
 /// Most of a log that is read, in bytes.
 const MAX_LOG_BYTES: i64 = 16 * 1024 * 1024;
 
-/// A way to the API server.
+/// A client of the API server. Errors: there is no usable configuration.
 pub async fn client() -> Result<Client> {
     let client = Client::try_default().await;
     Ok(client.map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {e}; set KUBECONFIG")))?)
 }
 
-/// A page of a pod, asked through the API server.
+/// Fetches a page of a pod through the API server's proxy.
 pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String> {
     let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
     let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy{path}");
@@ -39,20 +39,20 @@ pub fn is_meshed(pod: &Pod) -> bool {
     all.any(|c| c.name == countersign_controller::injector::SIDECAR)
 }
 
-/// Pods of a namespace with these labels that are not on their way out.
+/// Pods of a namespace with these labels that are not being deleted.
 pub async fn pods(client: &Client, namespace: &str, labels: &str) -> Result<Vec<Pod>> {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let listed = api.list(&kube::api::ListParams::default().labels(labels)).await.context("cannot list pods")?;
     Ok(listed.items.into_iter().filter(|p| p.metadata.deletion_timestamp.is_none()).collect())
 }
 
-/// Whether a pod takes part.
+/// Whether a pod is ready.
 pub fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
 }
 
-/// What a pod's sidecar has logged last: its lines, and the connections among them.
+/// The last `lines` of a sidecar's log: all lines, and the access log lines among them.
 pub async fn sidecar_log(client: &Client, pod: &Pod, lines: i64) -> Result<(Vec<String>, Vec<Value>)> {
     let api: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
     let container = Some(countersign_controller::injector::SIDECAR.to_owned());
@@ -65,12 +65,12 @@ pub async fn sidecar_log(client: &Client, pod: &Pod, lines: i64) -> Result<(Vec<
     Ok((text.lines().map(ToOwned::to_owned).collect(), connections))
 }
 
-/// The longest finding, in characters: a table has one line for it.
+/// Longest finding, in characters: it is one line of a table.
 const MAX_WORDS: usize = 200;
 
-/// An error's text as one line of words. The Kubernetes client shows an answer's whole structure behind its message.
+/// An error's text as one line. The Kubernetes client appends the whole structure of an answer to its message.
 pub fn words(text: &str) -> String {
-    // `ApiError: MESSAGE: REASON (Status { … })` and the like.
+    // For example `ApiError: MESSAGE: REASON (Status { … })`.
     let text = text.split(" (Status {").next().unwrap_or(text).split(" (ErrorResponse {").next().unwrap_or(text);
     let line = text.replace("ApiError: ", "").split_whitespace().collect::<Vec<_>>().join(" ");
     match line.char_indices().nth(MAX_WORDS) {

@@ -1,4 +1,4 @@
-//! Where a mesh stands on this machine: its folder, its names, and tidying up after a mesh that was killed.
+//! A mesh's place on this machine: its folder, its names, and cleaning up after a mesh that was killed.
 
 use std::fs::File;
 use std::io;
@@ -18,20 +18,20 @@ use crate::settings::Mistake;
 
 /// Folder of all meshes.
 pub const RUN_DIR: &str = "/run/countersign/up";
-/// Every network namespace of ours begins so.
+/// Prefix of all our network namespaces.
 const NETNS_PREFIX: &str = "cs-";
-/// How long a killed process may take to be gone.
+/// Longest wait until killed processes have ended.
 const GONE: Duration = Duration::from_secs(3);
 
-/// A mesh's place; no other `up` has it while this is held.
+/// The place of a mesh, exclusively held.
 pub struct Place {
     name: String,
-    /// Its folder.
+    /// Folder of the mesh.
     pub dir: PathBuf,
-    /// What happens in the mesh.
+    /// Events of the mesh.
     pub events: Events,
     users: Users,
-    /// Keeps other meshes off those users; `None` only while this is dropped.
+    /// Reserves the users against other meshes; `None` only while this is dropped.
     held: Option<Held>,
     _lock: Flock<File>,
 }
@@ -60,12 +60,12 @@ impl Place {
         fabric_of(&self.name)
     }
 
-    /// Whose users run it.
+    /// Users of the mesh's processes.
     pub fn users(&self) -> Users {
         self.users
     }
 
-    /// A folder in it that belongs to a user and that others may pass.
+    /// Creates a folder in it that belongs to a user and that others may enter.
     pub fn folder(&self, name: &str, owner: u32) -> io::Result<PathBuf> {
         let dir = self.dir.join(name);
         passable(&dir)?;
@@ -73,7 +73,7 @@ impl Place {
         Ok(dir)
     }
 
-    /// Everything of this mesh that is left, in words; empty when nothing is.
+    /// What is left of this mesh, in words; empty if nothing is.
     pub fn leftovers(&self) -> Vec<String> {
         let mut left: Vec<String> = namespaces(&self.name).iter().map(|n| format!("namespace {n}")).collect();
         if self.dir.exists() {
@@ -84,13 +84,14 @@ impl Place {
         left
     }
 
-    /// Ends what runs in this mesh's namespaces or under its folder, and removes them.
+    /// Ends processes in this mesh's namespaces or with its folder on their command line, and removes namespaces and
+    /// folder.
     pub fn tidy(&self) {
         tidy(&self.name, &self.dir);
     }
 }
 
-/// Name of the namespace with a mesh's switch; those of its workloads begin with it.
+/// Name of the namespace with a mesh's switch, and prefix of its workloads' namespaces.
 fn fabric_of(name: &str) -> String {
     format!("{NETNS_PREFIX}{name}")
 }
@@ -108,7 +109,7 @@ fn tidy(name: &str, dir: &Path) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         killed.push(pid);
     }
-    // What is killed may still write a file or hold a namespace for a moment.
+    // Killed processes may still write a file or hold a namespace for a moment.
     let deadline = Instant::now() + GONE;
     while killed.iter().any(|pid| is_alive(*pid)) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
@@ -126,14 +127,14 @@ fn tidy(name: &str, dir: &Path) {
     }
 }
 
-/// Whether a process runs; one that only waits for its parent to ask how it ended does not (state Z, proc(5)).
+/// Whether a process runs. One that has ended but was not waited for (state Z, proc(5)) does not.
 fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| !"ZX".contains(state))
 }
 
-/// Makes a folder, and those above it, that every user may pass, whatever the umask is: sidecars and workloads have
-/// users of their own.
+/// Creates a folder and its parents so that every user may enter them, whatever the umask: sidecars and workloads run
+/// as other users.
 pub fn passable(dir: &Path) -> io::Result<()> {
     let missing: Vec<&Path> = dir.ancestors().take_while(|part| !part.exists()).collect();
     for part in missing.into_iter().rev() {
@@ -150,15 +151,15 @@ impl Drop for Place {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(Path::new(RUN_DIR).join(format!("{}.lock", self.name)));
         drop(self.held.take());
-        // These go only when they are empty.
+        // Removed only if empty.
         let up = Path::new(RUN_DIR);
         let _ = std::fs::remove_dir(up);
         let _ = up.parent().map(std::fs::remove_dir);
     }
 }
 
-/// Locks a file, made where it is missing; `None`: somebody else has it. A mesh that ends removes its file, and the folder
-/// when it was the last, so a lock counts only while the file is still the one at that path.
+/// Locks a file, which is created if missing; `None` if another process holds it. A mesh that ends removes its file,
+/// and the last one the folder, so a lock counts only if the file is still at that path.
 pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
     loop {
         passable(Path::new(RUN_DIR))?;
@@ -174,10 +175,10 @@ pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
     }
 }
 
-/// Kills every process in a network namespace, and says which.
+/// Kills every process in a network namespace; returns their process IDs.
 pub fn kill_inside(ns: &NetNs) -> Vec<i32> {
     let Ok(namespace) = std::fs::metadata(ns.path()).map(|m| (m.dev(), m.ino())) else { return vec![] };
-    // A name whose namespace is gone, or hidden, is a mere file: nobody is inside.
+    // A name whose namespace is gone or hidden is a plain file: no process is inside.
     let theirs =
         |pid: &i32| std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == namespace);
     let inside: Vec<i32> = every_process().into_iter().filter(theirs).collect();
@@ -194,14 +195,14 @@ fn processes_of(dir: &Path) -> Vec<i32> {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).into_owned();
         let mut words = command.split('\0');
-        // An operator's `tail` of a log is not ours to end.
+        // An operator's `tail` of a log must not be killed.
         let is_ours = words.next().is_some_and(|program| program.rsplit('/').next() == Some("countersign"));
         is_ours && words.any(|a| a.starts_with(&needle)) && *pid != i32::try_from(std::process::id()).unwrap_or(0)
     };
     every_process().into_iter().filter(ours).collect()
 }
 
-/// Every process of the machine, as far as this namespace of processes shows it.
+/// All processes that this PID namespace shows.
 pub fn every_process() -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()

@@ -1,4 +1,4 @@
-//! Keeps the logs of a mesh short: each has one predecessor, and neither grows without end.
+//! Rotates the logs of a mesh: each has one predecessor, and both are bounded.
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
@@ -14,17 +14,17 @@ use nix::unistd::Pid;
 use super::children::State;
 use super::mesh::Mesh;
 
-/// A log that is longer is begun anew, in bytes.
+/// Size in bytes at which a log is rotated.
 const MOST: u64 = 16 * 1024 * 1024;
-/// How often the logs are looked at.
+/// Interval between two checks of the logs.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// Looks after the logs until it is dropped.
+/// Rotates the logs until it is dropped.
 pub async fn keep_short(mesh: Rc<Mesh>) {
     loop {
         tokio::time::sleep(LOOK).await;
         for running in mesh.workloads().values() {
-            // A sidecar opens its access log again on SIGHUP, as logrotate asks for.
+            // A sidecar reopens its access log on SIGHUP, as for logrotate.
             if let State::Running(pid) = running.sidecar()
                 && moved(&running.access_log())
                 && let Ok(pid) = i32::try_from(pid)
@@ -32,15 +32,15 @@ pub async fn keep_short(mesh: Rc<Mesh>) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGHUP);
             }
         }
-        // Programs have theirs as standard output and cannot be told. Copying megabytes is no work for this thread.
+        // Programs write to standard output and cannot reopen it, so their logs are copied, off this thread.
         let folder = mesh.logs().to_owned();
         let _ = tokio::task::spawn_blocking(move || cut_all(&folder)).await;
     }
 }
 
-/// Moves a log that is too long aside; whether it was.
+/// Renames a log that is too long; returns whether it did.
 fn moved(log: &Path) -> bool {
-    // Never through a link: the folder belongs to the sidecar's user.
+    // Never through a symbolic link, because the folder belongs to the sidecar's user.
     std::fs::symlink_metadata(log).is_ok_and(|m| m.is_file() && m.len() > MOST)
         && std::fs::rename(log, previous(log)).is_ok()
 }
@@ -56,24 +56,24 @@ fn cut_all(folder: &Path) {
     }
 }
 
-/// Copies a log aside and empties it. It is open for appending elsewhere, so that the next line lands at its start.
+/// Copies a log and truncates it. It is open for appending elsewhere, so the next line is written to its start.
 fn cut(log: &Path) -> std::io::Result<()> {
     let previous = previous(log);
     let _ = std::fs::remove_file(&previous);
     let mut from = File::open(log)?;
     let fresh = OpenOptions::new().write(true).create_new(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&previous);
     let copied = fresh.and_then(|mut to| std::io::copy(&mut from, &mut to));
-    // A full disk is the more a reason to empty it.
+    // A full disk is all the more reason to truncate it.
     OpenOptions::new().write(true).open(log)?.set_len(0)?;
     copied.map(|_| ())
 }
 
-/// A log from its older part on. Between the move and the sidecar's next line there is an older part alone.
+/// A log including its older part. Between the rename and the sidecar's next line, there is only an older part.
 ///
 /// # Errors
 /// Neither part can be read.
 pub(super) fn read(log: &Path) -> std::io::Result<String> {
-    // Opened before the older part is read: what is moved in between is neither missed nor read twice.
+    // Opened before the older part is read, so that a rename in between neither loses nor duplicates lines.
     let current = File::open(log);
     let mut text = String::new();
     match (File::open(previous(log)), current) {
@@ -91,7 +91,7 @@ pub(super) fn read(log: &Path) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Where the older part of a log lies.
+/// Path of the older part of a log.
 pub(super) fn previous(log: &Path) -> PathBuf {
     let mut name = log.as_os_str().to_owned();
     name.push(".1");
