@@ -1,5 +1,5 @@
-//! Keeps the agent's own identity: attests at the start, renews at half life and when the authority above is tainted, and
-//! attests again where the server asks or no longer accepts the SVID.
+//! Maintains the agent's own identity: attests at start, renews at half of the lifetime and when its authority is
+//! tainted, and attests again when the server asks for it or no longer accepts the SVID.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,10 +17,10 @@ use crate::link::{Link, LinkError};
 use crate::refusal::Refusal;
 use crate::renewal;
 
-/// The time is looked at this often, so that a clock that jumps is noticed.
+/// Interval between two checks of the clock, so that a jump of the clock is noticed.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Runs until `shutdown`. `refusals` brings what other calls to the server met.
+/// Runs until `shutdown`. `refusals` receives the server's refusals from other calls.
 pub async fn keep(link: Arc<Link>, cache: Arc<Cache>, refusals: mpsc::Receiver<Refusal>, shutdown: CancellationToken) {
     let backoff = |most| Backoff::new(Duration::from_millis(250), Duration::from_secs(most));
     let state = State {
@@ -46,9 +46,9 @@ struct State {
     cache: Arc<Cache>,
     refusals: mpsc::Receiver<Refusal>,
     jitter: f64,
-    /// When the SVID came; 1970 for one of an earlier run, whose signature is long ago.
+    /// When the SVID was obtained; 1970 for one of an earlier run, which was signed long ago.
     obtained: OffsetDateTime,
-    /// The server does not accept our SVID, which is kept until there is another one.
+    /// Whether the server rejects our SVID. It is kept until there is another one.
     refused: bool,
     /// It has been said that the SVID has expired.
     expired: bool,
@@ -58,13 +58,13 @@ struct State {
     disk: Disk,
 }
 
-/// When what is not on disk yet is tried again.
+/// Retries of writing to disk.
 struct Disk {
     backoff: Backoff,
     next: Instant,
 }
 
-/// What there is to do now.
+/// The step that is due now.
 enum Due {
     Nothing,
     Attest,
@@ -156,11 +156,13 @@ impl State {
         tokio::time::sleep(delay).await;
     }
 
-    /// Does what the server's refusal asks for.
+    /// Reacts to a refusal of the server.
     fn heed(&mut self, refusal: Refusal) {
         match refusal {
             Refusal::Agent(Reason::AgentBanned) => {
                 tracing::error!("this agent is banned: its workloads' identities are withdrawn");
+                // Withdrawn at once: workloads of a banned node must not keep an identity until it expires. Synced, so
+                // that callers are told that they have none instead of being asked to wait.
                 self.cache.change(|state| {
                     state.entries.clear();
                     state.synced = true;
@@ -187,7 +189,7 @@ impl State {
         }
     }
 
-    /// The SVID stays until there is another one: it may be good for a server that is reached next.
+    /// Keeps the SVID until there is another one: the next server that is reached may accept it.
     fn svid_refused(&mut self) {
         if self.refused || self.link.identity().borrow().is_none() {
             return;

@@ -1,4 +1,4 @@
-//! Entries, SVIDs and bundles, in memory: what a workload gets without anybody being asked.
+//! Entries, SVIDs and bundles in memory: everything that workloads need, available without calling the server.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -12,32 +12,32 @@ use tokio::sync::watch;
 /// One entry with its SVID.
 #[derive(Clone)]
 pub struct Cached {
-    /// The entry.
+    /// The registration entry.
     pub entry: Arc<Entry>,
-    /// Its SVID, once it is signed.
+    /// The entry's SVID; `None` until it is signed.
     pub svid: Option<Arc<X509Svid>>,
-    /// The entry has changed since the SVID was signed: a new one is due.
+    /// Whether the entry has changed since the SVID was signed, so that a new one is due.
     pub stale: bool,
-    /// When the SVID came.
+    /// When the SVID was obtained.
     pub obtained: OffsetDateTime,
-    /// Moves the renewal of this SVID, from -1.0 to 1.0.
+    /// Jitter of this SVID's renewal, -1.0 to 1.0.
     pub jitter: f64,
 }
 
-/// Everything at one moment.
+/// The content of the cache.
 #[derive(Default)]
 pub struct State {
-    /// Whether the server has told everything at least once.
+    /// Whether the server has sent all entries at least once.
     pub synced: bool,
-    /// By entry ID.
+    /// Entries with their SVIDs, by entry ID.
     pub entries: BTreeMap<EntryId, Cached>,
-    /// Our trust domain's bundle.
+    /// Our trust domain's bundle; `None` until the server has sent it.
     pub bundle: Option<Arc<X509Bundle>>,
-    /// Others', by trust domain.
+    /// Foreign bundles, by trust domain.
     pub federated: BTreeMap<String, Arc<X509Bundle>>,
 }
 
-/// The cache, and a tick with each change.
+/// The cache, with notification of each change.
 pub struct Cache {
     state: RwLock<State>,
     version: watch::Sender<u64>,
@@ -49,22 +49,22 @@ impl Default for Cache {
     }
 }
 
-/// Why a caller gets nothing.
+/// Why a caller gets no identity.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NoIdentity {
-    /// The agent does not know yet.
+    /// The server has not sent the entries yet.
     NotSynced,
-    /// No entry applies; the nearest miss in words.
+    /// No entry applies. Holds the closest miss in words.
     NoEntry(String),
 }
 
 impl Cache {
-    /// Everything now.
+    /// A read lock on the content.
     pub fn read(&self) -> RwLockReadGuard<'_, State> {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes something, and tells everybody who watches.
+    /// Changes the content and notifies all watchers.
     pub fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         let result = change(&mut state);
@@ -73,12 +73,13 @@ impl Cache {
         result
     }
 
-    /// Ticks with each change.
+    /// Notifies of each change.
     pub fn versions(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
     }
 
-    /// The entries that a caller with these selectors gets: those whose selectors are all among them.
+    /// The unexpired entries of a caller with these selectors: those whose selectors are a subset. Errors: see
+    /// [`NoIdentity`].
     pub fn matching(&self, attested: &SelectorSet, now: OffsetDateTime) -> Result<Vec<Cached>, NoIdentity> {
         let state = self.read();
         if !state.synced {
@@ -90,12 +91,12 @@ impl Cache {
     }
 }
 
-/// Characters of a selector that are told.
+/// Longest selector in a message, in characters.
 const MAX_SELECTOR_SHOWN: usize = 300;
 
-/// In words: what was attested, and which entry came closest.
+/// A message: what was attested, and which entry came closest.
 fn closest_miss(state: &State, attested: &SelectorSet) -> String {
-    // A caller chooses the path of its executable, and this goes to logs.
+    // A caller chooses the path of its executable, and this text goes into logs.
     let list = |set: &mut dyn Iterator<Item = String>| {
         set.map(|s| shown_up_to(&s, MAX_SELECTOR_SHOWN).to_string()).collect::<Vec<_>>().join(", ")
     };

@@ -1,4 +1,4 @@
-//! What an agent is told when it starts.
+//! Settings of an agent, read once at start.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -8,55 +8,56 @@ use countersign_identity::{KeyType, TrustDomain};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-/// An agent's settings. Every combination of valid fields is a valid agent.
+/// Settings of an agent. Every combination of valid fields is a valid agent.
 #[derive(Clone)]
 pub struct Config {
-    /// Where it belongs.
+    /// The trust domain of the agent, its server and its workloads.
     pub trust_domain: TrustDomain,
-    /// The server, `host:port`.
+    /// Address of the server, `HOST:PORT`.
     pub server: String,
-    /// Where workloads and sidecars reach it.
+    /// Unix socket for workloads and sidecars, mode 0666.
     pub socket: PathBuf,
-    /// Its own identity and the last bundle.
+    /// Folder of the agent's own identity and the last bundle.
     pub data_dir: PathBuf,
-    /// PEM file with the trust domain's bundle, by which the server is known before the first bundle came over an
-    /// authenticated connection; `None` needs the bundle of an earlier run.
+    /// PEM file with the trust domain's bundle, which authenticates the server until a bundle was received from it;
+    /// `None` requires the bundle of an earlier run.
     pub trust_bundle: Option<PathBuf>,
-    /// How this node proves itself; `None` needs an identity from an earlier run.
+    /// Evidence for node attestation; `None` requires an identity from an earlier run.
     pub evidence: Option<Evidence>,
-    /// Key type of workloads' SVIDs, from now on.
+    /// Key type of new SVIDs of workloads; may change while the agent runs.
     pub key_type: watch::Receiver<KeyType>,
-    /// How often a server without push is asked.
+    /// Interval between two polls of a server without push.
     pub sync_interval: Duration,
     /// Whether `unix:path` and `unix:sha256` are attested.
     pub discover_path: bool,
     /// Largest executable that is hashed, in bytes.
     pub hash_limit: u64,
-    /// Whether callers in other PID and user namespaces are attested by uid. Off: a container's uid is its own word.
+    /// Whether callers in other PID and user namespaces are attested by uid. Off by default, because a container
+    /// chooses its uids.
     pub foreign_namespaces: bool,
-    /// This node's kubelet, where callers are attested by their pods too.
+    /// This node's kubelet; `None` disables attestation by pod.
     pub kubelet: Option<Kubelet>,
-    /// Where `/metrics`, `/ready` and `/live` are served.
+    /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
     pub metrics: Option<SocketAddr>,
 }
 
-/// How a node proves itself.
+/// Evidence for node attestation.
 #[derive(Clone)]
 pub enum Evidence {
-    /// A token that works once.
+    /// A join token for single use.
     JoinToken(Zeroizing<String>),
     /// A certificate chain and its key, PEM files.
     X509Pop {
-        /// Leaf first.
+        /// Certificate chain, leaf first.
         certificate: PathBuf,
-        /// PKCS#8.
+        /// Private key, PKCS#8.
         key: PathBuf,
     },
-    /// A projected service account token, read anew for each attestation.
+    /// A projected service account token, read for each attestation.
     K8sPsat {
-        /// What the server calls this cluster.
+        /// Name of this cluster in the server's settings.
         cluster: String,
-        /// The token's file.
+        /// Path of the token file.
         token: PathBuf,
     },
 }
@@ -64,12 +65,12 @@ pub enum Evidence {
 /// The kubelet of this node.
 #[derive(Debug, Clone)]
 pub struct Kubelet {
-    /// `host:port`; the host is what its certificate must name.
+    /// Address, `HOST:PORT`. The kubelet's certificate must name the host.
     pub address: String,
-    /// PEM CAs that its certificate must chain to.
+    /// PEM file of the CAs that the kubelet's certificate must chain to.
     pub ca: PathBuf,
-    /// Our service account's token, read anew for each query.
+    /// Path of our service account's token, read for each query.
     pub token: PathBuf,
-    /// Whether the API server is asked for the labels of pods' namespaces.
+    /// Whether labels of pods' namespaces are read from the API server.
     pub namespace_labels: bool,
 }

@@ -1,5 +1,5 @@
-//! What should be on disk and is not yet: a full or read-only disk costs nobody an identity. It is used from memory, said in
-//! log, status and metrics, and written when that is possible again.
+//! Writes the agent's identity and bundle to disk, now or later. A full or read-only disk does not take an identity
+//! away: it is used from memory, reported in log, status and metrics, and written once that is possible.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +8,7 @@ use countersign_identity::{TrustDomain, X509Svid};
 use crate::known::Kept;
 use crate::store::{Store, StoreError};
 
-/// The agent's folder, and what is still to be written there.
+/// The agent's folder, and what still has to be written to it.
 pub struct Keeper {
     store: Store,
     pending: Mutex<Pending>,
@@ -22,12 +22,12 @@ struct Pending {
 }
 
 impl Keeper {
-    /// Nothing is pending.
+    /// Nothing pending; `store` is the agent's folder.
     pub fn new(store: Store) -> Self {
         Self { store, pending: Mutex::default() }
     }
 
-    /// The identity of an earlier run.
+    /// The identity of an earlier run; `None` if there is none or it cannot be used.
     pub fn identity(&self) -> Option<X509Svid> {
         self.store.identity()
     }
@@ -37,7 +37,7 @@ impl Keeper {
         self.store.bundle(trust_domain)
     }
 
-    /// Fails unless an identity could be written now.
+    /// Checks whether an identity could be written now. Errors: it could not.
     pub fn probe(&self) -> Result<(), StoreError> {
         self.store.probe()
     }
@@ -54,7 +54,7 @@ impl Keeper {
         self.write_pending();
     }
 
-    /// Tries to write what is pending; whether nothing is any more.
+    /// Tries to write what is pending; returns whether nothing is left.
     pub fn write_pending(&self) -> bool {
         let mut pending = self.pending();
         let before = pending.why.take();
@@ -74,7 +74,7 @@ impl Keeper {
         pending.why.is_none()
     }
 
-    /// Why something is not on disk yet; `None` when everything is.
+    /// Why something is not on disk yet; `None` if everything is.
     pub fn unsaved(&self) -> Option<String> {
         self.pending().why.clone()
     }
@@ -86,6 +86,7 @@ impl Keeper {
 
 impl Pending {
     fn write(&mut self, store: &Store) -> Result<(), StoreError> {
+        // The identity first: a bundle can be fetched again, but an identity from a join token cannot.
         if let Some(svid) = &self.identity {
             store.put_identity(svid)?;
             self.identity = None;

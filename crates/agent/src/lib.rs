@@ -1,5 +1,5 @@
-//! One a node: proves the node to the server, keeps that node's SVIDs fresh in memory, attests each local caller and
-//! hands it its own identity.
+//! The agent, one per node: attests the node to the server, keeps the node's SVIDs fresh in memory, attests each local
+//! caller and serves it its own identities.
 
 mod attestation_state;
 pub mod cache;
@@ -45,35 +45,35 @@ use crate::link::Link;
 /// Why an agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// A folder, a file, an address.
+    /// The socket or the metrics address cannot be opened.
     #[error("cannot listen on {name}: {source}")]
     Listen {
-        /// Where.
+        /// Path or address.
         name: String,
-        /// Why not.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The way to the server cannot be set up.
+    /// The connection to the server cannot be set up.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// The workload attestor of pods.
+    /// The pod attestor cannot be set up.
     #[error(transparent)]
     Kubelet(#[from] workload_attestor::SetupError),
-    /// No bundle to know the server by.
+    /// There is no bundle to authenticate the server with.
     #[error(
         "no trust bundle to know the server by; fetch it with `countersign bundle show > bundle.pem` on the server and name the file as --trust-bundle"
     )]
     NoBundle,
-    /// The gRPC service ended by itself.
+    /// The gRPC service ended unexpectedly.
     #[error("gRPC: {0}")]
     Grpc(#[from] tonic::transport::Error),
 }
 
-/// Calls of one connection at once.
+/// Most concurrent calls per connection.
 const CALLS_AT_ONCE: u32 = 256;
-/// Addresses that all callers may follow together: half of what a server answers one agent.
+/// Most addresses that all callers may follow together: half of what the server allows one agent.
 const MAX_ADDRESSES: usize = 50_000;
-/// Addresses that one caller may follow.
+/// Most addresses that one caller may follow.
 const MAX_ADDRESSES_PER_CALLER: usize = 10_000;
 
 /// Runs an agent until `shutdown`. `ready` is called once its socket serves.

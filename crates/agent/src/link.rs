@@ -1,4 +1,4 @@
-//! The way to the server: who we are there, by which bundle we know it, and calls over it.
+//! The connection to the server: our identity there, the bundle that authenticates the server, and calls.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,42 +32,42 @@ use crate::node_attestor::{EvidenceError, NodeAttestor};
 use crate::refusal::Refusal;
 use crate::store::{Store, StoreError};
 
-/// A call to the server takes no longer.
+/// Longest call to the server.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why the agent could not attest or renew itself.
+/// Why the agent could not attest or renew its SVID.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// No evidence, and no identity from an earlier run.
+    /// There is no evidence, and no identity from an earlier run.
     #[error(
         "this agent has no identity yet; start it with a join token (`countersign token generate`) or an x509pop certificate"
     )]
     NoEvidence,
-    /// The evidence.
+    /// The evidence cannot be read, or cannot answer the challenge.
     #[error(transparent)]
     Evidence(#[from] EvidenceError),
-    /// The server said no, or nothing.
+    /// The server refused, or did not answer.
     #[error("{}", describe(.0))]
     Server(Box<Status>),
     /// The server's answer cannot be used.
     #[error("the server's answer cannot be used: {0}")]
     Answer(String),
-    /// A key or a request could not be made.
+    /// A key could not be generated.
     #[error(transparent)]
     Key(#[from] countersign_identity::key::KeyError),
-    /// A request could not be made.
+    /// A signing request could not be built.
     #[error(transparent)]
     Request(#[from] IssueError),
-    /// The SVID that came is none.
+    /// The SVID in the answer is invalid.
     #[error(transparent)]
     Svid(#[from] SvidError),
     /// The agent's folder cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The folder cannot be written, and the evidence works once.
+    /// The folder is not writable, and the evidence is for single use.
     #[error("{0}; the join token was not used, for the identity that it brings could not be kept")]
     TokenSpared(StoreError),
-    /// TLS.
+    /// TLS cannot be set up with our SVID.
     #[error(transparent)]
     Tls(#[from] TlsError),
 }
@@ -79,7 +79,7 @@ impl From<Status> for LinkError {
 }
 
 impl LinkError {
-    /// What the server does not accept of this agent.
+    /// What the server rejects about this agent; `None` if the error has another cause.
     pub fn refusal(&self) -> Option<Refusal> {
         match self {
             Self::Server(status) => Refusal::of(status),
@@ -88,7 +88,7 @@ impl LinkError {
     }
 }
 
-/// A status with the causes that tonic keeps behind it, such as a refused certificate.
+/// A status with the causes that tonic keeps as its source, such as a rejected certificate.
 pub fn describe(status: &Status) -> String {
     let mut text = format!("server: {}", status.message());
     let mut source = std::error::Error::source(status);
@@ -102,11 +102,11 @@ pub fn describe(status: &Status) -> String {
     text
 }
 
-/// One agent's way to its server.
+/// One agent's connection to its server.
 pub struct Link {
     config: Arc<Config>,
     keeper: Keeper,
-    /// The join token has been shown to the server, who takes it once.
+    /// Whether the join token was sent to the server, which accepts it once.
     token_spent: AtomicBool,
     clock: Clock,
     identity: watch::Sender<Option<Arc<X509Svid>>>,
@@ -117,10 +117,11 @@ pub struct Link {
 }
 
 impl Link {
-    /// Takes up the identity and bundle of an earlier run.
+    /// Loads the identity and the bundle of an earlier run. Errors: the folder or the given bundle cannot be used.
     pub fn new(config: Arc<Config>, clock: Clock) -> Result<Self, LinkError> {
         let keeper = Keeper::new(Store::open(&config.data_dir)?);
         let now = clock();
+        // An identity of another trust domain, or an expired one, would only make the server refuse us.
         let own = |svid: &X509Svid| svid.id().is_member_of(&config.trust_domain) && !svid.is_expired(now);
         let identity = keeper.identity().filter(own).map(Arc::new);
         let given = config.trust_bundle.as_deref().map(|path| Given::read(path, &config.trust_domain)).transpose()?;
@@ -139,17 +140,17 @@ impl Link {
         })
     }
 
-    /// Who we are at the server, and each change.
+    /// Our identity at the server, with notification of each change; `None` before attestation.
     pub fn identity(&self) -> watch::Receiver<Option<Arc<X509Svid>>> {
         self.identity.subscribe()
     }
 
-    /// The bundle by which the server is known.
+    /// The bundle that authenticates the server; `None` if there is none yet.
     pub fn bundle(&self) -> Option<Arc<X509Bundle>> {
         self.bundles.load().get(self.config.trust_domain.as_str()).cloned()
     }
 
-    /// Takes a bundle that came over an authenticated connection, and keeps it.
+    /// Uses a bundle that was received over an authenticated connection, and stores it.
     pub fn set_bundle(&self, bundle: &X509Bundle) {
         if self.bundle().is_some_and(|known| known.authorities == bundle.authorities) {
             return;
@@ -188,17 +189,17 @@ impl Link {
         true
     }
 
-    /// What is on disk, and what is not yet.
+    /// The state of the agent's folder.
     pub fn keeper(&self) -> &Keeper {
         &self.keeper
     }
 
-    /// A fresh connection, made at the first call, as who we are at that moment.
+    /// A new connection with our current identity, opened at the first call.
     pub fn channel(&self) -> Channel {
         self.channel_as(self.identity.borrow().clone())
     }
 
-    /// One connection for all signing, made anew when our SVID changes.
+    /// The connection for all signing calls, replaced when our SVID changes.
     pub fn signing_channel(&self) -> Channel {
         let current = self.identity.borrow().clone();
         let mut kept = self.signing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -213,6 +214,8 @@ impl Link {
     }
 
     fn channel_as(&self, svid: Option<Arc<X509Svid>>) -> Channel {
+        // Only the server's own SPIFFE ID is accepted: any workload of the trust domain has a certificate from the same
+        // CA.
         let (bundles, expected) = (self.bundles.clone(), server_id(&self.config.trust_domain));
         tls_channel(self.config.server.clone(), move || {
             let bundles = bundles.clone();
@@ -228,7 +231,7 @@ impl Link {
         })
     }
 
-    /// Whether [`Self::attest`] could succeed: there is evidence, and it was not used up.
+    /// Whether [`Self::attest`] can succeed: there is evidence, and it is not used up.
     pub fn can_attest(&self) -> bool {
         match &self.config.evidence {
             None => false,
@@ -237,10 +240,12 @@ impl Link {
         }
     }
 
-    /// Proves this node and becomes its agent.
+    /// Attests this node and takes the identity that the server issues.
     pub async fn attest(&self) -> Result<Arc<X509Svid>, LinkError> {
         let evidence = self.config.evidence.as_ref().ok_or(LinkError::NoEvidence)?;
         let attestor = NodeAttestor::load(evidence)?;
+        // Tested before the token is sent: it is used up by then, and an identity that cannot be stored would be lost
+        // at a restart.
         if matches!(evidence, Evidence::JoinToken(_)) {
             self.keeper.probe().map_err(LinkError::TokenSpared)?;
         }
@@ -253,6 +258,7 @@ impl Link {
         let send = |step| tx.send(AttestAgentRequest { step: Some(step) });
         let hung_up = |_| LinkError::Answer("the stream ended".into());
         send(Step::Params(params)).await.map_err(hung_up)?;
+        // Without our SVID: the reason for attesting again may be that the server rejects it.
         let mut client = AgentClient::new(self.channel_as(None));
         let talk = async {
             let mut answers = client.attest_agent(ReceiverStream::new(rx)).await?.into_inner();
@@ -269,14 +275,14 @@ impl Link {
         };
         let result = tokio::time::timeout(CALL_TIMEOUT, talk).await;
         let result = result.map_err(|_| LinkError::Answer(format!("no answer within {CALL_TIMEOUT:?}")))?;
-        // Anything but an outage is an answer, and the token is used up with it.
+        // Any answer except an outage means that the server has seen the token, which is then used up.
         if !matches!(&result, Err(LinkError::Server(status)) if is_outage(status)) {
             self.token_spent.store(true, Ordering::Relaxed);
         }
         self.become_agent(result?.svid, key)
     }
 
-    /// Exchanges our SVID for a fresh one with a fresh key.
+    /// Exchanges our SVID for a new one with a new key.
     pub async fn renew(&self) -> Result<Arc<X509Svid>, LinkError> {
         let key = PrivateKey::generate(KeyType::EcP256)?;
         let params = Some(AgentX509svidParams { csr: request(&key, None)? });
@@ -292,24 +298,25 @@ impl Link {
         if !svid.id().path().starts_with("/spire/agent/") || !svid.id().is_member_of(&self.config.trust_domain) {
             return Err(LinkError::Answer(format!("`{}` is no agent of `{}`", svid.id(), self.config.trust_domain)));
         }
-        // The server has given us this identity and may take no other one any more: a disk that is full does not undo that.
+        // In memory first: the server has issued this identity and may not accept another one any more, so a full disk
+        // must not lose it.
         self.identity.send_replace(Some(svid.clone()));
         self.keeper.keep_identity(svid.clone());
         Ok(svid)
     }
 
-    /// We are nobody any more.
+    /// Drops our identity, until the next attestation.
     pub fn forget(&self) {
         self.identity.send_replace(None);
     }
 
-    /// The time.
+    /// The current time, by the agent's clock.
     pub fn now(&self) -> time::OffsetDateTime {
         (self.clock)()
     }
 }
 
-/// Whether a call failed before the server had judged it, or was put off.
+/// Whether a call failed before the server had decided, or was postponed by it.
 fn is_outage(status: &Status) -> bool {
     matches!(
         status.code(),
@@ -317,14 +324,14 @@ fn is_outage(status: &Status) -> bool {
     )
 }
 
-/// A configuration whose every handshake fails.
+/// A configuration with which every handshake fails.
 fn trusting_nobody() -> Arc<ClientConfig> {
     let verifier = SvidVerifier::new(Arc::<BundleSet>::default, |_| Ok(()));
     let config = client_config(None, verifier, &[b"h2"]);
     Arc::new(config.unwrap_or_else(|_| unreachable!("a client without a certificate uses constant settings")))
 }
 
-/// An SVID from the wire, joined with the key that was made for it.
+/// Joins an SVID from the wire with the key that was generated for it. Errors: missing, malformed, or for another ID.
 pub fn svid_from_wire(svid: Option<types::X509svid>, key: PrivateKey) -> Result<X509Svid, LinkError> {
     let svid = svid.ok_or_else(|| LinkError::Answer("the SVID is missing".into()))?;
     let promised = id_from_wire("svid.id", svid.id).map_err(|e| LinkError::Answer(e.to_string()))?;

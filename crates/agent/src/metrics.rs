@@ -1,4 +1,4 @@
-//! What the agent counts. Names and meanings stand in `docs/metrics.md`.
+//! The agent's metrics. `docs/metrics.md` lists their names and meanings.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -10,13 +10,13 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use time::OffsetDateTime;
 
-/// The label `reason`: why a caller was refused.
+/// The label `reason`: why a caller was rejected.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct Reason {
     reason: &'static str,
 }
 
-/// The label `spiffe_id`: whose SVID ends.
+/// The labels of an SVID's expiry.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct Identity {
     spiffe_id: String,
@@ -25,15 +25,15 @@ pub struct Identity {
 
 /// The agent's metrics.
 pub struct Metrics {
-    /// All of them, for `/metrics`.
+    /// All metrics, rendered by `/metrics`.
     pub registry: Registry,
-    /// SVIDs that the server signed for us.
+    /// Number of SVIDs that the server signed for us.
     pub svids_signed: Counter,
-    /// Calls to the server that got no or not all signatures.
+    /// Number of signing calls that failed or returned fewer SVIDs than requested.
     pub signing_failures: Counter,
-    /// Callers whose selectors were found.
+    /// Number of callers that were attested.
     pub attestations: Counter,
-    /// Open streams of workloads and sidecars.
+    /// Number of open streams of workloads and sidecars.
     pub streams: Gauge,
     refused: Family<Reason, Counter>,
     expiry: Family<Identity, Gauge>,
@@ -93,19 +93,19 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// One more refusal.
+    /// Counts one rejected caller.
     pub fn refused(&self, reason: &'static str) {
         self.refused.get_or_create(&Reason { reason }).inc();
         *self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
     }
 
-    /// Refusals by reason since the start.
+    /// Number of rejected callers since start, by reason.
     pub fn refused_counts(&self) -> BTreeMap<&'static str, u64> {
         self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sets what is looked up rather than counted; `own`: the end of the agent's own SVID, if it has one; `unsaved`: whether
-    /// something of the agent's own is not on disk yet.
+    /// Sets the metrics that are looked up rather than counted. `own`: expiry of the agent's own SVID, if it has one;
+    /// `unsaved`: whether part of the agent's own state is not on disk yet.
     pub fn observe(&self, state: &crate::cache::State, own: Option<OffsetDateTime>, unsaved: bool) {
         self.unsaved.set(i64::from(unsaved));
         self.own_expiry.set(own.map_or(0, OffsetDateTime::unix_timestamp));

@@ -1,4 +1,4 @@
-//! Who is calling: the process behind a connection, made sure of before and after anything is read about it.
+//! The calling process behind a connection, verified before and after anything is read about it.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -12,46 +12,46 @@ use crate::workload_attestor::container_of;
 /// Why a caller is not attested.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PeerError {
-    /// It is in a PID namespace that we cannot see into.
+    /// The caller is in a PID namespace that we cannot see into.
     #[error("the caller's process is not visible from the agent's PID namespace")]
     Invisible,
-    /// It ended, and its number may be somebody else's by now.
+    /// The caller has ended, and its process ID may belong to another process.
     #[error("the calling process {0} has ended; whoever has its number now is somebody else")]
     Gone(i32),
-    /// Its uid is the word of another namespace.
+    /// The caller's uid comes from another namespace, which may assign any uid.
     #[error(
         "the calling process {pid} lives in another {namespace} namespace than the agent; its uid proves nothing here"
     )]
     ForeignNamespace {
-        /// Process.
+        /// Process ID of the caller.
         pid: i32,
-        /// `pid` or `user`.
+        /// The namespace type, `pid` or `user`.
         namespace: &'static str,
     },
-    /// It is not what it was when it connected: it ran another program since, or moved to another container.
+    /// The caller has changed since it connected: it runs another program, or moved to another container.
     #[error(
         "the calling process {pid} has changed its {what} since it connected; facts of one do not count for the other. Connect anew"
     )]
     Changed {
-        /// Process.
+        /// Process ID of the caller.
         pid: i32,
-        /// `executable`, `groups` or `container`.
+        /// The changed property: `executable`, `groups` or `container`.
         what: &'static str,
     },
-    /// `/proc` did not tell.
+    /// A file in `/proc` cannot be read.
     #[error("cannot read /proc/{pid}/{file}: {why}")]
     Proc {
-        /// Process.
+        /// Process ID of the caller.
         pid: i32,
-        /// Which file.
+        /// Name of the file in `/proc/PID`.
         file: &'static str,
-        /// Why.
+        /// Error of the operating system.
         why: String,
     },
 }
 
 impl PeerError {
-    /// Its name in metrics and `status`.
+    /// Its name in metrics and `status`, stable between releases.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Invisible => "caller_invisible",
@@ -63,27 +63,28 @@ impl PeerError {
     }
 }
 
-/// What is known of a caller.
+/// Verified facts about a caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
-    /// Process number.
+    /// Process ID in the agent's PID namespace.
     pub pid: i32,
-    /// Effective user when it connected.
+    /// Effective user ID at connect time.
     pub uid: u32,
-    /// Effective group when it connected.
+    /// Effective group ID at connect time.
     pub gid: u32,
-    /// Supplementary groups.
+    /// Supplementary group IDs.
     pub groups: BTreeSet<u32>,
-    /// The program that it ran when it connected.
+    /// The program that it ran at connect time; `None` if not readable.
     pub exe: Option<Executable>,
-    /// Its cgroups when it connected, as `/proc/PID/cgroup` lists them.
+    /// Content of `/proc/PID/cgroup` at connect time.
     pub cgroup: String,
-    /// Lives in another PID or user namespace than the agent.
+    /// Whether it is in another PID or user namespace than the agent.
     pub foreign: bool,
 }
 
-/// Looks a caller up: what it was when its connection was accepted, if it is that still. A process can run another program
-/// on the same connection, or leave the connection to a child and run another program itself: then neither counts.
+/// Looks a caller up as it was when its connection was accepted, provided that it has not changed. A process may run
+/// another program on the same connection, or leave the connection to a child and then run another program itself; both
+/// are rejected.
 pub fn look_up(peer: &UnixPeer, foreign_namespaces: bool) -> Result<Process, PeerError> {
     let pid = peer.pid;
     if pid <= 0 {
@@ -93,7 +94,8 @@ pub fn look_up(peer: &UnixPeer, foreign_namespaces: bool) -> Result<Process, Pee
     for namespace in ["pid", "user"] {
         match shares_namespace(pid, namespace) {
             Ok(shares) => foreign |= !shares,
-            // An agent without the right to look (ptrace(2), "access mode checking") takes everybody for foreign.
+            // Without the right to read this (ptrace(2), "access mode checking"), an agent treats every caller as
+            // foreign.
             Err(PeerError::Proc { .. }) if foreign_namespaces => foreign = true,
             Err(error) => return Err(error),
         }
@@ -102,38 +104,38 @@ pub fn look_up(peer: &UnixPeer, foreign_namespaces: bool) -> Result<Process, Pee
         }
     }
     let (then, now) = unchanged(peer)?;
-    // Groups that it has given up since it connected do not count; none can have come.
+    // Groups that it has dropped since it connected do not count; it cannot have gained any.
     let groups = then.groups.intersection(&now.groups).copied().collect();
     let (exe, cgroup) = (then.exe.clone(), then.cgroup.clone());
     Ok(Process { pid, uid: peer.uid, gid: peer.gid, groups, exe, cgroup, foreign })
 }
 
-/// Fails unless the process that connected is alive and is what it was: the same program, in the same container, with no
-/// group more. Returns what it was then and is now.
+/// Checks that the connecting process is alive and unchanged: same program, same container, no additional group.
+/// Returns its state at connect time and now.
 pub fn unchanged(peer: &UnixPeer) -> Result<(&Snapshot, Snapshot), PeerError> {
     let pid = peer.pid;
     let now = Snapshot::read(pid);
-    // Only now is it certain whose data was read: a process that is alive still has its number.
+    // Only this proves whose data was read: a process that is still alive has had its ID the whole time.
     still_there(peer)?;
     let unreadable = |why: String| PeerError::Proc { pid, file: "status", why };
     let now = now.map_err(|e| unreadable(e.to_string()))?;
     let then = peer.at_accept.as_deref().ok_or_else(|| unreadable("it was not readable when it connected".into()))?;
     let changed = |what| Err(PeerError::Changed { pid, what });
-    // By the file and not by its path: a program whose file is replaced while it runs is still the same program.
+    // Compared by file, not by path: a running program whose file is replaced is still the same program.
     if then.exe.as_ref().map(|e| e.file) != now.exe.as_ref().map(|e| e.file) {
         return changed("executable");
     }
     if !now.groups.is_subset(&then.groups) {
         return changed("groups");
     }
-    // A process that moves to another cgroup of its own container, or of none, is where it was.
+    // A move to another cgroup within the same container, or outside of any, changes nothing.
     if then.cgroup != now.cgroup && container_of(&then.cgroup).ok() != container_of(&now.cgroup).ok() {
         return changed("container");
     }
     Ok((then, now))
 }
 
-/// Fails when the process that connected has ended.
+/// Checks that the connecting process is alive. Errors: [`PeerError::Gone`].
 pub fn still_there(peer: &UnixPeer) -> Result<(), PeerError> {
     let gone = || PeerError::Gone(peer.pid);
     if let Some(pidfd) = &peer.pidfd {
@@ -142,7 +144,7 @@ pub fn still_there(peer: &UnixPeer) -> Result<(), PeerError> {
         let ended = poll(&mut fds, PollTimeout::ZERO).map_err(|_| gone())? != 0;
         return if ended { Err(gone()) } else { Ok(()) };
     }
-    // Kernels before 6.5: the same number with the same start time is the same process.
+    // Kernels before 6.5: the same ID with the same start time is the same process.
     if peer.started.is_some() && start_time(peer.pid) == peer.started { Ok(()) } else { Err(gone()) }
 }
 

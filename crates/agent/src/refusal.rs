@@ -1,4 +1,4 @@
-//! Whether a failed call says that the server does not accept this agent as who it is.
+//! Decides whether a failed call means that the server rejects this agent's identity.
 
 use std::error::Error;
 use std::io;
@@ -9,17 +9,17 @@ use tonic::{Code, Status};
 
 use crate::link::describe;
 
-/// What the server does not accept.
+/// What the server rejects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// The agent, for this reason.
+    /// The agent itself, for this reason.
     Agent(Reason),
-    /// Its SVID: the authority that signed it was revoked.
+    /// Its SVID, because the authority that signed it was revoked.
     Svid,
 }
 
 impl Refusal {
-    /// What a failed call says; `None` where it says nothing of who we are.
+    /// The refusal that a failed call reports; `None` if the failure is not about our identity.
     pub fn of(status: &Status) -> Option<Self> {
         if let Some(reason) = reason_of(status) {
             return Some(Self::Agent(reason));
@@ -28,8 +28,8 @@ impl Refusal {
     }
 }
 
-/// Whether a connection that stood was cut. A server that refuses our certificate does this too, when its alert is lost behind
-/// the reset.
+/// Whether an established connection was reset. A server that rejects our certificate also looks like this, if the
+/// reset discards its alert.
 pub fn was_cut(status: &Status) -> bool {
     let cut = |kind| {
         matches!(
@@ -41,7 +41,7 @@ pub fn was_cut(status: &Status) -> bool {
         )
     };
     causes(status).any(|cause| {
-        // HTTP/2 keeps what the connection failed with out of `source()`.
+        // HTTP/2 does not return its I/O error from `source()`.
         let of_http2 = cause.downcast_ref::<h2::Error>().and_then(h2::Error::get_io);
         let lost = cause.downcast_ref::<hyper::Error>().is_some_and(|e| e.is_canceled() || e.is_closed());
         lost || cause.downcast_ref().or(of_http2).is_some_and(|e: &io::Error| cut(e.kind()))
@@ -69,9 +69,9 @@ const ALERTS: [AlertDescription; 8] = [
     AlertDescription::CertificateRequired,
 ];
 
-/// Whether the connection ended with an alert about our certificate. HTTP/2 hands the engine's error on as text, so it is that
-/// text which is looked for. Alerts come over the encrypted connection of a server that has proven itself, or in the clear
-/// before that; so that nobody on the way can take an identity from us, no alert makes us forget it.
+/// Whether the connection ended with an alert about our certificate. HTTP/2 passes rustls' error on as text, so the
+/// text is searched. Alerts arrive encrypted from a server that has authenticated itself, or in plaintext before that.
+/// No alert makes us drop our identity, because otherwise anyone on the network path could take it away.
 fn names_our_certificate(status: &Status) -> bool {
     let text = describe(status);
     ALERTS.iter().any(|alert| text.contains(&rustls::Error::AlertReceived(*alert).to_string()))

@@ -1,4 +1,4 @@
-//! When an SVID is due for renewal: the agent's own and its workloads' alike.
+//! When an SVID is due for renewal, for the agent's own and its workloads' alike.
 
 use countersign_identity::rotation::is_rested;
 use countersign_identity::{X509Bundle, X509Svid};
@@ -18,8 +18,8 @@ pub fn is_due(
     (of_life || of_trust) && is_rested(obtained, svid.remaining(obtained), of_trust, now)
 }
 
-/// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed for the
-/// sake of its life alone: its bundle does not tell which of them is tainted.
+/// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed by
+/// its lifetime only, because the bundle does not show which intermediate is tainted.
 fn is_below_good_root(svid: &X509Svid, bundle: &X509Bundle) -> bool {
     let id = &svid.facts().authority_id;
     svid.chain().len() > 1 || bundle.authorities.iter().any(|a| a.id() == id && !a.tainted)
@@ -48,7 +48,7 @@ mod tests {
     #[test]
     fn lives_of_seconds_are_signed_at_most_every_other_second() {
         let start = OffsetDateTime::now_utc();
-        // An authority with nine seconds left: whatever it signs ends when it ends.
+        // The authority expires in nine seconds, and so does every SVID that it signs.
         let ca = Ca::lasting(secs(9), start);
         let (mut signatures, mut at) = (0, start);
         let (mut svid, mut obtained) = (ca.svid("/w", secs(3_600), start), start);
@@ -59,7 +59,7 @@ mod tests {
             }
         }
         assert!((1..=4).contains(&signatures), "{signatures}");
-        // And one that has ended already is no reason to spin.
+        // An authority that has already expired must not cause a busy loop.
         assert!(!is_due(&svid, at, 0.0, Some(&ca.bundle()), at + secs(1)));
     }
 

@@ -1,4 +1,5 @@
-//! Entries that the server refused to sign for: each waits for itself, so that one that is refused for good delays nobody.
+//! Entries that the server refused to sign for: each has its own backoff, so that one that is always refused delays no
+//! other.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -11,12 +12,12 @@ use tokio::time::Instant;
 
 use crate::cache::{Cached, State};
 
-/// The entries that were refused last time, at most as many as there are entries.
+/// The entries whose last request was refused; at most as many as there are entries.
 #[derive(Default)]
 pub struct Retries(HashMap<EntryId, Refused>);
 
 struct Refused {
-    /// Revision of the entry: one that was changed since may be signed now.
+    /// Revision of the entry: after a change it may be signed.
     revision: i64,
     times: u32,
     backoff: Backoff,
@@ -24,7 +25,7 @@ struct Refused {
 }
 
 impl Retries {
-    /// The server refused to sign for this entry.
+    /// Records that the server refused to sign for this entry.
     pub fn refused(&mut self, entry: &Entry, now: Instant) {
         let fresh = || Refused {
             revision: entry.revision,
@@ -40,24 +41,25 @@ impl Retries {
         refused.next = now + refused.backoff.next_delay();
     }
 
-    /// An entry has its SVID.
+    /// Records that an entry has its SVID.
     pub fn signed(&mut self, id: &EntryId) {
         self.0.remove(id);
     }
 
-    /// Forgets entries that are no more.
+    /// Forgets entries that no longer exist.
     pub fn forget_removed(&mut self, state: &State) {
         self.0.retain(|id, _| state.entries.contains_key(id));
     }
 
-    /// Of what is due, the most urgent `count` that need not wait: first what was never refused, and of that what ends first.
+    /// The `count` most urgent entries that need not wait: those that were never refused first, and of these the ones
+    /// that expire first.
     pub fn pick<'a>(&self, due: impl Iterator<Item = &'a Cached>, count: usize, now: Instant) -> Vec<EntryId> {
         let waiting =
             |c: &&Cached| self.0.get(&c.entry.id).is_some_and(|r| r.revision == c.entry.revision && r.next > now);
         let mut due: Vec<&Cached> = due.filter(|c| !waiting(c)).collect();
         due.sort_by_cached_key(|c| {
             let times = self.0.get(&c.entry.id).map_or(0, |r| r.times);
-            // One that has no SVID is served nothing; one that has is served until it ends.
+            // An entry without an SVID serves nothing; one with an SVID serves it until it expires.
             (
                 times,
                 c.svid.as_ref().map_or(OffsetDateTime::UNIX_EPOCH, |s| s.facts().not_after),
@@ -88,7 +90,7 @@ mod tests {
         let later = start + Duration::from_secs(2);
         assert_eq!(pick(&retries, &entries, 5, later), others, "and then come last");
         assert_eq!(pick(&retries, &entries, 100, later).len(), 10);
-        // The second wait is longer; a change of the entry ends it.
+        // The second backoff is longer; a change of the entry resets it.
         retries.refused(&entries[0].entry, later);
         assert!(pick(&retries, &entries[..1], 1, later + Duration::from_millis(900)).is_empty());
         assert_eq!(pick(&retries, &[cached("e0", 2)], 1, later), ["e0"]);

@@ -1,6 +1,7 @@
-//! Gets each entry its SVID before anybody asks, and a new one at half life or when its authority is tainted.
+//! Gets each entry's SVID signed before it is requested, and renews it at half of its lifetime or when its authority is
+//! tainted.
 //!
-//! A call that fails puts off all signing; an entry that is refused puts off itself alone.
+//! A failed call delays all signing; a refused entry delays only itself.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,27 +25,27 @@ use crate::refusal::Refusal;
 use crate::renewal;
 use crate::retries::Retries;
 
-/// Requests in one call (SPIRE: 500).
+/// Most requests per call (SPIRE: 500).
 const BATCH: usize = 500;
-/// The time is looked at this often, so that a clock that jumps is noticed.
+/// Interval between two checks of the clock, so that a jump of the clock is noticed.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Signs what is due until `shutdown`.
+/// Keeps all entries signed until `shutdown`.
 pub struct Signing {
-    /// The way to the server.
+    /// Connection to the server.
     pub link: Arc<Link>,
     /// Entries and their SVIDs.
     pub cache: Arc<Cache>,
-    /// Where refusals of this agent go.
+    /// Receives the server's refusals of this agent.
     pub refusals: mpsc::Sender<Refusal>,
-    /// Key type of workloads' SVIDs, from now on.
+    /// Key type of new SVIDs of workloads.
     pub key_type: watch::Receiver<KeyType>,
-    /// What is counted.
+    /// The agent's metrics.
     pub metrics: Arc<Metrics>,
 }
 
 impl Signing {
-    /// Runs until `shutdown`.
+    /// Signs what is due, until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         tokio::select! {
             () = self.keep_signed() => {}
@@ -108,16 +109,17 @@ impl Signing {
             );
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
-                // As somebody else we may be heard. A change of the cache is no reason: our own work is one.
+                // Another identity may be accepted. A change of the cache is no reason to retry, because our own work
+                // causes changes.
                 changed = identity.changed() => if changed.is_err() { return },
             }
         }
     }
 
-    /// Gets a batch signed; how many of it were refused.
+    /// Gets a batch signed; returns how many of it were refused. Errors: the call failed as a whole.
     async fn sign(&self, due: &[EntryId], retries: &mut Retries) -> Result<usize, Status> {
         let (count, key_type) = (due.len(), *self.key_type.borrow());
-        // RSA keys take long to make; nobody else is to wait for them.
+        // RSA keys take long to generate, so this must not block other tasks.
         let keys = tokio::task::spawn_blocking(move || {
             let one = || {
                 let key = PrivateKey::generate(key_type).map_err(|e| e.to_string())?;
@@ -145,7 +147,7 @@ impl Signing {
                         signed.push((id, Arc::new(svid)));
                         continue;
                     }
-                    // Kept by nobody, it would be asked for again at once, and again.
+                    // Counted as refused: otherwise it would be requested again at once, in a loop.
                     Ok(svid) => {
                         format!("it came for `{}`, which the entry does not say here; a change is under way", svid.id())
                     }
@@ -159,13 +161,13 @@ impl Signing {
         }
         self.metrics.svids_signed.inc_by(signed.len() as u64);
         for id in &refused {
-            // An entry that has gone meanwhile needs no other try.
+            // An entry that was removed meanwhile needs no retry.
             if let Some(cached) = self.cache.read().entries.get(*id) {
                 retries.refused(&cached.entry, Instant::now());
             }
         }
         signed.iter().for_each(|(id, _)| retries.signed(id));
-        // Whoever watches the cache is woken by a change only: refusals are none.
+        // Only a change of the cache wakes watchers; a refusal must not.
         if !signed.is_empty() {
             self.put(signed);
         }
@@ -180,7 +182,7 @@ impl Signing {
         let now = self.link.now();
         self.cache.change(|state| {
             for (id, svid) in signed {
-                // The entry may have gone, or become another identity's, while the request was under way.
+                // The entry may have been removed, or have got another SPIFFE ID, during the call.
                 if let Some(cached) = state.entries.get_mut(id).filter(|c| c.entry.spiffe_id == *svid.id()) {
                     tracing::debug!(entry = %id, spiffe_id = %svid.id(), serial = svid.facts().serial, "SVID ready");
                     cached.svid = Some(svid);
@@ -193,7 +195,7 @@ impl Signing {
     }
 }
 
-/// Whether an entry needs an SVID now.
+/// Whether an entry needs a new SVID now.
 fn is_due(cached: &Cached, state: &State, now: OffsetDateTime) -> bool {
     if cached.entry.is_expired(now) || cached.entry.store_svid {
         return false;

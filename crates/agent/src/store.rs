@@ -1,5 +1,5 @@
-//! What an agent keeps on disk: its own identity (key and chain in one file, so that they always belong together) and
-//! the last bundle. Workloads' keys are never here.
+//! The agent's files: its own identity (key and chain in one file, so that they always match) and the last bundle. Keys
+//! of workloads are never written to disk.
 
 use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
@@ -24,7 +24,7 @@ pub struct StoreError {
     why: String,
 }
 
-/// The agent's folder, which no other agent uses meanwhile.
+/// The agent's folder, locked against other agents.
 pub struct Store {
     identity: PathBuf,
     bundle: PathBuf,
@@ -32,7 +32,7 @@ pub struct Store {
     _lock: Flock<File>,
 }
 
-/// Larger than any identity of ours: a key and a chain of a few certificates.
+/// Size of the write test in bytes: larger than any identity, a key and a chain of a few certificates.
 const PROBE_BYTES: usize = 16 * 1024;
 /// Before the certificates of a kept bundle: a line that readers of PEM pass over.
 const REPLACES: &str = "# In place of the trust bundle file with SHA-256 ";
@@ -42,10 +42,10 @@ fn failed(path: &Path, why: impl ToString) -> StoreError {
 }
 
 impl Store {
-    /// Makes the folder, mode 0700, and locks it: two agents would replace each other's identity.
+    /// Creates the folder, mode 0700, and locks it: two agents would overwrite each other's identity.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| failed(dir, e))?;
-        // The folder itself is locked: that leaves no file, needs no room, and works on a disk that is read-only.
+        // The lock is on the folder itself: it leaves no file, needs no space and works on a read-only disk.
         let folder = File::open(dir).map_err(|e| failed(dir, e))?;
         let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
             Errno::EWOULDBLOCK => failed(dir, "another agent uses this folder; give each agent its own --data-dir"),
@@ -55,13 +55,13 @@ impl Store {
         Ok(Self { identity: file("agent-svid.pem"), bundle: file("bundle.pem"), probe: file(".probe"), _lock: lock })
     }
 
-    /// Fails unless an identity could be written now: asked before something that works once is spent on one.
+    /// Checks whether an identity could be written now; called before single-use evidence is spent on one.
     pub fn probe(&self) -> Result<(), StoreError> {
         write_secret(&self.probe, &[0; PROBE_BYTES]).map_err(|e| failed(&self.probe, e))?;
         std::fs::remove_file(&self.probe).map_err(|e| failed(&self.probe, e))
     }
 
-    /// The identity of an earlier run. A file that cannot be used is reported and passed over.
+    /// The identity of an earlier run; `None` if there is none. A file that cannot be used is logged and ignored.
     pub fn identity(&self) -> Option<X509Svid> {
         let pem = Zeroizing::new(kept(&self.identity)?);
         let read = || {
@@ -75,7 +75,7 @@ impl Store {
             .ok()
     }
 
-    /// Keeps the identity.
+    /// Writes the identity, key and chain in one file of mode 0600.
     pub fn put_identity(&self, svid: &X509Svid) -> Result<(), StoreError> {
         let mut pem = Zeroizing::new(pem_block("PRIVATE KEY", svid.key().as_pkcs8()));
         pem.push_str(&certificates_to_pem(svid.chain().iter().map(AsRef::as_ref)));

@@ -1,4 +1,4 @@
-//! Brings entries and bundles from the server into the cache: pushed where the server pushes, polled elsewhere.
+//! Copies entries and bundles from the server into the cache: pushed if the server supports it, polled otherwise.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,21 +24,21 @@ use crate::cache::{Cache, Cached, State};
 use crate::link::{CALL_TIMEOUT, Link, describe};
 use crate::refusal::{Refusal, was_cut};
 
-/// Brings the cache up to date and keeps it there, until `shutdown`.
+/// Keeps the cache up to date until `shutdown`.
 pub struct Sync {
-    /// The way to the server.
+    /// Connection to the server.
     pub link: Arc<Link>,
-    /// What is kept up to date.
+    /// The cache that is kept up to date.
     pub cache: Arc<Cache>,
-    /// Where refusals of this agent go.
+    /// Receives the server's refusals of this agent.
     pub refusals: mpsc::Sender<Refusal>,
-    /// How often a server without push is asked.
+    /// Interval between two polls of a server without push.
     pub interval: Duration,
-    /// Whose bundle is ours.
+    /// The trust domain whose bundle authenticates the server.
     pub trust_domain: TrustDomain,
 }
 
-/// Where the stream of pushes stands.
+/// Position in the server's stream of pushes.
 #[derive(Default)]
 struct Position {
     epoch: String,
@@ -69,10 +69,10 @@ impl Parts {
 /// one or two.
 const CUTS: u32 = 3;
 
-/// How the way to the server has been of late.
+/// Recent history of the connection.
 struct Line {
     backoff: Backoff,
-    /// Connections that were cut since the server was last heard.
+    /// Connections that were reset since the last message from the server.
     cuts: u32,
 }
 
@@ -84,7 +84,7 @@ impl Line {
 }
 
 impl Sync {
-    /// Runs until `shutdown`.
+    /// Keeps the cache up to date, until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         tokio::select! {
             () = self.follow() => {}
@@ -248,8 +248,8 @@ impl Sync {
     }
 }
 
-/// Puts an entry in. An SVID of another identity goes at once; one with other names or another life goes when its
-/// successor is there.
+/// Inserts an entry. The SVID of another SPIFFE ID is dropped at once; one with other DNS names or another lifetime is
+/// used until its successor is signed.
 fn put_entry(state: &mut State, entry: Entry) {
     let before = state.entries.remove(&entry.id);
     let kept = before.filter(|b| b.entry.spiffe_id == entry.spiffe_id);

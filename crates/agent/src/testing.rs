@@ -1,4 +1,4 @@
-//! What the tests of this crate share: an authority, entries, and a server that behaves as each test wants.
+//! Shared test helpers: an authority, entries, and a server whose behaviour each test controls.
 
 #![allow(clippy::unwrap_used)]
 
@@ -28,7 +28,7 @@ pub fn td() -> TrustDomain {
     parse_trust_domain("test.local").unwrap()
 }
 
-/// An SPIFFE ID in it.
+/// A SPIFFE ID in that trust domain.
 pub fn id(path: &str) -> SpiffeId {
     SpiffeId::new(format!("spiffe://test.local{path}")).unwrap()
 }
@@ -37,30 +37,30 @@ pub fn id(path: &str) -> SpiffeId {
 pub struct Ca(SigningAuthority);
 
 impl Ca {
-    /// One that lasts for a day.
+    /// A root with a lifetime of one day.
     pub fn new(now: OffsetDateTime) -> Self {
         Self::lasting(Duration::from_secs(86_400), now)
     }
 
-    /// One that lasts for so long.
+    /// A root with this lifetime.
     pub fn lasting(ttl: Duration, now: OffsetDateTime) -> Self {
         let key = PrivateKey::generate(KeyType::EcP256).unwrap();
         let root = issue_root(&td(), &key, ttl, now).unwrap();
         Self(SigningAuthority::new(root, vec![], &key).unwrap())
     }
 
-    /// A bundle of this root alone.
+    /// A bundle that holds this root only.
     pub fn bundle(&self) -> X509Bundle {
         X509Bundle::from_pem(td(), pem_block("CERTIFICATE", self.0.certificate()).as_bytes()).unwrap()
     }
 
-    /// Signs a request.
+    /// Signs a request for `id`.
     pub fn sign(&self, id: &SpiffeId, csr: &[u8], ttl: Duration, now: OffsetDateTime) -> Issued {
         let key = RequestedKey::from_csr(csr).unwrap();
         issue_leaf(&LeafRequest { id, dns_names: &[], key: &key, ttl }, &self.0, now).unwrap()
     }
 
-    /// An SVID with a fresh key.
+    /// An SVID with a new key.
     pub fn svid(&self, path: &str, ttl: Duration, now: OffsetDateTime) -> X509Svid {
         let key = PrivateKey::generate(KeyType::EcP256).unwrap();
         let issued = self.sign(&id(path), &request(&key, None).unwrap(), ttl, now);
@@ -89,7 +89,7 @@ pub fn entry(name: &str, revision: i64) -> Entry {
     }
 }
 
-/// The same without an SVID yet.
+/// The same entry without an SVID.
 pub fn cached(name: &str, revision: i64) -> Cached {
     Cached {
         entry: Arc::new(entry(name, revision)),
@@ -100,7 +100,7 @@ pub fn cached(name: &str, revision: i64) -> Cached {
     }
 }
 
-/// The settings of an agent below `dir` that talks to `server` and knows it by `bundle`.
+/// Settings of an agent below `dir` that connects to `server` and authenticates it by `bundle`.
 pub fn config(dir: &Path, server: String, bundle: &X509Bundle, evidence: Evidence) -> Config {
     let trust_bundle = dir.join("given.pem");
     std::fs::write(&trust_bundle, bundle.to_pem()).unwrap();
@@ -121,7 +121,7 @@ pub fn config(dir: &Path, server: String, bundle: &X509Bundle, evidence: Evidenc
     }
 }
 
-/// Polls until `look` finds something, for twenty seconds at most.
+/// Polls until `look` finds something, for at most twenty seconds.
 pub async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     for _ in 0..1_000 {
         if let Some(found) = look() {

@@ -1,4 +1,4 @@
-//! The agent against a server that behaves badly, or on a machine that does.
+//! The agent with a server that misbehaves, or on a machine that does.
 
 #![allow(clippy::unwrap_used)]
 
@@ -63,7 +63,7 @@ impl Agent {
         Self { link, cache, tasks, shutdown }
     }
 
-    /// The authority above its own SVID, once it has one.
+    /// The ID of the authority above its own SVID, once it has one.
     async fn authority(&self) -> String {
         eventually("the agent's identity", || {
             self.link.identity().borrow().as_ref().map(|svid| svid.facts().authority_id.clone())
@@ -94,7 +94,7 @@ fn token() -> Evidence {
     Evidence::JoinToken(Zeroizing::new("token".into()))
 }
 
-/// Evidence that can be shown again: the fake server does not look at it.
+/// Evidence that can be used again: the fake server does not check it.
 fn again(dir: &Path) -> Evidence {
     let file = dir.join("psat");
     std::fs::write(&file, "a token").unwrap();
@@ -110,7 +110,7 @@ async fn an_agent_renews_its_own_svid_when_its_authority_is_tainted() {
     let next = Ca::new(OffsetDateTime::now_utc());
     let second = next.bundle().authorities[0].id().to_owned();
     let mut both = server.next_authority(next);
-    // Half of its life is far away: without the taint nothing happens.
+    // Half of its lifetime is far away: without the taint nothing happens.
     server.push(vec![], both.clone());
     tokio::time::sleep(secs(3)).await;
     assert_eq!(agent.authority().await, first);
@@ -130,7 +130,7 @@ async fn an_agent_whose_svid_is_refused_attests_again_and_goes_on_serving() {
     agent.authority().await;
     eventually("an SVID", || (agent.signed() == 1).then_some(())).await;
     agent.stop().await;
-    // While it is away its authority is replaced and revoked; it comes back with an SVID that nobody accepts.
+    // While it is away, its authority is replaced and revoked; it returns with an SVID that no server accepts.
     let next = Ca::new(OffsetDateTime::now_utc());
     let second = next.bundle().authorities[0].id().to_owned();
     let both = server.next_authority(next);
@@ -151,7 +151,7 @@ async fn an_agent_whose_svid_is_refused_and_whose_token_is_used_up_keeps_what_it
     let agent = Agent::start(dir.path(), &server, token());
     let first = agent.authority().await;
     eventually("an SVID", || (agent.signed() == 1).then_some(())).await;
-    // Everything that the agent opens from now on is refused; its one open stream goes with the new SVID that it asks for.
+    // Every new connection of the agent is now rejected; its one open stream ends with the new SVID that it requests.
     server.next_authority(Ca::new(OffsetDateTime::now_utc()));
     server.revoke_others();
     server.push(vec![entry("a", 1)], server.bundle());
@@ -256,7 +256,7 @@ async fn a_foreign_bundle_that_the_server_has_deleted_is_gone_from_its_agents() 
 async fn entries_that_are_refused_for_good_starve_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let server = FakeServer::start().await;
-    // A whole batch that is refused stands first in every order there is; one good entry behind it.
+    // A whole batch of refused entries comes first in every order, with one valid entry after it.
     let bad: Vec<String> = (0..500).map(|n| format!("a{n:03}")).collect();
     server.refuse(bad.clone());
     let mut entries: Vec<_> = bad.iter().map(|name| entry(name, 1)).collect();
@@ -264,7 +264,7 @@ async fn entries_that_are_refused_for_good_starve_nobody() {
     server.push(entries.clone(), server.bundle());
     let agent = Agent::start(dir.path(), &server, token());
     eventually("the good entry's SVID", || (agent.signed() == 1).then_some(())).await;
-    // Nor does a newcomer wait for the back-off of those.
+    // A new entry does not wait for their backoff either.
     entries.push(entry("zz", 1));
     let asked = std::time::Instant::now();
     server.push(entries, server.bundle());
@@ -276,7 +276,7 @@ async fn entries_that_are_refused_for_good_starve_nobody() {
     agent.stop().await;
 }
 
-/// A file system of its own that can be filled up, mounted for one test.
+/// A small file system that can be filled up, mounted for one test.
 struct Small(tempfile::TempDir);
 
 impl Small {
@@ -363,7 +363,7 @@ async fn a_client_that_stands_still_does_not_keep_the_agent_from_ending() {
     let end = shutdown.clone();
     let agent = tokio::spawn(crate::run(settings, system_clock(), end, || ready.send(()).unwrap()));
     is_ready.await.unwrap();
-    // A client whose stream is open and who reads nothing more, not even that the server takes leave.
+    // A client with an open stream that reads nothing more, not even the server's goodbye.
     let (asked, opened) = std::sync::mpsc::channel();
     let (thaw, frozen) = std::sync::mpsc::channel::<()>();
     let client = std::thread::spawn(move || {
@@ -389,7 +389,7 @@ async fn a_client_that_stands_still_does_not_keep_the_agent_from_ending() {
             panic!("no SVID");
         });
         asked.send(()).unwrap();
-        // Its runtime stands still, as that of a stopped process does.
+        // Its runtime is blocked, like that of a stopped process.
         let _ = frozen.recv();
         drop(stream);
     });

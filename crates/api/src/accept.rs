@@ -1,4 +1,4 @@
-//! An accept loop's door: it never stands still, whatever accepting a connection fails with.
+//! An accept loop that never stops, whatever error accepting a connection returns.
 
 use std::fs::File;
 use std::future::Future;
@@ -14,16 +14,16 @@ use crate::admission::count_dropped;
 
 /// Pause after an accept that fails for a reason that a moment may mend.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How often one door says that it cannot accept.
+/// Shortest interval between two log lines about failed accepts.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
-/// A listening socket.
+/// A listening socket, TCP or Unix.
 pub trait Listener: Send + Sync {
-    /// A connection.
+    /// The type of an accepted connection.
     type Stream: Send;
-    /// Where it comes from.
+    /// The type of the peer's address.
     type Address: Send;
-    /// The next connection. Must be safe to cancel.
+    /// The next connection. Must be cancel safe.
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Self::Address)>> + Send;
 }
 
@@ -45,8 +45,8 @@ impl Listener for UnixListener {
     }
 }
 
-/// A listener with a descriptor in reserve. When descriptors run out, the reserve is spent on accepting the next connection
-/// and closing it: its client learns at once that there is no room, and the backlog does not fill with clients that wait.
+/// A listener with a spare descriptor. When descriptors run out, the spare is closed to accept the next connection and
+/// close it: its client learns at once that there is no room, and the backlog does not fill with waiting clients.
 pub struct Door<L> {
     listener: L,
     reserve: Option<File>,
@@ -55,18 +55,18 @@ pub struct Door<L> {
 }
 
 impl<L: Listener> Door<L> {
-    /// Puts a descriptor aside.
+    /// Opens the spare descriptor.
     pub fn new(listener: L) -> Self {
         Self { listener, reserve: spare(), failed: 0, said: None }
     }
 
-    /// Listens at another socket from now on.
+    /// Switches to another listening socket.
     pub fn replace(&mut self, listener: L) {
         self.listener = listener;
     }
 
-    /// The next connection. `shed` is called when descriptors or memory have run out, so that the caller may close what it
-    /// can do without; `true`: it did. Safe to cancel.
+    /// The next connection. `shed` is called when descriptors or memory have run out, so that the caller may close
+    /// something; it returns whether it did. Cancel safe.
     pub async fn next(&mut self, shed: impl Fn() -> bool) -> (L::Stream, L::Address) {
         loop {
             let error = match self.listener.accept().await {
@@ -85,11 +85,11 @@ impl<L: Listener> Door<L> {
                     if !self.turn_one_away() {
                         tokio::time::sleep(PAUSE).await;
                     } else if shed {
-                        // What was shed closes its descriptors in a task of its own.
+                        // The connection that was shed closes its descriptors in its own task.
                         tokio::task::yield_now().await;
                     }
                 }
-                // accept(2): a connection that was lost before it was accepted is not the listener's trouble.
+                // accept(2): a connection that was lost before it was accepted is not an error of the listener.
                 _ if is_the_peers(&error) => {}
                 _ => {
                     self.say(&error);
@@ -99,7 +99,7 @@ impl<L: Listener> Door<L> {
         }
     }
 
-    /// Accepts one connection in place of the reserve and closes it. `false`: there was no reserve, or none to accept.
+    /// Accepts one connection with the spare descriptor and closes it. `false`: no spare, or no connection waiting.
     fn turn_one_away(&mut self) -> bool {
         if self.reserve.take().is_none() {
             self.reserve = spare();
@@ -125,7 +125,7 @@ impl<L: Listener> Door<L> {
     }
 }
 
-/// Errors of accept(2) that belong to the connection and not to the listener.
+/// Whether an error of accept(2) concerns the connection and not the listener.
 fn is_the_peers(error: &io::Error) -> bool {
     use io::ErrorKind::{
         ConnectionAborted, ConnectionReset, HostUnreachable, Interrupted, NetworkDown, NetworkUnreachable,

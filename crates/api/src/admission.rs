@@ -1,4 +1,4 @@
-//! Who may hold a connection, so that strangers share a listener and never starve it.
+//! Bounds on open connections that let unauthenticated callers share a listener without starving each other.
 //!
 //! Every connection is accepted. When a bound is reached, a seat is taken away: from the group of sources that holds the
 //! most, in it from the member that holds the most, and of that member's connections the oldest that waits for its peer.
@@ -16,7 +16,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// How often one table says that it takes seats away.
+/// Shortest interval between two log lines of one table.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// Which connections were dropped, and why.
@@ -45,24 +45,24 @@ pub(crate) fn count_dropped(listener: &str, reason: &'static str) {
 /// Bounds of one table.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// What the seats are for, in the log.
+    /// Name of the seats in the log.
     pub name: &'static str,
-    /// Connections in all.
+    /// Most connections in total. 0 counts as 1.
     pub total: usize,
-    /// Connections of one group of sources.
+    /// Most connections per group of sources. 0 counts as 1.
     pub per_group: usize,
 }
 
-/// Where a connection comes from.
+/// Origin of a connection.
 pub trait Source: Clone + Eq + Hash + std::fmt::Debug + Send + Sync + 'static {
-    /// What shares one bound with its like.
+    /// Type of the group that shares one bound.
     type Group: Clone + Eq + Hash + Send + 'static;
-    /// The group that it belongs to.
+    /// The group of this source.
     fn group(&self) -> Self::Group;
 }
 
-/// An IPv4 address is a group of its own; IPv6 addresses are grouped by their /64, which one host may fill alone
-/// (RFC 4291 2.5.4).
+/// Each IPv4 address is its own group; IPv6 addresses are grouped by /64, because one host may use a whole one (RFC
+/// 4291 2.5.4).
 impl Source for IpAddr {
     type Group = IpAddr;
 
@@ -74,12 +74,12 @@ impl Source for IpAddr {
     }
 }
 
-/// A local caller. Its user is the group; within it a process that holds many connections gives way to one that holds few.
+/// A local caller. Its user is the group; within a user, processes with many connections give way to those with few.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LocalSource {
-    /// Effective user at connect time.
+    /// Effective user ID at connect time.
     pub uid: u32,
-    /// Process at connect time.
+    /// Process ID at connect time.
     pub pid: i32,
 }
 
@@ -91,12 +91,12 @@ impl Source for LocalSource {
     }
 }
 
-/// A caller whose identity was verified. The identity is the group.
+/// A caller with a verified identity, which is its group.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ProvenSource {
-    /// SPIFFE ID.
+    /// SPIFFE ID of the caller.
     pub id: String,
-    /// Where from.
+    /// IP address of the caller.
     pub address: IpAddr,
 }
 
@@ -108,7 +108,7 @@ impl Source for ProvenSource {
     }
 }
 
-/// A table of seats.
+/// A table of seats. Clones share it.
 #[derive(Clone)]
 pub struct Admission<S: Source>(Arc<Table<S>>);
 
@@ -151,7 +151,7 @@ struct Held {
 }
 
 impl Member {
-    /// The seat that goes first: the oldest whose peer is to do something, else the oldest.
+    /// The seat to take away first: the oldest that waits for its peer, otherwise the oldest.
     fn first_to_go(&self) -> Option<u64> {
         let waiting = self.held.iter().find(|(_, h)| !h.busy);
         waiting.or_else(|| self.held.iter().next()).map(|(number, _)| *number)
@@ -209,13 +209,13 @@ impl<S: Source> State<S> {
 }
 
 impl<S: Source> Admission<S> {
-    /// An empty table. A bound of 0 counts as 1: every connection is accepted.
+    /// An empty table with these bounds.
     pub fn new(limits: Limits) -> Self {
         let state = State { next: 0, sources: HashMap::new(), groups: HashMap::new(), taken_away: 0, said: None };
         Self(Arc::new(Table { limits, state: Mutex::new(state) }))
     }
 
-    /// Gives a connection a seat, which is somebody else's when a bound is reached.
+    /// Gives a connection a seat, which is taken from another one if a bound is reached.
     pub fn admit(&self, source: S) -> Seat {
         self.seat(source, false)
     }
@@ -257,7 +257,7 @@ impl<S: Source> Admission<S> {
         Seat { table: self.0.clone(), number, taken_away }
     }
 
-    /// Takes one seat away, for instance because descriptors have run out. `false`: nobody holds one.
+    /// Takes one seat away, for example because descriptors have run out. `false` if the table is empty.
     pub fn shed(&self) -> bool {
         let mut state = self.0.state();
         let gone = state.first_to_go().and_then(|number| state.remove(number));
@@ -267,7 +267,7 @@ impl<S: Source> Admission<S> {
         true
     }
 
-    /// Seats that are held.
+    /// Number of seats in use.
     pub fn held(&self) -> usize {
         self.0.state().sources.len()
     }
@@ -278,7 +278,8 @@ impl<S: Source> Table<S> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One line a minute, however many seats are taken away: whoever fills a listener must not fill the log as well.
+    /// Logs at most one line per minute, however many seats are taken away: a flood of connections must not fill the
+    /// log too.
     fn say(&self, state: &mut State<S>, source: &S) {
         state.taken_away += 1;
         if state.said.is_none_or(|said| said.elapsed() >= SAY_EVERY) {
@@ -297,7 +298,7 @@ impl<S: Source> Table<S> {
     }
 }
 
-/// What a seat needs of its table, whatever the sources are.
+/// The part of a table that a seat uses, independent of the type of sources.
 trait Seats: Send + Sync {
     fn leave(&self, number: u64);
     fn set_busy(&self, number: u64, busy: bool);
@@ -313,7 +314,7 @@ impl<S: Source> Seats for Table<S> {
     }
 }
 
-/// A connection's seat; given back when dropped.
+/// A connection's seat, given back when dropped.
 pub struct Seat {
     table: Arc<dyn Seats>,
     number: u64,
@@ -321,12 +322,12 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Resolves when the seat is somebody else's: the connection is to be dropped.
+    /// Resolves once the seat was taken away; the connection must then be closed.
     pub fn taken_away(&self) -> WaitForCancellationFutureOwned {
         self.taken_away.clone().cancelled_owned()
     }
 
-    /// Until the guard is dropped it is we who work, and not the peer that is waited for.
+    /// Marks the seat as busy until the guard is dropped: we are working on an answer, not waiting for the peer.
     pub fn busy(&self) -> Busy {
         self.table.set_busy(self.number, true);
         Busy { table: self.table.clone(), number: self.number }
@@ -339,7 +340,7 @@ impl Drop for Seat {
     }
 }
 
-/// A connection whose request is being answered.
+/// Guard of a busy seat.
 pub struct Busy {
     table: Arc<dyn Seats>,
     number: u64,

@@ -1,8 +1,8 @@
-//! Waiting longer after each failure, with jitter, so that many clients do not come back at once.
+//! Exponential backoff with jitter, so that many clients do not reconnect at once.
 
 use std::time::Duration;
 
-/// Doubles from `first` to `most`; each delay is drawn from the upper half.
+/// Delays that double from `first` to `most`; each one is drawn from the upper half of its range.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     first: Duration,
@@ -11,19 +11,19 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Starts at `first`, never exceeds `most`.
+    /// A backoff that starts at `first` and never exceeds `most`.
     pub fn new(first: Duration, most: Duration) -> Self {
         Self { first, most, next: first }
     }
 
-    /// How long to wait now.
+    /// The next delay.
     pub fn next_delay(&mut self) -> Duration {
         let delay = self.next;
         self.next = (self.next * 2).min(self.most);
         delay / 2 + (delay / 2).mul_f64(rand::random::<f64>())
     }
 
-    /// All is well again.
+    /// Starts again at the first delay, after a success.
     pub fn reset(&mut self) {
         self.next = self.first;
     }

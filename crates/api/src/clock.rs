@@ -1,13 +1,13 @@
-//! The time, handed in from outside wherever logic depends on it.
+//! The wall clock, passed in wherever logic depends on time.
 
 use std::sync::Arc;
 
 use time::OffsetDateTime;
 
-/// Tells the time.
+/// Returns the current time.
 pub type Clock = Arc<dyn Fn() -> OffsetDateTime + Send + Sync>;
 
-/// The machine's clock.
+/// The system's clock, in UTC.
 pub fn system_clock() -> Clock {
     Arc::new(OffsetDateTime::now_utc)
 }

@@ -1,4 +1,4 @@
-//! Between wire messages and domain types. Wire to domain parses and may fail; domain to wire cannot.
+//! Conversions between wire messages and domain types. Wire to domain parses and may fail; domain to wire cannot.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -15,27 +15,27 @@ use time::OffsetDateTime;
 use crate::push;
 use crate::spire::types;
 
-/// Why a wire message is refused. The text names the field.
+/// Why a wire message was rejected. The text names the field.
 #[derive(Debug, thiserror::Error)]
 pub enum ParseError {
-    /// A field that must be there is not.
+    /// A required field is absent. Holds its name.
     #[error("{0} is missing")]
     Missing(&'static str),
-    /// A field holds what it may not.
+    /// A field has an invalid value.
     #[error("{field}: {why}")]
     Field {
-        /// Its name.
+        /// Name of the field.
         field: &'static str,
-        /// What is wrong.
+        /// Why the value is invalid.
         why: String,
     },
-    /// An entry that breaks a rule.
+    /// The entry ID breaks a rule.
     #[error(transparent)]
     Entry(#[from] EntryError),
-    /// A selector of the wrong form.
+    /// Not a valid selector.
     #[error(transparent)]
     Selector(#[from] SelectorError),
-    /// A SPIFFE ID of the wrong form.
+    /// Not a valid SPIFFE ID or trust domain.
     #[error(transparent)]
     Id(#[from] IdError),
 }
@@ -44,7 +44,7 @@ fn field(field: &'static str) -> impl Fn(String) -> ParseError {
     move |why| ParseError::Field { field, why }
 }
 
-/// A SPIFFE ID with a path.
+/// Parses a SPIFFE ID with a path. `name` is the field's name for errors.
 pub fn id_from_wire(name: &'static str, id: Option<types::Spiffeid>) -> Result<SpiffeId, ParseError> {
     let id = id.ok_or(ParseError::Missing(name))?;
     let slash = if id.path.is_empty() || id.path.starts_with('/') { "" } else { "/" };
@@ -52,17 +52,17 @@ pub fn id_from_wire(name: &'static str, id: Option<types::Spiffeid>) -> Result<S
         .map_err(|e| field(name)(e.to_string()))
 }
 
-/// The wire form of a SPIFFE ID.
+/// Encodes a SPIFFE ID.
 pub fn id_to_wire(id: &SpiffeId) -> types::Spiffeid {
     types::Spiffeid { trust_domain: id.trust_domain_name().to_owned(), path: id.path().to_owned() }
 }
 
-/// A set of selectors.
+/// Parses a set of selectors.
 pub fn selectors_from_wire(selectors: Vec<types::Selector>) -> Result<SelectorSet, ParseError> {
     selectors.into_iter().map(|s| Ok(Selector::new(s.r#type, s.value)?)).collect()
 }
 
-/// The wire form of selectors.
+/// Encodes selectors, in their order.
 pub fn selectors_to_wire<'a>(selectors: impl IntoIterator<Item = &'a Selector>) -> Vec<types::Selector> {
     selectors
         .into_iter()
@@ -82,7 +82,7 @@ fn ttl_to_wire(ttl: Option<Duration>) -> i32 {
     ttl.map_or(0, |t| i32::try_from(t.as_secs()).unwrap_or(i32::MAX))
 }
 
-/// Seconds since 1970 as a time; 0 is none.
+/// Parses seconds since 1970; 0 gives `None`.
 pub fn time_from_wire(name: &'static str, seconds: i64) -> Result<Option<OffsetDateTime>, ParseError> {
     if seconds == 0 {
         return Ok(None);
@@ -90,7 +90,7 @@ pub fn time_from_wire(name: &'static str, seconds: i64) -> Result<Option<OffsetD
     OffsetDateTime::from_unix_timestamp(seconds).map(Some).map_err(|e| field(name)(e.to_string()))
 }
 
-/// An entry. `id` stands in for one that the message leaves out.
+/// Parses an entry. `fresh_id` generates the entry ID if the message has none. [`Entry::check`] is left to the caller.
 pub fn entry_from_wire(e: types::Entry, fresh_id: impl FnOnce() -> EntryId) -> Result<Entry, ParseError> {
     let federates_with = e.federates_with.iter().map(|td| parse_trust_domain(td)).collect::<Result<_, _>>()?;
     Ok(Entry {
@@ -112,7 +112,7 @@ pub fn entry_from_wire(e: types::Entry, fresh_id: impl FnOnce() -> EntryId) -> R
     })
 }
 
-/// The wire form of an entry.
+/// Encodes an entry.
 pub fn entry_to_wire(e: &Entry) -> types::Entry {
     types::Entry {
         id: e.id.to_string(),
@@ -133,7 +133,7 @@ pub fn entry_to_wire(e: &Entry) -> types::Entry {
     }
 }
 
-/// A bundle. Authorities that are no CA certificates are refused.
+/// Parses a bundle. Fails if one of its authorities is not a valid CA certificate.
 pub fn bundle_from_wire(b: types::Bundle) -> Result<X509Bundle, ParseError> {
     let authorities = b.x509_authorities.into_iter().map(|c| {
         let mut authority = X509Authority::from_der(c.asn1).map_err(|e| field("x509_authorities")(e.to_string()))?;
@@ -148,7 +148,7 @@ pub fn bundle_from_wire(b: types::Bundle) -> Result<X509Bundle, ParseError> {
     })
 }
 
-/// The wire form of a bundle.
+/// Encodes a bundle, without JWT authorities.
 pub fn bundle_to_wire(b: &X509Bundle) -> types::Bundle {
     let certificate = |a: &X509Authority| types::X509Certificate { asn1: a.der().to_vec(), tainted: a.tainted };
     types::Bundle {
@@ -160,7 +160,7 @@ pub fn bundle_to_wire(b: &X509Bundle) -> types::Bundle {
     }
 }
 
-/// An IP address of 4 or 16 bytes.
+/// Parses an IP address of 4 or 16 bytes; IPv4-mapped addresses become IPv4.
 pub fn address_from_wire(bytes: &[u8]) -> Result<IpAddr, ParseError> {
     if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
         return Ok(v4.into());
@@ -170,7 +170,7 @@ pub fn address_from_wire(bytes: &[u8]) -> Result<IpAddr, ParseError> {
     Ok(IpAddr::from(v6).to_canonical())
 }
 
-/// The wire form of an IP address.
+/// Encodes an IP address in 4 or 16 bytes.
 pub fn address_to_wire(address: IpAddr) -> Vec<u8> {
     match address.to_canonical() {
         IpAddr::V4(a) => a.octets().to_vec(),
@@ -199,7 +199,7 @@ fn port(name: &'static str, port: u32) -> Result<u16, ParseError> {
     u16::try_from(port).ok().filter(|p| *p != 0).ok_or_else(|| field(name)(format!("{port} is no port")))
 }
 
-/// A workload of the directory.
+/// Parses a workload of the directory.
 pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
     let p = w.policy.ok_or(ParseError::Missing("policy"))?;
     let ids = |ids: Vec<String>| ids.iter().map(|id| Ok(parse_id(id)?.to_string())).collect::<Result<_, ParseError>>();
@@ -232,7 +232,7 @@ pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
     })
 }
 
-/// The wire form of a workload.
+/// Encodes a workload of the directory.
 pub fn workload_to_wire(w: &Workload) -> push::Workload {
     let p = &w.policy;
     push::Workload {
@@ -260,7 +260,7 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
     }
 }
 
-/// An answer of the directory, with the address that it is about.
+/// Parses an answer of the directory, with the address that it is about.
 pub fn answer_from_wire(a: push::Answer) -> Result<(IpAddr, Answer), ParseError> {
     let address = address_from_wire(&a.address)?;
     let answer = match (a.workload, a.service) {
@@ -271,7 +271,7 @@ pub fn answer_from_wire(a: push::Answer) -> Result<(IpAddr, Answer), ParseError>
     Ok((address, answer))
 }
 
-/// The wire form of an answer.
+/// Encodes an answer of the directory.
 pub fn answer_to_wire(address: IpAddr, answer: &Answer) -> push::Answer {
     let (workload, service) = match answer {
         Answer::Meshed(w) => (Some(workload_to_wire(w)), None),
@@ -281,7 +281,7 @@ pub fn answer_to_wire(address: IpAddr, answer: &Answer) -> push::Answer {
     push::Answer { address: address_to_wire(address), workload, service }
 }
 
-/// Parses a service.
+/// Parses a service of the directory.
 pub fn service_from_wire(s: push::Service) -> Result<Service, ParseError> {
     let endpoint = |e: &push::Endpoint| {
         let address = SocketAddr::new(address_from_wire(&e.address)?, port("endpoint", e.port)?);
@@ -299,7 +299,7 @@ pub fn service_from_wire(s: push::Service) -> Result<Service, ParseError> {
     })
 }
 
-/// The wire form of a service.
+/// Encodes a service of the directory.
 pub fn service_to_wire(s: &Service) -> push::Service {
     let endpoint = |e: &Endpoint| push::Endpoint {
         address: address_to_wire(e.address.ip()),
@@ -321,7 +321,7 @@ pub fn service_to_wire(s: &Service) -> push::Service {
     }
 }
 
-/// A trust domain that a caller named, with or without `spiffe://`.
+/// Parses a trust domain name, with or without `spiffe://`.
 pub fn trust_domain_from_wire(text: &str) -> Result<TrustDomain, ParseError> {
     Ok(parse_trust_domain(text.strip_prefix("spiffe://").unwrap_or(text))?)
 }
@@ -347,7 +347,7 @@ mod tests {
             },
         };
         assert_eq!(workload_from_wire(workload_to_wire(&w)).unwrap(), w);
-        // No list and an empty list are two things on the wire as well.
+        // The wire format distinguishes no list from an empty list, too.
         for allow in [None, Some(std::collections::BTreeSet::new())] {
             let policy = Policy { allow, port_allow: [(81, [].into())].into(), ..w.policy.clone() };
             let w = Workload { policy, ..w.clone() };

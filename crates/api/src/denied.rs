@@ -1,4 +1,4 @@
-//! PermissionDenied with a reason in the detail that SPIRE's agents look for (`types.PermissionDeniedDetails`).
+//! PermissionDenied with the reason in the detail that SPIRE's agents read (`types.PermissionDeniedDetails`).
 
 use prost::Message;
 use tonic::{Code, Status};
@@ -19,7 +19,7 @@ struct RpcStatus {
     details: Vec<prost_types::Any>,
 }
 
-/// A status that carries a reason.
+/// A PermissionDenied status with a reason for programs and a message for people.
 pub fn denied(reason: Reason, message: String) -> Status {
     let detail = prost_types::Any {
         type_url: TYPE_URL.into(),
@@ -29,7 +29,7 @@ pub fn denied(reason: Reason, message: String) -> Status {
     Status::with_details(Code::PermissionDenied, message, envelope.encode_to_vec().into())
 }
 
-/// The reason that a status carries.
+/// The reason in a status; `None` if it has none.
 pub fn reason_of(status: &Status) -> Option<Reason> {
     let envelope = RpcStatus::decode(status.details()).ok()?;
     let detail = envelope.details.iter().find(|d| d.type_url == TYPE_URL)?;

@@ -1,4 +1,4 @@
-//! Files, read with a bound; and those that hold secrets, written so that no crash leaves half of one and nobody else reads it.
+//! Bounded reads of files, and atomic writes of secrets: no crash leaves half a file, and no other user can read it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -48,7 +48,7 @@ pub fn write_secret(path: &Path, content: &[u8]) -> io::Result<()> {
     write_atomically(path, content, 0o600)
 }
 
-/// Writes a file of this mode atomically.
+/// Writes a file with this mode atomically, see [`write_secret`].
 pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let dir = path.parent().ok_or_else(|| io::Error::other("the path has no folder"))?;
     let mut temporary = path.as_os_str().to_owned();

@@ -1,11 +1,11 @@
-//! Doors for the fuzz targets in `fuzz/`, built with `--cfg fuzzing` alone.
+//! Entry points for the fuzz targets in `fuzz/`, built with `--cfg fuzzing` only.
 
 use crate::unix_authority::Filter;
 
-/// Pushes the input through the filter, whole and in pieces; the first byte is the pieces' length.
+/// Passes the input through the filter, whole and in pieces; the first byte is the length of the pieces.
 ///
 /// # Panics
-/// When a byte is added or lost, or when the pieces make a difference.
+/// If a byte is added or lost, or if the pieces make a difference.
 pub fn authority_rewrite(data: &[u8]) {
     let Some((piece, data)) = data.split_first() else { return };
     let through = |pieces: &mut dyn Iterator<Item = &[u8]>| {

@@ -1,16 +1,16 @@
-//! The end of a role that serves: what is under way may finish, but not without bound. A client that is stopped (SIGSTOP, a
-//! paused container) never reads what it is sent, and the answer to it never ends.
+//! Graceful shutdown with a bound: calls in progress may finish, but a client that is stopped (SIGSTOP, a paused
+//! container) never reads its answer and must not keep the process alive.
 
 use std::future::Future;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-/// What a role that was told to end still waits for its callers: shorter than the 10 s that Docker, and the 30 s that
-/// Kubernetes and systemd leave it at least.
+/// How long a role waits for its callers after it was asked to stop: shorter than the 10 s of Docker and the 30 s of
+/// Kubernetes and systemd.
 pub const GRACE: Duration = Duration::from_secs(5);
 
-/// Awaits `serving`; once `shutdown` has come, no longer than `grace` from then on. `None` when that was too short.
+/// Awaits `serving`, but no longer than `grace` after `shutdown`. `None` if it did not finish in time.
 pub async fn within_grace<T>(
     serving: impl Future<Output = T>,
     shutdown: &CancellationToken,
@@ -60,7 +60,7 @@ mod tests {
         shutdown.cancel();
         let ended = tokio::time::timeout(Duration::from_secs(10), never).await;
         assert_eq!(ended.unwrap(), None);
-        // What ends in time is not cut short.
+        // Work that ends within the deadline is not cancelled.
         let quick = async {
             tokio::time::sleep(Duration::from_millis(5)).await;
             2

@@ -22,38 +22,38 @@ use crate::near::Near;
 /// that it takes so many others to connect after it.
 const LIMITS: Limits = Limits { name: "HTTP connections", total: 256, per_group: 64 };
 
-/// How long a connection may take.
+/// Bounds on the time of a connection.
 #[derive(Clone, Copy)]
 struct Deadlines {
-    /// Longest wait for a request's head, from the connection's beginning or the answer before it on: a kept-alive connection
-    /// may idle for as long.
+    /// Longest wait for a request's head, from the start of the connection or from the previous answer on: also the
+    /// idle time of a kept-alive connection.
     head: Duration,
-    /// Life after which no further request is read.
+    /// Age of a connection after which no further request is read.
     life: Duration,
-    /// Time for the answer that is under way when the life ends.
+    /// Time for the answer in progress when the connection reaches that age.
     last_answer: Duration,
 }
 
 const DEADLINES: Deadlines =
     Deadlines { head: Duration::from_secs(10), life: Duration::from_secs(120), last_answer: Duration::from_secs(10) };
 
-/// An answer: status, content type, text.
+/// An HTTP response: status, content type and body.
 pub struct Answer {
     /// HTTP status code.
     pub status: u16,
-    /// Content type.
+    /// Value of the `content-type` header.
     pub kind: &'static str,
-    /// Body.
+    /// Response body in UTF-8.
     pub text: String,
 }
 
 impl Answer {
-    /// Plain text.
+    /// A response in plain text.
     pub fn text(status: u16, text: impl Into<String>) -> Self {
         Self { status, kind: "text/plain; charset=utf-8", text: text.into() }
     }
 
-    /// A page of metrics (OpenMetrics 1.0).
+    /// A metrics page (OpenMetrics 1.0).
     pub fn metrics(registry: &prometheus_client::registry::Registry) -> Self {
         let mut text = String::new();
         match prometheus_client::encoding::text::encode(&mut text, registry) {
@@ -62,7 +62,7 @@ impl Answer {
         }
     }
 
-    /// `/ready`: 200, or 503 with what is still missing.
+    /// The response for `/ready`: 200, or 503 with what is still missing.
     pub fn ready(missing: Option<String>) -> Self {
         match missing {
             None => Self::text(200, "ready\n"),
@@ -71,26 +71,26 @@ impl Answer {
     }
 }
 
-/// A GET that came in.
+/// An incoming GET request.
 pub struct Asked {
-    /// Its path.
+    /// Path of the request, without the query.
     pub path: String,
-    /// The address that it came to.
+    /// Local address and port that the client connected to.
     pub local: SocketAddr,
 }
 
-/// An answer on its way.
+/// A response in preparation; `None` gives 404.
 pub type Answering = Pin<Box<dyn Future<Output = Option<Answer>> + Send>>;
 
-/// Answers a GET; `None` is 404.
+/// Answers GET requests; `None` gives 404.
 pub type Handler = dyn Fn(Asked) -> Answering + Send + Sync;
 
-/// A handler of pages that are there at once.
+/// A handler for pages that are available without waiting, by path.
 pub fn pages(at_once: impl Fn(&str) -> Option<Answer> + Send + Sync + 'static) -> Arc<Handler> {
     Arc::new(move |asked| Box::pin(std::future::ready(at_once(&asked.path))))
 }
 
-/// Serves until `shutdown`.
+/// Serves on `listener` until `shutdown`.
 pub async fn serve(listener: TcpListener, handler: Arc<Handler>, shutdown: CancellationToken) {
     serve_within(DEADLINES, listener, handler, shutdown).await;
 }
@@ -122,7 +122,7 @@ async fn serve_one(deadlines: Deadlines, stream: TcpStream, local: SocketAddr, s
         let busy = seat.busy();
         async move {
             let response = respond(answering).await;
-            // From here on it is for the peer to read.
+            // From here on we wait for the peer to read.
             drop(busy);
             Ok::<_, Infallible>(response)
         }

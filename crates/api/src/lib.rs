@@ -1,5 +1,5 @@
-//! The wire: generated code for the SPIFFE Workload API, the SPIRE server API and `countersign.v1`, conversions that
-//! parse ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
+//! Wire formats and transports: generated code for the SPIFFE Workload API, the SPIRE server API and `countersign.v1`,
+//! parsing conversions ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
 
 pub mod accept;
 pub mod admission;
@@ -34,7 +34,7 @@ mod unix_authority;
 pub mod verified;
 pub mod workload_api;
 
-/// The SPIFFE Workload API (no package).
+/// Generated code of the SPIFFE Workload API, whose file names no package.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod workload {
     tonic::include_proto!("_");
@@ -46,48 +46,48 @@ pub mod workload {
     }
 }
 
-/// The SPIRE server API.
+/// Generated code of the SPIRE server API.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod spire {
-    /// `spire.api`
+    /// Generated code of the package `spire.api`.
     pub mod api {
-        /// `spire.api.types`
+        /// Generated code of the package `spire.api.types`.
         pub mod types {
             tonic::include_proto!("spire.api.types");
         }
-        /// `spire.api.server`
+        /// Generated code of the package `spire.api.server`.
         pub mod server {
-            /// `spire.api.server.agent`
+            /// Generated code of the package `spire.api.server.agent`.
             pub mod agent {
-                /// `spire.api.server.agent.v1`
+                /// Generated code of the package `spire.api.server.agent.v1`.
                 pub mod v1 {
                     tonic::include_proto!("spire.api.server.agent.v1");
                 }
             }
-            /// `spire.api.server.entry`
+            /// Generated code of the package `spire.api.server.entry`.
             pub mod entry {
-                /// `spire.api.server.entry.v1`
+                /// Generated code of the package `spire.api.server.entry.v1`.
                 pub mod v1 {
                     tonic::include_proto!("spire.api.server.entry.v1");
                 }
             }
-            /// `spire.api.server.svid`
+            /// Generated code of the package `spire.api.server.svid`.
             pub mod svid {
-                /// `spire.api.server.svid.v1`
+                /// Generated code of the package `spire.api.server.svid.v1`.
                 pub mod v1 {
                     tonic::include_proto!("spire.api.server.svid.v1");
                 }
             }
-            /// `spire.api.server.bundle`
+            /// Generated code of the package `spire.api.server.bundle`.
             pub mod bundle {
-                /// `spire.api.server.bundle.v1`
+                /// Generated code of the package `spire.api.server.bundle.v1`.
                 pub mod v1 {
                     tonic::include_proto!("spire.api.server.bundle.v1");
                 }
             }
-            /// `spire.api.server.localauthority`
+            /// Generated code of the package `spire.api.server.localauthority`.
             pub mod localauthority {
-                /// `spire.api.server.localauthority.v1`
+                /// Generated code of the package `spire.api.server.localauthority.v1`.
                 pub mod v1 {
                     tonic::include_proto!("spire.api.server.localauthority.v1");
                 }
@@ -99,10 +99,10 @@ pub mod spire {
     pub use api::types;
 }
 
-/// What Countersign adds: push, directory, status.
+/// Generated code of Countersign's own API: push, directory, status.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod countersign {
-    /// `countersign.v1`
+    /// Generated code of the package `countersign.v1`.
     pub mod v1 {
         tonic::include_proto!("countersign.v1");
     }

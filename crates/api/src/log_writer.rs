@@ -1,6 +1,7 @@
-//! Lines to a log that may stand still: nobody who writes a line waits for whoever reads it.
+//! A log whose reader may stall without blocking the tasks that write lines.
 //!
-//! Lines go into a bounded buffer, and a thread of the log's own writes them. What finds no room is dropped and counted.
+//! Lines go into a bounded buffer, and each log has its own thread that writes them. Lines without room are dropped and
+//! counted.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -9,25 +10,25 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bytes that wait to be written, at most.
+/// Most bytes that wait to be written.
 const HELD: usize = 1024 * 1024;
-/// Bytes that are written without waiting for more.
+/// Number of waiting bytes that are written without waiting for more.
 const FULL: usize = 64 * 1024;
-/// Stack of the writing thread, in bytes.
+/// Stack size of the writing thread, in bytes.
 const STACK: usize = 256 * 1024;
-/// How often a log that cannot be written says so.
+/// Shortest interval between two error messages about a log that cannot be written.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
-/// Where lines go.
+/// Target of a log.
 #[derive(Debug)]
 pub enum Sink {
     /// An open stream, such as standard output.
     Stream(File),
-    /// A file that is appended to, and opened anew when asked.
+    /// A file that is appended to and that can be reopened.
     File(PathBuf),
 }
 
-/// A log.
+/// A log with a buffer and a writing thread.
 #[derive(Debug)]
 pub struct LogWriter(Arc<Shared>);
 
@@ -35,9 +36,9 @@ pub struct LogWriter(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     wake: Condvar,
-    /// Lines that nobody will read.
+    /// Number of lines that were dropped or could not be written.
     lost: AtomicU64,
-    /// How long lines are held back for others to join them.
+    /// How long lines are held back so that more can be written together.
     hold: Duration,
 }
 
@@ -47,15 +48,16 @@ struct State {
     lines: u64,
     reopen: bool,
     finishing: bool,
-    /// The thread has ended.
+    /// Whether the thread has ended.
     finished: bool,
 }
 
 impl LogWriter {
-    /// Opens the log and starts its thread. Lines are held back for `hold` at most, so that they are written together.
+    /// Opens the log and starts its thread. Lines are held back for at most `hold`, so that several are written
+    /// together.
     ///
     /// # Errors
-    /// The file cannot be opened, or no thread can be started.
+    /// The file cannot be opened, or the thread cannot be started.
     pub fn start(sink: Sink, hold: Duration) -> io::Result<Self> {
         let (file, path) = match sink {
             Sink::Stream(file) => (file, None),
@@ -67,7 +69,8 @@ impl LogWriter {
         Ok(Self(shared))
     }
 
-    /// Adds one line, with its line feed. `put` writes it behind what is there; an error leaves no trace of it.
+    /// Adds one line including its line feed. `put` appends it to the buffer; on an error or without room the line
+    /// counts as lost.
     pub fn line<E>(&self, put: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) {
         let mut state = self.0.state();
         let before = state.held.len();
@@ -85,18 +88,18 @@ impl LogWriter {
         }
     }
 
-    /// Lines that were dropped, or could not be written, since the start.
+    /// Number of lines since start that were dropped or could not be written.
     pub fn lost(&self) -> u64 {
         self.0.lost.load(Ordering::Relaxed)
     }
 
-    /// Lets the thread write what is held to the file that is open, and then open the path anew. Does nothing for a stream.
+    /// Asks the thread to write the buffer to the open file and then reopen the path. No effect on a stream.
     pub fn reopen(&self) {
         self.0.state().reopen = true;
         self.0.wake.notify_all();
     }
 
-    /// Writes what is held and ends the thread. `false`: it was not done within the time, and the rest is lost.
+    /// Writes the buffer and ends the thread. `false` if that took longer than `within`; the rest is lost.
     pub fn finish(&self, within: Duration) -> bool {
         let mut state = self.0.state();
         state.finishing = true;
@@ -118,7 +121,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread.
+    /// Body of the writing thread.
     fn write(&self, mut out: Out) {
         let mut spare = Vec::new();
         loop {
@@ -138,7 +141,7 @@ impl Shared {
             let lines = std::mem::take(&mut state.lines);
             let (reopen, finishing) = (std::mem::take(&mut state.reopen), state.finishing);
             drop(state);
-            // The lock is not held: whoever adds a line meanwhile does not wait for the reader.
+            // Without the lock, so that adding a line never waits for the reader.
             if let Err(error) = out.file.write_all(&held) {
                 self.lost.fetch_add(lines, Ordering::Relaxed);
                 out.say(&error, "cannot write a log");
@@ -161,7 +164,7 @@ impl Shared {
     }
 }
 
-/// What the thread writes to.
+/// The open target of the writing thread.
 struct Out {
     file: File,
     path: Option<PathBuf>,
@@ -169,7 +172,7 @@ struct Out {
 }
 
 impl Out {
-    /// The old file is kept when the new one cannot be opened: lines in the wrong place are better than none.
+    /// Opens the path again. Keeps the old file if that fails: lines in the wrong place are better than none.
     fn reopen(&mut self) {
         let Some(path) = &self.path else { return };
         match open(path) {
@@ -218,7 +221,7 @@ mod tests {
         assert!((1_000..3_000).contains(&lost), "{lost}");
         let begun = Instant::now();
         assert!(!log.finish(Duration::from_millis(200)) && begun.elapsed() < Duration::from_secs(5));
-        // Somebody reads again: all that was held arrives, whole lines only.
+        // The reader continues: the whole buffer arrives, in complete lines.
         let read = std::thread::spawn(move || {
             let mut text = String::new();
             reader.read_to_string(&mut text).unwrap();

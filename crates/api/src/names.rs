@@ -1,8 +1,8 @@
-//! From a name to a connection, without the C library's name service, which a static binary cannot load.
+//! Connects to a host name without the C library's name service, which a static binary cannot load.
 //!
-//! Addresses are tried as RFC 8305 ("Happy Eyeballs") says: both IP versions in turn, the next one 250 ms after the one
-//! before or as soon as that has failed, and the first that answers wins. An address that swallows packets costs a quarter
-//! of a second and not the connection.
+//! Addresses are tried by RFC 8305 ("Happy Eyeballs"): both IP versions in turn, each one 250 ms after the previous one
+//! or as soon as that has failed; the first that answers wins. An address that drops packets costs a quarter of a
+//! second instead of the connection.
 
 use std::collections::HashSet;
 use std::io;
@@ -15,25 +15,25 @@ use hickory_resolver::config::LookupIpStrategy;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-/// Time that an address has to itself before the next one is tried (RFC 8305 5: "Connection Attempt Delay").
+/// Time that each address has alone before the next one is tried (RFC 8305 5, "Connection Attempt Delay").
 const STAGGER: Duration = Duration::from_millis(250);
-/// Time that the slower of the two lookups is waited for once the other has answered (RFC 8305 3: "Resolution Delay").
+/// How long the slower lookup is awaited once the other has answered (RFC 8305 3, "Resolution Delay").
 const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
-/// Longest wait for a connection, the lookup included.
+/// Longest wait for a connection, including the lookup.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Addresses tried at most for one connection.
+/// Most addresses tried per connection.
 const MAX_ADDRESSES: usize = 32;
 
-/// Connects to `server`, `HOST:PORT`. Names are looked up in `/etc/hosts`, then at the name servers of `/etc/resolv.conf`;
-/// both files are read anew, so a change is followed.
+/// Connects to `server`, `HOST:PORT`. Names are looked up in `/etc/hosts`, then at the name servers of
+/// `/etc/resolv.conf`; both files are read at each call, so changes take effect.
 ///
 /// # Errors
-/// When `server` has no port, the name is unknown, or none of its addresses takes a connection within ten seconds.
+/// If `server` has no port, the name is unknown, or none of its addresses accepts a connection within ten seconds.
 pub async fn connect(server: &str) -> io::Result<TcpStream> {
     Dialer::new(server.to_owned()).connect().await.map(|dialled| dialled.stream)
 }
 
-/// Checks that `server` has the form `HOST:PORT`.
+/// Splits `HOST:PORT`, an IPv6 address in brackets; `None` if the text has another form.
 pub fn split(server: &str) -> Option<(&str, u16)> {
     let (host, port) = server.rsplit_once(':')?;
     let port = port.parse().ok().filter(|p| *p != 0)?;
@@ -41,7 +41,7 @@ pub fn split(server: &str) -> Option<(&str, u16)> {
     (!bare.is_empty() && (bare == host) != bare.contains(':')).then_some((bare, port))
 }
 
-/// Connects to one server again and again, and learns which of its addresses are worth trying first.
+/// Connects to one server repeatedly and remembers which of its addresses to try first.
 pub struct Dialer {
     server: String,
     learned: Mutex<Learned>,
@@ -49,30 +49,30 @@ pub struct Dialer {
 
 #[derive(Default)]
 struct Learned {
-    /// Served us last, up to the end of a handshake.
+    /// The address of the last connection that finished its handshake.
     good: Option<IpAddr>,
-    /// Were tried since then and came to nothing, or have not come to a handshake's end yet.
+    /// Addresses that were tried since then and did not finish a handshake, or have not yet.
     doubtful: HashSet<IpAddr>,
 }
 
-/// A connection, and which address it leads to.
+/// A connection and the address that it leads to.
 pub struct Dialled {
-    /// The connection.
+    /// The open TCP connection.
     pub stream: TcpStream,
-    /// The address of the server's that answered.
+    /// The server's address that answered.
     pub address: IpAddr,
 }
 
 impl Dialer {
-    /// A way to `server`, `HOST:PORT`. Nothing is looked up yet.
+    /// A dialer for `server`, `HOST:PORT`. Does no lookup yet.
     pub fn new(server: String) -> Self {
         Self { server, learned: Mutex::default() }
     }
 
-    /// Connects. An address that did not lead to [`Dialer::is_good`] the last time is tried after those that may.
+    /// Connects. Addresses whose last connection did not reach [`Dialer::is_good`] are tried last.
     ///
     /// # Errors
-    /// As those of [`connect`].
+    /// See [`connect`].
     pub async fn connect(&self) -> io::Result<Dialled> {
         let server = &self.server;
         let (host, port) = split(server)
@@ -85,7 +85,8 @@ impl Dialer {
             let mut tried = vec![];
             let dialled = race(&addresses, port, &mut tried).await;
             let mut learned = self.learned();
-            // The winner too, until its handshake is over: a machine may take connections and serve nobody.
+            // This includes the winner until its handshake has finished: a machine may accept connections and serve
+            // none.
             learned.doubtful.extend(tried);
             learned.good = None;
             dialled.map_err(|(address, error)| io::Error::new(error.kind(), format!("{host} ({address}): {error}")))
@@ -94,21 +95,21 @@ impl Dialer {
             || io::Error::new(io::ErrorKind::TimedOut, format!("{server} takes no connection within {DEADLINE:?}"));
         let dialled = tokio::time::timeout(DEADLINE, dial).await;
         dialled.unwrap_or_else(|_| {
-            // What was tried has come to nothing, all of it: nothing is known for the next time.
+            // None of the addresses worked, so nothing is known for the next time.
             *self.learned() = Learned::default();
             Err(late())
         })
     }
 
-    /// A connection to this address has proven useful: it is the first to be tried again.
+    /// Reports that a connection to this address was useful. It is tried first next time.
     pub fn is_good(&self, address: IpAddr) {
         let mut learned = self.learned();
         learned.doubtful.remove(&address);
         learned.good = Some(address);
     }
 
-    /// The last good address, then those that nothing is known of, then those that came to nothing; in each part IPv6 and
-    /// IPv4 in turn (RFC 8305 4).
+    /// The order to try: the last good address, then unknown ones, then doubtful ones; in each group IPv6 and IPv4
+    /// alternate (RFC 8305 4).
     fn in_order(&self, addresses: Vec<IpAddr>) -> Vec<IpAddr> {
         let mut learned = self.learned();
         if addresses.iter().all(|a| learned.doubtful.contains(a)) {
@@ -125,7 +126,7 @@ impl Dialer {
     }
 }
 
-/// IPv6 and IPv4 in turn, beginning with the version of the first address.
+/// Alternates IPv6 and IPv4, starting with the version of the first address.
 fn in_turn(addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     let first_is_v6 = addresses.first().is_some_and(IpAddr::is_ipv6);
     let (first, second): (Vec<_>, Vec<_>) = addresses.into_iter().partition(|a| a.is_ipv6() == first_is_v6);
@@ -140,7 +141,8 @@ fn in_turn(addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     }
 }
 
-/// The first connection that comes about, or how the last one failed. `tried` gets each address that was begun with.
+/// The first connection that succeeds, or the last error with its address. `tried` receives each address that was
+/// started.
 async fn race(addresses: &[IpAddr], port: u16, tried: &mut Vec<IpAddr>) -> Result<Dialled, (IpAddr, io::Error)> {
     let mut attempts = JoinSet::new();
     let mut waiting = addresses.iter().copied();
@@ -157,7 +159,7 @@ async fn race(addresses: &[IpAddr], port: u16, tried: &mut Vec<IpAddr>) -> Resul
                 Some(Ok((address, Ok(stream)))) => return Ok(Dialled { stream, address }),
                 Some(Ok((address, Err(error)))) => {
                     last = (address, error);
-                    // Nothing is gained by waiting for one that has failed.
+                    // After a failure, waiting for the next attempt gains nothing.
                     next = waiting.next();
                 }
                 Some(Err(error)) => last.1 = io::Error::other(error),
@@ -174,7 +176,7 @@ async fn look_up(host: &str) -> io::Result<Vec<IpAddr>> {
     }
     let (v6, v4) = (look_up_one(host, LookupIpStrategy::Ipv6Only), look_up_one(host, LookupIpStrategy::Ipv4Only));
     let (mut v6, mut v4) = (std::pin::pin!(v6), std::pin::pin!(v4));
-    // Whichever answers first with something gives the other a moment to add to it.
+    // Once one lookup has found something, the other gets a moment to add to it.
     let (first, second) = tokio::select! {
         v6 = &mut v6 => match v6 {
             Ok(found) => (Ok(found), tokio::time::timeout(RESOLUTION_DELAY, v4).await.unwrap_or(Ok(vec![]))),

@@ -1,4 +1,4 @@
-//! Who is on the other end of a connection, as request extensions carry it to a gRPC service.
+//! The other end of a connection, as request extensions carry it to gRPC services.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,25 +10,25 @@ use crate::process::Snapshot;
 /// A caller over TLS.
 #[derive(Debug, Clone)]
 pub struct TlsPeer {
-    /// Where from.
+    /// Remote IP address and port.
     pub address: SocketAddr,
-    /// Who; `None` if it showed no certificate.
+    /// The verified peer; `None` if the client sent no certificate.
     pub svid: Option<Arc<VerifiedPeer>>,
 }
 
-/// A caller over a Unix socket, as the kernel says.
+/// A caller over a Unix socket, as reported by the kernel.
 #[derive(Debug, Clone)]
 pub struct UnixPeer {
-    /// Process, in the reader's PID namespace; 0 if it is not visible there.
+    /// Process ID in our PID namespace; 0 if the process is not visible there.
     pub pid: i32,
-    /// Effective user at connect time.
+    /// Effective user ID at connect time.
     pub uid: u32,
-    /// Effective group at connect time.
+    /// Effective group ID at connect time.
     pub gid: u32,
-    /// Handle to the process itself, which stays right when the number is used again. `None` on kernels without it.
+    /// Handle to the process itself, which stays valid when its ID is reused. `None` on kernels without `SO_PEERPIDFD`.
     pub pidfd: Option<Arc<std::os::fd::OwnedFd>>,
-    /// When the process started, in clock ticks since boot; `None` where it is not certain whose start `/proc` told.
+    /// Start time of the process in clock ticks since boot; `None` if it is uncertain whose start time `/proc` showed.
     pub started: Option<u64>,
-    /// What `/proc` said of the process when the connection was accepted; `None` if it is not visible here.
+    /// What `/proc` said about the process when the connection was accepted; `None` if the process is not visible.
     pub at_accept: Option<Arc<Snapshot>>,
 }

@@ -1,7 +1,7 @@
-//! Who connected to a Unix socket, by the kernel's word, asked when the connection is accepted.
+//! Credentials of the process behind a Unix socket, read from the kernel when the connection is accepted.
 //!
-//! A process number proves nothing for long: its process may end, and another one may get the number. A pidfd keeps hold
-//! of the process itself, so wherever the kernel has it (Linux 6.5) nothing else counts.
+//! A process ID proves nothing for long, because the process may end and its ID be reused. A pidfd refers to the
+//! process itself, so where the kernel supports it (Linux 6.5), only the pidfd counts.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,19 +14,19 @@ use tokio::net::UnixStream;
 use crate::peer::UnixPeer;
 use crate::process::{self, Snapshot};
 
-/// Why nothing is known of whoever connected.
+/// Why the credentials are unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
-    /// The process ended before the connection was accepted. Its number may belong to another process by now.
+    /// The process ended before the connection was accepted. Its ID may belong to another process by now.
     #[error("process {0}, which connected, has ended")]
     Gone(i32),
-    /// The kernel did not answer, for want of descriptors or otherwise.
+    /// The kernel did not answer, for lack of descriptors or otherwise.
     #[error("cannot ask the kernel who connected: {0}")]
     Kernel(#[from] io::Error),
 }
 
-/// Asks the kernel who connected: pid, uid and gid at connect time, and a pidfd where the kernel has it; and `/proc` what
-/// that process is at this moment.
+/// Reads the credentials of a connection: pid, uid and gid at connect time, a pidfd if the kernel supports it, and a
+/// snapshot of the process from `/proc`.
 pub fn peer_credentials(stream: &UnixStream) -> Result<UnixPeer, CredentialsError> {
     let accepted_at = process::ticks_since_boot();
     let cred = getsockopt(stream, sockopt::PeerCredentials).map_err(io::Error::from)?;
@@ -41,7 +41,7 @@ struct Connected {
     gid: u32,
 }
 
-/// Puts the kernel's answers together. `pidfd` is what `SO_PEERPIDFD` brought, `accepted_at` in clock ticks since boot.
+/// Combines the kernel's answers. `pidfd` is the result of `SO_PEERPIDFD`, `accepted_at` is in clock ticks since boot.
 fn judge(
     connected: &Connected,
     pidfd: nix::Result<OwnedFd>,
@@ -50,21 +50,22 @@ fn judge(
     let &Connected { pid, uid, gid } = connected;
     let (pidfd, started) = match pidfd {
         Ok(pidfd) => (Some(Arc::new(pidfd)), process::start_time(pid)),
-        // The one error that means "this kernel has no such option". The start time must do.
+        // The one error that means "this kernel has no such option". The start time has to identify the process
+        // instead.
         Err(Errno::ENOPROTOOPT) => (None, start_of(connected, accepted_at)),
-        // No descriptor or no memory: says nothing of the peer.
+        // Out of descriptors or memory, which says nothing about the peer.
         Err(error @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) => {
             return Err(CredentialsError::Kernel(error.into()));
         }
-        // EINVAL (6.5 to 6.15), ESRCH, ENODATA: the process has been reaped. Whatever else: nothing is proven.
+        // EINVAL (6.5 to 6.15), ESRCH, ENODATA: the process has been reaped. Any other error proves nothing either.
         Err(_) => return Err(CredentialsError::Gone(pid)),
     };
     let at_accept = Snapshot::read(pid).ok().map(Arc::new);
     Ok(UnixPeer { pid, uid, gid, pidfd, started, at_accept })
 }
 
-/// The start time of the process that connected; `None` where the process with its number is certainly or possibly
-/// another one: it belongs to somebody else, or it started after the connection was accepted.
+/// The start time of the process that connected; `None` if the process with its ID now may be another one: it belongs
+/// to another user, or it started after the connection was accepted.
 fn start_of(connected: &Connected, accepted_at: Option<u64>) -> Option<u64> {
     let started = process::start_time(connected.pid)?;
     let same_user = process::effective_uid(connected.pid) == Some(connected.uid);
@@ -82,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_peer_whose_pidfd_the_kernel_denies_is_gone_whoever_has_its_number_now() {
-        // The number belongs to a living process, this one: exactly what a reused number looks like.
+        // The ID belongs to a running process, this one: exactly what a reused ID looks like.
         for errno in [Errno::EINVAL, Errno::ESRCH, Errno::ENODATA, Errno::EPERM] {
             let judged = judge(&this_process(), Err(errno), process::ticks_since_boot());
             assert!(matches!(judged, Err(CredentialsError::Gone(_))), "{errno}: {judged:?}");

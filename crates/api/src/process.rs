@@ -1,5 +1,5 @@
-//! What `/proc` says of a process. Reading is no proof of whose data it was: the caller makes sure, before and after, that
-//! the process is still the one that is meant.
+//! What `/proc` says about a process. Reading does not prove whose data it was: the caller has to check before and
+//! after that the process is still the same.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -8,33 +8,33 @@ use std::path::{Path, PathBuf};
 
 use crate::files::read_bounded;
 
-/// Largest file of a process that is read, in bytes.
+/// Largest file in `/proc/PID` that is read, in bytes.
 const MAX_PROC_BYTES: u64 = 256 * 1024;
-/// Clock ticks a second in `/proc` (`USER_HZ`): 100 on every platform that Rust runs Linux programs on.
+/// Clock ticks per second in `/proc` (`USER_HZ`): 100 on every platform that Rust supports for Linux.
 const TICKS_PER_SECOND: u64 = 100;
 
-/// What a process can change about itself, at one moment.
+/// Attributes that a process can change about itself, at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Supplementary groups.
+    /// Supplementary group IDs.
     pub groups: BTreeSet<u32>,
-    /// Its cgroups, as `/proc/PID/cgroup` lists them.
+    /// Content of `/proc/PID/cgroup`.
     pub cgroup: String,
-    /// What it runs; `None` where we may not look (ptrace(2), "access mode checking").
+    /// The program that it runs; `None` if we may not read it (ptrace(2), "access mode checking").
     pub exe: Option<Executable>,
 }
 
 /// The program that a process runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Executable {
-    /// Its path as the process sees it, with ` (deleted)` behind it once the file is gone.
+    /// Path as the process sees it, followed by ` (deleted)` once the file is gone.
     pub path: PathBuf,
-    /// Device and inode of the file: the same file under whatever name.
+    /// Device and inode of the file: identify it under any name.
     pub file: (u64, u64),
 }
 
 impl Snapshot {
-    /// Reads it. Fails where the process is gone or not visible.
+    /// Reads the attributes. Fails if the process has ended or is not visible.
     pub fn read(pid: i32) -> io::Result<Self> {
         let text = |file| {
             let content = read_bounded(Path::new(&format!("/proc/{pid}/{file}")), MAX_PROC_BYTES)?;
@@ -51,26 +51,27 @@ impl Executable {
     fn of(pid: i32) -> Option<Self> {
         let link = format!("/proc/{pid}/exe");
         let path = std::fs::read_link(&link).ok()?;
-        // Followed in the kernel to the file itself, whatever stands at its path now.
+        // The kernel follows this link to the file itself, whatever is at its path now.
         let file = std::fs::metadata(&link).ok()?;
         Some(Self { path, file: (file.dev(), file.ino()) })
     }
 }
 
-/// When a process started, in clock ticks since boot (proc(5), field 22 of `stat`).
+/// Start time of a process in clock ticks since boot (proc(5), field 22 of `stat`); `None` if it is not visible.
 pub fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may itself hold spaces and parentheses: fields are counted from its end.
+    // The name in parentheses may itself contain spaces and parentheses, so fields are counted from its end.
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// The effective user of a process. The owner of `/proc/PID` will not do: it is root for a process that is not dumpable.
+/// The effective user ID of a process. The owner of `/proc/PID` is not enough: it is root for a process that is not
+/// dumpable.
 pub(crate) fn effective_uid(pid: i32) -> Option<u32> {
     let status = read_bounded(Path::new(&format!("/proc/{pid}/status")), MAX_PROC_BYTES).ok()?;
     field(&String::from_utf8_lossy(&status), "Uid:")?.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Now, on the clock of [`start_time`].
+/// The current time on the clock of [`start_time`].
 pub(crate) fn ticks_since_boot() -> Option<u64> {
     let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
     // `SECONDS.HUNDREDTHS IDLE`

@@ -1,37 +1,37 @@
-//! Asking a role to open its log files anew: what logrotate sends SIGHUP for after it has renamed them.
+//! The signal to reopen log files: logrotate sends SIGHUP after it has renamed them.
 
 use tokio::sync::watch;
 
-/// Hears when the logs are to be opened anew. The default one never does.
+/// Receives requests to reopen the logs. The default never receives one.
 #[derive(Debug, Clone, Default)]
 pub struct Reopen(Option<watch::Receiver<u64>>);
 
-/// Asks all clones of its [`Reopen`].
+/// Sends requests to all clones of its [`Reopen`].
 #[derive(Debug)]
 pub struct Reopener(watch::Sender<u64>);
 
-/// Both ends.
+/// A connected pair of sender and receiver.
 pub fn channel() -> (Reopener, Reopen) {
     let (asks, heard) = watch::channel(0);
     (Reopener(asks), Reopen(Some(heard)))
 }
 
 impl Reopener {
-    /// Asks once. Several requests before anybody has heard the first are one.
+    /// Sends one request. Requests that were not received yet are merged.
     pub fn ask(&self) {
         self.0.send_modify(|n| *n += 1);
     }
 }
 
 impl Reopen {
-    /// Resolves at the next request that this clone has not heard. Safe to cancel.
+    /// Resolves at the next request that this clone has not received. Cancel safe.
     pub async fn asked(&mut self) {
         if let Some(heard) = &mut self.0
             && heard.changed().await.is_ok()
         {
             return;
         }
-        // Nobody will ask any more.
+        // The sender is gone: no further request can come.
         self.0 = None;
         std::future::pending::<()>().await;
     }

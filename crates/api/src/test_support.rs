@@ -1,8 +1,8 @@
-//! What tests of listeners need.
+//! Helpers for tests of listeners.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Opens as many files as the system lets a test.
+/// Raises the descriptor limit to what the system allows.
 pub fn many_descriptors() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     if soft < hard {

@@ -1,4 +1,4 @@
-//! The thin adapter between rustls and the one verifier in `countersign-identity`.
+//! The thin adapter between rustls and the only verifier, in `countersign-identity`.
 //!
 //! TLS 1.3 only; X25519MLKEM768 first, then X25519 and P-256; AES-128-GCM first; no tickets, no early data.
 
@@ -19,21 +19,21 @@ use time::OffsetDateTime;
 
 use crate::verified::VerifiedChains;
 
-/// Why no TLS configuration could be made.
+/// Why a TLS configuration could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The engine refused the key or the settings.
+    /// rustls rejected the key or the settings.
     #[error("cannot set up TLS: {0}")]
     Rustls(#[from] rustls::Error),
 }
 
-/// Decides whether a peer whose chain is good may go on.
+/// Decides whether a peer with a valid chain is accepted.
 pub type Authorize = dyn Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync;
 
-/// Where the bundles of the moment come from.
+/// Returns the current bundles.
 pub type Bundles = dyn Fn() -> Arc<BundleSet> + Send + Sync;
 
-/// Our choice of algorithms.
+/// Our algorithms: key exchange groups and cipher suites in order of preference.
 pub fn provider() -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
     provider.kx_groups =
@@ -46,7 +46,7 @@ pub fn provider() -> Arc<CryptoProvider> {
     provider.into()
 }
 
-/// Verifies peers by their SVID, whichever side they are on.
+/// Verifies peers by their SVID, as clients and as servers.
 pub struct SvidVerifier {
     trust: Trust,
     authorize: Box<Authorize>,
@@ -54,16 +54,16 @@ pub struct SvidVerifier {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-/// What a verifier trusts.
+/// The bundles that a verifier trusts.
 enum Trust {
-    /// The bundles of the moment, and the chains that were good under the last ones asked for.
+    /// The current bundles at each call, with the chains that were verified under the last ones.
     Moving(Box<Bundles>, Mutex<Arc<VerifiedChains>>),
-    /// One revision of them, with the chains that were good under it.
+    /// One revision of the bundles, with the chains that were verified under it.
     Fixed(Arc<VerifiedChains>),
 }
 
 impl SvidVerifier {
-    /// A verifier for one revision of the bundles, which remembers the chains that were good.
+    /// A verifier for one revision of the bundles that caches verified chains.
     pub fn remembering(
         chains: Arc<VerifiedChains>,
         authorize: impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync + 'static,
@@ -80,7 +80,8 @@ impl SvidVerifier {
         }
     }
 
-    /// A verifier that asks `bundles` for the bundles of the moment and `authorize` about a good chain's owner.
+    /// A verifier that takes the current bundles from `bundles` and asks `authorize` about each peer with a valid
+    /// chain.
     pub fn new(
         bundles: impl Fn() -> Arc<BundleSet> + Send + Sync + 'static,
         authorize: impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync + 'static,
@@ -89,7 +90,8 @@ impl SvidVerifier {
         Self::with(Trust::Moving(Box::new(bundles), chains), authorize)
     }
 
-    /// Lets clients in that show no certificate: an agent that is not attested yet. One that is shown must be good.
+    /// Accepts clients without a certificate, such as agents before attestation. A certificate that is sent must still
+    /// be valid.
     #[must_use]
     pub fn client_may_be_anonymous(mut self) -> Self {
         self.client_must_authenticate = false;
@@ -109,7 +111,7 @@ impl SvidVerifier {
         self.check(&chain, now, role).map(drop).map_err(refused)
     }
 
-    /// Whom a chain proves, if it is good and its owner may go on.
+    /// The peer that a chain proves, if the chain is valid and `authorize` accepts it.
     fn check(
         &self,
         chain: &[CertificateDer<'_>],
@@ -121,14 +123,14 @@ impl SvidVerifier {
         Ok(peer)
     }
 
-    /// The bundles to verify against now, with the chains that were good under them.
+    /// The bundles to verify against now, with the chains that were verified under them.
     fn chains(&self) -> Arc<VerifiedChains> {
         let (bundles, last) = match &self.trust {
             Trust::Fixed(chains) => return chains.clone(),
             Trust::Moving(bundles, last) => (bundles(), last),
         };
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-        // What was good under other bundles says nothing about these.
+        // Chains that were verified under other bundles prove nothing under these.
         if *last.bundles() != bundles {
             *last = Arc::new(VerifiedChains::new(bundles));
         }
@@ -142,12 +144,12 @@ impl fmt::Debug for SvidVerifier {
     }
 }
 
-/// A refusal in the shape that rustls carries; [`refusal_of`] takes it out again.
+/// Wraps a refusal in an error that rustls passes on; [`refusal_of`] unwraps it.
 fn refused(refusal: Refusal) -> rustls::Error {
     rustls::Error::InvalidCertificate(rustls::CertificateError::Other(rustls::OtherError(Arc::new(refusal))))
 }
 
-/// The refusal inside an error that came out of a handshake, if it was our verifier that refused.
+/// The refusal inside a handshake error; `None` if the error is not our verifier's.
 pub fn refusal_of(error: &rustls::Error) -> Option<Refusal> {
     match error {
         rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
@@ -158,7 +160,7 @@ pub fn refusal_of(error: &rustls::Error) -> Option<Refusal> {
     }
 }
 
-/// An error of a handshake in words: our verifier's reason, where it was our verifier that refused.
+/// Replaces a handshake error by our verifier's reason, if it has one.
 pub fn explain(error: std::io::Error) -> std::io::Error {
     let refusal = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()).and_then(refusal_of);
     refusal.map_or(error, |refusal| std::io::Error::new(std::io::ErrorKind::PermissionDenied, refusal))
@@ -242,7 +244,7 @@ impl ClientCertVerifier for SvidVerifier {
     }
 }
 
-/// An SVID in the form that rustls signs with.
+/// An SVID in the form that rustls signs with. Errors: rustls does not support the key.
 pub fn certified_key(svid: &X509Svid) -> Result<Arc<CertifiedKey>, TlsError> {
     let key = aws_lc_rs::sign::any_supported_type(&PrivatePkcs8KeyDer::from(svid.key().as_pkcs8()).into())?;
     Ok(Arc::new(CertifiedKey::new(svid.chain().to_vec(), key)))
@@ -267,7 +269,7 @@ impl rustls::client::ResolvesClientCert for OneKey {
     }
 }
 
-/// The server side: shows `own`, verifies clients with `verifier`.
+/// A server configuration that presents `own` and verifies clients with `verifier`.
 pub fn server_config(own: Arc<CertifiedKey>, verifier: SvidVerifier, alpn: &[&[u8]]) -> Result<ServerConfig, TlsError> {
     server_config_with(own, Arc::new(verifier), alpn)
 }
@@ -282,33 +284,34 @@ fn server_config_with(
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(OneKey(own)));
     config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
+    // No resumption: a resumed session would skip the verifier, and with it any revocation since the first handshake.
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(config)
 }
 
-/// The server side of connections whose peers are asked for afterwards: a configuration and the verifier in it.
+/// A server configuration together with its verifier, for listeners that need the peer after the handshake.
 pub struct ServerTls {
     config: Arc<ServerConfig>,
     verifier: Arc<SvidVerifier>,
 }
 
 impl ServerTls {
-    /// As [`server_config`].
+    /// A configuration as of [`server_config`], with its verifier. Errors: rustls rejects the key.
     pub fn new(own: Arc<CertifiedKey>, verifier: SvidVerifier, alpn: &[&[u8]]) -> Result<Self, TlsError> {
         let verifier = Arc::new(verifier);
         Ok(Self { config: Arc::new(server_config_with(own, verifier.clone(), alpn)?), verifier })
     }
 
-    /// The configuration.
+    /// The rustls configuration, to be used per connection.
     pub fn config(&self) -> &Arc<ServerConfig> {
         &self.config
     }
 
-    /// Whom the certificate of a finished handshake proves; `None` when the client showed none.
+    /// The peer that the certificate of a finished handshake proves; `None` if the client sent no certificate.
     ///
-    /// The answer comes from the verified path. When the bundles changed since the handshake, it is verified again, and a
-    /// peer that is not vouched for any more is refused: it never becomes anonymous.
+    /// Comes from the verified path. If the bundles have changed since the handshake, the chain is verified again, and
+    /// a peer that is no longer trusted is rejected; it never becomes anonymous.
     pub fn peer(
         &self,
         connection: &ServerConnection,
@@ -319,7 +322,7 @@ impl ServerTls {
     }
 }
 
-/// The client side: shows `own` if there is one, verifies the server with `verifier`.
+/// A client configuration that presents `own`, if given, and verifies the server with `verifier`.
 pub fn client_config(
     own: Option<Arc<CertifiedKey>>,
     verifier: SvidVerifier,
@@ -339,7 +342,7 @@ pub fn client_config(
     Ok(config)
 }
 
-/// An authorization that admits one identity alone.
+/// An authorization that accepts exactly one SPIFFE ID.
 pub fn only(expected: SpiffeId) -> impl Fn(&VerifiedPeer) -> Result<(), Refusal> + Send + Sync {
     move |peer| {
         if peer.id == expected {

@@ -1,4 +1,4 @@
-//! TLS connections in: accepted always, with room apart for those whose identity is proven.
+//! Accepts TLS connections. All are accepted, and authenticated peers have a bound of their own.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -20,24 +20,24 @@ use crate::peer::TlsPeer;
 use crate::tls::{ServerTls, explain};
 use crate::transport::{HANDSHAKE_TIMEOUT, Incoming};
 
-/// Connections whose peer has proven no identity: handshakes under way, and nodes that are to be attested.
+/// Bounds on connections without an identity: handshakes in progress, and nodes before attestation.
 const UNPROVEN: Limits = Limits { name: "TLS connections without an identity", total: 1_024, per_group: 256 };
-/// Connections of peers with an identity. An agent has three; a node's are many while it starts again and again.
+/// Bounds on connections with an identity. An agent has three; a restarting one may have many for a while.
 const PROVEN: Limits = Limits { name: "TLS connections with an identity", total: 32_768, per_group: 64 };
-/// Life of a connection without an identity: an attestation, or a bundle, takes no longer.
+/// Life of a connection without an identity. Attestation and fetching a bundle take less.
 const UNPROVEN_LIFE: Duration = Duration::from_secs(60);
-/// Most bytes read before a handshake is complete: a `ClientHello` with a post-quantum key share and a chain of certificates
-/// is a fifth of it.
+/// Most bytes read before the handshake has finished: five times the size of a `ClientHello` with a post-quantum key
+/// share and a chain of certificates.
 const MAX_HANDSHAKE_BYTES: usize = 32 * 1024;
 
-/// Most bytes read of a peer without an identity: what a node proves itself with is a few kilobytes, and what strangers
-/// send together must fit into our memory.
+/// Most bytes read from a peer without an identity. Attestation takes a few kilobytes, and the data of all
+/// unauthenticated peers together must fit into memory.
 const MAX_UNPROVEN_BYTES: usize = 128 * 1024;
 
-/// An accepted TLS connection and who is on its other end.
+/// An accepted TLS connection with its peer.
 pub struct TlsIo {
     stream: tokio_rustls::server::TlsStream<Metered>,
-    /// What was read beyond the handshake already.
+    /// Bytes that were already read after the handshake: the HTTP/2 preface.
     head: io::Cursor<[u8; PREFACE.len()]>,
     watched: Watched,
     peer: TlsPeer,
@@ -78,8 +78,8 @@ impl AsyncWrite for TlsIo {
     }
 }
 
-/// Accepts TLS connections; `config` is asked anew for each, so that a rotated certificate takes effect at once.
-/// Runs until the returned stream is dropped.
+/// Accepts TLS connections. `config` is called for each one, so that a rotated certificate takes effect at once. Runs
+/// until the returned stream is dropped.
 pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerTls> + Send + 'static) -> Incoming<TlsIo> {
     let (tx, rx) = mpsc::channel(64);
     tokio::spawn(async move {
@@ -128,7 +128,7 @@ async fn accept_one(
     let svid = tls.peer(stream.get_ref().1, time::OffsetDateTime::now_utc());
     let svid = svid.map_err(|refusal| io::Error::new(io::ErrorKind::PermissionDenied, refusal))?;
     stream.get_mut().0.left = svid.is_none().then_some(MAX_UNPROVEN_BYTES);
-    // The seat among strangers is kept until the next one is taken.
+    // The unauthenticated seat is kept until the other one is taken, so a connection always has a seat.
     let watched = match &svid {
         Some(peer) => {
             let source = ProvenSource { id: peer.id.to_string(), address: address.ip() };
@@ -145,10 +145,10 @@ async fn accept_one(
     Ok(TlsIo { stream, head: io::Cursor::new(head), watched, peer: TlsPeer { address, svid } })
 }
 
-/// A stream that reads no more than so many bytes.
+/// A stream that stops with an error after a number of bytes read.
 struct Metered {
     tcp: TcpStream,
-    /// Bytes that may still be read; `None`: any number.
+    /// Bytes that may still be read; `None` means any number.
     left: Option<usize>,
 }
 
@@ -161,7 +161,7 @@ impl AsyncRead for Metered {
                 "more bytes than are read of a peer without an identity",
             )));
         }
-        // What one read is beyond the bound is no more than rustls reads at a time, 4 KiB.
+        // One read may exceed the bound by at most what rustls reads at once, 4 KiB.
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.tcp).poll_read(cx, buf))?;
         self.left = Some(left.saturating_sub(buf.filled().len() - before));

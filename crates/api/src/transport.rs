@@ -22,9 +22,9 @@ use crate::tls::explain;
 pub use crate::tls_accept::{TlsIo, accept_tls};
 pub use crate::unix_accept::{UnixIo, accept_unix};
 
-/// A handshake that takes longer is dropped.
+/// Longest TLS handshake; slower ones are dropped.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for a channel's connection: for its name and addresses, and then for the handshake.
+/// Longest wait for a channel's connection: lookup and TCP, then the handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest wait for a sign that a socket is somebody's.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -34,14 +34,14 @@ pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
 /// A stream of accepted connections.
 pub type Incoming<S> = tokio_stream::wrappers::ReceiverStream<io::Result<S>>;
 
-/// Waits a little when accepting fails (EMFILE and the like), so that the loop cannot spin.
+/// Waits a little after a failed accept (such as EMFILE), so that the loop does not spin.
 pub async fn back_off_after(error: &io::Error) {
     tracing::warn!(%error, "accept failed; trying again in 100 ms");
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-/// Makes the folders that are missing so that others may walk through them, whatever the umask is: roles run with 077, and
-/// the sockets of several stand in one folder. Who may use a socket is said by the socket's own mode.
+/// Creates missing folders with mode 0755 regardless of the umask: roles run with 077, and sockets of several roles
+/// share a folder. The mode of each socket says who may use it.
 fn make_searchable(dir: &Path) -> io::Result<()> {
     if dir.as_os_str().is_empty() || dir.is_dir() {
         return Ok(());
@@ -50,14 +50,15 @@ fn make_searchable(dir: &Path) -> io::Result<()> {
         make_searchable(above)?;
     }
     match std::fs::create_dir(dir) {
-        // Another role was faster.
+        // Another role created it first.
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) => Err(e),
         Ok(()) => std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)),
     }
 }
 
-/// Binds a Unix socket with this file mode. A socket that nobody listens on any more is replaced; one that is alive is an error.
+/// Binds a Unix socket with this file mode. A stale socket is replaced; a socket that another process listens on is an
+/// error.
 pub fn bind_unix(path: &Path, mode: u32) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         make_searchable(dir)?;
@@ -104,7 +105,7 @@ pub fn unix_channel(path: impl Into<PathBuf>) -> Channel {
     }))
 }
 
-/// A channel to a gRPC service over TLS. `config` is asked anew for each connection.
+/// A channel to a gRPC service over TLS. `config` is called for each connection, so a rotated certificate takes effect.
 pub fn tls_channel(server: String, config: impl Fn() -> Arc<ClientConfig> + Send + Sync + 'static) -> Channel {
     let config = Arc::new(config);
     let dialer = Arc::new(Dialer::new(server));
@@ -113,7 +114,7 @@ pub fn tls_channel(server: String, config: impl Fn() -> Arc<ClientConfig> + Send
         async move {
             let dialled = dialer.connect().await?;
             dialled.stream.set_nodelay(true)?;
-            // The name is never sent nor checked: identity is the SPIFFE ID alone.
+            // The server name is neither sent nor checked: identity is the SPIFFE ID alone.
             let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
             let handshake = TlsConnector::from(config()).connect(name, dialled.stream);
             let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the server does not answer the TLS handshake");

@@ -1,4 +1,4 @@
-//! Connections on Unix sockets, with the kernel's word on each caller, and bounds for every local user.
+//! Accepts connections on Unix sockets, with the kernel's credentials for each caller and bounds per local user.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,17 +20,17 @@ use crate::peer::UnixPeer;
 use crate::transport::{Incoming, bind_unix, peer_credentials};
 use crate::unix_authority;
 
-/// Connections that have not begun to speak HTTP/2.
+/// Most connections that have not sent the HTTP/2 preface yet, in total and per user.
 const SILENT: usize = 256;
 const SILENT_PER_USER: usize = 64;
-/// Connections that have, if descriptors allow: 2,000 sidecars with two channels each.
+/// Most connections that have sent it, if there are enough descriptors: 2,000 sidecars with two channels each.
 const SPEAKING: usize = 4_096;
-/// Descriptors that a connection may cost: its socket, its caller's pidfd, and what is read of the caller meanwhile.
+/// Most descriptors per connection: its socket, the caller's pidfd, and files in `/proc` that are read meanwhile.
 const DESCRIPTORS_EACH: usize = 4;
-/// How often it is looked whether the socket's file is still ours.
+/// Interval between two checks whether the socket's file is still ours.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// An accepted Unix connection and who is on its other end.
+/// An accepted Unix connection with its caller.
 pub struct UnixIo {
     stream: UnixStream,
     peer: UnixPeer,
@@ -84,13 +84,13 @@ impl Connected for UnixIo {
     }
 }
 
-/// Accepts connections on a Unix socket with the kernel's word on each caller. Should somebody delete the socket's file,
+/// Accepts connections on a Unix socket with the kernel's credentials for each caller. If the socket's file is deleted,
 /// it is bound again. Runs until the returned stream is dropped, then removes the file.
 pub fn accept_unix(listener: UnixListener, path: PathBuf, mode: u32) -> Incoming<UnixIo> {
     accept_bounded(listener, path, mode, descriptors())
 }
 
-/// The same, with so many descriptors to live on.
+/// [`accept_unix`] with an explicit number of descriptors.
 fn accept_bounded(listener: UnixListener, path: PathBuf, mode: u32, descriptors: usize) -> Incoming<UnixIo> {
     let (tx, rx) = mpsc::channel(64);
     tokio::spawn(async move {
@@ -107,7 +107,7 @@ fn accept_bounded(listener: UnixListener, path: PathBuf, mode: u32, descriptors:
             while openings.try_join_next().is_some() {}
             tokio::select! {
                 (stream, _) = door.next(|| silent.shed() || speaking.shed()) => {
-                    // Asked before anything else is done, while the caller is most likely still there.
+                    // Read first, while the caller is most likely still alive.
                     match peer_credentials(&stream) {
                         Ok(peer) => {
                             let source = LocalSource { uid: peer.uid, pid: peer.pid };
@@ -138,7 +138,7 @@ fn accept_bounded(listener: UnixListener, path: PathBuf, mode: u32, descriptors:
     Incoming::new(rx)
 }
 
-/// Waits for a caller's first bytes and hands it on. Until then it holds a seat among the silent ones alone.
+/// Waits for a caller's preface and passes the connection on. Until then it only holds a seat among the silent ones.
 async fn open(
     stream: UnixStream,
     peer: UnixPeer,
@@ -163,7 +163,7 @@ async fn open(
     }
 }
 
-/// Reads the client's preface, and what comes with it.
+/// Reads the client's preface, and what arrives with it.
 async fn preface(stream: &UnixStream, filter: &mut unix_authority::Filter) -> io::Result<()> {
     let mut bytes = [0; 512];
     while filter.out().len() < PREFACE.len() {
@@ -181,7 +181,7 @@ async fn preface(stream: &UnixStream, filter: &mut unix_authority::Filter) -> io
     Ok(())
 }
 
-/// Descriptors that this process may have.
+/// Number of descriptors that this process may open.
 fn descriptors() -> usize {
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1_024, 1_024));
     usize::try_from(soft).unwrap_or(usize::MAX)

@@ -1,7 +1,7 @@
-//! Chains that were found good, so that a peer which calls often has its signatures from the authority checked once.
+//! A cache of verified chains, so that the authority's signatures on a frequent peer's chain are checked once.
 //!
-//! What is remembered holds for one revision of the bundles and until the first certificate of chain or bundle ends. The
-//! proof that the peer holds the leaf's key is never remembered: TLS asks for it in each handshake.
+//! An entry holds for one revision of the bundles, and until the first certificate of the chain or the bundle expires.
+//! The proof that the peer holds the leaf's key is never cached: TLS requires it in each handshake.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,12 +14,12 @@ use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-/// Chains remembered; beyond that all are checked anew.
+/// Most chains in the cache. Beyond that it is emptied and all are verified again.
 const MAX_CHAINS: usize = 4_096;
 
 type Digest = [u8; 32];
 
-/// Good chains under one revision of the bundles.
+/// Verified chains under one revision of the bundles.
 pub struct VerifiedChains {
     bundles: Arc<BundleSet>,
     known: Mutex<HashMap<Digest, Known>>,
@@ -32,12 +32,12 @@ struct Known {
 }
 
 impl VerifiedChains {
-    /// None yet.
+    /// An empty cache for these bundles.
     pub fn new(bundles: Arc<BundleSet>) -> Self {
         Self { bundles, known: Mutex::default() }
     }
 
-    /// The bundles.
+    /// The bundles that the chains were verified against.
     pub fn bundles(&self) -> &Arc<BundleSet> {
         &self.bundles
     }
@@ -46,7 +46,8 @@ impl VerifiedChains {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// As [`verify_chain`]. A leaf that serves one role serves the other: X509-SVID asks for both usages.
+    /// [`verify_chain`] with a cache. The role is not part of the key, because X509-SVID requires both usages of a
+    /// leaf.
     pub fn verify(
         &self,
         chain: &[CertificateDer<'_>],
@@ -67,12 +68,13 @@ impl VerifiedChains {
         Ok(peer)
     }
 
-    /// Who a chain names that [`Self::verify`] has passed before.
+    /// The peer of a chain that [`Self::verify`] has accepted before; `None` if it is not in the cache.
     pub fn recall(&self, chain: &[CertificateDer<'_>]) -> Option<Arc<VerifiedPeer>> {
         self.known().get(&digest(chain)).map(|k| k.peer.clone())
     }
 
-    /// From the latest beginning to the earliest end in the chain and among the authorities that could stand behind it.
+    /// The time span of an entry: from the latest start to the earliest end in the chain and among the authorities that
+    /// may be behind it.
     fn span(&self, chain: &[CertificateDer<'_>]) -> (OffsetDateTime, OffsetDateTime) {
         let facts: Vec<_> =
             chain.iter().filter_map(|c| X509Certificate::from_der(c).ok()).map(|(_, c)| LeafFacts::of(&c)).collect();
@@ -88,7 +90,7 @@ impl VerifiedChains {
 fn digest(chain: &[CertificateDer<'_>]) -> Digest {
     let mut context = Context::new(&SHA256);
     for certificate in chain {
-        // The length in front keeps two ways to cut the same bytes apart.
+        // The length prefix tells apart two ways to split the same bytes.
         context.update(&certificate.len().to_be_bytes());
         context.update(certificate);
     }

@@ -1,4 +1,4 @@
-//! The SPIFFE Workload API's X.509 stream, from the workload's side.
+//! The client of the SPIFFE Workload API's X.509 stream.
 
 use std::time::Duration;
 
@@ -14,22 +14,22 @@ use crate::backoff::Backoff;
 use crate::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::workload::{X509svidRequest, X509svidResponse};
 
-/// Longest answer that is read, in bytes.
+/// Longest response that is read, in bytes.
 const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;
 
-/// Who we are now, and whom we trust.
+/// A workload's identity and trust bundles.
 pub struct Update {
-    /// The default identity: the first one of the answer.
+    /// The default identity: the first SVID of the response.
     pub svid: X509Svid,
-    /// The own trust domain's bundle and those of federated ones.
+    /// The bundles of the own trust domain and of federated ones.
     pub bundles: BundleSet,
 }
 
-/// What the agent says.
+/// A message from the agent.
 pub enum Told {
-    /// Who we are from now on.
+    /// The identity to use from now on.
     Update(Box<Update>),
-    /// There is no identity for us any more.
+    /// The workload has no identity any more.
     Withdrawn,
     /// Why there was no identity, or why its stream has ended; it is asked again.
     Ended(Status),
@@ -67,7 +67,7 @@ pub async fn follow(channel: Channel, shutdown: CancellationToken, mut told: imp
     }
 }
 
-/// Hands each update to `heard` until the stream ends; says why it ended.
+/// Passes each update to `heard` until the stream ends; returns why it ended.
 async fn stream(channel: Channel, mut heard: impl FnMut(Update)) -> Status {
     let mut client = SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
     let mut request = Request::new(X509svidRequest {});
@@ -100,7 +100,7 @@ fn from_wire(mut message: X509svidResponse) -> Result<Update, String> {
         let td = parse_trust_domain(name.strip_prefix("spiffe://").unwrap_or(name)).map_err(|e| e.to_string())?;
         bundles.insert(bundle_from_der(td, der)?);
     }
-    // The other identities' keys are of no use here.
+    // The keys of the other identities are not used here.
     message.svids.iter_mut().for_each(|s| s.x509_svid_key.zeroize());
     Ok(Update { svid, bundles })
 }
@@ -116,7 +116,7 @@ fn bundle_from_der(trust_domain: TrustDomain, der: &[u8]) -> Result<X509Bundle, 
     })
 }
 
-/// Cuts concatenated DER into its certificates (X.690 8.1.3: tag, length, value), or says which is none.
+/// Splits concatenated DER into its certificates (X.690 8.1.3: tag, length, value). Errors name the malformed one.
 pub fn split_der(mut bytes: &[u8]) -> Result<Vec<&[u8]>, String> {
     let mut all = vec![];
     while !bytes.is_empty() {

@@ -1,4 +1,4 @@
-//! What a controller is told when it starts.
+//! Settings of a controller, read once at start.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -10,72 +10,72 @@ use countersign_identity::policy::Mode;
 use crate::injector::Sidecar;
 use crate::template::Template;
 
-/// Largest `mode` that is read, in bytes.
+/// Largest `mode` file that is read, in bytes.
 const MAX_MODE_BYTES: u64 = 64;
 
-/// A controller's settings. Every combination of valid fields is a valid controller.
+/// Settings of a controller. Every combination of valid fields is a valid controller.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// What its server signs for.
+    /// The trust domain of its server and its workloads.
     pub trust_domain: TrustDomain,
-    /// Runs the registrar.
+    /// Settings of the registrar; `None` does not run it.
     pub registrar: Option<RegistrarConfig>,
-    /// Feeds the directory.
+    /// Settings of the directory feed; `None` does not run it.
     pub directory: Option<DirectoryConfig>,
-    /// Serves the webhook.
+    /// Settings of the webhook; `None` does not serve it.
     pub injector: Option<InjectorConfig>,
-    /// Where `/metrics`, `/ready` and `/live` are served.
+    /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
     pub metrics: Option<SocketAddr>,
 }
 
-/// The registrar's settings.
+/// Settings of the registrar.
 #[derive(Debug, Clone)]
 pub struct RegistrarConfig {
-    /// The server's Unix socket.
+    /// Path of the server's Unix socket.
     pub server_socket: PathBuf,
-    /// What the server calls this cluster (`k8s_psat`).
+    /// Name of this cluster in the server's settings (`k8s_psat`).
     pub cluster: String,
-    /// How a pod's SPIFFE ID is made.
+    /// Template of a pod's SPIFFE ID.
     pub template: Template,
     /// Namespaces whose pods get no identity.
     pub excluded_namespaces: BTreeSet<String>,
-    /// Several replicas agree by a lease in this namespace who works; `None`: there is only one.
+    /// Namespace of the lease by which several replicas elect a leader; `None` if there is one replica only.
     pub lease_namespace: Option<String>,
-    /// Namespace of our own installation, whose names nobody is given by hand.
+    /// Namespace of our own installation. `SpiffeID` objects made by hand may not use its names.
     pub control_namespace: Option<String>,
 }
 
-/// The directory feed's settings.
+/// Settings of the directory feed.
 #[derive(Debug, Clone)]
 pub struct DirectoryConfig {
-    /// The server's Unix socket.
+    /// Path of the server's Unix socket.
     pub server_socket: PathBuf,
-    /// How a pod's SPIFFE ID is made; the registrar's own way.
+    /// Template of a pod's SPIFFE ID, the same as the registrar's.
     pub template: Template,
-    /// The mesh's mode, where namespace and pod say nothing.
+    /// Mode of the mesh, used where namespace and pod set none.
     pub mode: Mode,
-    /// ConfigMap, namespace and name, whose settings stand instead of ours while the mesh runs.
+    /// ConfigMap (namespace and name) whose settings override these while the mesh runs; `None` follows none.
     pub mesh_configmap: Option<(String, String)>,
 }
 
-/// The webhook's settings.
+/// Settings of the webhook.
 #[derive(Debug, Clone)]
 pub struct InjectorConfig {
-    /// Where the API server calls.
+    /// Listening address for the API server.
     pub bind: SocketAddr,
-    /// The agent's Unix socket, from which its serving certificate comes.
+    /// Path of the agent's Unix socket, which provides the serving certificate.
     pub agent_socket: PathBuf,
-    /// What is put into pods.
+    /// Settings of the injected sidecar.
     pub sidecar: Sidecar,
-    /// Folder with the mesh's settings, as its ConfigMap is mounted; `None`: the mesh is as `mode` says.
+    /// Folder where the mesh's ConfigMap is mounted; `None` uses `mode`.
     pub live_settings: Option<PathBuf>,
-    /// The mesh's mode where no folder is followed.
+    /// Mode of the mesh if no folder is followed.
     pub mode: Mode,
 }
 
 impl InjectorConfig {
-    /// The mesh's mode now. Whatever cannot be read is strict: rules are chosen once for a pod's life, and a pod that is too
-    /// strict is seen at once, one that is too open never.
+    /// The mesh's mode now. An unreadable mode counts as strict: rules are chosen once for a pod's life, and a pod that
+    /// is too strict is noticed at once, one that is too open never.
     pub fn mesh_mode(&self) -> Mode {
         let Some(folder) = &self.live_settings else { return self.mode };
         let read = countersign_api::files::read_bounded(&folder.join("mode"), MAX_MODE_BYTES);

@@ -1,4 +1,5 @@
-//! The `SpiffeID` custom resource: one a pod, as the reference's registrar keeps them; others may be made by hand.
+//! The `SpiffeID` custom resource: one per pod, created by the registrar as in the reference implementation; others may
+//! be made by hand.
 
 use std::collections::BTreeMap;
 
@@ -112,7 +113,7 @@ pub struct Condition {
 }
 
 impl SpiffeIdSelector {
-    /// As selectors of an entry, `type` and `value`.
+    /// The selectors of a registration entry, as pairs of `type` and `value`.
     pub fn selectors(&self) -> Vec<(String, String)> {
         let k8s = [
             ("pod-uid", &self.pod_uid),
@@ -132,7 +133,7 @@ impl SpiffeIdSelector {
     }
 }
 
-/// The definition that the cluster is given.
+/// The resource definition to install in the cluster.
 pub fn definition() -> CustomResourceDefinition {
     SpiffeID::crd()
 }

@@ -1,4 +1,4 @@
-//! What we keep of the cluster's objects: small facts in place of whole objects, so that memory follows what is used.
+//! The facts that are kept about the cluster's objects, instead of whole objects, to save memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -14,87 +14,87 @@ use crate::injector::SIDECAR;
 
 /// Prefix of our annotations and labels.
 pub const OURS: &str = "countersign.dev/";
-/// The mode of a namespace or pod.
+/// Annotation or label with the mode of a namespace or pod.
 pub const MODE: &str = "countersign.dev/mode";
-/// Trust domains that a pod federates with.
+/// Annotation with the trust domains that a pod federates with, comma-separated.
 pub const FEDERATES_WITH: &str = "spiffe.io/federatesWith";
 
-/// Namespace and name.
+/// Key of an object: namespace and name.
 pub type Key = (String, String);
 
-/// A pod.
+/// Facts about a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pod {
-    /// Namespace.
+    /// Namespace of the pod.
     pub namespace: String,
-    /// Name.
+    /// Name of the pod.
     pub name: String,
-    /// UID.
+    /// UID of the pod.
     pub uid: String,
-    /// Service account.
+    /// Name of its service account.
     pub service_account: String,
-    /// The node it runs on.
+    /// Name of its node; `None` until it is scheduled.
     pub node: Option<String>,
-    /// Its addresses.
+    /// IP addresses of the pod; empty until it has its network.
     pub addresses: Vec<IpAddr>,
-    /// Labels.
+    /// All labels of the pod.
     pub labels: BTreeMap<String, String>,
-    /// Annotations that matter here.
+    /// The annotations that matter here.
     pub annotations: BTreeMap<String, String>,
-    /// It has ended; its addresses may be another's.
+    /// Whether it has ended, so that its addresses may belong to another pod.
     pub over: bool,
-    /// It uses its node's network.
+    /// Whether it uses its node's network namespace.
     pub host_network: bool,
-    /// It has our sidecar.
+    /// Whether it has our sidecar.
     pub meshed: bool,
 }
 
-/// A namespace.
+/// Facts about a namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Namespace {
-    /// Its mode, where it names one.
+    /// Mode of the namespace; `None` if it sets none.
     pub mode: Option<Mode>,
 }
 
-/// A service.
+/// Facts about a service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Service {
-    /// UID.
+    /// UID of the service.
     pub uid: String,
-    /// Namespace.
+    /// Namespace of the service.
     pub namespace: String,
-    /// Name.
+    /// Name of the service.
     pub name: String,
-    /// Its virtual addresses; none for a headless one.
+    /// Virtual IP addresses; empty for a headless service.
     pub addresses: Vec<IpAddr>,
-    /// Its ports, number and name.
+    /// Service ports, number and name.
     pub ports: Vec<(u16, String)>,
-    /// Which pods stand behind it; none: endpoints are made by hand.
+    /// Labels of the pods behind it; empty if endpoints are made by hand.
     pub selector: BTreeMap<String, String>,
 }
 
-/// Some of a service's endpoints.
+/// Some of a service's endpoints, from one `EndpointSlice`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Slice {
-    /// The service's name.
+    /// Name of the service.
     pub service: String,
-    /// Addresses, and whether they take new connections.
+    /// IP address of each endpoint, and whether it accepts new connections.
     pub addresses: Vec<(IpAddr, bool)>,
-    /// Ports, name and number.
+    /// Ports of all these endpoints, name and number.
     pub ports: Vec<(String, u16)>,
 }
 
-/// The mesh's own settings, which may change while it runs.
+/// Settings of the mesh that may change while it runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Mesh {
-    /// The mode, where namespace and pod say nothing.
+    /// Mode of the mesh, used where namespace and pod set none.
     pub mode: Option<Mode>,
-    /// Every sidecar forwards in the clear, whatever the modes say: the mesh is being removed.
+    /// Whether every sidecar forwards plaintext whatever its mode, because the mesh is being removed.
     pub transparent: bool,
 }
 
 impl Mesh {
-    /// What matters of the mesh's ConfigMap.
+    /// Reads the mesh's ConfigMap. An invalid mode is logged and left out.
     pub fn read(map: &v1::ConfigMap) -> Option<Self> {
         let value = |key: &str| map.data.as_ref().and_then(|d| d.get(key));
         let mode = value("mode").and_then(|m| {
@@ -104,27 +104,27 @@ impl Mesh {
     }
 }
 
-/// What is known of the cluster.
+/// All facts about the cluster.
 #[derive(Debug, Default)]
 pub struct Facts {
-    /// The mesh's ConfigMap, if one is followed.
+    /// The mesh's ConfigMap; empty if none is followed.
     pub mesh: HashMap<Key, Mesh>,
-    /// Pods.
+    /// Pods by namespace and name.
     pub pods: HashMap<Key, Pod>,
-    /// UID of each node by name.
+    /// UID of each node by name; the namespace in the key is empty.
     pub nodes: HashMap<Key, String>,
-    /// Namespaces; the key's first half is empty.
+    /// Namespaces by name; the namespace in the key is empty.
     pub namespaces: HashMap<Key, Namespace>,
-    /// Services.
+    /// Services by namespace and name.
     pub services: HashMap<Key, Service>,
-    /// Endpoint slices.
+    /// Endpoint slices by namespace and name.
     pub slices: HashMap<Key, Slice>,
-    /// `SpiffeID` objects.
+    /// `SpiffeID` objects by namespace and name.
     pub spiffe_ids: HashMap<Key, SpiffeID>,
 }
 
 impl Facts {
-    /// A pod's mode: the mesh's (or `default`), narrowed by its namespace's and its own.
+    /// A pod's mode: the mesh's mode (or `default`), narrowed by its namespace's and its own.
     pub fn mode_of(&self, pod: &Pod, default: Mode) -> Mode {
         let followed = self.mesh.values().next().cloned().unwrap_or_default();
         if followed.transparent {
@@ -136,7 +136,7 @@ impl Facts {
     }
 }
 
-/// A mode as somebody wrote it. A word that means nothing is strict: a typing error must not open anything.
+/// Parses a mode from an annotation or label. An unknown word counts as strict: a typing error must not open anything.
 fn mode_word(text: &str) -> Mode {
     text.parse().unwrap_or(Mode::Strict)
 }
@@ -153,7 +153,7 @@ fn port(number: i32) -> Option<u16> {
 }
 
 impl Pod {
-    /// What matters of a pod.
+    /// Reads a pod; `None` if it has no spec.
     pub fn read(pod: &v1::Pod) -> Option<Self> {
         let spec = pod.spec.as_ref()?;
         let status = pod.status.as_ref();
@@ -182,17 +182,17 @@ impl Pod {
 }
 
 impl Namespace {
-    /// What matters of a namespace.
+    /// Reads a namespace.
     pub fn read(namespace: &v1::Namespace) -> Option<Self> {
         let said = [namespace.annotations().get(MODE), namespace.labels().get(MODE)].into_iter().flatten();
-        // The label says it to the webhook's selectors, the annotation to whoever reads it; the stricter one counts.
+        // The webhook's selectors use the label, people read the annotation; the stricter one counts.
         let mode = said.map(|text| mode_word(text)).max();
         Some(Self { mode })
     }
 }
 
 impl Service {
-    /// What matters of a service.
+    /// Reads a service; `None` for an `ExternalName` service.
     pub fn read(service: &v1::Service) -> Option<Self> {
         let spec = service.spec.as_ref()?;
         if spec.type_.as_deref() == Some("ExternalName") {
@@ -210,7 +210,7 @@ impl Service {
         })
     }
 
-    /// Whether a pod stands behind it.
+    /// Whether a pod is behind this service.
     pub fn selects(&self, pod: &Pod) -> bool {
         self.namespace == pod.namespace
             && !self.selector.is_empty()
@@ -218,22 +218,22 @@ impl Service {
     }
 }
 
-/// Which services stand before a pod, found by one pair of their selectors instead of one service after the other.
+/// Finds the services in front of a pod by one pair of their selectors, instead of checking every service.
 pub struct ServiceIndex<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<&'a Service>>);
 
 impl<'a> ServiceIndex<'a> {
-    /// Of all services.
+    /// An index of all services.
     pub fn of(facts: &'a Facts) -> Self {
         let mut index: HashMap<_, Vec<&Service>> = HashMap::new();
         for service in facts.services.values() {
-            // A pod that is selected has every pair, this one among them.
+            // A pod that the service selects has every pair, so also this one.
             let Some((key, value)) = service.selector.iter().next() else { continue };
             index.entry((service.namespace.as_str(), key.as_str(), value.as_str())).or_default().push(service);
         }
         Self(index)
     }
 
-    /// The services that a pod stands behind.
+    /// The services that select a pod.
     pub fn before(&self, pod: &Pod) -> Vec<&'a Service> {
         let behind =
             pod.labels.iter().filter_map(|(k, v)| self.0.get(&(pod.namespace.as_str(), k.as_str(), v.as_str())));
@@ -242,10 +242,10 @@ impl<'a> ServiceIndex<'a> {
 }
 
 impl Slice {
-    /// What matters of an endpoint slice.
+    /// Reads an endpoint slice; `None` if it belongs to no service.
     pub fn read(slice: &EndpointSlice) -> Option<Self> {
         let service = slice.labels().get("kubernetes.io/service-name")?.clone();
-        // An endpoint that says nothing of itself is ready (discovery/v1).
+        // An endpoint without conditions is ready (discovery/v1).
         let each = slice.endpoints.iter().flat_map(|e| {
             let ready = e.conditions.as_ref().is_none_or(|c| c.ready != Some(false));
             addresses(&e.addresses).into_iter().map(move |address| (address, ready))

@@ -1,4 +1,4 @@
-//! The directory: who is at each pod's address, and which endpoints stand behind each service.
+//! Publishes the directory: the workload at each pod's address, and the endpoints behind each service.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -19,32 +19,33 @@ use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
 use crate::watch::Cluster;
 
-/// Where every sidecar of a cluster takes mesh traffic.
+/// TCP port of every sidecar in a cluster for mesh traffic.
 const MESH_PORT: u16 = 15008;
-/// Changes of this time are taken together.
+/// Changes within this time are published together.
 const TOGETHER: Duration = Duration::from_millis(20);
-/// Making the directory is followed by a rest of this many times its length, so that a busy cluster does not keep a core busy.
+/// Building the directory is followed by a pause of this many times its duration, so that a busy cluster does not
+/// occupy a core.
 const REST: u32 = 3;
-/// The longest rest.
+/// Longest pause after building the directory.
 const MAX_REST: Duration = Duration::from_millis(500);
-/// The whole is published again after this time, for a server may have lost it without our noticing.
+/// Interval after which everything is published again, because the server may have lost it unnoticed.
 const PUBLISH_AGAIN: Duration = Duration::from_secs(300);
 
-/// The feed.
+/// Keeps the server's directory up to date.
 pub struct Feed {
-    /// Settings.
+    /// Settings of the feed.
     pub config: DirectoryConfig,
-    /// What the server signs for.
+    /// The trust domain of the server.
     pub trust_domain: TrustDomain,
-    /// What is known of the cluster.
+    /// The facts about the cluster.
     pub cluster: Arc<Cluster>,
-    /// The server.
+    /// Connection to the server.
     pub server: ServerLink,
-    /// What is counted.
+    /// The controller's metrics.
     pub metrics: Arc<Metrics>,
 }
 
-/// Everything that should be in the directory, by UID.
+/// The intended content of the directory, by UID.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Directory {
     workloads: HashMap<String, Workload>,
@@ -52,7 +53,7 @@ struct Directory {
 }
 
 impl Feed {
-    /// Works until `shutdown`.
+    /// Publishes changes until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut versions = self.cluster.versions();
         let mut published: Option<Directory> = None;
@@ -109,7 +110,7 @@ impl Feed {
         }
     }
 
-    /// Tells the server the difference, or everything.
+    /// Publishes the difference to `before`, or everything if there is none.
     async fn publish(&self, before: Option<&Directory>, now: &Directory) -> Result<(), tonic::Status> {
         let empty = Directory::default();
         let old = before.unwrap_or(&empty);
@@ -164,7 +165,7 @@ fn directory(facts: &Facts, config: &DirectoryConfig, trust_domain: &TrustDomain
     Directory { services: services.collect(), workloads }
 }
 
-/// What takes connections for a service's port of this name.
+/// Endpoints of a service port with this name.
 fn endpoints(slices: &[&crate::facts::Slice], name: &str, in_mesh: &HashSet<IpAddr>) -> Vec<Endpoint> {
     let mut all: Vec<Endpoint> = slices
         .iter()
@@ -174,13 +175,13 @@ fn endpoints(slices: &[&crate::facts::Slice], name: &str, in_mesh: &HashSet<IpAd
         })
         .map(|(address, ready)| Endpoint { address, meshed: in_mesh.contains(&address.ip()), ready })
         .collect();
-    // One that is listed twice while it moves from slice to slice is ready where either says so.
+    // An endpoint that is listed twice while it moves between slices is ready if either slice says so.
     all.sort_unstable_by_key(|e| (e.address, !e.ready));
     all.dedup_by_key(|e| e.address);
     all
 }
 
-/// The Kubernetes API server, which no strict workload is cut off from.
+/// Addresses of the Kubernetes API server, which strict mode never blocks.
 pub fn api_server(facts: &Facts) -> Vec<IpNet> {
     let key = ("default".to_owned(), "kubernetes".to_owned());
     let service = facts.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());

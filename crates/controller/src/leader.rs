@@ -1,5 +1,5 @@
-//! Several replicas agree who works, by a Lease (coordination.k8s.io/v1): whoever holds it renews it; when it runs out,
-//! another takes it. The API server's version check lets only one of two takers through.
+//! Leader election among replicas by a Lease (coordination.k8s.io/v1): the holder renews it, and once it has expired
+//! another replica takes it. The API server's version check lets only one of two candidates succeed.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -10,14 +10,14 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ObjectMeta, PostParams};
 use tokio::time::Instant;
 
-/// A lease that is not renewed for this long is free.
+/// A lease that was not renewed for this long has expired.
 const LEASE: Duration = Duration::from_secs(15);
-/// How often the holder renews it, and others look.
+/// Interval at which the holder renews the lease and others check it.
 const RENEW: Duration = Duration::from_secs(3);
-/// A holder that could not renew it for this long stops working, before another may begin.
+/// A holder that could not renew for this long stops working, before another replica may start.
 const GIVE_UP: Duration = Duration::from_secs(10);
 
-/// A lease that we try to hold.
+/// A lease that this replica tries to hold.
 pub struct Leader {
     api: Api<Lease>,
     name: &'static str,
@@ -46,12 +46,12 @@ impl Seen {
 }
 
 impl Leader {
-    /// Stands for `name` in a namespace, as `me`.
+    /// A candidate for the lease `name` in a namespace, with `me` as its identity.
     pub fn new(client: kube::Client, namespace: &str, name: &'static str, me: String) -> Self {
         Self { api: Api::namespaced(client, namespace), name, me, seen: Mutex::default() }
     }
 
-    /// Returns once the lease is ours, with the time that it counts from.
+    /// Waits until the lease is ours. Returns the time from which it counts.
     pub async fn wait(&self) -> Instant {
         loop {
             let began = Instant::now();
@@ -68,13 +68,13 @@ impl Leader {
         }
     }
 
-    /// Renews the lease, which counts from `since`; returns when it is lost.
+    /// Renews the lease, which counts from `since`, until it is lost.
     pub async fn hold(&self, since: Instant) {
         keep(since, || self.try_hold(), self.name).await;
         tracing::warn!(lease = self.name, holder = self.me, "the lease is lost");
     }
 
-    /// Gives the lease back, so that another takes it at once; when that fails it runs out.
+    /// Gives the lease back, so that another replica can take it at once. If that fails, it expires.
     pub async fn release(&self) {
         let give = async {
             let Some(mut found) = self.api.get_opt(self.name).await? else { return Ok(()) };
@@ -125,8 +125,8 @@ impl Leader {
     }
 }
 
-/// Renews until somebody else has the lease, or until it has not been renewed for [`GIVE_UP`]. A renewal counts from when it
-/// was asked for: that is the time that the others read in it.
+/// Renews until another replica has the lease, or until it was not renewed for [`GIVE_UP`]. A renewal counts from the
+/// time of its request, because that is the time that others read in the lease.
 async fn keep<E, F>(since: Instant, renew: impl Fn() -> F, lease: &str)
 where
     E: std::fmt::Display,
@@ -147,7 +147,7 @@ where
     }
 }
 
-/// Whether we were the first: the API server refuses a second one with 409.
+/// Whether our write was first: the API server rejects a second one with 409.
 fn won(result: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
     match result {
         Ok(_) => Ok(true),
@@ -180,7 +180,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_holder_stops_before_another_may_begin_however_the_api_server_stalls() {
         let nobody_answers = std::future::pending::<Result<bool, Infallible>>;
-        // Just renewed, or renewed by a call that took its time.
+        // From just renewed to renewed by a slow call.
         for age in [Duration::ZERO, Duration::from_secs(3), Duration::from_secs(9)] {
             let since = Instant::now();
             tokio::time::advance(age).await;

@@ -1,7 +1,8 @@
-//! Kubernetes: injects sidecars into pods, registers pods with the server, and feeds the directory.
+//! The Kubernetes controller: injects sidecars into pods, registers pods with the server, and publishes the directory.
 //!
-//! Three parts that run together or apart: [`injector`] is the webhook and needs no permission in the cluster; [`registrar`]
-//! and [`feed`] stand beside a server, whose Unix socket they use, and share one view of the cluster ([`watch`], [`facts`]).
+//! Three parts that run together or apart: [`injector`] is the webhook and needs no permission in the cluster;
+//! [`registrar`] and [`feed`] run next to a server, whose Unix socket they use, and share one view of the cluster
+//! ([`watch`], [`facts`]).
 
 pub mod config;
 pub mod crd;
@@ -36,23 +37,23 @@ use crate::watch::Cluster;
 /// Why a controller did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
-    /// The Kubernetes API.
+    /// The Kubernetes API cannot be reached.
     #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
     Kubernetes(#[from] kube::Error),
-    /// The webhook.
+    /// The webhook cannot serve.
     #[error(transparent)]
     Webhook(#[from] injector::WebhookError),
-    /// A port is taken.
+    /// The metrics address cannot be opened.
     #[error("cannot listen on {address}: {source}")]
     Listen {
-        /// Where.
+        /// The listening address.
         address: SocketAddr,
-        /// Why not.
+        /// Error of the operating system.
         source: std::io::Error,
     },
 }
 
-/// Runs a controller until `shutdown`. `ready` is called once its parts have begun.
+/// Runs a controller until `shutdown`. `ready` is called once its parts have started.
 pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce()) -> Result<(), ControllerError> {
     let tasks = TaskTracker::new();
     let metrics = Arc::new(Metrics::default());

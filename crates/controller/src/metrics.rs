@@ -1,4 +1,4 @@
-//! What a controller counts.
+//! The controller's metrics.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -6,30 +6,30 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-/// Labels of the injector's counter.
+/// The label of the injector's counter.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Outcome {
-    /// `injected`, `left`, `refused`, `malformed`.
+    /// Outcome of a review: `injected`, `left`, `refused` or `malformed`.
     pub outcome: &'static str,
 }
 
-/// A controller's metrics.
+/// The metrics of a controller.
 pub struct Metrics {
-    /// All of them.
+    /// All metrics, rendered by `/metrics`.
     pub registry: Registry,
-    /// Entries that the registrar keeps.
+    /// Number of entries that the registrar maintains.
     pub registered: Gauge,
-    /// Passes of the registrar that could not do everything.
+    /// Number of registrar passes that could not do everything.
     pub registrar_errors: Counter,
-    /// Workloads in the directory.
+    /// Number of workloads in the directory.
     pub workloads: Gauge,
-    /// Services in the directory.
+    /// Number of services in the directory.
     pub services: Gauge,
-    /// Times that the directory could not be fed.
+    /// Number of failed attempts to publish the directory.
     pub directory_errors: Counter,
-    /// Pods that came by the webhook.
+    /// Number of pods that the webhook reviewed, by outcome.
     pub admissions: Family<Outcome, Counter>,
-    /// End of the webhook's certificate, Unix seconds.
+    /// When the webhook's certificate expires, Unix seconds.
     pub webhook_expiry: Gauge,
 }
 

@@ -1,4 +1,4 @@
-//! The server's Unix socket: registration entries and the directory.
+//! Calls to the server over its Unix socket: registration entries and the directory.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,12 +16,12 @@ use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
-/// Entries of one call, at most.
+/// Most entries per call.
 const BATCH: usize = 200;
-/// A call takes no longer.
+/// Longest call to the server.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The way to a server.
+/// The connection to a server. Clones share it.
 #[derive(Clone)]
 pub struct ServerLink {
     socket: PathBuf,
@@ -31,9 +31,9 @@ pub struct ServerLink {
 /// What became of one item of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Done {
-    /// gRPC code, 0 is good.
+    /// gRPC status code; 0 is success.
     pub code: i32,
-    /// For people.
+    /// Message of the status, for people.
     pub message: String,
     /// The ID of the entry that the answer shows.
     pub entry: Option<String>,
@@ -90,12 +90,12 @@ fn request<T>(message: T) -> tonic::Request<T> {
 }
 
 impl ServerLink {
-    /// A way to the server behind this socket; nothing is dialled before the first call.
+    /// A connection to the server on this socket, opened at the first call.
     pub fn new(socket: &Path) -> Self {
         Self { socket: socket.to_owned(), channel: unix_channel(socket) }
     }
 
-    /// For logs.
+    /// Path of the socket, for logs.
     pub fn name(&self) -> String {
         self.socket.display().to_string()
     }
@@ -106,7 +106,7 @@ impl ServerLink {
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// Returns when the server went away: its memory, the directory in it, is gone then.
+    /// Resolves once the server is gone. Its memory, and the directory in it, is lost then.
     pub async fn gone(&self) -> tonic::Status {
         let mut client = HealthClient::new(self.channel.clone());
         let request = HealthCheckRequest { service: String::new() };
@@ -125,7 +125,7 @@ impl ServerLink {
         }
     }
 
-    /// All entries.
+    /// All registration entries.
     pub async fn list(&self) -> Result<Vec<Entry>, tonic::Status> {
         let (mut all, mut token) = (vec![], String::new());
         loop {
@@ -183,7 +183,7 @@ impl ServerLink {
         answers.of(ids.len())
     }
 
-    /// Feeds the directory.
+    /// Publishes changes of the directory; with `replace`, everything else is removed.
     pub async fn publish(
         &self,
         replace: bool,

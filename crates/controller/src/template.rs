@@ -1,4 +1,5 @@
-//! How a pod's SPIFFE ID is made, in the words of the reference's registrar: `ns/{{.Pod.Namespace}}/sa/{{.Pod.ServiceAccount}}`.
+//! The template of a pod's SPIFFE ID, in the syntax of the reference registrar:
+//! `ns/{{.Pod.Namespace}}/sa/{{.Pod.ServiceAccount}}`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,10 +9,10 @@ use countersign_identity::{SpiffeId, TrustDomain};
 
 use crate::facts::Pod;
 
-/// What every pod has without being told.
+/// The default template.
 pub const DEFAULT: &str = "ns/{{.Pod.Namespace}}/sa/{{.Pod.ServiceAccount}}";
 
-/// The path of a pod's SPIFFE ID, with blanks to fill.
+/// The path of a pod's SPIFFE ID, with placeholders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
     parts: Vec<Part>,
@@ -29,23 +30,23 @@ enum Part {
     Annotation(String),
 }
 
-/// A template that cannot be read.
+/// Why a template is invalid.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum TemplateError {
-    /// A blank that nothing fills.
+    /// The placeholder names no property of a pod.
     #[error(
         "`{{{{{0}}}}}` names nothing of a pod: use .Pod.Namespace, .Pod.ServiceAccount, .Pod.Name, .Pod.UID, .Pod.Labels.KEY or .Pod.Annotations.KEY"
     )]
     Blank(String),
-    /// Braces that do not close.
+    /// A placeholder is not closed.
     #[error("`{{{{` without `}}}}` in `{0}`")]
     Open(String),
-    /// It makes no SPIFFE ID.
+    /// The result is not a SPIFFE ID.
     #[error("`{text}` makes no SPIFFE ID: {why}")]
     Id {
-        /// What came out.
+        /// The text that the template produced.
         text: String,
-        /// What is wrong with it.
+        /// The rule that it breaks.
         why: String,
     },
 }
@@ -85,7 +86,7 @@ impl fmt::Display for Template {
 }
 
 impl Template {
-    /// A pod's SPIFFE ID. `None`: the pod lacks what the template asks for, and gets no identity.
+    /// A pod's SPIFFE ID. `None` if the pod lacks a property that the template uses: it gets no identity then.
     pub fn id_of(&self, pod: &Pod, trust_domain: &TrustDomain) -> Option<Result<SpiffeId, TemplateError>> {
         let mut path = String::new();
         for part in &self.parts {
@@ -103,13 +104,13 @@ impl Template {
         Some(parse_workload_id(&text).map_err(|e| TemplateError::Id { text, why: e.to_string() }))
     }
 
-    /// Whether some pod of a namespace could have the SPIFFE ID with this path. What a blank is filled with is never empty and
-    /// has no slash.
+    /// Whether some pod of a namespace could have the SPIFFE ID with this path. A placeholder's value is never empty
+    /// and has no slash.
     pub fn could_give(&self, path: &str, namespace: &str) -> bool {
         fits(&self.parts, path.trim_start_matches('/'), namespace)
     }
 
-    /// What the SPIFFE IDs of a namespace's pods look like, for people.
+    /// The form of the SPIFFE IDs of a namespace's pods, for messages.
     pub fn shape_in(&self, namespace: &str) -> String {
         let parts = self.parts.iter().map(|part| match part {
             Part::Text(text) => text.clone(),
@@ -123,7 +124,8 @@ impl Template {
     }
 }
 
-/// Whether a path is made of these parts. The recursion is as deep as there are parts, and a path is at most 2,048 bytes long.
+/// Whether a path consists of these parts. The recursion is as deep as there are parts, and a path has at most 2,048
+/// bytes.
 fn fits(parts: &[Part], path: &str, namespace: &str) -> bool {
     let Some((first, rest)) = parts.split_first() else { return path.is_empty() };
     match first {
@@ -131,7 +133,7 @@ fn fits(parts: &[Part], path: &str, namespace: &str) -> bool {
         Part::Namespace => path.strip_prefix(namespace).is_some_and(|after| fits(rest, after, namespace)),
         _ => {
             let segment = path.find('/').unwrap_or(path.len());
-            // Every length that a segment may be cut at; with text behind the blank, as everywhere, one of them fits.
+            // Tries every length at which the segment may end.
             (1..=segment).filter(|end| path.is_char_boundary(*end)).any(|end| fits(rest, &path[end..], namespace))
         }
     }

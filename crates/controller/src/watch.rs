@@ -1,4 +1,4 @@
-//! Keeps [`Facts`] true: a watch for each kind of object, pushed by the API server.
+//! Keeps [`Facts`] up to date with a watch on each kind of object.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -17,41 +17,41 @@ use tokio::sync::watch;
 use crate::crd::SpiffeID;
 use crate::facts::{Facts, Key, Mesh, Namespace, Pod, Service, Slice};
 
-/// The facts, and a tick with each change.
+/// The facts about the cluster, with notification of each change.
 pub struct Cluster {
     facts: RwLock<Facts>,
     version: watch::Sender<u64>,
-    /// Kinds whose first whole list is still missing.
+    /// Number of kinds whose first complete list has not arrived yet.
     missing: AtomicUsize,
 }
 
-/// Kinds that are always watched.
+/// Number of kinds that are always watched.
 const KINDS: usize = 6;
 
 impl Cluster {
-    /// Nothing is known yet. `with_mesh`: the mesh's ConfigMap will be followed too.
+    /// No facts yet. `with_mesh`: the mesh's ConfigMap will be watched too.
     pub fn new(with_mesh: bool) -> Self {
         let missing = AtomicUsize::new(KINDS + usize::from(with_mesh));
         Self { facts: RwLock::default(), version: watch::Sender::new(0), missing }
     }
 
-    /// The facts now; `None` until every kind was heard whole once.
+    /// The current facts; `None` until every kind was listed completely once.
     pub fn facts(&self) -> Option<RwLockReadGuard<'_, Facts>> {
         (self.missing.load(Ordering::Acquire) == 0).then(|| self.facts.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Ticks with each change.
+    /// Notifies of each change.
     pub fn versions(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
     }
 
-    /// Changes facts, and tells everybody who waits.
+    /// Changes the facts and notifies all watchers.
     pub fn change(&self, change: impl FnOnce(&mut Facts)) {
         change(&mut self.facts.write().unwrap_or_else(PoisonError::into_inner));
         self.version.send_modify(|v| *v += 1);
     }
 
-    /// Watches every kind for ever; `mesh` is namespace and name of the mesh's ConfigMap.
+    /// Watches all kinds, without end; `mesh` is namespace and name of the mesh's ConfigMap.
     pub async fn follow(self: Arc<Self>, client: Client, mesh: Option<(String, String)>) {
         let all = |client: &Client| client.clone();
         let everything = watcher::Config::default().page_size(500);

@@ -1,4 +1,4 @@
-//! The command line.
+//! The command line: all commands, and running the one that was given.
 
 use std::process::ExitCode;
 
@@ -10,7 +10,7 @@ use crate::{capture, kubernetes, launch, operator, probe, reference, roles, shop
 
 /// Zero-touch mutual TLS between services.
 ///
-/// Try it: `countersign up` starts a small shop of four services on this machine, each with its own identity and
+/// Try it: `countersign up` starts an example shop of four services on this machine, each with its own identity and
 /// sidecar, and shows them live. `countersign up --verify` checks the whole mesh and exits.
 #[derive(Parser)]
 #[command(version, propagate_version = true, max_term_width = 120)]
@@ -19,7 +19,7 @@ pub struct Cli {
     command: Command,
 }
 
-/// What each does, short and at length, stands at its arguments.
+/// The help text of each command is at its arguments.
 #[derive(Subcommand)]
 enum Command {
     Up(up::UpArgs),
@@ -39,55 +39,55 @@ enum Command {
     Uninstall(kubernetes::UninstallArgs),
     Inject(kubernetes::InjectArgs),
     Redirect(roles::redirect::RedirectArgs),
-    /// Registration entries: who gets which identity.
+    /// Manage registration entries: which workload gets which identity.
     #[command(subcommand)]
     Entry(operator::entry::EntryCommand),
-    /// Attested nodes.
+    /// List, evict and ban attested nodes.
     #[command(subcommand)]
     Node(operator::node::NodeCommand),
-    /// Join tokens.
+    /// Generate join tokens, with which agents attest.
     #[command(subcommand)]
     Token(operator::token::TokenCommand),
-    /// Trust bundles.
+    /// Show trust bundles, and set those of foreign trust domains.
     #[command(subcommand)]
     Bundle(operator::bundle::BundleCommand),
-    /// The signing authorities.
+    /// Show, rotate, taint and revoke the signing authorities.
     #[command(subcommand)]
     Authority(operator::authority::AuthorityCommand),
-    /// Sign an SVID by hand.
+    /// Sign an SVID for a given SPIFFE ID.
     #[command(subcommand)]
     Mint(operator::mint::MintCommand),
-    /// Ask the agent for an SVID, as a workload would.
+    /// Fetch SVIDs from the agent, as a workload would.
     #[command(subcommand)]
     X509(operator::x509::X509Command),
     Status(operator::status::StatusArgs),
     /// Print a completion script for a shell.
     Completion {
-        /// Which shell.
+        /// Shell that the script is for.
         shell: clap_complete::Shell,
     },
-    /// Print every frame on this network namespace's links (used by `verify`).
+    /// Print all frames on the links of this network namespace (used by `verify`).
     #[command(hide = true)]
     Capture,
-    /// Hold back a pod's containers, or wait for them (used in a sidecar that is a plain container).
+    /// Block a pod's containers, or wait for them (used by a sidecar that is a plain container).
     #[command(hide = true, subcommand)]
     SidecarHook(roles::sidecar_hook::SidecarHook),
     /// Start a program in a network namespace (used by `up`).
     #[command(hide = true)]
     Launch(launch::LaunchArgs),
-    /// A service of the example shop (used by `up`).
+    /// Run a service of the example shop (used by `up`).
     #[command(hide = true)]
     Shop(shop::ShopArgs),
-    /// Print docs/cli.md.
+    /// Print the page docs/cli.md.
     #[command(hide = true)]
     Reference,
-    /// Request a URL many times and report (used by `up --verify`).
+    /// Request a URL repeatedly and report (used by `up --verify`).
     #[command(hide = true)]
     Probe(probe::ProbeArgs),
 }
 
-/// The command line of a sidecar alone. One stands beside every workload, so it should not load the code of all other
-/// commands only to read its flags.
+/// The command line of the sidecar only. There is a sidecar per workload, so it should not load the code of all other
+/// commands just to parse its flags.
 #[derive(Parser)]
 #[command(name = "countersign", version, propagate_version = true, max_term_width = 120)]
 struct SidecarCli {
@@ -101,12 +101,12 @@ enum SidecarCommand {
 }
 
 impl Cli {
-    /// Every command and argument, as clap knows them.
+    /// All commands and arguments, as clap defines them.
     pub fn definitions() -> clap::Command {
         Self::command()
     }
 
-    /// Reads the process's command line; with a mistake in it, or for help, prints and exits.
+    /// Parses the process's command line. On an error, or for help, prints and exits.
     pub fn read() -> Self {
         if std::env::args_os().nth(1).is_some_and(|command| command == "proxy") {
             let SidecarCommand::Proxy(args) = parsed::<SidecarCli>().command;
@@ -115,7 +115,7 @@ impl Cli {
         parsed()
     }
 
-    /// Runs the command to its end.
+    /// Runs the command and returns its exit code.
     pub fn run(self) -> Result<ExitCode> {
         let done = |result: Result<()>| result.map(|()| ExitCode::SUCCESS);
         match self.command {
@@ -159,7 +159,7 @@ impl Cli {
     }
 }
 
-/// The process's command line; with a mistake in it, or for help, prints and exits.
+/// Parses the process's command line. On an error, or for help, prints and exits.
 fn parsed<T: Parser>() -> T {
     let error = match T::try_parse() {
         Ok(cli) => return cli,
@@ -176,7 +176,7 @@ fn parsed<T: Parser>() -> T {
     std::process::exit(code)
 }
 
-/// Takes commands that `--help` does not show out of what is suggested for a misspelt one.
+/// Removes hidden commands from the suggestions for a misspelt one.
 fn without_hidden_commands(mut error: clap::Error) -> clap::Error {
     let Some(ContextValue::Strings(suggested)) = error.remove(ContextKind::SuggestedSubcommand) else { return error };
     let all = Cli::command();

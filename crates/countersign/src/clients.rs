@@ -1,4 +1,4 @@
-//! Ways to a running server or agent, and errors that say what to do next.
+//! Connections to a running server or agent, with errors that name the next step.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,35 +10,37 @@ use countersign_api::transport::{MAX_MESSAGE_BYTES, connect_unix, unix_channel};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-/// Where a server's Unix socket is, unless told otherwise.
+/// Default path of a server's Unix socket.
 pub const SERVER_SOCKET: &str = "/run/countersign/server.sock";
-/// Where an agent's Unix socket is, unless told otherwise.
+/// Default path of an agent's Unix socket.
 pub const AGENT_SOCKET: &str = "/run/countersign/agent.sock";
 /// Longest wait for a socket to take a connection.
 pub const CONNECT: Duration = Duration::from_secs(5);
 
-/// How a command finds its server.
+/// The argument that selects the server.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServerArg {
-    /// The server's Unix socket [default: /run/countersign/server.sock, or that of the one mesh that `up` runs here].
+    /// Unix socket of the server [default: /run/countersign/server.sock, or the socket of the only mesh that `up` runs
+    /// here].
     #[arg(long, env = "COUNTERSIGN_SERVER_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
 }
 
 impl ServerArg {
-    /// A channel to it.
+    /// A channel to the selected server.
     pub fn channel(&self) -> anyhow::Result<Channel> {
         channel(&server_socket(self.socket.clone())?, "server")
     }
 }
 
-/// The socket that is meant: the one that was named, the usual one, or that of the one mesh that is up on this machine.
+/// The socket to use: the given one, the default one, or that of the only mesh that runs on this machine.
 pub fn server_socket(named: Option<PathBuf>) -> Result<PathBuf, Mistake> {
     let usual = PathBuf::from(SERVER_SOCKET);
     if let Some(named) = named {
         return Ok(named);
     }
-    // Only where the usual one is certainly not there: what cannot be looked at is said by whoever connects.
+    // Only if the default one certainly does not exist: any other problem with it is reported by the connection
+    // attempt.
     if !matches!(std::fs::metadata(&usual), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
         return Ok(usual);
     }
@@ -55,7 +57,7 @@ pub fn server_socket(named: Option<PathBuf>) -> Result<PathBuf, Mistake> {
     }
 }
 
-/// A channel to a socket that is there.
+/// A channel to a socket. Errors if the socket does not exist or may not be used.
 pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Channel> {
     let shown = socket.display();
     match std::fs::metadata(socket) {
@@ -76,7 +78,7 @@ pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Channel> {
     Ok(unix_channel(socket))
 }
 
-/// A client of a service with our message bound.
+/// A client of a service with our bound on message sizes.
 macro_rules! client {
     ($service:ident, $channel:expr) => {
         $service::new($channel)
@@ -86,10 +88,10 @@ macro_rules! client {
 }
 pub(crate) use client;
 
-/// Longest message, in bytes.
+/// Longest message that is sent or received, in bytes.
 pub const MAX_MESSAGE: usize = MAX_MESSAGE_BYTES;
 
-/// A refused call as an error for people.
+/// Converts a failed call to an error with a hint at the next step.
 pub fn refused(status: Status) -> anyhow::Error {
     let hint = match status.code() {
         Code::Unavailable => " (is it still running?)",

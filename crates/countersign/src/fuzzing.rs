@@ -1,4 +1,4 @@
-//! Doors for the fuzz targets in `fuzz/`, built with `--cfg fuzzing` alone.
+//! Entry points for the fuzz targets in `fuzz/`, built with `--cfg fuzzing` only.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use crate::roles::server::ServerSettings;
 use crate::settings::yaml::{from_node, parse};
 use crate::up;
 
-/// Reads the input as a mesh file.
+/// Parses the input as a mesh file.
 ///
 /// # Panics
-/// When a mistake is more than a line, or names no place.
+/// If an error message has more than one line, or names no place.
 pub fn mesh_file(text: &str) {
     let Ok(Some(tree)) = parse(text) else { return };
     if let Err(mistake) = up::read_mesh(Path::new("mesh.yaml"), &tree) {
@@ -21,7 +21,7 @@ pub fn mesh_file(text: &str) {
     }
 }
 
-/// Reads the input as settings of server, agent and sidecar.
+/// Parses the input as settings of server, agent and sidecar.
 pub fn settings(text: &str) {
     let Ok(Some(tree)) = parse(text) else { return };
     let _ = from_node::<ServerSettings>(&tree);

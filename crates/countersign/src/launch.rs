@@ -1,6 +1,6 @@
-//! Starts a program in a network namespace as another user: what `up` runs every sidecar and workload through.
+//! Starts a program in a network namespace as another user. `up` starts every sidecar and workload through this.
 //!
-//! It is a process of its own that becomes the program, so that nothing unsafe has to happen between fork and exec.
+//! It is its own process that becomes the program by exec, so nothing unsafe has to run between fork and exec.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -21,42 +21,42 @@ use nix::unistd::{AccessFlags, Gid, Uid, access, dup2_stdin, getppid, setgid, se
 use crate::one_line;
 use crate::up::find_program;
 
-/// This very program, however far below a closed folder it lies and whatever has replaced its file since: the kernel follows
-/// the link to the file that is open, not its path (proc(5)).
+/// This program, even if its path is in a folder that may not be entered or its file was replaced: the kernel follows
+/// this link to the open file, not to its path (proc(5)).
 pub const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Start a program in a network namespace.
 #[derive(Debug, clap::Args)]
 pub struct LaunchArgs {
-    /// The namespace's file.
+    /// File of the network namespace [default: the current one].
     #[arg(long)]
     netns: Option<PathBuf>,
-    /// Stands in for /etc/hosts.
+    /// File to mount over /etc/hosts.
     #[arg(long)]
     hosts: Option<PathBuf>,
-    /// Folder with files that stand in for /etc/passwd and /etc/group.
+    /// Folder with files to mount over /etc/passwd and /etc/group.
     #[arg(long)]
     accounts: Option<PathBuf>,
-    /// User.
+    /// User ID of the program.
     #[arg(long)]
     uid: u32,
-    /// Group.
+    /// Group ID of the program.
     #[arg(long)]
     gid: u32,
-    /// Further groups.
+    /// Supplementary group IDs, comma separated.
     #[arg(long, value_delimiter = ',')]
     groups: Vec<u32>,
-    /// Where the program starts.
+    /// Working directory of the program.
     #[arg(long)]
     workdir: Option<PathBuf>,
-    /// The process that this one must not outlive.
+    /// Process ID of the parent, which this process must not outlive.
     #[arg(long)]
     parent: Option<i32>,
-    /// Never gain privileges, not even by a set-uid file.
+    /// Never gain privileges, not even through a set-uid file.
     #[arg(long)]
     no_new_privs: bool,
-    /// Standard input is a pipe that takes the reason when the program cannot be started, and is closed when it is; the program
-    /// gets /dev/null.
+    /// Standard input is a pipe that receives the reason if the program cannot be started, and is closed once it runs;
+    /// the program gets /dev/null.
     #[arg(long)]
     report: bool,
     /// The program and its arguments.
@@ -64,12 +64,12 @@ pub struct LaunchArgs {
     command: Vec<String>,
 }
 
-/// Becomes the program.
+/// Replaces this process by the program. Returns only if that fails.
 pub fn run(args: &LaunchArgs) -> Result<Infallible> {
     if !args.report {
         return start(args);
     }
-    // A copy that the program does not inherit: whoever reads the other end sees it closed once the program runs.
+    // A close-on-exec copy: its reader sees it closed once the program runs.
     let mut report = File::from(std::io::stdin().as_fd().try_clone_to_owned().context("no pipe to report on")?);
     dup2_stdin(File::open("/dev/null")?).context("cannot replace standard input")?;
     start(args).inspect_err(|error| {
@@ -80,13 +80,13 @@ pub fn run(args: &LaunchArgs) -> Result<Infallible> {
 
 fn start(args: &LaunchArgs) -> Result<Infallible> {
     let (program, arguments) = args.command.split_first().context("no program")?;
-    // Before the user changes: afterwards the way to our own file may be closed.
+    // Before changing the user: afterwards the path to our own file may not be accessible.
     let own = is_own(program);
     let program_path = absolute(program);
     enter(args)?;
     become_user(args)?;
-    // A folder that was handed down and that the user may not read: files that seem not to exist are harder to understand
-    // than an empty home.
+    // An inherited working directory may be unreadable for the user. Files that seem missing are harder to understand
+    // than an empty home folder.
     if args.workdir.is_none()
         && std::fs::read_dir(".").is_err()
         && let Some(home) = std::env::var_os("HOME")
@@ -129,19 +129,19 @@ fn is_own(program: &str) -> bool {
     found.is_some_and(|path| file(&path).is_some() && file(&path) == file(Path::new(OWN_PROGRAM)))
 }
 
-/// A path from the root, so that it stays right when the working directory changes. A bare name is left to the PATH.
+/// An absolute path, so that it is still right after a change of the working directory. A bare name is left to PATH.
 fn absolute(program: &str) -> PathBuf {
     if program.contains('/') { std::path::absolute(program).unwrap_or_else(|_| program.into()) } else { program.into() }
 }
 
-/// The first folder on the way to a file that this process may not enter.
+/// The first folder on the path to a file that this process may not enter.
 fn obstacle(path: &Path) -> Option<PathBuf> {
     let mut way: Vec<&Path> = path.ancestors().skip(1).filter(|part| !part.as_os_str().is_empty()).collect();
     way.reverse();
     way.into_iter().find(|part| access(*part, AccessFlags::X_OK) == Err(nix::errno::Errno::EACCES)).map(Path::to_owned)
 }
 
-/// Enters the namespaces, and puts the mesh's names and accounts in place of the machine's.
+/// Enters the namespaces, and mounts the mesh's host names and accounts over the machine's.
 fn enter(args: &LaunchArgs) -> Result<()> {
     if let Some(path) = &args.netns {
         let netns = File::open(path).with_context(|| format!("cannot open the namespace {}", path.display()))?;
@@ -165,14 +165,14 @@ fn enter(args: &LaunchArgs) -> Result<()> {
     Ok(())
 }
 
-/// Gives up root for the user, and ties this process to its parent.
+/// Changes from root to the user, and ties this process to its parent.
 fn become_user(args: &LaunchArgs) -> Result<()> {
     let groups: Vec<Gid> = args.groups.iter().map(|g| Gid::from_raw(*g)).collect();
     setgroups(&groups).context("cannot set groups")?;
     setgid(Gid::from_raw(args.gid)).context("cannot set the group")?;
     setuid(Uid::from_raw(args.uid)).context("cannot set the user")?;
     if let Some(workdir) = &args.workdir {
-        // As the user: a folder that it may not enter is said now, not by a program that finds no files.
+        // As the user: an inaccessible folder is reported now, not by a program that finds no files.
         std::env::set_current_dir(workdir)
             .with_context(|| format!("uid {} cannot enter the working directory {}", args.uid, workdir.display()))?;
     }
@@ -180,7 +180,7 @@ fn become_user(args: &LaunchArgs) -> Result<()> {
         prctl::set_no_new_privs().context("cannot give up new privileges")?;
     }
     if let Some(parent) = args.parent {
-        // After the change of user, which clears it. A parent that is gone by then is noticed by its number.
+        // After changing the user, which clears it. A parent that has ended by then is recognised by its process ID.
         prctl::set_pdeathsig(Signal::SIGKILL).context("cannot tie this process to its parent")?;
         if getppid().as_raw() != parent {
             return Err(anyhow!("the parent process is gone"));

@@ -1,8 +1,8 @@
-//! The `countersign` command: reads the command line, runs one role or command, and says in one line what went wrong. A
+//! The `countersign` command: parses the command line, runs one role or command, and reports an error in one line. A
 //! library only for the binary and the fuzz targets.
 
-/// Says a line on standard error. When that is closed or full there is nobody left to tell, and no reason to panic, which is
-/// what the macro of the standard library does.
+/// Prints a line on standard error. Unlike the standard library's macro, it does not panic if standard error is closed
+/// or full: there is nowhere left to report that.
 macro_rules! eprintln {
     ($($arg:tt)*) => {{
         let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($arg)*)));
@@ -30,8 +30,8 @@ mod up;
 
 use std::process::ExitCode;
 
-/// Runs the command that the process's command line names. Exit codes: 0 done, 1 it was tried and failed, 2 the command line
-/// or a file has to be corrected first, 141 the reader of standard output was gone.
+/// Runs the command on the process's command line. Exit codes: 0 success, 1 the attempt failed, 2 the command line or a
+/// file has to be corrected first, 141 the reader of standard output has closed it.
 pub fn main() -> ExitCode {
     let cli = cli::Cli::read();
     let ran = cli.run();
@@ -44,7 +44,7 @@ pub fn main() -> ExitCode {
             }
             let usage = error.downcast_ref::<settings::Mistake>().is_some();
             eprintln!("countersign: {}", one_line(&error));
-            // 2: somebody has to mend the command or a file; 1: it was tried and failed.
+            // 2: the command or a file has to be corrected; 1: the attempt failed.
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
@@ -61,7 +61,7 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
             text = format!("{text}: {cause}");
         }
     }
-    // Whatever was quoted in it, a line stays a line, and its length has an end.
+    // Whatever text it quotes, the message stays one line of bounded length.
     const MOST: usize = 4_000;
     let line = settings::words::escaped(&text.replace('\n', " "));
     match line.char_indices().nth(MOST) {

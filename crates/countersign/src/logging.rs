@@ -1,4 +1,4 @@
-//! Logs of a role: to standard error, text or JSON. No role waits for whoever reads them.
+//! Logs of a role, on standard error, as text or JSON. No role waits for the reader of its log.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -16,34 +16,34 @@ use tracing_subscriber::prelude::*;
 
 use crate::settings::Mistake;
 
-/// How long the end of the process waits for the last lines to be written.
+/// How long the process waits for its last lines to be written when it ends.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// The process's log, once started.
 static LOG: OnceLock<LogWriter> = OnceLock::new();
-/// Lines lost that were told of.
+/// Number of lost lines that were already reported.
 static TOLD: AtomicU64 = AtomicU64::new(0);
 
-/// What is logged and how.
+/// Arguments for the log of a role.
 #[derive(Debug, Clone, clap::Args)]
 pub struct LogArgs {
-    /// What is logged: error, warn, info, debug, trace, or filters such as `info,countersign_proxy=debug`.
+    /// Log level (error, warn, info, debug, trace) or filters such as `info,countersign_proxy=debug`.
     #[arg(long, env = "COUNTERSIGN_LOG", default_value = "info", global = false)]
     pub log: String,
-    /// How it is written: text or json.
+    /// Log format: text or json.
     #[arg(long, default_value = "text", value_parser = ["text", "json"])]
     pub log_format: String,
 }
 
 impl LogArgs {
-    /// Starts logging.
+    /// Starts logging. Errors: the filter is invalid.
     pub fn start(&self) -> Result<(), Mistake> {
         let filter =
             Targets::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
         if LOG.get().is_none()
             && let Ok(log) = stderr().and_then(|file| LogWriter::start(Sink::Stream(file), Duration::ZERO))
         {
-            // A second start in one process (tests) keeps the first.
+            // A second start in one process (tests) keeps the first log.
             let _ = LOG.set(log);
         }
         // What fails is a write to standard error; to say so there is the macro that panics when nobody reads any more.
@@ -55,7 +55,7 @@ impl LogArgs {
     }
 }
 
-/// Waits, bounded, until what was logged is written. For the end of the process.
+/// Waits, for a bounded time, until everything logged was written. Called when the process ends.
 pub fn finish() {
     if let Some(log) = LOG.get() {
         log.finish(LAST_LINES);
@@ -66,7 +66,7 @@ fn stderr() -> io::Result<File> {
     Ok(File::from(io::stderr().as_fd().try_clone_to_owned()?))
 }
 
-/// One line of the log: the layer writes each with one call.
+/// One line of the log, which the layer writes with one call.
 struct Line;
 
 impl Write for Line {

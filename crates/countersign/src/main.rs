@@ -1,4 +1,4 @@
-//! The `countersign` binary.
+//! The `countersign` binary; everything else is in the library.
 
 use std::process::ExitCode;
 

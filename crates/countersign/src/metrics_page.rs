@@ -1,6 +1,6 @@
-//! A role's page of metrics, as the commands read it.
+//! Parsing of a role's metrics page, for commands.
 
-/// The value of each line of a metric, with the text of its labels.
+/// Each line of a metric: the text of its labels, and its value.
 pub fn metric<'a>(page: &'a str, name: &'a str) -> impl Iterator<Item = (&'a str, f64)> {
     page.lines().filter_map(move |line| {
         let rest = line.strip_prefix(name)?;
@@ -10,7 +10,7 @@ pub fn metric<'a>(page: &'a str, name: &'a str) -> impl Iterator<Item = (&'a str
     })
 }
 
-/// The value of a label in the text of a line's labels.
+/// The value of a label in a line's labels; `None` if it is missing.
 pub fn label<'a>(labels: &'a str, name: &str) -> Option<&'a str> {
     labels.split(',').find_map(|pair| pair.strip_prefix(name)?.strip_prefix("=\"")?.strip_suffix('"'))
 }

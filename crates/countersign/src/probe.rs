@@ -1,4 +1,4 @@
-//! A client that counts: requests a URL over new and kept-alive connections and reports in JSON what failed.
+//! An HTTP client that counts: requests a URL over new and kept-alive connections and reports failures in JSON.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -18,15 +18,15 @@ const MAX_BODY: usize = 16 * 1024 * 1024;
 /// Request a URL many times and report.
 #[derive(Debug, clap::Args)]
 pub struct ProbeArgs {
-    /// `http://host:port/path`.
+    /// URL to request, `http://HOST:PORT/PATH`.
     url: String,
-    /// For how long; once without it.
+    /// How long to repeat; without it, each client sends one request.
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
-    /// Clients with a connection each that is kept alive.
+    /// Number of clients that keep their connection alive.
     #[arg(long, default_value_t = 0)]
     kept: usize,
-    /// Clients that dial anew for each request.
+    /// Number of clients that connect for each request.
     #[arg(long, default_value_t = 1)]
     fresh: usize,
     /// Pause between two requests of a client, in milliseconds.
@@ -34,18 +34,18 @@ pub struct ProbeArgs {
     pause_ms: u64,
 }
 
-/// What came of it.
+/// Result of a run.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Report {
-    /// Requests that were answered with 200.
+    /// Number of requests that were answered with 200.
     pub ok: u64,
-    /// Requests that were not.
+    /// Number of all other requests.
     pub failed: u64,
-    /// Connections dialled.
+    /// Number of connections that were opened.
     pub connections: u64,
     /// The first reasons of failures.
     pub errors: Vec<String>,
-    /// The last body.
+    /// Body of the last answer.
     pub body: String,
 }
 
@@ -133,12 +133,12 @@ impl Client {
     }
 }
 
-/// One request; its body. An answer that is no success is an error.
+/// Sends one GET request and returns the body. A status other than 200 is an error.
 pub async fn get(url: &str) -> Result<String> {
     Client::new(url)?.request_in_time(false).await
 }
 
-/// Prints the report; exit 1 when a request failed.
+/// Prints the report; exit code 1 if a request failed.
 pub fn run(args: ProbeArgs) -> Result<ExitCode> {
     let count = args.kept + args.fresh;
     let every = (0..count).map(|_| Client::new(&args.url)).collect::<Result<Vec<_>>>()?;

@@ -1,4 +1,5 @@
-//! docs/cli.md, made from the same definitions that read the command line. A test compares, so that the page cannot drift.
+//! Generates docs/cli.md from the definitions that parse the command line. A test compares the two, so the page cannot
+//! be outdated.
 
 use std::fmt::Write;
 
@@ -27,7 +28,7 @@ fn section(command: &Command, path: &str, text: &mut String) {
 
 fn describe(command: &Command, path: &str, text: &mut String) {
     let about = command.get_long_about().or_else(|| command.get_about()).map(ToString::to_string).unwrap_or_default();
-    // Writing into a String cannot fail.
+    // Writing to a String cannot fail.
     let _ = write!(text, "\n## `{path}`\n\n{about}\n\n");
     let shown = |a: &&Arg| !a.is_hide_set() && !["help", "version"].contains(&a.get_id().as_str());
     let arguments: Vec<&Arg> = command.get_arguments().filter(shown).collect();

@@ -1,5 +1,5 @@
-//! The example application: a small shop of four plain HTTP services, productpage → details, reviews → ratings. None of
-//! them knows anything of TLS, certificates or the mesh.
+//! The example application: a shop of four plain HTTP services, productpage → details, reviews → ratings. None of them
+//! knows about TLS, certificates or the mesh.
 
 use std::convert::Infallible;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -16,28 +16,28 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-/// Every service listens here.
+/// TCP port that every service listens on.
 pub const PORT: u16 = 9080;
 const TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_BODY: usize = 1024 * 1024;
 
-/// A service of the example shop.
+/// Run a service of the example shop.
 #[derive(Debug, clap::Args)]
 pub struct ShopArgs {
-    /// Which.
+    /// Service to run.
     service: Service,
 }
 
-/// The four services.
+/// The four services of the shop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Service {
-    /// Asks details and reviews.
+    /// The front page; calls details and reviews.
     Productpage,
-    /// Knows the book.
+    /// Returns facts about the book.
     Details,
-    /// Asks ratings.
+    /// Returns reviews; calls ratings.
     Reviews,
-    /// Knows the stars.
+    /// Returns the stars of each review.
     Ratings,
 }
 
@@ -57,7 +57,7 @@ pub fn run(args: ShopArgs) -> Result<()> {
 }
 
 async fn respond(service: Service, request: Request<Incoming>) -> Result<Response<String>, Infallible> {
-    // `?echo=…` comes back as it is, for whoever wants to find its bytes on a wire.
+    // `?echo=…` is returned unchanged, for tests that look for its bytes on the wire.
     let echo = request.uri().query().and_then(|q| q.strip_prefix("echo=")).map(str::to_owned);
     let answer = match service {
         Service::Details => Ok(json!({ "title": "The Comedy of Errors", "pages": 200 })),

@@ -1,19 +1,19 @@
-//! The one way to standard output: a reader that has seen enough, or a disk that is full, is an error and never a panic.
+//! The only way to standard output: a closed pipe or a full disk is an error and never a panic.
 
 use std::io::{self, Write};
 
-/// Standard output did not take what was written.
+/// Why text could not be written to standard output.
 #[derive(Debug, thiserror::Error)]
 pub enum StdoutError {
-    /// The reader closed the pipe, as `head` does when it has its lines. Nothing is said about it.
+    /// The reader closed the pipe, as `head` does once it has its lines. Not reported.
     #[error("standard output was closed")]
     Closed,
-    /// It cannot be written.
+    /// Any other error.
     #[error("cannot write to standard output: {0}")]
     Failed(io::Error),
 }
 
-/// What a shell reports for a program that SIGPIPE ended, which this stands for.
+/// Exit code that a shell reports for a program that SIGPIPE ended.
 pub const CLOSED_EXIT_CODE: u8 = 128 + 13;
 
 impl From<io::Error> for StdoutError {
@@ -22,11 +22,11 @@ impl From<io::Error> for StdoutError {
     }
 }
 
-/// Writes text, all of it.
+/// Writes all of a text.
 pub fn put(text: &str) -> Result<(), StdoutError> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
-    // Standard output holds back half a line; what is left there at exit would be lost without a word.
+    // Standard output buffers incomplete lines, and would lose them silently at exit.
     Ok(out.flush()?)
 }
 

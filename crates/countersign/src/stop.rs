@@ -1,4 +1,4 @@
-//! How a role is told to stop, and how it says that it is ready.
+//! Stop signals of a role, and its ready file.
 
 use std::path::PathBuf;
 
@@ -8,15 +8,15 @@ use countersign_api::reopen::{self, Reopen};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// For commands at a terminal: cancelled by SIGTERM, SIGINT, or SIGHUP, which says that the terminal is gone. A second one ends
+/// For commands at a terminal: cancelled by SIGTERM, SIGINT, or SIGHUP (the terminal was closed). A second signal ends
 /// the process at once.
 pub fn on_signal() -> anyhow::Result<CancellationToken> {
     let hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     stop_on(Some(hangup))
 }
 
-/// For roles: cancelled by SIGTERM or SIGINT, of which a second one ends the process at once. SIGHUP asks for the logs to be
-/// opened anew (what logrotate sends after it has renamed them), and never ends a role.
+/// For roles: cancelled by SIGTERM or SIGINT; a second one ends the process at once. SIGHUP requests that logs are
+/// reopened (logrotate sends it after renaming them) and never ends a role.
 pub fn for_role() -> anyhow::Result<(CancellationToken, Reopen)> {
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let (reopener, reopen) = reopen::channel();
@@ -51,7 +51,7 @@ fn stop_on(mut hangup: Option<Signal>) -> anyhow::Result<CancellationToken> {
     Ok(token)
 }
 
-/// Never, when SIGHUP means something else.
+/// Resolves at SIGHUP; never if SIGHUP has another meaning.
 async fn hung_up(hangup: Option<&mut Signal>) {
     match hangup {
         Some(hangup) => drop(hangup.recv().await),
@@ -59,16 +59,16 @@ async fn hung_up(hangup: Option<&mut Signal>) {
     }
 }
 
-/// A file that tells a supervisor that a role is ready, and where.
+/// The argument for a file that tells a supervisor that a role is ready.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ReadyFile {
-    /// Write a file once ready; it holds the address, where there is one.
+    /// Write this file once ready; it contains the listening address, if there is one.
     #[arg(long, value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
 }
 
 impl ReadyFile {
-    /// Writes it.
+    /// Writes the file, if one was given.
     pub fn write(&self, content: &str) {
         if let Some(path) = &self.ready_file
             && let Err(error) = write_atomically(path, format!("{content}\n").as_bytes(), 0o644)
@@ -84,7 +84,7 @@ mod tests {
     use nix::sys::signal::{Signal, raise};
     use std::time::Duration;
 
-    /// One test, because signals reach the whole process: what one raises another would hear.
+    /// One test, because signals reach the whole process: a second test would receive them, too.
     #[tokio::test]
     async fn sighup_opens_a_roles_logs_anew_and_ends_a_command() {
         let within = Duration::from_secs(5);

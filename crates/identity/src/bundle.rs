@@ -1,4 +1,4 @@
-//! Trust bundles: the authorities of one trust domain, and sets of them that are never merged.
+//! Trust bundles: the X.509 authorities of one trust domain, and sets of bundles that are never merged.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,15 +20,15 @@ use crate::shown::shown;
 /// Why a certificate cannot be an authority.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BundleError {
-    /// No X.509 certificate.
+    /// The bytes are not an X.509 certificate, are too long, or have trailing bytes. Holds the parser's reason.
     #[error("not an X.509 certificate: {0}")]
     Malformed(String),
-    /// Not made for signing certificates (X509-SVID 3.1, RFC 5280 4.2.1.9).
+    /// The certificate may not sign others (X509-SVID 3.1, RFC 5280 4.2.1.9).
     #[error("the certificate of `{}` cannot be an authority: {why}", shown(subject))]
     NotAnAuthority {
-        /// Its subject, as the certificate has it.
+        /// The certificate's subject, unescaped; the message escapes it.
         subject: String,
-        /// What it lacks.
+        /// The rule that the certificate breaks.
         why: &'static str,
     },
     /// The PEM text holds no certificate.
@@ -38,8 +38,8 @@ pub enum BundleError {
 
 /// The key of an authority: SHA-256 of its certificate's `subjectPublicKeyInfo`.
 ///
-/// An authority is told apart by its key and not by what its certificate says of itself: a key identifier is a text of the
-/// issuer's choice, and a root that is issued again for the same key vouches for the same leaves.
+/// Authorities are identified by their key, not by what a certificate says about itself: a key identifier is text of
+/// the issuer's choice, and a root that is reissued for the same key vouches for the same leaves.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AuthorityKey([u8; 32]);
 
@@ -48,7 +48,7 @@ impl AuthorityKey {
         Self(sha256(cert.public_key().raw))
     }
 
-    /// The digest.
+    /// The SHA-256 digest of the `subjectPublicKeyInfo`.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -60,7 +60,8 @@ impl fmt::Debug for AuthorityKey {
     }
 }
 
-/// Longest subject key identifier that names an authority, in bytes (SHA-512 of a key); a longer one is not used.
+/// Longest subject key identifier that is used as an authority's ID, in bytes (SHA-512 of a key). A longer one is
+/// ignored.
 const MAX_KEY_ID_BYTES: usize = 64;
 
 /// One X.509 authority: a root of trust.
@@ -72,12 +73,13 @@ pub struct X509Authority {
     not_after: OffsetDateTime,
     id: String,
     key: AuthorityKey,
-    /// No longer to be used, still trusted: whoever holds an SVID under it renews at once.
+    /// Still trusted, but no longer used for signing: agents and workloads with an SVID under it renew at once.
     pub tainted: bool,
 }
 
 impl X509Authority {
-    /// Parses and checks a CA certificate.
+    /// Parses a DER certificate and checks that it may be a root: CA flag, key usage, name constraints, critical
+    /// extensions.
     pub fn from_der(der: impl Into<Vec<u8>>) -> Result<Self, BundleError> {
         let der = CertificateDer::from(der.into());
         if der.len() > MAX_CERTIFICATE_BYTES {
@@ -98,33 +100,33 @@ impl X509Authority {
         Ok(Self { anchor, not_before, not_after, id, key, tainted: false, der })
     }
 
-    /// The certificate.
+    /// The CA certificate in DER.
     pub fn der(&self) -> &CertificateDer<'static> {
         &self.der
     }
 
-    /// The form that path validation wants.
+    /// The form that webpki takes for path validation.
     pub fn anchor(&self) -> &TrustAnchor<'static> {
         &self.anchor
     }
 
-    /// Start of its validity.
+    /// Start of the certificate's validity (inclusive).
     pub fn not_before(&self) -> OffsetDateTime {
         self.not_before
     }
 
-    /// End of its validity.
+    /// End of the certificate's validity (inclusive).
     pub fn not_after(&self) -> OffsetDateTime {
         self.not_after
     }
 
-    /// Its subject key identifier in lower-case hex; this names an authority in every command. Derived from the key when
-    /// the certificate has none, so that an authority always has a name.
+    /// The subject key identifier in lower-case hex: the authority's ID in every command. Derived from the key when the
+    /// certificate has none or one that is too long, so every authority has an ID.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// Its key, which tells it apart from every other authority.
+    /// The digest of its public key, which identifies the authority everywhere inside the code.
     pub fn key(&self) -> AuthorityKey {
         self.key
     }
@@ -144,8 +146,8 @@ impl fmt::Debug for X509Authority {
     }
 }
 
-/// The name of an authority: its subject key identifier, or the leftmost 160 bits of SHA-256 of its key (RFC 7093 2,
-/// method 1) where it has none that can be used.
+/// An authority's ID: its subject key identifier, or the leftmost 160 bits of SHA-256 of its key (RFC 7093 2, method 1)
+/// when the certificate has no usable one.
 fn authority_id(cert: &X509Certificate<'_>) -> String {
     let own = subject_key_id(cert).filter(|id| (1..=MAX_KEY_ID_BYTES).contains(&id.len()));
     own.map_or_else(|| hex::encode(&sha256(&cert.public_key().subject_public_key.data)[..20]), hex::encode)
@@ -157,7 +159,7 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     sum
 }
 
-/// The raw subject key identifier of a certificate.
+/// The subject key identifier of a certificate, raw bytes; `None` if the extension is missing or malformed.
 pub fn subject_key_id<'a>(cert: &X509Certificate<'a>) -> Option<&'a [u8]> {
     cert.extensions().iter().find_map(|e| match e.parsed_extension() {
         ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0),
@@ -165,7 +167,8 @@ pub fn subject_key_id<'a>(cert: &X509Certificate<'a>) -> Option<&'a [u8]> {
     })
 }
 
-/// The raw authority key identifier of a certificate.
+/// The authority key identifier of a certificate, raw bytes; `None` if it is missing, malformed or holds no key
+/// identifier.
 pub fn authority_key_id<'a>(cert: &X509Certificate<'a>) -> Option<&'a [u8]> {
     cert.extensions().iter().find_map(|e| match e.parsed_extension() {
         ParsedExtension::AuthorityKeyIdentifier(id) => id.key_identifier.as_ref().map(|k| k.0),
@@ -173,19 +176,20 @@ pub fn authority_key_id<'a>(cert: &X509Certificate<'a>) -> Option<&'a [u8]> {
     })
 }
 
-/// Reads every certificate of a PEM text, in order.
+/// Reads every certificate of a PEM text, in order. Errors: [`BundleError::Empty`] if there is none,
+/// [`BundleError::Malformed`].
 pub fn certificates_from_pem(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, BundleError> {
     let certs: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     let certs = certs.map_err(|e| BundleError::Malformed(e.to_string()))?;
     if certs.is_empty() { Err(BundleError::Empty) } else { Ok(certs) }
 }
 
-/// The PEM form of certificates.
+/// One PEM block per DER certificate, in order.
 pub fn certificates_to_pem<'a>(certs: impl IntoIterator<Item = &'a [u8]>) -> String {
     certs.into_iter().map(|der| pem_block("CERTIFICATE", der)).collect()
 }
 
-/// One PEM block (RFC 7468).
+/// One PEM block: Base64 in lines of 64 characters (RFC 7468).
 pub fn pem_block(label: &str, der: &[u8]) -> String {
     let body = base64::engine::general_purpose::STANDARD.encode(der);
     let lines: Vec<&str> = (0..body.len()).step_by(64).map(|at| &body[at..body.len().min(at + 64)]).collect();
@@ -195,18 +199,19 @@ pub fn pem_block(label: &str, der: &[u8]) -> String {
 /// The trust bundle of one trust domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct X509Bundle {
-    /// Whose bundle it is.
+    /// The trust domain that the authorities vouch for.
     pub trust_domain: TrustDomain,
-    /// Its authorities.
+    /// All trusted roots, tainted ones included.
     pub authorities: Vec<X509Authority>,
-    /// Changes with every update.
+    /// Version of the bundle: changes with every update.
     pub sequence: u64,
-    /// How often others should look for a new one.
+    /// How often consumers should fetch the bundle again. Zero means no hint.
     pub refresh_hint: Duration,
 }
 
 impl X509Bundle {
-    /// A bundle of the certificates in a PEM text.
+    /// Parses a bundle from PEM certificates, with sequence 0 and no refresh hint. Fails if one of them may not be an
+    /// authority.
     pub fn from_pem(trust_domain: TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
         let authorities = certificates_from_pem(pem)?
             .iter()
@@ -215,23 +220,24 @@ impl X509Bundle {
         Ok(Self { trust_domain, authorities, sequence: 0, refresh_hint: Duration::ZERO })
     }
 
-    /// Whether one of its authorities has this key. A peer whose path ended in it is vouched for as long as this holds.
+    /// Whether one of the authorities has this key. A peer whose path ended in it is trusted for as long as this is
+    /// true.
     pub fn holds(&self, key: AuthorityKey) -> bool {
         self.authorities.iter().any(|a| a.key == key)
     }
 
-    /// Its PEM form.
+    /// All authorities as PEM blocks.
     pub fn to_pem(&self) -> String {
         certificates_to_pem(self.authorities.iter().map(|a| a.der().as_ref()))
     }
 
-    /// All its certificates' DER, one after another (SPIFFE Workload API 5.2.1).
+    /// All authorities' DER, concatenated (SPIFFE Workload API 5.2.1).
     pub fn concatenated_der(&self) -> Vec<u8> {
         self.authorities.iter().flat_map(|a| a.der().iter().copied()).collect()
     }
 }
 
-/// Bundles by trust domain. They are never merged, so that a foreign authority cannot vouch for a local ID.
+/// Bundles by trust domain. They are never merged, so a foreign authority cannot vouch for a local ID.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BundleSet(HashMap<String, Arc<X509Bundle>>);
 
@@ -241,22 +247,22 @@ impl BundleSet {
         self.0.insert(bundle.trust_domain.as_str().to_owned(), Arc::new(bundle));
     }
 
-    /// The bundle of a trust domain.
+    /// The bundle of a trust domain; `None` if this set has none.
     pub fn get(&self, trust_domain: &str) -> Option<&Arc<X509Bundle>> {
         self.0.get(trust_domain)
     }
 
-    /// Whether a trust domain's bundle holds an authority with this key.
+    /// Whether the trust domain's bundle holds an authority with this key; false if there is no bundle.
     pub fn holds(&self, trust_domain: &str, key: AuthorityKey) -> bool {
         self.get(trust_domain).is_some_and(|bundle| bundle.holds(key))
     }
 
-    /// Takes a trust domain's bundle out.
+    /// Removes the bundle of a trust domain, if present.
     pub fn remove(&mut self, trust_domain: &str) {
         self.0.remove(trust_domain);
     }
 
-    /// All bundles.
+    /// All bundles, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<X509Bundle>> {
         self.0.values()
     }

@@ -1,4 +1,4 @@
-//! Who is at an address.
+//! The directory: which workload or service is at an address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -6,49 +6,49 @@ use std::sync::Arc;
 
 use crate::policy::Policy;
 
-/// One workload of the mesh, as the directory knows it.
+/// One meshed workload, as the directory knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
-    /// Names this run of it: an address that is used again carries another one.
+    /// Identifies this run of the workload: when an address is reused, its next workload has another UID.
     pub uid: String,
-    /// For people.
+    /// Name for logs and metrics; never used for a decision.
     pub name: String,
-    /// Where it is.
+    /// IP addresses of the workload.
     pub addresses: Vec<IpAddr>,
-    /// Who may stand behind those addresses.
+    /// SPIFFE IDs that a peer at these addresses may prove. A sidecar accepts no other.
     pub spiffe_ids: BTreeSet<String>,
-    /// Where its sidecar takes mesh traffic.
+    /// TCP port on which its sidecar accepts mTLS (15008 by default).
     pub mesh_port: u16,
-    /// What its sidecar lets through.
+    /// Policy of its sidecar for incoming traffic.
     pub policy: Policy,
 }
 
 /// A virtual address that stands for several endpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
-    /// Names this run of it.
+    /// Identifies this object, as [`Workload::uid`] does.
     pub uid: String,
-    /// For people.
+    /// Name for logs and metrics; never used for a decision.
     pub name: String,
-    /// Where it is reached.
+    /// Virtual IP addresses of the service.
     pub addresses: Vec<IpAddr>,
-    /// What stands behind each of its ports.
+    /// The endpoints behind each service port.
     pub ports: BTreeMap<u16, Vec<Endpoint>>,
 }
 
-/// One place behind a service.
+/// One endpoint behind a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Where.
+    /// IP address and port that the endpoint listens on.
     pub address: SocketAddr,
-    /// A workload of the mesh is there.
+    /// Whether a meshed workload is at this address.
     pub meshed: bool,
-    /// It takes new connections.
+    /// Whether the endpoint accepts new connections.
     pub ready: bool,
 }
 
 impl Service {
-    /// What stands behind a port, ready or not.
+    /// The endpoints behind a service port, ready or not; empty for a port that the service does not have.
     pub fn endpoints(&self, port: u16) -> &[Endpoint] {
         self.ports.get(&port).map_or(&[], Vec::as_slice)
     }
@@ -57,10 +57,10 @@ impl Service {
 /// What the directory says about an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// A workload with a sidecar.
+    /// A workload with a sidecar of its own.
     Meshed(Arc<Workload>),
-    /// A virtual address.
+    /// A service's virtual address: pick one of its endpoints and look that up.
     Service(Arc<Service>),
-    /// The directory is complete and nobody of the mesh is there.
+    /// The directory is complete and nothing of the mesh is at this address.
     NotMeshed,
 }

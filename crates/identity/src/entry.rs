@@ -1,4 +1,4 @@
-//! Registration entries: who gets which identity.
+//! Registration entries: which workload gets which identity.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -12,12 +12,12 @@ use crate::selector::{SelectorSet, missing};
 use crate::shown::shown;
 use crate::trust_domain::{is_reserved, server_id};
 
-/// The name of a registration entry: 1 to 255 bytes of `[A-Za-z0-9._-]`.
+/// The ID of a registration entry: 1 to 255 bytes of `[A-Za-z0-9._-]`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EntryId(String);
 
 impl EntryId {
-    /// The text.
+    /// The ID as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -39,63 +39,63 @@ impl FromStr for EntryId {
     }
 }
 
-/// Most DNS names of an entry.
+/// Most DNS names per entry.
 pub const MAX_DNS_NAMES: usize = 256;
-/// Longest DNS names of an entry together, in bytes: with the rest they fit into a certificate that peers read
+/// Most bytes of all DNS names of an entry together. With the rest they fit into a certificate that peers accept
 /// ([`crate::path::MAX_CERTIFICATE_BYTES`]).
 pub const MAX_DNS_BYTES: usize = 8 * 1024;
-/// Most selectors of an entry.
+/// Most selectors per entry.
 pub const MAX_SELECTORS: usize = 256;
 /// Longest selectors of an entry together, in bytes: lists of entries must fit into messages.
 pub const MAX_SELECTOR_BYTES: usize = 32 * 1024;
 /// Most trust domains that an entry federates with: their bundles all go to the workload in one message.
 pub const MAX_FEDERATED: usize = 64;
 
-/// Why an entry is refused.
+/// Why an entry is rejected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum EntryError {
-    /// The entry's ID has the wrong form.
+    /// The entry ID is empty, too long or has other characters.
     #[error("`{}` is not an entry ID: use 1 to 255 of letters, digits, `.`, `_`, `-`", shown(_0))]
     Id(String),
-    /// No selectors.
+    /// The entry has no selectors, so it would match every workload.
     #[error("entry for `{0}` has no selectors; name at least one, as in `unix:uid:1000`")]
     NoSelectors(SpiffeId),
-    /// An ID of another trust domain.
+    /// A SPIFFE ID of another trust domain.
     #[error("`{id}` is not in this server's trust domain `{trust_domain}`")]
     TrustDomain {
-        /// The foreign ID.
+        /// The SPIFFE ID that was given.
         id: SpiffeId,
-        /// What the server signs for.
+        /// The trust domain that the server signs for.
         trust_domain: TrustDomain,
     },
     /// An ID without a path.
     #[error("`{0}` has no path; a workload's SPIFFE ID needs one")]
     NoPath(SpiffeId),
-    /// A workload's ID in the reserved part.
+    /// A workload's ID lies under `/spire`, which is reserved for servers and agents.
     #[error("`{0}` lies under `/spire`, which is kept for servers and agents")]
     Reserved(SpiffeId),
-    /// A DNS name of the wrong form.
+    /// Not a DNS name as RFC 1123 defines it.
     #[error("`{}` is not a DNS name", shown(_0))]
     DnsName(String),
-    /// More DNS names than fit into a certificate.
+    /// More DNS names than fit into a certificate that peers accept.
     #[error(
         "{names} DNS names with {bytes} bytes do not fit into a certificate that peers read: at most {MAX_DNS_NAMES} names and {MAX_DNS_BYTES} bytes"
     )]
     TooManyDnsNames {
-        /// How many there are.
+        /// Number of names.
         names: usize,
-        /// How long they are together, in bytes.
+        /// Length of all names together, in bytes.
         bytes: usize,
     },
-    /// A selector that no attestor of ours can find.
+    /// A selector that none of our attestors can ever produce.
     #[error("selector `{}` can never be attested: {why}", shown(selector))]
     Selector {
-        /// The selector.
+        /// The selector as `type:value`, unescaped; the message escapes it.
         selector: String,
-        /// The rule that it breaks.
+        /// The rule that the selector breaks.
         why: &'static str,
     },
-    /// More selectors than any workload has.
+    /// More selectors than [`MAX_SELECTORS`].
     #[error("{0} selectors; at most {MAX_SELECTORS} are taken")]
     TooManySelectors(usize),
     /// Selectors longer than any workload's.
@@ -107,10 +107,10 @@ pub enum EntryError {
     /// The hint is too long (SPIFFE Workload API 5.2.1: 1,024 bytes).
     #[error("the hint is longer than 1024 bytes")]
     Hint,
-    /// A TTL below zero or beyond what fits.
+    /// A TTL below zero or too large, in seconds.
     #[error("the TTL of {0} seconds is out of range (0 takes the server's default)")]
     Ttl(i64),
-    /// Federation with a trust domain that has the wrong form or is the server's own.
+    /// `federates_with` names the server's own trust domain, or something that is not a trust domain.
     #[error("cannot federate with `{}`: name another trust domain", shown(_0))]
     Federation(String),
 }
@@ -118,40 +118,40 @@ pub enum EntryError {
 /// A registration entry (SPIRE API, types.Entry).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its name.
+    /// Unique ID of the entry, chosen by its creator or by the server.
     pub id: EntryId,
-    /// The identity it grants.
+    /// The identity that the entry grants.
     pub spiffe_id: SpiffeId,
-    /// The agent, or the alias entry, that may hand it out.
+    /// The agent that may serve the entry, or a node alias that several agents share.
     pub parent_id: SpiffeId,
-    /// What a caller must have, all of it.
+    /// Selectors that a workload must have, all of them.
     pub selectors: SelectorSet,
-    /// Life of the X509-SVID; `None` takes the server's default.
+    /// Lifetime of the X509-SVID; `None` means the server's default.
     pub x509_svid_ttl: Option<Duration>,
-    /// Life of the JWT-SVID; `None` takes the server's default.
+    /// Lifetime of the JWT-SVID; `None` means the server's default.
     pub jwt_svid_ttl: Option<Duration>,
-    /// Foreign trust domains whose bundles the workload gets.
+    /// Foreign trust domains whose bundles the workload receives.
     pub federates_with: BTreeSet<TrustDomain>,
-    /// May call the server's admin API.
+    /// Whether the workload may call the server's admin API.
     pub admin: bool,
-    /// May ask for an intermediate authority.
+    /// Whether the workload may request an intermediate authority.
     pub downstream: bool,
-    /// DNS names in the leaf, the first is also its common name.
+    /// DNS names of the leaf; the first is also its common name.
     pub dns_names: Vec<String>,
-    /// When the entry itself ends.
+    /// When the entry itself expires; `None` means never.
     pub expires_at: Option<OffsetDateTime>,
-    /// Tells several identities of one workload apart.
+    /// Tells a workload's several identities apart (SPIFFE Workload API 5.2.1); empty if unused.
     pub hint: String,
-    /// For agents that store SVIDs elsewhere.
+    /// Whether the SVID is meant for an SVID store (SPIRE API). Our agents have none and skip such entries.
     pub store_svid: bool,
-    /// Grows by one with each update.
+    /// Revision number, incremented by each update.
     pub revision: i64,
-    /// When it was made.
+    /// Creation time, set by the server.
     pub created_at: OffsetDateTime,
 }
 
 impl Entry {
-    /// Checks what the types alone cannot: trust domains, paths, DNS names, sizes.
+    /// Checks what the types cannot: trust domains, paths, the reserved part, selectors, DNS names, sizes.
     pub fn check(&self, td: &TrustDomain) -> Result<(), EntryError> {
         for id in [&self.spiffe_id, &self.parent_id] {
             if !id.is_member_of(td) {
@@ -161,10 +161,12 @@ impl Entry {
                 return Err(EntryError::NoPath(id.clone()));
             }
         }
-        // `/spire/server` and `/spire/agent/…` are issued by attestation alone, never by an entry.
+        // `/spire/server` and `/spire/agent/…` are issued by attestation only. An entry for one would let a workload be
+        // a server or an agent.
         if is_reserved(&self.spiffe_id) {
             return Err(EntryError::Reserved(self.spiffe_id.clone()));
         }
+        // Every set contains the empty set: such an entry would give its identity to every workload on the node.
         if self.selectors.is_empty() {
             return Err(EntryError::NoSelectors(self.spiffe_id.clone()));
         }
@@ -197,28 +199,28 @@ impl Entry {
         Ok(())
     }
 
-    /// Whether a workload with these selectors gets this entry (the subset rule).
+    /// Whether a workload with these selectors gets this entry: the entry's selectors are a subset of them.
     pub fn applies_to(&self, attested: &SelectorSet) -> bool {
         missing(&self.selectors, attested).is_empty()
     }
 
-    /// Whether two entries register the same thing (SPIRE: ID, parent and selectors are equal).
+    /// Whether two entries register the same thing: equal SPIFFE ID, parent and selectors (SPIRE's rule).
     pub fn registers_the_same_as(&self, other: &Self) -> bool {
         self.spiffe_id == other.spiffe_id && self.parent_id == other.parent_id && self.selectors == other.selectors
     }
 
-    /// Whether this entry gives agents with matching node selectors a common alias.
+    /// Whether this entry is a node alias: an ID shared by all agents whose node selectors match.
     pub fn is_node_alias(&self, td: &TrustDomain) -> bool {
         self.parent_id == server_id(td)
     }
 
-    /// Whether the entry itself has ended.
+    /// Whether the entry has expired at `now`.
     pub fn is_expired(&self, now: OffsetDateTime) -> bool {
         self.expires_at.is_some_and(|end| end <= now)
     }
 }
 
-/// A DNS name as RFC 1123 has it; a wildcard may stand as the first label.
+/// A DNS name by RFC 1123, underscores allowed; the first label may be a wildcard.
 fn is_dns_name(name: &str) -> bool {
     let label = |l: &str| {
         (1..=63).contains(&l.len())

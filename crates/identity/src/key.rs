@@ -1,26 +1,26 @@
-//! Private keys: made, kept and dropped without ever being printed.
+//! Private keys: generated, stored and dropped without ever being printed.
 
 use std::fmt;
 use std::str::FromStr;
 
 use zeroize::Zeroizing;
 
-/// The key types that an authority or a workload may have.
+/// Key types for authorities and workloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KeyType {
-    /// ECDSA over P-256, the default.
+    /// ECDSA over NIST P-256, the default.
     #[default]
     EcP256,
-    /// ECDSA over P-384.
+    /// ECDSA over NIST P-384.
     EcP384,
-    /// RSA with 2048 bits.
+    /// RSA with a 2048-bit modulus.
     Rsa2048,
-    /// RSA with 4096 bits.
+    /// RSA with a 4096-bit modulus.
     Rsa4096,
 }
 
 impl KeyType {
-    /// Each key type with its name in configuration.
+    /// Each key type with its name in settings.
     pub const ALL: [(&'static str, Self); 4] = [
         ("ec-p256", Self::EcP256),
         ("ec-p384", Self::EcP384),
@@ -44,16 +44,16 @@ impl FromStr for KeyType {
     }
 }
 
-/// Why a key could not be made or read.
+/// Why a key could not be generated or read.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// A key type that we don't have.
+    /// Not the name of a supported key type.
     #[error("`{}` is not a key type: use ec-p256, ec-p384, rsa-2048 or rsa-4096", crate::shown::shown(_0))]
     Type(String),
-    /// The engine refused to make a key.
+    /// The crypto library failed to generate a key.
     #[error("cannot make a key: {0}")]
     Generate(String),
-    /// The bytes are no PKCS#8 key that we can use.
+    /// The bytes are not a PKCS#8 key of a supported type.
     #[error("not a usable PKCS#8 private key: {0}")]
     Parse(String),
 }
@@ -63,7 +63,7 @@ pub enum KeyError {
 pub struct PrivateKey(Zeroizing<Vec<u8>>);
 
 impl PrivateKey {
-    /// A fresh key.
+    /// Generates a new key. RSA takes up to seconds of CPU time; do not call it on an async thread.
     pub fn generate(key_type: KeyType) -> Result<Self, KeyError> {
         let pair = match key_type {
             KeyType::EcP256 => rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256),
@@ -75,19 +75,19 @@ impl PrivateKey {
         Ok(Self(Zeroizing::new(pair.serialize_der())))
     }
 
-    /// Takes PKCS#8 DER that came from a file or a wire, after trying it.
+    /// Takes PKCS#8 DER from a file or the wire after parsing it once, so that later uses cannot fail on it.
     pub fn from_pkcs8(der: Vec<u8>) -> Result<Self, KeyError> {
         let key = Self(Zeroizing::new(der));
         key.key_pair()?;
         Ok(key)
     }
 
-    /// The PKCS#8 DER bytes.
+    /// The key as PKCS#8 DER: secret bytes, never to be logged.
     pub fn as_pkcs8(&self) -> &[u8] {
         &self.0
     }
 
-    /// The key in a form that signs.
+    /// The key in the form that rcgen signs with. Parses it again at each call.
     pub fn key_pair(&self) -> Result<rcgen::KeyPair, KeyError> {
         let der = rustls_pki_types::PrivatePkcs8KeyDer::from(self.0.as_slice());
         rcgen::KeyPair::try_from(&der).map_err(|e| KeyError::Parse(e.to_string()))

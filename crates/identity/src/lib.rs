@@ -1,8 +1,8 @@
-//! The pure domain of Countersign: SPIFFE IDs, SVIDs, trust bundles, registration entries, selectors,
-//! what we issue ([`profile`]), what we accept ([`verify`]), when things rotate ([`rotation`]), who is at an
-//! address ([`directory`]) and what is let through ([`policy`]).
+//! The pure domain of Countersign: SPIFFE IDs, SVIDs, trust bundles, registration entries, selectors, what we issue
+//! ([`profile`]), what we accept ([`verify`]), when things rotate ([`rotation`]), what is at an address ([`directory`])
+//! and which traffic is allowed ([`policy`]).
 //!
-//! No I/O, no async, no clock: time is an argument everywhere.
+//! No I/O, no async and no clock: time is always an argument.
 
 pub mod bundle;
 mod ca;

@@ -1,4 +1,4 @@
-//! Modes and allow-lists: what a sidecar lets through.
+//! Modes and allow-lists: which traffic a sidecar accepts and forwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,16 +14,16 @@ use crate::verify::Refusal;
 /// How strict the mesh is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash)]
 pub enum Mode {
-    /// The sidecar forwards in the clear.
+    /// The sidecar forwards plaintext, without mTLS.
     Off,
-    /// mTLS between meshed workloads; plaintext from others is accepted and reported.
+    /// mTLS between meshed workloads; plaintext from others is accepted and reported. The default.
     #[default]
     Permissive,
-    /// Only authenticated mesh traffic.
+    /// Only authenticated mesh traffic is accepted.
     Strict,
 }
 
-/// A word that is no mode.
+/// The text is not the name of a mode.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("`{}` is not a mode: use off, permissive or strict", shown(_0))]
 pub struct ModeError(String);
@@ -52,7 +52,7 @@ impl fmt::Display for Mode {
 }
 
 impl Mode {
-    /// The nearest mode wins, but nothing nearer weakens a strict one.
+    /// This mode, overridden by a more specific one; strict cannot be weakened.
     #[must_use]
     pub fn narrowed_by(self, nearer: Option<Self>) -> Self {
         match (self, nearer) {
@@ -62,48 +62,50 @@ impl Mode {
     }
 }
 
-/// What one workload's sidecar lets through.
+/// The policy of one workload's sidecar.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Policy {
-    /// The workload's mode, the mesh's already taken into account.
+    /// The workload's mode, with the mesh's mode already applied.
     pub mode: Mode,
-    /// Modes of single ports.
+    /// Modes of single ports; they override `mode` by [`Mode::narrowed_by`].
     pub port_modes: BTreeMap<u16, Mode>,
-    /// The SPIFFE IDs that may call. `None`: no list was given, and anyone in the trust domain may. An empty list admits
-    /// nobody.
+    /// SPIFFE IDs that may call. `None`: no list is set, and every ID of the own trust domain may. An empty list admits
+    /// none.
     pub allow: Option<BTreeSet<String>>,
-    /// The SPIFFE IDs that may call a single port; stands instead of `allow` for that port. An empty list admits nobody.
+    /// SPIFFE IDs that may call a single port; replaces `allow` for that port. An empty list admits none.
     pub port_allow: BTreeMap<u16, BTreeSet<String>>,
-    /// Destinations outside the mesh that strict lets out.
+    /// Destinations outside the mesh that strict mode allows.
     pub egress: Vec<IpNet>,
 }
 
 impl Policy {
-    /// The mode that holds for a port.
+    /// The mode that applies to a port.
     pub fn mode_of(&self, port: u16) -> Mode {
         self.mode.narrowed_by(self.port_modes.get(&port).copied())
     }
 
-    /// Whether an authenticated caller of our trust domain may call a port.
+    /// Checks whether an authenticated caller may call a port. Errors: [`Refusal::NotAllowed`].
     pub fn admits(&self, caller: &SpiffeId, own_trust_domain: &str, port: u16) -> Result<(), Refusal> {
         let allowed = match self.list_of(port) {
+            // Federated bundles authenticate foreign callers as well. Without a list, they are authenticated but not
+            // authorised.
             None => caller.trust_domain_name() == own_trust_domain,
             Some(list) => list.contains(&caller.to_string()),
         };
         if allowed { Ok(()) } else { Err(Refusal::NotAllowed { caller: caller.clone(), port }) }
     }
 
-    /// Whether a port names who may call it.
+    /// Whether an allow-list applies to a port, its own or the workload's.
     pub fn has_allow_list(&self, port: u16) -> bool {
         self.list_of(port).is_some()
     }
 
-    /// The list that decides about a port, if there is one.
+    /// The allow-list that applies to a port; `None` if there is none.
     fn list_of(&self, port: u16) -> Option<&BTreeSet<String>> {
         self.port_allow.get(&port).or(self.allow.as_ref())
     }
 
-    /// Whether strict lets traffic out to an address that is not meshed.
+    /// Whether strict mode allows traffic to this address outside the mesh.
     pub fn lets_out(&self, destination: IpAddr) -> bool {
         self.egress.iter().any(|net| net.contains(&destination))
     }
@@ -164,7 +166,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Against the rule as a sentence: the port's list decides, or else the workload's, or else the trust domain.
+        /// Compares with the rule in words: the port's list decides, or else the workload's, or else the trust domain.
         #[test]
         fn a_caller_is_admitted_exactly_when_the_rule_says_so(
             allow in proptest::option::of(proptest::collection::btree_set(0u8..5, 0..4)),

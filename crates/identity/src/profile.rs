@@ -16,35 +16,35 @@ use crate::rotation::validity;
 use crate::shown::shown;
 use crate::svid::LeafFacts;
 
-/// Longest certificate signing request we read, in bytes.
+/// Longest certificate signing request that is parsed, in bytes.
 pub const MAX_CSR_BYTES: usize = 16 * 1024;
 
-/// Why nothing was issued.
+/// Why no certificate was issued.
 #[derive(Debug, thiserror::Error)]
 pub enum IssueError {
-    /// The request cannot be read or its signature is wrong.
+    /// The request cannot be parsed, its signature is wrong, or it is too long.
     #[error("malformed CSR: {0}")]
     Csr(String),
-    /// A name does not fit into a certificate.
+    /// A name cannot be encoded in a certificate.
     #[error("`{}` does not fit into a certificate: {why}", shown(name))]
     Name {
-        /// The name.
+        /// The SPIFFE ID, DNS name or trust domain, unescaped; the message escapes it.
         name: String,
-        /// Why not.
+        /// The encoder's reason.
         why: String,
     },
-    /// The signing certificate has ended.
+    /// The signing certificate expired at this time.
     #[error("the signing authority expired at {0}; prepare and activate a new one")]
     AuthorityExpired(OffsetDateTime),
-    /// The engine refused.
+    /// The crypto library failed to sign.
     #[error("cannot sign: {0}")]
     Sign(String),
-    /// A certificate that we hold cannot be read.
+    /// The authority's own certificate or key is unreadable or they do not match.
     #[error("the authority's certificate cannot be used: {0}")]
     Authority(String),
 }
 
-/// A public key taken from a request whose signature was checked.
+/// A public key from a signing request whose signature was checked.
 pub struct RequestedKey {
     key: rcgen::PublicKey,
     uri: Option<String>,
@@ -52,7 +52,7 @@ pub struct RequestedKey {
 }
 
 impl RequestedKey {
-    /// Parses a PKCS#10 request and checks that its sender holds the key.
+    /// Parses a PKCS#10 request and checks its signature, which proves that the sender holds the key.
     pub fn from_csr(der: &[u8]) -> Result<Self, IssueError> {
         if der.len() > MAX_CSR_BYTES {
             return Err(IssueError::Csr(format!("longer than {MAX_CSR_BYTES} bytes")));
@@ -63,6 +63,8 @@ impl RequestedKey {
         let mut dns_names = vec![];
         for name in &csr.params.subject_alt_names {
             match name {
+                // An X509-SVID holds exactly one URI name (X509-SVID 2), so it would be unclear which identity is
+                // meant.
                 SanType::URI(_) if uri.is_some() => return Err(IssueError::Csr("more than one URI name".into())),
                 SanType::URI(u) => uri = Some(u.as_str().to_owned()),
                 SanType::DnsName(n) => dns_names.push(n.as_str().to_owned()),
@@ -72,18 +74,18 @@ impl RequestedKey {
         Ok(Self { key: csr.public_key, uri, dns_names })
     }
 
-    /// The URI name that the request asks for, if it does.
+    /// The URI name that the request asks for; `None` if it names none.
     pub fn uri(&self) -> Option<&str> {
         self.uri.as_deref()
     }
 
-    /// The DNS names that the request asks for.
+    /// The DNS names that the request asks for; empty if none.
     pub fn dns_names(&self) -> &[String] {
         &self.dns_names
     }
 }
 
-/// A request for a leaf or agent SVID, signed by `key`.
+/// A PKCS#10 request in DER for an SVID, signed by `key`. Without an ID the signer chooses it.
 pub fn request(key: &PrivateKey, id: Option<&SpiffeId>) -> Result<Vec<u8>, IssueError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = subject();
@@ -95,17 +97,18 @@ pub fn request(key: &PrivateKey, id: Option<&SpiffeId>) -> Result<Vec<u8>, Issue
     Ok(csr.der().to_vec())
 }
 
-/// A CA certificate with its key: what signs.
+/// A CA certificate with its key, ready to sign.
 pub struct SigningAuthority {
     certificate: CertificateDer<'static>,
-    /// What goes behind each leaf: this CA and those above it, without the root. Empty for a root.
+    /// Appended to each leaf: this CA and those above it, without the root. Empty for a root.
     chain: Vec<CertificateDer<'static>>,
     issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
     not_after: OffsetDateTime,
 }
 
 impl SigningAuthority {
-    /// An authority whose certificate signs. `chain` goes behind each leaf, this certificate first; empty for a root.
+    /// An authority from a certificate and its key. `chain` is appended to each leaf, this certificate first; empty for
+    /// a root. Errors: [`IssueError::Authority`] if the key does not match.
     pub fn new(
         certificate: CertificateDer<'static>,
         chain: Vec<CertificateDer<'static>>,
@@ -113,6 +116,7 @@ impl SigningAuthority {
     ) -> Result<Self, IssueError> {
         let pair = key.key_pair().map_err(|e| IssueError::Authority(e.to_string()))?;
         let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|e| IssueError::Authority(e.to_string()))?;
+        // Every leaf that a mismatched key signs would be rejected, and only at the peers.
         if parsed.public_key().raw != rcgen::PublicKeyData::subject_public_key_info(&pair) {
             return Err(IssueError::Authority("the private key does not belong to the certificate".into()));
         }
@@ -122,32 +126,32 @@ impl SigningAuthority {
         Ok(Self { certificate, chain, issuer, not_after })
     }
 
-    /// Its certificate.
+    /// The CA certificate in DER.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
     }
 
-    /// What goes behind each leaf.
+    /// The certificates appended to each leaf: this CA and those above it, without the root. Empty for a root.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
     }
 
-    /// Its end.
+    /// End of the CA certificate's validity: nothing that it signs is valid longer.
     pub fn not_after(&self) -> OffsetDateTime {
         self.not_after
     }
 }
 
-/// A signed certificate with what the audit log wants to know.
+/// A signed certificate with the facts that the audit log records.
 #[derive(Debug, Clone)]
 pub struct Issued {
-    /// Leaf first.
+    /// The leaf, then the authority's intermediates, each in DER.
     pub chain: Vec<CertificateDer<'static>>,
-    /// Serial, validity, issuer.
+    /// Serial number, validity and issuer of the leaf.
     pub facts: LeafFacts,
 }
 
-/// Signs a self-signed root CA for a trust domain.
+/// Issues a self-signed root CA for a trust domain, valid for `ttl` from `now`.
 pub fn issue_root(
     td: &TrustDomain,
     key: &PrivateKey,
@@ -159,7 +163,7 @@ pub fn issue_root(
     Ok(cert.der().clone())
 }
 
-/// Signs an intermediate CA for a trust domain under an upstream authority. Never outlives it.
+/// Issues an intermediate CA for a trust domain under an upstream authority, valid no longer than that authority.
 pub fn issue_intermediate(
     td: &TrustDomain,
     key: &PrivateKey,
@@ -177,6 +181,8 @@ pub fn issue_intermediate(
     let (_, parsed) = X509Certificate::from_der(cert.der()).map_err(|e| IssueError::Sign(e.to_string()))?;
     let (_, above) =
         X509Certificate::from_der(&upstream.certificate).map_err(|e| IssueError::Authority(e.to_string()))?;
+    // rcgen encodes the issuer's name anew, and verifiers compare names byte for byte: on a mismatch no path would
+    // build.
     if parsed.issuer().as_raw() != above.subject().as_raw() {
         return Err(IssueError::Authority(format!(
             "the subject `{}` cannot be repeated byte for byte as an issuer; use an upstream CA with a subject that names each attribute once",
@@ -186,19 +192,19 @@ pub fn issue_intermediate(
     Ok(cert.der().clone())
 }
 
-/// What a leaf is to hold.
+/// The content of a leaf.
 pub struct LeafRequest<'a> {
-    /// The identity.
+    /// The SPIFFE ID that the leaf certifies.
     pub id: &'a SpiffeId,
-    /// DNS names; the first is also the common name.
+    /// DNS names; the first is also the common name. May be empty.
     pub dns_names: &'a [String],
-    /// The key, from a checked request.
+    /// The public key, from a request whose signature was checked.
     pub key: &'a RequestedKey,
-    /// Life from now on; cut down to the authority's own end.
+    /// Lifetime from now on, shortened to the authority's own end.
     pub ttl: Duration,
 }
 
-/// Signs an X509-SVID.
+/// Issues an X509-SVID. Errors: [`IssueError::AuthorityExpired`], [`IssueError::Name`], [`IssueError::Sign`].
 pub fn issue_leaf(
     req: &LeafRequest<'_>,
     authority: &SigningAuthority,
@@ -223,9 +229,11 @@ pub fn issue_leaf(
     params.serial_number = Some(random_serial()?);
     params.subject_alt_names = names;
     params.distinguished_name = subject;
+    // X509-SVID 4.1 and 4.3: not a CA, digitalSignature set, keyCertSign and cRLSign unset.
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages =
         vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment, KeyUsagePurpose::KeyAgreement];
+    // X509-SVID 4.4: both or none, because a workload is a client and a server with the same SVID.
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.use_authority_key_identifier_extension = true;
     params.key_identifier_method = rcgen::KeyIdMethod::Sha256;
@@ -248,7 +256,7 @@ fn ca_params(
     let (not_before, not_after) = validity(now, ttl, latest);
     let serial = random_serial()?;
     let mut subject = subject();
-    // A serial number in the subject keeps two authorities of one trust domain apart.
+    // A serial number in the subject gives two authorities of one trust domain different names.
     let decimal = u128::from_be_bytes(serial.to_bytes().try_into().unwrap_or([0; 16])).to_string();
     let printable = decimal.as_str().try_into().map_err(|e: rcgen::Error| IssueError::Sign(e.to_string()))?;
     subject.push(DnType::CustomDnType(vec![2, 5, 4, 5]), DnValue::PrintableString(printable));
@@ -281,10 +289,11 @@ fn uri_san(id: &SpiffeId) -> Result<SanType, IssueError> {
     Ok(SanType::URI(name))
 }
 
-/// 127 random bits, positive and never zero.
+/// A serial number of 16 bytes with 126 random bits, positive and never zero (RFC 5280 4.1.2.2).
 fn random_serial() -> Result<SerialNumber, IssueError> {
     let mut bytes = [0u8; 16];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| IssueError::Sign("no randomness".into()))?;
+    // Top bit clear: positive. Next bit set: no leading zero byte, so the length never varies.
     bytes[0] = bytes[0] & 0x7f | 0x40;
     Ok(SerialNumber::from_slice(&bytes))
 }

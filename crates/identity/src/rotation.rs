@@ -1,10 +1,10 @@
-//! When things rotate. All of it is arithmetic on times that are given.
+//! When things rotate: arithmetic on the times that callers pass in.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
 
-/// Not-before is set this far back, so that clocks which differ a little still agree.
+/// How far back not-before is set, so that peers with a slow clock accept a new certificate.
 pub const BACKDATE: Duration = Duration::from_secs(10);
 
 /// Shortest time from one signature to the next for the same identity. An authority that is about to end signs lives of
@@ -17,20 +17,20 @@ const STEADY: Duration = Duration::from_secs(5);
 
 const DAY: u64 = 24 * 60 * 60;
 
-/// When to prepare the next authority: when min(lifetime / 2, 30 days) is left.
+/// When to prepare the next authority: once min(lifetime / 2, 30 days) is left.
 pub fn prepare_at(not_before: OffsetDateTime, not_after: OffsetDateTime) -> OffsetDateTime {
     not_after - (lifetime(not_before, not_after) / 2).min(Duration::from_secs(30 * DAY))
 }
 
-/// When to activate the prepared authority: when min(lifetime / 6, 7 days) of the active one is left.
+/// When to activate the prepared authority: once min(lifetime / 6, 7 days) of the active one is left.
 pub fn activate_at(not_before: OffsetDateTime, not_after: OffsetDateTime) -> OffsetDateTime {
     not_after - (lifetime(not_before, not_after) / 6).min(Duration::from_secs(7 * DAY))
 }
 
-/// When to renew an SVID: at half of its lifetime, moved by up to 10 % of that half.
+/// When to renew an SVID: at half of its lifetime, shifted by up to 10 % of that half.
 ///
-/// `jitter` is drawn by the caller from -1.0 to 1.0, once for each SVID, and kept with it: all SVIDs of one moment are renewed
-/// at different times, and each of them at one.
+/// `jitter` is between -1.0 and 1.0. The caller draws it once per SVID and keeps it: SVIDs that were issued together
+/// renew at different times, and each of them at one fixed time.
 pub fn renew_at(not_before: OffsetDateTime, not_after: OffsetDateTime, jitter: f64) -> OffsetDateTime {
     let half = lifetime(not_before, not_after) / 2;
     let shift = half.mul_f64(0.1 * jitter.abs().min(1.0));
@@ -56,9 +56,9 @@ pub fn validity(
     ttl: Duration,
     latest: Option<OffsetDateTime>,
 ) -> (OffsetDateTime, OffsetDateTime) {
-    // Certificates hold whole seconds: an end is cut down to one, so that no certificate outlives what was meant.
+    // Certificates hold whole seconds. Rounding the end down keeps a certificate from outliving what was meant.
     let whole = |t: OffsetDateTime| t.replace_nanosecond(0).unwrap_or(t);
-    // A TTL beyond the calendar ends with the calendar.
+    // A TTL beyond the last date of the calendar ends there.
     let end = now.saturating_add(ttl.try_into().unwrap_or(time::Duration::MAX));
     (whole(now - BACKDATE), whole(latest.map_or(end, |l| end.min(l))))
 }

@@ -6,17 +6,17 @@ use std::str::FromStr;
 
 use crate::shown::shown;
 
-/// One attested fact, such as `unix:uid:2102`. Ordered, so that sets of them compare and print alike everywhere.
+/// One attested fact, such as `unix:uid:2102`. Ordered, so that sets compare and print the same everywhere.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Selector {
     kind: String,
     value: String,
 }
 
-/// A set of selectors.
+/// A set of selectors, sorted and without duplicates.
 pub type SelectorSet = BTreeSet<Selector>;
 
-/// Why a text is no selector.
+/// Why a text is not a selector.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("`{}` is not a selector: {why} (expected `type:value`, as in `unix:uid:2102`)", shown(text))]
 pub struct SelectorError {
@@ -25,7 +25,7 @@ pub struct SelectorError {
 }
 
 impl Selector {
-    /// A selector of a type without a colon and a value that is not empty (SPIRE API, types.Selector).
+    /// A selector from a type without a colon and a value of 1 to 4,096 bytes (SPIRE API, types.Selector).
     pub fn new(kind: impl Into<String>, value: impl Into<String>) -> Result<Self, SelectorError> {
         let (kind, value) = (kind.into(), value.into());
         let why = match () {
@@ -38,8 +38,8 @@ impl Selector {
         Err(SelectorError { text: format!("{kind}:{value}"), why })
     }
 
-    /// Why no attestor of ours can ever find this fact, so that an entry with it would wait in vain; `None` if one may, or
-    /// if the type is none of ours.
+    /// Why none of our attestors can ever produce this selector, so that an entry with it would never match. `None` if
+    /// one may, or if the type is not ours.
     pub fn never_attested(&self) -> Option<&'static str> {
         let (key, rest) = match (self.kind.as_str(), self.value.split_once(':')) {
             ("unix" | "k8s" | "k8s_psat" | "x509pop", None) => return Some("a key and a value stand behind the type"),
@@ -54,12 +54,12 @@ impl Selector {
         }
     }
 
-    /// The attestor's name, such as `unix`.
+    /// The attestor's type, such as `unix`.
     pub fn kind(&self) -> &str {
         &self.kind
     }
 
-    /// Everything behind the type, such as `uid:2102`.
+    /// Everything after the type, such as `uid:2102`.
     pub fn value(&self) -> &str {
         &self.value
     }
@@ -84,7 +84,7 @@ impl FromStr for Selector {
 
 fn unix_fault(key: &str, value: &str) -> Option<&'static str> {
     match key {
-        // As the kernel counts, and as it is printed: `007` and `-1` are never attested.
+        // Attestors print IDs as decimal u32: `007` and `-1` never match.
         "uid" | "gid" | "supplementary_gid" => match value.parse::<u32>() {
             Ok(id) if id.to_string() == value => None,
             _ => Some("an ID is a number from 0 to 4294967295, without sign and leading zeros"),
@@ -114,7 +114,7 @@ fn is_hex(text: &str, digits: usize) -> bool {
     text.len() == digits && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// The selectors of `wanted` that `attested` lacks; empty means that the entry applies.
+/// The selectors of `wanted` that `attested` lacks. Empty means that the entry applies.
 pub fn missing<'a>(wanted: &'a SelectorSet, attested: &'a SelectorSet) -> Vec<&'a Selector> {
     wanted.difference(attested).collect()
 }

@@ -1,14 +1,14 @@
-//! Text that others wrote, in a form that is safe to print: escaped and cut.
+//! Untrusted text in a form that is safe to print: escaped and shortened.
 //!
-//! A certificate's names, a preamble's workload UID or a peer's reason end up in errors, and errors in logs and terminals.
-//! A line feed in them would forge a log line, an escape sequence would write over what an operator sees.
+//! A certificate's names, a preamble's workload UID or a peer's reason end up in errors, and errors in logs and
+//! terminals. A line feed in them would forge a log line; an escape sequence would overwrite what an operator sees.
 
 use std::fmt::{self, Write};
 
-/// Characters of foreign text that are printed; what is beyond is counted.
+/// Most characters of untrusted text that are printed; the rest is counted in bytes.
 pub const MAX_SHOWN: usize = 128;
 
-/// Foreign text for an error or a log line. [`fmt::Display`] escapes and cuts it.
+/// Untrusted text for an error or a log line. [`fmt::Display`] escapes and shortens it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shown<'a> {
     text: &'a str,
@@ -16,18 +16,18 @@ pub struct Shown<'a> {
     quoted: bool,
 }
 
-/// `text` as it may be printed: at most [`MAX_SHOWN`] characters of it.
+/// Escapes `text` and shortens it to [`MAX_SHOWN`] characters.
 pub fn shown(text: &str) -> Shown<'_> {
     Shown { text, limit: MAX_SHOWN, quoted: true }
 }
 
-/// `text` as it may be printed: at most `limit` characters of it.
+/// Escapes `text` and shortens it to `limit` characters.
 pub fn shown_up_to(text: &str, limit: usize) -> Shown<'_> {
     Shown { text, limit, quoted: true }
 }
 
-/// A whole sentence of another program's, such as a peer's reason for a refusal: as [`shown_up_to`], but its own quotes and
-/// escapes stay as they are.
+/// A whole sentence from another program, such as a peer's reason for a refusal: [`shown_up_to`], but its backticks and
+/// backslashes are kept.
 pub fn sentence(text: &str, limit: usize) -> Shown<'_> {
     Shown { text, limit, quoted: false }
 }
@@ -36,8 +36,8 @@ impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut characters = self.text.chars();
         for c in characters.by_ref().take(self.limit) {
-            // The backslash and the backtick are escaped as well: what is printed can be read back in one way only, and the
-            // text cannot end the quotes that it stands in.
+            // The backslash and the backtick are escaped too: the output can be read back in one way only, and the text
+            // cannot close the backticks around it.
             match c {
                 '`' if self.quoted => f.write_str("\\u{60}")?,
                 ' ' => f.write_char(c)?,

@@ -1,29 +1,30 @@
-//! Helpers over the `spiffe` crate's [`SpiffeId`] and [`TrustDomain`]: the IDs that Countersign itself gives out.
+//! Helpers for the `spiffe` crate's [`SpiffeId`] and [`TrustDomain`]: strict parsing, and the IDs that Countersign
+//! assigns.
 
 use spiffe::{SpiffeId, TrustDomain};
 
 use crate::shown::{MAX_SHOWN, shown};
 
-/// Why a text is no SPIFFE ID or trust domain.
+/// Why a text is not a SPIFFE ID or trust domain.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum IdError {
     /// The text breaks a rule of the SPIFFE ID standard.
     #[error("`{}` is not a SPIFFE ID: {why}", shown(text))]
     Id {
-        /// What was given; [`std::fmt::Display`] escapes and cuts it.
+        /// The text that was given; the message escapes and shortens it.
         text: String,
-        /// The rule it breaks.
+        /// The rule that the text breaks.
         why: String,
     },
     /// The text breaks a rule for trust domain names.
     #[error("`{}` is not a trust domain name: {why}", shown(text))]
     TrustDomain {
-        /// What was given; [`std::fmt::Display`] escapes and cuts it.
+        /// The text that was given; the message escapes and shortens it.
         text: String,
-        /// The rule it breaks.
+        /// The rule that the text breaks.
         why: String,
     },
-    /// A trust domain's own ID stands where a workload's or an agent's is asked.
+    /// A trust domain's own ID where a workload's or an agent's is required.
     #[error("`{0}` has no path; a workload's SPIFFE ID needs one")]
     NoPath(SpiffeId),
 }
@@ -39,7 +40,8 @@ pub fn parse_id(text: &str) -> Result<SpiffeId, IdError> {
             why: format!("longer than {MAX_ID_BYTES} bytes"),
         });
     }
-    // The `spiffe` crate folds case; the standard asks for lower case (SPIFFE ID 2.1).
+    // The `spiffe` crate folds case, but the standard requires lower case (SPIFFE ID 2.1). Two spellings of one ID
+    // would compare as different.
     let name = text.strip_prefix("spiffe://").unwrap_or(text).split('/').next().unwrap_or_default();
     if name.bytes().any(|b| b.is_ascii_uppercase()) {
         return Err(IdError::Id { text: text.to_owned(), why: "the trust domain has upper-case letters".into() });
@@ -56,7 +58,7 @@ pub fn parse_workload_id(text: &str) -> Result<SpiffeId, IdError> {
     if id.path().is_empty() { Err(IdError::NoPath(id)) } else { Ok(id) }
 }
 
-/// Parses a bare trust domain name such as `example.org`.
+/// Parses a trust domain name such as `example.org`, without `spiffe://`.
 pub fn parse_trust_domain(text: &str) -> Result<TrustDomain, IdError> {
     let err = |why: &str| IdError::TrustDomain { text: text.to_owned(), why: why.to_owned() };
     if text.contains("://") {
@@ -71,14 +73,15 @@ pub fn parse_trust_domain(text: &str) -> Result<TrustDomain, IdError> {
     TrustDomain::new(text).map_err(|e| err(&e.to_string()))
 }
 
-/// A trust domain is to be a DNS name (SPIFFE ID 2.1): `a..b` is none, though each of its characters is allowed.
+/// Whether a label is empty. A trust domain should be a DNS name (SPIFFE ID 2.1): `a..b` is not, though each of its
+/// characters is allowed.
 fn has_empty_label(name: &str) -> bool {
     !name.is_empty() && name.split('.').any(str::is_empty)
 }
 
-/// The trust domain that an ID belongs to.
+/// The trust domain of an ID.
 pub fn trust_domain_of(id: &SpiffeId) -> TrustDomain {
-    // A parsed ID's trust domain is valid by construction; the impossible arm keeps this total.
+    // A parsed ID's trust domain is always valid; the unreachable arm keeps this function total.
     TrustDomain::new(id.trust_domain_name()).unwrap_or_else(|_| unreachable!("a SPIFFE ID holds a valid trust domain"))
 }
 
@@ -87,17 +90,17 @@ pub fn server_id(td: &TrustDomain) -> SpiffeId {
     built(td, "/spire/server")
 }
 
-/// Whether an ID lies in the part that is reserved for servers and agents (`/spire/…`).
+/// Whether an ID lies under `/spire`, the part that is reserved for servers and agents.
 pub fn is_reserved(id: &SpiffeId) -> bool {
     id.path() == "/spire" || id.path().starts_with("/spire/")
 }
 
-/// `spiffe://<td>/ns/<namespace>/sa/<service account>`.
+/// The ID of a Kubernetes service account: `spiffe://<td>/ns/<namespace>/sa/<service account>`.
 pub fn service_account_id(td: &TrustDomain, namespace: &str, service_account: &str) -> Result<SpiffeId, IdError> {
     parse_workload_id(&format!("spiffe://{td}/ns/{namespace}/sa/{service_account}"))
 }
 
-/// `spiffe://<td>/spire/agent/<attestor>/<suffix>`.
+/// The ID of an agent: `spiffe://<td>/spire/agent/<attestor>/<suffix>`.
 pub fn agent_id(td: &TrustDomain, attestor: &str, suffix: &str) -> Result<SpiffeId, IdError> {
     parse_workload_id(&format!("spiffe://{td}/spire/agent/{attestor}/{suffix}"))
 }

@@ -1,6 +1,6 @@
-//! What we accept: the one verifier of peers' certificates.
+//! What we accept: the only verifier of peers' certificates.
 //!
-//! Rules: X509-SVID 5 (path, then the leaf again), RFC 5280. The peer's bundle is chosen by the leaf's own trust domain.
+//! Rules: X509-SVID 5 (the path, and the leaf on its own) and RFC 5280. The leaf's own trust domain selects the bundle.
 
 mod leaf;
 mod refusal;
@@ -17,32 +17,32 @@ use crate::trust_domain::trust_domain_of;
 pub use leaf::leaf_id;
 pub use refusal::Refusal;
 
-/// Which side of the handshake the peer is on.
+/// The peer's side of the handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerRole {
-    /// It called us.
+    /// The peer called us.
     Client,
-    /// We called it.
+    /// We called the peer.
     Server,
 }
 
-/// A peer whose chain and leaf passed every rule.
+/// A peer whose chain and leaf passed every check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedPeer {
-    /// The identity that its leaf proves.
+    /// The SPIFFE ID that its leaf proves.
     pub id: SpiffeId,
-    /// Serial number, validity and issuer of its leaf.
+    /// Serial number, validity and issuer of the peer's leaf.
     pub facts: LeafFacts,
-    /// The trusted authority in which the verified path ends, as [`crate::X509Authority::id`] names it.
+    /// ID of the trusted authority in which the verified path ends, see [`crate::X509Authority::id`].
     pub authority: String,
-    /// That authority's key. When the bundle of the peer's trust domain holds it no longer, the peer is no longer vouched
-    /// for: see [`X509Bundle::holds`].
+    /// Key of that authority. Once the bundle of the peer's trust domain no longer holds it, the peer is no longer
+    /// trusted: see [`X509Bundle::holds`].
     pub anchor: AuthorityKey,
 }
 
 /// Verifies a chain (leaf first) against the bundle of the leaf's own trust domain.
 ///
-/// Of the leaf only what chooses the bundle is read before the path is verified, and no error names its ID before that.
+/// Before the path is verified, only what selects the bundle is read from the leaf, and no error names its ID.
 pub fn verify_chain(
     chain: &[CertificateDer<'_>],
     bundles: &BundleSet,
@@ -54,10 +54,12 @@ pub fn verify_chain(
     let cert = leaf::parse(first)?;
     let id = leaf::claimed_id(&cert)?;
     let trust_domain = trust_domain_of(&id);
+    // The claimed trust domain only selects the authorities that must have signed: claiming another one gains nothing.
     let bundle = bundles.get(trust_domain.as_str()).ok_or_else(|| Refusal::TrustDomain(trust_domain.clone()))?;
     let facts = LeafFacts::of(&cert);
     let path_at = |at| path_end(chain, bundle, at, role);
-    // A leaf out of its time is verified within it: only then is it certain whose clock or renewal is to be checked.
+    // An expired leaf is verified at a time within its validity. Only then is it certain whose clock or renewal to
+    // check.
     if now > facts.not_after {
         path_at(facts.not_after)?;
         return Err(Refusal::Expired { id, not_after: facts.not_after, now });
@@ -67,13 +69,14 @@ pub fn verify_chain(
         return Err(Refusal::NotYetValid { id, not_before: facts.not_before, now });
     }
     let (authority, anchor) = path_at(now)?;
+    // After the path, because this error names the ID, which is an unproven claim before.
     if id.path().is_empty() {
         return Err(Refusal::NoPath(id));
     }
     Ok(VerifiedPeer { id, facts, authority, anchor })
 }
 
-/// The authority at the end of the path.
+/// The authority at the end of the verified path: its ID and its key.
 fn path_end(
     chain: &[CertificateDer<'_>],
     bundle: &X509Bundle,

@@ -1,4 +1,4 @@
-//! Which endpoint of a service gets the next connection.
+//! Selects the endpoint of a service for each new connection.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -7,27 +7,27 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Balance;
 
-/// Connections under way by endpoint, for services that this sidecar uses.
+/// Counts the connections to each endpoint of the services that this sidecar's app uses.
 pub struct Balancer {
     how: Balance,
     under_way: Mutex<HashMap<SocketAddr, usize>>,
     turn: AtomicUsize,
 }
 
-/// A choice; counted until it is dropped.
+/// A selected endpoint. Its connection counts until this is dropped.
 pub struct Chosen {
-    /// Where to go.
+    /// IP address and port of the endpoint.
     pub address: SocketAddr,
     balancer: Arc<Balancer>,
 }
 
 impl Balancer {
-    /// Chooses in this way.
+    /// A balancer without connections, using one strategy.
     pub fn new(how: Balance) -> Self {
         Self { how, under_way: Mutex::default(), turn: AtomicUsize::new(0) }
     }
 
-    /// One of `candidates`; `None` when there is none.
+    /// Selects one of `candidates` and counts a connection to it; `None` if there are none.
     pub fn choose(self: &Arc<Self>, candidates: &[SocketAddr]) -> Option<Chosen> {
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         let address = match (candidates, self.how) {
@@ -36,7 +36,7 @@ impl Balancer {
             (all, Balance::RoundRobin) => all[self.turn.fetch_add(1, Ordering::Relaxed) % all.len()],
             (all, Balance::LeastConnections) => {
                 let first = rand::random_range(0..all.len());
-                // Another one than the first.
+                // Never the first one again.
                 let second = (first + rand::random_range(1..all.len())) % all.len();
                 let count = |at: usize| under_way.get(&all[at]).copied().unwrap_or(0);
                 all[if count(second) < count(first) { second } else { first }]
@@ -52,7 +52,7 @@ impl Drop for Chosen {
         let mut under_way = self.balancer.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = under_way.get_mut(&self.address) {
             *count -= 1;
-            // What is not used needs no memory.
+            // Only endpoints in use take memory.
             if *count == 0 {
                 under_way.remove(&self.address);
             }

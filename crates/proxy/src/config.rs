@@ -1,4 +1,4 @@
-//! What a sidecar is told when it starts.
+//! Settings of a sidecar, read once at start.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -9,133 +9,133 @@ use countersign_api::reopen::Reopen;
 use countersign_identity::TrustDomain;
 use countersign_identity::policy::Policy;
 
-/// A sidecar's settings. Every combination of valid fields is a valid sidecar.
+/// Settings of a sidecar. Every combination of valid fields is a valid sidecar.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where its identity comes from.
+    /// Source of the SVID and the bundles.
     pub identity: IdentitySource,
-    /// Where its traffic comes from and goes to.
+    /// Which connections are accepted, and where they are forwarded.
     pub routing: Routing,
-    /// Where `/ready`, `/live` and `/metrics` are served.
+    /// Address for `/ready`, `/live`, `/metrics`, `/mode` and probes; `None` serves none of them.
     pub http: Option<SocketAddr>,
-    /// Unix socket for `countersign status`, mode 0600.
+    /// Unix socket for `countersign status`, mode 0600; `None` opens none.
     pub admin_socket: Option<PathBuf>,
-    /// One line a connection goes here; `None` writes none.
+    /// Target of the access log, one line per connection; `None` writes none.
     pub access_log: Option<AccessLogTarget>,
-    /// Threads that carry traffic.
+    /// Number of threads that carry traffic, at least 1.
     pub workers: usize,
-    /// How long open connections may go on after SIGTERM.
+    /// How long open connections may continue after SIGTERM.
     pub drain: Duration,
-    /// Connections at once at most, and from one address.
+    /// Most open connections, in total and per peer address.
     pub limits: Limits,
-    /// Callers whose handshake is not finished.
+    /// Most callers whose handshake is unfinished.
     pub handshakes: Handshakes,
-    /// Timeouts.
+    /// Bounds on the time of each step of a connection.
     pub timeouts: Timeouts,
-    /// How an endpoint of a service is chosen.
+    /// Strategy for selecting an endpoint of a service.
     pub balance: Balance,
-    /// The app's ports at which a PROXY protocol header stands in front of each connection's bytes.
+    /// The app's ports where each connection starts with a PROXY protocol header.
     pub proxy_protocol: BTreeSet<u16>,
-    /// The app's probes, which are asked through us.
+    /// The app's health checks that `/probe/NAME` runs, by name (`CONTAINER/KIND`).
     pub probes: BTreeMap<String, Probe>,
-    /// Asks for the access log to be opened anew (SIGHUP).
+    /// Signals that the access log is to be reopened (SIGHUP, after logrotate).
     pub reopen: Reopen,
 }
 
-/// How an endpoint of a service is chosen.
+/// Strategy for selecting an endpoint of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Balance {
-    /// The one with fewer connections under way of two random ones.
+    /// Of two random endpoints, the one with fewer open connections. The default.
     #[default]
     LeastConnections,
-    /// One after the other.
+    /// Each endpoint in turn.
     RoundRobin,
 }
 
-/// One question to the app, asked at the address that the question came to.
+/// One health check of the app, at the address to which the kubelet sent its request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probe {
-    /// The app's port.
+    /// TCP port of the app.
     pub port: u16,
-    /// What is asked there.
+    /// Protocol of the check, and what it asks.
     pub kind: ProbeKind,
-    /// How long the answer may take.
+    /// How long the app may take to answer.
     pub timeout: Duration,
 }
 
-/// What a probe asks, as Kubernetes defines it.
+/// Protocol of a health check, as Kubernetes defines it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeKind {
-    /// A GET; 200 to 399 is good.
+    /// An HTTP GET; status 200 to 399 is healthy.
     Http {
-        /// Over TLS, whose certificate is not checked.
+        /// Whether to use TLS. The certificate is not verified, as with the kubelet.
         tls: bool,
-        /// Path and query.
+        /// Path with query string.
         path: String,
-        /// Headers in order.
+        /// Request headers in order, name and value.
         headers: Vec<(String, String)>,
     },
-    /// A connection that opens is good.
+    /// A TCP connection; healthy once it opens.
     Tcp,
-    /// `grpc.health.v1.Health/Check`; SERVING is good.
+    /// `grpc.health.v1.Health/Check`; SERVING is healthy.
     Grpc {
-        /// Service name, may be empty.
+        /// Service name in the request; may be empty.
         service: String,
     },
 }
 
-/// Where access log lines go.
+/// Target of the access log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccessLogTarget {
-    /// Standard output.
+    /// Lines go to standard output.
     Stdout,
-    /// Appended to a file.
+    /// Lines are appended to this file.
     File(PathBuf),
 }
 
-/// Where SVID and bundles come from.
+/// Source of the SVID and the trust bundles.
 #[derive(Debug, Clone)]
 pub enum IdentitySource {
-    /// The agent's Workload API, whose directory is used too.
+    /// The agent: Workload API for the identity, and its directory for destinations.
     Agent {
-        /// Its Unix socket.
+        /// Path of the agent's Unix socket.
         socket: PathBuf,
     },
-    /// PEM files, read again when they change.
+    /// PEM files, reloaded when they change.
     Files {
-        /// Leaf first.
+        /// Certificate chain, leaf first, then intermediates.
         chain: PathBuf,
-        /// PKCS#8.
+        /// Private key in PKCS#8.
         key: PathBuf,
-        /// A trust domain and its authorities, for each domain whose peers are accepted.
+        /// Authorities per trust domain, one file each. Peers of other trust domains are rejected.
         bundles: Vec<(TrustDomain, PathBuf)>,
     },
 }
 
-/// Where traffic comes from and goes to.
+/// Which connections are accepted, and where they are forwarded.
 #[derive(Debug, Clone)]
 pub enum Routing {
-    /// Caught by the redirect; the agent's directory says who is where.
+    /// Connections come through the redirect, and the agent's directory says what is at their destination.
     Redirected(Ports),
-    /// One listener, one destination.
+    /// Fixed listeners with one destination each.
     Fixed {
-        /// Plaintext in, mTLS out.
+        /// Listener for the app's plaintext, forwarded over mTLS; `None` opens none.
         outbound: Option<FixedOutbound>,
-        /// mTLS in, plaintext out.
+        /// Listener for mTLS, forwarded to the app in plaintext; `None` opens none.
         inbound: Option<FixedInbound>,
     },
 }
 
-/// The ports of a sidecar behind a redirect.
+/// TCP ports of a sidecar behind a redirect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ports {
-    /// Where outgoing connections are redirected to.
+    /// Target of the redirect for outgoing connections (15001).
     pub outbound: u16,
-    /// Where incoming plaintext is redirected to.
+    /// Target of the redirect for incoming plaintext (15006).
     pub inbound: u16,
-    /// mTLS.
+    /// mTLS from other sidecars (15008); never redirected.
     pub mesh: u16,
-    /// `/ready`, `/live`, `/metrics`.
+    /// `/ready`, `/live`, `/metrics` and probes (15020).
     pub http: u16,
 }
 
@@ -146,59 +146,60 @@ impl Default for Ports {
 }
 
 impl Ports {
-    /// Whether a port is the sidecar's own: nothing is ever forwarded to it.
+    /// Whether a port is the sidecar's own. Nothing is ever forwarded to such a port.
     pub fn contains(&self, port: u16) -> bool {
         [self.outbound, self.inbound, self.mesh, self.http].contains(&port)
     }
 }
 
-/// A fixed way out.
+/// Forwards plaintext from a listener to one sidecar over mTLS.
 #[derive(Debug, Clone)]
 pub struct FixedOutbound {
-    /// Where plaintext comes in.
+    /// Listening address for plaintext from the app.
     pub listen: SocketAddr,
-    /// The other sidecar.
+    /// mTLS address of the other sidecar.
     pub target: SocketAddr,
-    /// Who must stand there; any of these.
+    /// SPIFFE IDs that the other sidecar may prove.
     pub expect: BTreeSet<String>,
 }
 
-/// A fixed way in.
+/// Forwards mTLS from a listener to one app in plaintext.
 #[derive(Debug, Clone)]
 pub struct FixedInbound {
-    /// Where mTLS comes in.
+    /// Listening address for mTLS.
     pub listen: SocketAddr,
-    /// The app.
+    /// Address of the app.
     pub target: SocketAddr,
-    /// Who may call.
+    /// Which callers are admitted.
     pub policy: Policy,
 }
 
-/// Bounds on connections.
+/// Bounds on open connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// At once, in both directions together.
+    /// Most open connections, both directions together.
     pub connections: usize,
-    /// At once from one address.
+    /// Most open connections per peer address.
     pub connections_per_peer: usize,
 }
 
-/// Bounds on callers of the mesh port whose handshake is not finished.
+/// Bounds on callers of the mesh port whose handshake is unfinished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Handshakes {
-    /// At once.
+    /// Most unfinished handshakes in total.
     pub total: usize,
-    /// At once from one address, or from one IPv6 network of 64 bits.
+    /// Most unfinished handshakes per IPv4 address or IPv6 /64 network.
     pub per_peer: usize,
 }
 
-/// Memory that one open connection may take, its buffers in the kernel among it, in bytes.
+/// Memory of one open connection including its kernel buffers, in bytes.
 const CONNECTION: u64 = 16 * 1024;
-/// Memory that one unfinished handshake takes when somebody makes it as large as it may be, in bytes.
+/// Most memory of one unfinished handshake, when a peer makes it as large as allowed, in bytes.
 const HANDSHAKE: u64 = 32 * 1024;
 
 impl Limits {
-    /// What fits into this much memory, in bytes. Peers of open connections are known or local for the greatest part.
+    /// Bounds for this much memory, in bytes. One peer may take half: most peers of open connections are authenticated
+    /// or local.
     pub fn within(memory: u64) -> Self {
         let connections = fit(memory / CONNECTION, 1_024, 65_536);
         Self { connections, connections_per_peer: connections / 2 }
@@ -206,7 +207,7 @@ impl Limits {
 }
 
 impl Handshakes {
-    /// What fits into a quarter of this much memory, in bytes: anybody may begin one.
+    /// Bounds for a quarter of this much memory, in bytes, because anyone on the network can start a handshake.
     pub fn within(memory: u64) -> Self {
         let total = fit(memory / 4 / HANDSHAKE, 128, 16_384);
         Self { total, per_peer: total / 2 }
@@ -217,14 +218,14 @@ fn fit(count: u64, least: usize, most: usize) -> usize {
     usize::try_from(count).unwrap_or(most).clamp(least, most)
 }
 
-/// What fits into the memory of this process.
+/// Bounds that fit the memory limit of this process.
 impl Default for Limits {
     fn default() -> Self {
         Self::within(crate::memory::limit().unwrap_or(u64::MAX))
     }
 }
 
-/// What fits into the memory of this process.
+/// Bounds that fit the memory limit of this process.
 impl Default for Handshakes {
     fn default() -> Self {
         Self::within(crate::memory::limit().unwrap_or(u64::MAX))
@@ -234,15 +235,15 @@ impl Default for Handshakes {
 /// Bounds on time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// A TCP connection, to an app or to another sidecar.
+    /// TCP connect to an app or another sidecar (5 s).
     pub connect: Duration,
-    /// A TLS handshake, on either side.
+    /// TLS handshake, on either side (10 s).
     pub handshake: Duration,
-    /// The preamble and its answer.
+    /// Preamble and its answer (10 s).
     pub preamble: Duration,
-    /// An answer of the directory, an SVID at the start.
+    /// Waiting for the directory's answer about a destination (5 s).
     pub lookup: Duration,
-    /// How long another machine may acknowledge nothing before its connection is reset.
+    /// How long another machine may acknowledge nothing before its connection is reset (25 s).
     pub mesh_user: Duration,
 }
 

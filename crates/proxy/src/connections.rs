@@ -1,4 +1,4 @@
-//! The open connections: counted, bounded, and cut when the authority behind them is revoked.
+//! Open connections: counted, bounded, and cut when the authority behind their peer is revoked.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -14,10 +14,10 @@ use crate::config::Limits;
 use crate::cut::Cut;
 use crate::refusal::Refused;
 
-/// The authority in which a peer's verified path ends. Of fixed size: nothing of a peer's choice is kept.
+/// The authority in which a peer's verified path ends. Of fixed size, so no bytes of a peer's choice are kept.
 type Anchor = AuthorityKey;
 
-/// All open connections of a sidecar.
+/// All open connections of a sidecar, for all worker threads.
 pub struct Connections {
     limits: Limits,
     open: Mutex<Open>,
@@ -29,12 +29,12 @@ pub struct Connections {
 struct Open {
     next: u64,
     peers: HashMap<IpAddr, usize>,
-    /// What cuts each connection, and the authority behind its peer once that is known.
+    /// The cut of each open connection by ID, with the authority behind its peer once that is known.
     cuts: HashMap<u64, (Option<Anchor>, Arc<Cut>)>,
 }
 
 impl Connections {
-    /// None open yet.
+    /// No open connections; `active` is the gauge that follows their number.
     pub fn new(limits: Limits, active: Gauge) -> Self {
         Self { limits, open: Mutex::default(), count: watch::Sender::new(0), active }
     }
@@ -43,7 +43,7 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One more, unless there are too many.
+    /// Registers a connection from `peer`. Errors: [`Refused::TooMany`] once a bound is reached.
     pub fn admit(self: &Arc<Self>, peer: IpAddr) -> Result<Admitted, Refused> {
         let mut open = self.open();
         if *self.count.borrow() >= self.limits.connections {
@@ -64,23 +64,25 @@ impl Connections {
         Ok(Admitted { all: self.clone(), id, peer, cut })
     }
 
-    /// How many there have been.
+    /// Number of connections admitted since start.
     pub fn admitted(&self) -> u64 {
         self.open().next
     }
 
-    /// Cuts whatever is still open: the drain is over.
+    /// Cuts all open connections, because the drain time is over.
     pub fn abort(&self) {
         self.open().cuts.values().for_each(|(_, cut)| cut.drain());
     }
 
-    /// How many are open, and each change.
+    /// The number of open connections, with notification of each change.
     pub fn count(&self) -> watch::Receiver<usize> {
         self.count.subscribe()
     }
 
-    /// Cuts every connection whose peer's authority was trusted before, has not ended, and is trusted no more.
+    /// Cuts each connection whose peer's authority was trusted before, has not expired, and is no longer trusted.
     pub fn cut_revoked(&self, before: &BundleSet, after: &BundleSet, now: OffsetDateTime) {
+        // Authorities leave a bundle when they expire, too. That is no reason to cut: only a removal before the end is
+        // a revocation.
         let alive = |set: &BundleSet| -> HashMap<Anchor, String> {
             let authorities = set.iter().flat_map(|b| b.authorities.iter().filter(|a| a.not_after() > now));
             authorities.map(|a| (a.key(), a.id().to_owned())).collect()
@@ -99,7 +101,7 @@ impl Connections {
     }
 }
 
-/// One open connection; counted until it is dropped.
+/// One open connection, counted until it is dropped.
 pub struct Admitted {
     all: Arc<Connections>,
     id: u64,
@@ -108,11 +110,12 @@ pub struct Admitted {
 }
 
 impl Admitted {
-    /// Puts the connection under the fate of its peer's authority, as soon as the handshake has ended. `trusted` says
-    /// what is trusted now; a peer whose authority was revoked meanwhile is refused.
+    /// Ties the connection to its peer's authority, as soon as the handshake has finished. `trusted` looks the
+    /// authority up in the current bundles; a peer whose authority was revoked meanwhile is rejected.
     ///
-    /// The look comes after the entry: a revocation between handshake and entry is seen by the look, a later one finds
-    /// the entry. So does one that comes while the connection waits for its preamble: see [`Self::check`].
+    /// The lookup comes after the entry: the lookup sees a revocation between handshake and entry, and a later
+    /// revocation finds the entry. That includes one that comes while the connection waits for its preamble: see
+    /// [`Self::check`].
     pub fn authenticated_as(
         &self,
         peer: &VerifiedPeer,
@@ -122,12 +125,12 @@ impl Admitted {
         if trusted(peer.id.trust_domain_name(), peer.anchor) { Ok(()) } else { Err(Refused::AuthorityRevoked) }
     }
 
-    /// Whether the authority behind the peer is still trusted.
+    /// Whether the peer's authority is still trusted. Errors: [`Refused::AuthorityRevoked`].
     pub fn check(&self) -> Result<(), Refused> {
         if self.cut.is_revoked() { Err(Refused::AuthorityRevoked) } else { Ok(()) }
     }
 
-    /// What cuts it.
+    /// The cut to poll while bytes are carried.
     pub fn cut(&self) -> &Cut {
         &self.cut
     }
@@ -211,7 +214,7 @@ mod tests {
         all.cut_revoked(&before, &after, OffsetDateTime::now_utc());
         assert_eq!(first.check().unwrap_err().code(), "authority_revoked", "its preamble may come seconds later");
         assert!(second.check().is_ok() && idle.check().is_ok());
-        // The handshake was verified against the bundle before; the entry is made after the cut.
+        // Its handshake was verified against the earlier bundle; it is registered after the cut.
         let refused = late.authenticated_as(&peer_of(&old), trusted(&after)).unwrap_err();
         assert_eq!(refused.code(), "authority_revoked");
     }

@@ -1,9 +1,9 @@
-//! Bytes both ways between two legs, and faithfulness at the end: FIN for FIN, reset for reset, and a TLS stream that is cut
-//! in the middle never looks like a clean end. What a leg said before it failed reaches the other one first: a server that
-//! answers an upload early and closes is heard, as it is without a sidecar.
+//! Copies bytes both ways between two legs and passes on each end faithfully: FIN for FIN, reset for reset, and a
+//! truncated TLS stream never looks like a clean end. What a leg sent before it failed reaches the other one first: an
+//! early answer to an upload is delivered, as it is without a sidecar.
 //!
-//! An idle connection holds no buffer: what is read goes through a buffer that the thread lends, and only one with bytes
-//! that the other leg does not take at once is kept. Nothing more is read before they are gone.
+//! An idle connection holds no buffer: data is read into a buffer of the thread's pool, and a connection keeps a buffer
+//! only while it holds bytes that the other leg does not accept yet. Nothing more is read until they are gone.
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -20,21 +20,21 @@ use crate::kernel::standing;
 use crate::silence::{Network, Side, Silence};
 use crate::tls::{Engine, TlsStream};
 
-/// Chunks moved in one direction before others get their turn.
+/// Most chunks moved in one direction before other tasks get their turn.
 const TURN: usize = 16;
-/// How long the last words of a failed leg wait for a reader that takes none of them.
+/// How long the last bytes of a failed leg wait for a reader that accepts none of them.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long they may take in all.
+/// How long they may take in total.
 const LAST_WORDS: Duration = Duration::from_secs(60);
-/// How often a flow that cannot write is asked whether the leg that it reads is still there. Nothing else would tell: while
-/// it waits for room it does not read.
+/// How often a flow that cannot write checks whether the leg that it reads from still exists. Nothing else would
+/// notice, because it does not read while it waits for room.
 const STUCK: Duration = Duration::from_secs(5);
-/// Longest pause between two looks at whether they have arrived.
+/// Longest pause between two checks whether they were acknowledged.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// One side of a connection.
+/// One side of a connection: the socket itself, or TLS over it.
 pub trait Leg: AsyncRead + AsyncWrite + Unpin {
-    /// The socket below.
+    /// The TCP socket underneath.
     fn tcp(&self) -> &TcpStream;
 }
 
@@ -53,22 +53,22 @@ impl<E: Engine> Leg for TlsStream<E> {
 /// How a pair of legs ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// Both sides finished.
+    /// Both sides finished and closed.
     Closed,
-    /// One side was reset, and so was the other.
+    /// One side was reset, so the other was reset too.
     Reset,
-    /// A TLS stream was cut without its end being announced; the other side was reset.
+    /// A TLS stream ended without `close_notify`, so the other side was reset.
     Truncated,
-    /// The network's side acknowledged nothing for too long; the other side was reset.
+    /// The peer on the network acknowledged nothing for too long; the other side was reset.
     TimedOut,
     /// The authority behind the peer was revoked; both sides were reset.
     Revoked,
-    /// Still open when the drain was over; both sides were reset.
+    /// Still open at the end of the drain; both sides were reset.
     Drained,
 }
 
 impl End {
-    /// Its name in the access log.
+    /// Its name in the access log, stable between releases.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Closed => "closed",
@@ -81,9 +81,9 @@ impl End {
     }
 }
 
-/// Makes the close of this socket a reset, whoever closes it: us, or the kernel when this process is killed.
+/// Makes the close of this socket a reset, whether we close it or the kernel does because this process was killed.
 pub fn reset_on_close(tcp: &TcpStream) {
-    // It cannot fail on a TCP socket, and if it did the close would only be gentler.
+    // It cannot fail on a TCP socket, and without it a failure would only look like a clean end.
     let _ = socket2::SockRef::from(tcp).set_linger(Some(std::time::Duration::ZERO));
 }
 
@@ -91,14 +91,15 @@ fn end_on_close(tcp: &TcpStream) {
     let _ = socket2::SockRef::from(tcp).set_linger(None);
 }
 
-/// One direction.
+/// One direction of a connection.
 struct Flow<'a> {
-    /// What was read and not taken yet.
+    /// Bytes that were read and that the other leg has not accepted yet.
     rest: Option<Buffer>,
     state: State,
-    /// Something was written that may still be on its way through the TLS layer.
+    /// Whether bytes were written that may still be in the TLS layer.
     unflushed: bool,
-    /// The leg that is read was reset while it was written to, before it had ended: an end that is read now is none.
+    /// Whether the source leg was reset while it was written to, before it had ended: an end that is read now is not
+    /// genuine.
     no_end: bool,
     bytes: u64,
     counter: &'a Counter,
@@ -111,19 +112,18 @@ enum State {
     Ended,
 }
 
-/// Why a flow stopped.
+/// Why a flow stopped before its end.
 #[derive(Clone, Copy)]
 enum Failure {
-    /// The leg that is read is over without an end. All that came before was passed on.
+    /// The source leg failed without an end. Everything before it was passed on.
     Read(End),
-    /// The leg that is written to is over. What it said before may still be there to be read, and so may its end if it had
-    /// ended before.
+    /// The target leg failed. Bytes from it may still be readable, and so may its end if it had ended before.
     Write { had_ended: bool },
 }
 
 impl Failure {
-    /// Of a write that the socket did not take. For a reset after the other side's FIN, Linux says EPIPE; for one without it
-    /// ECONNRESET (`tcp_reset`).
+    /// From a failed write. Linux reports EPIPE for a reset after the other side's FIN, and ECONNRESET for one without
+    /// it (`tcp_reset`).
     fn of_write(error: &io::Error) -> Self {
         Self::Write { had_ended: error.kind() == io::ErrorKind::BrokenPipe }
     }
@@ -135,12 +135,12 @@ impl<'a> Flow<'a> {
         Self { rest: None, state, unflushed: false, no_end: false, bytes: 0, counter }
     }
 
-    /// What was sent, its end as one byte.
+    /// Bytes that were sent, counting the end as one byte.
     fn sent(&self) -> u64 {
         self.bytes + u64::from(self.state == State::Ended)
     }
 
-    /// Moves what can be moved. Ready when this direction has ended.
+    /// Moves as much as possible. Ready when this direction has ended.
     fn poll(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
         for _ in 0..TURN {
             if let Some(mut rest) = self.rest.take() {
@@ -172,7 +172,7 @@ impl<'a> Flow<'a> {
                             self.state = State::Ended;
                             Poll::Ready(Ok(()))
                         }
-                        // The other side has gone already: nothing is lost, for all was delivered.
+                        // The other side is already gone. Nothing is lost, because everything was delivered.
                         Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::NotConnected => {
                             self.state = State::Ended;
                             Poll::Ready(Ok(()))
@@ -189,11 +189,12 @@ impl<'a> Flow<'a> {
                 Poll::Pending => return Poll::Pending,
             }
         }
+        // Some bytes may be left: run again after other connections had their turn.
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// Reads once and passes on what the other leg takes.
+    /// Reads once and passes on what the other leg accepts.
     fn step(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
         let mut buffer = Buffer::lend();
         let mut read = ReadBuf::new(&mut buffer.room()[..CHUNK]);
@@ -232,31 +233,31 @@ impl<'a> Flow<'a> {
     }
 }
 
-/// What was carried.
+/// Result of [`carry`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Carried {
-    /// How it ended.
+    /// How the pair ended.
     pub end: End,
-    /// From the first leg to the second.
+    /// Bytes from the first leg to the second.
     pub forth: u64,
-    /// From the second leg to the first.
+    /// Bytes from the second leg to the first.
     pub back: u64,
 }
 
-/// What a pair of legs is carried under.
+/// Parameters of [`carry`].
 pub struct Terms<'a> {
-    /// The first leg has said its last byte already.
+    /// Whether the first leg has already ended its direction.
     pub first_ended: bool,
-    /// Bytes from the first leg to the second, and back.
+    /// Byte counters, from the first leg to the second and back.
     pub counters: (&'a Counter, &'a Counter),
-    /// What ends it from outside.
+    /// Ends the connection from outside: revocation or end of the drain.
     pub cut: &'a Cut,
-    /// Which leg leads to another machine, and how long that may acknowledge nothing.
+    /// Which leg leads to another machine, and how long that one may acknowledge nothing.
     pub network: Network,
 }
 
-/// Carries bytes between two legs until both directions have ended, one fails, or `cut` says how to end it. Afterwards the
-/// legs only need to be dropped.
+/// Carries bytes between two legs until both directions have ended, one fails, or `cut` is set. Afterwards the caller
+/// only has to drop the legs.
 pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>) -> Carried {
     // Until both sides have finished, a close is a reset: a sidecar that dies must not look like a clean end.
     reset_on_close(first.tcp());
@@ -300,7 +301,7 @@ pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>
     let end = match stopped.await {
         Err(end) => end,
         Ok((None, None)) => End::Closed,
-        // Neither leg is there any more.
+        // Neither leg exists any more.
         Ok((Some(Failure::Write { .. }), Some(Failure::Write { .. }))) => End::Reset,
         Ok((Some(Failure::Read(end)), _)) => last_words(&mut forth, None, first, second, cut).await.unwrap_or(end),
         Ok((_, Some(Failure::Read(end)))) => last_words(&mut back, None, second, first, cut).await.unwrap_or(end),
@@ -318,9 +319,10 @@ pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>
     Carried { end, forth: forth.bytes, back: back.bytes }
 }
 
-/// The leg `from` is over: what it said still goes to `to`, and has arrived there when this returns, for the reset that
-/// follows would overtake it. `had_ended`: there may be more to read, and whether an end of it can be believed; `None`: all
-/// was read. Gives the end if it was cut meanwhile. A reader that takes nothing is not waited for beyond [`PATIENCE`].
+/// Delivers to `to` what the failed leg `from` had sent, and waits until it was acknowledged, because the reset that
+/// follows would discard it. `had_ended`: whether an end that is still read is genuine; `None`: everything was read
+/// already. Returns how the connection ended if it was cut meanwhile. Gives up after [`PATIENCE`] on a reader that
+/// accepts nothing.
 async fn last_words(
     flow: &mut Flow<'_>,
     had_ended: Option<bool>,

@@ -1,4 +1,4 @@
-//! How an open connection is cut from outside: a flag that its task looks at whenever it runs, and a way to wake it.
+//! Cuts an open connection from outside: a flag that its task checks whenever it runs, and a way to wake the task.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Context;
@@ -11,7 +11,7 @@ const NOT: u8 = 0;
 const REVOKED: u8 = 1;
 const DRAINED: u8 = 2;
 
-/// One connection's cut.
+/// The cut of one connection. The default is not cut.
 #[derive(Default)]
 pub struct Cut {
     state: AtomicU8,
@@ -19,17 +19,17 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// The authority behind the peer was revoked.
+    /// Cuts the connection because the authority behind its peer was revoked.
     pub fn revoke(&self) {
         self.set(REVOKED);
     }
 
-    /// Whether the authority behind the peer was revoked.
+    /// Whether the connection was cut by [`Self::revoke`].
     pub fn is_revoked(&self) -> bool {
         self.state.load(Ordering::Acquire) == REVOKED
     }
 
-    /// The drain is over.
+    /// Cuts the connection because the drain is over.
     pub fn drain(&self) {
         self.set(DRAINED);
     }
@@ -39,9 +39,9 @@ impl Cut {
         self.waker.wake();
     }
 
-    /// Whether it was cut, and how it is to end; wakes the task when it is.
+    /// How the connection must end, or `None` if it was not cut; wakes the task once it is.
     pub fn poll(&self, cx: &Context<'_>) -> Option<End> {
-        // Registered before the look: a cut in between wakes the task.
+        // Registered before the load: a cut in between wakes the task.
         self.waker.register(cx.waker());
         match self.state.load(Ordering::Acquire) {
             NOT => None,

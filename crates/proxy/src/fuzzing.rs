@@ -1,4 +1,4 @@
-//! Doors for the fuzz targets in `fuzz/`, built with `--cfg fuzzing` alone.
+//! Entry points for the fuzz targets in `fuzz/`, built with `--cfg fuzzing` only.
 
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc)] // a fuzz target that cannot set its scene has to stop
 
@@ -13,7 +13,7 @@ use rustls::unbuffered::ConnectionState;
 
 use crate::preamble::{Answer, Request};
 
-/// Polls a future that reads from memory, and so never waits.
+/// Polls a future that reads from memory and therefore never waits.
 fn now<T>(future: impl Future<Output = T>) -> T {
     let mut context = Context::from_waker(Waker::noop());
     match std::pin::pin!(future).poll(&mut context) {
@@ -22,7 +22,7 @@ fn now<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Reads the input as a request and as an answer.
+/// Parses the input as a request and as an answer.
 pub fn preamble(data: &[u8]) {
     let mut rest = data;
     if let Ok(request) = now(Request::read(&mut rest)) {
@@ -50,7 +50,7 @@ static CONFIG: LazyLock<Arc<ServerConfig>> = LazyLock::new(|| {
     Arc::new(config)
 });
 
-/// Feeds the input to a server's engine; the first byte is the length of the pieces.
+/// Feeds the input to a server's TLS engine; the first byte is the length of the pieces.
 pub fn handshake(data: &[u8]) {
     let Some((piece, data)) = data.split_first() else { return };
     let mut engine = UnbufferedServerConnection::new(CONFIG.clone()).unwrap();

@@ -1,4 +1,5 @@
-//! From the world to the app. The mesh port is mTLS and nothing else; whatever else comes in is plaintext by definition.
+//! Incoming connections, forwarded to the app. The mesh port accepts mTLS only; whatever else comes in counts as
+//! plaintext.
 
 use std::net::SocketAddr;
 
@@ -22,15 +23,15 @@ use crate::sockets::{dial, dial_app, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ServerStream;
 
-/// Where a connection of the mesh port may go.
+/// Where a connection to the mesh port is forwarded.
 pub enum Target<'a> {
-    /// To where its preamble says, within this namespace.
+    /// To the destination in its preamble, if that is in this namespace.
     AsAsked,
-    /// To one place, whatever its preamble says.
+    /// To one fixed address, whatever its preamble says.
     Fixed(&'a FixedInbound),
 }
 
-/// Carries one connection of the mesh port.
+/// Carries one connection to the mesh port, from accept to close.
 pub async fn from_mesh(sidecar: &Sidecar, tcp: TcpStream, source: SocketAddr, target: Target<'_>) {
     let mut story = Story::begin(sidecar, Direction::Inbound, source);
     let result = carry_mesh(sidecar, tcp, &mut story, target).await;
@@ -49,7 +50,8 @@ async fn carry_mesh(
     story.own(&identity);
     probe_when_idle(&tcp, sidecar.config.timeouts.mesh_user);
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
-    // A stranger's handshake has a seat of its own: however many there are, they take none from open connections.
+    // Unfinished handshakes have a bound of their own: unauthenticated callers cannot take the place of open
+    // connections.
     let seat = sidecar.handshakes.admit(story.record.source.ip());
     let accepted = tokio::select! {
         accepted = mesh::accept(tcp, &identity, proven, &sidecar.config.timeouts) => accepted,
@@ -64,6 +66,7 @@ async fn carry_mesh(
         }
     };
     story.peer(&peer);
+    // The caller decides how long its preamble takes, and its authority may have been revoked meanwhile.
     let opened = match admitted.check() {
         Ok(()) => open_app(sidecar, &identity, &peer, &request, &target, story).await,
         Err(revoked) => Err(revoked),
@@ -75,6 +78,7 @@ async fn carry_mesh(
             return Err(refused);
         }
     };
+    // Accepted only once the app has taken the connection: until then the caller may try another endpoint.
     let accepted = accept(&mut mesh).await;
     if let Err(error) = accepted {
         reset_on_close(&app);
@@ -93,7 +97,7 @@ fn terms<'a>(sidecar: &Sidecar, counters: (&'a Counter, &'a Counter), cut: &'a C
     Terms { first_ended: false, counters, cut, network }
 }
 
-/// Tells the app who is calling, if its port wants to know, before any byte of the caller.
+/// Sends the app a PROXY protocol header, if its port is configured for it, before any byte of the caller.
 async fn introduce(
     sidecar: &Sidecar,
     app: &mut TcpStream,
@@ -106,7 +110,7 @@ async fn introduce(
     }
     let id = peer.map(|peer| peer.svid.id.to_string());
     let header = proxy_protocol::header(source, destination, id.as_deref());
-    // It fits into the send buffer of a new connection.
+    // The header fits into the send buffer of a new connection, so this does not wait for the app.
     app.write_all(&header).await.map_err(|e| Refused::Connect { to: destination, why: e.to_string() })
 }
 
@@ -115,7 +119,7 @@ async fn accept(mesh: &mut ServerStream) -> std::io::Result<()> {
     mesh.flush().await
 }
 
-/// Decides whether the caller may, and dials the app.
+/// Checks destination and policy, then dials the app.
 async fn open_app(
     sidecar: &Sidecar,
     identity: &Identity,
@@ -128,6 +132,7 @@ async fn open_app(
     match target {
         Target::Fixed(way) => {
             story.record.destination = Some(way.target);
+            // Policy before the dial: a rejected caller must not open even an empty connection to the app.
             way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
             let mut app = dial(way.target, sidecar.config.timeouts.connect).await?;
             introduce(sidecar, &mut app, story.record.source, way.target, Some(peer)).await?;
@@ -136,14 +141,18 @@ async fn open_app(
         Target::AsAsked => {
             let to = request.destination;
             story.record.destination = Some(to);
-            // No open relay: only this namespace's own addresses, and no port of the sidecar itself.
+            // Not an open relay: only this namespace's own addresses, and no port of the sidecar itself.
             if sidecar.ports().contains(to.port()) {
                 return Err(Refused::Loop(to));
             }
+            // Loopback is this namespace's own too, but apps that listen there do not expect callers from outside.
             if to.ip().is_loopback() || !sidecar.own.is_own(to.ip()) {
                 return Err(Refused::NotOurs(to));
             }
+            // The directory must name us at this address: the policy of another workload says nothing about our app.
             let workload = sidecar.own.at(to.ip(), identity).ok_or(Refused::PolicyUnknown)?;
+            // Addresses are reused. A caller with an outdated directory must not reach the workload that has the
+            // address now.
             if !request.workload.is_empty() && request.workload != workload.uid {
                 return Err(Refused::StaleWorkload { expected: request.workload.clone(), found: workload.uid.clone() });
             }
@@ -155,7 +164,7 @@ async fn open_app(
     }
 }
 
-/// Carries one connection that the redirect brought: plaintext.
+/// Carries one plaintext connection from the redirect, from accept to close.
 pub async fn redirected(sidecar: &Sidecar, mut caller: TcpStream, source: SocketAddr) {
     reset_on_close(&caller);
     probe_when_idle(&caller, sidecar.config.timeouts.mesh_user);
@@ -175,11 +184,13 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
         return Err(Refused::NotOurs(destination));
     }
     let identity = match sidecar.current.get() {
+        // Mode off needs no identity, so traffic continues even after the SVID has expired.
         Err(refused) if !sidecar.is_transparent() => return Err(refused),
         Err(_) => sidecar.current.peek().ok_or(Refused::NoSvid)?,
         Ok(identity) => identity,
     };
     let workload = sidecar.own.at(destination.ip(), &identity).ok_or(Refused::PolicyUnknown)?;
+    // Policy before the dial: rejected plaintext must not open even an empty connection to the app.
     admits_plaintext(&workload.policy, destination.port())
         .inspect_err(|_| story.refused_in_clear(destination.port()))?;
     let mut app = dial_app(destination, &workload.addresses, sidecar.config.timeouts.connect).await?;
@@ -192,7 +203,7 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
     Ok(())
 }
 
-/// Plaintext proves nobody: strict refuses it, and so does a port that asks who is calling.
+/// Plaintext proves no identity: strict mode rejects it, and so does a port with an allow-list.
 fn admits_plaintext(policy: &Policy, port: u16) -> Result<(), Refused> {
     match policy.mode_of(port) {
         Mode::Strict => Err(Refused::Plaintext(port)),

@@ -1,5 +1,5 @@
-//! What the kernel knows of a TCP connection and no safe interface tells: what the peer has not acknowledged, and since when
-//! nothing was heard of it.
+//! What the kernel knows about a TCP connection and no safe interface offers: how many bytes the peer has not
+//! acknowledged, and how long it has been silent.
 
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -7,18 +7,18 @@ use std::time::Duration;
 use nix::libc;
 use tokio::net::TcpStream;
 
-/// A connection's state at one moment.
+/// State of a TCP connection at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Standing {
-    /// Bytes that the peer has not acknowledged, our FIN as one of them.
+    /// Bytes that the peer has not acknowledged, including our FIN as one.
     pub unacknowledged: usize,
-    /// Time since the peer last acknowledged anything, a probe too.
+    /// Time since the peer last acknowledged anything, including probes.
     pub silent: Duration,
-    /// The connection is over, in both directions: it was reset or has timed out.
+    /// Whether the connection is over in both directions: reset or timed out.
     pub over: bool,
 }
 
-/// Asks. A socket that cannot be asked counts as over.
+/// Queries the state of a socket. A socket that cannot be queried counts as over.
 pub fn standing(tcp: &TcpStream) -> Standing {
     let over = Standing { unacknowledged: 0, silent: Duration::ZERO, over: true };
     let (Some(unacknowledged), Some(info)) = (queued(tcp), info(tcp)) else { return over };
@@ -30,7 +30,7 @@ pub fn standing(tcp: &TcpStream) -> Standing {
     }
 }
 
-/// SIOCOUTQ, which has TIOCOUTQ's number (tcp(7)).
+/// Unacknowledged bytes by SIOCOUTQ, which has the same number as TIOCOUTQ (tcp(7)); `None` if the call fails.
 #[allow(unsafe_code)]
 fn queued(tcp: &TcpStream) -> Option<usize> {
     let mut queued: libc::c_int = 0;
@@ -71,7 +71,7 @@ mod tests {
                 listener.accept().await.unwrap().0
             });
         assert!(!standing(&ours).over && standing(&ours).unacknowledged == 0);
-        // More than both buffers hold: the peer reads nothing.
+        // More than both buffers hold, because the peer reads nothing.
         while let Ok(Ok(())) = tokio::time::timeout(Duration::from_millis(200), ours.write_all(&vec![0; 1 << 20])).await
         {
         }

@@ -1,8 +1,8 @@
-//! The sidecar: catches a workload's traffic, speaks mTLS to the other sidecars, enforces mode and policy, and swaps its
+//! The sidecar: intercepts a workload's traffic, speaks mTLS to other sidecars, enforces mode and policy, and swaps its
 //! certificates without dropping a connection.
 //!
-//! Top down: [`run`] opens listeners and starts workers; `outbound` and `inbound` carry a connection each; `mesh` is the
-//! handshake and preamble between sidecars; `tls` is the stream below it; `copy` moves the bytes.
+//! Top down: [`run`] opens listeners and starts workers; `outbound` and `inbound` carry one connection each; `mesh`
+//! does the handshake and preamble between sidecars; `tls` is the stream below it; `copy` moves the bytes.
 
 mod balance;
 mod buffer;
@@ -62,26 +62,26 @@ use crate::telemetry::Telemetry;
 /// Why a sidecar did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ProxyError {
-    /// A port or socket is taken, or not allowed.
+    /// A port or socket cannot be opened: in use or not permitted.
     #[error("cannot listen on {name}: {source}")]
     Listen {
-        /// Where.
+        /// Address, port or path.
         name: String,
-        /// Why not.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The access log.
+    /// The access log cannot be opened.
     #[error("cannot open the access log: {0}")]
     AccessLog(std::io::Error),
-    /// The identity's files.
+    /// The identity's files cannot be read or used.
     #[error(transparent)]
     Files(#[from] FilesError),
-    /// A worker thread.
+    /// A worker thread could not be started.
     #[error("cannot start a worker: {0}")]
     Worker(std::io::Error),
 }
 
-/// What a listener is for.
+/// Purpose of a listener.
 #[derive(Clone)]
 enum Door {
     Outbound,
@@ -91,7 +91,8 @@ enum Door {
     FixedInbound(Arc<FixedInbound>),
 }
 
-/// Runs a sidecar until `shutdown` and then until its connections have ended or the drain is over.
+/// Runs a sidecar until `shutdown`, and then until its connections have ended or the drain time is over. `ready` is
+/// called once all listeners are open.
 pub async fn run(
     config: Config,
     clock: Clock,
@@ -99,7 +100,7 @@ pub async fn run(
     ready: impl FnOnce(),
 ) -> Result<(), ProxyError> {
     let tasks = TaskTracker::new();
-    // What serves the connections to their end outlives the shutdown that ends the accepting.
+    // Tasks that open connections depend on run longer than `shutdown`, which only stops accepting.
     let end = CancellationToken::new();
     let doors = doors(&config)?;
     let http = match config.http {
@@ -137,7 +138,7 @@ pub async fn run(
     ready();
     first.await;
     for worker in workers {
-        // A worker that panicked has said so itself.
+        // A worker that panicked has already reported it.
         let _ = tokio::task::spawn_blocking(move || worker.join()).await;
     }
     end.cancel();
@@ -179,7 +180,7 @@ fn doors(config: &Config) -> Result<Vec<(std::net::TcpListener, Door)>, ProxyErr
     Ok(all)
 }
 
-/// Workers beyond the first: a thread with a runtime and listeners of its own each.
+/// Starts the workers beyond the first, each a thread with its own runtime and listeners.
 fn start_workers(
     sidecar: &Arc<Sidecar>,
     doors: &[(std::net::TcpListener, Door)],
@@ -200,7 +201,7 @@ fn start_workers(
     Ok(workers)
 }
 
-/// Accepts on all doors until `shutdown`, then lets what is open go on for as long as the drain allows.
+/// Accepts on all listeners until `shutdown`, then lets open connections continue for the drain time.
 async fn serve(sidecar: Arc<Sidecar>, doors: Vec<(std::net::TcpListener, Door)>, shutdown: CancellationToken) {
     let connections = TaskTracker::new();
     let mut accepting = JoinSet::new();
@@ -242,10 +243,10 @@ async fn carry(sidecar: Arc<Sidecar>, door: Door, stream: TcpStream, source: Soc
     }
 }
 
-/// A sidecar that has had its identity for this long has run what only the start needs.
+/// How long after the first identity the code that only the start needs is unmapped again.
 const SETTLED: Duration = Duration::from_secs(1);
 
-/// Follows each change of identity: warms up once, shows the ends, cuts what a revoked authority vouched for.
+/// Follows changes of the identity: warms up once, updates expiry metrics, cuts connections behind a revoked authority.
 async fn watch_identity(sidecar: Arc<Sidecar>, end: CancellationToken) {
     let mut changes = sidecar.current.changes();
     let mut before: Option<Arc<identity::Identity>> = None;
@@ -276,7 +277,7 @@ async fn watch_identity(sidecar: Arc<Sidecar>, end: CancellationToken) {
     }
 }
 
-/// Opens the access log anew whenever it is asked for.
+/// Reopens the access log on each request.
 async fn reopen_log(sidecar: Arc<Sidecar>, end: CancellationToken) {
     let mut reopen = sidecar.config.reopen.clone();
     loop {
@@ -287,7 +288,7 @@ async fn reopen_log(sidecar: Arc<Sidecar>, end: CancellationToken) {
     }
 }
 
-/// Calls of one connection to the status socket at once.
+/// Most concurrent calls per connection to the status socket.
 const CALLS_AT_ONCE: u32 = 16;
 
 fn serve_status(
@@ -356,7 +357,7 @@ fn json(page: &impl serde::Serialize) -> http::Answer {
 /// How long connections may take to notice that the drain is over.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// How long a sidecar lets open connections go on after SIGTERM, by default.
+/// Default of [`Config::drain`].
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(25);
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! How much memory this process may use: the smallest limit of its control groups, or what the machine has.
+//! How much memory this process may use: the lowest limit of its control groups, or the memory of the machine.
 
 use std::path::{Path, PathBuf};
 
-/// Bytes, as far as the kernel tells.
+/// The limit in bytes; `None` if the kernel does not say.
 pub fn limit() -> Option<u64> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total(&text));
@@ -10,7 +10,7 @@ pub fn limit() -> Option<u64> {
     groups.chain(machine).min()
 }
 
-/// Files that may hold a limit: the group's own and those above it, of either version (cgroups(7)).
+/// Files that may hold a limit: those of the process's control group and its ancestors, v1 or v2 (cgroups(7)).
 fn limit_files(groups: &str) -> Vec<PathBuf> {
     let mut files = vec![];
     for line in groups.lines() {
@@ -24,19 +24,19 @@ fn limit_files(groups: &str) -> Vec<PathBuf> {
             named if named.split(',').any(|c| c == "memory") => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
             _ => continue,
         };
-        // In a container without a namespace of its own, the path is the host's and only the root is there.
+        // In a container without its own cgroup namespace, the path is the host's and only the root exists.
         let path = path.trim_start_matches('/');
         files.extend(Path::new(path).ancestors().map(|above| Path::new(root).join(above).join(name)));
     }
     files
 }
 
-/// `max`, and version 1's number near 2^63, mean no limit.
+/// A limit in bytes; `None` for no limit, which is `max` in version 2 and a number near 2^63 in version 1.
 fn value(text: &str) -> Option<u64> {
     text.trim().parse().ok().filter(|bytes| *bytes < 1 << 62)
 }
 
-/// `MemTotal` of /proc/meminfo.
+/// `MemTotal` of /proc/meminfo, in bytes.
 fn total(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
     Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)

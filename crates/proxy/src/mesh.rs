@@ -1,4 +1,4 @@
-//! Both ends of a mesh connection: mTLS with the identity that is expected, then the preamble.
+//! Both ends of a mesh connection: mTLS with the expected identity, then the preamble.
 
 use std::sync::Arc;
 
@@ -14,21 +14,23 @@ use crate::preamble::{ALPN, Answer, Request};
 use crate::refusal::Refused;
 use crate::tls::{self, ClientStream, ServerStream};
 
-/// Who is on the other end, as its verified certificate says.
+/// The authenticated other end, from its verified certificate.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// Identity, and what its certificate says.
+    /// SPIFFE ID, authority and facts of its verified chain.
     pub svid: Arc<VerifiedPeer>,
-    /// TLS version and key exchange.
+    /// TLS version and key exchange group, for the access log.
     pub tls: &'static str,
-    /// Cipher suite.
+    /// Cipher suite by its RFC 8446 name; empty if unknown.
     pub cipher: &'static str,
 }
 
 impl Peer {
-    /// Reads a handshake that the verifier has passed.
+    /// Reads a handshake that the verifier has accepted.
     fn of(state: &CommonState, identity: &Identity) -> Result<Self, Refused> {
         let chain = state.peer_certificates().unwrap_or_default();
+        // Taken from the verifier's own result for this chain: nothing is read from certificates that it did not
+        // accept.
         let svid = identity.chains().recall(chain).ok_or(Refusal::NoCertificate)?;
         let tls = match state.negotiated_key_exchange_group().map(rustls::crypto::SupportedKxGroup::name) {
             Some(NamedGroup::X25519MLKEM768) => "TLSv1.3 X25519MLKEM768",
@@ -48,11 +50,12 @@ impl Peer {
 }
 
 fn check_protocol(state: &CommonState) -> Result<(), Refused> {
+    // rustls accepts a peer without ALPN. Bytes of another protocol must not be read as a preamble.
     if state.alpn_protocol() == Some(ALPN) { Ok(()) } else { Err(Refused::Protocol) }
 }
 
-/// Dials another sidecar and says where the connection is going. `early` goes with it. `proven` hears of the peer as soon
-/// as the handshake has ended, before anything of the app is sent.
+/// Opens the client side: handshake with one of the `expected` IDs, then `request` and the app's first bytes, `early`.
+/// `proven` is called with the peer right after the handshake, before anything of the app is sent.
 pub async fn dial<'a>(
     tcp: TcpStream,
     identity: &Identity,
@@ -63,7 +66,7 @@ pub async fn dial<'a>(
     timeouts: &Timeouts,
 ) -> Result<(ClientStream, Peer), Refused> {
     let config = identity.client(expected).map_err(|e| Refused::Tls(e.to_string()))?;
-    // The name is never sent nor checked: identity is the SPIFFE ID alone.
+    // The server name is neither sent nor checked: identity is the SPIFFE ID alone.
     let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
     let handshake = tls::connect(config, name, tcp);
     let mut tls = match tokio::time::timeout(timeouts.handshake, handshake).await {
@@ -84,14 +87,14 @@ pub async fn dial<'a>(
     match tokio::time::timeout(timeouts.preamble, talk).await {
         Ok(Ok(Answer::Accepted)) => Ok((tls, peer)),
         Ok(Ok(Answer::Refused { code, text })) => Err(Refused::ByPeer { code, text }),
-        // A server that refuses our certificate says so with an alert, after our side of the handshake is over.
+        // A server that rejects our certificate sends its alert after our side of the handshake has finished.
         Ok(Err(e)) => Err(Refused::of_handshake(&e)),
         Err(_) => Err(Refused::Preamble(format!("no answer within {:?}", timeouts.preamble))),
     }
 }
 
-/// Takes a connection from another sidecar and reads where it is going. `proven` hears of the peer as soon as the handshake
-/// has ended: the preamble may be seconds away.
+/// Accepts the server side: handshake, then the caller's request. `proven` is called with the peer right after the
+/// handshake, because the preamble may take seconds.
 pub async fn accept(
     tcp: TcpStream,
     identity: &Arc<Identity>,
@@ -116,13 +119,13 @@ pub async fn accept(
     }
 }
 
-/// Tells the caller why, and lets it hear that before the connection goes.
+/// Sends the caller the reason, and waits up to a second so that it is read before the connection closes.
 pub async fn refuse(tls: &mut ServerStream, refused: &Refused) {
     let answer = Answer::Refused { code: refused.code().to_owned(), text: refused.to_string() };
     let say = async {
         tls.write_all(&answer.encode()).await?;
         tls.shutdown().await?;
-        // A socket that is closed with unread data resets, and a reset may overtake the answer.
+        // Closing a socket with unread data sends a reset, which may discard the answer.
         let mut rest = [0; 4096];
         while tokio::io::AsyncReadExt::read(tls, &mut rest).await? != 0 {}
         std::io::Result::Ok(())

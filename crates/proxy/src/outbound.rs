@@ -1,4 +1,5 @@
-//! From the app to the world: original destination → directory → mTLS to the expected identity, or plain, or refused.
+//! The app's outgoing connections: original destination, directory, then mTLS to the expected identity, plaintext or
+//! refusal.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,20 +24,20 @@ use crate::sockets::{dial, is_link_local, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ClientStream;
 
-/// Bytes of the app that travel with the preamble, at most.
+/// Most bytes of the app that are sent together with the preamble.
 const EARLY: usize = 16 * 1024;
 
-/// Endpoints of a service that one connection tries, at most.
+/// Most endpoints of a service that are tried per connection.
 const MAX_TRIES: usize = 3;
 
-/// Where a connection goes.
+/// How a connection is forwarded.
 enum Route {
     Mesh { to: SocketAddr, workload: Arc<Workload> },
     Service { service: Arc<Service>, strict: bool },
     Plain,
 }
 
-/// What the app has said already; kept until somebody took it.
+/// The app's first bytes, kept until an endpoint has accepted the connection.
 #[derive(Default)]
 struct Early {
     bytes: Vec<u8>,
@@ -45,7 +46,7 @@ struct Early {
 }
 
 impl Early {
-    /// Reads what is there, once.
+    /// Reads what is available, once, without waiting.
     fn take(&mut self, app: &TcpStream, to: SocketAddr) -> Result<&[u8], Refused> {
         if !self.read {
             let mut buffer = vec![0; EARLY];
@@ -64,18 +65,18 @@ impl Early {
     }
 }
 
-/// Carries one connection that the redirect brought.
+/// Carries one connection from the redirect, from accept to close.
 pub async fn redirected(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr) {
-    // The app must not take a refusal for an empty answer.
+    // A refusal must reach the app as a reset: a clean end would look like an empty answer.
     reset_on_close(&app);
     let mut story = Story::begin(sidecar, Direction::Outbound, source);
     let result = carry_redirected(sidecar, &mut app, &mut story).await;
     story.end(result.as_ref().err());
 }
 
-/// Carries one connection of a fixed way out.
+/// Carries one connection of a fixed listener, from accept to close.
 pub async fn fixed(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr, way: &FixedOutbound) {
-    // The app must not take a refusal for an empty answer.
+    // A refusal must reach the app as a reset: a clean end would look like an empty answer.
     reset_on_close(&app);
     let mut story = Story::begin(sidecar, Direction::Outbound, source);
     story.record.destination = Some(way.target);
@@ -101,11 +102,13 @@ async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut St
     let admitted = sidecar.connections.admit(story.record.source.ip())?;
     let destination = original_destination(app)?;
     story.record.destination = Some(destination);
+    // An app that dials the sidecar's own port would make it forward to itself without end.
     if sidecar.ports().contains(destination.port()) && sidecar.own.is_own(destination.ip()) {
         return Err(Refused::Loop(destination));
     }
     let identity = match own_identity(sidecar, story) {
         Ok(identity) => identity,
+        // Only mode off: without an identity, any other mode must fail closed.
         Err(_) if sidecar.is_transparent() => return in_clear(sidecar, app, story, &admitted, destination).await,
         Err(refused) => return Err(refused),
     };
@@ -147,7 +150,7 @@ fn terms<'a>(sidecar: &Sidecar, first_ended: bool, counters: (&'a Counter, &'a C
     Terms { first_ended, counters, cut, network }
 }
 
-/// Goes to one of a service's endpoints, and to another one while nobody has taken the connection.
+/// Forwards to one of a service's endpoints, and to another one as long as no endpoint has accepted the connection.
 #[allow(clippy::too_many_arguments)] // the facts of one connection
 async fn through_service(
     sidecar: &Sidecar,
@@ -178,7 +181,7 @@ async fn through_service(
                     Err(refused) => refused,
                 }
             }
-            // Something that the mesh already has bytes for does not go out in the clear.
+            // Bytes that were read for a mesh connection must never leave in plaintext.
             Ok(Route::Plain) if !early.read => match in_clear(sidecar, app, story, admitted, to).await {
                 Ok(()) => return Ok(()),
                 Err(refused) => refused,
@@ -186,6 +189,7 @@ async fn through_service(
             Ok(Route::Plain | Route::Service { .. }) => continue,
             Err(refused) => refused,
         };
+        // An app may have received bytes already, and another endpoint would receive them again.
         if !refused.may_go_elsewhere() {
             return Err(refused);
         }
@@ -194,14 +198,14 @@ async fn through_service(
     Err(last)
 }
 
-/// Where a service's new connections may go.
+/// Endpoints that a new connection may use: ready ones, and only meshed ones in strict mode.
 fn endpoints(service: &Service, port: u16, strict: bool) -> Vec<SocketAddr> {
     let usable = service.endpoints(port).iter().filter(|e| e.ready && (e.meshed || !strict));
     usable.map(|e| e.address).collect()
 }
 
-/// Waits, bounded, for somebody to stand behind a service: a node's kubelet that starts again has all its pods unready for a
-/// moment, though nothing of them has changed.
+/// Waits, up to the lookup timeout, for an endpoint of the service: a kubelet that restarts reports all its pods as not
+/// ready for a moment, though nothing about them has changed.
 async fn wait_for_endpoint(sidecar: &Sidecar, asked: SocketAddr, strict: bool) -> Vec<SocketAddr> {
     let mut answers = sidecar.directory.follow(asked.ip());
     let usable = |answer: &Option<Answer>| match answer {
@@ -215,14 +219,14 @@ async fn wait_for_endpoint(sidecar: &Sidecar, asked: SocketAddr, strict: bool) -
     }
 }
 
-/// Decides by both modes and the directory; whatever is not known is refused, never guessed.
+/// Decides by both modes and the directory. What is unknown is refused, never guessed.
 async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) -> Result<Route, Refused> {
     let own = sidecar.own.workload(identity).ok_or(Refused::PolicyUnknown)?;
     if own.policy.mode == Mode::Off {
         return Ok(Route::Plain);
     }
     if is_link_local(destination.ip()) {
-        // It is another machine's on each link: the directory cannot know it, and nobody is met there over mTLS.
+        // The address means another machine on each link: the directory cannot know it, so mTLS is not possible.
         let may = own.policy.mode != Mode::Strict || own.policy.lets_out(destination.ip());
         return if may { Ok(Route::Plain) } else { Err(Refused::NotMeshed(destination)) };
     }
@@ -233,16 +237,17 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
     match known.ok_or(Refused::DirectoryUnknown(destination))? {
         Answer::Meshed(workload) => {
             let theirs = workload.policy.mode_of(destination.port());
+            // The directory may relax how we reach others, but never our own strict mode.
             if theirs == Mode::Off && own.policy.mode != Mode::Strict {
                 return Ok(Route::Plain);
             }
             Ok(Route::Mesh { to: SocketAddr::new(destination.ip(), workload.mesh_port), workload })
         }
-        // An exception that is named as such goes where it was going.
+        // A destination on the egress list is forwarded as it is.
         Answer::Service(_) if own.policy.lets_out(destination.ip()) => Ok(Route::Plain),
         Answer::Service(service) => {
             let strict = own.policy.mode == Mode::Strict;
-            // A service without a meshed endpoint, ready or not, is the network's business, not ours.
+            // A service without a meshed endpoint, ready or not, is left to the network's own load balancing.
             let meshed = service.endpoints(destination.port()).iter().any(|e| e.meshed);
             if strict || meshed { Ok(Route::Service { service, strict }) } else { Ok(Route::Plain) }
         }
@@ -253,7 +258,7 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
     }
 }
 
-/// Opens the way to a workload's sidecar; what the app has said already goes with it.
+/// Connects to a workload's sidecar and sends the app's first bytes along.
 #[allow(clippy::too_many_arguments)] // the facts of one connection
 async fn reach(
     sidecar: &Sidecar,
@@ -283,6 +288,7 @@ async fn over_mesh(
     let (ended, early_bytes) = (early.ended, early.bytes.len() as u64);
     drop(early);
     story.peer(&peer);
+    // The authority may have been revoked while the other sidecar took its time to answer.
     admitted.check()?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
     bytes.sent.inc_by(early_bytes);

@@ -1,4 +1,4 @@
-//! Which workload this sidecar stands beside: its addresses, and what the directory says of them.
+//! The workload that this sidecar belongs to: its addresses, and what the directory says about them.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::identity::Identity;
 use crate::sockets::{is_link_local, own_addresses};
 
-/// Addresses are looked up again at most this often.
+/// Shortest interval between two reads of the interface addresses.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The workload behind this namespace's addresses.
@@ -22,13 +22,13 @@ pub struct Own {
 }
 
 struct State {
-    /// Held, so that the directory goes on to be asked.
+    /// Kept, because the directory is asked for an address only while a receiver exists.
     answers: HashMap<IpAddr, Option<watch::Receiver<Option<Answer>>>>,
     looked: Instant,
 }
 
 impl Own {
-    /// Begins to follow this namespace's addresses.
+    /// Starts following this namespace's addresses in the directory.
     pub fn new(directory: Subscriptions) -> Self {
         let own = Self { state: Mutex::new(State { answers: HashMap::new(), looked: Instant::now() }), directory };
         own.look(&mut own.state());
@@ -52,7 +52,7 @@ impl Own {
         }
     }
 
-    /// Whether an address is this namespace's own.
+    /// Whether an address is one of this namespace's own. Rereads the interfaces if it is not known yet.
     pub fn is_own(&self, address: IpAddr) -> bool {
         let mut state = self.state();
         if !state.answers.contains_key(&address) && state.looked.elapsed() >= LOOK {
@@ -77,7 +77,7 @@ impl Own {
         ours(answer?, identity)
     }
 
-    /// The workload at any of our addresses, if the directory says that it is us.
+    /// The workload at any of our addresses; `None` unless the directory names our own SPIFFE ID there.
     pub fn workload(&self, identity: &Identity) -> Option<Arc<Workload>> {
         let mut state = self.state();
         let is_gone = |a: &Option<watch::Receiver<_>>| a.as_ref().is_none_or(|answers| answers.has_changed().is_err());
@@ -91,6 +91,7 @@ impl Own {
 
 fn ours(answer: Answer, identity: &Identity) -> Option<Arc<Workload>> {
     match answer {
+        // During a change of pods the directory may still name the address's former owner: its policy is not ours.
         Answer::Meshed(workload) if workload.spiffe_ids.contains(&identity.svid().id().to_string()) => Some(workload),
         _ => None,
     }

@@ -1,8 +1,8 @@
-//! Who came or went in plaintext: what a move to strict would cut off.
+//! Which peers use plaintext: what a switch to strict mode would cut off.
 //!
-//! A bounded table, entered at admission, so that a connection that never ends counts from its first second. When it is full
-//! the row that was used longest ago falls out, one without an open connection first; how many did is counted, for then a
-//! missing row proves nothing.
+//! A bounded table. A connection is entered when it is admitted, so one that never ends counts from its first second.
+//! When the table is full, the row used longest ago is removed, rows without open connections first. Removals are
+//! counted, because after one a missing row proves nothing.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,48 +13,48 @@ use time::OffsetDateTime;
 
 use crate::telemetry::{Carried, Direction};
 
-/// Rows at most.
+/// Most rows of the table.
 const ROWS: usize = 1_024;
 
 /// What one row is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {
-    /// The caller's address, or that of the destination.
+    /// IP address of the caller, or of the destination for outgoing connections.
     pub peer: IpAddr,
-    /// The destination's port.
+    /// Destination port of the connection.
     pub port: u16,
-    /// Seen from the workload.
+    /// Direction as seen from the workload.
     pub direction: Direction,
-    /// Carried in the clear, or refused because it was.
+    /// Whether the connections were carried in plaintext or refused for it.
     pub mode: Carried,
 }
 
 /// What is known of one peer. Times are seconds since 1970.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
-    /// What it is about.
+    /// The peer, port, direction and outcome that the counts are for.
     #[serde(flatten)]
     pub key: Key,
-    /// When its first connection came.
+    /// Time of its first connection.
     pub first_seen: i64,
-    /// When one last came or ended.
+    /// Time when a connection last started or ended.
     pub last_seen: i64,
-    /// Connections that are open.
+    /// Number of open connections.
     pub open: u64,
-    /// Connections since the row was made.
+    /// Number of connections since the row was created.
     pub total: u64,
 }
 
 /// The table as it is shown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shown {
-    /// Rows, in the order of their keys.
+    /// Rows, sorted by key.
     pub peers: Vec<Row>,
-    /// Rows that fell out because the table was full.
+    /// Number of rows that were removed because the table was full.
     pub forgotten: u64,
 }
 
-/// The table.
+/// The table of a sidecar, shared by all its connections.
 #[derive(Debug, Clone, Default)]
 pub struct Plaintext(Arc<Mutex<State>>);
 
@@ -69,18 +69,18 @@ impl Plaintext {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection was let through; it is open until the guard is dropped.
+    /// Counts an accepted plaintext connection; it is open until the guard is dropped.
     pub fn admitted(&self, key: Key, now: OffsetDateTime) -> Open {
         self.state().count(key, now.unix_timestamp()).open += 1;
         Open { table: self.clone(), key }
     }
 
-    /// A connection was refused because it was plaintext.
+    /// Counts a connection that was refused because it was plaintext.
     pub fn refused(&self, key: Key, now: OffsetDateTime) {
         self.state().count(key, now.unix_timestamp());
     }
 
-    /// The rows.
+    /// A snapshot of all rows.
     pub fn shown(&self) -> Shown {
         let state = self.state();
         let mut peers: Vec<Row> = state.rows.values().cloned().collect();
@@ -106,7 +106,7 @@ impl State {
     }
 }
 
-/// An open connection of a row.
+/// Guard of one open connection in a row.
 #[derive(Debug)]
 pub struct Open {
     table: Plaintext,
@@ -115,7 +115,7 @@ pub struct Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        // The row may have fallen out, and come back with fewer open ones than there are.
+        // The row may have been removed and created again with fewer open connections than there are.
         if let Some(row) = self.table.state().rows.get_mut(&self.key) {
             row.open = row.open.saturating_sub(1);
             row.last_seen = row.last_seen.max(OffsetDateTime::now_utc().unix_timestamp());

@@ -1,7 +1,8 @@
-//! The kubelet's probes, asked of the app from inside: under strict, nothing else may reach it in the clear.
+//! The kubelet's health checks, run against the app from inside: in strict mode nothing else may reach the app in
+//! plaintext.
 //!
-//! The kubelet asks the sidecar for `/probe/CONTAINER/KIND`; only what the injector wrote down can be asked, and only at
-//! the app's own address.
+//! The kubelet requests `/probe/CONTAINER/KIND` from the sidecar. Only checks that the injector configured exist, and
+//! only the app's own address is called.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,23 +25,24 @@ use tonic_health::pb::health_client::HealthClient;
 
 use crate::config::{Probe, ProbeKind};
 
-/// Where probes are asked for.
+/// Path prefix of the health checks.
 pub const PREFIX: &str = "/probe/";
 
-/// Asks the app what the injector wrote down.
+/// Runs the configured health checks.
 pub struct Prober {
     probes: BTreeMap<String, Probe>,
-    /// Made when an HTTPS probe is first asked.
+    /// TLS configuration, created by the first HTTPS check; holds `None` if that failed.
     tls: std::sync::OnceLock<Option<Arc<ClientConfig>>>,
 }
 
 impl Prober {
-    /// These probes and no others.
+    /// Runs these health checks and no others.
     pub fn new(probes: BTreeMap<String, Probe>) -> Self {
         Self { probes, tls: std::sync::OnceLock::new() }
     }
 
-    /// Asks the probe `CONTAINER/KIND` at the app's address; `None` when there is no such probe.
+    /// Runs the check `CONTAINER/KIND` at the app's address: 200 if healthy, 503 with the reason if not; `None` if
+    /// there is no such check.
     pub async fn ask(&self, name: &str, app: IpAddr) -> Option<Answer> {
         let probe = self.probes.get(name)?;
         let to = SocketAddr::new(app, probe.port);
@@ -78,7 +80,7 @@ impl Prober {
     }
 }
 
-/// A GET whose status is judged as the kubelet does: 200 to 399 is good.
+/// An HTTP GET. Healthy is status 200 to 399, as for the kubelet.
 async fn get<S>(stream: S, to: SocketAddr, path: &str, headers: &[(String, String)]) -> Result<String, String>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -99,7 +101,8 @@ where
     if (200..400).contains(&status.as_u16()) { Ok(status.to_string()) } else { Err(status.to_string()) }
 }
 
-/// The kubelet checks no certificate of a probe either: it asks whether the app answers, not who it is.
+/// A client configuration that accepts any certificate. The kubelet does not verify one either: a health check asks
+/// whether the app answers, not who it is.
 fn believing_anybody() -> io::Result<Arc<ClientConfig>> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(provider.clone())
@@ -165,7 +168,7 @@ mod tests {
         prober.ask("app/ready", IpAddr::from([127, 0, 0, 1])).await.unwrap().status
     }
 
-    /// Answers each connection with `reply` and says what it was asked.
+    /// Answers each connection with `reply`, and passes on the request it received.
     async fn app(reply: &'static str) -> (u16, tokio::sync::mpsc::UnboundedReceiver<String>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();

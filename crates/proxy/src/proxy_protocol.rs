@@ -1,4 +1,4 @@
-//! PROXY protocol version 2 towards the app: who is calling, in front of the connection's bytes
+//! PROXY protocol version 2 for the app: the caller's address and identity before the connection's bytes
 //! (<https://www.haproxy.org/download/2.9/doc/proxy-protocol.txt>, section 2.2).
 
 use std::net::{IpAddr, SocketAddr};
@@ -8,10 +8,10 @@ const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 const PROXY: u8 = 0x21;
 const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
-/// The caller's SPIFFE ID, as text. Types from 0xE0 to 0xEF are for applications' own use (section 2.2.7).
+/// TLV type of the caller's SPIFFE ID, as text. Types 0xE0 to 0xEF are reserved for applications (section 2.2.7).
 pub const TYPE_SPIFFE_ID: u8 = 0xE0;
 
-/// The header. `spiffe_id` is the caller's verified identity; a plaintext caller has none.
+/// The header in bytes. `spiffe_id` is the caller's verified identity; `None` for a plaintext caller.
 pub fn header(source: SocketAddr, destination: SocketAddr, spiffe_id: Option<&str>) -> Vec<u8> {
     let mut body = Vec::with_capacity(64);
     let family = match (source.ip().to_canonical(), destination.ip().to_canonical()) {
@@ -20,7 +20,7 @@ pub fn header(source: SocketAddr, destination: SocketAddr, spiffe_id: Option<&st
             body.extend(destination.octets());
             TCP_OVER_IPV4
         }
-        // Both are of one family on the wire; if ever they are not, IPv4 fits into IPv6.
+        // Both addresses have the same family on the wire; if they ever differ, IPv4 is mapped into IPv6.
         (source, destination) => {
             body.extend(as_v6(source));
             body.extend(as_v6(destination));
@@ -29,7 +29,7 @@ pub fn header(source: SocketAddr, destination: SocketAddr, spiffe_id: Option<&st
     };
     body.extend(source.port().to_be_bytes());
     body.extend(destination.port().to_be_bytes());
-    // An ID has 2,048 bytes at most (SPIFFE-ID 2.3).
+    // An ID has at most 2,048 bytes (SPIFFE-ID 2.3).
     if let Some((id, length)) = spiffe_id.and_then(|id| Some((id, u16::try_from(id.len()).ok()?))) {
         body.push(TYPE_SPIFFE_ID);
         body.extend(length.to_be_bytes());

@@ -1,105 +1,105 @@
-//! Why a connection was not let through: a code for metrics and `status`, a text for people.
+//! Why a connection was refused: a code for metrics and `status`, a text for people.
 
 use std::net::SocketAddr;
 
 use countersign_api::tls::refusal_of;
 use countersign_identity::shown::{sentence, shown};
 
-/// Longest text of a failed handshake that is shown, in characters.
+/// Longest text of a failed handshake in messages, in characters.
 const MAX_TLS_TEXT: usize = 256;
 
-/// Why a connection is refused or was cut.
+/// Why a connection was refused or cut.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
-    /// A peer's certificate or right to call.
+    /// The peer's certificate was rejected, or the peer may not call.
     #[error(transparent)]
     Peer(#[from] countersign_identity::verify::Refusal),
-    /// The other side's TLS was wrong, in a way that is not its certificate.
+    /// The handshake failed for a reason other than the peer's certificate.
     #[error("TLS handshake failed: {0}")]
     Tls(String),
-    /// The other side did not finish the handshake.
+    /// The other side did not finish the handshake within this time.
     #[error("the TLS handshake took longer than {0:?}")]
     HandshakeTimeout(std::time::Duration),
-    /// It speaks TLS but not our protocol.
+    /// The peer speaks TLS but did not offer our ALPN protocol.
     #[error("the peer did not offer the protocol `countersign/1`")]
     Protocol,
-    /// The preamble was malformed, too slow, or too long.
+    /// The preamble was malformed, too late or too long.
     #[error("bad preamble: {0}")]
     Preamble(String),
-    /// The other sidecar said no.
+    /// The other sidecar refused the connection.
     #[error("refused by the other sidecar ({code}): {text}")]
     ByPeer {
-        /// Its code.
+        /// The code that it sent: lower-case letters and `_`, or `unknown`.
         code: String,
-        /// Its reason.
+        /// The reason that it sent, escaped.
         text: String,
     },
-    /// A destination that is not this namespace's own, or the sidecar's own port.
+    /// The destination is not one of this namespace's own addresses.
     #[error("{0} is not this workload's own address and port; a sidecar is no relay")]
     NotOurs(SocketAddr),
-    /// The sidecar would talk to itself.
+    /// The destination is the sidecar's own port.
     #[error("{0} is the sidecar's own port; forwarding to it would loop")]
     Loop(SocketAddr),
-    /// The caller meant another run of this address.
+    /// The caller's directory names another workload at this address, so it is outdated.
     #[error("the caller expected workload `{}` here, this is `{found}`", shown(expected))]
     StaleWorkload {
-        /// Whom it meant.
+        /// UID of the workload that the caller expected.
         expected: String,
-        /// Who is here.
+        /// UID of the workload that has the address now.
         found: String,
     },
-    /// Nobody could say who is there.
+    /// The directory has no answer about the destination yet.
     #[error("the directory does not know yet who is at {0}; is the agent connected to its server?")]
     DirectoryUnknown(SocketAddr),
-    /// The own policy is not known yet.
+    /// The policy of our own workload is not known yet.
     #[error("this workload's policy is not known yet; is the agent connected to its server?")]
     PolicyUnknown,
-    /// Strict, and nobody of the mesh is there.
+    /// Strict mode, and the destination is not in the mesh.
     #[error("{0} is not in the mesh, and this workload is strict; name it under `egress` to let it out")]
     NotMeshed(SocketAddr),
-    /// Nothing stands behind a service.
+    /// A service has no usable endpoint.
     #[error("{service} has no endpoint for {to} that may be used{}", if *.strict { "; this workload is strict, so only endpoints in the mesh count" } else { "" })]
     NoEndpoint {
-        /// The service's name.
+        /// Name of the service.
         service: String,
-        /// Where the app was going.
+        /// Service address and port that the app dialled.
         to: SocketAddr,
-        /// Whether only meshed endpoints count.
+        /// Whether only meshed endpoints count, because this workload is strict.
         strict: bool,
     },
-    /// Strict, and it came in the clear.
+    /// Plaintext to this port, and the workload is strict.
     #[error("plaintext to port {0} is refused: this workload is strict")]
     Plaintext(u16),
-    /// An allow-list, and it came in the clear.
+    /// Plaintext to this port, and the port has an allow-list.
     #[error("plaintext to port {0} is refused: the port has an allow-list, and plaintext proves nobody")]
     PlaintextUnproven(u16),
-    /// No identity to show.
+    /// The sidecar has no SVID yet.
     #[error("this sidecar has no SVID yet; is the agent running, and is there an entry for this sidecar's uid?")]
     NoSvid,
-    /// The identity is over.
+    /// The sidecar's own SVID expired at this time.
     #[error("this sidecar's SVID expired at {0}; is the agent connected to its server?")]
     SvidExpired(time::OffsetDateTime),
-    /// The destination did not answer.
+    /// The TCP connection to the destination failed.
     #[error("cannot connect to {to}: {why}")]
     Connect {
-        /// Where.
+        /// IP address and port that was dialled.
         to: SocketAddr,
-        /// Why not.
+        /// Error of the operating system, or the timeout.
         why: String,
     },
-    /// Too many at once.
+    /// A bound on concurrent connections or handshakes is reached; the text says which.
     #[error("too many connections at once ({0})")]
     TooMany(&'static str),
-    /// The kernel did not tell where it was going.
+    /// The kernel has no original destination for the connection; holds its error.
     #[error("no original destination: the connection did not come through the redirect ({0})")]
     NoOriginalDestination(String),
-    /// The authority behind the peer is not trusted any more.
+    /// The authority behind the peer is no longer trusted.
     #[error("the authority that vouched for the peer was revoked")]
     AuthorityRevoked,
 }
 
 impl Refused {
-    /// Its name in metrics, logs, `status` and towards the other sidecar; never changes.
+    /// Stable name in metrics, logs, `status` and the preamble's answer; it never changes between releases.
     pub fn code(&self) -> &str {
         match self {
             Self::Peer(refusal) => refusal.code(),
@@ -126,8 +126,8 @@ impl Refused {
         }
     }
 
-    /// Whether nothing has reached any app, so that another endpoint may be tried: nobody took the connection, or the other
-    /// sidecar said before it dialled that its workload is not there (any more).
+    /// Whether another endpoint may be tried, because no app has received anything: the connection failed, or the other
+    /// sidecar refused before it dialled its app.
     pub fn may_go_elsewhere(&self) -> bool {
         match self {
             Self::Connect { .. } => true,
@@ -138,7 +138,7 @@ impl Refused {
         }
     }
 
-    /// What a failed handshake was about.
+    /// Classifies a failed handshake: the verifier's reason if there is one, otherwise [`Refused::Tls`].
     pub fn of_handshake(error: &std::io::Error) -> Self {
         let tls = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
         match tls.and_then(refusal_of) {

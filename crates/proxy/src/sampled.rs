@@ -1,15 +1,15 @@
-//! Which of many like lines are written to the log: a stranger who is refused a thousand times a second must not fill it.
+//! Rate limit for log lines: a peer that is refused a thousand times per second must not fill the log.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines of one kind in each [`WINDOW`], at most.
+/// Most lines of one kind per [`WINDOW`].
 const LINES: u32 = 20;
-/// What the lines are counted in.
+/// Length of a counting window.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Lines of several kinds, of which one does not hide another. There must be few kinds, none of a peer's choice.
+/// Rate limits by kind of line, independent of each other. Kinds must be few and never chosen by a peer.
 #[derive(Debug, Default)]
 pub struct Sampled(Mutex<BTreeMap<String, State>>);
 
@@ -21,7 +21,8 @@ struct State {
 }
 
 impl Sampled {
-    /// Whether one more line of a kind is written now, and how many were not since the last one.
+    /// Whether to write a line of this kind now. `Some` holds the number of lines that were suppressed since the last
+    /// one.
     pub fn next(&self, kind: &str, now: Instant) -> Option<u64> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if !kinds.contains_key(kind) {

@@ -1,4 +1,4 @@
-//! What every connection of a sidecar shares.
+//! State that all connections of a sidecar share.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -21,27 +21,27 @@ use crate::plaintext::{self, Plaintext};
 use crate::refusal::Refused;
 use crate::telemetry::{Carried, Direction, Record, Telemetry};
 
-/// One sidecar.
+/// A running sidecar.
 pub struct Sidecar {
-    /// Settings.
+    /// Settings from the start.
     pub config: Config,
-    /// Who we are.
+    /// The current SVID and bundles.
     pub current: Arc<Current>,
-    /// Who is where.
+    /// The agent's directory: what is at an address.
     pub directory: Subscriptions,
-    /// Where we are.
+    /// This namespace's addresses and the workload behind them.
     pub own: Own,
-    /// Which endpoint of a service is next.
+    /// Selects endpoints of services.
     pub balancer: Arc<Balancer>,
-    /// What is open.
+    /// Open connections and their bounds.
     pub connections: Arc<Connections>,
-    /// Callers whose handshake is not finished.
+    /// Bounds on callers whose handshake is unfinished.
     pub handshakes: Admission<IpAddr>,
-    /// Who came or went in plaintext.
+    /// Peers that use plaintext.
     pub plaintext: Plaintext,
-    /// What is counted and written down.
+    /// Metrics and access log.
     pub telemetry: Telemetry,
-    /// When it started.
+    /// Start time of the process.
     pub started_at: OffsetDateTime,
 }
 
@@ -75,17 +75,18 @@ impl Sidecar {
         }
     }
 
-    /// Our own mode, as far as it was ever known.
+    /// Our own mode; `None` until the directory has named it. Ignores whether the SVID has expired.
     pub fn mode(&self) -> Option<Mode> {
         self.current.peek().and_then(|identity| self.own.workload(&identity)).map(|w| w.policy.mode)
     }
 
-    /// Whether we were told to forward in the clear. Then no identity is needed: whoever said so may be gone since.
+    /// Whether the mode is off, so that traffic is forwarded without an identity. Holds even if the agent is gone by
+    /// now.
     pub fn is_transparent(&self) -> bool {
         self.mode() == Some(Mode::Off)
     }
 
-    /// What is still missing before traffic can be served.
+    /// Why traffic cannot be served yet; `None` once ready.
     pub fn missing(&self) -> Option<String> {
         match self.current.get() {
             Err(refused) => Some(refused.to_string()),
@@ -97,15 +98,15 @@ impl Sidecar {
     }
 }
 
-/// The record of a connection while it goes on; written when it is finished.
+/// The record of a connection while it is open; written to telemetry when it ends.
 pub struct Story<'a> {
     sidecar: &'a Sidecar,
-    /// What is known so far.
+    /// Everything known about the connection so far.
     pub record: Record,
 }
 
 impl<'a> Story<'a> {
-    /// A connection has come in.
+    /// Starts the record of a new connection.
     pub fn begin(sidecar: &'a Sidecar, direction: Direction, source: SocketAddr) -> Self {
         let record = Record {
             direction,
@@ -123,30 +124,30 @@ impl<'a> Story<'a> {
         Self { sidecar, record }
     }
 
-    /// It goes on in the clear; open until the guard is dropped.
+    /// Enters the connection into the plaintext table; open until the guard is dropped.
     pub fn in_clear(&self, peer: SocketAddr, port: u16) -> plaintext::Open {
         let key = plaintext::Key { peer: peer.ip(), port, direction: self.record.direction, mode: Carried::Plain };
         self.sidecar.plaintext.admitted(key, self.record.began_at)
     }
 
-    /// It is refused because it came in the clear.
+    /// Enters a refused plaintext connection into the plaintext table.
     pub fn refused_in_clear(&self, port: u16) {
         let (peer, direction) = (self.record.source.ip(), self.record.direction);
         let key = plaintext::Key { peer, port, direction, mode: Carried::Refused };
         self.sidecar.plaintext.refused(key, self.record.began_at);
     }
 
-    /// As whom we act.
+    /// Records the identity that we use on this connection.
     pub fn own(&mut self, identity: &Arc<Identity>) {
         self.record.own = Some(identity.clone());
     }
 
-    /// Who is on the other end.
+    /// Records the authenticated peer.
     pub fn peer(&mut self, peer: &Peer) {
         self.record.peer = Some(peer.clone());
     }
 
-    /// It is let through.
+    /// Records how the connection was carried and how many bytes.
     pub fn carried(&mut self, mode: Carried, bytes: Bytes) {
         self.record.mode = mode;
         self.record.end = bytes.end.as_str();
@@ -156,7 +157,7 @@ impl<'a> Story<'a> {
         };
     }
 
-    /// It is over.
+    /// Ends the record: counts it and writes the access log line.
     pub fn end(self, refused: Option<&Refused>) {
         self.sidecar.telemetry.ended(&self.record, refused);
     }

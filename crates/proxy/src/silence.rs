@@ -1,9 +1,9 @@
-//! A machine that is gone says nothing, and without a bound Linux sends again for a quarter of an hour before it gives up.
+//! Detects a machine that is gone. Without a bound, Linux retransmits for a quarter of an hour before it gives up.
 //!
-//! `TCP_USER_TIMEOUT` is not used: with it Linux also ends a connection whose reader is alive and has no room (tcp(7)), which
-//! is how a slow app behaves. Instead, a connection with bytes under way is looked at now and then, and is over when its peer
-//! has acknowledged nothing, not even a probe of its window, for the whole time. Idle connections are probed by keepalive and
-//! need no look.
+//! `TCP_USER_TIMEOUT` is not used, because it also ends a connection whose reader is alive but has no room (tcp(7)), as
+//! a slow app does. Instead, a connection with unacknowledged bytes is checked now and then, and it is over once its
+//! peer has acknowledged nothing, not even a window probe, for the whole time. Idle connections are probed by keepalive
+//! and need no check.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -15,48 +15,48 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::kernel::standing;
 
-/// Looks at a connection while the bound passes.
+/// Number of checks per bound.
 const LOOKS: u32 = 5;
 
 /// One of a pair's two legs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// The first one.
+    /// The leg that was passed first to [`crate::copy::carry`].
     First,
-    /// The second one.
+    /// The leg that was passed second.
     Second,
 }
 
 /// The leg that leads to another machine.
 #[derive(Debug, Clone, Copy)]
 pub struct Network {
-    /// Which one it is.
+    /// Which of the two legs.
     pub leg: Side,
     /// How long its peer may acknowledge nothing.
     pub bound: Duration,
 }
 
-/// Watches one leg.
+/// Watches the network leg of one connection.
 pub struct Silence {
     network: Network,
-    /// Since when bytes have been under way; `None` while nothing is known to be.
+    /// When bytes were first seen unacknowledged; `None` while nothing is known to be.
     since: Option<Instant>,
-    /// Bytes written when it was last looked at.
+    /// Bytes that had been written at the last check.
     seen: u64,
 }
 
 impl Silence {
-    /// Nothing is under way.
+    /// Nothing unacknowledged yet.
     pub fn new(network: Network) -> Self {
         Self { network, since: None, seen: 0 }
     }
 
-    /// What [`Self::poll_over`] is woken by. Nothing is registered before it is needed.
+    /// The timer that wakes [`Self::poll_over`]. It is registered only once needed.
     pub fn tick(&self) -> Sleep {
         sleep(self.network.bound / LOOKS)
     }
 
-    /// Ready when the peer is to be taken for gone. `sent`: bytes written to it so far.
+    /// Ready once the peer counts as gone. `sent`: bytes written to it so far.
     pub fn poll_over(
         &mut self,
         mut tick: Pin<&mut Sleep>,
@@ -89,10 +89,10 @@ impl Silence {
     }
 }
 
-/// Lets the kernel probe a connection on which nothing moves, so that a peer that is gone is noticed within about `bound`.
-/// It cannot fail on a TCP socket, and if it did the connection would only live longer.
+/// Enables keepalive, so that a peer that is gone is noticed within about `bound` on an idle connection. It cannot fail
+/// on a TCP socket, and a failure would only make the connection live longer.
 pub fn probe_when_idle(tcp: &TcpStream, bound: Duration) {
-    // Whole seconds are what the kernel counts in: two fifths of silence, then a probe each fifth.
+    // The kernel counts whole seconds: two fifths of silence, then a probe each fifth.
     let fifth = (bound / 5).max(Duration::from_secs(1));
     let keepalive = TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3);
     // Neither is it worth a refusal: without it the system's own, slower, probes end the connection.

@@ -1,5 +1,5 @@
-//! Sockets as the sidecar wants them: listeners that share a port between workers, connections with keepalive, and the
-//! original destination of a redirected one.
+//! Sockets with the options that a sidecar needs: listeners that share a port between workers, connections with
+//! keepalive, and the original destination of a redirected connection.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,15 +11,15 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::refusal::Refused;
 
-/// Connections that wait to be accepted, at most: roll-outs come in storms.
+/// Most connections waiting to be accepted; roll-outs bring bursts.
 const BACKLOG: i32 = 4_096;
-/// Silence after which a peer is probed. Shorter than conntrack's 60 s for half-closed connections, so that one of them
-/// lives for as long as both ends do.
+/// Silence before a peer is probed. Shorter than conntrack's 60 s for half-closed connections, so that such a
+/// connection lives for as long as both ends do.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 6;
 
-/// Listens on an address that the other workers listen on too.
+/// Opens a listener whose port the other workers share (`SO_REUSEPORT`).
 pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
@@ -33,7 +33,7 @@ pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// Every address of a port: IPv4, and IPv6 where the host has it.
+/// Listens on a port of every address: IPv4, and IPv6 if the host supports it.
 pub fn listen_everywhere(port: u16) -> io::Result<Vec<std::net::TcpListener>> {
     let v4 = listen(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
     let v6 = listen(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port));
@@ -45,7 +45,7 @@ pub fn listen_everywhere(port: u16) -> io::Result<Vec<std::net::TcpListener>> {
     }
 }
 
-/// Accepts one connection; an accept that fails waits a little and tries again.
+/// Accepts one connection; after a failed accept it waits a little and tries again.
 pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
@@ -53,15 +53,15 @@ pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
                 tune(&stream);
                 return (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
             }
-            // A client that has left again is not our trouble.
+            // A client that has already left is not an error.
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(e) => back_off_after(&e).await,
         }
     }
 }
 
-/// Dials an app at its own address, or, where it listens on the other IP version alone, at another of `also`. A client that
-/// dialled it itself would fall back in the same way, but the sidecar has answered it already.
+/// Dials an app at `to`, or at an address of `also` if it listens on the other IP version only. A direct client would
+/// fall back the same way, but the sidecar has already accepted its connection.
 pub async fn dial_app(to: SocketAddr, also: &[IpAddr], timeout: Duration) -> Result<TcpStream, Refused> {
     let mut last = match tokio::time::timeout(timeout, TcpStream::connect(to)).await {
         Ok(Ok(stream)) => {
@@ -86,7 +86,7 @@ pub async fn dial_app(to: SocketAddr, also: &[IpAddr], timeout: Duration) -> Res
     Err(Refused::Connect { to, why: last.to_string() })
 }
 
-/// Dials within a time.
+/// Dials an address. Errors: [`Refused::Connect`], also when `timeout` has passed.
 pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refused> {
     check_scope(to)?;
     let failed = |why: String| Refused::Connect { to, why };
@@ -100,7 +100,7 @@ pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refuse
     }
 }
 
-/// No delay for small writes; probes for silent peers. Both are for the better; neither is worth a refusal.
+/// Sets `TCP_NODELAY` and keepalive. Failures are ignored: neither is worth a refusal.
 fn tune(stream: &TcpStream) {
     let _ = stream.set_nodelay(true);
     let keepalive =
@@ -108,14 +108,14 @@ fn tune(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
 }
 
-/// Where a redirected connection was going.
+/// The destination before the redirect. Errors: [`Refused::NoOriginalDestination`].
 pub fn original_destination(stream: &TcpStream) -> Result<SocketAddr, Refused> {
     let socket = SockRef::from(stream);
     let v6 = stream.local_addr().is_ok_and(|a| a.is_ipv6());
     let found = if v6 { socket.original_dst_v6() } else { socket.original_dst_v4() };
     let found = found.map_err(|e| Refused::NoOriginalDestination(e.to_string()))?;
     let mut address = found.as_socket().ok_or_else(|| Refused::NoOriginalDestination("no IP address".into()))?;
-    // A link-local address means nothing without its link: the scope stays, and so does the type that holds it.
+    // A link-local address is meaningless without its interface, so the scope ID is kept.
     if is_link_local(address.ip()) {
         if let SocketAddr::V6(address) = &mut address {
             address.set_flowinfo(0);
@@ -125,12 +125,12 @@ pub fn original_destination(stream: &TcpStream) -> Result<SocketAddr, Refused> {
     Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
-/// Whether an address is an IPv6 one that means another machine on each link (RFC 4291 2.5.6).
+/// Whether an address is an IPv6 link-local one, which means another machine on each link (RFC 4291 2.5.6).
 pub fn is_link_local(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }
 
-/// The kernel answers a link-local address without a link with "invalid argument"; this says what is meant.
+/// Rejects a link-local address without an interface; the kernel would only say "invalid argument".
 fn check_scope(to: SocketAddr) -> Result<(), Refused> {
     match to {
         SocketAddr::V6(v6) if is_link_local(to.ip()) && v6.scope_id() == 0 => Err(Refused::Connect {
@@ -141,7 +141,7 @@ fn check_scope(to: SocketAddr) -> Result<(), Refused> {
     }
 }
 
-/// This namespace's own addresses.
+/// All addresses of this network namespace's interfaces.
 pub fn own_addresses() -> Vec<IpAddr> {
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
     let addresses = interfaces.filter_map(|i| {

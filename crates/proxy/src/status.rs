@@ -1,4 +1,4 @@
-//! What `countersign status` shows of a sidecar, on a Unix socket of mode 0600.
+//! The status service for `countersign status`, on a Unix socket of mode 0600.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 use crate::sidecar::Sidecar;
 use crate::telemetry::{Carried, Direction};
 
-/// The service.
+/// The gRPC service over one sidecar's state.
 pub struct StatusEndpoint(pub Arc<Sidecar>);
 
 #[async_trait]

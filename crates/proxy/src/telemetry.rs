@@ -1,4 +1,4 @@
-//! What the sidecar counts and writes down: metrics (`docs/metrics.md`) and one line a connection.
+//! Metrics (`docs/metrics.md`) and the access log, one line per connection.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -27,18 +27,18 @@ use crate::mesh::Peer;
 use crate::refusal::Refused;
 use crate::sampled::Sampled;
 
-/// How long the access log holds lines back, so that they are written together.
+/// How long the access log collects lines before it writes them together.
 const HOLD: Duration = Duration::from_millis(200);
-/// How long the last lines may take at the end.
+/// How long writing the last lines may take at shutdown.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// Which way a connection goes, seen from the workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
-    /// To the workload.
+    /// From others to the workload.
     Inbound,
-    /// From the workload.
+    /// From the workload to others.
     Outbound,
 }
 
@@ -46,11 +46,11 @@ pub enum Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Carried {
-    /// Over mTLS.
+    /// Carried over mTLS.
     Mtls,
-    /// In the clear.
+    /// Carried in plaintext.
     Plain,
-    /// Not at all.
+    /// Refused: nothing was carried.
     Refused,
 }
 
@@ -75,7 +75,7 @@ impl Carried {
     }
 }
 
-// The library's derive would write the variants' Rust names; dashboards and alerts match on the documented ones.
+// The library's derive would write the Rust names of the variants; dashboards and alerts match the documented ones.
 impl EncodeLabelValue for Direction {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
         std::fmt::Write::write_str(encoder, self.as_str())
@@ -106,37 +106,37 @@ struct ByteLabels {
     flow: &'static str,
 }
 
-/// The bytes of one direction's connections.
+/// Byte counters of one direction's connections.
 #[derive(Clone)]
 pub struct Bytes {
-    /// From the workload.
+    /// Bytes that the workload sent.
     pub sent: Counter,
-    /// To the workload.
+    /// Bytes that the workload received.
     pub received: Counter,
 }
 
-/// Counters and logs of one sidecar.
+/// Metrics and access log of one sidecar.
 pub struct Telemetry {
-    /// All metrics, for `/metrics`.
+    /// All metrics, rendered by `/metrics`.
     pub registry: Registry,
     connections: Family<ConnectionLabels, Counter>,
     refused: Family<RefusalLabels, Counter>,
     bytes: [Bytes; 2],
-    /// Open connections.
+    /// Number of open connections.
     pub active: Gauge,
-    /// Identities taken up since the start.
+    /// Number of identities used since start, the first included.
     pub rotations: Counter,
     svid_expiry: Gauge,
     authority_expiry: Gauge,
-    /// Addresses that the directory is asked about.
+    /// Number of addresses that the directory is asked about.
     pub followed: Gauge,
     log: Option<Arc<LogWriter>>,
-    /// Which refusals are written to the log one by one.
+    /// Rate limit for log lines about refusals.
     refusals: Sampled,
 }
 
 impl Telemetry {
-    /// Opens the access log.
+    /// Registers all metrics and opens the access log. Errors: the log cannot be opened.
     pub fn new(target: Option<&AccessLogTarget>) -> std::io::Result<Self> {
         let mut registry = Registry::with_prefix("countersign_proxy");
         let connections = Family::<ConnectionLabels, Counter>::default();
@@ -200,7 +200,7 @@ impl Telemetry {
         }
     }
 
-    /// Shows an identity's ends.
+    /// Sets the expiry metrics from the current identity; 0 without one.
     pub fn identity(&self, identity: Option<&Identity>) {
         self.svid_expiry.set(identity.map_or(0, |i| i.svid().facts().not_after.unix_timestamp()));
         let ends = identity
@@ -210,11 +210,12 @@ impl Telemetry {
         self.authority_expiry.set(ends.min().unwrap_or(0));
     }
 
-    /// A connection has ended.
+    /// Counts a finished connection and writes its log lines.
     pub fn ended(&self, record: &Record, refused: Option<&Refused>) {
         self.connections.get_or_create(&ConnectionLabels { direction: record.direction, mode: record.mode }).inc();
         if let Some(refused) = refused {
-            // A peer's code is its own choice of words; only the fact is counted.
+            // A code from a peer is text of its choice, so it never becomes a label: `refused_by_peer` is counted
+            // instead.
             self.refused
                 .get_or_create(&RefusalLabels { direction: record.direction, reason: refused.code().to_owned() })
                 .inc();
@@ -228,12 +229,12 @@ impl Telemetry {
         }
     }
 
-    /// Connections that ended, by direction and mode.
+    /// Number of finished connections by direction and mode.
     pub fn connection_count(&self, direction: Direction, mode: Carried) -> u64 {
         self.connections.get_or_create(&ConnectionLabels { direction, mode }).get()
     }
 
-    /// Refusals by direction and reason, read back from the registry's own text.
+    /// Number of refusals by "direction reason", read back from the registry's text.
     pub fn refused_counts(&self) -> BTreeMap<String, u64> {
         let mut text = String::new();
         // Writing to a text cannot fail.
@@ -250,14 +251,14 @@ impl Telemetry {
             .collect()
     }
 
-    /// Opens the access log's file anew: logrotate has renamed it.
+    /// Reopens the file of the access log, after logrotate has renamed it.
     pub fn reopen(&self) {
         if let Some(log) = &self.log {
             log.reopen();
         }
     }
 
-    /// Writes what the access log holds back, and ends it. What nobody reads in time is lost.
+    /// Writes the collected lines and ends the access log. Lines that are not written in time are lost.
     pub async fn finish(&self) {
         if let Some(log) = self.log.clone() {
             let finished = tokio::task::spawn_blocking(move || log.finish(LAST_LINES)).await;
@@ -268,30 +269,30 @@ impl Telemetry {
     }
 }
 
-/// What is known of a connection when it ends.
+/// Everything known about a connection when it ends.
 #[derive(Clone)]
 pub struct Record {
-    /// Which way.
+    /// Direction as seen from the workload.
     pub direction: Direction,
-    /// How it went.
+    /// How it was carried.
     pub mode: Carried,
-    /// When it began.
+    /// Start on the monotonic clock, for the duration.
     pub began: Instant,
-    /// When it began, by the clock.
+    /// Start on the wall clock.
     pub began_at: OffsetDateTime,
-    /// Who dialled.
+    /// Address and port of the side that dialled.
     pub source: SocketAddr,
-    /// Where to.
+    /// Address and port that was dialled; `None` if it never became known.
     pub destination: Option<SocketAddr>,
-    /// The other sidecar, if it is one.
+    /// The authenticated other end; `None` for plaintext.
     pub peer: Option<Peer>,
-    /// As whom we act.
+    /// Our identity on this connection; `None` if there was none.
     pub own: Option<Arc<Identity>>,
-    /// From the workload.
+    /// Bytes that the workload sent.
     pub bytes_sent: u64,
-    /// To the workload.
+    /// Bytes that the workload received.
     pub bytes_received: u64,
-    /// How it ended, as [`crate::copy::End::as_str`] names it; empty when nothing was carried.
+    /// How it ended, see [`crate::copy::End::as_str`]; empty if nothing was carried.
     pub end: &'static str,
 }
 
@@ -332,14 +333,15 @@ struct Line<'a> {
 
 fn open_access_log(target: &AccessLogTarget) -> std::io::Result<LogWriter> {
     let sink = match target {
-        // The descriptor itself, beside the standard library's lock and buffer: a reader that stands still holds neither.
+        // A duplicate of the descriptor instead of the standard library's lock and buffer: a reader that stalls blocks
+        // neither.
         AccessLogTarget::Stdout => Sink::Stream(std::io::stdout().as_fd().try_clone_to_owned()?.into()),
         AccessLogTarget::File(path) => Sink::File(path.clone()),
     };
     LogWriter::start(sink, HOLD)
 }
 
-/// Shows what the access log has lost.
+/// Exports the number of lost access log lines.
 #[derive(Debug)]
 struct Lost(Option<Arc<LogWriter>>);
 
@@ -351,7 +353,7 @@ impl Collector for Lost {
     }
 }
 
-/// One JSON value and a line feed.
+/// Appends one JSON object and a line feed.
 fn write_line(out: &mut Vec<u8>, r: &Record, refused: Option<&Refused>) -> serde_json::Result<()> {
     let rfc3339 = |t: OffsetDateTime| t.format(&Rfc3339).unwrap_or_default();
     let peer_id = r.peer.as_ref().map(|p| p.svid.id.to_string());

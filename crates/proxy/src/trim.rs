@@ -1,5 +1,6 @@
-//! Gives back the memory of code that is not run any more: the start's, and the connections' once no new ones come. The binary
-//! holds every role, and what is touched of it stays mapped; what is needed again comes back from the page cache.
+//! Returns the memory of code that no longer runs: code of the start, and code of connections once no new ones come.
+//! The binary holds every role, and each page that was touched stays mapped; what is needed again comes from the page
+//! cache.
 
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
@@ -11,10 +12,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::connections::Connections;
 
-/// No new connection for this long is a quiet time.
+/// Time without a new connection that counts as quiet.
 const QUIET: Duration = Duration::from_secs(15);
 
-/// Gives back the code that connections have run, once a quiet time, until `end`.
+/// Returns the code that connections have run, once per quiet period, until `end`.
 pub async fn when_quiet(connections: Arc<Connections>, end: CancellationToken) {
     let (mut seen, mut busy) = (0, true);
     loop {
@@ -31,7 +32,7 @@ pub async fn when_quiet(connections: Arc<Connections>, end: CancellationToken) {
     }
 }
 
-/// Unmaps the executable's code pages from this process; they are read in again as they are run.
+/// Unmaps the executable's code pages from this process; the kernel reads them again when they run.
 pub fn give_back_code() {
     let Ok(exe) = std::fs::read_link("/proc/self/exe") else { return };
     let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
@@ -40,8 +41,8 @@ pub fn give_back_code() {
     }
 }
 
-/// Start and length of each mapping of code of a file (proc(5): `start-end perms offset dev inode path`). Only pages that
-/// nobody can have written: what was relocated is not executable.
+/// Start and length of each code mapping of a file (proc(5): `start-end perms offset dev inode path`). Only pages that
+/// cannot have been modified: relocated pages are not executable.
 fn code_of(maps: &str, exe: &str) -> Vec<(NonZeroUsize, usize)> {
     let read = |line: &str| {
         let mut fields = line.split_whitespace();

@@ -1,5 +1,5 @@
-//! One handshake with ourselves before we are ready: the engine gathers its entropy and fills its tables on first use,
-//! and no caller is to wait for that.
+//! One handshake with ourselves before the sidecar is ready: the crypto library gathers entropy and builds tables on
+//! first use, and no caller should wait for that.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use rustls::{ClientConnection, ServerConnection};
 
 use crate::identity::Identity;
 
-/// Shakes hands in memory. A failure is reported: it would be every connection's failure.
+/// Does a handshake in memory. A failure is only logged here; it would affect every connection too.
 pub fn warm_up(identity: &Identity) {
     if let Err(error) = handshake(identity) {
         tracing::error!(%error, "cannot shake hands with ourselves; is our own SVID signed by our own bundle?");

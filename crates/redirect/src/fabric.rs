@@ -1,4 +1,5 @@
-//! A switch in a namespace of its own, and namespaces plugged into it: the network of a mesh on one machine.
+//! A virtual switch in its own network namespace, with other namespaces connected to it: the network of a mesh on one
+//! machine.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -10,23 +11,23 @@ use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkUnspec, LinkVeth}
 use crate::netns::NetNs;
 
 const BRIDGE: &str = "switch";
-/// The interface's name inside a plugged-in namespace.
+/// Name of the network interface inside a connected namespace.
 pub const INTERFACE: &str = "eth0";
 
-/// A namespace that holds the switch.
+/// The namespace that holds the switch.
 pub struct Fabric(NetNs);
 
-/// The addresses of a plugged-in namespace.
+/// Addresses of a connected namespace.
 #[derive(Debug, Clone, Copy)]
 pub struct Addresses {
-    /// IPv4 and prefix length.
+    /// IPv4 address and prefix length.
     pub v4: (Ipv4Addr, u8),
-    /// IPv6 and prefix length.
+    /// IPv6 address and prefix length; `None` for no IPv6.
     pub v6: Option<(Ipv6Addr, u8)>,
 }
 
 impl Fabric {
-    /// Makes the namespace and its switch.
+    /// Creates the namespace and its switch. Removes the namespace again on failure.
     pub fn create(name: &str) -> io::Result<Self> {
         let ns = NetNs::create(name)?;
         let built = ns.run(|| {
@@ -42,17 +43,17 @@ impl Fabric {
         Ok(Self(ns))
     }
 
-    /// The fabric of this name.
+    /// The fabric with this name, whether or not it exists.
     pub fn named(name: &str) -> Self {
         Self(NetNs::named(name))
     }
 
-    /// Its namespace.
+    /// The namespace of the switch.
     pub fn netns(&self) -> &NetNs {
         &self.0
     }
 
-    /// Makes a namespace and plugs it in. `port` names the switch's end of the cable: 15 bytes at most.
+    /// Creates a namespace and connects it. `port` names the switch's end of the link, at most 15 bytes.
     pub fn plug(&self, name: &str, port: &str, addresses: Addresses) -> io::Result<NetNs> {
         let ns = NetNs::create(name)?;
         let plugged = self.cable(&ns, port).and_then(|()| ns.run(move || configure(addresses)));
@@ -82,11 +83,11 @@ impl Fabric {
         })
     }
 
-    /// Unplugs and removes a namespace. Not there is fine.
+    /// Disconnects and removes a namespace. It need not exist.
     pub fn unplug(&self, ns: &NetNs, port: &str) -> io::Result<()> {
         let port = port.to_owned();
         if self.0.path().exists() {
-            // The cable's other end may outlive its namespace's name for as long as something runs there.
+            // The link's other end may outlive the name of its namespace, as long as a process runs there.
             let _ = self.0.run(move || {
                 with_netlink(async |netlink| {
                     let near = index(&netlink, &port).await?;
@@ -98,7 +99,7 @@ impl Fabric {
     }
 }
 
-/// Gives this namespace's interface its addresses and brings it and the loopback up.
+/// Assigns addresses to this namespace's interface, and enables it and the loopback.
 fn configure(addresses: Addresses) -> io::Result<()> {
     // Without a wait for duplicates: the fabric gives each address once. Where it cannot be set, an address comes a second later.
     let _ = std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0");
@@ -131,7 +132,7 @@ async fn index(netlink: &Handle, name: &str) -> io::Result<u32> {
     link.map(|l| l.header.index).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no link `{name}`")))
 }
 
-/// Runs something with a netlink connection into this thread's namespace.
+/// Runs `work` with a netlink connection to this thread's namespace.
 fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> io::Result<T>) -> io::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -1,8 +1,9 @@
-//! What is not TCP under strict: dropped in both directions, but for what an application cannot do without and what is named.
+//! Protocols other than TCP in strict mode: dropped in both directions, except for what an app cannot work without and
+//! what is allowed by name.
 //!
-//! The sidecar protects TCP alone. A strict workload whose UDP passed in the clear would not be strict, so everything else is
-//! dropped, counted, and where the kernel allows it logged by sample. What stays is no path for application data between
-//! two workloads that nobody named: loopback, ICMP, DNS to the resolvers of `resolv.conf`, and replies to what may pass.
+//! The sidecar protects TCP only. A workload whose UDP passed in plaintext would not be strict, so everything else is
+//! dropped, counted and, if the kernel supports it, logged by sample. The exceptions are no channel for application
+//! data between two workloads: loopback, ICMP, DNS to the resolvers of `resolv.conf`, and replies to allowed packets.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -14,30 +15,30 @@ use crate::rules::{Hook, Match, Rule, Verdict};
 
 /// The port of DNS (RFC 1035 4.2).
 pub const DNS: u16 = 53;
-/// Where a namespace's resolvers are named (resolv.conf(5)).
+/// The file that names a namespace's resolvers (resolv.conf(5)).
 pub const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Largest `resolv.conf` that is read, in bytes.
 const MAX_RESOLV_CONF: u64 = 64 * 1024;
 
-/// What else than TCP may pass in a strict workload's namespace.
+/// What may pass in a strict workload's namespace apart from TCP.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Guard {
-    /// DNS may go to these, over UDP and TCP; to nobody else. Empty means nobody.
+    /// Resolvers that DNS may go to, over UDP and TCP. Empty allows no DNS.
     pub resolvers: BTreeSet<IpAddr>,
-    /// UDP may go to and come to these ports.
+    /// UDP ports that packets may be sent to and received on.
     pub udp_ports: BTreeSet<u16>,
-    /// Every protocol but TCP may go to and come from these networks.
+    /// Networks that every protocol except TCP may be exchanged with.
     pub cidrs: BTreeSet<IpNet>,
 }
 
-/// IPv6 link-local addresses (RFC 4291 2.5.6). They mean something on one link alone, which a redirect loses.
+/// IPv6 link-local addresses (RFC 4291 2.5.6). They are valid on one link only, which a redirect loses.
 pub fn link_local() -> IpNet {
     // fe80::/10 is a valid network: ten bits of 128.
     Ipv6Net::new_assert(std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10).into()
 }
 
 impl Guard {
-    /// A guard that knows the resolvers of this file; one that cannot be read names none.
+    /// A guard that allows the resolvers of this file; an unreadable file names none.
     pub fn with_resolvers_of(path: &Path) -> Self {
         use std::io::Read;
         let mut text = String::new();
@@ -49,7 +50,7 @@ impl Guard {
         Self { resolvers: resolvers(&text), ..Self::default() }
     }
 
-    /// Its rules in order, output first. `outbound` and `inbound` are networks whose traffic is left alone whole.
+    /// The rules in order, output first. `outbound` and `inbound` are networks whose traffic is not touched at all.
     pub(crate) fn rules(&self, outbound: &BTreeSet<IpNet>, inbound: &BTreeSet<IpNet>) -> Vec<Rule> {
         let mut rules = vec![];
         for (hook, nets) in [(Hook::GuardOutput, outbound), (Hook::GuardInput, inbound)] {
@@ -58,11 +59,11 @@ impl Guard {
             for net in nets {
                 rule(Match::Net(*net), Verdict::Exempt);
             }
-            // Of a connection that was let through before: its first packet went the other way.
+            // Part of a connection that was allowed before: its first packet went the other way.
             rule(Match::Reply, Verdict::Exempt);
             if hook == Hook::GuardOutput {
-                // The redirect leaves it alone, which would be a way around the sidecar. The kernel delivers no reset and no ICMP
-                // error to a link-local source of its own, so that it cannot be refused.
+                // The redirect does not catch it, which would bypass the sidecar. It is dropped instead of refused,
+                // because the kernel delivers no reset and no ICMP error to a link-local source.
                 rule(Match::TcpNet(link_local()), Verdict::Drop);
             }
             // What is left of TCP was redirected, or is exempt from that. Which it is was decided by a connection's first packet:
@@ -71,6 +72,8 @@ impl Guard {
             rule(Match::Tcp, Verdict::Exempt);
             rule(Match::Icmp, Verdict::Exempt);
             rule(Match::Icmpv6, Verdict::Exempt);
+            // Only these resolvers: UDP port 53 of any other host would be an unprotected channel between two
+            // workloads.
             if hook == Hook::GuardOutput {
                 for resolver in &self.resolvers {
                     rule(Match::Udp(DNS, Some(*resolver)), Verdict::Exempt);
@@ -89,13 +92,13 @@ impl Guard {
     }
 }
 
-/// The `nameserver` lines of a `resolv.conf`; whatever else stands there is passed over.
+/// The `nameserver` lines of a `resolv.conf`; everything else is ignored.
 pub fn resolvers(text: &str) -> BTreeSet<IpAddr> {
     let named = text.lines().filter_map(|line| {
         let mut words = line.split_ascii_whitespace();
         (words.next() == Some("nameserver")).then(|| words.next()).flatten()
     });
-    // A link-local resolver has its interface behind a `%`.
+    // A link-local resolver has its interface after a `%`.
     named.filter_map(|address| address.split('%').next()?.parse().ok()).collect()
 }
 

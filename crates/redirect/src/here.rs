@@ -1,18 +1,18 @@
-//! Which network namespace this process is in: the machine's own, or one of a workload.
+//! Determines which network namespace this process is in: the machine's own, or a workload's.
 
 use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// A network namespace that a redirect must not be put into by mistake.
+/// A network namespace into which a redirect must not be installed by mistake.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Shared {
-    /// The machine's own, in which its SSH server and everything else lives.
+    /// The machine's own namespace, with its SSH server and everything else.
     Machine,
-    /// That of process 1 as it is seen from here.
+    /// The namespace of process 1, as seen from here. Holds the name of that process.
     FirstProcess(String),
-    /// There is no procfs that could tell.
+    /// There is no procfs to tell.
     Unknown,
 }
 
@@ -26,7 +26,7 @@ impl fmt::Display for Shared {
     }
 }
 
-/// What procfs says of where we are; a seam for tests.
+/// Reads procfs, below a root that tests can replace.
 struct Proc(PathBuf);
 
 impl Proc {
@@ -39,31 +39,32 @@ impl Proc {
         if !core.exists() {
             return Some(Shared::Unknown);
         }
-        // The kernel registers this setting in its first network namespace alone, and shows it to nobody outside of it.
+        // The kernel registers this setting only in its initial network namespace and shows it nowhere else.
         if core.join("netdev_max_backlog").exists() {
             return Some(Shared::Machine);
         }
-        // In a pod process 1 is the pod's own, or we are it.
+        // In a pod, process 1 is the pod's own, or this process.
         if is_pod || first_process {
             return None;
         }
-        // Not to be seen: a process of another user's, or a hidden one. The trait above has spoken then.
+        // Not readable: a process of another user, or a hidden one. The check above has decided already.
         let (ours, first) = (self.namespace_of("self").ok()?, self.namespace_of("1").ok()?);
         let name = std::fs::read_to_string(self.0.join("1/comm")).unwrap_or_default();
         (ours == first).then(|| Shared::FirstProcess(name.trim().to_owned()))
     }
 }
 
-/// The namespace that others rely on, if this is one. `is_pod`: the caller knows that process 1 is no reference, because this is
-/// a pod's container.
+/// The namespace that others depend on, if this is one; `None` otherwise. `is_pod`: process 1 is no reference, because
+/// this is a pod's container.
 ///
-/// The kernel's first namespace is known by a setting that it shows there alone, so that neither PID namespaces nor a hidden
-/// process 1 deceive. A machine that is itself a container is known by process 1 being in the same namespace as we are.
+/// The kernel's initial namespace is recognised by a setting that exists only there, so PID namespaces and a hidden
+/// process 1 do not mislead. A machine that is itself a container is recognised because process 1 is in the same
+/// namespace as this process.
 pub fn shared(is_pod: bool) -> Option<Shared> {
     Proc("/proc".into()).shared(is_pod, std::process::id() == 1)
 }
 
-/// The kernel's number of this namespace, and its name where `ip netns` has one: `net:[4026532291] (web)`.
+/// The kernel's identifier of this namespace, and its name if `ip netns` has one: `net:[4026532291] (web)`.
 pub fn name() -> String {
     let Ok(link) = std::fs::read_link("/proc/self/ns/net") else { return "unknown".to_owned() };
     let link = link.display().to_string();

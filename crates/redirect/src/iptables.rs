@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use crate::rules::{Hook, Match, Rule, Verdict};
 use crate::{InstalledRule, Redirect, RedirectError};
 
-/// Where the rules of a hook stand: table, our chain, the chain that jumps to it.
+/// Where the rules of a hook are: table, our chain, and the chain that jumps to it.
 fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
     match hook {
         Hook::Output => ("nat", "COUNTERSIGN_OUT", "OUTPUT"),
@@ -21,12 +21,12 @@ fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
 
 const TABLES: [&str; 2] = ["nat", "filter"];
 
-/// Puts our chains in place of earlier ones: one transaction an IP version and table, the dropping one first.
+/// Replaces our chains: one transaction per IP version and table, the dropping one first.
 pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
     let rules = redirect.rules();
     for v6 in [false, true] {
         let done = match install_one(&rules, v6) {
-            // A kernel that cannot log drops all the same.
+            // A kernel that cannot log still drops.
             Err(_) if rules.iter().any(|r| r.verdict == Verdict::Sample) => {
                 let rules: Vec<Rule> = rules.iter().copied().filter(|r| r.verdict != Verdict::Sample).collect();
                 install_one(&rules, v6)
@@ -46,7 +46,7 @@ pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
 
 fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
     if !rules.iter().any(|r| r.hook.is_guard()) {
-        // Of an earlier redirect that had a guard.
+        // Left over from an earlier redirect with a guard.
         unhook(v6, "filter")?;
     }
     let mut script = String::new();
@@ -58,7 +58,7 @@ fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
         let _ = writeln!(script, "*{table}");
         let present = run(listing(v6), &["-w", "5", "-t", table, "-S"], None).unwrap_or_default();
         for hook in &hooks {
-            // Naming a chain empties it, so that one transaction puts the new rules in place of the old.
+            // Declaring a chain empties it, so one transaction replaces the old rules by the new.
             let _ = writeln!(script, ":{} - [0:0]", place_of(*hook).1);
         }
         for rule in rules.iter().filter(|r| hooks.contains(&r.hook)) {
@@ -127,7 +127,7 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
     Some(format!("-A {chain} {matches} {more}-m comment --comment \"{}\" -j {verdict}", rule.comment()))
 }
 
-/// Removes our chains; nothing there is fine, and so is a machine without the binary.
+/// Removes our chains. They need not exist, nor does the binary.
 pub fn remove() -> Result<(), RedirectError> {
     for v6 in [false, true] {
         for table in TABLES {
@@ -163,8 +163,8 @@ fn unhook(v6: bool, table: &str) -> Result<(), RedirectError> {
     Ok(())
 }
 
-/// Our rules as the kernel has them, both IP versions added up, in the order of [`Redirect::rules`] but for those that only
-/// one IP version has.
+/// Our rules as the kernel has them, counters of both IP versions added, in the order of [`Redirect::rules`] except for
+/// rules that exist for one IP version only.
 pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
     let mut found: Vec<InstalledRule> = vec![];
     for table in TABLES {
@@ -181,7 +181,7 @@ pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
                     found[known].bytes += bytes;
                     at = known + 1;
                 } else {
-                    // Where it stands among those of the other IP version.
+                    // The position among the rules of the other IP version.
                     let at_least = if at == 0 { found.len() } else { at };
                     found.insert(at_least, InstalledRule { comment: comment.to_owned(), packets, bytes });
                     at = at_least + 1;
@@ -193,7 +193,7 @@ pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
     Ok(found)
 }
 
-/// Where the hook of a rule stands among the hooks.
+/// The position of a rule's hook among the hooks.
 fn order(comment: &str) -> usize {
     let hooks = ["countersign out:", "countersign in:", "countersign others out:", "countersign others in:"];
     hooks.iter().position(|hook| comment.starts_with(hook)).unwrap_or(hooks.len())

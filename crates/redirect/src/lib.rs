@@ -1,8 +1,8 @@
-//! The NAT redirect that brings a workload's traffic to its sidecar, and the network namespaces it lives in.
+//! The NAT redirect that sends a workload's traffic to its sidecar, and the network namespaces of workloads.
 //!
-//! [`rules`] says what is caught and what is not, once; [`nftables`] writes it over netlink, [`iptables`] through the
-//! binary where the kernel has no nf_tables. [`guard`] says what becomes of that which is not TCP. [`here`] tells in which
-//! namespace we are. [`netns`] makes and enters network namespaces, [`fabric`] joins them.
+//! [`rules`] defines what is redirected and what is not; [`nftables`] installs it over netlink, [`iptables`] through
+//! the binary if the kernel lacks nf_tables. [`guard`] defines what happens to protocols other than TCP. [`here`]
+//! determines the current namespace. [`netns`] creates and enters network namespaces, [`fabric`] connects them.
 
 pub mod conntrack;
 pub mod fabric;
@@ -23,39 +23,39 @@ use rules::{Rule, Verdict};
 /// Why the redirect could not be installed, read or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
-    /// Not allowed.
+    /// The process lacks `CAP_NET_ADMIN` in this network namespace.
     #[error("changing the redirect needs CAP_NET_ADMIN in this network namespace; run as root")]
     NotPermitted,
     /// The kernel has no nf_tables NAT.
     #[error("this kernel has no nf_tables NAT ({0})")]
     NoNftables(std::io::Error),
-    /// Neither way works.
+    /// Neither backend works here.
     #[error(
         "the redirect cannot be installed here: {nftables}, and {iptables}; load the kernel modules nf_tables and nft_redir, or install iptables"
     )]
     NoNetfilter {
-        /// What nf_tables said.
+        /// Error of the nf_tables backend.
         nftables: Box<RedirectError>,
-        /// What iptables said.
+        /// Error of the iptables backend.
         iptables: Box<RedirectError>,
     },
-    /// The kernel refused a rule.
+    /// The kernel rejected a rule.
     #[error("the kernel refused the redirect: {0}")]
     Kernel(std::io::Error),
-    /// The binary failed.
+    /// An `iptables` binary failed.
     #[error("`{command}` failed: {why}")]
     Command {
-        /// What was run.
+        /// The command line that was run.
         command: String,
-        /// What it said.
+        /// Its error output, or why it could not be started.
         why: String,
     },
 }
 
-/// Which part of the kernel holds the rules.
+/// The kernel interface that holds the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
-    /// nf_tables where the kernel has it, iptables elsewhere.
+    /// nf_tables if the kernel supports it, otherwise iptables. The default.
     #[default]
     Auto,
     /// nf_tables over netlink.
@@ -87,14 +87,14 @@ impl fmt::Display for Backend {
     }
 }
 
-/// One installed rule as the kernel shows it.
+/// One installed rule, as reported by the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InstalledRule {
-    /// What it is for.
+    /// Purpose of the rule, see [`Rule::comment`].
     pub comment: String,
-    /// Packets that it matched.
+    /// Number of packets that matched.
     pub packets: u64,
-    /// Bytes that it matched.
+    /// Number of bytes that matched.
     pub bytes: u64,
 }
 
@@ -137,8 +137,8 @@ fn install_by(redirect: &Redirect, backend: Backend) -> Result<Backend, Redirect
     }
 }
 
-/// Removes the redirect from this network namespace, whichever backend holds it; nothing there is fine. Returns the rules that
-/// were there.
+/// Removes the redirect from this network namespace, whichever backend holds it. It need not exist. Returns the rules
+/// that were removed.
 pub fn remove() -> Result<Vec<InstalledRule>, RedirectError> {
     let found = installed()?;
     match nftables::remove() {
@@ -149,8 +149,8 @@ pub fn remove() -> Result<Vec<InstalledRule>, RedirectError> {
     Ok(found)
 }
 
-/// Whether these rules are in force as asked for. A kernel that cannot log lacks the samples, which change nothing; and the
-/// order of exemptions that stand together says nothing.
+/// Whether exactly these rules are installed. Missing log samples do not count, because a kernel may not support them;
+/// the order within a run of exemptions does not count either.
 pub fn in_force(redirect: &Redirect, found: &[InstalledRule]) -> bool {
     let asked = redirect.rules();
     let samples: Vec<String> = asked.iter().filter(|r| r.verdict == Verdict::Sample).map(Rule::comment).collect();
@@ -159,7 +159,7 @@ pub fn in_force(redirect: &Redirect, found: &[InstalledRule]) -> bool {
     runs(asked).eq(&runs(found))
 }
 
-/// Rules, each run of exemptions of one hook sorted.
+/// Rules in order, with each run of exemptions of one hook sorted.
 fn runs(comments: impl Iterator<Item = String>) -> Vec<Vec<String>> {
     let run_of = |c: &str| c.ends_with(" exempt").then(|| c.split(':').next().map(ToOwned::to_owned)).flatten();
     let mut all: Vec<Vec<String>> = vec![];
@@ -173,7 +173,7 @@ fn runs(comments: impl Iterator<Item = String>) -> Vec<Vec<String>> {
     all
 }
 
-/// The rules that are in force in this network namespace; none means that there is no redirect.
+/// The rules that are installed in this network namespace; empty if there is no redirect.
 pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
     let found = match nftables::installed() {
         Err(RedirectError::NoNftables(_)) => vec![],

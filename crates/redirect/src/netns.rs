@@ -1,4 +1,4 @@
-//! Network namespaces with a name, in the place where iproute2 looks for them.
+//! Named network namespaces, stored where iproute2 expects them.
 
 use std::fs::File;
 use std::io;
@@ -10,21 +10,21 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{FsType, statfs};
 
-/// Where named namespaces are mounted (ip-netns(8)).
+/// The folder where named namespaces are mounted (ip-netns(8)).
 const DIR: &str = "/run/netns";
-/// The file system of namespaces (`NSFS_MAGIC` of linux/magic.h).
+/// The file system type of namespaces (`NSFS_MAGIC` of linux/magic.h).
 const NSFS: FsType = FsType(0x6e73_6673);
-/// Mounts that are undone at one name at most: a name may be covered several times, and a loop needs an end.
+/// Most mounts that are removed at one name: a name may be mounted over several times, and the loop must end.
 const MAX_LAYERS: usize = 64;
 
-/// A named network namespace.
+/// A network namespace by the path of its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetNs {
     path: PathBuf,
 }
 
 impl NetNs {
-    /// The namespace of this name, whether or not it is there.
+    /// The namespace with this name, whether or not it exists.
     pub fn named(name: &str) -> Self {
         Self { path: Path::new(DIR).join(name) }
     }
@@ -34,13 +34,13 @@ impl NetNs {
         Self { path: path.into() }
     }
 
-    /// Its file.
+    /// Path of the namespace's file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes it. Its loopback interface is down. A name that is a mere file, left by a machine that went down or by a mount
-    /// that was hidden, is taken over; one that is a namespace is refused with `AlreadyExists`.
+    /// Creates a named namespace, with its loopback interface down. A plain file at that name, left by a crash or a
+    /// hidden mount, is replaced. Errors: `AlreadyExists` if the name is a namespace.
     pub fn create(name: &str) -> io::Result<Self> {
         prepare_folder(Path::new(DIR))?;
         let ns = Self::named(name);
@@ -55,7 +55,7 @@ impl NetNs {
             }
         }
         let path = ns.path.clone();
-        // A thread of its own: what it unshares is gone with it, but for the mount.
+        // On its own thread, whose new namespace ends with it except for the mount.
         let made = on_own_thread(move || {
             unshare(CloneFlags::CLONE_NEWNET)?;
             mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
@@ -69,18 +69,18 @@ impl NetNs {
         Ok(ns)
     }
 
-    /// Whether a namespace is mounted at its name.
+    /// Whether a namespace is mounted at this path.
     fn is_namespace(&self) -> bool {
         statfs(&self.path).is_ok_and(|about| about.filesystem_type() == NSFS)
     }
 
-    /// Removes it; what still runs in it keeps it alive without a name. Not there is fine.
+    /// Removes the name. Processes in the namespace keep it alive without one. It need not exist.
     pub fn remove(&self) -> io::Result<()> {
-        // Every layer: whoever copied the folder's mounts may have mounted it once more.
+        // All layers: a process that copied the folder's mounts may have mounted it once more.
         for _ in 0..MAX_LAYERS {
             match umount2(&self.path, MntFlags::MNT_DETACH) {
                 Ok(()) => {}
-                // No mount (any more), or no file.
+                // Not mounted (any more), or no file.
                 Err(Errno::EINVAL | Errno::ENOENT) => break,
                 Err(error) => return Err(error.into()),
             }
@@ -91,12 +91,12 @@ impl NetNs {
         }
     }
 
-    /// Opens it.
+    /// Opens the namespace's file, for setns(2).
     pub fn open(&self) -> io::Result<File> {
         File::open(&self.path)
     }
 
-    /// Runs something in it, on a thread of its own.
+    /// Runs `work` in the namespace, on its own thread.
     pub fn run<T: Send + 'static>(&self, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
         let file = self.open()?;
         on_own_thread(move || {
@@ -105,7 +105,7 @@ impl NetNs {
         })
     }
 
-    /// Names of all namespaces that begin so.
+    /// Names of all namespaces with this prefix.
     pub fn list(prefix: &str) -> Vec<String> {
         let entries = std::fs::read_dir(DIR).into_iter().flatten().flatten();
         let names = entries.filter_map(|e| e.file_name().into_string().ok());
@@ -113,18 +113,18 @@ impl NetNs {
     }
 }
 
-/// Makes the folder of namespaces a shared mount point of its own, as ip-netns(8) does before its first namespace: a later
-/// `ip netns add` or CNI plugin then finds it so. Otherwise they would mount the folder over itself, and every namespace that
-/// was there before would be hidden below the copy, where nothing can unmount it.
+/// Makes the folder of namespaces a shared mount point, as ip-netns(8) does before its first namespace. Otherwise a
+/// later `ip netns add` or CNI plugin would mount the folder over itself, and every earlier namespace would be hidden
+/// below the copy, where nothing can unmount it.
 fn prepare_folder(dir: &Path) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
-    // The lock that iproute2 takes: two at once would mount the folder over itself again and again. Without it things go on,
-    // as they do there.
+    // The lock that iproute2 takes: two at once would mount the folder over itself repeatedly. Without the lock this
+    // continues, as iproute2 does.
     let _lock = Flock::lock(File::open(dir)?, FlockArg::LockExclusive).map_err(|(_, e)| e);
     let none = None::<&str>;
     let share = || mount(Some("none"), dir, none, MsFlags::MS_SHARED | MsFlags::MS_REC, none);
     match share() {
-        // EINVAL: it is no mount point yet.
+        // EINVAL: not a mount point yet.
         Err(Errno::EINVAL) => {
             mount(Some(dir), dir, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
             Ok(share()?)

@@ -1,4 +1,4 @@
-//! What is caught and what is not, independent of who enforces it.
+//! What is redirected and what is not, independent of the backend.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -10,29 +10,29 @@ use crate::guard::{DNS, Guard, link_local};
 /// The redirect of one network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Redirect {
-    /// The sidecar's user, whose own connections are never caught.
+    /// User ID of the sidecar, whose own connections are never redirected.
     pub proxy_uid: u32,
-    /// Where outgoing connections go.
+    /// Port of the sidecar for outgoing connections.
     pub outbound_port: u16,
-    /// Where incoming connections go.
+    /// Port of the sidecar for incoming connections.
     pub inbound_port: u16,
-    /// Incoming ports that are left alone: the mesh port, the probe port.
+    /// Incoming TCP ports that are not redirected: the mesh port and the probe port.
     pub exempt_inbound_ports: BTreeSet<u16>,
-    /// Outgoing ports that are left alone, DNS among them by default.
+    /// Outgoing TCP ports that are not redirected, by default DNS.
     pub exempt_outbound_ports: BTreeSet<u16>,
-    /// Destinations that are left alone.
+    /// Destination networks that are not redirected.
     pub exempt_outbound_cidrs: BTreeSet<IpNet>,
-    /// Sources that are left alone.
+    /// Source networks that are not redirected.
     pub exempt_inbound_cidrs: BTreeSet<IpNet>,
-    /// What else than TCP may pass (strict); `None`: all of it (permissive, off).
+    /// What may pass apart from TCP (strict); `None` allows everything (permissive, off).
     ///
-    /// With a guard an exempt outgoing port 53 is exempt towards the guard's resolvers alone: TCP to the port 53 of somebody
-    /// else goes to the sidecar as any TCP does.
+    /// With a guard, an exempt outgoing port 53 is exempt only for the guard's resolvers: TCP to port 53 of other hosts
+    /// goes to the sidecar like any other.
     pub guard: Option<Guard>,
 }
 
 impl Redirect {
-    /// The defaults of the design for a sidecar of this user.
+    /// The default redirect for a sidecar with this user ID.
     pub fn for_proxy(proxy_uid: u32) -> Self {
         Self {
             proxy_uid,
@@ -47,40 +47,40 @@ impl Redirect {
     }
 }
 
-/// Where a rule stands.
+/// The point in the kernel's packet processing where a rule applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
-    /// What this namespace's processes send.
+    /// Packets that this namespace's processes send.
     Output,
-    /// What comes in.
+    /// Packets that come in.
     Prerouting,
-    /// What this namespace's processes send, once the redirect has looked at it.
+    /// Packets that this namespace's processes send, after the redirect.
     GuardOutput,
-    /// What is delivered to this namespace's processes.
+    /// Packets that are delivered to this namespace's processes.
     GuardInput,
 }
 
 impl Hook {
-    /// Every hook in the order of [`Redirect::rules`].
+    /// All hooks, in the order of [`Redirect::rules`].
     pub const ALL: [Self; 4] = [Self::Output, Self::Prerouting, Self::GuardOutput, Self::GuardInput];
 
-    /// Whether its rules are about what is sent; the others' are about what comes.
+    /// Whether its rules concern outgoing packets; otherwise incoming ones.
     pub fn is_out(self) -> bool {
         matches!(self, Self::Output | Self::GuardOutput)
     }
 
-    /// Whether its rules decide what is dropped; the others' decide what is caught.
+    /// Whether its rules decide what is dropped; otherwise what is redirected.
     pub fn is_guard(self) -> bool {
         matches!(self, Self::GuardOutput | Self::GuardInput)
     }
 }
 
-/// What a rule looks for. The redirect's rules (`Output`, `Prerouting`) are about TCP.
+/// The condition of a rule. The redirect's rules (`Output`, `Prerouting`) match TCP only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Match {
-    /// Sent by this user.
+    /// Sent by a process of this user ID.
     Uid(u32),
-    /// Over the loopback interface.
+    /// Sent or received over the loopback interface.
     Loopback,
     /// TCP to this port.
     Port(u16),
@@ -90,48 +90,48 @@ pub enum Match {
     Net(IpNet),
     /// TCP to (output) or from (input) this network.
     TcpNet(IpNet),
-    /// TCP.
+    /// Any TCP packet.
     Tcp,
     /// TCP that belongs to no connection that the kernel follows: NAT leaves it as it is.
     TcpInvalid,
     /// ICMP over IPv4.
     Icmp,
-    /// `ICMPv6` over IPv6, neighbour discovery in it.
+    /// `ICMPv6` over IPv6, including neighbour discovery.
     Icmpv6,
-    /// Of a connection whose first packet went the other way.
+    /// Part of a connection whose first packet went the other way.
     Reply,
-    /// UDP to this port, of this address where there is one.
+    /// UDP to this port, of this address if given.
     Udp(u16, Option<IpAddr>),
-    /// Whatever is left.
+    /// Every packet that no earlier rule matched.
     Rest,
 }
 
-/// What happens to what it finds.
+/// What happens to a packet that matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes its way.
+    /// Passes unchanged; no further rule of the hook applies.
     Exempt,
-    /// It goes to this port of the sidecar.
+    /// Redirected to this port of the sidecar.
     To(u16),
-    /// One of many is written into the kernel's log, and the next rule decides.
+    /// Some of the packets are written to the kernel's log, and the next rule decides.
     Sample,
-    /// It is dropped.
+    /// Dropped without an answer.
     Drop,
 }
 
-/// One rule.
+/// One rule of the redirect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rule {
-    /// Where.
+    /// The hook that it belongs to.
     pub hook: Hook,
-    /// What.
+    /// The packets that it applies to.
     pub matches: Match,
-    /// And then.
+    /// The action on those packets.
     pub verdict: Verdict,
 }
 
 impl Rule {
-    /// Says what the rule is for; shown by `nft list ruleset`, `iptables -S` and `--check`.
+    /// The purpose of the rule, as shown by `nft list ruleset`, `iptables -S` and `--check`.
     pub fn comment(&self) -> String {
         let way = match self.hook {
             Hook::Output => "out",
@@ -165,14 +165,16 @@ impl Rule {
 }
 
 impl Redirect {
-    /// Its rules in order: the exemptions, then the rest; behind the redirect's the guard's.
+    /// The rules in order: exemptions, then everything else; the guard's rules after the redirect's.
     pub fn rules(&self) -> Vec<Rule> {
         let exempt = |hook, matches| Rule { hook, matches, verdict: Verdict::Exempt };
         let nets = |hook, nets: &BTreeSet<IpNet>| nets.iter().map(|n| exempt(hook, Match::Net(*n))).collect::<Vec<_>>();
         let rest = |hook, port| Rule { hook, matches: Match::Rest, verdict: Verdict::To(port) };
+        // The sidecar's own connections first: redirected, they would come back to it without end.
         let mut rules = vec![exempt(Hook::Output, Match::Uid(self.proxy_uid)), exempt(Hook::Output, Match::Loopback)];
-        // An answer of the sidecar's from the loopback interface does not reach a link-local source, and the sidecar could not dial
-        // such a destination, for it is told it without its interface. Left alone it works; under a guard it is dropped later.
+        // The sidecar's answer from the loopback interface would not reach a link-local source, and the sidecar could
+        // not dial such a destination, because it learns it without its interface. Not redirected it works; with a
+        // guard it is dropped later.
         rules.push(exempt(Hook::Output, Match::Net(link_local())));
         for port in &self.exempt_outbound_ports {
             match &self.guard {

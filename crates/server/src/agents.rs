@@ -1,7 +1,7 @@
-//! Attested nodes: who they are, which SVID they hold, who is banned.
+//! Attested nodes: their identity, the SVID that each of them holds, and bans.
 //!
-//! An agent's record is changed by [`Agents::update`] alone: one writer at a time here, and compare-and-set in the store, so
-//! that no renewal under way writes a ban or an eviction back, whichever server wrote it.
+//! An agent's record changes through [`Agents::update`] only: one writer at a time here, and compare-and-set in the
+//! store, so that a concurrent renewal never overwrites a ban or an eviction, whichever server made it.
 
 mod record;
 
@@ -17,19 +17,19 @@ use crate::node_attestor::EvidenceKey;
 
 pub use record::AttestedAgent;
 
-/// How often a change is tried anew when other servers write the same record.
+/// Most attempts at a change while other servers write the same record.
 const MAX_TRIES: usize = 16;
 
-/// Why an agent's SVID does not open the door (SPIRE API, types.PermissionDeniedDetails).
+/// Why an agent's SVID is not accepted (SPIRE API, types.PermissionDeniedDetails).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
-    /// Its SVID is over.
+    /// The agent's SVID has expired.
     Expired,
-    /// We don't know it: evicted, or never attested here.
+    /// The agent is unknown: evicted, or never attested here.
     NotAttested,
-    /// It uses an SVID that was replaced.
+    /// The agent uses an SVID that was replaced.
     NotActive,
-    /// Banned.
+    /// The agent, or the evidence that it attested with, is banned.
     Banned,
 }
 
@@ -39,29 +39,30 @@ pub enum ChangeError {
     /// The agent may not act any more.
     #[error("agent denied: {0:?}")]
     Denied(Denied),
-    /// It attested with evidence that works once.
+    /// The agent attested with single-use evidence and has to be evicted first.
     #[error("it was attested with evidence that works once; evict it first")]
     AttestedOnce,
-    /// The store refused. Nothing has changed.
+    /// The store rejected the change, so nothing has changed.
     #[error(transparent)]
     Store(#[from] DataStoreError),
 }
 
-/// What an agent's SVID is replaced by.
+/// The new SVID of an agent.
 #[derive(Debug, Clone)]
 pub struct Renewal {
-    /// Serial of the SVID that asked; it works on while the answer travels, and if the answer is lost.
+    /// Serial of the SVID that requested the renewal. It remains valid while the response is in transit, or if that is
+    /// lost.
     pub in_use: String,
-    /// Serial of the new one, lower-case hex.
+    /// Serial of the new SVID, lower-case hex.
     pub serial: String,
-    /// End of the new one.
+    /// When the new SVID expires.
     pub expires_at: OffsetDateTime,
 }
 
-/// All attested agents, in memory, written through to the store.
+/// All attested agents, in memory and written through to the store.
 pub struct Agents {
     store: Arc<dyn DataStore>,
-    /// Held by the one who changes records; the states in which the store was last seen.
+    /// Locked while a record changes; holds the version of each record as last read from the store.
     writer: Mutex<HashMap<String, Version>>,
     known: RwLock<Known>,
     changed: watch::Sender<u64>,
@@ -70,7 +71,7 @@ pub struct Agents {
 #[derive(Default)]
 struct Known {
     by_id: BTreeMap<String, Arc<AttestedAgent>>,
-    /// Evidence of banned agents, and how many of them have it.
+    /// Evidence of banned agents, with the number of banned agents that have it.
     banned: HashMap<EvidenceKey, usize>,
 }
 
@@ -96,14 +97,14 @@ impl Known {
         Some(was)
     }
 
-    /// Whether it is banned, under this ID or by its evidence under another.
+    /// Whether the agent is banned, under this ID or by its evidence under another ID.
     fn is_banned(&self, agent: &AttestedAgent) -> bool {
         agent.banned || agent.evidence.as_ref().is_some_and(|e| self.banned.contains_key(e))
     }
 }
 
 impl Agents {
-    /// Takes up what the store holds.
+    /// Loads all agents from the store.
     pub async fn load(store: Arc<dyn DataStore>) -> Result<Self, DataStoreError> {
         let (mut known, mut versions) = (Known::default(), HashMap::new());
         for Versioned { value, version } in store.agents().await? {
@@ -117,27 +118,27 @@ impl Agents {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ticks whenever an agent is banned or evicted.
+    /// Notifies whenever an agent is banned or evicted.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// One agent.
+    /// The agent with this ID; `None` if it is unknown.
     pub fn get(&self, id: &SpiffeId) -> Option<Arc<AttestedAgent>> {
         self.known().by_id.get(&id.to_string()).cloned()
     }
 
-    /// All agents, by ID.
+    /// All agents, sorted by ID.
     pub fn list(&self) -> Vec<Arc<AttestedAgent>> {
         self.known().by_id.values().cloned().collect()
     }
 
-    /// How many there are.
+    /// Number of attested agents.
     pub fn len(&self) -> usize {
         self.known().by_id.len()
     }
 
-    /// Whether there are none.
+    /// Whether no agent is attested.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -147,7 +148,7 @@ impl Agents {
         self.known().banned.contains_key(evidence)
     }
 
-    /// Whether an agent with this SVID may act now.
+    /// Checks whether an agent may act now with this SVID: its serial and end. Errors: see [`Denied`].
     pub fn admit(
         &self,
         id: &SpiffeId,
@@ -160,13 +161,15 @@ impl Agents {
         match () {
             () if known.is_banned(agent) => Err(Denied::Banned),
             () if not_after <= now => Err(Denied::Expired),
+            // The previous SVID counts too: the agent still uses it until the renewal's response has arrived.
             () if agent.serial != serial && agent.previous_serial != serial => Err(Denied::NotActive),
             () => Ok(agent.clone()),
         }
     }
 
-    /// Whether a node may attest itself as this agent.
+    /// Checks whether a node may attest as this agent. Errors: banned, or attested before with single-use evidence.
     pub fn may_attest(&self, id: &SpiffeId, evidence: Option<&EvidenceKey>) -> Result<(), ChangeError> {
+        // Evidence first: a banned node with the same key may come under another agent ID.
         let known = self.known();
         if evidence.is_some_and(|e| known.banned.contains_key(e)) {
             return Err(ChangeError::Denied(Denied::Banned));
@@ -174,12 +177,13 @@ impl Agents {
         judge_attestation(known.by_id.get(&id.to_string()).map(AsRef::as_ref))
     }
 
-    /// Takes up a node that has just attested itself.
+    /// Stores a node that has just attested.
     pub async fn attested(&self, agent: AttestedAgent) -> Result<(), ChangeError> {
         self.update(&agent.id, |known| judge_attestation(known).map(|()| agent.clone())).await.map(drop)
     }
 
-    /// Notes an agent's new SVID. Refused when it was banned or evicted, or its SVID replaced, since it was admitted.
+    /// Records an agent's new SVID. Rejected if the agent was banned or evicted, or its SVID replaced, since it was
+    /// admitted.
     pub async fn renewed(&self, id: &SpiffeId, renewal: &Renewal) -> Result<(), ChangeError> {
         let change = |known: Option<&AttestedAgent>| {
             let agent = known.ok_or(ChangeError::Denied(Denied::NotAttested))?;
@@ -206,7 +210,7 @@ impl Agents {
         Ok(())
     }
 
-    /// Forgets an agent; whether it was there.
+    /// Removes an agent; returns whether it existed.
     pub async fn evict(&self, id: &SpiffeId) -> Result<bool, DataStoreError> {
         let mut versions = self.writer.lock().await;
         self.store.delete_agent(id).await?;
@@ -216,8 +220,8 @@ impl Agents {
         Ok(was)
     }
 
-    /// The one way to change a record. `change` sees the record as it is when it is written and may be asked again: should
-    /// another server have written in between, it looks at what that one wrote.
+    /// The only way to change a record. `change` receives the record as it is when it is written, and may be called
+    /// again: if another server has written in between, it receives what that server wrote.
     async fn update(
         &self,
         id: &SpiffeId,
@@ -227,6 +231,8 @@ impl Agents {
         let mut versions = self.writer.lock().await;
         for _ in 0..MAX_TRIES {
             let next = change(self.get(id).as_deref())?;
+            // Checked on each attempt: a ban of the same node under another name may have arrived since the caller
+            // looked.
             if !next.banned && next.evidence.as_ref().is_some_and(|e| self.is_banned_evidence(e)) {
                 return Err(ChangeError::Denied(Denied::Banned));
             }
@@ -236,7 +242,7 @@ impl Agents {
                     self.write(|known| known.insert(next));
                     return Ok(());
                 }
-                // A ban that another server has written, of this agent or of the same node under another name.
+                // Another server has banned this agent, or the same node under another name.
                 Written::Banned => {
                     self.learn(id, &mut versions).await?;
                     return Err(ChangeError::Denied(Denied::Banned));
@@ -247,7 +253,7 @@ impl Agents {
         Err(DataStoreError::Contended(format!("agent `{id}`")).into())
     }
 
-    /// Takes up what another server has written of an agent.
+    /// Reads the record that another server has written.
     async fn learn(&self, id: &SpiffeId, versions: &mut HashMap<String, Version>) -> Result<(), DataStoreError> {
         let name = id.to_string();
         if let Some(Versioned { value, version }) = self.store.agent(id).await? {
@@ -265,7 +271,7 @@ impl Agents {
     }
 }
 
-/// A banned agent does not attest again, nor does one whose evidence works once.
+/// A banned agent may not attest again, nor may one whose evidence was for single use.
 fn judge_attestation(known: Option<&AttestedAgent>) -> Result<(), ChangeError> {
     match known {
         Some(agent) if agent.banned => Err(ChangeError::Denied(Denied::Banned)),

@@ -1,4 +1,4 @@
-//! The audit record: one JSON line for each SVID that was signed or refused.
+//! The audit log: one JSON line for each SVID that was signed or refused.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -11,61 +11,62 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// What happened to a request for a signature.
+/// Outcome of a signing request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// A certificate was signed.
+    /// A certificate was signed and returned.
     Signed,
-    /// None was.
+    /// The request was refused; nothing was signed.
     Refused,
 }
 
-/// One line of the record.
+/// One line of the audit log. Empty fields are left out.
 #[derive(Debug, Serialize)]
 pub struct Record<'a> {
-    /// Signed or refused.
+    /// Whether the request was signed or refused.
     pub outcome: Outcome,
-    /// `x509_svid`, `agent_svid`, `server_svid`.
+    /// Kind of certificate: `x509_svid`, `agent_svid` or `server_svid`.
     pub kind: &'static str,
-    /// Who asked: a SPIFFE ID, `local:uid=<uid>`, `anonymous@<address>`; for calls over a rate limit `address@<address>`.
+    /// The caller: a SPIFFE ID, `local:uid=<uid>`, `anonymous@<address>`; for calls over a rate limit
+    /// `address@<address>`.
     pub caller: &'a str,
-    /// Registration entry, if one is behind it.
+    /// ID of the registration entry; empty if there is none.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub entry_id: &'a str,
-    /// Whose identity.
+    /// The SPIFFE ID that was requested.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub spiffe_id: &'a str,
     /// Serial of the certificate, lower-case hex.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub serial: &'a str,
-    /// End of the certificate, RFC 3339.
+    /// When the certificate expires, RFC 3339.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub expires_at: &'a str,
-    /// The authority that signed.
+    /// ID of the signing authority.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub authority_id: &'a str,
-    /// Why it was refused.
+    /// Why the request was refused, for people.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub reason: &'a str,
 }
 
-/// RFC 3339, for people and for `jq`.
+/// A time in RFC 3339, readable by people and `jq`.
 pub fn rfc3339(t: OffsetDateTime) -> String {
     t.format(&Rfc3339).unwrap_or_default()
 }
 
-/// A file is put aside when it has grown to this.
+/// Size in bytes at which the file is rotated.
 const MAX_BYTES: u64 = 64 * 1024 * 1024;
-/// Files put aside that are kept, `<file>.1` the youngest: with the current one the record takes 320 MiB at most.
+/// Number of rotated files that are kept, `<file>.1` the newest: with the current one they take at most 320 MiB.
 const KEPT: u32 = 4;
-/// Left free on the file system: the database may stand on the same one, and signing without a record is better than a
-/// server that cannot store a ban.
+/// Bytes left free on the file system: the database may be on the same one, and signing without an audit line is better
+/// than a server that cannot store a ban.
 const RESERVE_BYTES: u64 = 64 * 1024 * 1024;
-/// How often one says that records are lost.
+/// Shortest interval between two error messages about lost lines.
 const COMPLAINT_PAUSE: Duration = Duration::from_secs(60);
 
-/// Appends records to a file, or nowhere.
+/// The audit log: appends to a file, or discards.
 pub struct Audit(Option<Mutex<Log>>);
 
 struct Log {
@@ -73,13 +74,13 @@ struct Log {
     file: File,
     bytes: u64,
     max_bytes: u64,
-    /// Records lost since it was last said.
+    /// Lines lost since the last error message.
     lost: u64,
     complained: Option<Instant>,
 }
 
 impl Audit {
-    /// Opens the file for appending, mode 0600.
+    /// Opens the file for appending, mode 0600; without a path it discards all lines.
     pub fn open(path: Option<&Path>) -> io::Result<Self> {
         Self::with_size(path, MAX_BYTES)
     }
@@ -92,7 +93,7 @@ impl Audit {
         Ok(Self(Some(Mutex::new(log))))
     }
 
-    /// Appends one record. A full disk costs the record, not the signature: how many were lost is logged.
+    /// Appends one line. A full disk loses the line, not the signature; the number of lost lines is logged.
     pub fn write(&self, record: &Record<'_>, now: OffsetDateTime) {
         #[derive(Serialize)]
         struct Line<'a> {
@@ -108,7 +109,7 @@ impl Audit {
         }
     }
 
-    /// Opens the file anew, for whoever has renamed it. If that fails, the old one is written on.
+    /// Reopens the file, after it was renamed. Keeps the old one if that fails.
     pub fn reopen(&self) {
         let Some(log) = &self.0 else { return };
         let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
@@ -151,7 +152,7 @@ impl Log {
         Ok(())
     }
 
-    /// Says, once a minute, that records are lost: the log stands on the same disk, as a rule.
+    /// Logs at most once per minute that lines are lost: the server's own log is usually on the same disk.
     fn complain(&mut self, error: &io::Error) {
         self.lost += 1;
         if self.complained.is_none_or(|last| last.elapsed() >= COMPLAINT_PAUSE) {

@@ -1,4 +1,4 @@
-//! Who calls, and what they may do: the table of the SPIRE server API.
+//! Identifies the caller of a request, and what it may do: the authorization table of the SPIRE server API.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -16,18 +16,18 @@ use crate::core::Core;
 /// A caller whose credentials were checked.
 #[derive(Debug, Clone)]
 pub enum Caller {
-    /// On the server's own Unix socket, as root or as the server's user.
+    /// Root or the server's own user, on the server's Unix socket.
     Local {
-        /// As the kernel says.
+        /// Effective user ID from the kernel.
         uid: u32,
     },
-    /// An attested agent that may act now.
+    /// An attested agent that is neither banned nor expired.
     Agent(Arc<AttestedAgent>),
-    /// A workload whose entry is `admin`.
+    /// A workload with an `admin` entry.
     Admin(SpiffeId),
-    /// A workload of the trust domain without rights here.
+    /// A workload of the trust domain, without rights here.
     Workload(SpiffeId),
-    /// Over TLS without a certificate.
+    /// A TLS client without a certificate.
     Anonymous(IpAddr),
 }
 
@@ -43,7 +43,8 @@ impl fmt::Display for Caller {
 }
 
 impl Caller {
-    /// Finds out who sent a request.
+    /// Identifies the caller of a request. Errors: its credentials are not valid any more, or it may not use the Unix
+    /// socket.
     pub fn of<T>(core: &Core, request: &Request<T>) -> Result<Self, Status> {
         Self::behind(core, request.extensions())
     }
@@ -67,21 +68,23 @@ impl Caller {
         }
         let peer = connection.get::<TlsPeer>().ok_or_else(|| Status::internal("the connection has no peer"))?;
         let Some(svid) = &peer.svid else { return Ok(Self::Anonymous(peer.address.ip().to_canonical())) };
-        // The connection is older than the call: the authority that vouched for it may have been revoked since.
+        // The connection is older than the call: the authority behind the caller may have been revoked since.
         if !core.authorities.bundle().borrow().holds(svid.anchor) {
             return Err(revoked_status(svid));
         }
+        // An agent's SVID alone is not enough: a ban or an eviction takes effect at the next call.
         if svid.id.path().starts_with("/spire/agent/") {
             let admitted = core.agents.admit(&svid.id, &svid.facts.serial, svid.facts.not_after, core.now());
             return admitted.map(Self::Agent).map_err(|denied| denied_status(denied, &svid.id));
         }
-        // The handshake checked the SVID when the connection began; it may have ended since.
+        // The handshake checked the SVID when the connection was opened; it may have expired since.
         if svid.facts.not_after <= core.now() {
             return Err(Status::unauthenticated(format!(
                 "the SVID of `{}` expired at {}",
                 svid.id, svid.facts.not_after
             )));
         }
+        // Looked up at each call, so that deleting the `admin` entry takes effect at once.
         Ok(if core.entries.is_admin(&svid.id, core.now()) {
             Self::Admin(svid.id.clone())
         } else {
@@ -89,7 +92,7 @@ impl Caller {
         })
     }
 
-    /// Local callers and admins pass.
+    /// Accepts local callers and admins. Errors: PermissionDenied for others.
     pub fn operator<T>(core: &Core, request: &Request<T>) -> Result<Self, Status> {
         match Self::of(core, request)? {
             caller @ (Self::Local { .. } | Self::Admin(_)) => Ok(caller),
@@ -99,7 +102,7 @@ impl Caller {
         }
     }
 
-    /// Local callers pass.
+    /// Accepts local callers only. Errors: PermissionDenied for others.
     pub fn local<T>(core: &Core, request: &Request<T>) -> Result<Self, Status> {
         match Self::of(core, request)? {
             caller @ Self::Local { .. } => Ok(caller),
@@ -109,7 +112,7 @@ impl Caller {
         }
     }
 
-    /// Agents pass.
+    /// Accepts agents only. Errors: PermissionDenied for others.
     pub fn agent<T>(core: &Core, request: &Request<T>) -> Result<Arc<AttestedAgent>, Status> {
         match Self::of(core, request)? {
             Self::Agent(agent) => Ok(agent),
@@ -122,20 +125,21 @@ fn revoked_status(svid: &VerifiedPeer) -> Status {
     Status::unauthenticated(format!("the authority that vouched for `{}` was revoked; attest again", svid.id))
 }
 
-/// Waits until the authority that vouched for a caller is revoked: a stream ends then, with this status. Never for callers
-/// on the Unix socket and those without a certificate.
+/// Resolves with a status for the caller's stream once the authority behind the caller is revoked. Never resolves for
+/// callers on the Unix socket and those without a certificate.
 pub fn revoked<T>(core: &Core, request: &Request<T>) -> impl Future<Output = Status> + Send + use<T> {
     let svid = request.extensions().get::<TlsPeer>().and_then(|peer| peer.svid.clone());
     let mut bundles = core.authorities.bundle();
     async move {
         let Some(svid) = svid else { return std::future::pending().await };
-        // The sender lives as long as the server; were it gone, nobody would be trusted any more.
+        // The sender lives as long as the server. If it were gone, no caller would be trusted, so ending the stream is
+        // right.
         let _ = bundles.wait_for(|bundle| !bundle.holds(svid.anchor)).await.map(drop);
         revoked_status(&svid)
     }
 }
 
-/// PermissionDenied with the reason in the detail that SPIRE's agents look for.
+/// PermissionDenied with the reason in the detail that SPIRE's agents read.
 pub fn denied_status(denied: Denied, id: &SpiffeId) -> Status {
     let (reason, message) = match denied {
         Denied::Expired => (Reason::AgentExpired, format!("agent `{id}`: its SVID has expired; it must attest again")),

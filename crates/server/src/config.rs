@@ -1,4 +1,4 @@
-//! What a server is told when it starts.
+//! Settings of a server, read once at start.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -9,99 +9,99 @@ use countersign_api::reopen::Reopen;
 use countersign_identity::{KeyType, TrustDomain};
 use tokio::sync::watch;
 
-/// Shortest life of an SVID: agents sign each at most every two seconds and look once a second, so that a shorter one ends
-/// before it is renewed.
+/// Shortest lifetime of an SVID: agents sign each one at most every two seconds and check once per second, so a shorter
+/// one could expire before its renewal.
 pub const MIN_SVID_TTL: Duration = Duration::from_secs(10);
 
-/// A server's settings. Every combination of valid fields is a valid server.
+/// Settings of a server. Every combination of valid fields is a valid server.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// What it signs for.
+    /// The trust domain that the server signs for.
     pub trust_domain: TrustDomain,
-    /// Where agents reach it.
+    /// Listening address for agents (TLS).
     pub bind: SocketAddr,
-    /// Where operators and the registrar reach it.
+    /// Unix socket for operators and the registrar, mode 0600.
     pub admin_socket: PathBuf,
-    /// Keys and database.
+    /// Folder of the keys and the database.
     pub data_dir: PathBuf,
-    /// How certificates are issued.
+    /// Lifetimes and key types of new certificates; may change while the server runs.
     pub issuance: watch::Receiver<Issuance>,
-    /// Where the authorities' keys live.
+    /// Where the private keys of authorities are stored.
     pub key_manager: KeyManagerKind,
-    /// The PKI above us, if there is one.
+    /// Files of the upstream CA; `None` makes the server its own root.
     pub upstream: Option<UpstreamDisk>,
-    /// CA bundle that `x509pop` agents' certificates must chain to; `None` turns the attestor off.
+    /// CA bundle that the certificates of `x509pop` agents must chain to; `None` disables the attestor.
     pub x509pop_ca: Option<PathBuf>,
-    /// The cluster whose agents attest with service account tokens; `None` turns the attestor off.
+    /// The cluster whose agents attest with service account tokens; `None` disables the attestor.
     pub k8s_psat: Option<PsatCluster>,
-    /// ConfigMap that the bundle is published to.
+    /// ConfigMap that the bundle is published to; `None` publishes to none.
     pub k8s_bundle: Option<BundleConfigMap>,
-    /// Label `KEY=VALUE` of the webhook configurations whose caBundle is kept the same as our bundle.
+    /// Label `KEY=VALUE` of the webhook configurations whose caBundle follows our bundle; `None` updates none.
     pub k8s_webhook_label: Option<String>,
-    /// Where the audit record goes; `None` writes none.
+    /// Path of the audit log; `None` writes none.
     pub audit_log: Option<PathBuf>,
-    /// Where `/metrics`, `/ready` and `/live` are served.
+    /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
     pub metrics: Option<SocketAddr>,
-    /// Asks for the audit record to be opened anew (SIGHUP).
+    /// Signals that the audit log is to be reopened (SIGHUP).
     pub reopen: Reopen,
 }
 
-/// How certificates are issued from now on; those that are out stay as they are until they are renewed.
+/// Lifetimes and key types of new certificates. Existing certificates keep theirs until they are renewed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Issuance {
-    /// Life of an authority.
+    /// Lifetime of an authority.
     pub ca_ttl: Duration,
-    /// Life of an X509-SVID whose entry names none.
+    /// Lifetime of an X509-SVID whose entry sets none.
     pub svid_ttl: Duration,
-    /// Life of an agent's own SVID.
+    /// Lifetime of an agent's own SVID.
     pub agent_svid_ttl: Duration,
-    /// Key type of authorities.
+    /// Key type of new authorities.
     pub ca_key_type: KeyType,
 }
 
-/// A cluster whose nodes prove themselves by their agents' service account tokens.
+/// A cluster whose nodes attest with their agents' service account tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PsatCluster {
-    /// Its name, part of its agents' IDs.
+    /// Name of the cluster; part of its agents' SPIFFE IDs.
     pub name: String,
-    /// `namespace:serviceaccount` of agents.
+    /// Service accounts of agents, `NAMESPACE:NAME`.
     pub service_accounts: BTreeSet<String>,
-    /// A token must be made for one of these.
+    /// Accepted audiences of a token; it must have been issued for one of them.
     pub audiences: BTreeSet<String>,
-    /// Node labels that become selectors.
+    /// Keys of node labels that become selectors.
     pub node_labels: BTreeSet<String>,
-    /// Labels of the agent's pod that become selectors.
+    /// Keys of labels of the agent's pod that become selectors.
     pub pod_labels: BTreeSet<String>,
 }
 
-/// A ConfigMap with the bundle as PEM.
+/// A ConfigMap that holds the bundle as PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BundleConfigMap {
-    /// Its namespace.
+    /// Namespace of the ConfigMap.
     pub namespace: String,
-    /// Its name.
+    /// Name of the ConfigMap.
     pub name: String,
-    /// The key of its data.
+    /// Key in the ConfigMap's data.
     pub key: String,
 }
 
-/// Where the authorities' keys live.
+/// Where the private keys of authorities are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KeyManagerKind {
-    /// Files of mode 0600.
+    /// In files of mode 0600 in the data folder. The default.
     #[default]
     Disk,
-    /// Gone with the process: a restarted server makes a new authority.
+    /// In memory only: a restarted server creates a new authority.
     Memory,
 }
 
-/// An upstream authority on disk.
+/// Files of an upstream authority.
 #[derive(Debug, Clone)]
 pub struct UpstreamDisk {
     /// PEM: the CA certificate, then any intermediates above it.
     pub certificate: PathBuf,
-    /// PEM, PKCS#8.
+    /// PEM: the private key of the CA certificate.
     pub key: PathBuf,
-    /// PEM: the roots, where `certificate` is not itself the root.
+    /// PEM: the roots, if the last certificate of `certificate` is not one itself.
     pub bundle: Option<PathBuf>,
 }

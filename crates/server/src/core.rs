@@ -1,4 +1,4 @@
-//! What all endpoints share, and the one way to a signature.
+//! The state that all endpoints share, and the only way to a signature.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -27,10 +27,10 @@ use crate::node_attestor::NodeAttestor;
 use crate::rate_limit::RateLimit;
 use crate::refusals::{Refusals, Source};
 
-/// The reason that metrics and the audit name for calls over a rate limit.
+/// The reason in metrics and the audit log for calls over a rate limit.
 const RATE_LIMIT: &str = "rate_limit";
 
-/// One server's state.
+/// The state of one server.
 pub struct Core {
     pub config: Config,
     pub clock: Clock,
@@ -44,53 +44,54 @@ pub struct Core {
     pub publishers: Vec<Arc<dyn BundlePublisher>>,
     pub audit: Audit,
     pub metrics: Metrics,
-    /// Calls over a rate limit, told once a minute and source.
+    /// Calls over a rate limit, logged once per minute and source.
     pub refusals: Refusals,
     pub attest_limit: RateLimit,
     pub sign_limit: RateLimit,
-    /// Names this run of the server: revisions of another run mean nothing.
+    /// Random ID of this run of the server: revisions of another run are not comparable.
     pub epoch: String,
     pub started_at: OffsetDateTime,
-    /// Streams and other tasks; all end with `shutdown` and are waited for.
+    /// Streams and other tasks. All end with `shutdown`, and the server waits for them.
     pub tasks: TaskTracker,
     pub shutdown: CancellationToken,
 }
 
-/// What is to be signed.
+/// A certificate to be signed.
 pub struct SigningRequest<'a> {
     /// For audit and metrics: `x509_svid`, `agent_svid`, `server_svid`.
     pub kind: &'static str,
-    /// Who asks.
+    /// The caller, as the audit log names it.
     pub caller: &'a str,
-    /// The registration entry behind it, if there is one.
+    /// ID of the registration entry; empty if there is none.
     pub entry_id: &'a str,
-    /// Whose identity.
+    /// The SPIFFE ID to certify.
     pub id: &'a SpiffeId,
-    /// DNS names.
+    /// DNS names of the leaf; may be empty.
     pub dns_names: &'a [String],
-    /// Life.
+    /// Lifetime that is requested.
     pub ttl: Duration,
-    /// The request (PKCS#10).
+    /// The signing request (PKCS#10, DER).
     pub csr: &'a [u8],
 }
 
 impl Core {
-    /// The time.
+    /// The current time, by the server's clock.
     pub fn now(&self) -> OffsetDateTime {
         (self.clock)()
     }
 
-    /// How certificates are issued now.
+    /// The lifetimes and key types that apply now.
     pub fn issuance(&self) -> Issuance {
         *self.config.issuance.borrow()
     }
 
-    /// What we sign for.
+    /// The trust domain that the server signs for.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.config.trust_domain
     }
 
-    /// Signs, and keeps the record of it either way.
+    /// Signs a certificate and writes the audit line, whatever the outcome. Errors: a malformed request, or no
+    /// authority.
     pub fn sign(&self, request: &SigningRequest<'_>) -> Result<Issued, Status> {
         let signed = RequestedKey::from_csr(request.csr).map_err(AuthorityError::from).and_then(|key| {
             let leaf = LeafRequest { id: request.id, dns_names: request.dns_names, key: &key, ttl: request.ttl };
@@ -127,7 +128,7 @@ impl Core {
         Ok(issued)
     }
 
-    /// Keeps the record of a refusal: `code` for the metric, `reason` for people.
+    /// Records a refusal: `code` for the metric, `reason` for people.
     pub fn refuse(
         &self,
         kind: &'static str,
@@ -157,8 +158,8 @@ impl Core {
         self.audit.write(&record, self.now());
     }
 
-    /// Keeps the record of a call over a rate limit. Anybody can make those as fast as the network lets them, and the audit
-    /// stands on the database's own disk: one line a minute and source says how many there were.
+    /// Records a call over a rate limit. Anyone can cause those as fast as the network allows, and the audit log shares
+    /// a disk with the database: one line per minute and source says how many there were.
     pub fn refuse_over_limit(&self, kind: &'static str, source: IpAddr) {
         if self.refusals.count(source, Instant::now()) {
             self.refuse(kind, &format!("address@{source}"), "", "", RATE_LIMIT, "too many calls from this address");
@@ -167,12 +168,12 @@ impl Core {
         }
     }
 
-    /// Tells of refusals that were only counted, where a minute is over.
+    /// Logs the refusals that were only counted, for sources whose minute is over.
     pub fn tell_refusals(&self, now: Instant) {
         self.tell(self.refusals.over(now));
     }
 
-    /// Tells of all refusals that were only counted.
+    /// Logs all refusals that were only counted.
     pub fn tell_all_refusals(&self) {
         self.tell(self.refusals.rest());
     }
@@ -199,7 +200,7 @@ impl Core {
         })
     }
 
-    /// Whether a remote caller may have `count` more signatures now.
+    /// Checks the rate limit of a remote caller for `count` more signatures. Local callers have none.
     pub fn within_sign_limit<T>(&self, request: &tonic::Request<T>, count: usize) -> Result<(), Status> {
         let Some(peer) = request.extensions().get::<countersign_api::peer::TlsPeer>() else { return Ok(()) };
         let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -212,7 +213,7 @@ impl Core {
     }
 }
 
-/// An authority's error as a gRPC status.
+/// Converts an authority's error to a gRPC status.
 pub fn status_of(error: &AuthorityError) -> Status {
     let text = error.to_string();
     match error {
@@ -228,7 +229,7 @@ pub fn status_of(error: &AuthorityError) -> Status {
     }
 }
 
-/// The store's error as a gRPC status: nothing was changed.
+/// Converts the store's error to a gRPC status: nothing was changed.
 pub fn store_status(error: &DataStoreError) -> Status {
     tracing::error!(%error, "the store refused a change");
     if let DataStoreError::Contended(_) = error {

@@ -1,4 +1,4 @@
-//! The data folder: made, private, and one server's alone.
+//! The data folder: created if missing, private, and locked for one server.
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
@@ -7,13 +7,13 @@ use std::path::Path;
 
 use nix::fcntl::{Flock, FlockArg};
 
-/// The lock on a data folder, held for as long as the server lives. The kernel gives it back however the process ends.
+/// The lock on a data folder, held while the server lives. The kernel releases it however the process ends.
 pub struct DataDir(#[allow(dead_code, reason = "held, never asked")] Flock<File>);
 
 impl DataDir {
-    /// Makes the folder if it is missing, takes away what others may do with it, and locks it.
+    /// Creates the folder if it is missing, locks it, and removes permissions of others.
     ///
-    /// The lock is on the folder itself, so that it leaves no file behind. Two servers on one folder would overwrite each
+    /// The lock is on the folder itself, so no lock file remains. Two servers on one folder would overwrite each
     /// other's journal of authorities.
     pub fn take(path: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;
@@ -33,9 +33,9 @@ impl DataDir {
     }
 }
 
-/// Join tokens and names lie in the folder: who may search it reads what a file's own mode lets slip.
+/// Removes access of others: join tokens are in the folder, and search permission would expose files with a wrong mode.
 ///
-/// A folder of somebody else's stays as it is: the volume of a pod belongs to root and lets us in by its group.
+/// A folder of another owner is left alone: a pod's volume belongs to root and admits us by its group.
 fn make_private(path: &Path) -> io::Result<()> {
     let meta = std::fs::metadata(path)?;
     let mode = meta.mode() & 0o7777;

@@ -1,7 +1,7 @@
-//! Who is at an address: fed from outside, held in memory, never stored.
+//! The directory: which workload or service is at an address. Published by others, held in memory, never stored.
 //!
-//! Until somebody has published the whole directory once, nothing is known: an address that is not in it yet must not
-//! be taken for one that is outside the mesh.
+//! Until the whole directory was published once, every address is unknown: an address that is not in it yet must not
+//! count as outside the mesh.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -11,16 +11,16 @@ use countersign_api::directory::Quota;
 use countersign_identity::directory::{Answer, Service, Workload};
 use tokio::sync::watch;
 
-/// Workloads and services held at most, together.
+/// Most workloads and services together.
 pub const MAX_WORKLOADS: usize = 200_000;
 
-/// Addresses that all agents may follow together, and one of them.
+/// Most addresses that all agents may follow together, and most for one agent.
 const MAX_FOLLOWED: usize = 2_000_000;
 const MAX_FOLLOWED_PER_AGENT: usize = 100_000;
 
 /// The directory of one server.
 pub struct Directory {
-    /// How many addresses each agent follows.
+    /// Bounds the number of addresses that each agent follows.
     pub followers: Quota<String>,
     state: RwLock<State>,
     revision: watch::Sender<u64>,
@@ -41,7 +41,7 @@ impl Default for Directory {
 }
 
 impl Directory {
-    /// What is known about an address; `None` while the directory is not complete.
+    /// The answer for an address; `None` while the directory is incomplete.
     pub fn lookup(&self, address: IpAddr) -> Option<Answer> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
         match state.by_address.get(&address.to_canonical()) {
@@ -50,18 +50,18 @@ impl Directory {
         }
     }
 
-    /// How many workloads and services it holds.
+    /// Number of workloads and services.
     pub fn len(&self) -> usize {
         self.state.read().unwrap_or_else(PoisonError::into_inner).by_uid.len()
     }
 
-    /// Whether it holds none.
+    /// Whether there are no workloads and services.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Adds and removes workloads and services; with `replace`, what is not named goes, and the directory is complete from
-    /// then on. Returns the revision after it; one that changes nothing makes no new revision.
+    /// Adds and removes workloads and services. With `replace`, everything that is not named is removed, and the
+    /// directory is complete from then on. Returns the revision, which grows only if something changed.
     pub fn publish(&self, replace: bool, workloads: Vec<Workload>, services: Vec<Service>, removed: &[String]) -> u64 {
         let workloads = workloads.into_iter().map(|w| Answer::Meshed(w.into()));
         let upserted: Vec<Answer> = workloads.chain(services.into_iter().map(|s| Answer::Service(s.into()))).collect();
@@ -97,7 +97,7 @@ impl countersign_api::directory::Source for Directory {
     }
 }
 
-/// UID and addresses of what is in the directory.
+/// UID and addresses of an item of the directory.
 fn facts(known: &Answer) -> (&str, &[IpAddr]) {
     match known {
         Answer::Meshed(w) => (&w.uid, &w.addresses),
@@ -110,7 +110,7 @@ impl State {
     fn remove(&mut self, uid: &str) -> bool {
         let Some(known) = self.by_uid.remove(uid) else { return false };
         for address in facts(&known).1 {
-            // An address that another workload has taken over in the meantime is no longer this one's.
+            // An address that another workload has taken over meanwhile must stay.
             let address = address.to_canonical();
             if self.by_address.get(&address).is_some_and(|now| facts(now).0 == uid) {
                 self.by_address.remove(&address);

@@ -1,8 +1,8 @@
-//! Registration entries in memory, written through to the store, and a log of changes so that work is done only where
+//! Registration entries in memory, written through to the store, with a log of changes so that work is done only where
 //! something changed.
 //!
-//! One writer at a time: what a change is made from is looked at while it holds the lock, and the store takes it only if
-//! no other server has changed the same entry since.
+//! One writer at a time: the state that a change is based on is read under the lock, and the store accepts the change
+//! only if no other server has changed the same entry since.
 
 mod index;
 
@@ -18,64 +18,64 @@ use crate::agents::AttestedAgent;
 use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
 use index::Index;
 
-/// How often a change is tried anew when other servers write the same entries.
+/// Most attempts at a change while other servers write the same entries.
 const MAX_TRIES: usize = 16;
 
-/// All entries, written through to the store.
+/// All entries, in memory and written through to the store.
 pub struct Entries {
     store: Arc<dyn DataStore>,
-    /// Held by the one who changes entries; the states in which the store was last seen.
+    /// Locked while an entry changes; holds the version of each entry as last read from the store.
     writer: Mutex<HashMap<EntryId, Version>>,
     index: RwLock<Index>,
     revision: watch::Sender<u64>,
 }
 
-/// A name for a new entry: 128 random bits.
+/// A random ID for a new entry, 128 bits.
 pub fn fresh_entry_id() -> EntryId {
     let mut bytes = [0u8; 16];
-    // The name is no secret, only unique; `rand` does not fail where the kernel has randomness.
+    // The ID is not secret, only unique; `rand` does not fail on a kernel with randomness.
     rand::fill(&mut bytes);
     hex::encode(bytes).parse().unwrap_or_else(|_| unreachable!("32 hex digits are an entry ID"))
 }
 
-/// What an agent must be told.
+/// Changes that an agent has to learn.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Update {
-    /// Everything it is authorized for.
+    /// All entries that the agent is authorized for.
     Snapshot(Vec<Arc<Entry>>),
-    /// What changed since it last asked.
+    /// The changes since the agent's revision.
     Delta {
-        /// New or changed.
+        /// Entries that are new or changed.
         upserted: Vec<Arc<Entry>>,
-        /// Not its any more.
+        /// IDs of entries that the agent is no longer authorized for.
         removed: Vec<EntryId>,
     },
 }
 
-/// What came of one entry that was to be created.
+/// Outcome for one entry that was to be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Created {
-    /// It is there.
+    /// The entry was added.
     New(Entry),
-    /// This one registers the same thing; nothing was added.
+    /// An existing entry registers the same thing; nothing was added.
     Same(Entry),
     /// Another entry has this ID; nothing was added.
     IdTaken(EntryId),
 }
 
-/// Why an entry was not changed.
+/// Why an entry was not updated.
 #[derive(Debug)]
 pub enum UpdateError<E> {
-    /// There is none of this ID.
+    /// There is no entry with this ID.
     Unknown,
-    /// The change itself was refused.
+    /// The change itself was rejected.
     Refused(E),
-    /// The store refused.
+    /// The store rejected the change, so nothing has changed.
     Store(DataStoreError),
 }
 
 impl Entries {
-    /// Takes up what the store holds.
+    /// Loads all entries from the store.
     pub async fn load(store: Arc<dyn DataStore>, td: &TrustDomain) -> Result<Self, DataStoreError> {
         let (mut index, mut versions) = (Index::new(server_id(td).to_string()), HashMap::new());
         for Versioned { value, version } in store.entries().await? {
@@ -95,42 +95,42 @@ impl Entries {
         self.index.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ticks with each change.
+    /// Notifies of each change, with the new revision.
     pub fn revisions(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
     }
 
-    /// One entry.
+    /// The entry with this ID; `None` if there is none.
     pub fn get(&self, id: &EntryId) -> Option<Arc<Entry>> {
         self.index().get(id).cloned()
     }
 
-    /// Entries behind `after` that `wanted` picks, by ID, `most` of them at most.
+    /// At most `most` entries that `wanted` accepts, sorted by ID, starting after `after`.
     pub fn page(&self, after: Option<&EntryId>, most: usize, wanted: impl Fn(&Entry) -> bool) -> Vec<Arc<Entry>> {
         self.index().iter_after(after).filter(|e| wanted(e)).take(most).cloned().collect()
     }
 
-    /// How many entries `wanted` picks.
+    /// Number of entries that `wanted` accepts.
     pub fn count(&self, wanted: impl Fn(&Entry) -> bool) -> usize {
         self.index().iter_after(None).filter(|e| wanted(e)).count()
     }
 
-    /// How many there are.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.index().len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no entries.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether an entry that has not ended makes this ID an administrator.
+    /// Whether an unexpired `admin` entry exists for this ID.
     pub fn is_admin(&self, id: &SpiffeId, now: OffsetDateTime) -> bool {
         self.index().admins(&id.to_string()).any(|e| !e.is_expired(now))
     }
 
-    /// Adds entries; what is there already is told and left as it is. If the store refuses, nothing has changed.
+    /// Adds entries. Existing ones are reported and left unchanged. If the store fails, nothing has changed.
     pub async fn create(&self, entries: Vec<Entry>) -> Result<Vec<Created>, DataStoreError> {
         let mut versions = self.writer.lock().await;
         for _ in 0..MAX_TRIES {
@@ -142,7 +142,7 @@ impl Entries {
         Err(DataStoreError::Contended("an entry".into()))
     }
 
-    /// What is to become of each, and those that are to be stored.
+    /// Decides what becomes of each entry, and which ones have to be stored.
     fn judge_new(&self, entries: &[Entry]) -> (Vec<Created>, Vec<(Entry, Option<Version>)>) {
         let index = self.index();
         let (mut fresh, mut ids, mut batch) = (vec![], HashSet::new(), HashMap::new());
@@ -163,7 +163,7 @@ impl Entries {
         (judged, fresh)
     }
 
-    /// Changes an entry. `change` sees it as it is when the change is written, and may be asked again.
+    /// Updates an entry. `change` receives the entry as it is when the change is written, and may be called again.
     pub async fn update<E>(
         &self,
         id: &EntryId,
@@ -182,7 +182,7 @@ impl Entries {
         Err(UpdateError::Store(DataStoreError::Contended(format!("entry `{id}`"))))
     }
 
-    /// Lets no entry federate with this trust domain any more.
+    /// Removes this trust domain from `federates_with` of all entries.
     pub async fn dissociate(&self, td: &TrustDomain) -> Result<(), DataStoreError> {
         let mut versions = self.writer.lock().await;
         for _ in 0..MAX_TRIES {
@@ -201,7 +201,7 @@ impl Entries {
         Err(DataStoreError::Contended("an entry".into()))
     }
 
-    /// Deletes entries; which of them were there. If the store refuses, nothing has changed.
+    /// Deletes entries; returns which of them existed. If the store fails, nothing has changed.
     pub async fn delete(&self, ids: &[EntryId]) -> Result<Vec<bool>, DataStoreError> {
         let mut versions = self.writer.lock().await;
         self.store.delete_entries(ids).await?;
@@ -216,8 +216,8 @@ impl Entries {
         }))
     }
 
-    /// Stores entries, each over the state that it was made from; false when another server was first, and what that one
-    /// wrote has been read.
+    /// Stores entries, each over the version it was based on. `false` if another server was first; what that server
+    /// wrote has been read then.
     async fn write(
         &self,
         versions: &mut HashMap<EntryId, Version>,
@@ -253,12 +253,12 @@ impl Entries {
         done
     }
 
-    /// Everything an agent may hand out: its own entries, those of its aliases, and what hangs below them.
+    /// All entries that an agent may serve: its own, those of its aliases, and everything below them.
     pub fn authorized(&self, agent: &AttestedAgent) -> Vec<Arc<Entry>> {
         self.index().authorized(agent)
     }
 
-    /// One entry, if the agent may hand it out.
+    /// One entry, if the agent may serve it.
     pub fn authorized_one(&self, agent: &AttestedAgent, id: &EntryId) -> Option<Arc<Entry>> {
         let index = self.index();
         let entry = index.get(id)?;
@@ -266,7 +266,8 @@ impl Entries {
         (is_own || index.reaches(&index.starts(agent), &entry.parent_id.to_string())).then(|| entry.clone())
     }
 
-    /// What changed for an agent since `revision`, with the revision that this brings it to.
+    /// What changed for an agent since `revision`, with the current revision. A snapshot if `revision` is too old or
+    /// unknown.
     pub fn since(&self, agent: &AttestedAgent, revision: Option<u64>) -> (u64, Update) {
         let index = self.index();
         let Some(changes) = revision.and_then(|r| index.changes_since(r)) else {

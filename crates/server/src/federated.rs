@@ -1,4 +1,4 @@
-//! Bundles of other trust domains, in memory, written through to the store.
+//! Bundles of foreign trust domains, in memory and written through to the store.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use tokio::sync::{Mutex, watch};
 
 use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
 
-/// All foreign bundles by trust domain.
+/// All foreign bundles by name of their trust domain.
 pub type BundleMap = BTreeMap<String, Arc<X509Bundle>>;
 
 /// The foreign bundles of one server.
 pub struct FederatedBundles {
     store: Arc<dyn DataStore>,
-    /// Held by the one who changes bundles; the states in which the store was last seen.
+    /// Locked while a bundle changes; holds the version of each bundle as last read from the store.
     writer: Mutex<BTreeMap<String, Version>>,
     bundles: watch::Sender<Arc<BundleMap>>,
 }
@@ -22,30 +22,30 @@ pub struct FederatedBundles {
 /// Which bundles may be set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expect {
-    /// One of a trust domain that has none.
+    /// Only for a trust domain without a bundle.
     New,
-    /// One of a trust domain that has one.
+    /// Only for a trust domain that has a bundle.
     Known,
-    /// Either.
+    /// For any trust domain.
     Any,
 }
 
 /// Why a bundle was not set.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
-    /// The trust domain has one.
+    /// The trust domain already has a bundle.
     #[error("a bundle of `{0}` is here")]
     Exists(TrustDomain),
-    /// The trust domain has none.
+    /// The trust domain has no bundle.
     #[error("no bundle of `{0}` is here")]
     Unknown(TrustDomain),
-    /// The store refused. Nothing has changed.
+    /// The store rejected the change, so nothing has changed.
     #[error(transparent)]
     Store(#[from] DataStoreError),
 }
 
 impl FederatedBundles {
-    /// Takes up what the store holds, our own bundle left out.
+    /// Loads all bundles from the store, except our own.
     pub async fn load(store: Arc<dyn DataStore>, own: &TrustDomain) -> Result<Self, DataStoreError> {
         let (mut map, mut versions) = (BundleMap::new(), BTreeMap::new());
         for Versioned { value, version } in store.bundles().await? {
@@ -57,17 +57,17 @@ impl FederatedBundles {
         Ok(Self { store, writer: Mutex::new(versions), bundles: watch::Sender::new(Arc::new(map)) })
     }
 
-    /// All of them, and each change.
+    /// All foreign bundles, with notification of each change.
     pub fn watch(&self) -> watch::Receiver<Arc<BundleMap>> {
         self.bundles.subscribe()
     }
 
-    /// All of them now.
+    /// All foreign bundles at this moment.
     pub fn all(&self) -> Arc<BundleMap> {
         self.bundles.borrow().clone()
     }
 
-    /// Adds or replaces one; its sequence grows where the caller named none. An empty one is refused.
+    /// Adds or replaces a bundle. Without a sequence number it gets the next one. An empty bundle is rejected.
     pub async fn set(&self, mut bundle: X509Bundle, expect: Expect) -> Result<Arc<X509Bundle>, SetError> {
         let mut versions = self.writer.lock().await;
         let name = bundle.trust_domain.to_string();
@@ -90,7 +90,7 @@ impl FederatedBundles {
         Ok(bundle)
     }
 
-    /// Deletes one; whether it was there.
+    /// Deletes a bundle; returns whether it existed.
     pub async fn remove(&self, trust_domain: &str) -> Result<bool, DataStoreError> {
         let mut versions = self.writer.lock().await;
         self.store.delete_bundle(trust_domain).await?;
@@ -100,7 +100,7 @@ impl FederatedBundles {
         Ok(was)
     }
 
-    /// Takes up what another server wrote.
+    /// Reads the bundle that another server wrote.
     async fn reload(&self, versions: &mut BTreeMap<String, Version>, name: &str) -> Result<(), DataStoreError> {
         let now = self.store.bundles().await?.into_iter().find(|b| b.value.trust_domain.as_str() == name);
         let Some(Versioned { value, version }) = now else {

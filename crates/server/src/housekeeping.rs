@@ -1,5 +1,5 @@
-//! What the server does by itself. Each thing has a task of its own: an upstream that hangs stops no renewal of the server's
-//! own SVID, and a database that hangs stops no metrics.
+//! The server's periodic work. Each job has its own task: a hanging upstream does not delay the renewal of the server's
+//! own SVID, and a hanging database does not stop metrics.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use countersign_identity::rotation::PAUSE;
 use crate::core::Core;
 use crate::own_svid::OwnSvid;
 
-/// How often is looked whether something is due; a short CA TTL looks oftener.
+/// Interval between two checks for due work; shorter if the CA lifetime is short.
 const CHECK: Duration = Duration::from_secs(10);
 
-/// Starts everything; it ends with the server.
+/// Starts all jobs; they end with the server.
 pub fn start(core: &Arc<Core>, own: &Arc<OwnSvid>) {
     core.tasks.spawn(rotate(core.clone()));
     core.tasks.spawn(renew_own_svid(core.clone(), own.clone()));
@@ -29,12 +29,12 @@ async fn pause(core: &Core, most: Duration) -> bool {
     }
 }
 
-/// Rotates the authorities when they are due.
+/// Rotates the authorities when due.
 async fn rotate(core: Arc<Core>) {
     loop {
         let rotated = tokio::select! {
             rotated = core.authorities.rotate() => rotated,
-            // Nothing is half done: the store takes a change whole or not at all.
+            // Safe to cancel: the store applies a change completely or not at all.
             () = core.shutdown.cancelled() => return,
         };
         if let Err(error) = rotated {
@@ -46,7 +46,8 @@ async fn rotate(core: Arc<Core>) {
     }
 }
 
-/// Renews the server's own SVID when it is due, at once when the bundle changed: its authority may be gone or tainted.
+/// Renews the server's own SVID when due, and at once after a change of the bundle: its authority may be revoked or
+/// tainted.
 async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
     let mut bundles = core.authorities.bundle();
     loop {
@@ -65,7 +66,7 @@ async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
     }
 }
 
-/// Keeps up to date what metrics look up rather than count, and tells of refusals that were only counted.
+/// Updates the metrics that are looked up rather than counted, and logs refusals that were only counted.
 async fn observe(core: Arc<Core>, own: Arc<OwnSvid>) {
     loop {
         core.metrics.observe_trust(&core.authorities.bundle().borrow(), own.ends_at());
@@ -78,7 +79,7 @@ async fn observe(core: Arc<Core>, own: Arc<OwnSvid>) {
     }
 }
 
-/// Opens the audit log anew when asked to (SIGHUP), as whoever rotates logs expects.
+/// Reopens the audit log on request (SIGHUP), after logrotate has renamed it.
 async fn reopen_audit(core: Arc<Core>) {
     let mut reopen = core.config.reopen.clone();
     loop {

@@ -1,7 +1,7 @@
 //! The certificate authority: attests nodes, keeps registration entries, signs, rotates, publishes the trust bundle.
 //!
-//! A server is a [`Config`] and [`run`]. Endpoints live in `endpoints`; what a user can choose between is a trait with
-//! a file for each choice: [`datastore`], [`key_manager`], [`upstream_authority`], [`node_attestor`].
+//! A server is a [`Config`] and [`run`]. Endpoints live in `endpoints`. Each choice of the user is a trait with one
+//! file per implementation: [`datastore`], [`key_manager`], [`upstream_authority`], [`node_attestor`].
 
 pub mod agents;
 pub mod audit;
@@ -45,43 +45,43 @@ use crate::data_dir::DataDir;
 /// Why a server did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// A folder, a file, an address.
+    /// A folder, file or address cannot be used.
     #[error("cannot {what} {name}: {source}")]
     Io {
-        /// What was tried.
+        /// The attempted operation, as in "listen on".
         what: &'static str,
-        /// With what.
+        /// Path or address of the operation.
         name: String,
-        /// Why not.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The database.
+    /// The database cannot be opened or read.
     #[error("{}: {source}", path.display())]
     Store {
-        /// Its file.
+        /// Path of the database file.
         path: PathBuf,
-        /// Why.
+        /// Error of the database.
         source: datastore::DataStoreError,
     },
-    /// The authorities.
+    /// The authorities cannot be loaded, or none is active.
     #[error(transparent)]
     Authority(#[from] authority::AuthorityError),
-    /// The upstream authority.
+    /// The upstream authority cannot sign.
     #[error("upstream authority: {0}")]
     Upstream(#[from] upstream_authority::UpstreamError),
-    /// The keys.
+    /// The key manager cannot read or write its keys.
     #[error(transparent)]
     Keys(#[from] key_manager::KeyManagerError),
-    /// The x509pop attestor.
+    /// The x509pop attestor cannot be set up.
     #[error(transparent)]
     X509Pop(#[from] node_attestor::SetupError),
-    /// The Kubernetes API.
+    /// There is no Kubernetes configuration; holds the client's error.
     #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
     Kubernetes(String),
-    /// TLS.
+    /// The server's own TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] countersign_api::tls::TlsError),
-    /// The gRPC service ended by itself.
+    /// The gRPC service ended unexpectedly.
     #[error("gRPC: {0}")]
     Grpc(#[from] tonic::transport::Error),
 }
@@ -90,14 +90,14 @@ fn io(what: &'static str, name: impl ToString) -> impl FnOnce(std::io::Error) ->
     move |source| ServerError::Io { what, name: name.to_string(), source }
 }
 
-/// Runs a server until `shutdown`. `ready` is called once it serves, with the address that agents reach it at.
+/// Runs a server until `shutdown`. `ready` is called once it serves, with the address for agents.
 pub async fn run(
     config: Config,
     clock: Clock,
     shutdown: CancellationToken,
     ready: impl FnOnce(SocketAddr),
 ) -> Result<(), ServerError> {
-    // First of all: nothing is read or written that another server may be changing. Held until this function ends.
+    // First: nothing may be read or written that another server could be changing. Held until this function ends.
     let _data_dir = DataDir::take(&config.data_dir).map_err(io("use the data folder", config.data_dir.display()))?;
     let tcp = TcpListener::bind(config.bind).await.map_err(io("listen on", config.bind))?;
     let address = tcp.local_addr().map_err(io("listen on", config.bind))?;
@@ -106,7 +106,7 @@ pub async fn run(
         Some(bind) => Some(TcpListener::bind(bind).await.map_err(io("listen on", bind))?),
         None => None,
     };
-    // A server that does not come up leaves no socket behind.
+    // A server that fails to start must not leave its socket behind.
     let socket = config.admin_socket.clone();
     let assembled = async {
         let core = Arc::new(assemble(config, clock, shutdown.clone()).await?);
@@ -144,7 +144,7 @@ pub async fn run(
     take_leave(serving, &shutdown, GRACE).await.unwrap_or(Ok(())).map_err(ServerError::from)
 }
 
-/// Calls of one connection at once.
+/// Most concurrent calls per connection.
 const CALLS_AT_ONCE: u32 = 1_024;
 
 async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> Result<Core, ServerError> {

@@ -1,4 +1,4 @@
-//! What the server counts. Names and meanings stand in `docs/metrics.md`.
+//! The server's metrics. `docs/metrics.md` lists their names and meanings.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -18,20 +18,20 @@ pub struct Kind {
     kind: &'static str,
 }
 
-/// The label `reason`: why something was refused.
+/// The label `reason`: why a request was refused.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct Reason {
     reason: &'static str,
 }
 
-/// The label `authority`: which certificate ends.
+/// The labels of an authority's expiry.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct AuthorityLabels {
     authority: String,
     status: &'static str,
 }
 
-/// The label `authority`: which root of trust ends.
+/// The label `authority`: the root whose expiry it is.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct RootLabels {
     authority: String,
@@ -39,11 +39,11 @@ pub struct RootLabels {
 
 /// The server's metrics.
 pub struct Metrics {
-    /// All of them, for `/metrics`.
+    /// All metrics, rendered by `/metrics`.
     pub registry: Registry,
     signed: Family<Kind, Counter>,
     refused: Family<Reason, Counter>,
-    /// Connected agents that are pushed to.
+    /// Number of agents with an open push stream.
     pub push_streams: Gauge,
     entries: Gauge,
     agents: Gauge,
@@ -103,23 +103,23 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// One more signature.
+    /// Counts one signature.
     pub fn signed(&self, kind: &'static str) {
         self.signed.get_or_create(&Kind { kind }).inc();
     }
 
-    /// One more refusal.
+    /// Counts one refused request.
     pub fn refused(&self, reason: &'static str) {
         self.refused.get_or_create(&Reason { reason }).inc();
         *self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
     }
 
-    /// Refusals by reason since the start.
+    /// Number of refused requests since start, by reason.
     pub fn refused_counts(&self) -> BTreeMap<&'static str, u64> {
         self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Sets the ends of what agents trust and of the SVID that they meet.
+    /// Sets the expiry of the roots that agents trust and of the server's own SVID.
     pub fn observe_trust(&self, bundle: &X509Bundle, own_svid_ends: OffsetDateTime) {
         self.own_expiry.set(own_svid_ends.unix_timestamp());
         self.root_expiry.clear();
@@ -129,7 +129,7 @@ impl Metrics {
         }
     }
 
-    /// Sets what is looked up rather than counted.
+    /// Sets the metrics that are looked up rather than counted.
     pub fn observe(&self, entries: usize, agents: usize, authorities: &[crate::authority::Record]) {
         let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
         self.entries.set(count(entries));

@@ -1,4 +1,4 @@
-//! The server's own SVID, `spiffe://<td>/spire/server`, and the TLS that agents meet.
+//! The server's own SVID, `spiffe://<td>/spire/server`, and the TLS configuration for agents.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::ServerError;
 use crate::authority::AuthorityError;
 use crate::core::{Core, SigningRequest};
 
-/// Kept fresh by [`OwnSvid::renew_if_due`].
+/// The current SVID, renewed by [`OwnSvid::renew_if_due`].
 pub struct OwnSvid {
     core: Arc<Core>,
     current: ArcSwap<Current>,
@@ -28,13 +28,13 @@ struct Current {
 }
 
 impl OwnSvid {
-    /// Issues the first one.
+    /// Issues the first SVID.
     pub fn new(core: Arc<Core>) -> Result<Self, ServerError> {
         let current = ArcSwap::from_pointee(issue(&core)?);
         Ok(Self { core, current })
     }
 
-    /// The TLS of the moment.
+    /// The current TLS configuration.
     pub fn tls(&self) -> Arc<ServerTls> {
         self.current.load().tls.clone()
     }
@@ -82,7 +82,8 @@ fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
     Ok(Current { svid, tls, jitter: rand::random_range(-1.0..=1.0), obtained: core.now() })
 }
 
-/// Callers show an SVID of our trust domain, or none (an agent before its attestation).
+/// A TLS configuration for clients with an SVID of our trust domain or without a certificate (agents before
+/// attestation).
 fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerTls>, TlsError> {
     let bundles = {
         let bundle = core.authorities.bundle();

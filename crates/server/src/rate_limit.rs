@@ -1,14 +1,14 @@
-//! Token buckets by source address, so that one caller cannot keep the signer busy.
+//! Token buckets by source address, so that one caller cannot monopolize the signer.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// Addresses remembered; full buckets are forgotten first.
+/// Number of addresses at which full buckets are forgotten.
 const MAX_SOURCES: usize = 10_000;
 
-/// A bucket a source address.
+/// A rate limit with one bucket per source address.
 pub struct RateLimit {
     per_second: f64,
     burst: f64,
@@ -21,12 +21,12 @@ struct Bucket {
 }
 
 impl RateLimit {
-    /// Lets `per_second` pass in the long run and `burst` at once.
+    /// Allows `per_second` on average, and `burst` at once.
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self { per_second: per_second.into(), burst: burst.into(), buckets: Mutex::default() }
     }
 
-    /// Takes `count` tokens from a source's bucket; false when it holds fewer.
+    /// Takes `count` tokens from a source's bucket; `false`, and nothing is taken, if it holds fewer.
     pub fn take(&self, source: IpAddr, count: u32, now: Instant) -> bool {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         let refilled =

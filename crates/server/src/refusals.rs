@@ -1,16 +1,16 @@
-//! Refusals that anybody can cause as fast as the network lets them: counted, and told once a minute and source.
+//! Refusals that anyone can cause as fast as the network allows: counted, and logged once per minute and source.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How often one source has a line.
+/// Interval between two log lines of one source.
 const WINDOW: Duration = Duration::from_secs(60);
-/// Sources told apart; those beyond share one line.
+/// Most sources that are counted on their own; all others share one line.
 const MAX_SOURCES: usize = 1_000;
 
-/// Who was refused; `None` stands for all the sources that no room was left for.
+/// Address of the caller; `None` stands for all sources beyond the bound.
 pub type Source = Option<IpAddr>;
 
 /// Counts refusals by source.
@@ -19,12 +19,12 @@ pub struct Refusals(Mutex<HashMap<Source, Counted>>);
 
 struct Counted {
     since: Instant,
-    /// Refusals that no line has told yet.
+    /// Refusals that are in no log line yet.
     untold: u64,
 }
 
 impl Refusals {
-    /// Counts one; true when it is to be told now: the source's first in a minute.
+    /// Counts one refusal; `true` if it has to be logged now, as the first of its source in a minute.
     pub fn count(&self, source: IpAddr, now: Instant) -> bool {
         let mut sources = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let full = sources.len() >= MAX_SOURCES;
@@ -40,7 +40,7 @@ impl Refusals {
         is_first
     }
 
-    /// What is to be told of the minutes that are over: source, and how many refusals beyond the first.
+    /// Counts of the sources whose minute is over: the source, and the number of refusals beyond the first.
     pub fn over(&self, now: Instant) -> Vec<(Source, u64)> {
         let mut sources = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut told = vec![];
@@ -52,14 +52,14 @@ impl Refusals {
                 return false;
             }
             told.push((*source, counted.untold));
-            // It goes on: its next minute begins without a line of its own.
+            // The source continues: its next minute starts without a line of its own.
             *counted = Counted { since: now, untold: 0 };
             true
         });
         told
     }
 
-    /// Everything that no line has told yet.
+    /// All counts that are in no log line yet.
     pub fn rest(&self) -> Vec<(Source, u64)> {
         let mut sources = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         sources.drain().map(|(source, counted)| (source, counted.untold)).filter(|(_, untold)| *untold > 0).collect()

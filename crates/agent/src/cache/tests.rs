@@ -1,4 +1,4 @@
-//! The subset rule, and what a caller without an identity is told.
+//! The subset rule, and the message for a caller without an identity.
 
 use std::collections::BTreeSet;
 

@@ -1,4 +1,4 @@
-//! `countersign.v1.Directory` for sidecars: callers with an identity may ask who is at an address.
+//! `countersign.v1.Directory` for sidecars: callers with an identity may look addresses up.
 
 use async_trait::async_trait;
 use countersign_api::directory;
@@ -10,12 +10,13 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Attested, BoxStream, Endpoint, last_word};
 
-/// Whom addresses are counted for: a caller cannot become another one by opening connections or by exec.
+/// The unit that followed addresses are counted for. A caller cannot become another one by opening connections or by
+/// exec.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Follower {
-    /// All of a pod, by its UID.
+    /// All processes of a pod, by its UID.
     Pod(String),
-    /// All of a user.
+    /// All processes of a user outside of pods, by user ID.
     User(u32),
 }
 

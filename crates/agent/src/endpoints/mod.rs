@@ -1,4 +1,4 @@
-//! The services on the agent's Unix socket: the SPIFFE Workload API, the directory, status, health.
+//! The services on the agent's Unix socket: the SPIFFE Workload API, the directory, status and health.
 
 pub mod directory;
 mod status;
@@ -30,10 +30,10 @@ use crate::metrics::Metrics;
 use crate::peer::{PeerError, look_up, unchanged};
 use crate::workload_attestor::WorkloadAttestor;
 
-/// A response stream.
+/// A stream of responses.
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// What all endpoints share.
+/// The state that all endpoints share.
 pub struct Core {
     pub config: Arc<Config>,
     pub clock: Clock,
@@ -41,7 +41,7 @@ pub struct Core {
     pub cache: Arc<Cache>,
     pub attestors: Vec<Box<dyn WorkloadAttestor>>,
     pub directory: Subscriptions,
-    /// How many addresses each caller follows.
+    /// Bounds the number of addresses that each caller follows.
     pub followers: Quota<directory::Follower>,
     pub metrics: Arc<Metrics>,
     pub started_at: OffsetDateTime,
@@ -49,11 +49,11 @@ pub struct Core {
     pub shutdown: CancellationToken,
 }
 
-/// A service's own handle on the agent.
+/// Implements all services on the agent's state.
 #[derive(Clone)]
 struct Endpoint(Arc<Core>);
 
-/// Every service of the agent.
+/// All services of the agent, with gRPC health checks.
 pub async fn routes(core: &Arc<Core>) -> Routes {
     let endpoint = Endpoint(core.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -74,16 +74,16 @@ async fn last_word<T>(tx: &mpsc::Sender<Result<T, Status>>, status: Status) {
 
 /// What was attested in part is attested anew after this time.
 const IN_PART: Duration = Duration::from_secs(10);
-/// How often is looked whether a stream's caller is still what it was. Not a wait that a change of the cache starts anew:
-/// in an agent that hears of changes all the time the check would never come.
+/// Interval between two checks whether a stream's caller has changed. The timer is not restarted by changes of the
+/// cache: on a busy agent the check would never run.
 const CALLER_CHECK: Duration = Duration::from_secs(5);
 
-/// A caller whose process is certain.
+/// A caller whose process was verified.
 #[derive(Clone)]
 struct Attested {
     peer: UnixPeer,
     selectors: SelectorSet,
-    /// More will be known of it in a while.
+    /// Whether more selectors will be known later.
     in_part: bool,
 }
 
@@ -92,7 +92,8 @@ impl Core {
         (self.clock)()
     }
 
-    /// Attests the caller of a request.
+    /// Attests the caller of a request. Errors: PermissionDenied if it cannot be verified, Unavailable if an attestor
+    /// failed.
     async fn attest<T>(&self, request: &Request<T>) -> Result<Attested, Status> {
         let peer = request.extensions().get::<UnixPeer>().cloned();
         let peer = peer.ok_or_else(|| Status::internal("the connection has no peer"))?;
@@ -109,7 +110,7 @@ impl Core {
                     selectors.extend(proof.selectors);
                     in_part |= proof.in_part;
                 }
-                // Half of what could be known is no basis for an identity.
+                // All or nothing: an identity must not depend on which attestor happened to answer.
                 Err(error) => {
                     self.metrics.refused("attestor_failed");
                     tracing::warn!(pid = peer.pid, uid = peer.uid, %error, "caller not attested");
@@ -117,7 +118,7 @@ impl Core {
                 }
             }
         }
-        // Attestors may take their time: what they found counts only if the caller is still what it was.
+        // Attestors may take seconds. Their results count only if the caller has not changed meanwhile.
         unchanged(&peer).map_err(refused)?;
         let listed = selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         tracing::info!(pid = process.pid, selectors = listed, in_part, "caller attested");
@@ -125,8 +126,8 @@ impl Core {
         Ok(Attested { peer, selectors, in_part })
     }
 
-    /// Returns what the caller of a stream is told, once it has ended or is not what it was: a stream may be left to another
-    /// process, and its process may run another program.
+    /// Resolves with a status for the caller's stream once the caller has ended or changed: a stream may be passed to
+    /// another process, and its process may run another program.
     async fn caller_changed(&self, attested: &Attested) -> Status {
         loop {
             tokio::time::sleep(CALLER_CHECK).await;
@@ -137,7 +138,8 @@ impl Core {
         }
     }
 
-    /// The same, and returns also when the caller should be attested anew; never for one that is attested whole.
+    /// [`Self::caller_changed`], which also resolves when a partial attestation should be repeated; never for a
+    /// complete one.
     async fn outgrown(&self, attested: &Attested) -> Status {
         let whole_now = async {
             if !attested.in_part {
@@ -153,12 +155,13 @@ impl Core {
         }
     }
 
-    /// The caller's identities.
+    /// The entries that the caller matches. Errors: Unavailable while it may still match one, otherwise
+    /// PermissionDenied.
     fn identities(&self, attested: &Attested) -> Result<Vec<Cached>, Status> {
         match self.cache.matching(&attested.selectors, self.now()) {
             Ok(found) => Ok(found),
             Err(NoIdentity::NotSynced) => Err(Status::unavailable("the agent has not heard from the server yet")),
-            // What is not known yet may be what an entry asks for.
+            // A selector that is not known yet may be the one that an entry requires.
             Err(NoIdentity::NoEntry(why)) if attested.in_part => Err(Status::unavailable(format!(
                 "no identity issued yet, for the kubelet does not know the container: {why}"
             ))),

@@ -1,4 +1,5 @@
-//! `countersign.v1.Status`: what `countersign status` shows of an agent. Root and the agent's own user may ask.
+//! `countersign.v1.Status`: the facts that `countersign status` shows about an agent, for root and the agent's own
+//! user.
 
 use async_trait::async_trait;
 use countersign_api::peer::UnixPeer;

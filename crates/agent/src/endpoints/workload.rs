@@ -1,4 +1,4 @@
-//! The SPIFFE Workload API's X.509 calls. The JWT calls are not served yet and say so.
+//! The X.509 calls of the SPIFFE Workload API. The JWT calls return Unimplemented.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,9 +18,9 @@ use tonic::{Request, Response, Status};
 use super::{Attested, BoxStream, Core, Endpoint, last_word};
 use crate::cache::Cached;
 
-/// How long a first call waits for an SVID that is being signed.
+/// How long a call waits for an SVID that is not signed yet.
 const FIRST_SVID_PATIENCE: Duration = Duration::from_secs(10);
-/// What a JWT call is told.
+/// The message for JWT calls.
 const NOT_YET: &str = "JWT-SVIDs are not served by this version";
 
 fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
@@ -34,10 +34,10 @@ fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
     }
 }
 
-/// What a stream sends; each message is the whole truth at its moment.
+/// The content of a stream. Each message is a complete state.
 trait Feed: Send + Sync + 'static {
     type Message: Clone + PartialEq + Send + 'static;
-    /// The message of the moment; `None`: not ready yet.
+    /// The current message; `None` if it is not ready yet.
     fn message(core: &Core, identities: &[Cached]) -> Option<Self::Message>;
 }
 
@@ -51,13 +51,13 @@ impl Feed for Svids {
         let state = core.cache.read();
         let bundle = state.bundle.as_ref()?;
         let mut identities: Vec<&Cached> = identities.iter().collect();
-        // The oldest entry is the default: it stays so whatever is added later.
+        // The oldest entry is the default and stays so, whatever is added later.
         identities.sort_by(|a, b| (a.entry.created_at, &a.entry.id).cmp(&(b.entry.created_at, &b.entry.id)));
         let mut hints = std::collections::HashSet::new();
         let svids: Vec<X509svid> = identities
             .iter()
             .filter_map(|c| Some((c, c.svid.as_ref().filter(|s| !s.is_expired(now))?)))
-            // Hints are unique in a response: of two alike, the first stands (SPIFFE Workload API 5.2.1).
+            // Hints are unique within a response: the first of two equal ones counts (SPIFFE Workload API 5.2.1).
             .filter(|(c, _)| c.entry.hint.is_empty() || hints.insert(&c.entry.hint))
             .map(|(c, svid)| X509svid {
                 spiffe_id: svid.id().to_string(),
@@ -116,7 +116,7 @@ impl Endpoint {
     }
 }
 
-/// Sends the message of each moment until the caller is gone (`None`) or has no identity any more.
+/// Sends each new message until the caller disconnects (`None`) or no longer has an identity.
 async fn feed<F: Feed>(
     core: &Core,
     attested: &Attested,

@@ -1,4 +1,4 @@
-//! A service account token that the kubelet projects into the agent's pod. SPIRE's own wire form.
+//! Node attestation by a service account token that the kubelet projects into the agent's pod. SPIRE's wire format.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use super::EvidenceError;
 /// Longest token that is read, in bytes.
 const MAX_TOKEN_BYTES: u64 = 16 * 1024;
 
-/// The token of the moment, and what the server calls this cluster.
+/// The current token, and the server's name of this cluster.
 pub struct K8sPsat {
     cluster: String,
     token: Zeroizing<String>,
@@ -23,7 +23,7 @@ struct Evidence<'a> {
 }
 
 impl K8sPsat {
-    /// Reads the token: the kubelet replaces it while the agent runs.
+    /// Reads the token. The kubelet replaces the file while the agent runs.
     pub fn load(cluster: &str, token: &Path) -> Result<Self, EvidenceError> {
         let wrong = |why: String| EvidenceError::File { path: token.to_owned(), why };
         let text = countersign_api::files::read_bounded(token, MAX_TOKEN_BYTES).map_err(|e| wrong(e.to_string()))?;
@@ -34,7 +34,7 @@ impl K8sPsat {
         }
     }
 
-    /// What goes to the server.
+    /// The evidence as sent to the server, JSON.
     pub fn payload(&self) -> Result<Vec<u8>, EvidenceError> {
         let evidence = Evidence { cluster: &self.cluster, token: &self.token };
         serde_json::to_vec(&evidence).map_err(|e| EvidenceError::Challenge(e.to_string()))

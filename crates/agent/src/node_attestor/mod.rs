@@ -1,4 +1,4 @@
-//! How this node proves itself to the server.
+//! Node attestation: how this node proves itself to the server.
 
 mod k8s_psat;
 mod x509pop;
@@ -7,34 +7,34 @@ use std::path::PathBuf;
 
 use crate::config::Evidence;
 
-/// Why no evidence could be shown.
+/// Why the evidence could not be presented.
 #[derive(Debug, thiserror::Error)]
 pub enum EvidenceError {
-    /// A file.
+    /// A file cannot be read or used.
     #[error("node attestation: {}: {why}", path.display())]
     File {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
     },
-    /// The server asked what this evidence cannot answer.
+    /// The server sent a challenge that this evidence cannot answer.
     #[error("node attestation: {0}")]
     Challenge(String),
 }
 
-/// What goes to the server, and the answer to its challenges.
+/// The evidence, and the answers to the server's challenges.
 pub enum NodeAttestor {
-    /// Nothing more to say.
+    /// A join token; has no challenge.
     JoinToken(zeroize::Zeroizing<String>),
     /// Signs the server's nonce.
     X509Pop(x509pop::X509Pop),
-    /// Nothing more to say: the API server knows the token.
+    /// A service account token, which the server verifies with the API server; has no challenge.
     K8sPsat(k8s_psat::K8sPsat),
 }
 
 impl NodeAttestor {
-    /// Reads what the evidence needs.
+    /// Reads the files of the evidence.
     pub fn load(evidence: &Evidence) -> Result<Self, EvidenceError> {
         match evidence {
             Evidence::JoinToken(token) => Ok(Self::JoinToken(token.clone())),
@@ -43,7 +43,7 @@ impl NodeAttestor {
         }
     }
 
-    /// Its name on the wire.
+    /// Its name on the wire, such as `x509pop`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::JoinToken(_) => "join_token",
@@ -52,7 +52,7 @@ impl NodeAttestor {
         }
     }
 
-    /// The evidence.
+    /// The evidence as sent to the server.
     pub fn payload(&self) -> Result<Vec<u8>, EvidenceError> {
         match self {
             Self::JoinToken(token) => Ok(token.as_bytes().to_vec()),
@@ -61,7 +61,7 @@ impl NodeAttestor {
         }
     }
 
-    /// The answer to a challenge.
+    /// The answer to a challenge of the server.
     pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
         match self {
             Self::JoinToken(_) | Self::K8sPsat(_) => {

@@ -1,4 +1,5 @@
-//! Shows a certificate chain and signs the server's nonce with its key. SPIRE's own wire form.
+//! Node attestation by proof of possession: sends a certificate chain and signs the server's nonce with its key.
+//! SPIRE's wire format.
 
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use zeroize::Zeroizing;
 
 use super::EvidenceError;
 
-/// A node's certificate and key.
+/// A node's certificate chain and private key.
 pub struct X509Pop {
     chain: Vec<CertificateDer<'static>>,
     key: Zeroizing<Vec<u8>>,
@@ -29,7 +30,7 @@ fn challenge_error(why: impl ToString) -> EvidenceError {
 }
 
 impl X509Pop {
-    /// Reads the PEM files.
+    /// Reads the PEM files. Errors: unreadable, no certificate, or no PKCS#8 key.
     pub fn load(certificate: &Path, key: &Path) -> Result<Self, EvidenceError> {
         let wrong = |path: &Path, why: String| EvidenceError::File { path: path.to_owned(), why };
         let pem = read_pem(certificate).map_err(|e| wrong(certificate, e.to_string()))?;
@@ -41,24 +42,25 @@ impl X509Pop {
         Ok(Self { chain, key: Zeroizing::new(key.secret_pkcs8_der().to_vec()) })
     }
 
-    /// The chain.
+    /// The chain as sent to the server, JSON.
     pub fn payload(&self) -> Result<Vec<u8>, EvidenceError> {
         let certificates: Vec<_> = self.chain.iter().map(|c| base64(c)).collect();
         serde_json::to_vec(&json!({ "certificates": certificates })).map_err(challenge_error)
     }
 
-    /// A signature over the server's nonce and ours.
+    /// A signature over the server's nonce and our own.
     pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
         let challenge: Value = serde_json::from_slice(challenge).map_err(challenge_error)?;
         let nonce = |kind: &str| {
             challenge[kind]["nonce"].as_str().and_then(|n| base64::engine::general_purpose::STANDARD.decode(n).ok())
         };
+        // Our own nonce is signed too, so that the server cannot choose the exact bytes that this key signs.
         let mut ours = [0u8; 32];
         aws_lc_rs::rand::fill(&mut ours).map_err(|_| challenge_error("no randomness"))?;
         let random = SystemRandom::new();
         let answer = if let Some(theirs) = nonce("ecdsa_signature") {
             let message = [&theirs[..], &ours].concat();
-            // The protocol always hashes with SHA-256, which the engine signs with on P-256 alone.
+            // The protocol always hashes with SHA-256, and the crypto library signs ECDSA with it on P-256 only.
             let pair = EcdsaKeyPair::from_pkcs8(&signature::ECDSA_P256_SHA256_FIXED_SIGNING, &self.key);
             let pair = pair.map_err(|_| challenge_error("the server asks for ECDSA, and the key is not on P-256"))?;
             let signature = pair.sign(&random, &message).map_err(|_| challenge_error("cannot sign"))?;

@@ -1,4 +1,4 @@
-//! Real processes on real sockets: the living are attested, the dead and the foreign are not.
+//! Real processes on real sockets: living ones are attested, ended and foreign ones are not.
 
 use super::*;
 use countersign_api::transport::peer_credentials;
@@ -42,7 +42,7 @@ async fn a_living_caller_is_looked_up() {
 #[tokio::test]
 async fn a_caller_whose_process_ended_is_refused_though_its_connection_lives_on() {
     let dir = tempfile::tempdir().unwrap();
-    // The child connects, leaves the connection to its own child, and ends: the number is free for somebody else.
+    // The child connects, leaves the connection to its own child and ends: its ID is free for another process.
     let script = format!("exec python3 -c \"{CONNECT}if os.fork(): os._exit(0)\ntime.sleep(30)\"");
     let (stream, mut child) = caller(dir.path(), &script).await;
     child.wait().unwrap();
@@ -51,13 +51,13 @@ async fn a_caller_whose_process_ended_is_refused_though_its_connection_lives_on(
     // The same on a kernel without pidfds, where the start time decides.
     peer.pidfd = None;
     assert_eq!(look_up(&peer, true), Err(PeerError::Gone(peer.pid)));
-    // And when the number is in use again, by this very test.
+    // And when the ID is in use again, here by this test itself.
     peer.pid = i32::try_from(std::process::id()).unwrap();
     peer.started = Some(1);
     assert_eq!(look_up(&peer, true), Err(PeerError::Gone(peer.pid)));
 }
 
-/// Polls until a change that the script was told to make has been made.
+/// Polls until the change that the script makes is visible.
 async fn after_the_change(peer: &UnixPeer) -> Result<Process, PeerError> {
     for _ in 0..500 {
         match look_up(peer, true) {
@@ -71,7 +71,8 @@ async fn after_the_change(peer: &UnixPeer) -> Result<Process, PeerError> {
 #[tokio::test]
 async fn a_caller_that_became_a_trusted_program_after_it_connected_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    // The child of the connector asks on its connection; the connector itself becomes `sleep`, whose path an entry trusts.
+    // The child of the connecting process calls on its connection; the connecting process itself becomes `sleep`, whose
+    // path an entry trusts.
     let script = format!(
         "exec python3 -c \"{CONNECT}\nif not os.fork(): s.recv(1); os._exit(0)\n\
          while not os.path.exists(os.environ['S'] + '.go'): time.sleep(0.01)\nos.execv('/bin/sleep', ['sleep', '60'])\""
@@ -82,7 +83,7 @@ async fn a_caller_that_became_a_trusted_program_after_it_connected_is_refused() 
     assert!(before.to_string_lossy().contains("python"), "{}", before.display());
     std::fs::write(dir.path().join("s.go"), "").unwrap();
     assert_eq!(after_the_change(&peer).await, Err(PeerError::Changed { pid: peer.pid, what: "executable" }));
-    // The stream of one that was attested before it changed ends by the same check.
+    // The stream of a caller that was attested before it changed ends by the same check.
     assert_eq!(unchanged(&peer).err(), Some(PeerError::Changed { pid: peer.pid, what: "executable" }));
     child.kill().unwrap();
     child.wait().unwrap();

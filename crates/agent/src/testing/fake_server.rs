@@ -1,4 +1,4 @@
-//! A server on loopback: real TLS and gRPC, an authority that can be exchanged, and a few knobs.
+//! A server on loopback: real TLS and gRPC, an authority that can be replaced, and a few switches.
 
 use std::collections::BTreeSet;
 use std::pin::Pin;
@@ -40,10 +40,10 @@ use super::{Ca, id};
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// A server that a test holds.
+/// A server that a test controls.
 #[derive(Clone)]
 pub struct FakeServer {
-    /// Where it listens.
+    /// Its listening address, `HOST:PORT`.
     pub address: String,
     inner: Arc<Mutex<Inner>>,
     /// What it pushes: entries, the bundle, and foreign bundles.
@@ -52,7 +52,7 @@ pub struct FakeServer {
 
 struct Inner {
     ca: Ca,
-    /// What clients are verified by.
+    /// The bundles that clients are verified against.
     trusted: Arc<BundleSet>,
     agent_ttl: Duration,
     svid_ttl: Duration,
@@ -63,7 +63,7 @@ struct Inner {
 }
 
 impl FakeServer {
-    /// Starts one, with a fresh authority.
+    /// Starts a server with a new authority.
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ca = Ca::new(OffsetDateTime::now_utc());
@@ -107,12 +107,12 @@ impl FakeServer {
         self.lock().ca.bundle()
     }
 
-    /// Signs for agents with this life.
+    /// Sets the lifetime of agents' SVIDs.
     pub fn agent_ttl(&self, ttl: Duration) {
         self.lock().agent_ttl = ttl;
     }
 
-    /// Signs by another authority from now on. Clients of the old one are accepted still.
+    /// Switches to another authority. Clients under the old one are still accepted. Returns a bundle of both.
     pub fn next_authority(&self, ca: Ca) -> X509Bundle {
         let mut inner = self.lock();
         let old = inner.ca.bundle();
@@ -123,7 +123,7 @@ impl FakeServer {
         both
     }
 
-    /// Accepts clients of its own authority alone.
+    /// Accepts only clients under its current authority.
     pub fn revoke_others(&self) {
         let mut inner = self.lock();
         inner.trusted = Arc::new(std::iter::once(inner.ca.bundle()).collect());
@@ -144,13 +144,13 @@ impl FakeServer {
         self.lock().refused = entries.into_iter().collect();
     }
 
-    /// How often agents attested and renewed themselves.
+    /// Number of attestations and of renewals by agents.
     pub fn agent_signatures(&self) -> (usize, usize) {
         let inner = self.lock();
         (inner.attestations, inner.renewals)
     }
 
-    /// The entries of each call for signatures.
+    /// The entry IDs of each signing call.
     pub fn signing_calls(&self) -> Vec<Vec<String>> {
         self.lock().signing_calls.clone()
     }

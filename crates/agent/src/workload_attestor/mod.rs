@@ -1,4 +1,4 @@
-//! What can be proven about a caller, as selectors.
+//! Workload attestation: facts that can be proven about a caller, as selectors.
 
 mod k8s;
 mod unix;
@@ -11,23 +11,23 @@ use crate::peer::Process;
 pub use k8s::{K8s, SetupError, container_of};
 pub use unix::Unix;
 
-/// Why nothing can be said of a caller now. It may ask again.
+/// Why a caller cannot be attested now. It may try again.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct AttestorError(pub String);
 
-/// What is proven of a process.
+/// The proven facts about a process.
 #[derive(Debug, Default)]
 pub struct Proof {
-    /// Everything that is known.
+    /// All selectors that are known.
     pub selectors: SelectorSet,
-    /// More will be known in a while; what is known already will not change.
+    /// Whether more will be known later. What is known already does not change.
     pub in_part: bool,
 }
 
-/// One way to learn about a process.
+/// A source of facts about a process.
 #[async_trait]
 pub trait WorkloadAttestor: Send + Sync {
-    /// What is proven of a process whose identity as a process is certain.
+    /// The proven facts about a process. The caller has verified which process it is, and verifies it again afterwards.
     async fn attest(&self, process: &Process) -> Result<Proof, AttestorError>;
 }

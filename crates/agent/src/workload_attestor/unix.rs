@@ -1,4 +1,4 @@
-//! `unix:uid`, `gid`, `user`, `group`, `supplementary_gid`, `supplementary_group`, and `path`, `sha256` where enabled.
+//! `unix:uid`, `gid`, `user`, `group`, `supplementary_gid`, `supplementary_group`, and `path`, `sha256` if enabled.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,7 +14,7 @@ use crate::peer::Process;
 /// Largest `/etc/passwd` or `/etc/group` that is read, in bytes.
 const MAX_NAMES_BYTES: u64 = 4 * 1024 * 1024;
 
-/// Attests by what the kernel knows of a process.
+/// Attests by what the kernel knows about a process.
 pub struct Unix {
     /// Whether the executable's path and hash are attested too.
     pub discover_path: bool,
@@ -36,9 +36,10 @@ impl Unix {
         add("uid", process.uid.to_string());
         add("gid", process.gid.to_string());
         process.groups.iter().for_each(|g| add("supplementary_gid", g.to_string()));
-        // This machine's names are not those of a process that lives in a container.
+        // This machine's names do not apply to a process in a container.
         if !process.foreign {
-            // The databases are read as they are: no name service is asked, so no network and no plug-in decides an identity.
+            // The files are read directly: with a name service, the network or a plug-in could decide who gets an
+            // identity.
             let (users, groups) = (names("/etc/passwd"), names("/etc/group"));
             name_of(&users, process.uid).into_iter().for_each(|name| add("user", name));
             name_of(&groups, process.gid).into_iter().for_each(|name| add("group", name));
@@ -52,11 +53,12 @@ impl Unix {
         found
     }
 
-    /// SHA-256 of the executable itself, reached through `/proc` so that a replaced file cannot stand in for it. `None`
-    /// where it is not the file (device and inode) that the process ran when it connected, or too large.
+    /// SHA-256 of the executable, opened through `/proc` so that a file that replaced it is never hashed. `None` if it
+    /// is not the file (device and inode) that the process ran when it connected, or too large.
     fn hash(&self, pid: i32, expected: (u64, u64)) -> Option<String> {
         let mut file = File::open(format!("/proc/{pid}/exe")).ok()?;
         let found = file.metadata().ok()?;
+        // The process may have called exec since; and hashing must not cost the agent unbounded time.
         if (found.dev(), found.ino()) != expected || found.len() > self.hash_limit {
             return None;
         }

@@ -1,4 +1,4 @@
-//! The directory's wire from both ends: [`Subscriptions`] follows addresses, [`serve`] answers those who follow, within the
+//! Both ends of the directory's protocol: [`Subscriptions`] follows addresses, [`serve`] answers followers within the
 //! bounds of a [`Quota`].
 
 mod quota;

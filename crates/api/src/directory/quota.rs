@@ -1,17 +1,17 @@
-//! How many addresses each caller may follow, so that one that follows many starves itself and nobody else.
+//! Bounds how many addresses each caller may follow, so that a greedy caller starves only itself.
 //!
-//! A caller may follow another address while it follows fewer than are still free. Callers that want ever more end up with
-//! equal shares, with a share of that size left over for the next one (the "dynamic threshold" of Choudhury and Hahne, 1998);
-//! no count of callers has to be known, and nobody's addresses have to be taken away again.
+//! A caller may follow another address while it follows fewer than are still free. Callers that want ever more end up
+//! with equal shares, and a share of that size remains free for the next one (the "dynamic threshold" of Choudhury and
+//! Hahne, 1998). The number of callers does not have to be known, and no address is ever taken away.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Streams of one caller at once.
+/// Most concurrent streams per caller.
 const MAX_STREAMS: usize = 32;
 
-/// The addresses that all callers may follow together.
+/// The number of addresses that all callers may follow together.
 pub struct Quota<C>(Arc<Shared<C>>);
 
 struct Shared<C> {
@@ -28,33 +28,33 @@ struct State<C> {
 #[derive(Default, Clone, Copy)]
 struct Counts {
     streams: usize,
-    /// Addresses that it follows.
+    /// Addresses that the caller follows.
     followed: usize,
-    /// Addresses that it named, whether they are followed or wait for room.
+    /// Addresses that the caller named, followed or waiting for room.
     named: usize,
 }
 
-/// Why a caller is refused.
+/// Why a caller is rejected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum QuotaError {
-    /// It opens stream after stream.
+    /// The caller has too many streams open.
     #[error("the caller has {MAX_STREAMS} streams of the directory open already")]
     Streams,
-    /// It names address after address.
+    /// The caller named more than this many addresses.
     #[error("the caller names more than {0} addresses")]
     Named(usize),
 }
 
 impl<C: Clone + Eq + Hash> Quota<C> {
-    /// Room for `most` addresses in all, and for `per_caller` of one caller.
+    /// A quota of `most` addresses in total and `per_caller` per caller.
     pub fn new(most: usize, per_caller: usize) -> Self {
         Self(Arc::new(Shared { most, per_caller, state: Mutex::new(State { followed: 0, callers: HashMap::new() }) }))
     }
 
-    /// Begins a stream of a caller's.
+    /// Registers a stream of a caller.
     ///
     /// # Errors
-    /// When the caller has too many of them.
+    /// [`QuotaError::Streams`] if the caller has too many.
     pub fn join(&self, caller: C) -> Result<Share<C>, QuotaError> {
         let mut state = self.0.state();
         let counts = state.callers.entry(caller.clone()).or_default();
@@ -73,7 +73,7 @@ impl<C> Shared<C> {
     }
 }
 
-/// What one stream follows; given back when dropped.
+/// The addresses of one stream, given back when dropped.
 pub struct Share<C: Clone + Eq + Hash> {
     shared: Arc<Shared<C>>,
     caller: C,
@@ -81,11 +81,11 @@ pub struct Share<C: Clone + Eq + Hash> {
 }
 
 impl<C: Clone + Eq + Hash> Share<C> {
-    /// Counts an address that the caller named. It may name twice as many as it may follow: while a stream takes over from
-    /// another one both are counted.
+    /// Counts an address that the caller named. It may name twice as many as it may follow, because both streams count
+    /// while one replaces the other.
     ///
     /// # Errors
-    /// When it named too many.
+    /// [`QuotaError::Named`] if the caller named too many.
     pub fn name(&mut self) -> Result<(), QuotaError> {
         let most = 2 * self.shared.per_caller;
         let mut state = self.shared.state();
@@ -98,7 +98,7 @@ impl<C: Clone + Eq + Hash> Share<C> {
         Ok(())
     }
 
-    /// Takes room for following one more; `false`: there is none for this caller now.
+    /// Takes room to follow one more address. `false` if there is no room for this caller now.
     #[must_use]
     pub fn follow(&mut self) -> bool {
         let mut state = self.shared.state();
@@ -113,7 +113,7 @@ impl<C: Clone + Eq + Hash> Share<C> {
         true
     }
 
-    /// Gives an address back.
+    /// Gives the room of an address back.
     pub fn leave(&mut self, was_followed: bool) {
         let given = Counts { streams: 0, followed: usize::from(was_followed), named: 1 };
         self.own.named -= given.named;

@@ -1,4 +1,4 @@
-//! The answering side of `Directory.Resolve`: a server's towards its agents, an agent's towards its sidecars.
+//! The answering side of `Directory.Resolve`: a server for its agents, an agent for its sidecars.
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
@@ -14,33 +14,33 @@ use super::quota::Share;
 use crate::convert::{address_from_wire, answer_to_wire};
 use crate::push::{ResolveRequest, ResolveResponse};
 
-/// How often it is looked whether there is room for addresses that wait for it.
+/// Interval between two checks for room, while addresses wait for it.
 const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
-/// Bytes of answers after which another message begins: readers bound theirs.
+/// Most bytes of answers per message before the next one starts: readers bound their messages.
 const MESSAGE_BYTES: usize = 1024 * 1024;
 
-/// Where answers come from.
+/// Source of the answers.
 pub trait Source: Send + Sync {
-    /// Held while an address is followed.
+    /// Kept while an address is followed.
     type Handle: Send;
-    /// Begins to follow an address.
+    /// Starts following an address.
     fn follow(&self, address: IpAddr) -> Self::Handle;
-    /// What is known now; `None` is "not known", which is never told.
+    /// The current answer; `None` means unknown, which is never sent.
     fn answer(&self, address: IpAddr, handle: &Self::Handle) -> Option<Answer>;
-    /// Ticks whenever an answer may have changed.
+    /// Notifies whenever an answer may have changed.
     fn revisions(&self) -> watch::Receiver<u64>;
 }
 
-/// What one follower named.
+/// The addresses of one follower.
 struct Followed<H> {
-    /// Followed, and what was told last.
+    /// Followed addresses with the answer that was sent last.
     now: HashMap<IpAddr, (H, Option<Answer>)>,
-    /// Named, for which there is no room. They stay unknown to the follower, and harm nobody else.
+    /// Addresses without room. They stay unknown to the follower, and cost others nothing.
     waiting: BTreeSet<IpAddr>,
 }
 
-/// Answers one follower until it leaves (`None`) or breaks a rule. What it named beyond its share is answered once there is
-/// room.
+/// Answers one follower until it disconnects (`None`) or breaks a rule (its status). Addresses beyond its share are
+/// answered once there is room.
 pub async fn serve<S: Source, C: Clone + Eq + Hash>(
     source: &S,
     mut share: Share<C>,
@@ -55,7 +55,7 @@ pub async fn serve<S: Source, C: Clone + Eq + Hash>(
                 followed.now.insert(address, (source.follow(address), None));
             }
         }
-        // Marked as seen before it is read: a change in between is seen again, never lost.
+        // Marked as seen before reading: a change in between is seen again and never lost.
         revisions.mark_unchanged();
         let mut answers = vec![];
         let mut bytes = 0;

@@ -1,7 +1,7 @@
-//! The subscriber's side of the directory: an agent's towards its server, a sidecar's towards its agent.
+//! The following side of the directory: an agent at its server, a sidecar at its agent.
 //!
-//! Answers outlive the connection they came over: while nobody is there to ask, the last answer stands. An address that
-//! was never answered stays unknown, and whoever waits for it gives up: nothing is guessed.
+//! Answers outlive the connection that they came over: while the directory is unreachable, the last answer holds. An
+//! address that was never answered stays unknown, and waiting for it times out: nothing is guessed.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -20,14 +20,14 @@ use crate::convert::{address_to_wire, answer_from_wire};
 use crate::push::directory_client::DirectoryClient;
 use crate::push::{ResolveRequest, ResolveResponse};
 
-/// Addresses that a sidecar follows at once.
+/// Most addresses that a sidecar follows at once.
 const MAX_ADDRESSES: usize = 10_000;
-/// Of how many addresses the least recently used one goes when there is no room: finding them costs a look at all.
+/// When there is no room, one in this many unwatched addresses is forgotten at once, because finding them scans all.
 const FORGET_ONE_OF: usize = 16;
-/// Addresses named in one message.
+/// Most addresses per message.
 const BATCH: usize = 1_000;
 
-/// Follows the addresses that somebody asked for.
+/// Follows addresses on behalf of its users. Clones share one set.
 #[derive(Clone)]
 pub struct Subscriptions(Arc<Shared>);
 
@@ -36,20 +36,20 @@ struct Shared {
     /// Number of the next subscription.
     next: AtomicU64,
     known: Mutex<HashMap<IpAddr, Subscription>>,
-    /// Tells the connection that there is something to subscribe or unsubscribe.
+    /// Notifies the connection that there is something to subscribe or unsubscribe.
     wake: watch::Sender<u64>,
-    /// Ticks with each changed answer.
+    /// Notifies of each changed answer.
     changes: watch::Sender<u64>,
 }
 
 struct Subscription {
-    /// Tells it from an earlier one of the same address, whose answer was told and forgotten.
+    /// Distinguishes it from an earlier subscription of the same address, whose answer was sent and then forgotten.
     number: u64,
     answer: watch::Sender<Option<Answer>>,
     last_used: Instant,
 }
 
-/// As many addresses as one sidecar needs.
+/// Room for as many addresses as one sidecar needs.
 impl Default for Subscriptions {
     fn default() -> Self {
         Self::with_room_for(MAX_ADDRESSES)
@@ -57,8 +57,8 @@ impl Default for Subscriptions {
 }
 
 impl Subscriptions {
-    /// Follows at most so many addresses at once. When there is no room for another one, the least recently used that nobody
-    /// watches are forgotten.
+    /// Follows at most `most` addresses at once. Without room for another one, the least recently used addresses that
+    /// nothing watches are forgotten.
     pub fn with_room_for(most: usize) -> Self {
         let (wake, changes) = (watch::Sender::new(0), watch::Sender::new(0));
         Self(Arc::new(Shared { most, next: AtomicU64::new(0), known: Mutex::default(), wake, changes }))
@@ -68,8 +68,8 @@ impl Subscriptions {
         self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows an address: the answer of the moment (`None`: not known yet), and each change. When there is no room because
-    /// every address is watched by somebody, this one is not followed: its receiver ends without an answer.
+    /// Follows an address: the current answer (`None` if unknown) and each change. If there is no room because every
+    /// address is watched, this one is not followed: its receiver closes without an answer.
     pub fn follow(&self, address: IpAddr) -> watch::Receiver<Option<Answer>> {
         let address = address.to_canonical();
         let mut known = self.known();
@@ -89,28 +89,28 @@ impl Subscriptions {
         receiver
     }
 
-    /// The answer for an address, waiting for it up to `patience`.
+    /// The answer for an address, waiting up to `patience` for it; `None` if there is none by then.
     pub async fn resolve(&self, address: IpAddr, patience: Duration) -> Option<Answer> {
         let mut receiver = self.follow(address);
         let known = tokio::time::timeout(patience, receiver.wait_for(Option::is_some)).await.ok()?.ok()?;
         known.clone()
     }
 
-    /// What is known now, without asking.
+    /// The current answer, without following the address; `None` if unknown.
     pub fn peek(&self, address: IpAddr) -> Option<Answer> {
         let mut known = self.known();
         let subscription = known.get_mut(&address.to_canonical())?;
-        // Using an answer keeps it.
+        // Using an answer keeps it from being forgotten.
         subscription.last_used = Instant::now();
         subscription.answer.borrow().clone()
     }
 
-    /// How many addresses are followed.
+    /// Number of addresses that are followed.
     pub fn len(&self) -> usize {
         self.known().len()
     }
 
-    /// Whether none is followed.
+    /// Whether no address is followed.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -141,7 +141,7 @@ impl Subscriptions {
         }
     }
 
-    /// Keeps a connection over `channel`, subscribing anew after each loss, until `shutdown`.
+    /// Keeps a connection over `channel` until `shutdown`, and subscribes again after each loss.
     pub async fn run(&self, channel: Channel, shutdown: CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         loop {
@@ -157,8 +157,8 @@ impl Subscriptions {
         }
     }
 
-    /// A batch of what is followed and not subscribed, and of what is subscribed and not followed. An address that was forgotten
-    /// and is followed again is both: the directory tells each subscription once what it knows.
+    /// One batch of addresses to subscribe and to unsubscribe. An address that was forgotten and is followed again is
+    /// in both, because the directory sends what it knows once per subscription.
     fn differences(&self, subscribed: &HashMap<IpAddr, u64>) -> (Vec<(IpAddr, u64)>, Vec<IpAddr>) {
         let known = self.known();
         let fresh = known.iter().filter(|(a, s)| subscribed.get(*a) != Some(&s.number));
@@ -181,7 +181,7 @@ impl Subscriptions {
         loop {
             let (fresh, gone) = self.differences(&subscribed);
             let more = !fresh.is_empty() || !gone.is_empty();
-            // Answers are read meanwhile: a directory that waits for us to read them reads no requests.
+            // Reads answers meanwhile: a directory that waits for us to read them does not read requests.
             if more && let Ok(room) = tx.try_reserve() {
                 for address in &gone {
                     subscribed.remove(address);
@@ -212,7 +212,7 @@ impl Subscriptions {
     }
 }
 
-/// Forgets the least recently used of the addresses that nobody watches; `false`: all are watched.
+/// Forgets the least recently used addresses that nothing watches. `false` if all are watched.
 fn forget_some(known: &mut HashMap<IpAddr, Subscription>) -> bool {
     let unwatched = known.iter().filter(|(_, s)| s.answer.is_closed());
     let mut unwatched: Vec<(Instant, IpAddr)> = unwatched.map(|(a, s)| (s.last_used, *a)).collect();

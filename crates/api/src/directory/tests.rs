@@ -1,4 +1,4 @@
-//! An agent between a server and its sidecars, all over real sockets: one that follows without end harms itself alone.
+//! An agent between a server and its sidecars, over real sockets: a greedy follower harms only itself.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +19,7 @@ use crate::push::directory_server::{Directory, DirectoryServer};
 use crate::push::{PublishRequest, PublishResponse, ResolveRequest, ResolveResponse};
 use crate::transport::{accept_unix, bind_unix, unix_channel};
 
-/// Knows a workload at every address, with a long name.
+/// Knows a workload with a long name at every address.
 struct Everywhere(watch::Sender<u64>);
 
 impl Source for Everywhere {
@@ -121,7 +121,7 @@ async fn a_caller_that_follows_without_end_starves_itself_alone() {
     let server = start(Arc::new(Everywhere(watch::Sender::new(0))), Quota::new(100_000, 100_000));
     let (agent, _stop) = follower(server.socket.clone(), 2_000);
     let agent_socket = start(Arc::new(agent.clone()), Quota::new(2_000, 1_000));
-    // The greedy one names more than all may follow together, and goes on when it is refused.
+    // The greedy one names more addresses than all may follow together, and continues after it was rejected.
     let (tx, rx) = mpsc::channel(4);
     let channel = unix_channel(agent_socket.socket.clone());
     let mut client = crate::push::directory_client::DirectoryClient::new(channel);
@@ -147,7 +147,7 @@ async fn a_caller_that_follows_without_end_starves_itself_alone() {
         let answer = other.resolve(address(n), Duration::from_secs(2)).await;
         assert!(matches!(answer, Some(Answer::Meshed(_))), "address {n}: {answer:?}");
     }
-    // One that goes on naming is refused, as a caller: the others' streams stay.
+    // A caller that keeps naming is rejected; the streams of others stay.
     let subscribe = (0..100).map(|n| crate::convert::address_to_wire(address(200_000 + n))).collect();
     held.send(ResolveRequest { subscribe, unsubscribe: vec![] }).await.unwrap();
     let refused = tokio::time::timeout(Duration::from_secs(5), answers.message()).await.unwrap();
@@ -180,7 +180,7 @@ async fn an_address_that_was_forgotten_and_is_asked_for_again_is_answered() {
     for round in 0..300 {
         let known = followed.resolve(address(0), Duration::from_secs(5)).await;
         assert!(known.is_some(), "round {round}");
-        // Forgotten, for so many others are asked for, and asked for again before the connection has noticed.
+        // Forgotten because so many others are requested, and requested again before the connection has noticed.
         (1..40).for_each(|n| drop(followed.follow(address(n))));
     }
 }

@@ -1,4 +1,4 @@
-//! A probe gets its answer within a second, whatever strangers hold open.
+//! A health check is answered within a second, whatever connections others hold open.
 
 #![allow(clippy::unwrap_used)]
 
@@ -51,7 +51,7 @@ async fn ask(stream: &mut TcpStream, path: &str) -> io::Result<()> {
     stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await
 }
 
-/// Whether a probe is answered with 200 within a second.
+/// Whether a health check is answered with 200 within a second.
 async fn probe(from: IpAddr, to: SocketAddr) -> bool {
     let asked = async {
         let mut stream = dial(from, to).await;
@@ -109,7 +109,7 @@ async fn connections_that_ask_again_and_again_keep_no_probe_waiting() {
     let served = served().await;
     let mut kept = vec![];
     for n in 0..=255u8 {
-        // From many addresses too: each is a source of its own.
+        // From many addresses too: each is its own source.
         let mut stream = dial(IpAddr::from([127, 0, 9, n.max(1)]), served.at).await;
         let _ = ask(&mut stream, "/ready").await;
         kept.push(stream);
@@ -149,7 +149,8 @@ async fn heads_idle_connections_and_whole_lives_have_an_end() {
     closed(&mut silent).await;
     closed(&mut idle).await;
     assert!((ms(250)..ms(900)).contains(&began.elapsed()), "{:?}", began.elapsed());
-    // One that asks in time lives on, but not for ever; nor does one that waits for its answer.
+    // A connection that sends its requests in time lives longer, but not forever; nor does one that waits for its
+    // answer.
     let (mut busy, mut waits) = (dial(STRANGER, served.at).await, dial(STRANGER, served.at).await);
     let began = std::time::Instant::now();
     ask(&mut waits, "/slow").await.unwrap();

@@ -1,4 +1,4 @@
-//! Addresses that swallow packets, refuse, or serve nobody: the name's next one is tried, soon and first the next time.
+//! Addresses that drop packets, refuse, or never serve: the next address is tried soon, and first the next time.
 
 #![allow(clippy::unwrap_used)]
 
@@ -37,7 +37,7 @@ fn both_ip_versions_are_tried_in_turn() {
     assert!(in_turn(vec![]).is_empty());
 }
 
-/// A listener at an address of loopback whose backlog is full: SYNs are dropped, as a black hole does.
+/// A listener on a loopback address with a full backlog: SYNs are dropped, as by a black hole.
 struct BlackHole {
     _listener: Socket,
     _fill: Vec<Socket>,
@@ -93,12 +93,12 @@ fn another_address_comes_first_at_the_next_try_and_a_good_one_stays_first() {
     let at = |n| IpAddr::from([192, 0, 2, n]);
     let all = || vec![at(1), at(2), at(3)];
     assert_eq!(dialer.in_order(all()), all());
-    // The first answered, but its handshake came to nothing.
+    // The first one answered, but its handshake failed.
     dialer.learned().doubtful.insert(at(1));
     assert_eq!(dialer.in_order(all()), [at(2), at(3), at(1)]);
     dialer.is_good(at(3));
     assert_eq!(dialer.in_order(all()), [at(3), at(2), at(1)]);
-    // When all are doubtful none is more so than another.
+    // When all are doubtful, none is more so than another.
     dialer.learned().good = None;
     dialer.learned().doubtful.extend(all());
     assert_eq!(dialer.in_order(all()), all());

@@ -1,4 +1,4 @@
-//! Silent connections keep nobody from the server, and a handshake has an end in time and bytes.
+//! Silent connections do not block the server, and a handshake is bounded in time and bytes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::*;
 use crate::tls::SvidVerifier;
 
-/// A server that trusts nobody, so that its peers are all anonymous, and a client that trusts the server.
+/// A server without bundles, so that all its peers are anonymous, and a client that trusts the server.
 fn config() -> (Arc<ServerTls>, Arc<rustls::ClientConfig>) {
     let key = rcgen::generate_simple_self_signed(vec!["server".into()]).unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -39,7 +39,7 @@ struct Served {
     _task: AbortOnDropHandle<()>,
 }
 
-/// Greets each connection that is handed on.
+/// Greets each connection that is passed on.
 async fn served() -> Served {
     crate::test_support::many_descriptors();
     let (server, client) = config();
@@ -97,7 +97,7 @@ async fn silent_connections_keep_no_agent_waiting() {
 async fn a_handshake_that_goes_on_and_on_is_cut_by_its_bytes() {
     let served = served().await;
     let mut endless = dial([127, 0, 13, 1], served.at).await;
-    // A `ClientHello` that says it is 16 MB long, in records of 16,000 bytes (RFC 8446 4, 5.1).
+    // A `ClientHello` that claims to be 16 MB long, in records of 16,000 bytes (RFC 8446 4, 5.1).
     let mut record = [&[22, 3, 1, 0x3e, 0x80][..], &[1, 0xff, 0xff, 0xff], &[0; 15_996]].concat();
     let began = Instant::now();
     let mut sent = 0;

@@ -1,4 +1,4 @@
-//! One local user cannot keep another from being served.
+//! One local user cannot keep another one from being served.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +19,7 @@ struct Served {
     _task: AbortOnDropHandle<()>,
 }
 
-/// Greets each caller that is handed on, and holds it until it ends.
+/// Greets each caller that is passed on, and holds it until it ends.
 fn served(descriptors: usize) -> Served {
     crate::test_support::many_descriptors();
     let dir = tempfile::tempdir().unwrap();
@@ -43,7 +43,7 @@ fn served(descriptors: usize) -> Served {
     Served { path, open, _dir: dir, _task: AbortOnDropHandle::new(task) }
 }
 
-/// Whether a caller that speaks at once is served within a second, and the connection it has then.
+/// Connects and sends the preface at once; `Some` with the connection if it is served within a second.
 async fn greeted(path: &Path) -> Option<UnixStream> {
     let asked = async {
         let mut stream = UnixStream::connect(path).await.ok()?;
@@ -55,7 +55,7 @@ async fn greeted(path: &Path) -> Option<UnixStream> {
     tokio::time::timeout(Duration::from_secs(1), asked).await.ok().flatten()
 }
 
-/// A process of user 65534 that opens so many connections, says so, and waits.
+/// A process of user 65534 that opens this many connections, prints `says`, and waits.
 fn nobody_holds(path: &Path, count: usize, says: &str) -> std::process::Child {
     use std::io::Read;
     let script = "import resource, socket, sys, time
@@ -102,7 +102,7 @@ async fn connections_of_nobody_that_do_speak_are_bounded_and_take_from_nobody_el
     for n in 0..30 {
         assert!(greeted(&served.path).await.is_some(), "call {n} of 30");
     }
-    // 1,024 descriptors are 256 connections, 128 of them for one user at most.
+    // 1,024 descriptors allow 256 connections, at most 128 of them per user.
     let began = Instant::now();
     while served.open.load(Ordering::SeqCst) > 129 && began.elapsed() < Duration::from_secs(5) {
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -1,6 +1,6 @@
-//! HPACK's Huffman code (RFC 7541 B), as far as paths need it. The code is canonical: the lengths give the codes.
+//! HPACK's Huffman code (RFC 7541 B) for the symbols of paths. The code is canonical: lengths determine codes.
 
-/// Symbols by the length of their code in bits, each group in order. NUL is here to keep the count.
+/// Symbols by the length of their code in bits, each group in order. NUL is included to keep the count right.
 const GROUPS: [(u32, &[u8]); 10] = [
     (5, b"012aceiost"),
     (6, b" %-./3456789=A_bdfghlmnpru"),
@@ -14,7 +14,7 @@ const GROUPS: [(u32, &[u8]); 10] = [
     (15, b"<`{"),
 ];
 
-/// The code of a symbol.
+/// The code of a symbol and its length in bits; `None` if the table lacks the symbol.
 fn code_of(symbol: u8) -> Option<(u32, u32)> {
     let mut first = 0;
     let mut before = GROUPS[0].0;
@@ -29,7 +29,7 @@ fn code_of(symbol: u8) -> Option<(u32, u32)> {
     None
 }
 
-/// The symbol whose code begins at a bit, and the code's length.
+/// The symbol whose code starts at a bit, and the code's length in bits.
 fn symbol_at(coded: &[u8], bit: usize) -> Option<(u8, usize)> {
     let mut first = 0u32;
     let mut before = GROUPS[0].0;
@@ -56,7 +56,7 @@ fn bits(coded: &[u8], at: usize, count: u32) -> Option<u32> {
     })
 }
 
-/// Puts `-` in place of each symbol that is foreign and has a code of the same length.
+/// Replaces each foreign symbol by `-`, if its code has the same length.
 pub fn replace(coded: &mut [u8], is_foreign: fn(u8) -> bool) {
     let Some((hyphen, length)) = code_of(b'-') else { return };
     let mut at = 0;
@@ -80,12 +80,12 @@ pub fn encode(text: &str) -> Vec<u8> {
         let (code, length) = code_of(symbol).unwrap();
         all.extend((0..length).rev().map(|n| code >> n & 1 == 1));
     }
-    // Padded with the beginning of the end-of-string code: ones.
+    // Padded with the beginning of the end-of-string code, which is all ones.
     all.resize(all.len().next_multiple_of(8), true);
     all.chunks(8).map(|c| c.iter().fold(0, |b, bit| b << 1 | u8::from(*bit))).collect()
 }
 
-/// The text of a code that [`encode`] made.
+/// The text of a code from [`encode`].
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 pub fn decode(coded: &[u8]) -> String {

@@ -1,40 +1,40 @@
-//! Lets gRPC clients in that name a Unix socket's path as the HTTP/2 `:authority`.
+//! Accepts gRPC clients that send a Unix socket's path as the HTTP/2 `:authority`.
 //!
-//! gRPC's C core, and so its Python, C++ and Ruby, sends the percent-encoded path of the socket, and grpc-java the path
-//! itself. Neither is an authority by RFC 9113 8.3.1, and our HTTP/2 library resets such streams. On a Unix socket the
-//! authority means nothing, so this filter, between socket and library, puts `-` in place of each byte that may not be
-//! there. `%`, `/` and `-` have codes of one length in HPACK's Huffman code (RFC 7541 B): nothing moves, and both sides'
-//! header tables stay alike.
+//! gRPC's C core, and with it Python, C++ and Ruby, sends the percent-encoded path of the socket; grpc-java sends the
+//! path itself. Neither is an authority by RFC 9113 8.3.1, and our HTTP/2 library resets such streams. On a Unix socket
+//! the authority has no meaning, so this filter, between socket and library, replaces each byte that is not allowed by
+//! `-`. `%`, `/` and `-` have codes of one length in HPACK's Huffman code (RFC 7541 B): no byte moves, and the header
+//! tables of both sides stay equal.
 
 mod huffman;
 
 use std::collections::VecDeque;
 
-/// Bytes of the client's preface (RFC 9113 3.4).
+/// Length of the client's preface in bytes (RFC 9113 3.4).
 const PREFACE: usize = 24;
 const FRAME_HEADER: usize = 9;
 const TYPE_HEADERS: u8 = 1;
 const FLAG_END_HEADERS: u8 = 0x4;
 const FLAG_PADDED: u8 = 0x8;
 const FLAG_PRIORITY: u8 = 0x20;
-/// Longest header frame that is looked into: what a client may send us unless told otherwise (RFC 9113 4.2).
+/// Longest header frame that is inspected: the most that a client may send by default (RFC 9113 4.2).
 const MAX_FRAME: usize = 16_384;
 
 /// `:authority` in HPACK's Huffman code.
 const CODED_NAME: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 
-/// Looks at what a client sends and mends the authority of each request.
+/// Filters the bytes that a client sends and corrects the authority of each request.
 pub struct Filter {
     state: State,
     out: VecDeque<u8>,
 }
 
 enum State {
-    /// So many bytes of the preface, or of a frame that is of no interest, are still to pass.
+    /// Number of bytes of the preface, or of an uninteresting frame, that still pass unchanged.
     Pass(usize),
-    /// A frame's header.
+    /// Collects the header of a frame.
     Header(Vec<u8>),
-    /// A header frame's payload, which is this long.
+    /// Collects the payload of a header frame, `length` bytes.
     Collect { flags: u8, length: usize, payload: Vec<u8> },
 }
 
@@ -45,12 +45,12 @@ impl Default for Filter {
 }
 
 impl Filter {
-    /// What is ready to be read.
+    /// Bytes that are ready to be read.
     pub fn out(&mut self) -> &mut VecDeque<u8> {
         &mut self.out
     }
 
-    /// Takes bytes from the client.
+    /// Adds bytes from the client.
     pub fn push(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             match &mut self.state {
@@ -98,12 +98,12 @@ impl Filter {
     }
 }
 
-/// Walks a header block (RFC 7541 6) and mends literal values of `:authority`. Whatever cannot be read is left as it is.
+/// Walks a header block (RFC 7541 6) and corrects literal values of `:authority`. Malformed parts are left unchanged.
 fn mend_block(block: &mut [u8]) {
     let mut at = 0;
     while at < block.len() {
         let first = block[at];
-        // How many bits of the first byte hold the index, and whether a literal value follows.
+        // Number of index bits in the first byte, and whether a literal value follows.
         let (bits, literal) = match first {
             b if b & 0x80 != 0 => (7, false),
             b if b & 0x40 != 0 => (6, true),
@@ -115,7 +115,7 @@ fn mend_block(block: &mut [u8]) {
         if !literal {
             continue;
         }
-        // The static table's entry 1 is `:authority` (RFC 7541 A); gRPC's C core spells it out.
+        // Entry 1 of the static table is `:authority` (RFC 7541 A); gRPC's C core sends the name literally.
         let mut is_authority = index == 1;
         if index == 0 {
             let Some((coded, length, start)) = string(block, at) else { return };
@@ -136,12 +136,12 @@ fn mend_block(block: &mut [u8]) {
     }
 }
 
-/// Bytes that stand in paths but not in authorities.
+/// Whether a byte occurs in paths but not in authorities.
 fn is_foreign(byte: u8) -> bool {
     byte == b'%' || byte == b'/'
 }
 
-/// An integer whose prefix has so many bits (RFC 7541 5.1), and where it ends.
+/// An integer with a prefix of `bits` bits (RFC 7541 5.1), and where it ends.
 fn integer(block: &[u8], at: usize, bits: u32) -> Option<(usize, usize)> {
     let most = (1usize << bits) - 1;
     let mut value = usize::from(*block.get(at)?) & most;
@@ -160,7 +160,7 @@ fn integer(block: &[u8], at: usize, bits: u32) -> Option<(usize, usize)> {
     None
 }
 
-/// A string (RFC 7541 5.2): whether it is Huffman-coded, its length, where it begins.
+/// A string (RFC 7541 5.2): whether it is Huffman-coded, its length, and where it starts.
 fn string(block: &[u8], at: usize) -> Option<(bool, usize, usize)> {
     let coded = *block.get(at)? & 0x80 != 0;
     let (length, start) = integer(block, at, 7)?;

@@ -1,4 +1,4 @@
-//! Properties that hold for whatever a client sends, tried on many random inputs. A failure names its seed.
+//! Properties that hold for any input, tried on many random ones. A failure prints its seed.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // small numbers made up by the tests
 
@@ -10,10 +10,10 @@ use super::*;
 
 const ROUNDS: u64 = 3_000;
 const PREFACE_BYTES: &[u8; PREFACE] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// What the Huffman table here knows: the symbols of paths.
+/// The symbols of our Huffman table: those of paths.
 const ALPHABET: &[u8] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~%/:@";
 
-/// Feeds a client's bytes in pieces of random lengths.
+/// Passes a client's bytes on in pieces of random length.
 fn filtered(random: &mut StdRng, mut bytes: &[u8]) -> Vec<u8> {
     let mut filter = Filter::default();
     let mut out = vec![];
@@ -42,10 +42,10 @@ fn text(random: &mut StdRng, most: usize) -> String {
     (0..length).map(|_| char::from(*ALPHABET.choose(random).unwrap())).collect()
 }
 
-/// A header as it is written on the wire, and as it is meant.
+/// A header as encoded on the wire, and its meaning.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Field {
-    /// By an index alone, or a change of the table's size: the first byte.
+    /// An index only, or a change of the table's size: the first byte.
     Index(u8),
     Literal {
         first: u8,
@@ -74,7 +74,7 @@ fn field(random: &mut StdRng) -> (Field, bool) {
     (field, coded)
 }
 
-/// RFC 7541 5.1 and 5.2.
+/// Encodes a string by RFC 7541 5.1 and 5.2.
 fn write_string(text: &str, coded: bool, to: &mut Vec<u8>) {
     let string = if coded { huffman::encode(text) } else { text.as_bytes().to_vec() };
     let flag = u8::from(coded) << 7;
@@ -104,7 +104,7 @@ fn write(field: &Field, coded: bool, to: &mut Vec<u8>) {
     }
 }
 
-/// Reads a string with a reader of its own: none of the filter's walking is used.
+/// Parses a string independently of the filter's own parser.
 fn read_string(block: &mut &[u8]) -> String {
     let (coded, mut length) = (block[0] & 0x80 != 0, usize::from(block[0] & 0x7f));
     *block = &block[1..];
@@ -137,7 +137,7 @@ fn read(mut block: &[u8]) -> Vec<Field> {
     fields
 }
 
-/// What is to become of a field.
+/// The expected result for a field.
 fn mended(field: &Field) -> Field {
     match field {
         Field::Literal { first, name, value }
@@ -191,7 +191,8 @@ fn whatever_is_sent_no_byte_is_lost_added_or_moved_and_nothing_panics() {
         let random = &mut StdRng::seed_from_u64(seed);
         let mut sent = PREFACE_BYTES.to_vec();
         for _ in 0..random.random_range(0..6) {
-            // Header frames with any flags and any block, some of them valid but for a few bytes; and any other frames.
+            // Header frames with any flags and any block, some of them valid except for a few bytes; and any other
+            // frames.
             let mut block = vec![];
             match random.random_range(0..3) {
                 0 => block = bytes(random, 2_000),
@@ -210,12 +211,12 @@ fn whatever_is_sent_no_byte_is_lost_added_or_moved_and_nothing_panics() {
             let kind = if random.random_range(0..4) == 0 { random.random() } else { TYPE_HEADERS };
             sent.extend(frame(kind, random.random(), &block));
         }
-        // The last frame may be cut off, and bytes that are no frame may come at its end.
+        // The last frame may be truncated, and bytes that do not form a frame may follow.
         sent.truncate(random.random_range(PREFACE..=sent.len()));
         sent.extend(bytes(random, 30));
         let out = filtered(random, &sent);
         assert_eq!(filtered(random, &sent), out, "seed {seed}: it matters how the bytes are cut");
-        // What is not out yet is a header frame that is not whole, or a frame's header.
+        // What was not returned yet is an incomplete header frame or a frame's header.
         assert!(sent.len() - out.len() <= MAX_FRAME + FRAME_HEADER, "seed {seed}");
         let changed = sent.iter().zip(&out).enumerate().filter(|(_, (was, is))| was != is);
         assert!(changed.clone().all(|(at, _)| at >= PREFACE), "seed {seed}");
@@ -226,11 +227,11 @@ fn whatever_is_sent_no_byte_is_lost_added_or_moved_and_nothing_panics() {
 fn the_state_that_a_client_can_make_us_keep_is_bounded() {
     let mut filter = Filter::default();
     filter.push(PREFACE_BYTES);
-    // A header frame that says how long it is, and does not come.
+    // A header frame that announces its length and never arrives.
     filter.push(&frame(TYPE_HEADERS, FLAG_END_HEADERS, &[0; MAX_FRAME])[..FRAME_HEADER + 10]);
     let State::Collect { payload, length, .. } = &filter.state else { panic!("it is to be collected") };
     assert!(payload.capacity() <= MAX_FRAME && *length == MAX_FRAME);
-    // A longer one passes without being held.
+    // A longer one passes without being buffered.
     let mut filter = Filter::default();
     filter.push(PREFACE_BYTES);
     filter.push(&frame(TYPE_HEADERS, FLAG_END_HEADERS, &vec![0; MAX_FRAME + 1]));

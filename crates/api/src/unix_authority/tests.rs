@@ -1,4 +1,4 @@
-//! What goes in comes out, but for an authority that is none, however it is cut into reads.
+//! Input passes unchanged, except for an invalid authority, however it is split into reads.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // small numbers made up by the tests
 
@@ -21,7 +21,7 @@ fn filtered(bytes: &[u8], cut: usize) -> Vec<u8> {
 
 #[test]
 fn the_code_is_the_one_of_the_standard() {
-    // RFC 7541 C.4.1 and C.4.3.
+    // From RFC 7541 C.4.1 and C.4.3.
     assert_eq!(
         huffman::encode("www.example.com"),
         [0xf1, 0xe3, 0xc2, 0xe5, 0xf2, 0x3a, 0x6b, 0xa0, 0xab, 0x90, 0xf4, 0xff]
@@ -83,7 +83,7 @@ fn garbage_passes_as_it_is() {
         bytes[24 + 4] = 0x4;
         bytes[24] = 0;
         let out = filtered(&bytes, 997);
-        // All of it, but for a header frame that is not whole yet.
+        // All of it except an incomplete header frame.
         assert!(bytes.len() - out.len() <= MAX_FRAME, "{seed}");
         assert_eq!(out.len().min(24), 24);
     }

@@ -1,4 +1,4 @@
-//! The mutating webhook: what a pod is given before the API server stores it.
+//! The mutating webhook: adds redirect and sidecar to a pod before the API server stores it.
 
 mod namespace;
 mod nearest;
@@ -19,70 +19,71 @@ use countersign_identity::policy::Mode;
 pub const SIDECAR: &str = "countersign-proxy";
 /// Name of the redirect's container.
 pub const REDIRECT: &str = "countersign-redirect";
-/// The label that asks for injection, of a namespace or a pod.
+/// Label of a namespace or a pod that requests injection.
 pub const INJECT: &str = "countersign.dev/inject";
-/// The annotation of a pod that was injected: our version.
+/// Annotation of an injected pod: the version of the injector.
 pub const INJECTED: &str = "countersign.dev/injected";
-/// The sidecar's user in a pod.
+/// User ID of the sidecar in a pod.
 pub const PROXY_UID: u32 = 2102;
 
-/// What is known of a pod's surroundings, beside the pod itself.
+/// Facts about a pod that are not in the pod itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Surroundings {
-    /// Its namespace.
+    /// Namespace of the pod.
     pub namespace: String,
-    /// Whether its namespace asks for injection.
+    /// Whether the namespace requests injection.
     pub asks: Asks,
-    /// The mode of mesh and namespace.
+    /// Mode of the mesh, narrowed by the namespace's.
     pub mode: Mode,
 }
 
-/// What a namespace's label says.
+/// The request in a namespace's label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asks {
-    /// `enabled`.
+    /// The label is `enabled`.
     Yes,
-    /// Nothing, or `disabled`.
+    /// There is no label, or it is `disabled`.
     No,
-    /// Something that is neither; nobody knows what was meant.
+    /// The label has another value, so the intention is unclear.
     Unclear,
 }
 
-/// Who may weaken a strict mesh by annotations: the administrator's leave.
+/// Namespaces whose pods may weaken a strict mesh by annotations, set by the administrator.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Leave(BTreeSet<String>);
 
 impl Leave {
-    /// For these namespaces; `*` is every one, and an empty list nobody.
+    /// Permission for these namespaces. `*` stands for all; an empty list permits none.
     pub fn of(namespaces: impl IntoIterator<Item = String>) -> Self {
         Self(namespaces.into_iter().map(|n| n.trim().to_owned()).filter(|n| !n.is_empty()).collect())
     }
 
-    /// Whether a namespace has it.
+    /// Whether a namespace has the permission.
     pub fn is_given(&self, namespace: &str) -> bool {
         self.0.contains("*") || self.0.contains(namespace)
     }
 }
 
-/// What is put into pods.
+/// Settings of the injected containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sidecar {
     /// Image of sidecar and redirect.
     pub image: String,
-    /// When nodes look for it: `Always`, `IfNotPresent`, `Never`.
+    /// When nodes pull the image: `Always`, `IfNotPresent` or `Never`.
     pub pull_policy: String,
-    /// Folder of a node where its agent's socket is.
+    /// Folder on each node that holds its agent's socket.
     pub agent_dir: String,
-    /// Log filter, where a pod names none.
+    /// Log filter of sidecars whose pod sets none.
     pub log_level: String,
-    /// As an init container that goes on (Kubernetes 1.29 and newer), or as the first of the pod's containers.
+    /// Whether the sidecar is an init container that keeps running (Kubernetes 1.29 and newer), or the first of the
+    /// pod's containers.
     pub native: bool,
-    /// Namespaces whose pods may weaken strict.
+    /// Namespaces whose pods may weaken strict mode.
     pub leave: Leave,
 }
 
 impl Sidecar {
-    /// This image, and the defaults.
+    /// Default settings with this image.
     pub fn new(image: String) -> Self {
         Self {
             image,

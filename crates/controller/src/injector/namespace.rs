@@ -1,4 +1,4 @@
-//! Judges what is said of the mesh on a namespace, when it is said.
+//! Validates our labels and annotations on a namespace when they are set.
 
 use serde_json::{Value, json};
 
@@ -7,11 +7,11 @@ use super::nearest::did_you_mean;
 use super::settings::MODES;
 use crate::facts::MODE;
 
-/// What the label may say.
+/// Valid values of the label.
 pub(super) const WORDS: [&str; 2] = ["enabled", "disabled"];
 
-/// Refuses a label or annotation of ours with a value that means nothing, where this change brings it. A value that stood there
-/// before is let be, for whoever changes something else must be able to.
+/// Rejects an invalid value in one of our labels or annotations, if this change sets it. An invalid value that existed
+/// before is accepted, so that other changes to the namespace remain possible.
 pub fn judge_namespace(namespace: &Value, before: Option<&Value>) -> Result<(), String> {
     let said = |object: &Value, place: &str, key: &str| object["metadata"][place][key].as_str().map(ToOwned::to_owned);
     let mut checks = vec![];

@@ -1,17 +1,17 @@
-//! The word that was probably meant.
+//! Suggests the word that was probably meant.
 
-/// Words further away than this are another word.
+/// Words with a larger distance count as different words.
 const FURTHEST: usize = 2;
-/// Longer words are not compared: the time is their product.
+/// Longest word that is compared: the running time is the product of the lengths.
 const LONGEST: usize = 64;
 
-/// `; did you mean …?` where one of the words is near, else nothing.
+/// `; did you mean …?` if one of the words is close, otherwise an empty string.
 pub fn did_you_mean(word: &str, words: &[&str]) -> String {
     let lower = word.trim().to_ascii_lowercase();
     if lower.len() > LONGEST {
         return String::new();
     }
-    // `enable` for `enabled` is near as well as `enabld`; what people say for yes and no is not near, and meant.
+    // `enable` is as close to `enabled` as `enabld`. Common words for yes and no are not close, but clear.
     let meant = match lower.as_str() {
         "true" | "yes" | "on" | "1" => words.iter().find(|w| **w == "enabled"),
         "false" | "no" | "off" | "0" => words.iter().find(|w| **w == "disabled"),
@@ -21,7 +21,7 @@ pub fn did_you_mean(word: &str, words: &[&str]) -> String {
     meant.or_else(near).map_or_else(String::new, |w| format!("; did you mean `{w}`?"))
 }
 
-/// Insertions, deletions and replacements between two words (Levenshtein).
+/// Number of insertions, deletions and replacements between two words (Levenshtein).
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

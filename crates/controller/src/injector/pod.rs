@@ -1,4 +1,4 @@
-//! Puts redirect and sidecar into a pod. Works on the object as it came, so that fields that we do not know stay.
+//! Adds redirect and sidecar to a pod. Works on the JSON object as received, so that unknown fields are kept.
 
 use countersign_identity::policy::Mode;
 use serde_json::{Map, Value, json};
@@ -9,77 +9,77 @@ use super::settings::{Mistake, Settings, joined};
 use super::{Asks, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
 use crate::facts::MODE;
 
-/// The volume with the agent's socket.
+/// Name of the volume with the agent's socket.
 const VOLUME: &str = "countersign-agent";
-/// Where the sidecar finds the agent's socket.
+/// Folder of the agent's socket in the sidecar.
 const SOCKET_DIR: &str = "/run/countersign/agent";
 
-/// Why a pod is not let in.
+/// Why a pod is rejected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Refused {
-    /// An annotation.
+    /// An annotation is invalid.
     #[error(transparent)]
     Annotation(#[from] Mistake),
-    /// Nobody knows whether it should be meshed.
+    /// The pod's label is neither `enabled` nor `disabled`.
     #[error("countersign.dev/inject: `{value}` is neither enabled nor disabled{hint}")]
     Unclear {
-        /// What stands there.
+        /// Value of the label.
         value: String,
-        /// What was probably meant.
+        /// Suggestion of the intended value; may be empty.
         hint: String,
     },
-    /// Nobody knows whether its namespace's pods should be meshed.
+    /// The namespace's label is neither `enabled` nor `disabled`. Holds the namespace.
     #[error(
         "the label countersign.dev/inject of namespace {0} is neither enabled nor disabled, so nobody knows whether this pod belongs into the mesh: set it to one of them, or label the pod"
     )]
     UnclearNamespace(String),
-    /// Something of its own has a name that is ours.
+    /// A container, volume or mount of the pod uses one of our names.
     #[error("{what} `{name}` has a name that the injection uses: rename it")]
     Reserved {
-        /// A container, a volume, a mount of which container.
+        /// Kind of the object: a container, a volume, a mount of a container.
         what: String,
-        /// The name.
+        /// The name that is reserved.
         name: String,
     },
-    /// It would weaken a strict mesh.
+    /// The pod would weaken a strict mesh without permission.
     #[error(
         "annotation countersign.dev/{key}: `{value}` lets traffic past the sidecar{because}; an administrator can allow it for namespace {namespace} by the setting mesh.allowExceptions"
     )]
     Exception {
-        /// The annotation's name.
+        /// Name of the annotation, without its prefix.
         key: &'static str,
-        /// Its value.
+        /// Value of the annotation.
         value: String,
-        /// Why that is asked about.
+        /// Why permission is required.
         because: &'static str,
-        /// Where.
+        /// Namespace of the pod.
         namespace: String,
     },
-    /// It would bypass the sidecar.
+    /// A container would bypass the sidecar, because it runs as the sidecar's user. Holds its name.
     #[error(
         "container `{0}` runs as UID 2102, which is the sidecar's: its traffic would bypass the mesh; give it another runAsUser"
     )]
     ProxyUid(String),
-    /// It would never end.
+    /// The pod would never end, because its sidecar keeps running. Holds the restart policy.
     #[error(
         "the pod is to end by itself (restartPolicy {0}), but its sidecar, a plain container, would go on for ever: native sidecars (Kubernetes 1.29, injector.nativeSidecars) end with it; or label it countersign.dev/inject: disabled"
     )]
     NeverEnds(String),
-    /// No pod.
+    /// The object is not a pod.
     #[error("the pod has no spec with containers")]
     Malformed,
 }
 
-/// What became of a pod.
+/// Outcome for a pod that is accepted.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is meshed.
+    /// Redirect and sidecar were added.
     Injected,
-    /// It stays as it is, for this reason.
+    /// The pod is unchanged, for this reason.
     Left(&'static str),
 }
 
-/// Injects into a pod, or a pod template: an object with `metadata` and `spec`.
+/// Injects into a pod or a pod template: an object with `metadata` and `spec`.
 pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Result<Verdict, Refused> {
     let label = pod["metadata"]["labels"][INJECT].as_str().or(pod["metadata"]["annotations"][INJECT].as_str());
     match (label, around.asks) {
@@ -101,7 +101,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     }
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();
     let settings = Settings::read(annotations.iter().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?))))?;
-    // Read above: what stands there is a mode.
+    // Validated above, so this is a mode.
     let own = annotations.get(MODE).and_then(|m| m.as_str()).and_then(|m| m.parse().ok());
     let mode = around.mode.narrowed_by(own);
     refuse_exceptions(&settings, mode, sidecar, &around.namespace)?;
@@ -134,8 +134,8 @@ fn volume(sidecar: &Sidecar) -> Value {
     json!({ "name": VOLUME, "hostPath": { "path": sidecar.agent_dir, "type": "DirectoryOrCreate" } })
 }
 
-/// Strict is weakened by nobody who may only make pods: the mesh's administrator names the namespaces that may. What takes a pod
-/// out of the mesh altogether needs that leave in every mode.
+/// Rejects exceptions to strict mode unless the namespace has permission: who may only create pods must not weaken it.
+/// Exceptions that take a pod out of the mesh completely need permission in every mode.
 fn refuse_exceptions(settings: &Settings, mode: Mode, sidecar: &Sidecar, namespace: &str) -> Result<(), Refused> {
     if sidecar.leave.is_given(namespace) {
         return Ok(());
@@ -150,8 +150,9 @@ fn refuse_exceptions(settings: &Settings, mode: Mode, sidecar: &Sidecar, namespa
     }
 }
 
-/// Takes out what an earlier injection put in; returns the probes that it wrote down. What has our names and is not of an
-/// injection is an app's own, and is refused: it would be replaced, or would become a way to what is ours.
+/// Removes what an earlier injection added; returns the health checks that it recorded. An object with one of our names
+/// that is not from an injection belongs to the app and is rejected: it would be replaced, or would give access to our
+/// own files.
 fn take_ours(pod: &mut Value, ours: &Value) -> Result<Map<String, Value>, Refused> {
     let injected = pod["metadata"]["annotations"][INJECTED].is_string();
     let reserved = |what: &str, name: &str| Refused::Reserved { what: what.to_owned(), name: name.to_owned() };
@@ -183,7 +184,7 @@ fn take_ours(pod: &mut Value, ours: &Value) -> Result<Map<String, Value>, Refuse
     Ok(written)
 }
 
-/// A mount of our volume would be the node's agent folder, writable, in an app's container.
+/// Rejects mounts of our volume: it is the node's agent folder, which would be writable in an app's container.
 fn refuse_mounts(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
     for container in lists.iter().flat_map(|list| spec[*list].as_array().into_iter().flatten()) {
         let mounts = ["volumeMounts", "volumeDevices"].into_iter().filter_map(|m| container[m].as_array()).flatten();
@@ -201,8 +202,8 @@ fn put_first(spec: &mut Value, list: &str, container: Value) {
     spec[list] = Value::Array(all);
 }
 
-/// Judges a pod that is given ephemeral containers (`kubectl debug`): they come after the injection, and are caught as well. The
-/// sidecar counts and no label, which may have changed since.
+/// Validates ephemeral containers (`kubectl debug`): they are added after the injection, and their traffic is
+/// redirected too. The presence of the sidecar decides, not a label, which may have changed since.
 pub fn judge_ephemeral(pod: &Value) -> Result<(), Refused> {
     let lists = ["initContainers", "containers"];
     let mut all = lists.iter().flat_map(|list| pod["spec"][*list].as_array().into_iter().flatten());
@@ -213,7 +214,7 @@ pub fn judge_ephemeral(pod: &Value) -> Result<(), Refused> {
     refuse_mounts(&pod["spec"], &["ephemeralContainers"])
 }
 
-/// A container under the sidecar's user would not be caught by the redirect.
+/// Rejects containers that run as the sidecar's user, because the redirect would not catch their traffic.
 fn refuse_proxy_uid(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
     let pod_wide = spec["securityContext"]["runAsUser"].as_u64();
     for list in lists {
@@ -226,8 +227,8 @@ fn refuse_proxy_uid(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
     Ok(())
 }
 
-/// Installs the redirect, before anything else of the pod runs. What becomes of other protocols is settled with it: the sidecar,
-/// which hears of a mode that changes, has no right to change rules.
+/// The init container that installs the redirect before anything else in the pod runs. It also decides about other
+/// protocols for the pod's life, because the sidecar, which learns of changes of the mode, may not change rules.
 fn redirect(sidecar: &Sidecar, settings: &Settings, mode: Mode) -> Value {
     let mut args = vec!["redirect".to_owned(), format!("--proxy-uid={PROXY_UID}"), "--in-pod".to_owned()];
     let mut list = |flag: &str, value: String| {
@@ -256,8 +257,9 @@ fn redirect(sidecar: &Sidecar, settings: &Settings, mode: Mode) -> Value {
     })
 }
 
-/// The sidecar. A native one is an init container that goes on: it is there before the app's own init containers and after
-/// the app's end. A plain one holds back the containers behind it until it is ready, and ends when they have gone.
+/// The sidecar's container. A native one is an init container that keeps running: it starts before the app's init
+/// containers and ends after the app. A plain one blocks the containers after it until it is ready, and ends once they
+/// have ended.
 fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>) -> Value {
     let from = |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let mut env = vec![
@@ -318,7 +320,7 @@ mod tests {
         })
     }
 
-    /// A namespace that asks, of a permissive mesh.
+    /// A namespace that requests injection, in a permissive mesh.
     fn asks() -> Surroundings {
         Surroundings { namespace: "shop".into(), asks: Asks::Yes, mode: Mode::Permissive }
     }

@@ -1,11 +1,12 @@
-//! The kubelet's probes and hooks go to the sidecar, which asks the app: under strict nothing else may reach it in the clear.
+//! Redirects the kubelet's probes and hooks to the sidecar, which asks the app: in strict mode nothing else may reach
+//! the app in plaintext.
 
 use serde_json::{Map, Value, json};
 
-/// Where the sidecar is asked.
+/// TCP port of the sidecar for health checks.
 const PROBE_PORT: u16 = 15020;
 
-/// What the kubelet may ask of a container, and what the sidecar is asked for instead.
+/// Probes and hooks of a container, and the sidecar's names for them.
 const ASKED: [(&str, &str); 5] = [
     ("/livenessProbe", "liveness"),
     ("/readinessProbe", "readiness"),
@@ -13,10 +14,11 @@ const ASKED: [(&str, &str); 5] = [
     ("/lifecycle/postStart", "post-start"),
     ("/lifecycle/preStop", "pre-stop"),
 ];
-/// A hook has no timeout of its own: the pod's time to end bounds it, which is 30 s unless set.
+/// Timeout of a hook in seconds. A hook has none of its own: the pod's termination grace period bounds it, 30 s by
+/// default.
 const HOOK_SECONDS: u64 = 30;
 
-/// Rewrites the probes and hooks of one container; what is asked of the app goes into `written`, for the sidecar.
+/// Rewrites the probes and hooks of one container. The checks that the sidecar has to run are added to `written`.
 pub fn rewrite(container: &mut Value, written: &mut Map<String, Value>) {
     let Some(name) = container["name"].as_str().map(ToOwned::to_owned) else { return };
     let ports = container["ports"].clone();
@@ -35,10 +37,11 @@ pub fn rewrite(container: &mut Value, written: &mut Map<String, Value>) {
     }
 }
 
-/// What the sidecar is to ask; `None`: the probe asks nothing of this pod over the network, or a port it does not have.
+/// The check that the sidecar runs; `None` if the probe does not use this pod's network, or uses a port that it does
+/// not have.
 fn app_side(probe: &Map<String, Value>, ports: &Value) -> Option<Value> {
     if let Some(http) = probe.get("httpGet") {
-        // Another host is not the app.
+        // A probe of another host does not concern the app.
         if http["host"].as_str().is_some_and(|h| !h.is_empty()) {
             return None;
         }
@@ -65,7 +68,7 @@ fn app_side(probe: &Map<String, Value>, ports: &Value) -> Option<Value> {
     Some(json!({ "port": number(&grpc["port"], ports)?, "grpc": { "service": service } }))
 }
 
-/// A port's number; one that goes by a name is looked up among the container's own.
+/// A port by number, or by name among the container's own ports.
 fn number(port: &Value, ports: &Value) -> Option<u16> {
     if let Some(number) = port.as_u64() {
         return number.try_into().ok().filter(|p| *p != PROBE_PORT);

@@ -1,4 +1,4 @@
-//! What a pod's annotations ask of its sidecar, checked one by one.
+//! The sidecar settings in a pod's annotations, validated one by one.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +7,12 @@ use ipnet::IpNet;
 
 use super::nearest::did_you_mean;
 
-/// Ports or networks that one annotation may list. Each is a rule that every packet of a new connection passes.
+/// Most ports or networks per annotation. Each is a rule that every new connection passes.
 const MAX_LISTED: usize = 64;
-/// The words for a mode.
+/// The names of the modes.
 pub(super) const MODES: [&str; 3] = ["off", "permissive", "strict"];
 
-/// What an annotation with a mistake is answered with.
+/// Why an annotation is invalid, as the user sees it.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("annotation {key}: `{value}` {why}")]
 pub struct Mistake {
@@ -21,28 +21,28 @@ pub struct Mistake {
     why: String,
 }
 
-/// What a pod's annotations say.
+/// The settings of a pod's annotations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// Incoming ports that are not caught.
+    /// Incoming TCP ports that are not redirected.
     pub inbound_ports: Vec<u16>,
-    /// Outgoing ports that are not caught.
+    /// Outgoing TCP ports that are not redirected.
     pub outbound_ports: Vec<u16>,
-    /// Sources that are not caught.
+    /// Source networks that are not redirected.
     pub inbound_cidrs: Vec<IpNet>,
-    /// Destinations that are not caught.
+    /// Destination networks that are not redirected.
     pub outbound_cidrs: Vec<IpNet>,
-    /// UDP ports that strict leaves open.
+    /// UDP ports that strict mode allows.
     pub udp_ports: Vec<u16>,
-    /// Networks with which strict lets every protocol but TCP pass.
+    /// Networks with which strict mode allows every protocol except TCP.
     pub other_cidrs: Vec<IpNet>,
-    /// Log filter of the sidecar.
+    /// Log filter of the sidecar; `None` for the default.
     pub log_level: Option<String>,
-    /// Resource requests and limits that stand instead of the defaults: `requests` or `limits`, then `cpu` or `memory`.
+    /// Resource requests and limits that replace the defaults: `requests` or `limits`, then `cpu` or `memory`.
     pub resources: BTreeMap<(&'static str, &'static str), String>,
 }
 
-/// The annotations that there are. `mode` is read by the directory feed; here it is only checked, as is `inject` elsewhere.
+/// The known annotations. `mode` is used by the directory feed and only validated here, like `inject` elsewhere.
 const KEYS: [&str; 14] = [
     "mode",
     "inject",
@@ -60,7 +60,7 @@ const KEYS: [&str; 14] = [
     "memory-limit",
 ];
 
-/// Reads a list whose items may have blanks around them; empty items are passed over.
+/// Parses a comma-separated list. Spaces around items and empty items are ignored.
 fn list<T: std::str::FromStr>(key: &str, text: &str, why: &str) -> Result<Vec<T>, Mistake> {
     let items = text.split(',').map(str::trim).filter(|i| !i.is_empty());
     let wrong = |item: &str, why: &str| Mistake { key: key.to_owned(), value: item.to_owned(), why: why.to_owned() };
@@ -72,7 +72,7 @@ fn list<T: std::str::FromStr>(key: &str, text: &str, why: &str) -> Result<Vec<T>
     Ok(all)
 }
 
-/// A Kubernetes quantity: digits, perhaps a fraction, perhaps a suffix.
+/// Whether a text is a Kubernetes quantity: digits, an optional fraction, an optional suffix.
 fn is_quantity(text: &str) -> bool {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, suffix) = text.split_at(split);
@@ -81,7 +81,7 @@ fn is_quantity(text: &str) -> bool {
 }
 
 impl Settings {
-    /// Reads a pod's annotations.
+    /// Parses a pod's annotations. Errors: an unknown annotation of ours, or an invalid value.
     pub fn read<'a>(annotations: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Self, Mistake> {
         let mut settings = Self::default();
         for (full, value) in annotations {
@@ -130,7 +130,7 @@ impl Settings {
         Ok(settings)
     }
 
-    /// What of it lets traffic past the sidecar: annotation and value.
+    /// The settings that let traffic bypass the sidecar, as annotation and value.
     pub fn exceptions(&self) -> Vec<(&'static str, String)> {
         let all = [
             ("ignore-inbound-ports", joined(&self.inbound_ports)),
@@ -143,7 +143,8 @@ impl Settings {
         all.into_iter().filter(|(_, value)| !value.is_empty()).collect()
     }
 
-    /// What of it takes the pod out of the mesh altogether, whatever the mode: networks that together are all addresses.
+    /// A setting that takes the pod out of the mesh completely, whatever the mode: networks that cover all addresses.
+    /// `None` if there is none.
     pub fn opens_everything(&self) -> Option<(&'static str, String)> {
         let everything = |nets: &Vec<IpNet>| IpNet::aggregate(nets).iter().any(|net| net.prefix_len() == 0);
         let lists = [("ignore-inbound-cidrs", &self.inbound_cidrs), ("ignore-outbound-cidrs", &self.outbound_cidrs)];
@@ -151,7 +152,7 @@ impl Settings {
     }
 }
 
-/// Items as a flag takes them.
+/// Joins items with commas, as a flag takes them.
 pub(super) fn joined<T: ToString>(items: &[T]) -> String {
     items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }

@@ -1,7 +1,7 @@
-//! `AdmissionReview` (admission.k8s.io/v1) in over TLS, JSON Patch out. `/inject/namespace` takes pods whose namespace asks for
-//! injection, `/inject/pod` those that must ask themselves: the API server's own selectors tell them apart, so that we need
-//! no permission to look. The certificate is our own SVID, whose
-//! DNS names are those of the webhook's Service; it is swapped whenever the agent renews it.
+//! The webhook: `AdmissionReview` (admission.k8s.io/v1) in over TLS, JSON Patch out. `/inject/namespace` is for pods
+//! whose namespace requests injection, `/inject/pod` for those that must request it themselves: the API server's
+//! selectors tell them apart, so the webhook needs no permission to look namespaces up. The certificate is its own SVID
+//! with the DNS names of the webhook's Service, replaced whenever the agent renews it.
 
 use std::convert::Infallible;
 use std::io;
@@ -34,40 +34,40 @@ use countersign_identity::policy::Mode;
 use crate::config::InjectorConfig;
 use crate::metrics::{Metrics, Outcome};
 
-/// Largest review that is read, in bytes. The API server takes no larger object.
+/// Largest review that is read, in bytes. The API server accepts no larger object.
 const MAX_REVIEW_BYTES: usize = 4 * 1024 * 1024;
-/// Connections at once. Anybody may connect: an API server shows no certificate of ours.
+/// Bounds on concurrent connections. Anyone may connect, because an API server shows no certificate of ours.
 const CONNECTIONS: Limits = Limits { name: "webhook connections", total: 512, per_group: 256 };
-/// A review takes a part of our memory for each so many bytes after the first ones.
+/// A review takes one part of our memory per this many bytes after the first ones.
 const PART_BYTES: usize = 32 * 1024;
-/// Parts at once: what strangers may make us hold is 16 MiB in first parts and 32 MiB in all others.
+/// Bounds on parts: unauthenticated peers can make us hold 16 MiB in first parts and 32 MiB in all others.
 const PARTS: Limits = Limits { name: "parts of large reviews", total: 1_024, per_group: 768 };
-/// A handshake, a head, a body take no longer.
+/// Longest TLS handshake, request head or request body.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Life of a connection after which no further request is read. An API server keeps its connections for ever otherwise.
+/// Age of a connection after which no further request is read. API servers would otherwise keep connections forever.
 const LIFE: Duration = Duration::from_secs(600);
 
 /// Why the webhook does not serve.
 #[derive(Debug, thiserror::Error)]
 pub enum WebhookError {
-    /// Its port is taken.
+    /// Its address cannot be opened.
     #[error("cannot listen on {address}: {source}")]
     Listen {
-        /// Where.
+        /// The listening address.
         address: SocketAddr,
-        /// Why not.
+        /// Error of the operating system.
         source: io::Error,
     },
 }
 
-/// A certificate that is served.
+/// A serving certificate.
 #[derive(Clone)]
 struct Certificate {
     tls: Arc<ServerConfig>,
     ends_at: OffsetDateTime,
 }
 
-/// The certificate of the moment; none before the agent has given us one.
+/// The current serving certificate; none before the agent has provided one.
 #[derive(Clone, Default)]
 pub struct Serving(Arc<RwLock<Option<Certificate>>>);
 
@@ -80,7 +80,7 @@ impl Serving {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(certificate);
     }
 
-    /// Why the API server would not take our word; `None`: it does.
+    /// Why the API server would not accept our certificate; `None` if it does.
     pub fn missing(&self) -> Option<&'static str> {
         match self.get() {
             None => Some("the agent has given us no certificate yet"),
@@ -92,7 +92,7 @@ impl Serving {
     }
 }
 
-/// Serves until `shutdown`.
+/// Serves until `shutdown`. Errors: the address cannot be opened.
 pub async fn serve(
     config: InjectorConfig,
     serving: Serving,
@@ -108,7 +108,7 @@ pub async fn serve(
     Ok(())
 }
 
-/// Accepts until `shutdown`.
+/// Accepts connections until `shutdown`.
 async fn accept(
     listener: TcpListener,
     hook: Arc<Hook>,
@@ -151,7 +151,7 @@ fn server_config(update: &Update) -> Result<Arc<ServerConfig>, TlsError> {
     Ok(Arc::new(config))
 }
 
-/// Keeps the serving certificate the same as our SVID. One that is withdrawn is served until it ends.
+/// Keeps the serving certificate equal to our SVID. A withdrawn SVID is served until it expires.
 async fn follow_identity(config: InjectorConfig, serving: Serving, metrics: Arc<Metrics>, shutdown: CancellationToken) {
     let told = |told| {
         let Told::Update(update) = told else { return };
@@ -191,7 +191,7 @@ async fn connection(
     tokio::select! {
         ended = served.as_mut() => ended?,
         () = async { tokio::select! { () = shutdown.cancelled() => {}, () = tokio::time::sleep(LIFE) => {} } } => {
-            // What is being answered is answered.
+            // Requests in progress are still answered.
             served.as_mut().graceful_shutdown();
             tokio::time::timeout(TIMEOUT, served).await??;
         }
@@ -199,12 +199,13 @@ async fn connection(
     Ok(())
 }
 
-/// What the API server asks, told by the path: its selectors know the labels of a pod's namespace, and a review does not.
+/// The subject of a review, from the request's path: the API server's selectors know the labels of a pod's namespace, a
+/// review does not contain them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Asked {
-    /// About a pod: what its namespace asks for, and whether the namespace is strict by its label.
+    /// A pod; what its namespace requests, and whether the namespace is strict by its label.
     Pod { asks: Asks, strict: bool },
-    /// About a namespace.
+    /// A namespace that is created or changed.
     Namespace,
 }
 
@@ -225,7 +226,7 @@ impl Asked {
 struct Hook {
     config: InjectorConfig,
     metrics: Arc<Metrics>,
-    /// Whose reviews take our memory.
+    /// Bounds on the memory of reviews per peer.
     parts: Admission<IpAddr>,
 }
 
@@ -233,7 +234,7 @@ struct Hook {
 enum Unread {
     TooLarge,
     BrokenOff,
-    /// There is no memory for all that is being sent, and this peer sends the most of it.
+    /// There is no memory for all reviews in progress, and this peer uses the most.
     TooMany,
 }
 
@@ -279,7 +280,7 @@ impl Hook {
         response
     }
 
-    /// Reads a review within the memory that there is for all of them.
+    /// Reads a review within the memory bound of all reviews.
     async fn read(&self, mut body: Incoming, peer: IpAddr) -> Result<Vec<u8>, Unread> {
         let mut read = vec![];
         let mut parts: Vec<Seat> = vec![];
@@ -312,7 +313,7 @@ impl Hook {
         self.metrics.admissions.get_or_create(&Outcome { outcome }).inc();
     }
 
-    /// Judges one review; `None`: it is none.
+    /// Judges one review; `None` if the object is not a review.
     fn review(&self, review: &Value, asked: Asked) -> Option<Value> {
         let request = review.get("request").filter(|_| review["kind"] == "AdmissionReview")?;
         let uid = request["uid"].as_str()?;

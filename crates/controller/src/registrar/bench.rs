@@ -1,4 +1,5 @@
-//! How long one pass thinks in a large cluster: `cargo test --release -p countersign-controller --lib bench -- --ignored --nocapture`.
+//! Duration of one pass in a large cluster: `cargo test --release -p countersign-controller --lib bench -- --ignored
+//! --nocapture`.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -9,7 +10,7 @@ use crate::facts::{Pod, Service};
 const PODS: usize = 5_000;
 const SERVICES: usize = 500;
 
-/// Pods of 20 namespaces, 25 services in each, on 100 nodes; each pod behind one service.
+/// Pods of 20 namespaces with 25 services each, on 100 nodes; each pod is behind one service.
 fn cluster() -> Facts {
     let mut facts = Facts::default();
     for node in 0..100 {

@@ -1,8 +1,8 @@
-//! `SpiffeID` objects that somebody made by hand: what they may say.
+//! Rules for `SpiffeID` objects that were made by hand.
 //!
-//! Who may create them in a namespace gives identities to pods of that namespace, and must not gain more than who may create
-//! pods there: an ID that the template could give to one of its pods, names of its own Services, the agent of a node of
-//! this cluster. What is ours is nobody else's.
+//! Who may create such objects in a namespace gives identities to pods of that namespace, and must gain no more than by
+//! creating pods there: a SPIFFE ID that the template could give to one of its pods, names of its own Services, the
+//! agent of a node of this cluster. Names of our own installation are reserved.
 
 use countersign_identity::TrustDomain;
 use countersign_identity::trust_domain::{agent_id, parse_workload_id};
@@ -13,9 +13,9 @@ use crate::config::RegistrarConfig;
 use crate::crd::SpiffeID;
 use crate::facts::Facts;
 
-/// The domain that Kubernetes gives to Services unless it is told otherwise.
+/// The default domain of Services in Kubernetes.
 const CLUSTER_DOMAIN: &str = "cluster.local";
-/// DNS names of one object, at most.
+/// Most DNS names per object.
 const MAX_NAMES: usize = 64;
 /// Selectors of one object, at most.
 const MAX_SELECTORS: usize = 64;
@@ -24,13 +24,13 @@ const MAX_SELECTOR_BYTES: usize = 16 * 1024;
 /// The API server's own Service: whoever has its name in a certificate stands for it.
 const API_SERVER: (&str, &str) = ("default", "kubernetes");
 
-/// Whether no pod's certificate may bear the names of this Service: the API server's, and unless `by_us` those of our own
-/// installation.
+/// Whether no pod's certificate may contain the names of this Service: the API server's and, unless `by_us`, those of
+/// our own installation.
 pub fn is_reserved(namespace: &str, service: &str, config: &RegistrarConfig, by_us: bool) -> bool {
     (namespace, service) == API_SERVER || !by_us && config.control_namespace.as_deref() == Some(namespace)
 }
 
-/// The entry of an object made by hand, or why there is none.
+/// The registration entry of an object made by hand. Errors: the rule that it breaks.
 pub fn entry_by_hand(
     object: &SpiffeID,
     facts: &Facts,
@@ -88,7 +88,8 @@ pub fn entry_by_hand(
     Ok(entry_of(object, Some(&namespace)))
 }
 
-/// A name of a Service of this namespace, in one of the spellings that no public name can have: `web.shop` could be one.
+/// Checks a DNS name: it must be a Service of this namespace, spelled in a form that no public name can have
+/// (`web.shop` could be one).
 fn judge_name(name: &str, namespace: &str, facts: &Facts, config: &RegistrarConfig) -> Result<(), String> {
     let service =
         name.strip_suffix(&format!(".{CLUSTER_DOMAIN}")).unwrap_or(name).strip_suffix(&format!(".{namespace}.svc"));

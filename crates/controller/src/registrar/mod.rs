@@ -1,7 +1,8 @@
-//! One `SpiffeID` object a pod, and one registration entry a `SpiffeID` object.
+//! The registrar: one `SpiffeID` object per pod, and one registration entry per `SpiffeID` object.
 //!
-//! Level-triggered: each pass compares the whole of what should be with the whole of what is, so that a pass after any
-//! downtime, on either side, mends whatever was missed. What is, is known from watches and from our own answers.
+//! Level-triggered: each pass compares the complete desired state with the complete actual state, so that a pass after
+//! any downtime, on either side, repairs what was missed. The actual state is known from watches and from our own
+//! calls.
 
 #[cfg(test)]
 mod bench;
@@ -31,47 +32,47 @@ use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
 use crate::watch::Cluster;
 
-/// Prefix of the IDs of our entries; no other entry is touched.
+/// Prefix of the IDs of our entries. Other entries are never touched.
 const ENTRY_PREFIX: &str = "k8s.";
-/// Objects written at once.
+/// Most objects written concurrently.
 const AT_ONCE: usize = 16;
-/// Objects written in one pass, at most: the entries of the first pods do not wait for the objects of the last.
+/// Most objects written per pass, so that entries of the first pods do not wait for objects of the last.
 const A_PASS: usize = 48;
-/// Changes of this time are taken together.
+/// Changes within this time are handled together.
 const TOGETHER: Duration = Duration::from_millis(50);
-/// A pass is followed by a rest of this many times its length, so that a busy cluster does not keep a core busy.
+/// A pass is followed by a pause of this many times its duration, so that a busy cluster does not occupy a core.
 const REST: u32 = 3;
-/// The longest rest: no pod waits longer for its turn.
+/// Longest pause: no pod waits longer for its turn.
 const MAX_REST: Duration = Duration::from_secs(1);
 /// A call to the API server takes no longer.
 const CALL: Duration = Duration::from_secs(15);
 /// The server's entries are looked at anew after this time, for somebody may have changed them by hand.
 const LOOK_AGAIN: Duration = Duration::from_secs(300);
 
-/// The registrar.
+/// Maintains the `SpiffeID` objects and registration entries of all pods.
 pub struct Registrar {
-    /// Settings.
+    /// Settings of the registrar.
     pub config: RegistrarConfig,
-    /// What the server signs for.
+    /// The trust domain of the server.
     pub trust_domain: TrustDomain,
-    /// The API server.
+    /// Client of the API server.
     pub client: Client,
-    /// What is known of the cluster.
+    /// The facts about the cluster.
     pub cluster: Arc<Cluster>,
-    /// The server.
+    /// Connection to the server.
     pub server: ServerLink,
-    /// What is counted.
+    /// The controller's metrics.
     pub metrics: Arc<Metrics>,
 }
 
-/// Something to do with an object.
+/// A change of one object.
 enum Step {
     Create(SpiffeID),
     Replace(SpiffeID),
     Delete(SpiffeID),
 }
 
-/// Whether a pass has left something for the next one.
+/// Whether a pass has left work for the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Left {
     Nothing,
@@ -79,7 +80,7 @@ enum Left {
 }
 
 impl Left {
-    /// As many as one pass does; whether more are left.
+    /// Truncates a list to what one pass does; returns whether more is left.
     fn cut<T>(all: &mut Vec<T>) -> Self {
         let left = if all.len() > A_PASS { Self::Something } else { Self::Nothing };
         all.truncate(A_PASS);
@@ -94,14 +95,14 @@ fn desired(facts: &Facts, config: &RegistrarConfig, trust_domain: &TrustDomain) 
     pods.filter_map(|(key, pod)| Some((key.clone(), object_of(pod, facts, &services, config, trust_domain)?))).collect()
 }
 
-/// What must be done to the objects for pods to have theirs.
+/// The changes to the objects that give each pod its own.
 fn steps(desired: &HashMap<Key, SpiffeID>, actual: &HashMap<Key, SpiffeID>) -> Vec<Step> {
     let mut steps = vec![];
     for (key, wanted) in desired {
         match actual.get(key) {
             None => steps.push(Step::Create(wanted.clone())),
             Some(found) if owner_uid(found) != owner_uid(wanted) => {
-                // Another pod had this name, or somebody else's object has it: that one is left alone.
+                // An object of an earlier pod with this name, or of another owner, which is left alone.
                 if is_ours(found) {
                     steps.push(Step::Delete(found.clone()));
                 }
@@ -156,7 +157,7 @@ impl Registrar {
                 };
                 let failed = again != LOOK_AGAIN;
                 tokio::select! {
-                    // What has failed is not tried faster because something else has changed.
+                    // After a failure, other changes do not shorten the wait for the next try.
                     changed = versions.changed(), if !failed => {
                         if changed.is_err() {
                             return;
@@ -179,8 +180,8 @@ impl Registrar {
         }
     }
 
-    /// Makes things as they should be, as far as it can be done, and some of them only: first objects, then the entries of all
-    /// objects, last what objects say of themselves. Says what could not be done.
+    /// Brings the actual state closer to the desired state: first some objects, then the entries of all objects, last
+    /// the objects' statuses. Errors: what could not be done.
     async fn pass(&self, known: &mut Option<HashMap<String, Wanted>>) -> Result<Left, String> {
         let planned = self.cluster.facts().map(|facts| {
             let desired = self.desired(&facts);
@@ -218,16 +219,17 @@ impl Registrar {
         desired(facts, &self.config, &self.trust_domain)
     }
 
-    /// The entry of each object, by its ID, with the object's UID; or why it has none.
+    /// The entry of each object by ID, with the object's UID; or why it has none.
     fn judge(&self, desired: &HashMap<Key, SpiffeID>, facts: &Facts) -> Judged {
         let mut judged = Judged::default();
         for (key, object) in facts.spiffe_ids.iter().filter(|(_, o)| o.metadata.deletion_timestamp.is_none()) {
             let Some(uid) = object.uid() else { continue };
-            // A pod's own object says nothing that counts: what it should say does. It may be behind, and will be replaced.
+            // For a pod's own object, its intended content counts, not its actual one: it may be outdated and will be
+            // replaced.
             let own = desired.get(key).filter(|d| owner_uid(d) == owner_uid(object));
             let entry = match own {
                 Some(own) => Ok(entry_of(own, None)),
-                // Of a pod that is gone or another: it is about to be deleted, and says nothing any more.
+                // It belongs to a pod that is gone: it will be deleted and no longer counts.
                 None if is_ours(object) => continue,
                 None => entry_by_hand(object, facts, &self.config, &self.trust_domain),
             };
@@ -275,7 +277,7 @@ impl Registrar {
     async fn create(&self, wanted: &SpiffeID) -> Result<(), kube::Error> {
         match self.api(wanted).create(&PostParams::default(), wanted).await {
             Ok(created) => self.heard(created),
-            // The watch will tell; and a pod or namespace that is going needs nothing any more.
+            // The watch will report it; and a pod or namespace that is being deleted needs no object.
             Err(kube::Error::Api(e))
                 if e.code == 409 || e.code == 404 || e.code == 403 && e.message.contains("being terminated") => {}
             Err(error) => return Err(error),

@@ -1,4 +1,4 @@
-//! Between pods, `SpiffeID` objects and registration entries: what follows from what, without asking anybody.
+//! Conversions between pods, `SpiffeID` objects and registration entries, without I/O.
 
 use std::collections::BTreeSet;
 
@@ -15,13 +15,13 @@ use crate::config::RegistrarConfig;
 use crate::crd::{Condition, SpiffeID, SpiffeIdSelector, SpiffeIdSpec, SpiffeIdStatus};
 use crate::facts::{FEDERATES_WITH, Facts, Key, Pod, ServiceIndex};
 
-/// Label of the objects that we made.
+/// Label of the objects that we created.
 const MADE_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "countersign");
 
-/// What of an entry is ours to keep.
+/// The part of an entry that we maintain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// The identity.
+    /// The SPIFFE ID that the entry grants.
     pub spiffe_id: String,
     parent_id: String,
     selectors: BTreeSet<(String, String)>,
@@ -30,7 +30,7 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// As the server has it.
+    /// Reads an entry from the server.
     pub fn read(entry: &Entry) -> Self {
         let id = |id: &Option<Spiffeid>| {
             id.as_ref().map(|i| format!("spiffe://{}{}", i.trust_domain, i.path)).unwrap_or_default()
@@ -44,7 +44,7 @@ impl Wanted {
         }
     }
 
-    /// As the server takes it; an ID that cannot be one is said.
+    /// The entry as sent to the server. Errors: an ID or trust domain is invalid.
     pub fn entry(&self, id: &str) -> Result<Entry, String> {
         let wire = |text: &str| {
             let id = parse_workload_id(text).map_err(|e| e.to_string())?;
@@ -104,7 +104,7 @@ fn fitting(names: BTreeSet<String>) -> Vec<String> {
     names.into_iter().take(MAX_DNS_NAMES).take_while(fits).collect()
 }
 
-/// The object that a pod should have; `None`: it has no node yet, or nothing that an identity can be made of.
+/// The object that a pod should have; `None` if it has no node yet, or lacks what its identity is made of.
 pub fn object_of(
     pod: &Pod,
     facts: &Facts,
@@ -122,7 +122,7 @@ pub fn object_of(
         }
     };
     let parent = agent_id(trust_domain, "k8s_psat", &format!("{}/{node_uid}", config.cluster)).ok()?;
-    // The API server's name is no pod's, whatever somebody writes into its Service's selector.
+    // No pod gets the API server's name, whatever the selector of its Service says.
     let services = services.before(pod).into_iter().filter(|s| !is_reserved(&s.namespace, &s.name, config, true));
     let dns_names: BTreeSet<String> = services.map(|s| format!("{}.{}.svc", s.name, s.namespace)).collect();
     let spec = SpiffeIdSpec {
@@ -171,7 +171,7 @@ pub fn status_of(outcome: &Result<String, Refused>) -> SpiffeIdStatus {
     SpiffeIdStatus { entry_id: outcome.as_ref().ok().cloned(), conditions: vec![condition] }
 }
 
-/// The entry of an object. `within`: it speaks for pods of this namespace alone.
+/// The entry of an object. `within`: restricts it to pods of this namespace.
 pub fn entry_of(object: &SpiffeID, within: Option<&str>) -> Wanted {
     let mut selectors: BTreeSet<_> = object.spec.selector.selectors().into_iter().collect();
     selectors.extend(within.map(|namespace| ("k8s".to_owned(), format!("ns:{namespace}"))));
@@ -184,17 +184,17 @@ pub fn entry_of(object: &SpiffeID, within: Option<&str>) -> Wanted {
     }
 }
 
-/// Namespace and name.
+/// The key of an object: namespace and name.
 pub fn key_of(object: &SpiffeID) -> Key {
     (object.namespace().unwrap_or_default(), object.name_any())
 }
 
-/// Whether we made it.
+/// Whether we created the object.
 pub fn is_ours(object: &SpiffeID) -> bool {
     object.labels().get(MADE_BY.0).map(String::as_str) == Some(MADE_BY.1)
 }
 
-/// The pod that it was made for.
+/// UID of the pod that the object was created for; `None` if it has no owner.
 pub fn owner_uid(object: &SpiffeID) -> Option<&str> {
     object.owner_references().iter().find(|o| o.kind == "Pod").map(|o| o.uid.as_str())
 }

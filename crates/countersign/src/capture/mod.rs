@@ -1,5 +1,5 @@
-//! Packet captures: `needle` answers whether anybody has seen some bytes; `pcap` is the file that tools read; `countersign
-//! capture` (used by `verify` in a pod) prints each frame.
+//! Packet captures: `needle` checks whether given bytes were on the wire; `pcap` writes the file format of packet
+//! tools; `countersign capture` (used by `verify` in a pod) prints each frame.
 
 mod needle;
 pub mod pcap;
@@ -18,15 +18,16 @@ use time::OffsetDateTime;
 
 pub use needle::Capture;
 
-/// Longest frame, offloads included, in bytes.
+/// Longest frame, including offloads, in bytes.
 pub const MAX_FRAME: usize = 256 * 1024;
 
-/// A socket that sees every frame of the current network namespace.
+/// Opens a socket that receives every frame of the current network namespace.
 fn open() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)?)
 }
 
-/// Hands each frame on a link, loopback not among them, to `seen` until `stop` says so and nothing is left, or `seen` fails.
+/// Passes each frame on a link, except loopback, to `seen` until `stop` returns true and nothing is left, or `seen`
+/// fails.
 fn frames(
     socket: &OwnedFd,
     mut stop: impl FnMut() -> bool,
@@ -34,7 +35,7 @@ fn frames(
 ) -> io::Result<()> {
     let mut frame = vec![0; MAX_FRAME];
     loop {
-        // What was sent last may still be on its way through the socket: one more look after the stop.
+        // The last frames may still be in the socket, so it is read once more after the stop.
         let last = stop();
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         let wait: PollTimeout = 50u8.into();
@@ -45,24 +46,24 @@ fn frames(
             Err(error) => return Err(error.into()),
         }
         let Ok(n) = recv(socket.as_raw_fd(), &mut frame, MsgFlags::MSG_DONTWAIT) else { continue };
-        // The loopback's frames have no addresses; on a real link nobody has the address zero.
+        // Frames on loopback have zero addresses; no device on a real link has one.
         if !frame[..n].starts_with(&[0; 12]) {
             seen(&frame[..n])?;
         }
     }
 }
 
-/// What `countersign capture` prints: first that it listens, then a line a frame.
+/// Output of `countersign capture`: first `Listening`, then one line per frame.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Line {
-    /// Nothing is missed from here on.
+    /// No frame is missed from here on.
     Listening,
-    /// One frame.
+    /// One frame of a link.
     Frame {
-        /// When, microseconds since 1970.
+        /// Time of capture, microseconds since 1970.
         at_us: u64,
-        /// Its bytes, in base64.
+        /// Bytes of the frame, in base64.
         bytes: String,
     },
 }
@@ -75,7 +76,7 @@ impl Line {
         out.flush()
     }
 
-    /// The frames among printed lines.
+    /// Parses printed lines and returns their frames.
     pub fn frames(text: &str) -> Vec<pcap::Frame> {
         let frame = |line: &str| match serde_json::from_str(line).ok()? {
             Self::Frame { at_us, bytes } => Some(pcap::Frame { at_us, bytes: STANDARD.decode(bytes).ok()? }),

@@ -1,4 +1,4 @@
-//! A packet capture on a workload's link that only answers one question: has anybody seen these bytes?
+//! A packet capture on a workload's links that answers one question: were these bytes on the wire?
 
 use std::io;
 use std::sync::Arc;
@@ -15,17 +15,17 @@ pub struct Capture {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What it saw.
+/// Result of a capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
-    /// Packets on the link, loopback not among them.
+    /// Number of packets on the links, except loopback.
     pub packets: u64,
-    /// Packets that held the bytes.
+    /// Number of packets that contained the bytes.
     pub hits: u64,
 }
 
 impl Capture {
-    /// Begins to look for `needle` on every link of a namespace but its loopback.
+    /// Starts looking for `needle` on every link of a namespace except its loopback.
     pub fn start(ns: &NetNs, needle: &[u8]) -> io::Result<Self> {
         let socket = ns.run(super::open)?;
         let (stop, packets, hits) =
@@ -40,14 +40,14 @@ impl Capture {
                     }
                     Ok(())
                 };
-                // A capture that broke off has seen too few packets, and is judged by that.
+                // A capture that fails has seen too few packets, which its checks notice.
                 let _ = super::frames(&socket, || stop.load(Ordering::Relaxed), look);
             }
         });
         Ok(Self { stop, packets, hits, thread: Some(thread) })
     }
 
-    /// Ends it.
+    /// Stops the capture and returns its result.
     pub fn stop(mut self) -> Seen {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {

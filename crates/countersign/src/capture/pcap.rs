@@ -1,20 +1,21 @@
-//! The capture file that tcpdump and Wireshark read (draft-ietf-opsawg-pcap), and as much of a frame as `verify` looks at.
+//! The capture file format of tcpdump and Wireshark (draft-ietf-opsawg-pcap), and the parts of a frame that `verify`
+//! needs.
 
 /// One frame of an Ethernet link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// When, microseconds since 1970.
+    /// Time of capture, microseconds since 1970.
     pub at_us: u64,
-    /// All of it.
+    /// The whole frame, Ethernet header included.
     pub bytes: Vec<u8>,
 }
 
-/// A file of frames.
+/// A capture file with these frames.
 #[allow(clippy::cast_possible_truncation)] // the format's fields are 32 bits wide
 pub fn file(frames: &[Frame]) -> Vec<u8> {
     let mut out = vec![];
     let mut put = |numbers: &[u32]| out.extend(numbers.iter().flat_map(|n| n.to_le_bytes()));
-    // Magic with microseconds, version 2.4, no time zone, no accuracy, longest frame, Ethernet.
+    // Magic number with microseconds, version 2.4, no time zone, no accuracy, longest frame, Ethernet.
     put(&[0xa1b2_c3d4, 2 | 4 << 16, 0, 0, super::MAX_FRAME as u32, 1]);
     for frame in frames {
         let length = frame.bytes.len() as u32;
@@ -28,14 +29,14 @@ pub fn file(frames: &[Frame]) -> Vec<u8> {
 }
 
 impl Frame {
-    /// What a TCP segment to or from this port carries; `None`: it is none, or carries nothing.
+    /// The payload of a TCP segment to or from this port; `None` if it is not such a segment.
     pub fn tcp_payload(&self, port: u16) -> Option<&[u8]> {
         let packet = self.bytes.get(14..)?;
         let tcp = match self.bytes.get(12..14)? {
             [0x08, 0x00] => {
                 let header = usize::from(packet.first()? & 0x0f) * 4;
                 let total = usize::from(u16::from_be_bytes([*packet.get(2)?, *packet.get(3)?]));
-                // Segments that the card cuts later have no length.
+                // Segments that the network card splits later have no length.
                 let end = if total == 0 { packet.len() } else { total.min(packet.len()) };
                 (*packet.get(9)? == 6).then(|| packet.get(header..end))??
             }

@@ -1,20 +1,20 @@
-//! The Helm chart, which is the one source of the manifests, and as much of its template language as it uses: values, the
-//! release's namespace, and `if` blocks that take whole lines.
+//! The Helm chart, the only source of the manifests, and the subset of its template language that it uses: values, the
+//! release's namespace, and `if` blocks of whole lines.
 
 use serde_json::Value;
 
-/// Default settings.
+/// Default settings (`values.yaml`).
 pub const VALUES: &str = include_str!("../../../../charts/countersign/values.yaml");
-/// What settings may be.
+/// JSON schema of the settings.
 pub const SCHEMA: &str = include_str!("../../../../charts/countersign/values.schema.json");
-/// The manifests, in the order of applying.
+/// Name and text of each template, in the order of applying.
 pub const TEMPLATES: [(&str, &str); 3] = [
     ("server.yaml", include_str!("../../../../charts/countersign/templates/server.yaml")),
     ("agent.yaml", include_str!("../../../../charts/countersign/templates/agent.yaml")),
     ("injector.yaml", include_str!("../../../../charts/countersign/templates/injector.yaml")),
 ];
 
-/// A template that uses what we do not know; a mistake of ours, found by a test.
+/// A template that uses more than the subset. A bug of ours, which a test finds.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("template line {line}: {why}")]
 pub struct TemplateError {
@@ -22,10 +22,10 @@ pub struct TemplateError {
     why: String,
 }
 
-/// Fills a template.
+/// Renders a template.
 pub fn render(template: &str, values: &Value, namespace: &str) -> Result<String, TemplateError> {
     let mut out = String::new();
-    // Whether the lines of each open `if` are taken.
+    // For each open `if`: whether its lines are included.
     let mut open: Vec<bool> = vec![];
     for (number, line) in template.lines().enumerate() {
         let wrong = |why: String| TemplateError { line: number + 1, why };
@@ -70,7 +70,7 @@ fn text(value: std::borrow::Cow<'_, Value>) -> String {
     value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned)
 }
 
-/// What Go's templates take for true.
+/// Whether a value is true for Go's templates.
 fn is_set(value: std::borrow::Cow<'_, Value>) -> bool {
     match &*value {
         Value::Null => false,

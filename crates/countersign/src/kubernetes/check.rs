@@ -1,4 +1,4 @@
-//! `countersign check`: whether a cluster can take an installation, and whether one is well.
+//! `countersign check`: checks a cluster before an installation, and an installation afterwards.
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -26,42 +26,42 @@ use crate::operator::block;
 use crate::operator::output::{Output, Table};
 use crate::settings::MeshSettings;
 
-/// The first version that is supported.
+/// The oldest supported version of Kubernetes.
 const OLDEST: (u32, u32) = (1, 24);
 /// The first version with native sidecars.
 const NATIVE_SIDECARS: (u32, u32) = (1, 29);
-/// The first version whose kubelets know `nodes/pods`.
+/// The first version whose kubelets support `nodes/pods`.
 const NARROW_KUBELET: (u32, u32) = (1, 33);
-/// A clock may be off by this much (seconds): SVIDs are backdated by it.
+/// Largest tolerated difference between clocks, in seconds: SVIDs are backdated by as much.
 const MAX_SKEW: i64 = 10;
-/// An upstream root is renewed by people: they are told this long before its end (seconds).
+/// How long before its expiry a warning about an upstream root appears, in seconds: people have to renew it.
 const UPSTREAM_WARNING: i64 = 30 * 86_400;
-/// Pages of the server's metrics.
+/// TCP port of the server's metrics page.
 const SERVER_PAGES: u16 = 9464;
 
 /// Kubernetes: check a cluster before an installation, and an installation afterwards.
 ///
-/// Each finding comes with what mends it. Exit 1 if there is any.
+/// Each finding comes with a fix. Exit code 1 if there is any.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
     /// Namespace of the installation.
     #[arg(long, short, value_name = "NAMESPACE", default_value = "countersign")]
     namespace: String,
-    /// Check only whether the cluster can take an installation.
+    /// Only check whether the cluster is ready for an installation.
     #[arg(long)]
     before: bool,
     #[command(flatten)]
     output: Output,
 }
 
-/// What a check found.
+/// Result of one check.
 struct Finding {
     check: &'static str,
-    /// What is wrong and what mends it.
+    /// What is fine; or what is wrong, and how to fix it.
     outcome: Result<String, (String, &'static str)>,
 }
 
-/// Checks.
+/// Runs all checks and prints the findings.
 pub fn check(args: &CheckArgs) -> Result<ExitCode> {
     let findings = block(find(args))?;
     let mut table = Table::new(&["check", "result", "found", "mend"]);
@@ -115,13 +115,13 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
 
 type Outcome = Result<String, (String, &'static str)>;
 
-/// Something of an installation is not there.
+/// A part of an installation is missing.
 #[allow(clippy::needless_pass_by_value)] // taken by `map_err`
 fn absent(error: kube::Error) -> (String, &'static str) {
     (error.to_string(), "apply the manifests of `countersign install`")
 }
 
-/// `native`: whether an injector puts native sidecars in; `None`: none is installed.
+/// `native`: whether an installed injector uses native sidecars; `None` if none is installed.
 fn api_version(version: (u32, u32), native: Option<bool>) -> Outcome {
     let found = format!("Kubernetes {}.{}", version.0, version.1);
     match native {
@@ -137,7 +137,7 @@ fn api_version(version: (u32, u32), native: Option<bool>) -> Outcome {
     }
 }
 
-/// Whether the installed injector puts native sidecars in.
+/// Whether the installed injector uses native sidecars; `None` if none is installed.
 async fn native_sidecars(client: &Client, namespace: &str) -> Option<bool> {
     let api: Api<Deployment> = Api::namespaced(client.clone(), namespace);
     let spec = api.get("countersign-injector").await.ok()?.spec?.template.spec?;
@@ -145,7 +145,7 @@ async fn native_sidecars(client: &Client, namespace: &str) -> Option<bool> {
     Some(!args.iter().any(|a| a == "--native-sidecars=false"))
 }
 
-/// Whether we may make what an installation needs.
+/// Checks whether we may create what an installation needs.
 async fn permissions(client: &Client, namespace: &str) -> Outcome {
     let needed = [
         ("", "namespaces", ""),
@@ -182,7 +182,7 @@ async fn permissions(client: &Client, namespace: &str) -> Outcome {
     }
 }
 
-/// Compares the time that each kubelet writes into its lease with the time that the API server stamped on the writing.
+/// Compares the time in each kubelet's lease with the API server's time of the same write.
 async fn clocks(client: &Client) -> Outcome {
     let api: Api<Lease> = Api::namespaced(client.clone(), "kube-node-lease");
     let leases = api.list(&ListParams::default()).await;
@@ -222,11 +222,11 @@ async fn resource(client: &Client) -> Outcome {
     }
 }
 
-/// What a server says of itself.
+/// Facts from a server's metrics page.
 struct Server {
-    /// Its page of metrics.
+    /// The text of the metrics page.
     metrics: String,
-    /// It signs below a root that is not its own.
+    /// Whether its authorities are below an upstream root.
     has_upstream: bool,
 }
 
@@ -245,7 +245,7 @@ async fn configmap(client: &Client, namespace: &str) -> Result<String, String> {
     map.data.unwrap_or_default().remove("bundle.crt").ok_or_else(|| "it holds no bundle.crt yet".to_owned())
 }
 
-/// What the mesh's settings are now; a wrong one is not taken by anybody.
+/// Checks the current settings of the mesh. Every role rejects an invalid value.
 async fn settings(client: &Client, namespace: &str) -> Outcome {
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let map = api.get("countersign-mesh").await.map_err(absent)?;
@@ -303,7 +303,7 @@ async fn agents(client: &Client, namespace: &str, version: (u32, u32)) -> Outcom
     Err((format!("no agent is ready on {}", lacking.join(", ")), mend))
 }
 
-/// Ends of the server's authorities, from its metrics.
+/// Checks when the server's authorities expire, by its metrics.
 fn authorities(server: Result<&Server, &String>) -> Outcome {
     let page = &server.map_err(|e| (e.clone(), "see the server's log"))?.metrics;
     let now = OffsetDateTime::now_utc().unix_timestamp();
@@ -322,7 +322,8 @@ fn authorities(server: Result<&Server, &String>) -> Outcome {
     }
 }
 
-/// Whether some root of trust goes on: its own authorities follow each other by themselves, an upstream's do not.
+/// Checks whether a root outlasts the next weeks: its own authorities are replaced automatically, an upstream's are
+/// not.
 fn roots(server: Result<&Server, &String>) -> Outcome {
     let server = server.map_err(|e| (e.clone(), "see the server's log"))?;
     let now = OffsetDateTime::now_utc().unix_timestamp();
@@ -344,7 +345,7 @@ fn roots(server: Result<&Server, &String>) -> Outcome {
     }
 }
 
-/// Whether what agents start with is what the server signs with.
+/// Checks whether the bundle that agents start with matches the server's authorities.
 fn bundle(server: Result<&Server, &String>, map: Result<&str, &String>) -> Outcome {
     let map = map.map_err(|e| {
         (format!("ConfigMap countersign-bundle: {e}"), "see the server's log: it publishes the bundle there")
@@ -359,7 +360,7 @@ fn bundle(server: Result<&Server, &String>, map: Result<&str, &String>) -> Outco
     let ends = metric(&server.metrics, "countersign_server_authority_expiry_timestamp_seconds");
     let own: BTreeSet<&str> = ends.filter_map(|(l, _)| label(l, "authority")).collect();
     match own.iter().filter(|id| ids.contains(*id)).count() {
-        // Below an upstream root the bundle is that root, and none of our own.
+        // With an upstream root, the bundle contains that root and none of our own.
         0 if server.has_upstream && !ids.is_empty() => Ok(format!("{} roots above our own authorities", ids.len())),
         n if n == own.len() => Ok(format!("all {n} authorities of the server are published")),
         n => Err((
@@ -391,7 +392,7 @@ async fn webhook_bundle(client: &Client, map: Result<&str, &String>) -> Outcome 
     }
 }
 
-/// Labels and annotations of namespaces that mean nothing, or say half of what was meant.
+/// Checks labels and annotations of namespaces for invalid or incomplete values.
 async fn labels(client: &Client) -> Outcome {
     let api: Api<Namespace> = Api::all(client.clone());
     let all = api.list(&ListParams::default()).await.map_err(absent)?;
@@ -419,7 +420,7 @@ fn label_mistake(namespace: &Namespace) -> Option<String> {
     })
 }
 
-/// Pods that let traffic past their sidecars without leave.
+/// Finds pods that let traffic bypass their sidecars without permission.
 async fn past_sidecars(client: &Client, namespace: &str) -> Outcome {
     let leave = leave(client, namespace).await.map_err(absent)?;
     let api: Api<Pod> = Api::all(client.clone());
@@ -445,7 +446,7 @@ async fn past_sidecars(client: &Client, namespace: &str) -> Outcome {
     }
 }
 
-/// Lets the API server ask the webhook about a pod that is never made.
+/// Has the API server ask the webhook about a pod that is never created.
 async fn webhook(client: &Client) -> Outcome {
     let pod = json!({
         "metadata": { "name": "countersign-check", "labels": { "countersign.dev/inject": "enabled" } },

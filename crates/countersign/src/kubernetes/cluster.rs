@@ -1,4 +1,4 @@
-//! The cluster of the current KUBECONFIG, as the commands look at it.
+//! Access to the cluster of the current KUBECONFIG, for commands.
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use kube::{Client, ResourceExt};
 
 use crate::settings::Mistake;
 
-/// An answer of a pod's page takes no longer.
+/// Longest request for a pod's page.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Where a sidecar serves its pages.
+/// TCP port of a sidecar's pages.
 pub const SIDECAR_PORT: u16 = 15020;
 
 /// A way to the API server.
@@ -20,7 +20,7 @@ pub async fn client() -> Result<Client> {
     Ok(client.map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {e}; set KUBECONFIG")))?)
 }
 
-/// A page of a pod, asked through the API server.
+/// Fetches a page of a pod through the API server's proxy.
 pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String> {
     let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
     let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy{path}");
@@ -35,14 +35,14 @@ pub fn is_meshed(pod: &Pod) -> bool {
     all.any(|c| c.name == countersign_controller::injector::SIDECAR)
 }
 
-/// Pods of a namespace with these labels that are not on their way out.
+/// Pods of a namespace with these labels that are not being deleted.
 pub async fn pods(client: &Client, namespace: &str, labels: &str) -> Result<Vec<Pod>> {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let listed = api.list(&kube::api::ListParams::default().labels(labels)).await.context("cannot list pods")?;
     Ok(listed.items.into_iter().filter(|p| p.metadata.deletion_timestamp.is_none()).collect())
 }
 
-/// Whether a pod takes part.
+/// Whether a pod is ready.
 pub fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
@@ -51,9 +51,9 @@ pub fn is_ready(pod: &Pod) -> bool {
 /// The longest finding, in characters: a table has one line for it.
 const MAX_WORDS: usize = 200;
 
-/// An error's text as one line of words. The Kubernetes client shows an answer's whole structure behind its message.
+/// An error's text as one line. The Kubernetes client appends the whole structure of an answer to its message.
 pub fn words(text: &str) -> String {
-    // `ApiError: MESSAGE: REASON (Status { … })` and the like.
+    // For example `ApiError: MESSAGE: REASON (Status { … })`.
     let text = text.split(" (Status {").next().unwrap_or(text).split(" (ErrorResponse {").next().unwrap_or(text);
     let line = text.replace("ApiError: ", "").split_whitespace().collect::<Vec<_>>().join(" ");
     match line.char_indices().nth(MAX_WORDS) {

@@ -1,4 +1,4 @@
-//! What a pod's redirect, as it was injected, lets past the sidecar.
+//! Finds what a pod's redirect, as injected, lets bypass the sidecar.
 
 use countersign_controller::injector::{Leave, REDIRECT};
 use k8s_openapi::api::apps::v1::Deployment;
@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::api::Api;
 
-/// Flags of the redirect that make exceptions, with what every injection sets.
+/// Flags of the redirect that make exceptions, with the values that every injection sets.
 const FLAGS: [(&str, &[&str]); 6] = [
     ("--exclude-inbound-ports=", &["15020"]),
     ("--exclude-outbound-ports=", &["53"]),
@@ -21,7 +21,7 @@ fn redirect_args(pod: &Pod) -> Option<&[String]> {
     containers.iter().find(|c| c.name == REDIRECT)?.args.as_deref()
 }
 
-/// What it lets past, as flags: `exclude-inbound-ports=8080`.
+/// The pod's exceptions as flags, such as `exclude-inbound-ports=8080`.
 pub fn exceptions(pod: &Pod) -> Vec<String> {
     let args = redirect_args(pod).unwrap_or_default();
     let of = |(flag, always): &(&str, &[&str])| {
@@ -32,12 +32,12 @@ pub fn exceptions(pod: &Pod) -> Vec<String> {
     FLAGS.iter().filter_map(of).collect()
 }
 
-/// Whether it drops what is not TCP, which is settled when a pod is made.
+/// Whether the redirect drops protocols other than TCP, which is fixed when a pod is created.
 pub fn drops_others(pod: &Pod) -> bool {
     redirect_args(pod).is_some_and(|args| args.iter().any(|a| a == "--other-protocols=drop"))
 }
 
-/// Who has the administrator's leave for exceptions, as the installed injector knows it; nobody where none is installed.
+/// Namespaces with permission for exceptions, from the installed injector; none if it is not installed.
 pub async fn leave(client: &Client, namespace: &str) -> Result<Leave, kube::Error> {
     let api: Api<Deployment> = Api::namespaced(client.clone(), namespace);
     let injector = api.get_opt("countersign-injector").await?;

@@ -1,4 +1,4 @@
-//! `countersign inject`: what the webhook does to pods, done to manifests.
+//! `countersign inject`: applies the webhook's changes to manifests.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -15,26 +15,28 @@ use crate::settings::Mistake;
 /// Largest file that is read, in bytes.
 const MAX_BYTES: u64 = 64 * 1024 * 1024;
 
-/// Kubernetes: put redirect and sidecar into the pods of a file, as the webhook would: `countersign inject -f app.yaml | kubectl apply -f -`.
+/// Kubernetes: add redirect and sidecar to the pods of a file, as the webhook would: `countersign inject -f app.yaml |
+/// kubectl apply -f -`.
 ///
-/// Works on pods and on whatever holds pod templates: deployments, stateful sets, daemon sets, replica sets, jobs, cron jobs,
-/// lists of them. Everything else passes as it is. What was done is said on standard error.
+/// Handles pods and all objects with pod templates: deployments, stateful sets, daemon sets, replica sets, jobs, cron
+/// jobs, and lists of them. Everything else passes unchanged. A summary is printed on standard error.
 #[derive(Debug, clap::Args)]
 pub struct InjectArgs {
     /// YAML or JSON file; `-` reads standard input.
     #[arg(short = 'f', long = "filename", value_name = "FILE")]
     file: PathBuf,
-    /// The mode of the mesh and of the pods' namespace, off, permissive or strict: under strict what is not TCP is dropped.
+    /// Mode of the mesh and of the pods' namespace: off, permissive or strict. In strict mode, protocols other than TCP
+    /// are dropped.
     #[arg(long, value_name = "MODE", default_value = "permissive")]
     mode: String,
-    /// The namespace of what names none.
+    /// Namespace of objects that name none.
     #[arg(long, short, value_name = "NAMESPACE", default_value = "default")]
     namespace: String,
     #[command(flatten)]
     sidecar: SidecarArgs,
 }
 
-/// Prints the file with sidecars.
+/// Prints the file with sidecars added.
 pub fn inject(args: InjectArgs) -> Result<()> {
     let name = args.file.display().to_string();
     let mut text = String::new();
@@ -57,7 +59,7 @@ pub fn inject(args: InjectArgs) -> Result<()> {
     Ok(crate::stdout::put(&out.join("---\n"))?)
 }
 
-/// Injects wherever a document holds a pod.
+/// Injects into each pod of a document.
 fn document_in(document: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Result<()> {
     let kind = document["kind"].as_str().unwrap_or_default().to_owned();
     let place = match kind.as_str() {

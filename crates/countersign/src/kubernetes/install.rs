@@ -7,22 +7,23 @@ use super::chart;
 use super::values::ValuesArgs;
 use crate::settings::Mistake;
 
-/// Kubernetes: print the manifests of an installation: `countersign install --set trustDomain=example.org | kubectl apply -f -`.
+/// Kubernetes: print the manifests of an installation: `countersign install --set trustDomain=example.org | kubectl
+/// apply -f -`.
 ///
-/// The same as the Helm chart in charts/countersign, from the same templates and with the same values.
+/// Equal to the Helm chart in charts/countersign: same templates, same values.
 #[derive(Debug, clap::Args)]
 pub struct InstallArgs {
-    /// Namespace that everything is installed to; it is made.
+    /// Namespace of the installation, which is created.
     #[arg(long, short, value_name = "NAMESPACE", default_value = "countersign")]
     namespace: String,
     #[command(flatten)]
     values: ValuesArgs,
-    /// Print the settings that there are, with their defaults, and stop.
+    /// Print all settings with their defaults, and exit.
     #[arg(long)]
     show_values: bool,
 }
 
-/// Prints.
+/// Prints the manifests or the settings.
 pub fn install(args: &InstallArgs) -> Result<()> {
     if args.show_values {
         return Ok(crate::stdout::put(chart::VALUES)?);
@@ -54,7 +55,7 @@ pub fn manifests(namespace: &str, values: &ValuesArgs) -> Result<String> {
     Ok(out)
 }
 
-/// YAML of a value.
+/// Encodes a value as YAML.
 pub fn yaml(value: &serde_json::Value) -> Result<String> {
     Ok(serde_saphyr::to_string(value)?)
 }

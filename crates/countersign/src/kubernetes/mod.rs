@@ -1,4 +1,4 @@
-//! Commands for Kubernetes: the manifests of an installation, injection into files, and a look at a running mesh.
+//! Commands for Kubernetes: manifests of an installation, injection into files, and inspection of a running mesh.
 
 mod chart;
 mod check;

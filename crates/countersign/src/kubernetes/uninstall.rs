@@ -1,4 +1,4 @@
-//! `countersign uninstall`: first every sidecar forwards in the clear, then everything that was installed is removed.
+//! `countersign uninstall`: makes every sidecar forward plaintext, then removes everything that was installed.
 
 use std::time::{Duration, Instant};
 
@@ -14,27 +14,27 @@ use super::install::manifests;
 use super::values::ValuesArgs;
 use crate::settings::Mistake;
 
-/// How often is looked whether something has come about.
+/// Interval between two polls.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// Kubernetes: take an installation out of the cluster of the current KUBECONFIG, without failing a request.
+/// Kubernetes: remove an installation from the cluster of the current KUBECONFIG, without failing a request.
 ///
-/// First the mesh is made transparent: every sidecar forwards in the clear, whatever the modes say. When all of them do,
-/// webhook, control plane, identities and the namespace are removed. Pods keep their idle sidecars until they are restarted.
+/// First the mesh becomes transparent: every sidecar forwards plaintext, whatever the modes are. Once all do, webhook,
+/// control plane, identities and the namespace are removed. Pods keep their idle sidecars until they are restarted.
 #[derive(Debug, clap::Args)]
 pub struct UninstallArgs {
     /// Namespace of the installation.
     #[arg(long, short, value_name = "NAMESPACE", default_value = "countersign")]
     namespace: String,
-    /// Traffic will no longer be encrypted: say that this is what you want.
+    /// Confirm that traffic will no longer be encrypted.
     #[arg(long)]
     yes: bool,
-    /// How long may pass until every sidecar is transparent, in seconds.
+    /// How long to wait until every sidecar is transparent, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     patience: u64,
 }
 
-/// Removes everything.
+/// Removes the installation.
 pub async fn uninstall(args: UninstallArgs) -> Result<()> {
     if !args.yes {
         return Err(Mistake(
@@ -65,7 +65,7 @@ async fn make_transparent(client: &Client, namespace: &str) -> Result<()> {
     }
 }
 
-/// Returns when every running sidecar says that its mode is off.
+/// Waits until every running sidecar reports mode off.
 async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
     let mut said = usize::MAX;
     loop {
@@ -108,7 +108,7 @@ async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
     }
 }
 
-/// Plural names of the kinds that we install.
+/// Plural name of a kind that we install, for API paths.
 fn plural(kind: &str) -> String {
     match kind {
         "NetworkPolicy" => "networkpolicies".to_owned(),
@@ -116,8 +116,8 @@ fn plural(kind: &str) -> String {
     }
 }
 
-/// Removes what `install` prints, the last first: nobody is injected any more, then nobody asks for an identity any more,
-/// then the identities go.
+/// Removes what `install` prints in reverse order: first injection stops, then nothing requests identities any more,
+/// then the identities are removed.
 async fn remove(client: &Client, namespace: &str) -> Result<()> {
     let printed = manifests(namespace, &ValuesArgs::default())?;
     let objects: Vec<Value> = serde_saphyr::from_multiple(&printed)?;
@@ -136,7 +136,7 @@ async fn remove(client: &Client, namespace: &str) -> Result<()> {
             Err(kube::Error::Api(e)) if e.code == 404 => {}
             Err(error) => return Err(error).with_context(|| format!("cannot remove {kind} {name}")),
         }
-        // Who hands out identities is gone before they are: a sidecar keeps what it has.
+        // The issuers of identities must be gone before the identities: a sidecar keeps the one it has.
         if matches!(kind, "DaemonSet" | "StatefulSet" | "Deployment") {
             while api.get_opt(name).await?.is_some() {
                 tokio::time::sleep(LOOK).await;

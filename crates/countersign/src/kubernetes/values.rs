@@ -1,4 +1,5 @@
-//! Settings of an installation: the chart's defaults, a file over them, `--set` over both, judged by the chart's schema.
+//! Settings of an installation: the chart's defaults, overridden by a file and by `--set`, validated by the chart's
+//! schema.
 
 use std::path::{Path, PathBuf};
 
@@ -10,16 +11,16 @@ use crate::settings::{Mistake, load};
 /// Settings from a file and from the command line.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ValuesArgs {
-    /// One setting, KEY=VALUE, as in `mesh.mode=strict`; may be repeated. `--show-values` lists them all.
+    /// One setting, KEY=VALUE, such as `mesh.mode=strict`; may be repeated. `--show-values` lists all settings.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// YAML file with settings, as the chart's values.yaml.
+    /// YAML file with settings, in the form of the chart's values.yaml.
     #[arg(long, value_name = "FILE")]
     values: Option<PathBuf>,
 }
 
 impl ValuesArgs {
-    /// All settings.
+    /// All settings, merged and validated.
     pub fn read(&self) -> Result<Value, Mistake> {
         let mut values = defaults()?;
         if let Some(path) = &self.values {
@@ -36,7 +37,7 @@ impl ValuesArgs {
     }
 }
 
-/// The chart's own settings.
+/// The chart's default settings.
 fn defaults() -> Result<Value, Mistake> {
     serde_saphyr::from_str(chart::VALUES).map_err(|e| Mistake(format!("the chart's values.yaml: {e}")))
 }
@@ -65,13 +66,14 @@ fn put(values: &mut Value, key: &str, text: &str) -> Result<(), Mistake> {
     };
     *known = match known {
         Value::String(_) => text.into(),
-        // Numbers and booleans as they are written; the schema judges what is neither.
+        // Numbers and booleans keep their type; the schema rejects wrong ones.
         _ => serde_json::from_str(text).unwrap_or_else(|_| text.into()),
     };
     Ok(())
 }
 
-/// Judges by the chart's schema: `type`, `enum`, `pattern`, `minimum`, `maximum`, `minLength`, which is what it uses.
+/// Validates by the part of JSON schema that the chart uses: `type`, `enum`, `pattern`, `minimum`, `maximum`,
+/// `minLength`.
 fn judge(values: &Value) -> Result<(), Mistake> {
     let schema: Value = serde_json::from_str(chart::SCHEMA).map_err(|e| Mistake(format!("the chart's schema: {e}")))?;
     judge_one(values, &schema, "")
@@ -123,7 +125,7 @@ fn judge_one(value: &Value, schema: &Value, at: &str) -> Result<(), Mistake> {
     Ok(())
 }
 
-/// The forms that the schema's patterns describe, by the parsers that the roles themselves use.
+/// Validates what the schema expresses as patterns, with the parsers that the roles use.
 fn judge_form(at: &str, text: &str) -> Result<(), Mistake> {
     let wrong = |why: String| Mistake(format!("setting {at}: {why}"));
     match at {

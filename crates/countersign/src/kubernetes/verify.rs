@@ -1,4 +1,5 @@
-//! `countersign verify`: two throwaway pods, one request between them, and what both sidecars and the wire say of it.
+//! `countersign verify`: creates two temporary pods, sends a request between them, and compares what both sidecars and
+//! the wire show.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,44 +22,45 @@ use crate::settings::Mistake;
 use crate::shop::PORT;
 use crate::stop::on_signal;
 
-/// How often a pod is looked at.
+/// Interval between two polls of a pod.
 const LOOK: Duration = Duration::from_millis(500);
 /// Most of a sidecar's log that is read, in bytes.
 const MAX_LOG_BYTES: i64 = 16 * 1024 * 1024;
 /// The port that sidecars meet on.
 const MESH_PORT: u16 = 15008;
-/// The user of the pods' apps; anybody but the sidecar's.
+/// User ID of the pods' apps; any except the sidecar's.
 const APP_UID: u32 = 20_000;
 
-/// Kubernetes: make a handshake between two pods, show both identities, and look at the wire.
+/// Kubernetes: make a handshake between two pods, show both identities, and inspect the wire.
 ///
-/// Two pods are made in a strict namespace of their own, on two nodes where there are two; one sends the other a request
-/// with a word that nobody can guess. Both sidecars must tell of the same handshake: identities, serials, cipher, key exchange.
-/// With --pcap the wire is captured at the called pod, and must hold that handshake and not the word. Exit 1 when a check
-/// fails. The namespace is removed in the end.
+/// Creates two pods in a strict namespace of their own, on two nodes if there are two. One sends the other a request
+/// with a random word. Both sidecars must report the same handshake: identities, serials, cipher, key exchange. With
+/// --pcap the wire is captured at the called pod, and must show that handshake and not the word. Exit code 1 if a check
+/// fails. The namespace is removed at the end.
 #[derive(Debug, clap::Args)]
 pub struct VerifyArgs {
-    /// Capture the wire into this file, for tcpdump or Wireshark. Needs a namespace that may hold a capturing container.
+    /// Capture the wire to this file, for tcpdump or Wireshark. Needs a cluster that permits a container with
+    /// `CAP_NET_RAW`.
     #[arg(long, value_name = "FILE")]
     pcap: Option<PathBuf>,
     /// Namespace of the installation.
     #[arg(long, value_name = "NAMESPACE", default_value = "countersign")]
     mesh_namespace: String,
-    /// Seconds that a pod may take to start.
+    /// How long a pod may take to start, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 90)]
     patience: u64,
     #[command(flatten)]
     output: Output,
 }
 
-/// What was found, check by check; later ones are missing where an earlier one makes them pointless.
+/// Results of the checks so far; later checks are skipped if an earlier one makes them pointless.
 #[derive(Default)]
 struct Found {
     checks: Vec<(&'static str, Result<String, String>)>,
     handshake: Option<Handshake>,
 }
 
-/// A handshake as one sidecar tells it.
+/// A handshake as reported by one sidecar.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Handshake {
     client: End,
@@ -67,7 +69,7 @@ struct Handshake {
     cipher: String,
 }
 
-/// One end of it.
+/// One end of a handshake.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct End {
     id: String,
@@ -76,15 +78,15 @@ struct End {
 }
 
 impl Found {
-    /// Keeps a check.
+    /// Adds the result of a check.
     fn check(&mut self, name: &'static str, outcome: Result<String, String>) {
         self.checks.push((name, outcome));
     }
 }
 
-/// Verifies.
+/// Runs the checks and prints the results.
 pub fn verify(args: VerifyArgs) -> Result<ExitCode> {
-    // Where the capture is to go is known to work before a cluster is bothered.
+    // The capture file must be writable before anything is created in the cluster.
     if let Some(path) = &args.pcap {
         let tried = std::fs::OpenOptions::new().create(true).append(true).open(path);
         tried.map_err(|e| Mistake::flag("--pcap", &format!("{}: {e}", path.display())))?;
@@ -153,7 +155,7 @@ async fn run(args: &VerifyArgs) -> Result<Found> {
     found
 }
 
-/// The namespace of the two pods, and what happens in it.
+/// The namespace of the two pods, and the steps in it.
 struct Stage {
     client: Client,
     namespace: String,
@@ -168,7 +170,7 @@ impl Stage {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
 
-    /// A pod of one app and perhaps a container that captures.
+    /// A pod with one app and, if `captures`, a container that captures packets.
     fn pod(&self, name: &str, args: &[&str], captures: bool) -> Result<Pod> {
         let container = |name: &str, args: &[&str], uid: u32, add: &[&str]| {
             json!({
@@ -196,7 +198,7 @@ impl Stage {
         Ok(serde_json::from_value(pod)?)
     }
 
-    /// Makes a pod and waits until `there` says so.
+    /// Creates a pod and waits until `there` accepts it.
     async fn start(&self, pod: &Pod, there: impl Fn(&Pod) -> bool) -> Result<Pod, String> {
         let name = pod.name_any();
         self.pods().create(&PostParams::default(), pod).await.map_err(|e| format!("pod {name}: {e}"))?;
@@ -307,7 +309,7 @@ fn node_of(pod: &Pod) -> &str {
     pod.spec.as_ref().and_then(|s| s.node_name.as_deref()).unwrap_or("no node")
 }
 
-/// What a pod that does not start says.
+/// Why a pod has not started, from its container statuses.
 fn waiting_for(pod: &Pod) -> String {
     let status = pod.status.as_ref();
     let lists = status.map(|s| [s.init_container_statuses.as_ref(), s.container_statuses.as_ref()]);
@@ -321,7 +323,7 @@ fn waiting_for(pod: &Pod) -> String {
     if all.is_empty() { "it says nothing".into() } else { all.join("; ") }
 }
 
-/// Whether the caller got the word back.
+/// Whether the caller received the word back.
 fn answered(said: &str, word: &str) -> Result<String, String> {
     let report: Report = serde_json::from_str(said.trim()).map_err(|e| format!("the caller said `{said}`: {e}"))?;
     match report.errors.first() {
@@ -331,7 +333,7 @@ fn answered(said: &str, word: &str) -> Result<String, String> {
     }
 }
 
-/// The handshake behind the connection to an address, as a sidecar's log tells it.
+/// The handshake behind the connection to an address, from a sidecar's log.
 fn told(connections: &[Value], direction: &str, destination: &str) -> Result<Handshake, String> {
     let wanted = |c: &&Value| c["direction"] == direction && c["destination"] == destination;
     let line = connections.iter().rev().find(wanted).ok_or("its sidecar tells of no such connection")?;
@@ -362,14 +364,15 @@ fn told(connections: &[Value], direction: &str, destination: &str) -> Result<Han
     read().ok_or_else(|| format!("its sidecar's line lacks something: {line}"))
 }
 
-/// Whether the wire held the handshake, and nothing of the word.
+/// Whether the captured frames contain the handshake and not the word.
 fn on_the_wire(frames: &[pcap::Frame], word: &[u8]) -> Result<String, String> {
     let clear = frames.iter().filter(|f| f.bytes.windows(word.len()).any(|w| w == word)).count();
     if clear > 0 {
         return Err(format!("{clear} of {} frames hold the word in the clear", frames.len()));
     }
     let payloads: Vec<&[u8]> = frames.iter().filter_map(|f| f.tcp_payload(MESH_PORT)).collect();
-    // RFC 8446 5.1: record type 22 (handshake), legacy version 3.x; RFC 8446 4: messages 1 (ClientHello), 2 (ServerHello).
+    // RFC 8446 5.1: record type 22 (handshake), legacy version 3.x; RFC 8446 4: messages 1 (ClientHello), 2
+    // (ServerHello).
     let hello = |message: u8| payloads.iter().any(|p| p.len() > 5 && p[..2] == [22, 3] && p[5] == message);
     if !hello(1) || !hello(2) {
         return Err(format!("{} frames, but no TLS handshake on port {MESH_PORT} among them", frames.len()));

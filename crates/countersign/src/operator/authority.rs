@@ -1,4 +1,4 @@
-//! `countersign authority`.
+//! `countersign authority`: shows and changes the signing authorities.
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -13,10 +13,10 @@ use super::output::{Output, Table};
 use super::when;
 use crate::clients::{ServerArg, client, refused};
 
-/// The signing authorities.
+/// Show, rotate, taint and revoke the signing authorities.
 #[derive(Subcommand)]
 pub enum AuthorityCommand {
-    /// Show the active, prepared and old authority.
+    /// Show the active, the prepared and the old authority.
     Show {
         #[command(flatten)]
         server: ServerArg,
@@ -30,11 +30,11 @@ pub enum AuthorityCommand {
         #[command(flatten)]
         output: Output,
     },
-    /// Let the prepared authority sign; the active one becomes old.
+    /// Make the prepared authority the signing one; the active one becomes old.
     Activate {
         #[command(flatten)]
         server: ServerArg,
-        /// Which; the prepared one unless given.
+        /// ID of the authority [default: the prepared one].
         #[arg(long)]
         id: Option<String>,
         #[command(flatten)]
@@ -44,17 +44,17 @@ pub enum AuthorityCommand {
     Taint {
         #[command(flatten)]
         server: ServerArg,
-        /// Which.
+        /// ID of the authority, from `countersign authority show`.
         #[arg(long)]
         id: String,
         #[command(flatten)]
         output: Output,
     },
-    /// Take a tainted authority out of the bundle: nothing under it is trusted any more, and its connections are cut.
+    /// Remove a tainted authority from the bundle: nothing under it is trusted any more, and its connections are cut.
     Revoke {
         #[command(flatten)]
         server: ServerArg,
-        /// Which.
+        /// ID of the authority, from `countersign authority show`.
         #[arg(long)]
         id: String,
         /// Taint and revoke at once: everything that was not renewed yet is cut off.
@@ -77,7 +77,7 @@ fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) -> Result<(
     Ok(output.print(&table, &Value::Object(all))?)
 }
 
-/// Runs the command.
+/// Runs a subcommand and prints its result.
 pub async fn run(command: AuthorityCommand) -> Result<()> {
     match command {
         AuthorityCommand::Show { server, output } => {

@@ -1,4 +1,4 @@
-//! `countersign bundle`.
+//! `countersign bundle`: shows and sets trust bundles.
 
 use std::path::PathBuf;
 
@@ -17,14 +17,14 @@ use super::output::Output;
 use crate::clients::{ServerArg, client, refused};
 use crate::settings::{Mistake, read_file};
 
-/// Trust bundles.
+/// Show trust bundles, and set those of foreign trust domains.
 #[derive(Subcommand)]
 pub enum BundleCommand {
     /// Print a trust bundle as PEM.
     Show {
         #[command(flatten)]
         server: ServerArg,
-        /// Of this foreign trust domain [default: the server's own].
+        /// Foreign trust domain whose bundle to print [default: the server's own].
         #[arg(long)]
         trust_domain: Option<String>,
         #[command(flatten)]
@@ -34,10 +34,10 @@ pub enum BundleCommand {
     Set {
         #[command(flatten)]
         server: ServerArg,
-        /// Whose.
+        /// Name of the foreign trust domain.
         #[arg(long)]
         trust_domain: String,
-        /// PEM file with its authorities.
+        /// PEM file with the authorities of that trust domain.
         #[arg(long, value_name = "FILE")]
         path: PathBuf,
     },
@@ -49,7 +49,7 @@ pub async fn own(channel: Channel) -> Result<X509Bundle> {
     Ok(bundle_from_wire(bundle.into_inner())?)
 }
 
-/// Runs the command.
+/// Runs a subcommand and prints its result.
 pub async fn run(command: BundleCommand) -> Result<()> {
     match command {
         BundleCommand::Show { server, trust_domain, output } => {

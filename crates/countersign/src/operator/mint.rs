@@ -1,4 +1,4 @@
-//! `countersign mint`.
+//! `countersign mint`: signs SVIDs without a registration entry.
 
 use std::path::{Path, PathBuf};
 
@@ -18,23 +18,23 @@ use super::{any_id, bundle, when};
 use crate::clients::{ServerArg, client, refused};
 use crate::settings::{Mistake, Ttl};
 
-/// Sign an SVID by hand.
+/// Sign an SVID for a given SPIFFE ID.
 #[derive(Subcommand)]
 pub enum MintCommand {
-    /// Mint an X509-SVID with a fresh key: svid.pem, key.pem and bundle.pem in a folder.
+    /// Mint an X509-SVID with a new key: writes svid.pem, key.pem and bundle.pem to a folder.
     X509 {
         #[command(flatten)]
         server: ServerArg,
-        /// The identity.
+        /// SPIFFE ID of the SVID.
         #[arg(long)]
         spiffe_id: String,
-        /// Its life [default: the server's].
+        /// Lifetime of the SVID, such as 30m [default: the server's --svid-ttl].
         #[arg(long, value_name = "TTL")]
         ttl: Option<Ttl>,
-        /// Key type: ec-p256, ec-p384, rsa-2048, rsa-4096.
+        /// Key type: ec-p256, ec-p384, rsa-2048 or rsa-4096.
         #[arg(long, default_value = "ec-p256")]
         key_type: String,
-        /// Where the files go; must exist.
+        /// Existing folder to write the files to.
         #[arg(long, value_name = "DIR", default_value = ".")]
         write: PathBuf,
         #[command(flatten)]
@@ -42,7 +42,7 @@ pub enum MintCommand {
     },
 }
 
-/// Runs the command.
+/// Runs the subcommand and prints its result.
 pub async fn run(command: MintCommand) -> Result<()> {
     let MintCommand::X509 { server, spiffe_id, ttl, key_type, write, output } = command;
     let id = any_id("--spiffe-id", &spiffe_id)?;

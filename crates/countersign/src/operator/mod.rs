@@ -1,4 +1,4 @@
-//! Commands against a running server, agent or sidecar. Each prints a table, or JSON with `--output json`.
+//! Commands that call a running server, agent or sidecar. Each prints a table, or JSON with `--output json`.
 
 pub mod authority;
 pub mod bundle;
@@ -19,7 +19,7 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::settings::Mistake;
 
-/// Runs a command on a small runtime.
+/// Runs a command on a single-threaded runtime.
 pub fn block<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
@@ -33,7 +33,7 @@ pub(crate) fn when(seconds: i64) -> String {
     time.and_then(|t| t.format(&Rfc3339).ok()).unwrap_or_else(|| seconds.to_string())
 }
 
-/// A wire ID as text.
+/// A SPIFFE ID from the wire as text.
 fn shown(id: Option<&types::Spiffeid>) -> String {
     id.map(|id| format!("spiffe://{}{}", id.trust_domain, id.path)).unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! `countersign node`.
+//! `countersign node`: lists, evicts and bans attested nodes.
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -10,7 +10,7 @@ use super::output::{Output, Table};
 use super::{shown, when, workload_id};
 use crate::clients::{ServerArg, client, refused};
 
-/// Attested nodes.
+/// List, evict and ban attested nodes.
 #[derive(Subcommand)]
 pub enum NodeCommand {
     /// List the attested agents.
@@ -20,25 +20,25 @@ pub enum NodeCommand {
         #[command(flatten)]
         output: Output,
     },
-    /// Forget an agent; it may attest again.
+    /// Remove an agent; it may attest again.
     Evict {
         #[command(flatten)]
         server: ServerArg,
-        /// Its SPIFFE ID.
+        /// SPIFFE ID of the agent, from `countersign node list`.
         #[arg(long)]
         spiffe_id: String,
     },
-    /// Refuse an agent until it is evicted; its workloads lose their identities.
+    /// Reject an agent until it is evicted; its workloads lose their identities.
     Ban {
         #[command(flatten)]
         server: ServerArg,
-        /// Its SPIFFE ID.
+        /// SPIFFE ID of the agent, from `countersign node list`.
         #[arg(long)]
         spiffe_id: String,
     },
 }
 
-/// Runs the command.
+/// Runs a subcommand and prints its result.
 pub async fn run(command: NodeCommand) -> Result<()> {
     match command {
         NodeCommand::List { server, output } => {

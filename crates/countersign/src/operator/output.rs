@@ -1,4 +1,4 @@
-//! Tables for people, JSON for programs.
+//! Output of commands: tables for people, JSON for programs.
 
 use countersign_identity::shown::sentence;
 use serde_json::Value;
@@ -6,21 +6,21 @@ use serde_json::Value;
 use crate::settings::words::escaped;
 use crate::stdout::{self, StdoutError};
 
-/// How a command prints.
+/// The argument for the output format.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Output {
-    /// table or json.
+    /// Output format: table or json.
     #[arg(long = "output", short = 'o', default_value = "table", value_parser = ["table", "json"])]
     format: String,
 }
 
 impl Output {
-    /// Whether JSON is wanted.
+    /// Whether JSON was requested.
     pub fn is_json(&self) -> bool {
         self.format == "json"
     }
 
-    /// Prints one of the two.
+    /// Prints the table or the JSON value.
     pub fn print(&self, table: &Table, json: &Value) -> Result<(), StdoutError> {
         if self.is_json() { stdout::line(&json_text(json)) } else { stdout::put(&table.render()) }
     }
@@ -47,23 +47,23 @@ pub fn told(text: &str) -> String {
     sentence(text, usize::MAX).to_string()
 }
 
-/// Rows under a head.
+/// A table with aligned columns.
 pub struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// A table with these columns.
+    /// A table with these column headings.
     pub fn new(head: &[&str]) -> Self {
         Self { rows: vec![head.iter().map(|h| h.to_uppercase()).collect()] }
     }
 
-    /// Two columns without a head.
+    /// A table of two columns without headings.
     pub fn facts(facts: impl IntoIterator<Item = (String, String)>) -> Self {
         Self { rows: facts.into_iter().map(|(k, v)| vec![k, v]).collect() }
     }
 
-    /// Adds a row.
+    /// Adds a row; cells in the order of the columns.
     pub fn row(&mut self, cells: Vec<String>) {
         self.rows.push(cells);
     }

@@ -1,4 +1,4 @@
-//! `countersign status`.
+//! `countersign status`: shows the state of a running role.
 
 use std::path::{Path, PathBuf};
 
@@ -11,23 +11,23 @@ use super::output::{Output, Table, json_text};
 use super::when;
 use crate::clients::{channel, client, refused, server_socket};
 
-/// Show what a running server, agent or sidecar knows of itself: identities, authorities, what it refused and why.
+/// Show the state of a running server, agent or sidecar: identities, authorities, what it refused and why.
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
-    /// A workload of a mesh that is up on this machine, or its `server` or `agent`.
+    /// Workload of a mesh that `up` runs on this machine, or its `server` or `agent`.
     #[arg(conflicts_with = "socket")]
     name: Option<String>,
-    /// In which mesh [default: the one that is up].
+    /// Mesh of that workload [default: the only one that is up].
     #[arg(long, value_name = "NAME", requires = "name")]
     mesh: Option<String>,
-    /// The Unix socket of a server or agent, or a sidecar's --admin-socket [default: the server's].
+    /// Unix socket of a server or agent, or a sidecar's --admin-socket [default: the server's].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     #[command(flatten)]
     output: Output,
 }
 
-/// Asks a role.
+/// Fetches the status of the role behind a socket.
 pub async fn get(socket: &Path) -> Result<GetStatusResponse> {
     let mut client = client!(StatusClient, channel(socket, "role")?);
     Ok(client.get_status(GetStatusRequest {}).await.map_err(refused)?.into_inner())
@@ -42,11 +42,11 @@ fn plaintext(s: &GetStatusResponse) -> Vec<serde_json::Value> {
     s.plaintext_peers.iter().map(row).collect()
 }
 
-/// Runs the command.
+/// Fetches the status and prints it.
 pub async fn run(args: StatusArgs) -> Result<()> {
     let socket = match (&args.name, args.socket) {
         (Some(name), _) => crate::up::socket_named(name, args.mesh.as_deref())?,
-        // Not as the flag's own default: it must not stand in the way of a name.
+        // Not a default of the flag, because that would conflict with a name.
         (None, None) => server_socket(std::env::var_os("COUNTERSIGN_SERVER_SOCKET").map(PathBuf::from))?,
         (None, Some(socket)) => socket,
     };

@@ -1,4 +1,4 @@
-//! `countersign token`.
+//! `countersign token`: generates join tokens.
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -12,20 +12,20 @@ use super::{when, workload_id};
 use crate::clients::{ServerArg, client, refused};
 use crate::settings::Ttl;
 
-/// Join tokens.
+/// Generate join tokens, with which agents attest.
 #[derive(Subcommand)]
 pub enum TokenCommand {
-    /// Make a join token, which lets one agent attest once.
+    /// Generate a join token, with which one agent can attest once.
     Generate {
         #[command(flatten)]
         server: ServerArg,
-        /// How long it may be used.
+        /// How long the token is valid.
         #[arg(long, value_name = "TTL", default_value = "10m")]
         ttl: Ttl,
-        /// An ID that the agent gets as an alias, for entries to name as their parent.
+        /// SPIFFE ID that the agent gets as an alias, usable as parent of entries.
         #[arg(long)]
         spiffe_id: Option<String>,
-        /// Print the token alone, as --join-token-file of an agent wants it.
+        /// Print only the token, as an agent's --join-token-file expects it.
         #[arg(long, short, conflicts_with = "format")]
         quiet: bool,
         #[command(flatten)]
@@ -33,7 +33,7 @@ pub enum TokenCommand {
     },
 }
 
-/// Makes a token, with an alias for the agent that uses it.
+/// Generates a token, optionally with an alias for the agent. Returns the token and its expiry in Unix seconds.
 pub async fn generate(channel: Channel, ttl: Ttl, alias: Option<&str>) -> Result<(String, i64)> {
     let agent_id = alias.map(|id| workload_id("--spiffe-id", id)).transpose()?;
     let ttl = ttl.0.as_secs().try_into().unwrap_or(i32::MAX);
@@ -42,7 +42,7 @@ pub async fn generate(channel: Channel, ttl: Ttl, alias: Option<&str>) -> Result
     Ok((token.value, token.expires_at))
 }
 
-/// Runs the command.
+/// Runs the subcommand and prints its result.
 pub async fn run(command: TokenCommand) -> Result<()> {
     let TokenCommand::Generate { server, ttl, spiffe_id, quiet, output } = command;
     let (token, expires_at) = generate(server.channel()?, ttl, spiffe_id.as_deref()).await?;

@@ -1,4 +1,4 @@
-//! `countersign x509`: what a workload sees.
+//! `countersign x509`: fetches SVIDs as a workload does.
 
 use std::path::PathBuf;
 
@@ -17,17 +17,17 @@ use super::output::{Output, Table};
 use super::when;
 use crate::clients::{AGENT_SOCKET, channel, client, refused};
 
-/// Ask the agent for an SVID, as a workload would.
+/// Fetch SVIDs from the agent, as a workload would.
 #[derive(Subcommand)]
 pub enum X509Command {
-    /// Fetch once and print.
+    /// Fetch the SVIDs once and print them.
     Fetch {
         #[command(flatten)]
         agent: AgentArg,
         #[command(flatten)]
         output: Output,
     },
-    /// Print each rotation as it comes.
+    /// Print the SVIDs again after each rotation.
     Watch {
         #[command(flatten)]
         agent: AgentArg,
@@ -36,10 +36,10 @@ pub enum X509Command {
     },
 }
 
-/// How a command finds its agent.
+/// The argument that selects the agent.
 #[derive(Debug, clap::Args)]
 pub struct AgentArg {
-    /// The agent's Unix socket.
+    /// Unix socket of the agent.
     #[arg(long, env = "COUNTERSIGN_AGENT_SOCKET", default_value = AGENT_SOCKET, value_name = "PATH")]
     socket: PathBuf,
 }
@@ -51,7 +51,7 @@ async fn open(agent: &AgentArg) -> Result<Streaming<X509svidResponse>> {
     Ok(client.fetch_x509svid(request).await.map_err(|s| anyhow!("{}", s.message().to_owned()))?.into_inner())
 }
 
-/// What a response holds, keys left out.
+/// The SVIDs in a response, without keys: SPIFFE ID, serial, expiry, and the same as JSON.
 fn facts(response: &X509svidResponse) -> Result<Vec<(String, String, i64, Value)>> {
     let one = |svid: &countersign_api::workload::X509svid| {
         let leaf = LeafFacts::of_first(&svid.x509_svid).context("the agent's SVID cannot be read")?;
@@ -66,7 +66,7 @@ fn facts(response: &X509svidResponse) -> Result<Vec<(String, String, i64, Value)
     response.svids.iter().map(one).collect()
 }
 
-/// Runs the command.
+/// Runs a subcommand and prints its result.
 pub async fn run(command: X509Command) -> Result<()> {
     match command {
         X509Command::Fetch { agent, output } => {

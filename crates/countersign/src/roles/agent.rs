@@ -1,4 +1,4 @@
-//! `countersign agent`.
+//! `countersign agent`: flags and settings file of the agent.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -19,12 +19,12 @@ use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, for_role};
 
-/// Largest file with a join token, in bytes.
+/// Largest join token file, in bytes.
 const MAX_TOKEN_BYTES: u64 = 4_096;
 
-/// Run the node's agent.
+/// Run the agent of this node.
 ///
-/// It proves the node to the server, keeps its SVIDs fresh, and hands each local caller its own.
+/// The agent attests the node to the server, keeps the node's SVIDs fresh, and serves each local caller its own.
 #[derive(Debug, clap::Args)]
 pub struct AgentArgs {
     #[command(flatten)]
@@ -37,14 +37,14 @@ pub struct AgentArgs {
     log: LogArgs,
 }
 
-/// Everything that a flag or the file can set.
+/// All settings that a flag or the file can set.
 #[derive(Debug, Default, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AgentSettings {
     /// Trust domain of the server.
     #[arg(long, value_name = "NAME")]
     trust_domain: Option<String>,
-    /// The server, host:port.
+    /// Address of the server, HOST:PORT.
     #[arg(long, value_name = "ADDRESS")]
     server: Option<String>,
     /// Unix socket for workloads and sidecars [default: /run/countersign/agent.sock].
@@ -53,7 +53,7 @@ pub struct AgentSettings {
     /// Folder for the agent's own identity [default: /var/lib/countersign/agent].
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// PEM trust bundle to know the server by at the first connection.
+    /// PEM trust bundle that authenticates the server at the first connection.
     #[arg(long, value_name = "FILE")]
     trust_bundle: Option<PathBuf>,
     /// File with a join token (`countersign token generate`).
@@ -62,47 +62,49 @@ pub struct AgentSettings {
     /// PEM certificate to attest with (x509pop).
     #[arg(long, value_name = "FILE")]
     x509pop_cert: Option<PathBuf>,
-    /// PEM key (PKCS#8) of that certificate.
+    /// PEM private key (PKCS#8) of that certificate.
     #[arg(long, value_name = "FILE")]
     x509pop_key: Option<PathBuf>,
-    /// Attest as a node of this Kubernetes cluster (`k8s_psat`); the name is the server's --k8s-psat-cluster.
+    /// Attest as a node of this Kubernetes cluster (`k8s_psat`); the name must equal the server's --k8s-psat-cluster.
     #[arg(long, value_name = "NAME")]
     k8s_psat_cluster: Option<String>,
     /// Projected service account token to attest with [default: /var/run/secrets/tokens/countersign-agent].
     #[arg(long, value_name = "FILE")]
     k8s_psat_token: Option<PathBuf>,
-    /// Attest callers by their pods: this node's kubelet, host:port. Its certificate must name the host.
+    /// Attest callers by their pods: address of this node's kubelet, HOST:PORT. The kubelet's certificate must name the
+    /// host.
     #[arg(long, value_name = "ADDRESS")]
     kubelet: Option<String>,
     /// PEM CAs of the kubelet's certificate [default: the service account's ca.crt].
     #[arg(long, value_name = "FILE")]
     kubelet_ca: Option<PathBuf>,
-    /// Token to show the kubelet [default: the service account's token].
+    /// Token for requests to the kubelet [default: the service account's token].
     #[arg(long, value_name = "FILE")]
     kubelet_token: Option<PathBuf>,
-    /// Attest callers by the labels of their namespaces too (k8s:ns-label:KEY:VALUE), for which the API server is asked.
+    /// Also attest the labels of callers' namespaces (k8s:ns-label:KEY:VALUE), read from the API server.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     namespace_labels: Option<bool>,
     /// Key type of workloads' SVIDs [default: ec-p256].
     #[arg(long, value_name = "TYPE")]
     workload_key_type: Option<String>,
-    /// Folder with a file a setting (workloadKeyType) that stands instead of the flag and is followed while the agent runs:
-    /// a mounted ConfigMap.
+    /// Folder with one file per setting (workloadKeyType), such as a mounted ConfigMap. It overrides the flag, and
+    /// changes take effect while the agent runs.
     #[arg(long, value_name = "DIR")]
     live_settings: Option<PathBuf>,
-    /// How often a server without push is asked [default: 5s].
+    /// How often to poll a server that does not push [default: 5s].
     #[arg(long, value_name = "TIME")]
     sync_interval: Option<Ttl>,
-    /// Attest executables too: unix:path and unix:sha256.
+    /// Also attest executables: unix:path and unix:sha256.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     discover_workload_path: Option<bool>,
     /// Largest executable that is hashed, in bytes [default: 104857600].
     #[arg(long, value_name = "BYTES")]
     workload_size_limit: Option<u64>,
-    /// Attest callers in other PID and user namespaces by uid too. Off, for a container's uid is its own word.
+    /// Also attest callers in other PID and user namespaces by uid. Off by default, because a container chooses its
+    /// uids.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     foreign_namespaces: Option<bool>,
-    /// Serve /metrics, /ready and /live here; off unless set.
+    /// Serve /metrics, /ready and /live on this address [default: off].
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
 }
@@ -187,7 +189,7 @@ fn evidence(
     }
 }
 
-/// The token in a file's content: one word. What is wrong is said without quoting it, for it may be half a secret.
+/// Parses a join token file: one word. Errors do not quote it, because it may be part of a secret.
 fn join_token(content: &[u8]) -> Result<Zeroizing<String>, String> {
     const FIX: &str = "write it with `countersign token generate -q`";
     let text = std::str::from_utf8(content).map_err(|_| format!("expected a join token, found no text; {FIX}"))?;
@@ -237,13 +239,13 @@ fn kubelet(
     }))
 }
 
-/// Runs an agent until it is told to stop.
+/// Runs an agent until it is stopped.
 pub fn run(args: AgentArgs) -> Result<()> {
     super::write_privately();
     args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
-        // It writes no files: there is nothing to open anew.
+        // An agent writes no files that would have to be reopened.
         let (stop, _) = for_role()?;
         let _followed = follow.map(Live::start);
         let ran = countersign_agent::run(config, system_clock(), stop, || args.ready.write("ready")).await;

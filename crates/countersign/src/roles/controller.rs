@@ -1,4 +1,4 @@
-//! `countersign controller`.
+//! `countersign controller`: flags of the controller.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -18,50 +18,51 @@ use crate::stop::{ReadyFile, for_role};
 
 /// Run the Kubernetes controller: injector, registrar, directory feed.
 ///
-/// Whole or in parts: the injector puts sidecars into pods, the registrar registers pods with
-/// the server, the directory feed tells who is at each address. Registrar and feed use the server's Unix socket.
+/// The parts run together or apart: the injector adds sidecars to pods, the registrar registers pods with the server,
+/// the directory feed publishes which workload is at each address. Registrar and feed use the server's Unix socket.
 #[derive(Debug, clap::Args)]
 pub struct ControllerArgs {
-    /// Which parts run, comma separated: injector, registrar, directory.
+    /// Parts to run, comma separated: injector, registrar, directory.
     #[arg(long, value_name = "PARTS", value_delimiter = ',', default_value = "injector,registrar,directory")]
     only: Vec<String>,
     /// Trust domain of the server.
     #[arg(long, value_name = "NAME")]
     trust_domain: String,
-    /// The server's Unix socket.
+    /// Unix socket of the server.
     #[arg(long, default_value = SERVER_SOCKET, value_name = "PATH")]
     server_socket: PathBuf,
-    /// Registrar: the cluster's name, as the server's --k8s-psat-cluster.
+    /// Registrar: name of the cluster, equal to the server's --k8s-psat-cluster.
     #[arg(long, value_name = "NAME", default_value = "kubernetes")]
     cluster: String,
-    /// Registrar: how a pod's SPIFFE ID is made.
+    /// Registrar: template of a pod's SPIFFE ID.
     #[arg(long, value_name = "TEMPLATE", default_value = DEFAULT)]
     id_template: String,
     /// Registrar: namespaces whose pods get no identity, comma separated.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "kube-system,kube-public")]
     exclude_namespaces: Vec<String>,
-    /// Registrar: namespace of the lease by which several replicas agree who works; without it there is only one.
+    /// Registrar: namespace of the lease by which several replicas elect a leader [default: no election, for one
+    /// replica].
     #[arg(long, value_name = "NAMESPACE")]
     lease_namespace: Option<String>,
-    /// The mesh's mode, where namespace and pod say nothing: off, permissive, strict.
+    /// Mode of the mesh, used where namespace and pod set none: off, permissive or strict.
     #[arg(long, value_name = "MODE", default_value = "permissive")]
     mode: String,
-    /// Directory: ConfigMap, namespace/name, whose `mode` stands instead of --mode and is followed while the mesh runs.
+    /// Directory: ConfigMap, NAMESPACE/NAME, whose `mode` overrides --mode; changes take effect while the mesh runs.
     #[arg(long, value_name = "NAMESPACE/NAME")]
     mesh_configmap: Option<String>,
-    /// Injector: where the API server calls.
+    /// Injector: listening address for the API server.
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443")]
     bind: SocketAddr,
-    /// Injector: the agent's Unix socket, from which its certificate comes.
+    /// Injector: Unix socket of the agent, which provides the serving certificate.
     #[arg(long, default_value = AGENT_SOCKET, value_name = "PATH")]
     agent_socket: PathBuf,
-    /// Injector: folder where ConfigMap countersign-mesh is mounted; its `mode` stands instead of --mode, and is strict where it
-    /// cannot be read.
+    /// Injector: folder where the ConfigMap countersign-mesh is mounted. Its `mode` overrides --mode and counts as
+    /// strict if it cannot be read.
     #[arg(long, value_name = "DIR")]
     live_settings: Option<PathBuf>,
     #[command(flatten)]
     sidecar: SidecarArgs,
-    /// Serve /metrics, /ready and /live here; off unless set.
+    /// Serve /metrics, /ready and /live on this address [default: off].
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
     #[command(flatten)]
@@ -70,32 +71,33 @@ pub struct ControllerArgs {
     log: LogArgs,
 }
 
-/// What is put into pods.
+/// Arguments for the injected sidecar.
 #[derive(Debug, Clone, clap::Args)]
 pub struct SidecarArgs {
     /// Image of redirect and sidecar.
     #[arg(long, value_name = "IMAGE", default_value = concat!("docker.io/countersign/countersign:", env!("CARGO_PKG_VERSION")))]
     image: String,
-    /// When nodes look for the image.
+    /// When nodes pull the image.
     #[arg(long, value_name = "POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     image_pull_policy: String,
-    /// Folder of a node where its agent's socket is.
+    /// Folder on each node that holds its agent's socket.
     #[arg(long, value_name = "DIR", default_value = "/run/countersign/agent")]
     agent_dir: String,
-    /// Put sidecars in as native ones (Kubernetes 1.29 and newer); `false`: as plain containers, before which a pod's init
-    /// containers have no network.
+    /// Inject native sidecars (Kubernetes 1.29 and newer). `false` injects plain containers; a pod's init containers
+    /// have no network before them.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     native_sidecars: bool,
-    /// What sidecars log, where a pod says nothing.
+    /// Log level of sidecars whose pod sets none.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = ["error", "warn", "info", "debug", "trace"])]
     sidecar_log: String,
-    /// Namespaces whose pods may weaken strict by annotations (`ignore-*`, `allow-*`), comma separated; `*` is every one.
+    /// Namespaces whose pods may weaken strict mode by annotations (`ignore-*`, `allow-*`), comma separated; `*` stands
+    /// for all.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     allow_exceptions: Vec<String>,
 }
 
 impl SidecarArgs {
-    /// As the injector takes it.
+    /// Converts the arguments to the injector's settings.
     pub fn sidecar(self) -> Sidecar {
         Sidecar {
             image: self.image,
@@ -128,7 +130,7 @@ impl ControllerArgs {
             _ => Err(Mistake::flag("--mesh-configmap", &format!("`{text}` is no namespace/name"))),
         });
         let mesh_configmap = mesh_configmap.transpose()?;
-        // Where we are installed: its names are not given to anybody by hand.
+        // The namespace of our own installation: `SpiffeID` objects made by hand may not use its names.
         let control_namespace =
             self.lease_namespace.clone().or_else(|| mesh_configmap.as_ref().map(|(namespace, _)| namespace.clone()));
         Ok(Config {
@@ -160,14 +162,14 @@ impl ControllerArgs {
     }
 }
 
-/// Runs a controller until it is told to stop.
+/// Runs a controller until it is stopped.
 pub fn run(args: ControllerArgs) -> Result<()> {
     super::write_privately();
     args.log.start()?;
     let ready = args.ready.clone();
     let config = args.config()?;
     super::runtime()?.block_on(async {
-        // It writes no files: there is nothing to open anew.
+        // A controller writes no files that would have to be reopened.
         let (stop, _) = for_role()?;
         let ran = countersign_controller::run(config, stop, || ready.write("ready")).await;
         ran.map_err(|error| Mistake(error.to_string()).into())

@@ -1,4 +1,4 @@
-//! The long-running roles: flags and file become a role's config, and the role runs until it is told to stop.
+//! The long-running roles: converts flags and settings file to a role's config, and runs the role until it is stopped.
 
 pub mod agent;
 pub mod controller;
@@ -9,7 +9,7 @@ pub mod sidecar_hook;
 
 use std::path::PathBuf;
 
-/// Takes each field from the flags, else from the file.
+/// Takes each field from the flags, otherwise from the file.
 macro_rules! merge {
     ($flags:expr, $file:expr, { $($field:ident),* $(,)? }) => {{
         let (flags, file) = ($flags, $file);
@@ -18,16 +18,16 @@ macro_rules! merge {
 }
 pub(crate) use merge;
 
-/// The settings file of a role.
+/// The argument for the settings file of a role.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ConfigFile {
-    /// YAML file with settings; flags win over it. Keys are the flags' names with `_` for `-`.
+    /// YAML file with settings. Keys are the flags' names with `_` for `-`; flags override the file.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
 impl ConfigFile {
-    /// Reads it, if there is one.
+    /// Reads the file, if one was given; otherwise returns the defaults.
     pub fn load<T: serde::de::DeserializeOwned + Default>(&self) -> Result<T, crate::settings::Mistake> {
         match &self.config {
             Some(path) => crate::settings::load(path).map(|(settings, _)| settings),
@@ -36,19 +36,20 @@ impl ConfigFile {
     }
 }
 
-/// Lets nobody else read what a role writes, unless the role says so: keys, databases and sockets begin as 0600.
+/// Sets the umask so that files of a role are private unless it decides otherwise: keys, databases and sockets start as
+/// 0600.
 pub fn write_privately() {
     use nix::sys::stat::{Mode, umask};
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
 }
 
-/// A runtime for roles that serve many callers.
+/// A runtime with two threads, for roles that serve many callers.
 pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     raise_file_limit();
     Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?)
 }
 
-/// Opens as many files as the system lets us: each connection is one or two.
+/// Raises the limit of open files to the maximum: each connection takes one or two.
 pub fn raise_file_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)

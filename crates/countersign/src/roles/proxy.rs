@@ -1,4 +1,4 @@
-//! `countersign proxy`.
+//! `countersign proxy`: flags and settings file of the sidecar.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -23,9 +23,9 @@ use crate::stop::{ReadyFile, for_role};
 
 /// Run a sidecar.
 ///
-/// Without further flags it takes what the redirect brings, and asks the agent who it is and who is where.
-/// With --outbound-listen or --inbound-listen it carries one fixed way instead; with --svid, --key and --bundle it needs
-/// no agent.
+/// Without further flags it serves the redirect, and asks the agent for its identity and for the directory. With
+/// --outbound-listen or --inbound-listen it serves fixed listeners instead; with --svid, --key and --bundle it needs no
+/// agent.
 #[derive(Debug, clap::Args)]
 pub struct ProxyArgs {
     #[command(flatten)]
@@ -38,38 +38,38 @@ pub struct ProxyArgs {
     log: LogArgs,
 }
 
-/// Everything that a flag or the file can set.
+/// All settings that a flag or the file can set.
 #[derive(Debug, Default, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProxySettings {
-    /// The agent's Unix socket [default: /run/countersign/agent.sock].
+    /// Unix socket of the agent [default: /run/countersign/agent.sock].
     #[arg(long, value_name = "PATH")]
     agent_socket: Option<PathBuf>,
-    /// PEM certificate chain, leaf first, in place of the agent's SVID; read again when it changes.
+    /// PEM certificate chain, leaf first, instead of the agent's SVID; reloaded when it changes.
     #[arg(long, value_name = "FILE")]
     svid: Option<PathBuf>,
-    /// PEM key (PKCS#8) of --svid.
+    /// PEM private key (PKCS#8) of --svid.
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
-    /// Trust bundle as NAME=FILE, once for each trust domain whose peers are accepted.
+    /// Trust bundle as NAME=FILE, once per trust domain whose peers are accepted.
     #[arg(long, value_name = "NAME=FILE")]
     bundle: Option<Vec<String>>,
-    /// Fixed way out: where plaintext comes in.
+    /// Fixed outbound: listening address for plaintext.
     #[arg(long, value_name = "ADDRESS")]
     outbound_listen: Option<SocketAddr>,
-    /// Fixed way out: the other sidecar's mesh address.
+    /// Fixed outbound: mTLS address of the other sidecar.
     #[arg(long, value_name = "ADDRESS")]
     outbound_target: Option<SocketAddr>,
-    /// Fixed way out: the SPIFFE ID that must stand there; several are alternatives.
+    /// Fixed outbound: SPIFFE ID that the other sidecar must prove; may be repeated, then any of them is accepted.
     #[arg(long, value_name = "SPIFFE ID")]
     outbound_expect: Option<Vec<String>>,
-    /// Fixed way in: where mTLS comes in.
+    /// Fixed inbound: listening address for mTLS.
     #[arg(long, value_name = "ADDRESS")]
     inbound_listen: Option<SocketAddr>,
-    /// Fixed way in: the app.
+    /// Fixed inbound: address of the app.
     #[arg(long, value_name = "ADDRESS")]
     inbound_target: Option<SocketAddr>,
-    /// Fixed way in: SPIFFE IDs that may call [default: anyone in the trust domain].
+    /// Fixed inbound: SPIFFE ID that may call; may be repeated [default: all of the trust domain].
     #[arg(long, value_name = "SPIFFE ID")]
     inbound_allow: Option<Vec<String>>,
     /// Port that outgoing connections are redirected to [default: 15001].
@@ -78,43 +78,44 @@ pub struct ProxySettings {
     /// Port that incoming plaintext is redirected to [default: 15006].
     #[arg(long, value_name = "PORT")]
     inbound_port: Option<u16>,
-    /// mTLS port [default: 15008].
+    /// Port for mTLS between sidecars [default: 15008].
     #[arg(long, value_name = "PORT")]
     mesh_port: Option<u16>,
-    /// Where /ready, /live and /metrics are served [default: 0.0.0.0:15020 behind a redirect, off on a fixed way].
+    /// Address of /ready, /live and /metrics [default: 0.0.0.0:15020 with a redirect, otherwise off].
     #[arg(long, value_name = "ADDRESS")]
     http: Option<SocketAddr>,
-    /// Unix socket for `countersign status`, mode 0600; off unless set.
+    /// Unix socket for `countersign status`, mode 0600 [default: off].
     #[arg(long, value_name = "PATH")]
     admin_socket: Option<PathBuf>,
-    /// One JSON line a connection: `-` for standard output, `off`, or a file [default: - behind a redirect, off on a fixed way].
+    /// Access log, one JSON line per connection: `-` for standard output, `off`, or a file [default: - with a redirect,
+    /// otherwise off].
     #[arg(long, value_name = "FILE")]
     access_log: Option<String>,
-    /// How an endpoint of a Kubernetes Service is chosen: least-connections (of two random ones) or round-robin
+    /// How to select an endpoint of a Kubernetes Service: least-connections (of two random ones) or round-robin
     /// [default: least-connections].
     #[arg(long, value_name = "HOW")]
     balance: Option<String>,
-    /// The app's probes that are asked through this sidecar, as the injector writes them: JSON, an object of
-    /// CONTAINER/KIND to `{port, timeout_seconds, http|tcp|grpc}`.
+    /// The app's probes that this sidecar runs, as the injector writes them: a JSON object from CONTAINER/KIND to
+    /// `{port, timeout_seconds, http|tcp|grpc}`.
     #[arg(long, env = "COUNTERSIGN_PROBES", value_name = "JSON")]
     probes: Option<String>,
-    /// Threads that carry traffic [default: 1].
+    /// Number of threads that carry traffic [default: 1].
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
-    /// How long open connections may go on after SIGTERM [default: 25s].
+    /// How long open connections may continue after SIGTERM [default: 25s].
     #[arg(long, value_name = "TIME")]
     drain: Option<Ttl>,
-    /// A port of the app that gets a PROXY protocol (version 2) header in front of each connection, with the caller's
-    /// address and its SPIFFE ID; several may be named [default: none].
+    /// Port of the app where each connection starts with a PROXY protocol (version 2) header with the caller's address
+    /// and SPIFFE ID; may be repeated [default: none].
     #[arg(long, value_name = "PORT")]
     proxy_protocol: Option<Vec<u16>>,
-    /// How long another machine may acknowledge nothing, data or probe, before its connection is reset [default: 25s].
+    /// How long another machine may acknowledge neither data nor probes before its connection is reset [default: 25s].
     #[arg(long, value_name = "TIME")]
     mesh_user_timeout: Option<Ttl>,
-    /// Connections at once at most [default: what fits into the memory limit, 65536 at most].
+    /// Most open connections [default: what fits into the memory limit, at most 65536].
     #[arg(long, value_name = "N")]
     max_connections: Option<usize>,
-    /// Connections at once from one address at most [default: half of all].
+    /// Most open connections per peer address [default: half of --max-connections].
     #[arg(long, value_name = "N")]
     max_connections_per_peer: Option<usize>,
 }
@@ -137,7 +138,7 @@ impl ProxySettings {
         let limits = Limits::default();
         let mut timeouts = Timeouts::default();
         if let Some(Ttl(time)) = self.mesh_user_timeout {
-            // The kernel's probes are whole seconds apart, and one that is lost must not end a connection.
+            // The kernel's probes are whole seconds apart, and one lost probe must not end a connection.
             if !(5..=3_600).contains(&time.as_secs()) {
                 return Err(Mistake::flag("--mesh-user-timeout", "use 5s to 1h"));
             }
@@ -210,7 +211,7 @@ impl ProxySettings {
             parsed.collect::<Result<BTreeSet<_>, _>>().map_err(|e| Mistake::flag(flag, &e.to_string()))
         };
         let expect = ids("--outbound-expect", self.outbound_expect.as_deref().unwrap_or_default())?;
-        // A list that is given and empty admits nobody; without one anyone in the trust domain may call.
+        // An empty list admits none; without a list, all of the trust domain may call.
         let allow = self.inbound_allow.as_deref().map(|list| ids("--inbound-allow", list)).transpose()?;
         let outbound = match (self.outbound_listen, self.outbound_target) {
             (Some(_), Some(_)) if expect.is_empty() => {
@@ -306,13 +307,13 @@ fn probes(json: &str) -> Result<BTreeMap<String, Probe>, serde_json::Error> {
     Ok(written.into_iter().map(|(name, probe)| (name, read(probe))).collect())
 }
 
-/// Runs a sidecar until it is told to stop.
+/// Runs a sidecar until it is stopped.
 pub fn run(args: ProxyArgs) -> Result<()> {
     super::write_privately();
     args.log.start()?;
     let config = args.settings.over(args.config.load()?).config()?;
     super::raise_file_limit();
-    // One thread carries everything; further workers are threads of their own.
+    // One thread carries everything; further workers are separate threads.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let (stop, reopen) = for_role()?;

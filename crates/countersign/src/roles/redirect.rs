@@ -1,4 +1,4 @@
-//! `countersign redirect`.
+//! `countersign redirect`: flags of the redirect.
 
 use std::net::IpAddr;
 use std::num::NonZeroU16;
@@ -15,67 +15,69 @@ use crate::settings::Mistake;
 
 /// Install, check or remove the NAT redirect in this network namespace.
 ///
-/// A workload's traffic goes through its sidecar then. Installing again replaces it; nothing else in the namespace is touched.
-/// It is meant for the namespace of one workload: in the machine's own it would catch SSH too, and is refused.
+/// The redirect sends a workload's TCP connections through its sidecar. Installing it again replaces it; other rules of
+/// the namespace are not touched. It is meant for the namespace of one workload: in the machine's own it would redirect
+/// SSH too, so it is refused there.
 #[derive(Debug, clap::Args)]
 #[allow(clippy::struct_excessive_bools)] // each is a flag of the command line
 pub struct RedirectArgs {
-    /// Show the rules that are in force, with what they matched; exit 1 when there are none or they differ.
+    /// Show the installed rules and their counters; exit code 1 if there are none or they differ.
     #[arg(long, conflicts_with = "remove")]
     check: bool,
-    /// Remove the redirect, and say what was there.
+    /// Remove the redirect, and print the rules that were removed.
     #[arg(long)]
     remove: bool,
-    /// The sidecar's user, whose own connections are never caught.
+    /// User ID of the sidecar, whose own connections are never redirected.
     #[arg(long, value_name = "UID", required_unless_present = "remove")]
     proxy_uid: Option<u32>,
-    /// Where outgoing connections go.
+    /// Port of the sidecar for outgoing connections.
     #[arg(long, value_name = "PORT", default_value = "15001")]
     outbound_port: NonZeroU16,
-    /// Where incoming connections go.
+    /// Port of the sidecar for incoming connections.
     #[arg(long, value_name = "PORT", default_value = "15006")]
     inbound_port: NonZeroU16,
-    /// The sidecar's mTLS port, which is left alone.
+    /// Port of the sidecar for mTLS, which is not redirected.
     #[arg(long, value_name = "PORT", default_value = "15008")]
     mesh_port: NonZeroU16,
-    /// Incoming ports that are left alone too, comma separated.
+    /// Further incoming ports that are not redirected, comma separated.
     #[arg(long, value_name = "PORTS", value_delimiter = ',', default_value = "15020")]
     exclude_inbound_ports: Vec<String>,
-    /// Outgoing ports that are left alone, comma separated.
+    /// Outgoing ports that are not redirected, comma separated.
     #[arg(long, value_name = "PORTS", value_delimiter = ',', default_value = "53")]
     exclude_outbound_ports: Vec<String>,
-    /// Sources that are left alone, comma separated.
+    /// Source networks that are not redirected, comma separated.
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     exclude_inbound_cidrs: Vec<String>,
-    /// Destinations that are left alone, comma separated.
+    /// Destination networks that are not redirected, comma separated.
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     exclude_outbound_cidrs: Vec<String>,
-    /// What becomes of UDP and all else that is not TCP: `leave`, or `drop` but for DNS to the resolvers, ICMP and replies.
+    /// Treatment of UDP and all other protocols than TCP: `leave`, or `drop` except for DNS to the resolvers, ICMP and
+    /// replies.
     #[arg(long, value_name = "WHAT", default_value = "leave", value_parser = ["leave", "drop"])]
     other_protocols: String,
-    /// With --other-protocols=drop: resolvers that DNS may go to, comma separated; those of /etc/resolv.conf unless set.
+    /// With --other-protocols=drop: resolvers that DNS may go to, comma separated [default: those of /etc/resolv.conf].
     #[arg(long, value_name = "ADDRESSES", value_delimiter = ',')]
     resolvers: Option<Vec<String>>,
-    /// With --other-protocols=drop: UDP ports that may be used all the same, in both directions, comma separated.
+    /// With --other-protocols=drop: UDP ports that are allowed in both directions, comma separated.
     #[arg(long, value_name = "PORTS", value_delimiter = ',')]
     allow_udp_ports: Vec<String>,
-    /// With --other-protocols=drop: networks with which every protocol may be spoken all the same, comma separated.
+    /// With --other-protocols=drop: networks with which every protocol is allowed, comma separated.
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     allow_other_cidrs: Vec<String>,
-    /// Change the machine's own network namespace, or that of process 1, all the same: everything on this machine is caught.
+    /// Allow the machine's own network namespace, or that of process 1: all connections of this machine are redirected.
     #[arg(long)]
     host_namespace: bool,
-    /// This is a pod's container, whose process 1 is the pod's own.
+    /// This is a pod's container, whose process 1 belongs to the pod.
     #[arg(long, hide = true, conflicts_with = "host_namespace")]
     in_pod: bool,
-    /// What enforces it: auto, nftables, iptables.
+    /// Backend for the rules: auto, nftables or iptables.
     #[arg(long, default_value_t = Backend::Auto, value_name = "BACKEND")]
     backend: Backend,
     #[command(flatten)]
     output: Output,
 }
 
-/// Reads a list whose items may have blanks around them; empty items are passed over.
+/// Parses a list. Spaces around items and empty items are ignored.
 fn list<T: std::str::FromStr, C: FromIterator<T>>(flag: &str, what: &str, items: &[String]) -> Result<C, Mistake> {
     let items = items.iter().map(|i| i.trim()).filter(|i| !i.is_empty());
     items.map(|i| i.parse().map_err(|_| Mistake::flag(flag, &format!("`{i}` is no {what}")))).collect()
@@ -134,7 +136,7 @@ impl RedirectArgs {
         }))
     }
 
-    /// Refuses to change a namespace that others rely on, unless it is asked for by name.
+    /// Rejects a namespace that others depend on, unless the flag for it is given.
     fn refuse_shared(&self) -> Result<(), Mistake> {
         match here::shared(self.in_pod) {
             Some(shared) if !self.host_namespace => Err(Mistake(format!(
@@ -147,7 +149,7 @@ impl RedirectArgs {
     }
 }
 
-/// Installs, checks or removes.
+/// Installs, checks or removes the redirect.
 pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
     let mendable = |error: RedirectError| match error {
         RedirectError::NotPermitted | RedirectError::NoNftables(_) | RedirectError::NoNetfilter { .. } => {
@@ -160,7 +162,7 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
         eprintln!("{}", removed(&found, &here::name()));
         return Ok(ExitCode::SUCCESS);
     }
-    // clap asks for it unless --remove is given.
+    // clap requires it unless --remove is given.
     let proxy_uid = args.proxy_uid.ok_or_else(|| Mistake::flag("--proxy-uid", "is missing"))?;
     let redirect = args.redirect(proxy_uid)?;
     if !args.check {

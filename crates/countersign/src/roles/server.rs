@@ -1,4 +1,4 @@
-//! `countersign server`.
+//! `countersign server`: flags and settings file of the server.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,14 +18,15 @@ use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, for_role};
 
-/// Agents sign an SVID every two seconds at most and look once a second: a shorter one ends before it is renewed.
+/// Agents sign an SVID at most every two seconds and check once per second, so a shorter one could expire before its
+/// renewal.
 const MIN_TTL: Duration = countersign_server::MIN_SVID_TTL;
-/// An authority must outlive the time in which its successor is prepared, published and activated.
+/// An authority must outlive the preparation, publication and activation of its successor.
 const MIN_CA_TTL: Duration = Duration::from_secs(20);
 
 /// Run the certificate authority.
 ///
-/// It holds the signing keys and the registration entries, attests agents, signs.
+/// The server holds the signing keys and the registration entries, attests agents, and signs SVIDs.
 #[derive(Debug, clap::Args)]
 pub struct ServerArgs {
     #[command(flatten)]
@@ -38,14 +39,14 @@ pub struct ServerArgs {
     log: LogArgs,
 }
 
-/// Everything that a flag or the file can set.
+/// All settings that a flag or the file can set.
 #[derive(Debug, Default, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ServerSettings {
     /// Trust domain to sign for, such as example.org.
     #[arg(long, value_name = "NAME")]
     trust_domain: Option<String>,
-    /// Where agents connect [default: 0.0.0.0:8081].
+    /// Listening address for agents [default: 0.0.0.0:8081].
     #[arg(long, value_name = "ADDRESS")]
     bind: Option<SocketAddr>,
     /// Unix socket for operators, mode 0600 [default: /run/countersign/server.sock].
@@ -54,45 +55,45 @@ pub struct ServerSettings {
     /// Folder for keys and the database [default: /var/lib/countersign/server].
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Life of a signing authority [default: 24h].
+    /// Lifetime of a signing authority [default: 24h].
     #[arg(long, value_name = "TTL")]
     ca_ttl: Option<Ttl>,
-    /// Life of an X509-SVID whose entry names none [default: 1h].
+    /// Lifetime of an X509-SVID whose entry sets none [default: 1h].
     #[arg(long, value_name = "TTL")]
     svid_ttl: Option<Ttl>,
-    /// Life of an agent's SVID [default: as --svid-ttl].
+    /// Lifetime of an agent's own SVID [default: --svid-ttl].
     #[arg(long, value_name = "TTL")]
     agent_svid_ttl: Option<Ttl>,
-    /// Key type of authorities: ec-p256, ec-p384, rsa-2048, rsa-4096 [default: ec-p256].
+    /// Key type of authorities: ec-p256, ec-p384, rsa-2048 or rsa-4096 [default: ec-p256].
     #[arg(long, value_name = "TYPE")]
     ca_key_type: Option<String>,
-    /// Folder with a file a setting (caTTL, svidTTL, caKeyType) that stands instead of the flag and is followed while the
-    /// server runs: a mounted ConfigMap.
+    /// Folder with one file per setting (caTTL, svidTTL, caKeyType), such as a mounted ConfigMap. It overrides the
+    /// flags, and changes take effect while the server runs.
     #[arg(long, value_name = "DIR")]
     live_settings: Option<PathBuf>,
-    /// Where authorities' keys live: disk or memory [default: disk].
+    /// Where to store the authorities' private keys: disk or memory [default: disk].
     #[arg(long, value_name = "KIND")]
     key_manager: Option<String>,
-    /// PEM certificate of an upstream CA; makes our authorities intermediates below it.
+    /// PEM certificate of an upstream CA, below which our authorities become intermediates.
     #[arg(long, value_name = "FILE")]
     upstream_cert: Option<PathBuf>,
-    /// PEM key (PKCS#8) of the upstream CA.
+    /// PEM private key (PKCS#8) of the upstream CA.
     #[arg(long, value_name = "FILE")]
     upstream_key: Option<PathBuf>,
-    /// PEM roots above the upstream CA, where it is not a root itself.
+    /// PEM roots above the upstream CA, if it is not a root itself.
     #[arg(long, value_name = "FILE")]
     upstream_bundle: Option<PathBuf>,
-    /// PEM CAs whose certificates agents may attest with (x509pop).
+    /// PEM CAs of the certificates that agents may attest with (x509pop).
     #[arg(long, value_name = "FILE")]
     x509pop_ca: Option<PathBuf>,
-    /// Attest agents of this Kubernetes cluster by their projected service account tokens (`k8s_psat`); the name is part of
-    /// their IDs.
+    /// Attest agents of this Kubernetes cluster by their projected service account tokens (`k8s_psat`); the name is
+    /// part of their SPIFFE IDs.
     #[arg(long, value_name = "NAME")]
     k8s_psat_cluster: Option<String>,
-    /// Service accounts of agents, namespace:name, comma separated [default: countersign:countersign-agent].
+    /// Service accounts of agents, NAMESPACE:NAME, comma separated [default: countersign:countersign-agent].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     k8s_psat_allow: Option<Vec<String>>,
-    /// Audiences that a token may be made for, comma separated [default: spire-server].
+    /// Accepted audiences of a token, comma separated [default: spire-server].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     k8s_psat_audience: Option<Vec<String>>,
     /// Node labels that become selectors, comma separated.
@@ -101,16 +102,16 @@ pub struct ServerSettings {
     /// Labels of the agent's pod that become selectors, comma separated.
     #[arg(long, value_name = "KEYS", value_delimiter = ',')]
     k8s_psat_pod_labels: Option<Vec<String>>,
-    /// Publish the trust bundle to this ConfigMap, namespace/name, under the key bundle.crt.
+    /// Publish the trust bundle to this ConfigMap, NAMESPACE/NAME, under the key bundle.crt.
     #[arg(long, value_name = "NAMESPACE/NAME")]
     k8s_bundle_configmap: Option<String>,
-    /// Keep the caBundle of mutating webhook configurations with this label, KEY=VALUE, the same as the trust bundle.
+    /// Keep the caBundle of mutating webhook configurations with this label, KEY=VALUE, equal to the trust bundle.
     #[arg(long, value_name = "KEY=VALUE")]
     k8s_webhook_label: Option<String>,
-    /// Append one JSON line here for each SVID signed or refused.
+    /// Audit log: append one JSON line to this file for each SVID signed or refused [default: off].
     #[arg(long, value_name = "FILE")]
     audit_log: Option<PathBuf>,
-    /// Serve /metrics, /ready and /live here; off unless set.
+    /// Serve /metrics, /ready and /live on this address [default: off].
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
 }
@@ -261,7 +262,7 @@ fn label(text: String) -> Result<String, Mistake> {
     }
 }
 
-/// Runs a server until it is told to stop.
+/// Runs a server until it is stopped.
 pub fn run(args: ServerArgs) -> Result<()> {
     super::write_privately();
     args.log.start()?;
@@ -276,7 +277,7 @@ pub fn run(args: ServerArgs) -> Result<()> {
     })
 }
 
-/// What an operator can mend is a mistake: an address that is taken, a file that is wrong.
+/// Errors that an operator can fix are mistakes (exit code 2): an address in use, an invalid file.
 fn mistake_or_failure(error: countersign_server::ServerError) -> anyhow::Error {
     use countersign_server::ServerError as E;
     match error {

@@ -1,5 +1,5 @@
-//! Hooks of a sidecar that is a plain container, where Kubernetes has no native ones: its start holds back the containers
-//! behind it, its end waits for theirs.
+//! Hooks of a sidecar that is a plain container, for Kubernetes without native sidecars: its start blocks the
+//! containers after it, its end waits for theirs.
 
 use std::time::{Duration, Instant};
 
@@ -8,25 +8,25 @@ use anyhow::{Result, anyhow};
 use crate::metrics_page::metric;
 use crate::probe;
 
-/// The sidecar's pages.
+/// URL of the sidecar's pages.
 const PAGES: &str = "http://127.0.0.1:15020";
-/// How often is looked.
+/// Interval between two polls.
 const LOOK: Duration = Duration::from_millis(200);
-/// A sidecar without identity after this time lets the kubelet start it anew.
+/// After this time without an identity the hook fails, and the kubelet restarts the sidecar.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// The app has gone when it was seen nowhere for so long.
+/// How long the app must be absent before it counts as ended.
 const QUIET: Duration = Duration::from_secs(2);
 
-/// What the kubelet runs in a sidecar's container.
+/// Hooks that the kubelet runs in a sidecar's container.
 #[derive(Debug, clap::Subcommand)]
 pub enum SidecarHook {
     /// Wait until the sidecar is ready (postStart).
     Gate,
-    /// Wait until the app neither listens nor has a connection open (preStop).
+    /// Wait until the app neither listens nor has an open connection (preStop).
     Drain,
 }
 
-/// Waits.
+/// Runs a hook.
 pub fn run(hook: &SidecarHook) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -51,7 +51,7 @@ async fn gate() -> Result<()> {
     }
 }
 
-/// Returns when the app has gone. A sidecar that does not answer has nothing to wait for.
+/// Waits until the app has ended. Returns at once if the sidecar does not answer.
 async fn drain() {
     let own = nix::unistd::geteuid().as_raw();
     let mut quiet = Instant::now();
@@ -66,7 +66,8 @@ async fn drain() {
     }
 }
 
-/// Whether a socket of anybody but `own` listens (proc(5): column 4 is the state, 0A listens; column 8 is the owner).
+/// Whether a socket of another user than `own` listens (proc(5): column 4 is the state, 0A is listening; column 8 is
+/// the owner).
 fn somebody_listens(table: &str, own: u32) -> bool {
     table.lines().skip(1).any(|line| {
         let columns: Vec<&str> = line.split_ascii_whitespace().take(8).collect();
@@ -74,7 +75,7 @@ fn somebody_listens(table: &str, own: u32) -> bool {
     })
 }
 
-/// Whether a connection is open, by the sidecar's own page.
+/// Whether the sidecar has open connections, by its metrics.
 fn is_connected(metrics: &str) -> bool {
     metric(metrics, "countersign_proxy_active_connections").any(|(_, open)| open > 0.0)
 }

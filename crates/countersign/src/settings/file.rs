@@ -1,4 +1,4 @@
-//! Settings files: read with a bound, parsed into a tree with lines, and mistakes in them with their place.
+//! Settings files: bounded reads, parsing into a tree with line numbers, and errors with their place.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::yaml::{Node, from_node, parse};
 /// Largest settings file or PEM file, in bytes.
 pub const MAX_BYTES: u64 = 1024 * 1024;
 
-/// Reads a file into settings; a mistake names file, line and key.
+/// Reads a file into settings; also returns its text. Errors name file, line and key.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<(T, String), Mistake> {
     let (node, text) = load_tree(path)?;
     let settings = from_node(&node).map_err(|e| {
@@ -21,7 +21,7 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<(T, String), Mistake> {
     Ok((settings, text))
 }
 
-/// Reads a file into a tree; the text beside it.
+/// Reads a file into a tree; also returns its text.
 pub fn load_tree(path: &Path) -> Result<(Node, String), Mistake> {
     let shown = path.display();
     let bytes = read_file(path)?;
@@ -35,7 +35,7 @@ pub fn load_tree(path: &Path) -> Result<(Node, String), Mistake> {
     Ok((tree, text))
 }
 
-/// Reads a file that somebody named: settings or PEM, 1 MiB at most, and no device, pipe or folder.
+/// Reads a file that the user named: settings or PEM, at most 1 MiB; not a device, pipe or folder.
 pub fn read_file(path: &Path) -> Result<Vec<u8>, Mistake> {
     read_bounded(path, MAX_BYTES).map_err(|e| Mistake(format!("{}: cannot be read: {e}", path.display())))
 }

@@ -1,4 +1,5 @@
-//! The mesh's settings that may change while its roles run: a folder with a file a setting, as Kubernetes mounts a ConfigMap.
+//! Settings of the mesh that may change while its roles run: a folder with one file per setting, as Kubernetes mounts a
+//! ConfigMap.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,32 +13,33 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{Mistake, Ttl};
 
-/// Largest setting, in bytes.
+/// Longest setting, in bytes.
 const MAX_BYTES: u64 = 4096;
-/// Files of a folder that are looked at, at most.
+/// Most files of a folder that are read.
 const MAX_FILES: usize = 64;
-/// How often the folder is looked at.
+/// Interval between two reads of the folder.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What the mesh's ConfigMap says; what it leaves out stands as each role was started with.
+/// Settings in the mesh's ConfigMap. For a missing one, each role uses its own start setting.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MeshSettings {
-    /// `mode`: the mode, where namespace and pod say nothing.
+    /// `mode`: mode of the mesh, used where namespace and pod set none.
     pub mode: Option<Mode>,
-    /// `transparent`: every sidecar forwards in the clear; the mesh is being removed.
+    /// `transparent`: every sidecar forwards plaintext, because the mesh is being removed.
     pub transparent: Option<bool>,
-    /// `caTTL`: life of the next authorities.
+    /// `caTTL`: lifetime of new authorities.
     pub ca_ttl: Option<Ttl>,
-    /// `svidTTL`: life of the next SVIDs.
+    /// `svidTTL`: lifetime of new SVIDs.
     pub svid_ttl: Option<Ttl>,
-    /// `caKeyType`: key type of the next authorities.
+    /// `caKeyType`: key type of new authorities.
     pub ca_key_type: Option<KeyType>,
-    /// `workloadKeyType`: key type of the next SVIDs.
+    /// `workloadKeyType`: key type of new SVIDs.
     pub workload_key_type: Option<KeyType>,
 }
 
 impl MeshSettings {
-    /// Takes all, or says the first thing that is wrong. An empty text is as none; what is not known here is passed over.
+    /// Parses all settings; fails with the first invalid one. An empty value counts as missing; unknown keys are
+    /// ignored.
     pub fn read(found: &BTreeMap<String, String>) -> Result<Self, Mistake> {
         fn one<T>(
             found: &BTreeMap<String, String>,
@@ -61,10 +63,10 @@ impl MeshSettings {
     }
 }
 
-/// What makes a role's part of the settings.
+/// Builds a role's part of the settings.
 type Take<T> = Box<dyn Fn(&MeshSettings) -> Result<T, Mistake> + Send>;
 
-/// Follows a folder and keeps a role's part of the settings; made by [`live`].
+/// Follows a folder and updates a role's part of the settings; created by [`live`].
 pub struct Live<T> {
     folder: PathBuf,
     found: BTreeMap<String, String>,
@@ -72,9 +74,9 @@ pub struct Live<T> {
     to: watch::Sender<T>,
 }
 
-/// A role's part of the settings: read now, and followed by what is returned beside it. Without a folder it is what `take` makes
-/// of nothing; and so it is where a setting is wrong, for a typing error must not keep a role from coming back after a restart.
-/// A folder that is not there is a mistake.
+/// A role's part of the settings: its current value, and a follower if there is a folder. Without a folder, `take`
+/// builds it from no settings; the same happens if a setting is invalid, because a typing error must not keep a role
+/// from restarting. A missing folder is an error.
 pub fn live<T>(
     folder: Option<PathBuf>,
     take: impl Fn(&MeshSettings) -> Result<T, Mistake> + Send + 'static,
@@ -97,19 +99,19 @@ pub fn live<T>(
 }
 
 impl<T: PartialEq + std::fmt::Debug + Send + Sync + 'static> Live<T> {
-    /// Follows the folder until what is returned is dropped.
+    /// Follows the folder until the returned handle is dropped.
     pub fn start(self) -> AbortOnDropHandle<()> {
         AbortOnDropHandle::new(tokio::spawn(self.follow()))
     }
 
-    /// Follows the folder for ever. What is wrong, or half written, is not taken: the settings stay as they are.
+    /// Follows the folder, without end. Invalid and half-written settings are not applied: the previous ones remain.
     async fn follow(self) {
         let mut judged = Ok(self.found);
         let mut before = judged.clone();
         loop {
             tokio::time::sleep(LOOK).await;
             let now = read(&self.folder).map_err(|e| e.0);
-            // Twice the same: not in the middle of a change.
+            // Read twice with the same result: not in the middle of a change.
             let settled = now == before;
             before.clone_from(&now);
             if !settled || now == judged {
@@ -129,7 +131,7 @@ impl<T: PartialEq + std::fmt::Debug + Send + Sync + 'static> Live<T> {
     }
 }
 
-/// Every setting's file; hidden ones are Kubernetes' own.
+/// Reads the file of each setting. Hidden files belong to Kubernetes.
 fn read(folder: &Path) -> Result<BTreeMap<String, String>, Mistake> {
     let io = |e: std::io::Error| Mistake(format!("cannot be read: {e}"));
     let mut found = BTreeMap::new();

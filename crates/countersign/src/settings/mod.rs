@@ -1,4 +1,5 @@
-//! Settings from files and flags: parsed into types that cannot be wrong, with errors that name file, line, key and mend.
+//! Settings from files and flags: parsed into types that are always valid, with errors that name file, line, key and
+//! fix.
 
 mod file;
 mod live;
@@ -10,29 +11,29 @@ pub use file::{load, load_tree, read_file};
 pub use live::{Live, MeshSettings, live};
 pub use values::{Ttl, parse_mode};
 
-/// A mistake that somebody can mend: in a flag, a file, or the machine. Shown in one line; the exit code is 2.
+/// An error that the user can fix: in a flag, a file, or the machine. Printed in one line; the exit code is 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Mistake(pub String);
 
 impl Mistake {
-    /// In a flag.
+    /// An error in a flag.
     pub fn flag(flag: &str, why: &str) -> Self {
         Self(format!("{flag}: {why}"))
     }
 
-    /// A flag or key that is needed.
+    /// A required flag or key is missing.
     pub fn missing(flag: &str, key: &str) -> Self {
         Self(format!("{flag} is missing: give the flag, or `{key}` in the file of --config"))
     }
 }
 
-/// Whether we are root; what needs it says so here.
+/// Fails unless the process runs as root, naming `what` needs it.
 pub fn need_root(what: &str) -> Result<(), Mistake> {
     need_root_because(what, "it makes network namespaces and redirects")
 }
 
-/// The same, with another reason.
+/// [`need_root`] with another reason.
 pub fn need_root_because(what: &str, why: &str) -> Result<(), Mistake> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());

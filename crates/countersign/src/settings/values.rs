@@ -7,7 +7,7 @@ use std::time::Duration;
 use countersign_identity::policy::Mode;
 use serde::{Deserialize, Deserializer};
 
-/// A length of time: `20s`, `5m`, `1h`, `30d`, or several of them as in `1h30m`.
+/// A duration: `20s`, `5m`, `1h`, `30d`, or a combination such as `1h30m`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ttl(pub Duration);
 
@@ -57,7 +57,7 @@ impl<'de> Deserialize<'de> for Ttl {
     }
 }
 
-/// A mode; YAML reads a bare `off` as false, and that is what was meant.
+/// Parses a mode. YAML reads a bare `off` as false, so `false` means off.
 pub fn parse_mode(text: &str) -> Result<Mode, String> {
     if text == "false" {
         Ok(Mode::Off)

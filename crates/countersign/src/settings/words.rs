@@ -1,22 +1,23 @@
-//! Words for people: text from outside made fit for one line of a terminal, and the known word that was probably meant.
+//! Text for people: untrusted text made safe for one line of a terminal, and suggestions for misspelt words.
 
-/// Characters of a foreign text that a message shows.
+/// Most characters of untrusted text in a message.
 const SHOWN: usize = 80;
-/// How alike two words must be for one to be suggested in place of the other; 1 is the same.
+/// Lowest similarity of two words for a suggestion; 1 is equal.
 const ALIKE: f64 = 0.75;
 
-/// Text that somebody else wrote, as a message may show it: control and direction characters escaped, the rest cut.
+/// Untrusted text for a message: control and direction characters escaped, and shortened.
 pub fn shown(text: &str) -> String {
     let cut: String = text.chars().take(SHOWN).collect();
     let escaped = escaped(&cut);
     if cut.len() == text.len() { escaped } else { format!("{escaped}… ({} bytes)", text.len()) }
 }
 
-/// Text whose control and direction characters are escaped, so that it can neither move a cursor nor start a line.
+/// Escapes control and direction characters, so that the text can neither move a cursor nor start a line.
 pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        // Beside the control characters: marks that change a line's direction, and the separators of lines and paragraphs.
+        // Apart from control characters: marks that change the direction of text, and separators of lines and
+        // paragraphs.
         if c.is_control()
             || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
         {
@@ -28,23 +29,23 @@ pub fn escaped(text: &str) -> String {
     out
 }
 
-/// The known word that is most like an unknown one, if any is.
+/// The known word that is most similar to an unknown one; `None` if none is similar enough.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if word.len() > SHOWN {
         return None;
     }
     let likeness = |k: &str| {
         let edits = strsim::normalized_damerau_levenshtein(word, k);
-        // A plural, or a word that was cut off, is meant more often than its edits tell.
+        // A plural or a truncated word is meant more often than its edit distance suggests.
         if k.starts_with(word) || word.starts_with(k) { edits.max(strsim::jaro_winkler(word, k)) } else { edits }
     };
     let scored = known.into_iter().map(|k| (likeness(k), k));
     let best = scored.max_by(|a, b| a.0.total_cmp(&b.0));
-    // Short words differ much by one letter: `prot` and `port` are alike by half only.
+    // One letter changes a short word much: the similarity of `prot` and `port` is only one half.
     best.filter(|(score, k)| *score >= if k.len() <= 6 { 0.5 } else { ALIKE }).map(|(_, k)| k)
 }
 
-/// `; did you mean …?`, or nothing.
+/// `; did you mean …?`, or an empty string.
 pub fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     nearest(word, known).map(|k| format!("; did you mean `{k}`?")).unwrap_or_default()
 }
@@ -54,7 +55,7 @@ pub fn count(n: usize, noun: &str) -> String {
     if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
 }
 
-/// A length of time for people, in its two largest units: `58m 41s`, `2d 3h`, `41s`.
+/// A duration in its two largest units: `58m 41s`, `2d 3h`, `41s`.
 pub fn duration(seconds: u64) -> String {
     let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
     let Some(first) = units.iter().position(|(size, _)| seconds >= *size) else { return "0s".into() };
@@ -66,7 +67,7 @@ pub fn duration(seconds: u64) -> String {
     }
 }
 
-/// A number of bytes for people: `812 B`, `3.4 MiB`.
+/// A number of bytes in the largest fitting unit: `812 B`, `3.4 MiB`.
 pub fn bytes(n: u64) -> String {
     let units = [(1u64 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     match units.iter().find(|(size, _)| n >= *size) {

@@ -1,4 +1,4 @@
-//! Users of this machine, from its own tables, and how a program finds out who it is.
+//! Users of this machine from its own tables, and what a program learns about its user.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -11,34 +11,34 @@ const GROUP: &str = "/etc/group";
 /// A user and its groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {
-    /// User.
+    /// User ID of the account.
     pub uid: u32,
-    /// Main group.
+    /// Primary group ID.
     pub gid: u32,
-    /// Further groups.
+    /// Supplementary group IDs.
     pub groups: Vec<u32>,
 }
 
-/// What a program finds out about its user: passwd(5)'s name, home and shell.
+/// A user as programs see it: name, home folder and shell of passwd(5).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Login {
-    /// Its name.
+    /// Login name of the user.
     pub name: String,
-    /// Its home.
+    /// Home folder of the user.
     pub home: PathBuf,
-    /// Its shell.
+    /// Path of the login shell.
     pub shell: PathBuf,
-    /// The machine's table has the user.
+    /// Whether the machine's table contains the user.
     pub known: bool,
 }
 
 impl Account {
-    /// A user of this number, in a group of the same number.
+    /// The user with this ID, in a group with the same ID.
     pub fn of_uid(uid: u32) -> Self {
         Self { uid, gid: uid, groups: vec![] }
     }
 
-    /// Looks a user up by name or number. A number that no table has is a user too.
+    /// Looks a user up by name or ID. An ID that is in no table is valid too.
     pub fn find(text: &str) -> Result<Self, String> {
         let passwd = read(PASSWD)?;
         let name = match text.parse::<u32>() {
@@ -52,7 +52,7 @@ impl Account {
             .ok_or_else(|| format!("there is no user `{text}` in this machine's {PASSWD}"))
     }
 
-    /// The user with this name, from the text of passwd(5) and group(5).
+    /// The user with this name, from the texts of passwd(5) and group(5).
     fn in_tables(name: &str, passwd: &str, group: &str) -> Option<Self> {
         let (uid, gid) = passwd.lines().find_map(|line| match line.split(':').collect::<Vec<_>>()[..] {
             [n, _, uid, gid, ..] if n == name => Some((uid.parse().ok()?, gid.parse().ok()?)),
@@ -69,7 +69,7 @@ impl Account {
 }
 
 impl Login {
-    /// The user as the machine's table has it; one that it lacks gets this workload's name and this home.
+    /// The user from the machine's table; if it is missing there, a user with the workload's name and this home folder.
     pub fn of(account: &Account, workload: &str, home: &Path) -> Result<Self, String> {
         let passwd = read(PASSWD)?;
         Ok(Self::in_table(account.uid, &passwd).unwrap_or_else(|| Self {
@@ -92,7 +92,7 @@ impl Login {
         })
     }
 
-    /// What login(1) would set.
+    /// Environment variables that login(1) would set.
     pub fn environment(&self) -> [(String, String); 4] {
         let shown = |path: &Path| path.display().to_string();
         [
@@ -103,8 +103,8 @@ impl Login {
         ]
     }
 
-    /// Writes the machine's tables with this user added into a folder, to stand in for them where its program runs: ssh,
-    /// git and psql ask for their user's entry and end without one. `None` when the machine's own will do.
+    /// Writes copies of the machine's tables with this user added to a folder, to be mounted over them for its program:
+    /// ssh, git and psql look their user up and fail without an entry. `None` if the machine's own tables suffice.
     pub fn write_tables(&self, account: &Account, folder: &Path) -> io::Result<Option<PathBuf>> {
         if self.known || !Path::new(PASSWD).is_file() || !Path::new(GROUP).is_file() {
             return Ok(None);
@@ -129,13 +129,13 @@ impl Login {
     }
 }
 
-/// Every user's number in the machine's table; empty when there is no table.
+/// User IDs in the machine's table; empty if there is no table.
 pub fn known_uids() -> Vec<u32> {
     let passwd = read(PASSWD).unwrap_or_default();
     passwd.lines().filter_map(|line| line.split(':').nth(2)?.parse().ok()).collect()
 }
 
-/// A name that a table does not have: this one, or one made from it.
+/// A name that is not in a table: `wanted`, or one derived from it.
 fn free_name(wanted: &str, table: &str) -> String {
     let taken = |name: &str| table.lines().any(|l| l.split(':').next() == Some(name));
     if taken(wanted) { format!("mesh-{wanted}") } else { wanted.to_owned() }

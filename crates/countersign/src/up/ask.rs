@@ -1,4 +1,4 @@
-//! What `ps`, `logs`, `status NAME` and `down` ask a mesh that is up, over the same socket that `run` joins by.
+//! Questions of `ps`, `logs`, `status NAME` and `down` to a running mesh, over the socket that `run` uses to join.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
@@ -19,60 +19,60 @@ use crate::clients::CONNECT;
 use crate::settings::Mistake;
 use crate::settings::words::{did_you_mean, shown};
 
-/// How long a mesh may take for an answer: it asks its sidecars, each of which may take a second.
+/// Longest wait for an answer: the mesh asks its sidecars, each of which may take a second.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Longest answer that is read, in bytes.
 const MAX_ANSWER: u64 = 4 * 1024 * 1024;
 
-/// A question.
+/// A question to a running mesh.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Question {
-    /// How everything is.
+    /// Asks for the state of everything.
     Ps,
-    /// To be taken down.
+    /// Asks the mesh to stop.
     Down,
 }
 
-/// How a mesh is.
+/// The state of a mesh.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Overview {
-    /// Its name.
+    /// Name of the mesh.
     pub mesh: String,
-    /// Its trust domain.
+    /// Trust domain of the mesh.
     pub trust_domain: String,
-    /// The process of `up`.
+    /// Process ID of `up`.
     pub pid: u32,
     /// Folder with the logs.
     pub logs: PathBuf,
-    /// The server's operator socket.
+    /// Unix socket of the server, for operators.
     pub server_socket: PathBuf,
-    /// The agent's socket.
+    /// Unix socket of the agent.
     pub agent_socket: PathBuf,
-    /// Server and agent.
+    /// State of server and agent.
     pub roles: Vec<Role>,
-    /// Workloads, what is wrong first.
+    /// Workloads, those with problems first.
     pub workloads: Vec<Row>,
 }
 
-/// A part that every workload needs.
+/// State of the server or the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Role {
-    /// `server` or `agent`.
+    /// Name: `server` or `agent`.
     pub name: String,
-    /// How it is, in words.
+    /// State in words.
     pub state: String,
-    /// How often it was started again.
+    /// Number of restarts.
     pub restarts: u32,
 }
 
-/// The answer to a line, if it is a question; `None` when it is something else.
+/// The answer to a line; `None` if the line is not a question.
 pub async fn answer(mesh: &Rc<Mesh>, line: &str) -> Option<String> {
     let question: Question = serde_json::from_str(line).ok()?;
     let overview = match question {
         Question::Ps => overview(mesh).await,
         Question::Down => {
-            // As Ctrl-C does, so that there is one way down.
+            // The same as Ctrl-C, so that there is one shutdown path.
             let _ = raise(Signal::SIGINT);
             Overview { mesh: mesh.spec.name.clone(), pid: std::process::id(), ..Overview::default() }
         }
@@ -117,7 +117,7 @@ pub fn meshes() -> Result<Vec<String>, Mistake> {
     Ok(up)
 }
 
-/// The mesh that is meant: the named one, or the only one.
+/// The mesh to use: the given one, or the only one.
 pub fn the_mesh(named: Option<&str>, flag: &str) -> Result<String, Mistake> {
     let up = meshes()?;
     match (named, &up[..]) {
@@ -138,7 +138,7 @@ pub fn the_mesh(named: Option<&str>, flag: &str) -> Result<String, Mistake> {
     }
 }
 
-/// Asks a mesh that is up.
+/// Sends a question to a running mesh and returns the answer.
 pub fn ask(mesh: &str, question: &Question) -> Result<Overview> {
     let path = socket_of(mesh);
     let talk = || -> Result<Overview> {

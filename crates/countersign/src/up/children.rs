@@ -1,5 +1,5 @@
-//! The processes of a mesh: started through `launch`, written to a log each, started again when a role dies, and stopped
-//! in order.
+//! The processes of a mesh: started through `launch`, each with a log, restarted when a role ends, and stopped in
+//! order.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -32,55 +32,55 @@ use crate::settings::words::{duration, shown};
 /// How long a process may take to end after SIGTERM.
 pub const GRACE: Duration = Duration::from_secs(5);
 
-/// How long a start may take until the program runs: no more than entering namespaces and changing the user.
+/// Longest start of a program: it only enters namespaces and changes the user.
 const START: Duration = Duration::from_secs(10);
-/// Longest reason for a start that failed, in bytes.
+/// Longest reason of a failed start, in bytes.
 const MAX_REPORT_BYTES: u64 = 8 * 1024;
 
-/// What is started.
+/// A program to start.
 #[derive(Clone)]
 pub struct Program {
-    /// For people, and for its log.
+    /// Name for messages and for its log.
     pub name: String,
-    /// Where.
+    /// Network namespace; `None` for our own.
     pub netns: Option<NetNs>,
-    /// Stands in for /etc/hosts.
+    /// File to mount over /etc/hosts; `None` for none.
     pub hosts: Option<PathBuf>,
-    /// Folder with tables that stand in for /etc/passwd and /etc/group.
+    /// Folder with tables to mount over /etc/passwd and /etc/group; `None` for none.
     pub accounts: Option<PathBuf>,
-    /// As whom.
+    /// User and groups that it runs as.
     pub account: Account,
-    /// Never gains privileges.
+    /// Whether it can never gain privileges.
     pub no_new_privs: bool,
     /// Program and arguments.
     pub command: Vec<String>,
-    /// Environment on top of a small one.
+    /// Environment variables, in addition to a small default environment.
     pub env: BTreeMap<String, String>,
-    /// Where it starts; `None` is our own working directory.
+    /// Working directory; `None` for our own.
     pub workdir: Option<PathBuf>,
-    /// What happens when it ends by itself.
+    /// What to do when it ends unexpectedly.
     pub restart: Restart,
-    /// Where it is told.
+    /// Log of the mesh's events.
     pub events: Events,
 }
 
-/// How a process is.
+/// State of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
-    /// It runs, with this number.
+    /// It runs with this process ID.
     Running(u32),
-    /// It ended.
+    /// It has ended.
     Ended(End),
 }
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct End {
-    /// In words: `ended with code 3`.
+    /// Description in words, such as `ended with code 3`.
     pub how: String,
-    /// It was stopped by us, or ended with code 0.
+    /// Whether it was stopped by us, or ended with code 0.
     pub good: bool,
-    /// When, as a time of day (UTC).
+    /// Time of day when it ended (UTC).
     pub at: String,
 }
 
@@ -90,7 +90,7 @@ impl fmt::Display for End {
     }
 }
 
-/// A process that is looked after.
+/// A supervised process.
 pub struct Process {
     log: Log,
     restarts: Arc<AtomicU32>,
@@ -148,14 +148,14 @@ impl Program {
         }
         command.arg("--").args(&self.command).env_clear().envs(small_environment()).envs(&self.env);
         command.stdin(Stdio::from(reporter)).stdout(file.try_clone()?).stderr(file);
-        // A group of its own: Ctrl-C in the terminal is for us, and we stop them in order.
+        // In its own process group, so that Ctrl-C reaches only us, and we stop the processes in order.
         command.process_group(0).kill_on_drop(true);
         let child = command.spawn().with_context(|| format!("cannot start {}", self.name))?;
         Ok((child, report))
     }
 }
 
-/// What every program may expect to find.
+/// The default environment of every program.
 fn small_environment() -> impl Iterator<Item = (String, String)> {
     ["PATH", "LANG", "TZ", "RUST_BACKTRACE", "COUNTERSIGN_LOG"]
         .into_iter()
@@ -163,7 +163,7 @@ fn small_environment() -> impl Iterator<Item = (String, String)> {
 }
 
 impl Process {
-    /// Starts a program and looks after it.
+    /// Starts a program and supervises it.
     pub async fn start(program: Program, log: PathBuf) -> Result<Self> {
         let log = Log::at(log);
         let child = program.start(&log).await?;
@@ -179,17 +179,17 @@ impl Process {
         &self.log
     }
 
-    /// How often it was started again.
+    /// Number of restarts so far.
     pub fn restarts(&self) -> u32 {
         self.restarts.load(Ordering::Relaxed)
     }
 
-    /// How it is now.
+    /// The current state.
     pub fn state(&self) -> State {
         self.state.borrow().clone()
     }
 
-    /// Ends it: SIGTERM, then SIGKILL.
+    /// Stops the process: SIGTERM, then SIGKILL.
     pub async fn stop(&self) {
         self.stop.notify_one();
         let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -198,7 +198,7 @@ impl Process {
         }
     }
 
-    /// Waits until something is true, for as long as the process runs.
+    /// Polls until a condition is true. Fails if the process ends first.
     pub async fn wait_until(
         &self,
         what: &str,
@@ -242,7 +242,7 @@ async fn watch_over(
                     Restart::Always => true,
                 };
                 let lived = duration(began.elapsed().as_secs());
-                // The reason stands at the log's end, where nobody looks unasked.
+                // The reason is at the end of the log, where it would not be noticed.
                 let why = if good { String::new() } else { last_words(&log) };
                 if !again {
                     let event = format!("{}: {how} after {lived}{why}", program.name);
@@ -303,7 +303,7 @@ async fn start_again<T, F: Future<Output = Result<T>>>(
 
 async fn terminate(child: &mut Child) {
     let Some(pid) = child.id().and_then(|p| i32::try_from(p).ok()) else { return };
-    // The whole group: a program may have children of its own.
+    // The whole group, because a program may have children.
     let group = Pid::from_raw(-pid);
     let _ = kill(group, Signal::SIGTERM);
     if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
@@ -322,7 +322,7 @@ fn described(status: ExitStatus) -> String {
     }
 }
 
-/// The time of day (UTC).
+/// The current time of day (UTC).
 fn now() -> String {
     let (h, m, s) = time::OffsetDateTime::now_utc().to_hms();
     format!("{h:02}:{m:02}:{s:02}Z")
@@ -341,7 +341,7 @@ pub fn last_lines(log: &Path, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
-/// The end of a log; a log may be larger than what we want to hold.
+/// The end of a log, which may be too large to read completely.
 fn last_bytes(log: &Path) -> std::io::Result<String> {
     const MOST: u64 = 64 * 1024;
     let mut file = File::open(log)?;
@@ -352,7 +352,7 @@ fn last_bytes(log: &Path) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// What a role said when it ended: the line that our `main` prints, or the last lines of its log.
+/// Why a role ended: the line that our `main` prints, or the last line of its log.
 pub fn cause_of_end(log: &Path) -> String {
     let end = last_lines(log, 20);
     let said = end.lines().rev().find_map(|line| line.strip_prefix("countersign: "));

@@ -1,5 +1,5 @@
-//! The socket by which `run` joins a mesh that is up: one JSON line in, one out. The workload stays until the other end of the
-//! connection is closed; a last line out then says what was refused.
+//! The socket by which `run` joins a running mesh: one JSON line in, one out. The workload stays until the client
+//! closes the connection; a last line out then lists what was refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -33,56 +33,56 @@ const REQUEST: Duration = Duration::from_secs(10);
 pub struct Join {
     /// Name of the workload.
     pub name: String,
-    /// Namespace of its identity.
+    /// Namespace in its SPIFFE ID.
     pub namespace: String,
-    /// Service account of its identity.
+    /// Service account in its SPIFFE ID.
     pub service_account: String,
-    /// Ports that it serves.
+    /// TCP ports that it serves.
     pub ports: BTreeSet<u16>,
-    /// As whom it runs; a user of its own unless given.
+    /// Name or ID of the user to run as; `None` for a user of its own.
     pub user: Option<String>,
-    /// Its mode; the mesh's unless given.
+    /// Mode of the workload; `None` for the mesh's.
     pub mode: Option<String>,
-    /// SPIFFE IDs or names of workloads that may call.
+    /// SPIFFE IDs or names of workloads that may call; empty for no list.
     pub allow: Vec<String>,
 }
 
-/// What `run` needs to start its program.
+/// Answer to `run`: what it needs to start its program.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Joined {
-    /// The namespace's file.
+    /// File of the network namespace.
     pub netns: PathBuf,
-    /// The mesh's names.
+    /// File with the mesh's host names.
     pub hosts: PathBuf,
-    /// Folder with tables of users that have the program's.
+    /// Folder with tables that contain the program's user; `None` if the machine's suffice.
     pub accounts: Option<PathBuf>,
-    /// What the program finds in its environment of itself.
+    /// Environment variables about its user.
     pub environment: BTreeMap<String, String>,
-    /// User.
+    /// User ID of the program.
     pub uid: u32,
-    /// Group.
+    /// Group ID of the program.
     pub gid: u32,
-    /// Further groups.
+    /// Supplementary group IDs.
     pub groups: Vec<u32>,
-    /// The identity.
+    /// SPIFFE ID of the workload.
     pub spiffe_id: String,
-    /// The address.
+    /// IP address of the workload.
     pub address: String,
 }
 
-/// What `run` is told when its program has ended.
+/// Last line to `run`, once its program has ended.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Farewell {
-    /// What the sidecar refused or was refused, in words.
+    /// What the sidecar refused, or was refused, one line each.
     pub refused: Vec<String>,
 }
 
-/// Where a mesh listens.
+/// Path of a mesh's socket.
 pub fn socket_of(mesh: &str) -> PathBuf {
     Path::new(RUN_DIR).join(mesh).join("up.sock")
 }
 
-/// Serves until the runtime ends.
+/// Serves the socket until the runtime ends.
 pub fn serve(mesh: &Rc<Mesh>) -> Result<()> {
     let path = socket_of(&mesh.spec.name);
     let listener = bind_unix(&path, 0o600).with_context(|| format!("cannot listen on {}", path.display()))?;
@@ -102,7 +102,7 @@ pub fn serve(mesh: &Rc<Mesh>) -> Result<()> {
 }
 
 async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
-    // The file's mode keeps others out already; this keeps out whoever got the file anyway.
+    // The file's mode excludes others already; this also excludes a process that got hold of the socket otherwise.
     if peer_credentials(&stream).map_or(true, |p| p.uid != 0) {
         return;
     }
@@ -122,7 +122,7 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
     let told = tell(&mut write, answer.unwrap_or_default()).await;
     if let Ok((name, _)) = joined {
         if told.is_ok() {
-            // It stays until the other end goes away, however that happens.
+            // Stays until the client closes the connection, for whatever reason.
             let mut rest = [0; 1];
             while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
             if let Some(running) = mesh.workload(&name) {
@@ -149,7 +149,7 @@ async fn tell(write: &mut (impl AsyncWrite + Unpin), line: String) -> io::Result
 
 async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let join: Join = serde_json::from_str(line).context("the request cannot be read")?;
-    // The rules of mesh files, whoever wrote the request.
+    // The rules of mesh files apply, whoever wrote the request.
     check_name(&join.name).map_err(|e| anyhow!("--name: {e}"))?;
     check_segment(&join.namespace).map_err(|e| anyhow!("--namespace: {e}"))?;
     check_segment(&join.service_account).map_err(|e| anyhow!("--service-account: {e}"))?;
@@ -171,7 +171,7 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let spec = WorkloadSpec {
         policy: Policy {
             mode: mesh.spec.mode.narrowed_by(mode),
-            // `run` without `--allow` gives no list.
+            // Without `--allow`, `run` sends an empty list, which means no list.
             allow: (!join.allow.is_empty()).then(|| allow.collect::<Result<_>>()).transpose()?,
             ..Policy::default()
         },

@@ -1,4 +1,4 @@
-//! The two processes every workload's identity comes from: the mesh's own server and agent.
+//! The server and the agent of a mesh, from which all its identities come.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -21,30 +21,30 @@ use super::place::Place;
 use crate::launch::OWN_PROGRAM;
 use crate::operator;
 
-/// How long a part of the mesh may take to come up.
+/// Longest start of a part of the mesh.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Where a mesh's server listens for operators.
+/// Path of a mesh's server socket, for operators.
 pub fn server_socket(dir: &Path) -> PathBuf {
     dir.join("server").join("server.sock")
 }
 
-/// Where a mesh's agent listens.
+/// Path of a mesh's agent socket.
 pub fn agent_socket(dir: &Path) -> PathBuf {
     dir.join("agent").join("agent.sock")
 }
 
-/// What every entry names as its parent: it stays right when the agent has to attest anew.
+/// The parent of every entry: an alias that remains valid when the agent attests again.
 pub fn node_alias(spec: &MeshSpec) -> Result<SpiffeId> {
     Ok(parse_workload_id(&format!("spiffe://{}/node", spec.trust_domain))?)
 }
 
-/// Starts the server, as a user of its own, and waits until it serves.
+/// Starts the server, as its own user, and waits until it serves.
 pub async fn start_server(spec: &MeshSpec, place: &Place, node: &NodeIdentity, logs: &Path) -> Result<Process> {
     let user = place.users().server();
     let home = place.folder("server", user)?;
     let shown = |file: &str| home.join(file).display().to_string();
-    // One port for the mesh's whole life: the agent finds a server that was started again.
+    // One port for the mesh's whole life, so that the agent finds a restarted server.
     let port = std::net::TcpListener::bind("127.0.0.1:0")
         .and_then(|l| l.local_addr())
         .context("no free port on loopback")?
@@ -64,7 +64,7 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, node: &NodeIdentity, l
     node.write_ca(&home.join("x509pop-ca.pem"))?;
     set("--x509pop-ca", &shown("x509pop-ca.pem"));
     if let Some((certificate, key, bundle)) = &spec.upstream {
-        // The server's user may not read the operator's files: it gets copies of its own.
+        // The server's user may not be able to read the operator's files, so it gets copies.
         let copy = |from: &Path, name: &str| -> Result<String> {
             let to = home.join(name);
             let content = read_pem(from).with_context(|| format!("cannot read {}", from.display()))?;
@@ -144,7 +144,7 @@ pub async fn start_agent(spec: &MeshSpec, place: &Place, node: &NodeIdentity, lo
         netns: None,
         hosts: None,
         accounts: None,
-        // It reads what the kernel knows of every caller.
+        // As root, because it reads `/proc` of every caller.
         account: Account::of_uid(0),
         no_new_privs: true,
         command,

@@ -1,4 +1,5 @@
-//! What happened in a mesh: parts that died and were started again, programs that ended. Kept for the table, and in a file.
+//! Events of a mesh: parts that ended and were restarted, programs that ended. Kept in memory for the table, and in a
+//! file.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -12,23 +13,23 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::settings::words::escaped;
 
-/// Events that are held in memory, the newest.
+/// Most events in memory; the newest are kept.
 const KEPT: usize = 200;
-/// The file is begun anew when it is longer than this, in bytes; the one before is kept beside it.
+/// Size in bytes at which the file is rotated; one older file is kept.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
-/// Its name.
+/// Name of the file.
 pub const FILE: &str = "events.log";
 
-/// One thing that happened.
+/// An event of the mesh.
 #[derive(Debug, Clone)]
 pub struct Event {
-    /// When.
+    /// Time of the event.
     pub at: OffsetDateTime,
-    /// What, in one line.
+    /// Description in one line.
     pub text: String,
 }
 
-/// A mesh's events; its clones are the same.
+/// Events of a mesh. Clones share them.
 #[derive(Clone, Default)]
 pub struct Events(Arc<Mutex<Kept>>);
 
@@ -36,12 +37,12 @@ pub struct Events(Arc<Mutex<Kept>>);
 struct Kept {
     recent: VecDeque<Event>,
     file: Option<(PathBuf, File)>,
-    /// A table shows them; elsewhere they are logged as they come.
+    /// Whether a table shows events; otherwise they are logged.
     shown: bool,
 }
 
 impl Events {
-    /// Writes them into a folder from now on.
+    /// Also writes events to a file in this folder from now on.
     pub fn keep_in(&self, folder: &Path) -> std::io::Result<()> {
         let path = folder.join(FILE);
         let file = open(&path)?;
@@ -49,17 +50,17 @@ impl Events {
         Ok(())
     }
 
-    /// A table shows them from now on, or no more.
+    /// Sets whether a table shows the events.
     pub fn shown(&self, shown: bool) {
         self.lock().shown = shown;
     }
 
-    /// Notes that something went wrong.
+    /// Records that something went wrong.
     pub fn record(&self, text: &str) {
         self.add(text, true);
     }
 
-    /// Notes that something happened which may be as it was meant.
+    /// Records something that may be intended.
     pub fn mention(&self, text: &str) {
         self.add(text, false);
     }
@@ -79,7 +80,7 @@ impl Events {
         }
     }
 
-    /// The newest, at most so many, the oldest of them first.
+    /// The newest events, at most `most`, in chronological order.
     pub fn newest(&self, most: usize) -> Vec<Event> {
         let kept = self.lock();
         kept.recent.iter().skip(kept.recent.len().saturating_sub(most)).cloned().collect()
@@ -91,7 +92,7 @@ impl Events {
 }
 
 impl Event {
-    /// Its time of day, UTC.
+    /// Time of day of the event (UTC).
     pub fn time(&self) -> String {
         let (h, m, s) = self.at.to_hms();
         format!("{h:02}:{m:02}:{s:02}Z")
@@ -99,7 +100,7 @@ impl Event {
 }
 
 impl Kept {
-    /// Best effort: a full disk must not take the mesh down, and what cannot be written is still in memory.
+    /// Best effort: a full disk must not stop the mesh, and the event is still in memory.
     fn write(&mut self, event: &Event) {
         let Some((path, file)) = &mut self.file else { return };
         // What lies at the path may be another's by now, or a link.

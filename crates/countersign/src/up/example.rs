@@ -1,4 +1,4 @@
-//! The built-in example: a small shop, and the same shop with lives so short that a minute shows all of them.
+//! The built-in example: a shop, and the same shop with lifetimes so short that a minute shows all rotations.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,13 +11,13 @@ use crate::launch::OWN_PROGRAM;
 use crate::settings::Ttl;
 use crate::shop::PORT;
 
-/// The shop's services, and who may call each; nobody named means everybody of the mesh.
+/// Services of the shop, and the services that may call each; an empty list means all of the mesh.
 const SERVICES: [(&str, &[&str]); 4] =
     [("productpage", &[]), ("details", &[]), ("reviews", &[]), ("ratings", &["reviews"])];
 
-/// The shop, strict.
+/// The shop in strict mode.
 pub fn shop() -> MeshSpec {
-    // The name is a constant, and right.
+    // The name is a valid constant.
     let trust_domain = parse_trust_domain("shop.local").unwrap_or_else(|_| unreachable!("a valid constant"));
     let id =
         |name: &str| service_account_id(&trust_domain, "default", name).map(|id| id.to_string()).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `countersign ps`, `logs` and `down`: the meshes of this machine from another terminal.
+//! `countersign ps`, `logs` and `down`: access to the meshes of this machine from another terminal.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -19,16 +19,16 @@ use crate::stdout;
 
 /// Why these commands need root.
 const SOCKET_IS_ROOTS: &str = "a mesh answers root alone";
-/// How long a mesh may take to go down.
+/// Longest shutdown of a mesh.
 const DOWN_PATIENCE: Duration = Duration::from_secs(60);
-/// How often a log is looked at for more.
+/// Interval between two checks for new lines of a log.
 const LOOK: Duration = Duration::from_millis(200);
-/// A log's end that is looked through for its last lines, in bytes.
+/// Size of the end of a log that is searched for its last lines, in bytes.
 const MAX_TAIL: u64 = 1024 * 1024;
 
 /// List the workloads of the meshes that are up on this machine.
 ///
-/// What needs attention comes first: programs that ended, sidecars that do not answer.
+/// Workloads that need attention come first: programs that ended, sidecars that do not answer.
 #[derive(Debug, clap::Args)]
 pub struct PsArgs {
     /// Only this mesh [default: all].
@@ -41,23 +41,23 @@ pub struct PsArgs {
 /// Show the log of a workload, its sidecar, the server or the agent of a mesh on this machine.
 #[derive(Debug, clap::Args)]
 pub struct LogsArgs {
-    /// A workload, WORKLOAD.sidecar, server, agent, or events.
+    /// WORKLOAD, WORKLOAD.sidecar, server, agent, or events.
     name: String,
-    /// Go on printing as the log grows.
+    /// Keep printing as the log grows.
     #[arg(long, short)]
     follow: bool,
-    /// Begin with so many of the last lines.
+    /// Number of last lines to start with.
     #[arg(long, short = 'n', value_name = "LINES", default_value_t = 100)]
     lines: usize,
-    /// In which mesh [default: the one that is up].
+    /// Mesh of the log [default: the only one that is up].
     #[arg(long, value_name = "NAME")]
     mesh: Option<String>,
 }
 
-/// Take a mesh of this machine down, as Ctrl-C in its own terminal does.
+/// Stop a mesh of this machine, like Ctrl-C in its own terminal.
 #[derive(Debug, clap::Args)]
 pub struct DownArgs {
-    /// Which mesh [default: the one that is up].
+    /// Mesh to stop [default: the only one that is up].
     mesh: Option<String>,
 }
 
@@ -102,7 +102,7 @@ pub fn ps(args: &PsArgs) -> Result<()> {
     Ok(args.output.print(&table, &serde_json::to_value(&all)?)?)
 }
 
-/// The file that a name means.
+/// The log file for a name.
 fn log_of(overview: &Overview, name: &str) -> Result<PathBuf, Mistake> {
     let file = match name {
         "server" | "agent" if !overview.workloads.iter().any(|w| w.name == name) => format!("countersign-{name}.log"),
@@ -118,7 +118,7 @@ fn log_of(overview: &Overview, name: &str) -> Result<PathBuf, Mistake> {
     Ok(overview.logs.join(file))
 }
 
-/// A workload's row, or the sockets of the server and agent, as `status NAME` wants them.
+/// The socket for a name: a workload's sidecar, the server or the agent.
 pub fn socket_named(name: &str, mesh: Option<&str>) -> Result<PathBuf> {
     need_root_because("status NAME", SOCKET_IS_ROOTS)?;
     let overview = ask(&the_mesh(mesh, "--mesh")?, &Question::Ps)?;
@@ -138,7 +138,7 @@ fn stranger(overview: &Overview, name: &str) -> Mistake {
     Mistake(format!("mesh `{}` has no workload `{}`{hint}", overview.mesh, shown(name)))
 }
 
-/// Prints a log, and what comes to it.
+/// Prints a log, and follows it if requested.
 pub fn logs(args: &LogsArgs) -> Result<()> {
     need_root_because("logs", SOCKET_IS_ROOTS)?;
     let overview = ask(&the_mesh(args.mesh.as_deref(), "--mesh")?, &Question::Ps)?;
@@ -169,7 +169,7 @@ pub fn logs(args: &LogsArgs) -> Result<()> {
 
 type Printed<T> = std::io::Result<Result<T, stdout::StdoutError>>;
 
-/// The last lines of a file; the position is at its end afterwards.
+/// Prints the last lines of a file, and leaves the position at its end.
 fn print_tail(file: &mut File, lines: usize) -> Printed<()> {
     let start = file.metadata()?.len().saturating_sub(MAX_TAIL);
     file.seek(SeekFrom::Start(start))?;
@@ -180,7 +180,7 @@ fn print_tail(file: &mut File, lines: usize) -> Printed<()> {
     Ok(stdout::put(&all[all.len().saturating_sub(lines)..].concat()))
 }
 
-/// What has come to a file since; whether anything has.
+/// Prints what was appended to a file; returns whether anything was.
 fn print_rest(file: &mut File) -> Printed<bool> {
     let mut bytes = vec![];
     file.take(MAX_TAIL).read_to_end(&mut bytes)?;
@@ -190,7 +190,7 @@ fn print_rest(file: &mut File) -> Printed<bool> {
     Ok(stdout::put(&String::from_utf8_lossy(&bytes)).map(|()| true))
 }
 
-/// Follows a log that was moved away or cut: what is at its path now is read from the start.
+/// Reopens a log that was moved or truncated, and reads it from the start.
 fn reopened(file: &mut File, path: &Path) {
     let (Ok(at), Ok(ours), Ok(theirs)) = (file.stream_position(), file.metadata(), std::fs::metadata(path)) else {
         return;
@@ -205,7 +205,7 @@ fn reopened(file: &mut File, path: &Path) {
     }
 }
 
-/// Tells a mesh to go down, and waits until it has.
+/// Asks a mesh to stop, and waits until it has.
 pub fn down(args: &DownArgs) -> Result<()> {
     need_root_because("down", SOCKET_IS_ROOTS)?;
     let mesh = the_mesh(args.mesh.as_deref(), "its name, as in `countersign down NAME`")?;
@@ -232,10 +232,10 @@ pub fn down(args: &DownArgs) -> Result<()> {
     Ok(())
 }
 
-/// Whether a process still runs. One that has ended and that its parent has not asked after yet is listed too (proc(5)).
+/// Whether a process runs. One that has ended but was not waited for is still listed (proc(5)).
 fn runs(pid: u32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // The name, in brackets, may hold anything; the state stands behind the last of them.
+    // The name in parentheses may contain anything; the state follows the last parenthesis.
     let state = stat.rsplit_once(')').map_or("", |(_, rest)| rest.trim_start());
     !state.starts_with(['Z', 'X'])
 }

@@ -1,4 +1,4 @@
-//! A running mesh: server and agent as processes, and a namespace, a sidecar and a program for each workload.
+//! A running mesh: server and agent as processes, and a namespace, a sidecar and a program per workload.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -42,18 +42,18 @@ use super::users::{Users, users_with_processes};
 use crate::clients::client;
 use crate::operator;
 
-/// The sidecars' mTLS port.
+/// TCP port of mTLS between sidecars.
 const MESH_PORT: u16 = 15008;
-/// First address of workloads in the mesh's networks.
+/// Host number of the first workload in the mesh's networks.
 const FIRST_HOST: u16 = 10;
-/// How often the directory is published again, so that a server that was started again knows it.
+/// Interval at which the directory is published again, for a server that was restarted.
 const PUBLISH_EVERY: Duration = Duration::from_secs(2);
 /// How long the server may take to delete entries.
 const DELETE: Duration = Duration::from_secs(5);
 
 /// A mesh that is up.
 pub struct Mesh {
-    /// Its settings.
+    /// Settings of the mesh.
     pub spec: MeshSpec,
     dir: PathBuf,
     users: Users,
@@ -71,32 +71,32 @@ pub struct Mesh {
     forgetting: Mutex<JoinSet<()>>,
     /// Held while a workload comes or goes: who comes next finds its name and number free.
     changing: tokio::sync::Mutex<()>,
-    /// Names this run in the directory.
+    /// Random ID of this run, part of UIDs in the directory.
     run_id: String,
     publish: Arc<Notify>,
     directory: Arc<Mutex<Vec<Workload>>>,
     publisher: tokio::task::JoinHandle<()>,
-    /// The mode of the moment, in place of the file's.
+    /// Mode that overrides the file's; `None` for none.
     mode: Mutex<Option<Mode>>,
 }
 
 /// A workload that is up.
 pub struct Running {
-    /// Its settings.
+    /// Settings of the workload.
     pub spec: WorkloadSpec,
-    /// Its number in the mesh.
+    /// Number of the workload in the mesh.
     pub number: usize,
-    /// Its namespace.
+    /// Network namespace of the workload.
     pub netns: NetNs,
-    /// Its addresses.
+    /// IPv4 and IPv6 address of the workload.
     pub addresses: [IpAddr; 2],
-    /// Its identity.
+    /// SPIFFE ID of the workload.
     pub spiffe_id: SpiffeId,
-    /// As whom its program runs.
+    /// User and groups that its program runs as.
     pub account: Account,
-    /// What its program finds in its environment of itself.
+    /// Environment variables about its user.
     pub environment: BTreeMap<String, String>,
-    /// Folder with tables that have its user, where the machine's lack it.
+    /// Folder with tables that contain its user; `None` if the machine's suffice.
     pub accounts: Option<PathBuf>,
     parts: Parts,
     admin_socket: PathBuf,
@@ -132,7 +132,7 @@ fn port_name(number: usize) -> String {
 }
 
 impl Mesh {
-    /// Brings a mesh up. What it leaves behind when it fails, `Place::tidy` removes.
+    /// Starts a mesh. After a failure, `Place::tidy` removes what is left.
     pub async fn start(
         spec: MeshSpec,
         place: &Place,
@@ -194,7 +194,7 @@ impl Mesh {
             publisher,
         });
         mesh.write_hosts()?;
-        // All at once: the sidecars wait for their identities side by side.
+        // All at once: the sidecars wait for their identities in parallel.
         let mut prepared = vec![];
         for workload in spec.workloads {
             // In the file's order from 0: whoever took the users has looked that no process has them.
@@ -211,12 +211,12 @@ impl Mesh {
         Ok(mesh)
     }
 
-    /// Its folder.
+    /// Folder of the mesh.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Where the processes' logs are.
+    /// Folder with the logs of all processes.
     pub fn logs(&self) -> &Path {
         &self.logs
     }
@@ -232,7 +232,7 @@ impl Mesh {
         logs
     }
 
-    /// Programs that have failed and are not started again, with how they ended.
+    /// Programs that have failed and are not restarted, with how they ended.
     pub fn failed_programs(&self) -> Vec<(String, String)> {
         let failed = |w: &Rc<Running>| match w.program() {
             Some(State::Ended(end)) if !end.good => Some((w.spec.name.clone(), end.to_string())),
@@ -241,32 +241,32 @@ impl Mesh {
         self.workloads().values().filter_map(failed).collect()
     }
 
-    /// What happens in it.
+    /// Events of the mesh.
     pub fn events(&self) -> &Events {
         &self.events
     }
 
-    /// The parts that every workload needs, by name: the server and the agent.
+    /// Server and agent, by name.
     pub fn roles(&self) -> [(&'static str, &Process); 2] {
         [("server", &self.server), ("agent", &self.agent)]
     }
 
-    /// The server's operator socket.
+    /// Path of the server's socket, for operators.
     pub fn server_socket(&self) -> PathBuf {
         server_socket(&self.dir)
     }
 
-    /// Workloads by name.
+    /// All workloads by name.
     pub fn workloads(&self) -> BTreeMap<String, Rc<Running>> {
         self.workloads.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// One workload.
+    /// The workload with this name; `None` if there is none.
     pub fn workload(&self, name: &str) -> Option<Rc<Running>> {
         self.workloads().get(name).cloned()
     }
 
-    /// Prepares a workload under a number that no other has.
+    /// Adds a workload under an unused number; its program is started by the caller.
     pub async fn join(self: &Rc<Self>, spec: WorkloadSpec) -> Result<Rc<Running>> {
         let _changing = self.changing.lock().await;
         if self.workload(&spec.name).is_some() {
@@ -385,7 +385,7 @@ impl Mesh {
         created.map(|_| ()).with_context(|| format!("cannot register {}", spec.name))
     }
 
-    /// Who a workload's program is: what stands in its environment, and tables of users that have its own.
+    /// What a workload's program learns about its user: environment variables, and tables that contain it.
     fn person(&self, spec: &WorkloadSpec, account: &Account) -> Result<(BTreeMap<String, String>, Option<PathBuf>)> {
         let name = &spec.name;
         let own_home = self.dir.join("homes").join(name);
@@ -411,7 +411,7 @@ impl Mesh {
         Ok(folder)
     }
 
-    /// Waits for a sidecar to have its identity and policy.
+    /// Waits until a sidecar has its identity and policy.
     pub async fn wait_for_sidecar(&self, running: &Running) -> Result<()> {
         let name = &running.spec.name;
         let ready = async || {
@@ -424,7 +424,7 @@ impl Mesh {
         })
     }
 
-    /// Starts a workload's own program.
+    /// Starts a workload's program.
     async fn start_program(&self, running: &Running) -> Result<()> {
         let program = Program {
             name: running.spec.name.clone(),
@@ -434,7 +434,7 @@ impl Mesh {
             account: running.account.clone(),
             no_new_privs: false,
             command: running.spec.command.clone(),
-            // What the file says counts more.
+            // Variables of the mesh file override these.
             env: running.environment.clone().into_iter().chain(running.spec.env.clone()).collect(),
             workdir: running.spec.workdir.clone(),
             restart: running.spec.restart,
@@ -445,7 +445,7 @@ impl Mesh {
         Ok(())
     }
 
-    /// Takes a workload out.
+    /// Removes a workload.
     pub async fn remove(&self, name: &str) {
         let _changing = self.changing.lock().await;
         let removed = self.workloads.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
@@ -506,7 +506,7 @@ impl Mesh {
         });
     }
 
-    /// Takes everything down, programs first. `Place::tidy` removes the rest.
+    /// Stops everything, programs first. `Place::tidy` removes the rest.
     pub async fn stop(&self) {
         for running in self.workloads().values() {
             let program = running.program.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -523,13 +523,13 @@ impl Mesh {
         self.server.stop().await;
     }
 
-    /// Lets another mode hold in the whole mesh, without a restart; `None` is the file's again.
+    /// Overrides the mode of the whole mesh without a restart; `None` restores the file's.
     pub fn set_mode(&self, mode: Option<Mode>) {
         *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
         self.publish_now();
     }
 
-    /// The network's names, as every workload's `/etc/hosts` has them.
+    /// File with the host names, mounted as every workload's `/etc/hosts`.
     pub fn hosts(&self) -> PathBuf {
         self.dir.join("hosts")
     }
@@ -558,7 +558,7 @@ impl Mesh {
         }
     }
 
-    /// Written in place: every workload has this very file mounted.
+    /// Written in place, because every workload has this file mounted.
     fn write_hosts(&self) -> Result<()> {
         let mut text = format!("127.0.0.1 localhost\n::1 localhost\n# mesh {}\n", self.spec.name);
         for w in self.workloads().values() {
@@ -592,33 +592,33 @@ impl Mesh {
 }
 
 impl Running {
-    /// What its sidecar says of itself.
+    /// Fetches the status of its sidecar.
     pub async fn status(&self) -> Result<GetStatusResponse> {
         operator::status::get(&self.admin_socket).await
     }
 
-    /// How its program is; `None` when somebody else runs it.
+    /// State of its program; `None` if `run` started it.
     pub fn program(&self) -> Option<State> {
         self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::state)
     }
 
-    /// How often its sidecar and its program were started again.
+    /// Number of restarts of its sidecar and its program.
     pub fn restarts(&self) -> u32 {
         let program = self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Process::restarts);
         self.sidecar.restarts() + program
     }
 
-    /// How its sidecar is.
+    /// State of its sidecar.
     pub fn sidecar(&self) -> State {
         self.sidecar.state()
     }
 
-    /// Where its sidecar answers operators.
+    /// Path of the sidecar's admin socket.
     pub fn admin_socket(&self) -> &Path {
         &self.admin_socket
     }
 
-    /// Its sidecar's access log.
+    /// Path of the sidecar's access log.
     pub fn access_log(&self) -> PathBuf {
         self.admin_socket.with_file_name("access.log")
     }
@@ -634,7 +634,7 @@ async fn delete_entries(channel: Channel, ids: &[String]) -> Result<()> {
         .context("the server does not answer")?
 }
 
-/// Publishes the directory on each change, and again every now and then.
+/// Publishes the directory after each change, and periodically.
 async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, changed: Arc<Notify>) {
     loop {
         let all =

@@ -1,7 +1,7 @@
-//! The mesh file: YAML in, a mesh that can be started out.
+//! The mesh file: parses YAML into a mesh that can be started.
 //!
-//! Every mistake is one line, `FILE:LINE: KEY: what was expected, what was found`. `mesh` reads the file, `workload` one
-//! workload, `program` finds what a command starts.
+//! Every error is one line, `FILE:LINE: KEY: what was expected, what was found`. `mesh` reads the file, `workload` one
+//! workload, `program` finds the program of a command.
 
 mod mesh;
 mod program;
@@ -24,62 +24,62 @@ use crate::settings::{Mistake, Ttl, load_tree};
 
 pub use program::find_program;
 
-/// Workloads in one mesh at most.
+/// Most workloads in one mesh.
 pub const MAX_WORKLOADS: usize = 200;
-/// Ports that sidecars need for themselves.
+/// TCP ports that sidecars use themselves.
 const SIDECAR_PORTS: [u16; 4] = [15001, 15006, 15008, 15020];
 
-/// A mesh that can be started.
+/// A valid mesh.
 #[derive(Debug, Clone)]
 pub struct MeshSpec {
-    /// Tells several meshes of one machine apart.
+    /// Name of the mesh, unique on the machine.
     pub name: String,
-    /// Its trust domain.
+    /// Trust domain of the mesh.
     pub trust_domain: TrustDomain,
-    /// The mesh's mode.
+    /// Mode of the mesh.
     pub mode: Mode,
-    /// Life of an authority.
+    /// Lifetime of an authority.
     pub ca_ttl: Ttl,
-    /// Life of an SVID.
+    /// Lifetime of an SVID.
     pub svid_ttl: Ttl,
     /// Key type of authorities.
     pub ca_key_type: String,
-    /// The PKI above, as files: certificate, key, bundle.
+    /// Files of the upstream CA: certificate, key, bundle; `None` for none.
     pub upstream: Option<(PathBuf, PathBuf, Option<PathBuf>)>,
-    /// What runs in it.
+    /// All workloads of the mesh.
     pub workloads: Vec<WorkloadSpec>,
 }
 
-/// One workload.
+/// A valid workload.
 #[derive(Debug, Clone)]
 pub struct WorkloadSpec {
-    /// Its name, for people and for the others' `/etc/hosts`.
+    /// Name, also in the others' `/etc/hosts`.
     pub name: String,
-    /// Half of its identity.
+    /// Namespace in its SPIFFE ID.
     pub namespace: String,
-    /// The other half.
+    /// Service account in its SPIFFE ID.
     pub service_account: String,
-    /// As whom it runs; `None` takes a user of its own.
+    /// User to run as; `None` for a user of its own.
     pub user: Option<Account>,
-    /// What runs; empty for one that `run` starts itself.
+    /// Program and arguments; empty if `run` starts the program.
     pub command: Vec<String>,
-    /// Ports that it serves.
+    /// TCP ports that it serves.
     pub ports: BTreeSet<u16>,
-    /// Where the program starts; `None` is the folder that `up` was started from.
+    /// Working directory of the program; `None` for the folder that `up` was started in.
     pub workdir: Option<PathBuf>,
-    /// What happens when the program ends by itself.
+    /// What to do when the program ends.
     pub restart: Restart,
-    /// Environment.
+    /// Environment variables of the program.
     pub env: BTreeMap<String, String>,
-    /// What its sidecar lets through; SPIFFE IDs in the lists.
+    /// Policy of its sidecar, with SPIFFE IDs in the lists.
     pub policy: Policy,
-    /// Outgoing ports that are not caught.
+    /// Outgoing TCP ports that are not redirected.
     pub exclude_outbound_ports: BTreeSet<u16>,
-    /// Incoming ports that are not caught.
+    /// Incoming TCP ports that are not redirected.
     pub exclude_inbound_ports: BTreeSet<u16>,
-    /// Destinations that are not caught.
+    /// Destination networks that are not redirected.
     pub exclude_outbound_cidrs: BTreeSet<IpNet>,
-    /// Sources that are not caught.
+    /// Source networks that are not redirected.
     pub exclude_inbound_cidrs: BTreeSet<IpNet>,
     /// Served ports at which the program reads a PROXY protocol header before each connection's bytes.
     pub proxy_protocol: BTreeSet<u16>,
@@ -89,15 +89,15 @@ pub struct WorkloadSpec {
     pub allow_other_cidrs: BTreeSet<IpNet>,
 }
 
-/// What happens when a process ends by itself.
+/// What to do when a process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Restart {
-    /// It stays ended.
+    /// It is not restarted. The default.
     #[default]
     No,
-    /// It is started again unless its exit code was 0.
+    /// It is restarted unless its exit code was 0.
     OnFailure,
-    /// It is started again.
+    /// It is always restarted.
     Always,
 }
 
@@ -124,7 +124,7 @@ impl fmt::Display for Restart {
     }
 }
 
-/// A name for meshes and workloads: what fits into host names and paths.
+/// Checks a name of a mesh or workload: it must fit into host names and paths.
 pub fn check_name(text: &str) -> Result<(), String> {
     let ok = (1..=40).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
@@ -137,7 +137,8 @@ pub fn check_name(text: &str) -> Result<(), String> {
     }
 }
 
-/// A namespace or service account: one segment of a SPIFFE ID (SPIFFE-ID §2.2), so that `/ns/a/sa/b` is unambiguous.
+/// Checks a namespace or service account: one segment of a SPIFFE ID (SPIFFE-ID §2.2), so that `/ns/a/sa/b` is
+/// unambiguous.
 pub fn check_segment(text: &str) -> Result<(), String> {
     let ok = (1..=63).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
@@ -153,7 +154,7 @@ pub fn check_segment(text: &str) -> Result<(), String> {
     }
 }
 
-/// A port that a workload may serve: not 0, and not one that its sidecar needs.
+/// Checks a port that a workload serves: not 0, and not one of its sidecar's.
 pub fn check_port(port: u16) -> Result<u16, String> {
     if port == 0 {
         return Err("expected a port from 1 to 65535, found 0".into());
@@ -164,7 +165,8 @@ pub fn check_port(port: u16) -> Result<u16, String> {
     Ok(port)
 }
 
-/// A user that a workload may run as: no sidecar's, whose traffic is never caught, and nobody's who has an identity by it.
+/// Checks a user that a workload runs as: not a sidecar's, whose traffic is never redirected, and not one that has an
+/// identity.
 pub fn check_user(account: &Account) -> Result<(), String> {
     users::refused(account.uid).map_or(Ok(()), Err)
 }
@@ -175,7 +177,7 @@ pub fn load(path: &Path) -> Result<MeshSpec, Mistake> {
     read(path, &tree)
 }
 
-/// Reads the tree of a mesh file; `path` is for the mistakes in it.
+/// Reads the tree of a mesh file; `path` is used in errors.
 pub fn read(path: &Path, tree: &Node) -> Result<MeshSpec, Mistake> {
     mesh::read(path, tree)
 }

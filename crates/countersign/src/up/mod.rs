@@ -1,4 +1,4 @@
-//! `countersign up` and `countersign run`: the whole mesh on one machine.
+//! `countersign up` and `countersign run`: a whole mesh on one machine.
 //!
 //! `mesh_file` says what is wanted, `place` where it stands on this machine, `namespaces` which network namespaces are its, `account` whose users run it, `mesh` brings it up and takes it down,
 //! `control_plane` is its server and agent, `sidecar` what a workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
@@ -48,19 +48,19 @@ use mesh::Mesh;
 use place::Place;
 use signals::Signals;
 
-/// Run a mesh on this machine: every workload in a network namespace with a sidecar of its own.
+/// Run a mesh on this machine: every workload in a network namespace with its own sidecar.
 ///
-/// Without FILE an example runs that needs nothing installed: a small shop of four HTTP
-/// services. Every workload gets a network namespace, an address, names for the others, a sidecar and a short-lived
-/// identity; Ctrl-C takes everything down again.
+/// Without FILE an example runs that needs no installation: a shop of four HTTP services. Every workload gets a network
+/// namespace, an address, host names of the others, a sidecar and a short-lived identity. Ctrl-C stops everything.
 ///
-/// Exit code: 0 after an orderly end; 1 when the mesh could not start, or when a program had failed and was not started
-/// again; 2 for a mistake in the command or the mesh file.
+/// Exit code: 0 after an orderly end; 1 if the mesh could not start, or a program failed and was not restarted; 2 for
+/// an error in the command or the mesh file.
 #[derive(Debug, clap::Args)]
 pub struct UpArgs {
     /// Mesh file (YAML); see docs/mesh-file.md.
     file: Option<PathBuf>,
-    /// Check the mesh and exit: 0 when every check passed, 1 otherwise. Without FILE, the example is checked in full.
+    /// Check the mesh and exit: code 0 if every check passed, otherwise 1. Without FILE, the example is checked in
+    /// full.
     #[arg(long)]
     verify: bool,
     /// Keep the logs of all processes in this folder.
@@ -73,7 +73,7 @@ pub struct UpArgs {
     log: LogArgs,
 }
 
-/// Runs a mesh until it is told to stop, or verifies it.
+/// Runs a mesh until it is stopped, or verifies it.
 pub fn up(args: UpArgs) -> Result<ExitCode> {
     let table = !args.plain && !args.verify && table::possible();
     let log = if args.log.log == "info" && (table || args.verify) {
@@ -130,7 +130,7 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
             () = mesh.stop() => true,
             () = signals.at_once.cancelled() => false,
         };
-        // What did not end in order is killed here.
+        // Kills what did not end in order.
         place.tidy();
         let left = say_leftovers(&place);
         for (name, end) in &failed {
@@ -144,8 +144,8 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
     })
 }
 
-/// Judges the upstream's files by the server's own code, before the server gets copies of them: a mistake names the path
-/// that the user knows, and nothing has been started.
+/// Checks the upstream's files with the server's code before the server gets copies of them: errors name the path that
+/// the user knows, and nothing has been started yet.
 fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
     let Some((certificate, key, bundle)) = spec.upstream.clone() else { return Ok(()) };
     let files = countersign_server::UpstreamDisk { certificate, key, bundle };
@@ -154,7 +154,7 @@ fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
     checked.map(|_| ()).map_err(|e| Mistake(e.to_string()))
 }
 
-/// Says what of a mesh is left on the machine, and whether anything is.
+/// Reports what is left of a mesh on the machine; returns whether anything is.
 fn say_leftovers(place: &Place) -> bool {
     let left = place.leftovers();
     for what in &left {
@@ -163,7 +163,7 @@ fn say_leftovers(place: &Place) -> bool {
     !left.is_empty()
 }
 
-/// A word for each workload that starts in a folder which its user cannot read: relative paths fail there, often silently.
+/// Warns about each workload whose user cannot read its working directory: relative paths fail there, often silently.
 fn say_unreadable(spec: &mesh_file::MeshSpec, users: users::Users) {
     let accounts = spec
         .workloads

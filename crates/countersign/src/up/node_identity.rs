@@ -1,5 +1,5 @@
-//! What the agent of a mesh proves itself by: a certificate of a CA that is made for this mesh alone. Unlike a join token it
-//! can be shown again, so that a mesh comes back after an outage that was longer than its SVIDs live.
+//! The evidence of a mesh's agent: a certificate of a CA that is created for this mesh only. Unlike a join token it can
+//! be used again, so a mesh recovers from an outage that was longer than the lifetime of its SVIDs.
 
 use std::path::Path;
 
@@ -10,16 +10,16 @@ use rcgen::{
 };
 use time::{Duration, OffsetDateTime};
 
-/// The certificate's common name, and the selector that the server makes of it.
+/// Common name of the certificate, from which the server derives a selector.
 const COMMON_NAME: &str = "node";
-/// The node's selector.
+/// Selector of the node, type and value.
 pub const SELECTOR: (&str, &str) = ("x509pop", "subject:cn:node");
-/// Life of both certificates: longer than any mesh of `up`, which ends with its process and keeps nothing.
+/// Lifetime of both certificates: longer than any mesh of `up`, which ends with its process and keeps nothing.
 const LIFE: Duration = Duration::days(3_650);
-/// They are valid from before now: a clock that is set back after a sleep must not lock the node out.
+/// How far their validity starts in the past: a clock that is set back after a suspend must not lock the node out.
 const BEFORE: Duration = Duration::days(2);
 
-/// PEM texts of a node's identity.
+/// PEM texts of a node's evidence.
 pub struct NodeIdentity {
     ca: String,
     certificate: String,
@@ -27,7 +27,7 @@ pub struct NodeIdentity {
 }
 
 impl NodeIdentity {
-    /// Makes one. The CA's key is dropped here: nothing else can be signed by it.
+    /// Creates new evidence. The CA's key is dropped, so it can sign nothing else.
     pub fn new(now: OffsetDateTime) -> Result<Self> {
         Self::signed(now).context("cannot make the node's certificate")
     }
@@ -48,7 +48,7 @@ impl NodeIdentity {
         Ok(Self { ca: root.pem(), certificate: certificate.pem(), key: key.serialize_pem() })
     }
 
-    /// Writes the CA for the server.
+    /// Writes the CA certificate for the server.
     pub fn write_ca(&self, path: &Path) -> Result<()> {
         write_atomically(path, self.ca.as_bytes(), 0o644).with_context(|| format!("cannot write {}", path.display()))
     }

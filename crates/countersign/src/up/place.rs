@@ -1,4 +1,4 @@
-//! Where a mesh stands on this machine: its folder, its names, and tidying up after a mesh that was killed.
+//! A mesh's place on this machine: its folder, its names, and cleaning up after a mesh that was killed.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -31,10 +31,10 @@ pub struct Place {
     namespaces: Namespaces,
     /// Its folder.
     pub dir: PathBuf,
-    /// What happens in the mesh.
+    /// Events of the mesh.
     pub events: Events,
     users: Users,
-    /// Keeps other meshes off those users; `None` only while this is dropped.
+    /// Reserves the users against other meshes; `None` only while this is dropped.
     held: Option<Held>,
     _lock: Flock<File>,
 }
@@ -70,12 +70,12 @@ impl Place {
         &self.namespaces
     }
 
-    /// Whose users run it.
+    /// Users of the mesh's processes.
     pub fn users(&self) -> Users {
         self.users
     }
 
-    /// A folder in it that belongs to a user and that others may pass.
+    /// Creates a folder in it that belongs to a user and that others may enter.
     pub fn folder(&self, name: &str, owner: u32) -> io::Result<PathBuf> {
         let dir = self.dir.join(name);
         passable(&dir)?;
@@ -83,7 +83,7 @@ impl Place {
         Ok(dir)
     }
 
-    /// Everything of this mesh that is left, in words; empty when nothing is.
+    /// What is left of this mesh, in words; empty if nothing is.
     pub fn leftovers(&self) -> Vec<String> {
         let names = self.namespaces.listed().into_iter().filter(|n| NetNs::named(n).path().exists());
         let mut left: Vec<String> = names.map(|n| format!("namespace {n}")).collect();
@@ -128,14 +128,14 @@ fn tidy(namespaces: &Namespaces, dir: &Path, users: Option<Users>) {
     }
 }
 
-/// Whether a process runs; one that only waits for its parent to ask how it ended does not (state Z, proc(5)).
+/// Whether a process runs. One that has ended but was not waited for (state Z, proc(5)) does not.
 fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| !"ZX".contains(state))
 }
 
-/// Makes a folder, and those above it, that every user may pass, whatever the umask is: sidecars and workloads have
-/// users of their own.
+/// Creates a folder and its parents so that every user may enter them, whatever the umask: sidecars and workloads run
+/// as other users.
 pub fn passable(dir: &Path) -> io::Result<()> {
     let missing: Vec<&Path> = dir.ancestors().take_while(|part| !part.exists()).collect();
     for part in missing.into_iter().rev() {
@@ -167,15 +167,15 @@ impl Drop for Place {
         // A lock counts by being held, not by its file.
         let _ = std::fs::remove_file(Path::new(RUN_DIR).join(format!("{}.lock", self.name)));
         drop(self.held.take());
-        // These go only when they are empty.
+        // Removed only if empty.
         let up = Path::new(RUN_DIR);
         let _ = std::fs::remove_dir(up);
         let _ = up.parent().map(std::fs::remove_dir);
     }
 }
 
-/// Locks a file, made where it is missing; `None`: somebody else has it. A mesh that ends removes its file, and the folder
-/// when it was the last, so a lock counts only while the file is still the one at that path.
+/// Locks a file, which is created if missing; `None` if another process holds it. A mesh that ends removes its file,
+/// and the last one the folder, so a lock counts only if the file is still at that path.
 pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
     loop {
         passable(Path::new(RUN_DIR))?;
@@ -191,10 +191,10 @@ pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
     }
 }
 
-/// Kills every process in a network namespace, and says which.
+/// Kills every process in a network namespace; returns their process IDs.
 pub fn kill_inside(ns: &NetNs) -> Vec<i32> {
     let Ok(namespace) = std::fs::metadata(ns.path()).map(|m| (m.dev(), m.ino())) else { return vec![] };
-    // A name whose namespace is gone, or hidden, is a mere file: nobody is inside.
+    // A name whose namespace is gone or hidden is a plain file: no process is inside.
     let theirs =
         |pid: &i32| std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == namespace);
     kill_each(every_process().into_iter().filter(theirs).collect())
@@ -223,14 +223,14 @@ fn processes_of(dir: &Path) -> Vec<i32> {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).into_owned();
         let mut words = command.split('\0');
-        // An operator's `tail` of a log is not ours to end.
+        // An operator's `tail` of a log must not be killed.
         let is_ours = words.next().is_some_and(|program| program.rsplit('/').next() == Some("countersign"));
         is_ours && words.any(|a| a.starts_with(&needle)) && *pid != i32::try_from(std::process::id()).unwrap_or(0)
     };
     every_process().into_iter().filter(ours).collect()
 }
 
-/// Every process of the machine, as far as this namespace of processes shows it.
+/// All processes that this PID namespace shows.
 pub fn every_process() -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()

@@ -1,4 +1,4 @@
-//! Whether a user can read the folder that its program starts in, found out before anything is started.
+//! Checks before the start whether a user can read the folder that its program starts in.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use super::account::Account;
 use super::mesh_file::WorkloadSpec;
 
-/// The first folder on the way to `folder`, itself included, that a user may not pass or, at the end, read. By owner, group
-/// and mode; access control lists are not looked at, so this is worth a word and no refusal.
+/// The first folder on the path to `folder`, including itself, that a user may not enter or, for the last one, read.
+/// Only owner, group and mode are checked, not access control lists, so the result is a warning and no error.
 fn obstacle(account: &Account, folder: &Path) -> Option<PathBuf> {
     if account.uid == 0 {
         return None;
@@ -23,7 +23,7 @@ fn obstacle(account: &Account, folder: &Path) -> Option<PathBuf> {
         .map(Path::to_owned)
 }
 
-/// The three bits that hold for a user.
+/// The three permission bits that apply to a user.
 fn permission(account: &Account, about: &std::fs::Metadata) -> u32 {
     if about.uid() == account.uid {
         about.mode() >> 6 & 0o7
@@ -34,7 +34,8 @@ fn permission(account: &Account, about: &std::fs::Metadata) -> u32 {
     }
 }
 
-/// A word for each folder that workloads start in and cannot read; `current` is where those start that name none.
+/// A warning for each folder that workloads start in and cannot read; `current` applies to workloads without a working
+/// directory.
 pub fn words<'a>(workloads: impl Iterator<Item = (&'a WorkloadSpec, Account)>, current: Option<&Path>) -> Vec<String> {
     let mut words: Vec<(PathBuf, PathBuf, Vec<String>)> = vec![];
     for (spec, account) in workloads {

@@ -1,4 +1,4 @@
-//! What a sidecar refused, or was refused, in words: what `run` tells when its program has ended.
+//! What a sidecar refused or was refused, in words: `run` prints it once its program has ended.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -13,14 +13,14 @@ use tokio::time::{Instant, sleep};
 use super::mesh::{Mesh, Running};
 use super::rotate::{previous, regular};
 
-/// How much of an access log's end is looked at, in bytes.
+/// Size of the end of an access log that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
-/// Lines that are told at most.
+/// Most lines that are reported.
 const MAX_LINES: usize = 10;
-/// How long the sidecar may hold a line back before it writes it.
+/// Longest wait until the sidecar has written a line.
 const WRITTEN: Duration = Duration::from_secs(2);
 
-/// A line of the access log, as far as it matters here.
+/// The relevant fields of an access log line.
 #[derive(Deserialize)]
 struct Line {
     direction: String,
@@ -33,13 +33,13 @@ struct Line {
     reason: Option<String>,
 }
 
-/// What the sidecar of a workload refused since it came up, one line each; empty when nothing was.
+/// What a workload's sidecar refused since its start, one line each; empty if nothing was.
 pub async fn told(mesh: &Mesh, running: &Running) -> Vec<String> {
     let deadline = Instant::now() + WRITTEN;
     loop {
         let counted: u64 = running.status().await.map_or(0, |status| status.refused.values().sum());
         let lines = refused_lines(&running.access_log());
-        // The counter goes up first and the line is written a moment later.
+        // The counter is incremented first, and the line is written a moment later.
         if lines.len() as u64 >= counted || Instant::now() >= deadline {
             return in_words(&lines, &|address| name_of(mesh, address));
         }
@@ -51,7 +51,7 @@ fn in_words(lines: &[Line], name: &dyn Fn(SocketAddr) -> Option<String>) -> Vec<
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for line in lines {
         let outbound = line.direction == "outbound";
-        // A caller's port is another one each time and tells nothing.
+        // A caller's port differs each time and is meaningless.
         let (way, address, id) = if outbound {
             ("to", line.destination.map(|a| (a, a.to_string())), &line.destination_id)
         } else {
@@ -79,14 +79,14 @@ fn name_of(mesh: &Mesh, address: SocketAddr) -> Option<String> {
     mesh.workloads().into_iter().find(|(_, w)| w.addresses.contains(&address.ip())).map(|(name, _)| name)
 }
 
-/// The refusals at the end of an access log and of the part of it that was moved aside. What cannot be read is none.
+/// The refusals at the end of an access log and of its rotated part. Unreadable files count as empty.
 fn refused_lines(log: &Path) -> Vec<Line> {
     let text = end_of(&previous(log)) + &end_of(log);
     let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
     lines.filter(|line| line.mode == "refused").collect()
 }
 
-/// The last [`MAX_BYTES`] of a file; empty when it cannot be read.
+/// The last [`MAX_BYTES`] of a file; empty if it cannot be read.
 fn end_of(log: &Path) -> String {
     let read = || {
         // The folder belongs to the sidecar's user, and this thread is the mesh's only one.
@@ -111,7 +111,7 @@ mod tests {
         let out = r#"{"direction":"outbound","mode":"refused","source":"10.86.0.11:5","destination":"10.86.0.10:8000","code":"not_allowed","reason":"me is not on the list","bytes_sent":0}"#;
         let inbound = r#"{"direction":"inbound","mode":"refused","source":"10.86.0.12:5","code":"not_mtls"}"#;
         let fine = r#"{"direction":"inbound","mode":"mtls","source":"10.86.0.12:5"}"#;
-        // The log has grown long in between, and its first part lies beside it.
+        // The log was rotated in between: its first part is in the file beside it.
         std::fs::write(previous(&log), format!("{out}\n{fine}\n")).unwrap();
         std::fs::write(&log, format!("{out}\n{inbound}\nhalf a li")).unwrap();
         let name = |a: SocketAddr| (a.ip().to_string() == "10.86.0.10").then(|| "web".to_owned());

@@ -19,9 +19,9 @@ use nix::unistd::Pid;
 use super::children::State;
 use super::mesh::Mesh;
 
-/// A log that is longer is begun anew, in bytes.
+/// Size in bytes at which a log is rotated.
 const MOST: u64 = 16 * 1024 * 1024;
-/// How often the logs are looked at.
+/// Interval between two checks of the logs.
 const LOOK: Duration = Duration::from_secs(10);
 
 /// The log of a process: its path, and which file there the process was last started with. Clones are the same log.
@@ -103,7 +103,7 @@ pub async fn keep_short(mesh: Rc<Mesh>) {
     loop {
         tokio::time::sleep(LOOK).await;
         for running in mesh.workloads().values() {
-            // A sidecar opens its access log again on SIGHUP, as logrotate asks for.
+            // A sidecar reopens its access log on SIGHUP, as for logrotate.
             if let State::Running(pid) = running.sidecar()
                 && moved(&running.access_log())
                 && let Ok(pid) = i32::try_from(pid)
@@ -118,9 +118,9 @@ pub async fn keep_short(mesh: Rc<Mesh>) {
     }
 }
 
-/// Moves a log that is too long aside; whether it was.
+/// Renames a log that is too long; returns whether it did.
 fn moved(log: &Path) -> bool {
-    // Never through a link: the folder belongs to the sidecar's user.
+    // Never through a symbolic link, because the folder belongs to the sidecar's user.
     std::fs::symlink_metadata(log).is_ok_and(|m| m.is_file() && m.len() > MOST)
         && std::fs::rename(log, previous(log)).is_ok()
 }
@@ -157,7 +157,7 @@ pub(super) fn read(log: &Path) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Where the older part of a log lies.
+/// Path of the older part of a log.
 pub(super) fn previous(log: &Path) -> PathBuf {
     let mut name = log.as_os_str().to_owned();
     name.push(".1");

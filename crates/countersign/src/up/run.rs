@@ -1,4 +1,4 @@
-//! `countersign run`: a program of your own in a mesh that `up` runs, in your terminal.
+//! `countersign run`: a program of your own in a running mesh, in your terminal.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -30,42 +30,43 @@ const JOINING: Duration = Duration::from_secs(90);
 const MAX_ANSWER: u64 = 256 * 1024;
 /// How long the mesh may take to say what was refused.
 const FAREWELL: Duration = Duration::from_secs(10);
-/// Longest of that, in bytes.
+/// Longest such list, in bytes.
 const MAX_FAREWELL: u64 = 256 * 1024;
-/// What a program of another user gets of the environment that this was started with.
+/// Environment variables that a program of another user inherits.
 const HANDED_ON: &[&str] = &["PATH", "LANG", "LANGUAGE", "TZ", "TERM", "COLORTERM", "NO_COLOR", "RUST_BACKTRACE"];
 
-/// Add a program to a mesh that `up` runs on this machine.
+/// Run a program in a mesh that `up` runs on this machine.
 ///
-/// It gets a namespace, a sidecar and an identity, and leaves the mesh when it ends. For example `countersign run --name me -- curl http://productpage:9080/`.
+/// The program gets a network namespace, a sidecar and an identity, and leaves the mesh when it ends. Example:
+/// `countersign run --name me -- curl http://productpage:9080/`.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
     /// Name in the mesh, and in the others' /etc/hosts.
     #[arg(long)]
     name: String,
-    /// Port that the program serves; several are possible.
+    /// Port that the program serves; may be repeated.
     #[arg(long = "port", value_name = "PORT")]
     ports: Vec<u16>,
-    /// Which mesh [default: the one that is up].
+    /// Mesh to join [default: the only one that is up].
     #[arg(long)]
     mesh: Option<String>,
-    /// Namespace of the identity.
+    /// Namespace in the SPIFFE ID.
     #[arg(long, default_value = "default")]
     namespace: String,
-    /// Service account of the identity [default: the name].
+    /// Service account in the SPIFFE ID [default: the name].
     #[arg(long)]
     service_account: Option<String>,
-    /// As whom the program runs [default: a user of its own].
+    /// User to run the program as [default: a user of its own].
     #[arg(long)]
     user: Option<String>,
     /// Mode: off, permissive or strict [default: the mesh's].
     #[arg(long)]
     mode: Option<String>,
-    /// Who may call: a workload of the mesh or a SPIFFE ID [default: anyone in the trust domain].
+    /// Who may call: a workload of the mesh or a SPIFFE ID; may be repeated [default: all of the trust domain].
     #[arg(long)]
     allow: Vec<String>,
-    /// Set a variable of the program's environment, NAME=VALUE, or hand one on, NAME. A program that runs as another user than
-    /// root gets PATH, the language, the time zone and the terminal from this environment, and no more unless named here.
+    /// Set an environment variable of the program, NAME=VALUE, or pass one on, NAME; may be repeated. Unless it runs as
+    /// root, the program inherits only PATH and the variables for language, time zone and terminal.
     #[arg(long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
     /// The program and its arguments.
@@ -73,7 +74,7 @@ pub struct RunArgs {
     command: Vec<String>,
 }
 
-/// Joins, runs the program, leaves.
+/// Joins the mesh, runs the program, leaves the mesh.
 pub fn run(args: RunArgs) -> Result<ExitCode> {
     let program = check(&args)?;
     need_root("run")?;
@@ -125,7 +126,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }
 
-/// Judges the flags by the rules of mesh files, before anything is asked of the mesh, which judges them again.
+/// Validates the flags by the rules of mesh files, before the mesh, which validates them again, is asked.
 fn check(args: &RunArgs) -> Result<PathBuf, Mistake> {
     check_name(&args.name).map_err(|e| Mistake::flag("--name", &e))?;
     check_segment(&args.namespace).map_err(|e| Mistake::flag("--namespace", &e))?;
@@ -144,12 +145,12 @@ fn check(args: &RunArgs) -> Result<PathBuf, Mistake> {
             return Err(Mistake::flag("--env", &format!("`{}`: write NAME=VALUE, or NAME", set.escape_debug())));
         }
     }
-    // clap asks for at least one word.
+    // clap requires at least one word.
     let program = args.command.first().map(String::as_str).unwrap_or_default();
     find_program(program).map_err(Mistake)
 }
 
-/// The program in its namespace, as its user.
+/// The command that starts the program in its namespace, as its user.
 fn launch(joined: &Joined, program: PathBuf, arguments: &[String]) -> Command {
     let mut command = Command::new(OWN_PROGRAM);
     command.arg0("countersign").arg("launch");
@@ -162,7 +163,8 @@ fn launch(joined: &Joined, program: PathBuf, arguments: &[String]) -> Command {
         command.arg("--accounts").arg(accounts);
     }
     command.arg("--netns").arg(&joined.netns).arg("--hosts").arg(&joined.hosts).arg("--").arg(program).args(arguments);
-    // Root's own program has what root has. Another user's gets neither root's home nor whatever secrets stand there.
+    // Root's own program inherits everything. Another user's program gets neither root's home nor secrets in the
+    // environment.
     if joined.uid != 0 {
         command.env_clear().envs(handed_on());
     }
@@ -171,13 +173,13 @@ fn launch(joined: &Joined, program: PathBuf, arguments: &[String]) -> Command {
 }
 
 fn handed_on() -> impl Iterator<Item = (String, String)> {
-    // What is no text is left out.
+    // Variables that are not valid text are left out.
     let all =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     all.filter(|(name, _)| HANDED_ON.contains(&name.as_str()) || name.starts_with("LC_"))
 }
 
-/// Tells the mesh that the program has ended, and hears what was refused meanwhile. A mesh that is gone says nothing.
+/// Tells the mesh that the program has ended, and returns what was refused. Empty if the mesh is gone.
 fn farewell(stream: &UnixStream) -> Vec<String> {
     let hear = || {
         stream.shutdown(Shutdown::Write)?;

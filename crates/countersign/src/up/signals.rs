@@ -5,17 +5,17 @@ use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// The two steps of an end.
+/// The two stages of a shutdown.
 #[derive(Clone)]
 pub struct Signals {
-    /// Cancelled by the first SIGTERM, SIGINT or SIGHUP (a terminal that was closed).
+    /// Cancelled by the first SIGTERM, SIGINT or SIGHUP (the terminal was closed).
     pub stop: CancellationToken,
-    /// Cancelled by the second.
+    /// Cancelled by the second signal.
     pub at_once: CancellationToken,
 }
 
 impl Signals {
-    /// Takes the signals over.
+    /// Installs the signal handlers.
     pub fn take() -> anyhow::Result<Self> {
         Self::listen(true)
     }
@@ -29,7 +29,7 @@ impl Signals {
         let signals = Self { stop: CancellationToken::new(), at_once: CancellationToken::new() };
         let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-        // nohup(1) has it ignored, and so it stays.
+        // nohup(1) starts programs with SIGHUP ignored, which is kept.
         let mut hup = if is_ignored(SignalKind::hangup()) {
             None
         } else {
@@ -54,7 +54,7 @@ impl Signals {
     }
 }
 
-/// Waits for SIGHUP; for ever where it is ignored.
+/// Waits for SIGHUP; never returns if it is ignored.
 async fn hang_up(signal: Option<&mut Signal>) {
     match signal {
         Some(signal) => {

@@ -1,7 +1,7 @@
-//! What a person watches: a table that fits its window in a terminal, lines of news elsewhere.
+//! The display of `up`: a table that fits its window in a terminal, lines of news otherwise.
 //!
-//! `answers` asks the sidecars, `view` is what there is to show, `render` makes lines of it for any window, `screen` is the
-//! terminal.
+//! `answers` queries the sidecars, `view` collects what to show, `render` makes lines of it for any window, `screen`
+//! controls the terminal.
 
 mod answers;
 mod plain;
@@ -21,31 +21,31 @@ use screen::{Input, Screen};
 pub use plain::plain;
 pub use view::{Row, rows};
 
-/// How often the table is drawn again when nobody presses a key.
+/// Interval at which the table is redrawn without input.
 const EVERY: Duration = Duration::from_secs(1);
-/// Events that are printed when the table goes away.
+/// Most events that are printed when the table closes.
 const LAST_EVENTS: usize = 20;
 
-/// Whether a live table can be drawn: a terminal at both ends that knows more than to print.
+/// Whether a live table can be drawn: both ends are terminals with more than basic capabilities.
 pub fn possible() -> bool {
     use std::io::IsTerminal;
     let dumb = std::env::var("TERM").map_or(true, |term| term.is_empty() || term == "dumb");
     !dumb && std::io::stdout().is_terminal() && std::io::stdin().is_terminal()
 }
 
-/// What every sidecar says of itself now, for a command that asks once.
+/// Queries every sidecar once, for a command.
 pub async fn ask_once(mesh: &Rc<Mesh>) -> Vec<Row> {
     let answers = Answers::default();
     answers.ask_all(mesh).await;
     rows(mesh, &answers)
 }
 
-/// Draws the table until told to stop; falls back to lines when the terminal does not take it.
+/// Draws the table until stopped; falls back to lines if the terminal does not support it.
 pub async fn live(mesh: &Rc<Mesh>, stop: &CancellationToken) {
     let Ok(mut screen) = Screen::open() else { return plain(mesh, stop).await };
     mesh.events().shown(true);
     let answers = Rc::new(Answers::default());
-    // Sidecars are asked beside the drawing: one that hangs must not hold up keys or the other rows.
+    // Sidecars are queried next to the drawing: one that hangs must not block keys or other rows.
     let asking = tokio::task::spawn_local({
         let (answers, mesh) = (answers.clone(), mesh.clone());
         async move { answers.keep(&mesh).await }
@@ -59,7 +59,8 @@ pub async fn live(mesh: &Rc<Mesh>, stop: &CancellationToken) {
             () = stop.cancelled() => break,
             input = screen.input() => match input {
                 Some(Input::Stop) => {
-                    // The terminal is raw, so Ctrl-C is a key; as a signal it takes the same way as everywhere else.
+                    // The terminal is in raw mode, so Ctrl-C arrives as a key; it is raised as the signal that it would
+                    // be.
                     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGINT);
                     stop.cancelled().await;
                     break;
@@ -76,6 +77,6 @@ pub async fn live(mesh: &Rc<Mesh>, stop: &CancellationToken) {
     for event in mesh.events().newest(LAST_EVENTS) {
         let _ = crate::stdout::line(&format!("{} {}", event.time(), event.text));
     }
-    // The terminal may have gone away; the mesh stays until it is told to stop.
+    // The terminal may be gone; the mesh continues until it is stopped.
     stop.cancelled().await;
 }

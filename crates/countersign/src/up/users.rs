@@ -1,5 +1,5 @@
-//! Whose users run a mesh: its server, its sidecars, and the workloads that name none. An agent tells callers apart by
-//! their users, so no two meshes of one machine may share them, nor share them with anybody else.
+//! Users of a mesh's processes: its server, its sidecars, and the workloads that name none. An agent identifies callers
+//! by their users, so these must be shared with no other mesh and no other process of the machine.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,19 +13,19 @@ use super::account::{Account, known_uids};
 use super::mesh_file::MAX_WORKLOADS;
 use super::place::{RUN_DIR, every_process, lock};
 
-/// The first mesh's users: the numbers that the documents name.
+/// User IDs of the first mesh, as documented.
 const FIRST_SERVER: u32 = 2_100;
 const FIRST_SIDECAR: u32 = 2_102;
 const FIRST_WORKLOAD: u32 = 20_000;
-/// Those of further meshes: where neither login.defs(5), containers nor directories of users put anybody (systemd's
-/// "Users, Groups, UIDs and GIDs" lists 1879048192 to 2147352575 as unused).
+/// User IDs of further meshes: a range where neither login.defs(5), containers nor directory services assign users
+/// (systemd's "Users, Groups, UIDs and GIDs" lists 1879048192 to 2147352575 as unused).
 const FURTHER: u32 = 2_100_000_000;
-/// Numbers kept for each further mesh: the server, then sidecars, then workloads.
+/// Number of user IDs per further mesh: the server, then sidecars, then workloads.
 const STEP: u32 = 1_000;
-/// Meshes on one machine at a time.
+/// Most meshes on one machine at a time.
 const MAX_MESHES: u32 = 64;
 
-/// The users of one mesh.
+/// The user IDs of one mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Users {
     server: u32,
@@ -33,9 +33,9 @@ pub struct Users {
     first_workload: u32,
 }
 
-/// Users that no other mesh has for as long as this is held.
+/// User IDs that are reserved for one mesh while this is held.
 pub struct Held {
-    /// Which.
+    /// The reserved user IDs.
     pub users: Users,
     /// The mesh's number on the machine.
     pub number: u32,
@@ -44,7 +44,7 @@ pub struct Held {
 }
 
 impl Users {
-    /// Those of the mesh with this number on the machine.
+    /// User IDs of the mesh with this number on the machine.
     fn of_mesh(number: u32) -> Self {
         match number {
             0 => Self { server: FIRST_SERVER, first_sidecar: FIRST_SIDECAR, first_workload: FIRST_WORKLOAD },
@@ -55,17 +55,17 @@ impl Users {
         }
     }
 
-    /// The server's.
+    /// User ID of the server.
     pub fn server(self) -> u32 {
         self.server
     }
 
-    /// That of the sidecar of the workload with this number.
+    /// User ID of the sidecar of the workload with this number.
     pub fn sidecar(self, number: usize) -> u32 {
         self.first_sidecar + small(number)
     }
 
-    /// That of the workload with this number, where it names none.
+    /// Account of the workload with this number, if it names none.
     pub fn workload(self, number: usize) -> Account {
         Account::of_uid(self.first_workload + small(number))
     }
@@ -119,8 +119,8 @@ impl Drop for Held {
     }
 }
 
-/// Why a workload cannot run as this user, if so: meshes give it to sidecars, whose traffic is never caught, or to
-/// workloads, whose identity it would get; or a sidecar that was started by hand has it.
+/// Why a workload cannot run as this user; `None` if it can. Meshes assign it to sidecars, whose traffic is never
+/// redirected, or to workloads, whose identity it would get; or a sidecar that was started by hand uses it.
 pub fn refused(uid: u32) -> Option<String> {
     let whose = (0..MAX_MESHES).map(Users::of_mesh).find(|users| users.contain(uid));
     if let Some(users) = whose {
@@ -131,7 +131,7 @@ pub fn refused(uid: u32) -> Option<String> {
             format!("uid {uid} is kept for sidecars, whose traffic is never caught; use another user")
         });
     }
-    // Root can become anybody and take any rule away: nothing is gained by keeping it from one number.
+    // Root can become any user and remove any rule, so excluding it gains nothing.
     if uid == 0 {
         return None;
     }
@@ -140,7 +140,7 @@ pub fn refused(uid: u32) -> Option<String> {
     })
 }
 
-/// A sidecar that runs as this user.
+/// Process ID of a sidecar that runs as this user.
 fn sidecar_of(uid: u32) -> Option<i32> {
     every_process().into_iter().find(|pid| {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

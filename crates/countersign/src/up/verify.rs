@@ -1,5 +1,5 @@
-//! `up --verify`: the mesh checks itself, one line a check. Each check can fail, and what a capture must not see in strict
-//! it must see with the mesh off.
+//! `up --verify`: the mesh checks itself, one line per check. Each check can fail: what a capture must not find in
+//! strict mode, it must find with the mesh off.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -30,14 +30,14 @@ use crate::operator::output::told;
 use crate::probe::Report;
 use crate::shop::PORT;
 
-/// An HTTP exchange or a look at a port takes no longer.
+/// Longest HTTP exchange or check of a port.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the load runs: long enough for three lives of an SVID and one of an authority.
+/// Duration of the load in seconds: three lifetimes of an SVID and one of an authority.
 const LOAD_SECONDS: u64 = 42;
-/// Rotations of each SVID that the load must see.
+/// Number of rotations of each SVID that must happen under load.
 const ROTATIONS: usize = 3;
 
-/// Lines and their count.
+/// Prints and counts the checks.
 #[derive(Default)]
 struct Checks {
     passed: u32,
@@ -45,7 +45,8 @@ struct Checks {
 }
 
 impl Checks {
-    /// Prints a line. The checks go on when nobody reads it: the mesh has to be taken down, and the sum at the end fails.
+    /// Prints a line. The checks continue if it cannot be written, because the mesh has to be stopped; the sum at the
+    /// end then fails.
     fn say(line: &str) {
         let _ = crate::stdout::line(&told(line));
     }
@@ -64,7 +65,7 @@ impl Checks {
     }
 }
 
-/// Brings the mesh up, checks it, takes it down, checks that nothing is left.
+/// Starts the mesh, checks it, stops it, and checks that nothing is left.
 pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, signals: Signals) -> Result<ExitCode> {
     let mut checks = Checks::default();
     let place = Place::take(&spec.name)?;
@@ -151,17 +152,17 @@ async fn programs_run(mesh: &Rc<Mesh>) -> Result<String> {
     }
 }
 
-/// What came of an attempt to reach a port.
+/// Result of connecting to a port.
 #[derive(Debug, PartialEq, Eq)]
 enum Reached {
-    /// The program's side is open, or it answered.
+    /// The connection stays open, or the program answered.
     Yes,
-    /// It was reset or could not be dialled.
+    /// The connection was reset or could not be opened.
     No(String),
 }
 
-/// Dials a port and looks whether it is let through: a refusal shows as a reset. `Yes` for a server that waits for its
-/// client to speak.
+/// Connects to a port and checks whether the connection is accepted: a refusal shows as a reset. `Yes` for a server
+/// that waits for its client to speak.
 fn reach(ip: IpAddr, port: u16, patience: Duration) -> std::io::Result<Reached> {
     let mut stream = match TcpStream::connect_timeout(&SocketAddr::new(ip, port), TIMEOUT) {
         Ok(stream) => stream,
@@ -245,7 +246,7 @@ async fn stranger(mesh: &Rc<Mesh>) -> Result<String> {
     asked
 }
 
-/// An HTTP GET, body whole.
+/// Sends an HTTP GET and returns the whole body.
 fn get(ip: IpAddr, path: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&SocketAddr::new(ip, PORT), TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
@@ -255,7 +256,8 @@ fn get(ip: IpAddr, path: &str) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// Sends a payload that stands out over every way that is open, and looks for it on every link: packets, and hits.
+/// Sends a unique word over every allowed connection, and looks for it on every link. Returns the numbers of packets
+/// and of hits.
 async fn canary(mesh: &Rc<Mesh>, mark: &str) -> Result<(u64, u64)> {
     let mut random = [0u8; 12];
     rand::fill(&mut random);
@@ -272,7 +274,7 @@ async fn canary(mesh: &Rc<Mesh>, mark: &str) -> Result<(u64, u64)> {
                 let path = format!("/?echo={word}");
                 let answer = within(&from.netns, move || get(address, &path)).await;
                 let answer = answer.with_context(|| format!("{} cannot ask {}", from.spec.name, to.spec.name))?;
-                // Once on the way there, and once in the answer.
+                // Once in the request, and once in the answer.
                 if !answer.contains(&word) {
                     return Err(anyhow!(
                         "{} did not echo: {}",
@@ -299,7 +301,7 @@ async fn shown_when_off(mesh: &Rc<Mesh>) -> Result<String> {
             other if Instant::now() > deadline => {
                 return Err(other.err().unwrap_or_else(|| anyhow!("the capture saw nothing")));
             }
-            // The mode is on its way to the sidecars.
+            // The mode has not reached all sidecars yet.
             _ => sleep(Duration::from_millis(200)).await,
         }
     }
@@ -320,7 +322,7 @@ async fn strict_again(mesh: &Rc<Mesh>) -> Result<String> {
     }
 }
 
-/// Load on every way of the shop, while identities and the authority change under it.
+/// Load on every connection of the shop, while identities and the authority rotate.
 async fn rotation(mesh: &Rc<Mesh>, checks: &mut Checks) {
     let first_authority = active_authority(mesh).await;
     let mut serials: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! Each extension of what we issue, and what the verifier says to what we would never issue.
+//! Each extension of what we issue, and how the verifier rejects what we would never issue.
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
@@ -124,7 +124,7 @@ fn another_authority_or_trust_domain_is_refused() {
     assert_eq!(code(&[CertificateDer::from(vec![0x30, 0])]), "malformed_certificate");
 }
 
-/// A certificate that breaks one rule, otherwise like ours.
+/// A certificate that breaks one rule and is otherwise like ours.
 fn crafted(authority: &SigningAuthority, change: impl FnOnce(&mut CertificateParams)) -> Vec<CertificateDer<'static>> {
     let key = rcgen::KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();

@@ -1,4 +1,4 @@
-//! Ends and last words over real sockets; the second leg is the one that fails.
+//! Ends and last bytes over real sockets; the second leg is the one that fails.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -11,7 +11,7 @@ async fn sockets() -> (TcpStream, TcpStream) {
     (a.unwrap(), b.unwrap().0)
 }
 
-/// Carries between a client and a server; gives their ends, and what came of it in the end.
+/// Carries between a client and a server; returns their ends and the result.
 async fn between() -> (TcpStream, TcpStream, tokio::task::JoinHandle<Carried>) {
     let ((client, mut first), (mut second, server)) = (sockets().await, sockets().await);
     let carried = tokio::spawn(async move {
@@ -23,7 +23,7 @@ async fn between() -> (TcpStream, TcpStream, tokio::task::JoinHandle<Carried>) {
     (client, server, carried)
 }
 
-/// Reads to the end or the error; what was read, and whether the end was clean.
+/// Reads to the end or the error; returns what was read, and whether the end was clean.
 async fn hear(stream: &mut TcpStream) -> (Vec<u8>, bool) {
     let mut heard = vec![];
     let clean = stream.read_to_end(&mut heard).await.is_ok();
@@ -40,7 +40,7 @@ async fn an_answer_that_ends_before_the_upload_is_heard_each_time() {
                 server.read_exact(&mut [0; 1_000]).await.unwrap();
                 server.write_all(&answer).await.unwrap();
                 server.shutdown().await.unwrap();
-                // Closed with unread bytes: the kernel sends a reset behind the answer's end.
+                // Closed with unread bytes: the kernel sends a reset after the answer's end.
                 drop(server);
             };
             let upload = vec![0; size];
@@ -62,12 +62,12 @@ async fn an_answer_that_is_cut_by_a_reset_never_ends_cleanly() {
             server.write_all(b"half an ans").await.unwrap();
             drop(server);
         };
-        // The client goes on sending, so that the reset is met by a write.
+        // The client keeps sending, so that a write meets the reset.
         let upload = vec![0; 2_000_000];
         let ((), sent) = tokio::join!(serve, client.write_all(&upload));
         let (heard, clean) = hear(&mut client).await;
         assert_eq!(heard, b"half an ans");
-        // The reset is told once, to whoever comes first: the client's write or its read.
+        // The reset is reported once, to the client's write or its read.
         assert!(sent.is_err() || !clean, "a reset looked like an end");
         assert_eq!(carried.await.unwrap().end, End::Reset);
     }
@@ -78,7 +78,7 @@ async fn a_megabyte_that_was_sent_before_a_reset_arrives_before_it() {
     let (mut client, mut server, carried) = between().await;
     let sent = vec![7; 1_000_000];
     server.write_all(&sent).await.unwrap();
-    // All of it is acknowledged before the reset, so that nothing of it is the reset's to lose.
+    // Everything is acknowledged before the reset, so that the reset discards nothing.
     while standing(&server).unacknowledged > 0 {
         tokio::task::yield_now().await;
     }
@@ -92,7 +92,7 @@ async fn a_megabyte_that_was_sent_before_a_reset_arrives_before_it() {
 #[tokio::test]
 async fn a_client_that_never_reads_is_not_waited_for_without_bound() {
     let (client, mut server, carried) = between().await;
-    // More than the client's buffer takes.
+    // More than the client's receive buffer holds.
     let flood = vec![0; 1 << 20];
     while let Ok(Ok(())) = tokio::time::timeout(Duration::from_millis(300), server.write_all(&flood)).await {}
     reset_on_close(&server);

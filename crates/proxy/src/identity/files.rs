@@ -1,4 +1,5 @@
-//! From PEM files, read again when they change. A change that cannot be used leaves the last good identity.
+//! Identity from PEM files, reloaded when they change. A change that cannot be used leaves the last valid identity in
+//! place.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,10 +15,10 @@ use zeroize::Zeroizing;
 
 use super::{Current, Identity};
 
-/// How often is looked for a change.
+/// Interval between two checks for a change.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Why the files cannot be used.
+/// Why the files cannot be used: a path and a reason.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {why}", path.display())]
 pub struct FilesError {
@@ -28,11 +29,11 @@ pub struct FilesError {
 /// The files of an identity.
 #[derive(Debug, Clone)]
 pub struct Files {
-    /// Leaf first.
+    /// Certificate chain in PEM, leaf first.
     pub chain: PathBuf,
-    /// PKCS#8.
+    /// Private key in PEM, PKCS#8.
     pub key: PathBuf,
-    /// A trust domain and its authorities.
+    /// Authorities in PEM, one file per trust domain.
     pub bundles: Vec<(TrustDomain, PathBuf)>,
 }
 
@@ -59,14 +60,14 @@ impl Files {
         Identity::new(svid, bundles.collect::<Result<_, _>>()?).map_err(|e| failed(&self.key, e.to_string()))
     }
 
-    /// When and how long the files were; a change of any is a change.
+    /// Modification time and length of each file; any difference is a change.
     fn stamp(&self) -> Vec<Option<(SystemTime, u64)>> {
         let one = |path: &Path| std::fs::metadata(path).ok().and_then(|m| Some((m.modified().ok()?, m.len())));
         self.paths().map(one).collect()
     }
 }
 
-/// Loads the files, or says why not, and follows them in the background until `shutdown`.
+/// Loads the files, and returns a future that follows them until `shutdown`. Errors: the first load failed.
 pub fn follow_files(
     files: Files,
     current: Arc<Current>,
@@ -90,7 +91,7 @@ pub fn follow_files(
                     current.set(identity);
                     stamp = now;
                 }
-                // Key and certificate may be half way through being replaced: it is tried again.
+                // Key and certificate may be in the middle of being replaced: the next tick tries again.
                 Err(error) => tracing::warn!(%error, "the changed identity cannot be used; the last one stands"),
             }
         }

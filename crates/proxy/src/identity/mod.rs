@@ -1,6 +1,7 @@
-//! Who the sidecar is, swapped under its listeners and dialers while connections go on.
+//! The sidecar's identity, swapped under its listeners and dialers while connections continue.
 //!
-//! One [`Identity`] a revision of SVID and bundles: its TLS configurations are made once and shared by every connection.
+//! One [`Identity`] per revision of SVID and bundles: its TLS configurations are built once and shared by all
+//! connections.
 
 mod agent;
 mod files;
@@ -27,13 +28,13 @@ use crate::refusal::Refused;
 pub use agent::follow_agent;
 pub use files::{Files, FilesError, follow_files};
 
-/// Destinations whose TLS configuration is kept ready; beyond that all are made anew.
+/// Most destinations whose TLS configuration is cached. Beyond that the cache is emptied.
 const MAX_CLIENT_CONFIGS: usize = 4_096;
 
-/// One revision of SVID and bundles.
+/// One revision of SVID and bundles, ready for handshakes.
 pub struct Identity {
     svid: X509Svid,
-    /// The ID as text, as logs want it.
+    /// The SPIFFE ID as text, for logs.
     id: Arc<str>,
     chains: Arc<VerifiedChains>,
     key: Arc<CertifiedKey>,
@@ -42,7 +43,7 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Makes the TLS configurations of a revision.
+    /// Builds the TLS configurations of a revision. Errors: rustls rejects the key or the chain.
     pub fn new(svid: X509Svid, bundles: BundleSet) -> Result<Self, TlsError> {
         let chains = Arc::new(VerifiedChains::new(Arc::new(bundles)));
         let key = certified_key(&svid)?;
@@ -52,33 +53,33 @@ impl Identity {
         Ok(Self { svid, id, chains, key, server, clients: Mutex::default() })
     }
 
-    /// The SVID.
+    /// The SVID that we present.
     pub fn svid(&self) -> &X509Svid {
         &self.svid
     }
 
-    /// The SVID's ID as text.
+    /// The SVID's SPIFFE ID as text.
     pub fn id(&self) -> &Arc<str> {
         &self.id
     }
 
-    /// The bundles.
+    /// The bundles that peers are verified against.
     pub fn bundles(&self) -> &BundleSet {
         self.chains.bundles()
     }
 
-    /// The chains that were found good.
+    /// The peers' chains that were verified against these bundles.
     pub fn chains(&self) -> &VerifiedChains {
         &self.chains
     }
 
-    /// For connections that come in.
+    /// TLS configuration for incoming connections.
     pub fn server(&self) -> Arc<ServerConfig> {
         self.server.clone()
     }
 
-    /// For connections to where one of these may stand. The expectation is part of the handshake: whoever else is there
-    /// learns nothing of us.
+    /// TLS configuration for connections to a destination where one of the `expected` IDs may be. The expectation is
+    /// part of the handshake: any other peer fails it before it learns our identity.
     pub fn client(&self, expected: &BTreeSet<String>) -> Result<Arc<ClientConfig>, TlsError> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(config) = clients.get(expected) {
@@ -93,6 +94,7 @@ impl Identity {
             Err(Refusal::WrongIdentity { expected, found: peer.id.clone() })
         });
         let config = Arc::new(client_config(Some(self.key.clone()), verifier, &[ALPN])?);
+        // The app chooses its destinations, so their number must be bounded.
         if clients.len() >= MAX_CLIENT_CONFIGS {
             clients.clear();
         }
@@ -125,22 +127,22 @@ pub struct Current {
 }
 
 impl Current {
-    /// Nobody yet.
+    /// No identity yet.
     pub fn new(clock: Clock) -> Self {
         Self { identity: ArcSwapOption::empty(), refusal: Mutex::default(), changes: watch::Sender::new(0), clock }
     }
 
-    /// The time.
+    /// The current time, by the sidecar's clock.
     pub fn now(&self) -> OffsetDateTime {
         (self.clock)()
     }
 
-    /// The identity, whether or not its time is over.
+    /// The identity, even if it has expired; `None` before the first one and after a withdrawal.
     pub fn peek(&self) -> Option<Arc<Identity>> {
         self.identity.load_full()
     }
 
-    /// The identity to act with; none, or one that is over, is a refusal.
+    /// The identity to act with. Errors: [`Refused::NoSvid`], [`Refused::SvidExpired`].
     pub fn get(&self) -> Result<Arc<Identity>, Refused> {
         let identity = self.identity.load_full().ok_or(Refused::NoSvid)?;
         if identity.svid.is_expired(self.now()) {
@@ -149,12 +151,12 @@ impl Current {
         Ok(identity)
     }
 
-    /// Whether the bundles of the moment hold an authority. Nothing is trusted while there is no identity.
+    /// Whether the current bundles hold an authority. Without an identity nothing is trusted.
     pub fn trusts(&self, trust_domain: &str, key: AuthorityKey) -> bool {
         self.identity.load().as_ref().is_some_and(|identity| identity.bundles().holds(trust_domain, key))
     }
 
-    /// Takes up a new revision. Connections that are open stay as they are.
+    /// Switches to a new revision. Open connections are not affected.
     pub fn set(&self, identity: Identity) {
         let facts = identity.svid.facts();
         tracing::info!(spiffe_id = %identity.svid.id(), serial = facts.serial, not_after = %facts.not_after,
@@ -164,7 +166,7 @@ impl Current {
         self.changes.send_modify(|n| *n += 1);
     }
 
-    /// The identity was withdrawn.
+    /// Removes the identity, because the agent withdrew it.
     pub fn clear(&self) {
         if self.identity.swap(None).is_some() {
             tracing::error!("the identity was withdrawn; nothing goes to or from the mesh any more");

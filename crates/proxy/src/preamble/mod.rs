@@ -1,4 +1,5 @@
-//! The first bytes inside a mesh connection (ALPN `countersign/1`): where it is going, and the answer. Raw bytes follow.
+//! The first bytes inside a mesh connection (ALPN `countersign/1`): its destination, and the answer. The app's bytes
+//! follow.
 //!
 //! Request: version (1), length of the rest (2), family 4 or 6 (1), address (4 or 16), port (2), workload UID (the rest).
 //! Answer: 0, or 1 with code (length 1, bytes) and reason (length 2, bytes). Numbers are big-endian.
@@ -9,11 +10,11 @@ use std::net::{IpAddr, SocketAddr};
 use countersign_identity::shown::sentence;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The protocol's name in ALPN.
+/// ALPN protocol name.
 pub const ALPN: &[u8] = b"countersign/1";
 /// Longest workload UID, in bytes.
 const MAX_UID: usize = 255;
-/// Longest code of a refusal that is believed, in bytes.
+/// Longest code of a refusal that is accepted, in bytes.
 const MAX_CODE: usize = 64;
 /// Longest reason that is sent or read, in bytes.
 const MAX_REASON: usize = 1024;
@@ -22,31 +23,31 @@ const VERSION: u8 = 1;
 const ACCEPTED: u8 = 0;
 const REFUSED: u8 = 1;
 
-/// Where a connection is going.
+/// The caller's request: where the connection goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// The destination that the app dialled.
     pub destination: SocketAddr,
-    /// The workload that the caller's directory names there; empty: none.
+    /// UID of the workload that the caller's directory names there; empty for a fixed destination.
     pub workload: String,
 }
 
-/// What the called sidecar says.
+/// The called sidecar's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// Bytes follow.
+    /// Accepted; the app's bytes follow.
     Accepted,
-    /// Nothing follows.
+    /// Refused; nothing follows.
     Refused {
-        /// For programs.
+        /// Name for programs: [`crate::refusal::Refused::code`].
         code: String,
-        /// For people.
+        /// Reason for people.
         text: String,
     },
 }
 
 impl Request {
-    /// The bytes.
+    /// The request as sent on the wire.
     pub fn encode(&self) -> Vec<u8> {
         let ip = self.destination.ip().to_canonical();
         let uid = &self.workload.as_bytes()[..self.workload.len().min(MAX_UID)];
@@ -67,7 +68,7 @@ impl Request {
         [&[VERSION][..], &length.to_be_bytes(), &body].concat()
     }
 
-    /// Reads one. Nothing behind it is touched.
+    /// Reads one request and not a byte more. Errors: [`io::ErrorKind::InvalidData`] if it is malformed or too long.
     pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Self> {
         let mut head = [0; 3];
         stream.read_exact(&mut head).await?;
@@ -97,7 +98,7 @@ impl Request {
             _ => return None,
         };
         let (port, uid) = rest.split_first_chunk::<2>()?;
-        // It goes into errors and logs: what no UID of ours holds is no UID.
+        // The UID goes into errors and logs. Our UIDs are printable ASCII, so anything else is rejected.
         if uid.len() > MAX_UID || !uid.iter().all(u8::is_ascii_graphic) {
             return None;
         }
@@ -107,7 +108,7 @@ impl Request {
 }
 
 impl Answer {
-    /// The bytes.
+    /// The answer as sent on the wire; code and reason are shortened to fit.
     pub fn encode(&self) -> Vec<u8> {
         match self {
             Self::Accepted => vec![ACCEPTED],
@@ -121,7 +122,7 @@ impl Answer {
         }
     }
 
-    /// Reads one. Nothing behind it is touched.
+    /// Reads one answer and not a byte more. Errors: [`io::ErrorKind::InvalidData`] if it is malformed or too long.
     pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Self> {
         match stream.read_u8().await? {
             ACCEPTED => Ok(Self::Accepted),
@@ -134,7 +135,7 @@ impl Answer {
                 }
                 let mut text = vec![0; length];
                 stream.read_exact(&mut text).await?;
-                // Both are written to logs. A code is a word of ours; whatever else stands there is none.
+                // Both go into logs. Our codes are lower-case words; any other bytes are replaced.
                 let is_word =
                     (1..=MAX_CODE).contains(&code.len()) && code.iter().all(|b| b.is_ascii_lowercase() || *b == b'_');
                 let code = if is_word { String::from_utf8_lossy(&code).into_owned() } else { "unknown".to_owned() };

@@ -1,4 +1,4 @@
-//! What goes over the wire comes back, and nothing else is believed.
+//! Requests and answers survive the wire, and nothing else is accepted.
 
 use super::*;
 

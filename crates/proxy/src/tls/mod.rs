@@ -1,9 +1,8 @@
-//! TLS over a socket, for many connections that are mostly idle: rustls without buffers of its own.
+//! TLS over a socket for many mostly idle connections: rustls without buffers of its own.
 //!
-//! What comes in is read a chunk at a time into a buffer that the thread lends and decrypted there; what goes out is
-//! encrypted into another and sent with one call. A connection keeps only what could not be finished: a record's first
-//! part, or bytes that the socket did not take. Records, keys and handshake are the engine's business
-//! ([`rustls::unbuffered`]).
+//! Input is read in chunks into a buffer of the thread's pool and decrypted in place; output is encrypted into another
+//! buffer and sent with one call. A connection keeps only what could not be finished: the beginning of a record, or
+//! bytes that the socket did not accept. Records, keys and the handshake are rustls' part ([`rustls::unbuffered`]).
 
 use std::io;
 use std::pin::Pin;
@@ -21,29 +20,29 @@ use tokio::net::TcpStream;
 
 use crate::buffer::{Buffer, CHUNK};
 
-/// Longest `ClientHello`, in bytes. Ours has some 1,500, of which the post-quantum key share takes 1,216; other
+/// Longest `ClientHello`, in bytes. Ours has about 1,500, of which the post-quantum key share takes 1,216; other
 /// implementations add groups and extensions.
 const MAX_HELLO: usize = 6 * 1024;
-/// Longest unfinished part of a flight after it, in bytes: the longest chain that the verifier reads takes 48 KiB.
+/// Longest unfinished part of a later flight, in bytes: the longest chain that the verifier accepts takes 48 KiB.
 const MAX_FLIGHT: usize = 50 * 1024;
-/// Bytes that a peer may send in a whole handshake. What comes with its end is not counted.
+/// Most bytes that a peer may send during a handshake. What arrives together with its last message is not counted.
 const MAX_HANDSHAKE: usize = 64 * 1024;
-/// How long a peer whose handshake has failed may take to hear why.
+/// How long a peer whose handshake has failed may take to read our alert.
 const PARTING: Duration = Duration::from_secs(1);
-/// Bytes that are read from it meanwhile.
+/// Most bytes that are read from it meanwhile.
 const PARTING_BYTES: usize = 64 * 1024;
-/// Unsent bytes that the next write may still join.
+/// Most unsent bytes that the next write may still be appended to.
 const JOIN: usize = 4 * 1024;
 
-/// One end's state machine.
+/// The state machine of one TLS end, client or server.
 pub trait Engine: Unpin {
-    /// What tells the ends apart.
+    /// rustls' data of the end: client or server.
     type Data;
-    /// Bytes of the first message that comes in, at most.
+    /// Most bytes of the first incoming message.
     const MAX_FIRST: usize;
-    /// [`UnbufferedClientConnection`]'s or [`UnbufferedServerConnection`]'s.
+    /// `process_tls_records` of the [`UnbufferedClientConnection`] or [`UnbufferedServerConnection`].
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
-    /// What the handshake agreed.
+    /// The negotiated parameters and the peer's certificates.
     fn state(&self) -> &CommonState;
 }
 
@@ -75,43 +74,43 @@ impl Engine for UnbufferedServerConnection {
 
 /// The end that dials.
 pub type ClientStream = TlsStream<UnbufferedClientConnection>;
-/// The end that is dialled.
+/// The end that accepts.
 pub type ServerStream = TlsStream<UnbufferedServerConnection>;
 
-/// A TLS connection. Its end is part of its data: an end without `close_notify` is [`io::ErrorKind::UnexpectedEof`].
+/// A TLS connection. Its end is authenticated: an end without `close_notify` is [`io::ErrorKind::UnexpectedEof`].
 pub struct TlsStream<E> {
     tcp: TcpStream,
     engine: E,
-    /// The beginning of a record or handshake message whose end has not come.
+    /// The beginning of a record or handshake message that is not complete yet.
     incoming: Vec<u8>,
-    /// Decrypted, and not taken yet.
+    /// Decrypted bytes that were not read yet.
     plain: Vec<u8>,
     taken: usize,
     /// Bytes received during the handshake.
     received: usize,
-    /// Encrypted, and not sent yet.
+    /// Encrypted bytes that were not sent yet.
     outgoing: Option<Buffer>,
-    /// The peer has said its last word.
+    /// Whether the peer has sent `close_notify`.
     ended: bool,
-    /// We have.
+    /// Whether we have sent `close_notify` or can no longer write.
     closing: bool,
-    /// The engine has given up, and is not to be asked again.
+    /// Whether rustls has returned an error; it must not be called again.
     failed: bool,
 }
 
-/// Shakes hands as the end that dials. Our last flight waits for the first write, to go with it.
+/// Does the handshake as the client. Our last flight waits for the first write and leaves with it.
 ///
 /// # Errors
-/// The engine's errors as [`io::ErrorKind::InvalidData`], which hold a [`rustls::Error`]; the socket's as they are.
+/// rustls' errors as [`io::ErrorKind::InvalidData`], holding a [`rustls::Error`]; the socket's errors as they are.
 pub async fn connect(config: Arc<ClientConfig>, name: ServerName<'static>, tcp: TcpStream) -> io::Result<ClientStream> {
     let engine = UnbufferedClientConnection::new(config, name).map_err(invalid)?;
     TlsStream::new(tcp, engine).shake_hands().await
 }
 
-/// Shakes hands as the end that is dialled.
+/// Does the handshake as the server.
 ///
 /// # Errors
-/// As [`connect`].
+/// See [`connect`].
 pub async fn accept(config: Arc<ServerConfig>, tcp: TcpStream) -> io::Result<ServerStream> {
     let engine = UnbufferedServerConnection::new(config).map_err(invalid)?;
     TlsStream::new(tcp, engine).shake_hands().await
@@ -133,12 +132,12 @@ impl<E: Engine> TlsStream<E> {
         }
     }
 
-    /// What the handshake agreed.
+    /// The negotiated parameters and the peer's certificates.
     pub fn state(&self) -> &CommonState {
         self.engine.state()
     }
 
-    /// The socket below.
+    /// The TCP socket underneath.
     pub fn tcp(&self) -> &TcpStream {
         &self.tcp
     }
@@ -151,7 +150,7 @@ impl<E: Engine> TlsStream<E> {
         shaken.map(|()| self)
     }
 
-    /// Ends after an alert. A socket that is closed with unread data resets, and the reset may overtake the alert: what the
+    /// Closes after an alert. Closing a socket with unread data sends a reset, which may discard the alert: what the
     /// peer still sends is read and dropped, within bounds.
     async fn part(&mut self) {
         let tcp = &mut self.tcp;
@@ -174,6 +173,7 @@ impl<E: Engine> TlsStream<E> {
         begun.map_err(|error| self.last_gasp(cx, error))?;
         while self.engine.state().is_handshaking() {
             ready!(self.poll_drain(cx))?;
+            // The peer is not authenticated yet: what it makes us hold is checked before each read.
             self.check_bounds().map_err(|error| self.last_gasp(cx, error))?;
             let mut plain = std::mem::take(&mut self.plain);
             let got = self.poll_receive(cx, |bytes| plain.extend_from_slice(bytes));
@@ -188,9 +188,9 @@ impl<E: Engine> TlsStream<E> {
         Poll::Ready(Ok(()))
     }
 
-    /// Whether an unfinished handshake holds no more than one may.
+    /// Checks that an unfinished handshake holds no more than allowed.
     fn check_bounds(&self) -> io::Result<()> {
-        // Before the first flight was understood no protocol version is agreed.
+        // Until the first flight was parsed, no protocol version is negotiated.
         let bound = if self.engine.state().protocol_version().is_none() { E::MAX_FIRST } else { MAX_FLIGHT };
         if self.incoming.len() > bound {
             return Err(invalid(rustls::Error::General(format!("a handshake message of more than {bound} bytes"))));
@@ -201,7 +201,7 @@ impl<E: Engine> TlsStream<E> {
         Ok(())
     }
 
-    /// Receives once, and hands on what can be decrypted now. Gives the bytes received.
+    /// Receives once and passes on what can be decrypted now. Returns the number of bytes received.
     fn poll_receive(&mut self, cx: &mut Context<'_>, plain: impl FnMut(&[u8])) -> Poll<io::Result<usize>> {
         if self.failed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
@@ -228,7 +228,7 @@ impl<E: Engine> TlsStream<E> {
         Poll::Ready(Ok(received))
     }
 
-    /// Lets the engine say what it has to say, and then, when it may write, `write`; what comes of it waits to be sent.
+    /// Lets rustls queue what it has to send, and then, if it may write, runs `write`. The output waits in `outgoing`.
     fn queue(
         &mut self,
         write: impl FnOnce(&mut WriteTraffic<'_, E::Data>, &mut Option<Buffer>) -> io::Result<()>,
@@ -240,14 +240,14 @@ impl<E: Engine> TlsStream<E> {
         Ok(())
     }
 
-    /// After an error of the engine: its alert is sent if the socket takes it; the error is what counts.
+    /// After an error of rustls: sends its alert if the socket accepts it, and returns the error.
     fn last_gasp(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
         self.failed = true;
         let _ = self.poll_drain(cx);
         error
     }
 
-    /// Sends what is unsent.
+    /// Sends the unsent bytes.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(outgoing) = &mut self.outgoing {
             while !outgoing.content().is_empty() {
@@ -279,9 +279,9 @@ impl<E: Engine> AsyncRead for TlsStream<E> {
             if this.ended {
                 return Poll::Ready(Ok(()));
             }
-            // An answer of the engine's own, such as to a change of keys; reading does not wait for it. A peer that makes
-            // us answer and does not listen runs into the buffer's end.
-            // A socket that takes nothing any more may still hold what the peer said before.
+            // rustls may have an answer of its own, such as to a key update; reading does not wait for it. A peer that
+            // makes us answer and never reads runs into the bound of the buffer. A socket that no longer accepts bytes
+            // may still hold what the peer sent before.
             if let Poll::Ready(Err(_)) = this.poll_drain(cx) {
                 this.outgoing = None;
                 this.closing = true;
@@ -321,7 +321,7 @@ impl<E: Engine> AsyncWrite for TlsStream<E> {
         if !written {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         }
-        // What the socket does not take now, a flush or the next write sends; the task is woken for it.
+        // What the socket does not accept now is sent by a flush or the next write; the task is woken for it.
         match this.poll_drain(cx) {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
             _ => Poll::Ready(Ok(bytes.len())),
@@ -346,8 +346,8 @@ impl<E: Engine> AsyncWrite for TlsStream<E> {
     }
 }
 
-/// Lets the engine take what came in, hand out what it decrypts, and say what it has to say into `out`; then, when it
-/// may write, `write`. Gives the bytes taken.
+/// Lets rustls process the input, pass on what it decrypts, and put its own output into `out`; then, if it may write,
+/// runs `write`. Returns the number of input bytes consumed.
 fn digest<E: Engine>(
     engine: &mut E,
     incoming: &mut [u8],
@@ -377,7 +377,7 @@ fn digest<E: Engine>(
             Ok(ConnectionState::BlockedHandshake | ConnectionState::Closed) => return Ok(used + discard),
             Ok(_) => return Err(invalid(rustls::Error::General("early data, which we never offer".into()))),
             Err(error) => {
-                // What it has for the peer still; it must not be shown the same bytes again beyond that.
+                // Collects the alert for the peer. rustls must not be given the same input again.
                 while engine.state().wants_write() {
                     match engine.process(&mut []).state {
                         Ok(ConnectionState::EncodeTlsData(mut data)) => fill(out, |room| data.encode(room))?,
@@ -391,7 +391,7 @@ fn digest<E: Engine>(
     }
 }
 
-/// Lets the engine put something behind what is there.
+/// Lets rustls append to the output.
 fn fill<E: std::fmt::Display>(
     out: &mut Option<Buffer>,
     put: impl FnOnce(&mut [u8]) -> Result<usize, E>,

@@ -37,7 +37,7 @@ async fn sockets() -> (TcpStream, TcpStream) {
     (a.unwrap(), b.unwrap().0)
 }
 
-/// Both ends ours.
+/// A client and a server of ours, connected.
 async fn pair() -> (ClientStream, ServerStream) {
     let (client, server) = configs();
     let (a, b) = sockets().await;
@@ -116,7 +116,7 @@ async fn a_change_of_keys_in_the_middle_is_followed_and_answered() {
     }
 }
 
-/// Passes the client's bytes on one by one, so that every record and handshake message arrives in pieces.
+/// Passes on the client's bytes one by one, so that every record and handshake message arrives in pieces.
 async fn crumble(mut from: TcpStream, mut to: TcpStream) {
     to.set_nodelay(true).unwrap();
     let (mut heard, mut said) = from.split();
@@ -174,7 +174,7 @@ async fn a_forged_record_ends_the_connection_and_the_peer_is_told() {
     assert!(matches!(told, Some(rustls::Error::DecryptError)), "{error}");
     let error = theirs.read_u8().await.unwrap_err();
     assert!(error.to_string().contains("BadRecordMac"), "{error}");
-    // And nothing more is believed or said.
+    // Afterwards nothing more is read or written.
     assert!(ours.read_u8().await.is_err() && ours.write_all(b"x").await.is_err());
 }
 
@@ -196,7 +196,7 @@ async fn a_handshake_message_without_end_is_bounded() {
     let (_, server) = configs();
     let (mut a, b) = sockets().await;
     let accepting = tokio::spawn(async move { accept(server, b).await.err().unwrap() });
-    // A ClientHello that says 16 MiB, in records of 16 KiB.
+    // A ClientHello that announces 16 MiB, in records of 16 KiB.
     let mut record = vec![22, 3, 1, 0x40, 0];
     record.extend([1, 255, 255, 255]);
     record.resize(5 + 16 * 1024, 7);
@@ -229,7 +229,7 @@ async fn a_peer_that_makes_us_answer_and_does_not_listen_is_not_read_for_ever() 
         }
     };
     let _ = tokio::time::timeout(Duration::from_secs(5), flood).await;
-    // Either it has given up, or it waits; what it owes is one buffer at most.
+    // Either it has given up or it waits; it holds one buffer at most.
     assert!(!reading.is_finished() || reading.await.unwrap().failed);
 }
 
@@ -250,7 +250,7 @@ async fn a_client_hello_that_is_longer_than_any_of_ours_is_not_waited_for() {
     let (_, server) = configs();
     let (mut a, b) = sockets().await;
     let accepting = tokio::spawn(async move { accept(server, b).await.err().unwrap() });
-    // One record of 16 KiB, of which less than half comes and the rest never.
+    // One record of 16 KiB, of which less than half arrives and the rest never does.
     let mut record = vec![22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3];
     record.resize(MAX_HELLO + 1, 7);
     a.write_all(&record).await.unwrap();
@@ -264,7 +264,7 @@ async fn an_alert_is_heard_by_a_peer_that_has_sent_more_than_was_read() {
         let (_, server) = configs();
         let (mut a, b) = sockets().await;
         let accepting = tokio::spawn(async move { accept(server, b).await.err().unwrap() });
-        // No ClientHello, and so much behind it that a close would find bytes that nobody has read.
+        // Not a ClientHello, followed by enough bytes that a close would find unread ones.
         let mut sent = vec![22, 3, 1, 0, 8, 9, 0, 0, 4, 1, 2, 3, 4];
         sent.resize(100_000, 7);
         a.write_all(&sent).await.unwrap();
@@ -281,7 +281,7 @@ async fn what_was_said_before_a_reset_is_read_though_a_write_has_failed() {
     let (mut client, mut server) = pair().await;
     server.write_all(&vec![5; 30_000]).await.unwrap();
     server.flush().await.unwrap();
-    // Time for it to arrive; then the server goes, with a reset.
+    // Wait until it has arrived; then the server goes away with a reset.
     while crate::kernel::standing(server.tcp()).unacknowledged > 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

@@ -2,12 +2,12 @@
 
 mod wire;
 
-/// Doors for the fuzz targets in `fuzz/`.
+/// Entry points for the fuzz targets in `fuzz/`.
 #[cfg(fuzzing)]
 pub mod fuzzing {
     use super::wire::{Answer, messages, read_rule};
 
-    /// Reads the input as what the kernel sends.
+    /// Parses the input as messages from the kernel.
     pub fn answers(data: &[u8]) {
         for answer in messages(data) {
             if let Answer::Rule(rule) = answer {
@@ -26,17 +26,17 @@ use crate::rules::{Hook, Match, Rule, Verdict};
 use crate::{InstalledRule, Redirect, RedirectError};
 use wire::{Batch, Expressions, Message, attributes};
 
-/// Our table's name.
+/// Name of our table.
 const TABLE: &str = "countersign";
 /// Priority of destination NAT (netfilter's `NF_IP_PRI_NAT_DST`).
 const DSTNAT: i32 = -100;
-/// Priority of filters (netfilter's `NF_IP_PRI_FILTER`): they see where NAT has sent a connection.
+/// Priority of filters (netfilter's `NF_IP_PRI_FILTER`): they see connections after NAT.
 const FILTER: i32 = 0;
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 const IPPROTO_ICMPV6: u8 = 58;
-/// Largest answer that is read at once, in bytes.
+/// Largest answer that is received at once, in bytes.
 const RECEIVE: usize = 256 * 1024;
 
 fn chain_of(hook: Hook) -> &'static str {
@@ -48,7 +48,7 @@ fn chain_of(hook: Hook) -> &'static str {
     }
 }
 
-/// Puts the table in place of an earlier one, all or nothing. A kernel that cannot log drops all the same.
+/// Replaces the table in one transaction, all or nothing. A kernel that cannot log still drops.
 pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
     let rules = redirect.rules();
     match transact(batch(&rules)) {
@@ -62,7 +62,8 @@ pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
 
 fn batch(rules: &[Rule]) -> Batch {
     let mut batch = Batch::new();
-    // Adding, deleting and adding again in one transaction replaces the table whether or not it was there.
+    // Add, delete and add again in one transaction replaces the table, whether or not it existed: at no moment is there
+    // no redirect.
     batch.new_table(TABLE).delete_table(TABLE).new_table(TABLE);
     for hook in Hook::ALL {
         let rules: Vec<&Rule> = rules.iter().filter(|r| r.hook == hook).collect();
@@ -78,14 +79,14 @@ fn batch(rules: &[Rule]) -> Batch {
     batch
 }
 
-/// Removes the table; one that is not there is fine.
+/// Removes the table. It need not exist.
 pub fn remove() -> Result<(), RedirectError> {
     let mut batch = Batch::new();
     batch.new_table(TABLE).delete_table(TABLE);
     transact(batch)
 }
 
-/// Our rules as the kernel has them.
+/// Our rules as the kernel has them; empty if there is no table.
 pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
     let socket = open().map_err(from_kernel)?;
     socket.send(&Message::dump_rules(TABLE), 0).map_err(from_kernel)?;
@@ -97,7 +98,7 @@ pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
             match message {
                 wire::Answer::Done => return Ok(found),
                 wire::Answer::Error(0) => {}
-                // The table is not there.
+                // The table does not exist.
                 wire::Answer::Error(code) if code == nix::libc::ENOENT => return Ok(vec![]),
                 wire::Answer::Error(code) => return Err(from_kernel(io::Error::from_raw_os_error(code))),
                 wire::Answer::Rule(attributes) => found.extend(wire::read_rule(attributes)),
@@ -145,7 +146,7 @@ fn from_kernel(error: io::Error) -> RedirectError {
     }
 }
 
-/// A rule as nf_tables' little machine runs it: load, compare, decide.
+/// A rule as a program of nf_tables' virtual machine: load, compare, decide.
 fn expressions(rule: &Rule) -> Expressions {
     let mut all = Expressions::new();
     let (e, out) = (&mut all, rule.hook.is_out());
@@ -200,12 +201,12 @@ fn expressions(rule: &Rule) -> Expressions {
     all
 }
 
-/// Goes on for this destination port; TCP and UDP have it at the same place.
+/// Continues for this destination port, which is at the same place in TCP and UDP.
 fn port_of(e: &mut Expressions, protocol: u8, port: u16) {
     e.protocol(protocol).transport_header(2, 2).equals(&port.to_be_bytes());
 }
 
-/// Goes on for a destination (`out`) or source in this network. Offsets: RFC 791 3.1, RFC 8200 3.
+/// Continues for a destination (`out`) or source in this network. Offsets: RFC 791 3.1, RFC 8200 3.
 fn net(e: &mut Expressions, net: ipnet::IpNet, out: bool) {
     match net {
         ipnet::IpNet::V4(net) => {

@@ -3,20 +3,20 @@
 use crate::InstalledRule;
 use crate::rules::Hook;
 
-/// Numbers of the kernel's interface that rules are written with.
+/// Constants of the kernel interface that rules use.
 pub mod attributes {
-    /// Name of the interface that a packet came in by.
+    /// Name of a packet's incoming interface.
     pub const META_IIFNAME: u32 = 6;
-    /// Name of the interface that a packet leaves by.
+    /// Name of a packet's outgoing interface.
     pub const META_OIFNAME: u32 = 7;
-    /// User of the socket that sends.
+    /// User ID of the sending socket.
     pub const META_SKUID: u32 = 10;
     /// IP version of a packet.
     pub(super) const META_NFPROTO: u32 = 15;
     pub(super) const META_L4PROTO: u32 = 16;
-    /// IPv4.
+    /// Value of [`META_NFPROTO`] for IPv4.
     pub const NFPROTO_IPV4: u8 = 2;
-    /// IPv6.
+    /// Value of [`META_NFPROTO`] for IPv6.
     pub const NFPROTO_IPV6: u8 = 10;
 }
 
@@ -51,10 +51,10 @@ const CT_STATE: u32 = 0;
 const CT_STATE_INVALID: u32 = 1;
 const CT_DIRECTION: u32 = 1;
 const CT_DIRECTION_REPLY: u8 = 1;
-/// One packet of many: ten a minute, five at once.
+/// Rate and burst of logged packets: ten per minute, five at once.
 const SAMPLES: (u64, u32) = (10, 5);
 const SECONDS_OF_SAMPLES: u64 = 60;
-/// Level of `syslog` for what is remarkable and no error.
+/// `syslog` level of notices.
 const LOG_NOTICE: u32 = 5;
 
 /// Attributes under construction.
@@ -90,7 +90,7 @@ impl Attributes {
     }
 }
 
-/// One message, header included.
+/// Builds one message, including its header.
 pub struct Message;
 
 impl Message {
@@ -112,14 +112,14 @@ impl Message {
         NFNL_SUBSYS_NFTABLES << 8 | kind
     }
 
-    /// Asks for every rule of a table.
+    /// Requests all rules of a table.
     pub fn dump_rules(table: &str) -> Vec<u8> {
         let body = Attributes::with(|a| a.text(1, table));
         Self::bytes(Self::nftables(GETRULE), NLM_F_REQUEST | NLM_F_DUMP, 1, NFPROTO_INET, 0, &body)
     }
 }
 
-/// A transaction.
+/// A transaction under construction.
 pub struct Batch {
     bytes: Vec<u8>,
     messages: u32,
@@ -143,7 +143,7 @@ impl Batch {
         self
     }
 
-    /// Makes a table where it is missing.
+    /// Creates a table if it is missing.
     pub fn new_table(&mut self, name: &str) -> &mut Self {
         let body = Attributes::with(|a| a.text(1, name).u32(2, 0));
         self.push(NEWTABLE, NLM_F_CREATE, &body)
@@ -155,7 +155,7 @@ impl Batch {
         self.push(DELTABLE, 0, &body)
     }
 
-    /// Adds a base chain of this type at a hook; what no rule decides is accepted.
+    /// Adds a base chain of this type at a hook. Packets that no rule decides on are accepted.
     pub fn new_chain(&mut self, table: &str, name: &str, kind: &str, hook: Hook, priority: i32) -> &mut Self {
         // Numbers of `enum nf_inet_hooks`.
         let number = match hook {
@@ -169,10 +169,10 @@ impl Batch {
         self.push(NEWCHAIN, NLM_F_CREATE, &body)
     }
 
-    /// Adds a rule behind those that a chain has.
+    /// Appends a rule to a chain.
     pub fn new_rule(&mut self, table: &str, chain: &str, expressions: Expressions, comment: &str) -> &mut Self {
         let list = Attributes(expressions.0.0);
-        // nft keeps comments as type 0 of its own type-length-value format, ended by NUL.
+        // nft stores comments as type 0 of its own type-length-value format, terminated by NUL.
         let comment: Vec<u8> = comment.bytes().take(120).chain([0]).collect();
         let user_data = [&[0, u8::try_from(comment.len()).unwrap_or(u8::MAX)][..], &comment].concat();
         let body = Attributes::with(|a| a.text(1, table).text(2, chain).nested(4, &list).put(7, &user_data));
@@ -199,11 +199,11 @@ impl Batch {
     }
 }
 
-/// What a rule does, step by step.
+/// The steps of a rule.
 pub struct Expressions(Attributes);
 
 impl Expressions {
-    /// No step yet.
+    /// A rule without steps.
     pub fn new() -> Self {
         Self(Attributes::default())
     }
@@ -215,23 +215,23 @@ impl Expressions {
         self
     }
 
-    /// Loads a fact about the packet.
+    /// Loads metadata of the packet.
     pub fn meta(&mut self, key: u32) -> &mut Self {
         self.step("meta", |a| a.u32(1, REGISTER_1).u32(2, key))
     }
 
-    /// Goes on where the loaded value is this one.
+    /// Continues if the loaded value equals this one.
     pub fn equals(&mut self, value: &[u8]) -> &mut Self {
         let data = Attributes::with(|a| a.put(1, value));
         self.step("cmp", |a| a.u32(1, REGISTER_1).u32(2, 0).nested(3, &data))
     }
 
-    /// Goes on for this protocol above IP.
+    /// Continues for this protocol above IP.
     pub fn protocol(&mut self, number: u8) -> &mut Self {
         self.meta(attributes::META_L4PROTO).equals(&[number])
     }
 
-    /// Goes on for a packet that answers one which went the other way.
+    /// Continues for packets of the reply direction of a connection.
     pub fn reply(&mut self) -> &mut Self {
         self.step("ct", |a| a.u32(1, REGISTER_1).u32(2, CT_DIRECTION)).equals(&[CT_DIRECTION_REPLY])
     }
@@ -255,12 +255,12 @@ impl Expressions {
         self.header(1, offset, length)
     }
 
-    /// Loads bytes of the TCP header.
+    /// Loads bytes of the TCP or UDP header.
     pub fn transport_header(&mut self, offset: u32, length: u32) -> &mut Self {
         self.header(2, offset, length)
     }
 
-    /// Keeps the bits of the mask.
+    /// Keeps the bits of the mask in the loaded value.
     pub fn mask(&mut self, mask: &[u8]) -> &mut Self {
         let value = |bytes: &[u8]| Attributes::with(|a| a.put(1, bytes));
         let (keep, flip) = (value(mask), value(&vec![0; mask.len()]));
@@ -270,12 +270,12 @@ impl Expressions {
         })
     }
 
-    /// Counts.
+    /// Counts packets and bytes.
     pub fn counter(&mut self) -> &mut Self {
         self.step("counter", |a| a)
     }
 
-    /// Leaves the chain.
+    /// Leaves the chain without a further rule.
     pub fn returns(&mut self) -> &mut Self {
         self.verdict(VERDICT_RETURN)
     }
@@ -291,7 +291,7 @@ impl Expressions {
         self.step("immediate", |a| a.u32(1, REGISTER_VERDICT).nested(2, &data))
     }
 
-    /// Writes some of the packets into the kernel's log.
+    /// Writes some of the packets to the kernel's log.
     pub fn samples(&mut self, prefix: &str) -> &mut Self {
         let (rate, burst) = SAMPLES;
         self.step("limit", |a| {
@@ -300,7 +300,7 @@ impl Expressions {
         self.step("log", |a| a.text(2, prefix).u32(5, LOG_NOTICE))
     }
 
-    /// Sends the connection to a local port.
+    /// Redirects the connection to a local port.
     pub fn redirect_to(&mut self, port: u16) -> &mut Self {
         let data = Attributes::with(|a| a.put(1, &port.to_be_bytes()));
         self.step("immediate", |a| a.u32(1, REGISTER_1).nested(2, &data));
@@ -309,13 +309,13 @@ impl Expressions {
     }
 }
 
-/// What the kernel answers.
+/// A message from the kernel.
 pub enum Answer<'a> {
-    /// The dump is over.
+    /// The end of a dump.
     Done,
-    /// An acknowledgement (0) or an error number, positive.
+    /// An acknowledgement (0) or a positive error number.
     Error(i32),
-    /// A rule's attributes.
+    /// The attributes of a rule.
     Rule(&'a [u8]),
 }
 
@@ -327,7 +327,7 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-/// Every message of a buffer that is of interest here.
+/// The relevant messages of a buffer. Stops at the first malformed one.
 pub fn messages(buffer: &[u8]) -> impl Iterator<Item = Answer<'_>> {
     let mut rest = buffer;
     std::iter::from_fn(move || {
@@ -340,7 +340,8 @@ pub fn messages(buffer: &[u8]) -> impl Iterator<Item = Answer<'_>> {
                 NLMSG_DONE => return Some(Answer::Done),
                 NLMSG_ERROR => {
                     let code = i32::from_ne_bytes(message.get(..4)?.try_into().ok()?);
-                    // The least number has no positive twin; the kernel sends none such, and a panic would be no answer to it.
+                    // The smallest number has no positive counterpart; the kernel never sends it, and it must not cause
+                    // a panic.
                     return Some(Answer::Error(code.saturating_neg()));
                 }
                 k if k == Message::nftables(NEWRULE) => return Some(Answer::Rule(message.get(4..)?)),
@@ -350,7 +351,7 @@ pub fn messages(buffer: &[u8]) -> impl Iterator<Item = Answer<'_>> {
     })
 }
 
-/// The attributes of a message, type and value.
+/// The attributes of a message, type and value. Stops at the first malformed one.
 fn each(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
@@ -366,7 +367,7 @@ fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     each(bytes).find(|(k, _)| *k == kind).map(|(_, v)| v)
 }
 
-/// Comment and counter of a rule.
+/// The comment and the counter of a rule; `None` if it has no comment.
 pub fn read_rule(rule: &[u8]) -> Option<InstalledRule> {
     let user_data = find(rule, 7)?;
     let length = usize::from(*user_data.get(1)?);

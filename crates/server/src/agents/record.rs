@@ -1,4 +1,4 @@
-//! An attested agent as it is kept.
+//! The stored record of an attested agent.
 
 use countersign_identity::SpiffeId;
 use countersign_identity::selector::SelectorSet;
@@ -12,23 +12,23 @@ use crate::node_attestor::EvidenceKey;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Stored", into = "Stored")]
 pub struct AttestedAgent {
-    /// Its identity.
+    /// SPIFFE ID of the agent.
     pub id: SpiffeId,
-    /// Which attestor passed it.
+    /// Name of the attestor that accepted it.
     pub attestation_type: String,
-    /// What the attestor found.
+    /// Selectors of the node, found by the attestor.
     pub selectors: SelectorSet,
-    /// Serial of its SVID, lower-case hex.
+    /// Serial of its current SVID, lower-case hex.
     pub serial: String,
-    /// Serial of the SVID before; it may still be in use while the new one travels.
+    /// Serial of its previous SVID, which may still be in use while the new one is in transit.
     pub previous_serial: String,
-    /// End of its SVID.
+    /// When its current SVID expires.
     pub expires_at: OffsetDateTime,
-    /// Refused until it is evicted.
+    /// Whether it is rejected until it is evicted.
     pub banned: bool,
-    /// May attest itself again with the same evidence.
+    /// Whether it may attest again with the same evidence.
     pub can_reattest: bool,
-    /// What it attested with, where that outlives its ID: a ban holds for it under every ID.
+    /// The evidence that it attested with, if that is reusable: a ban applies to it under every agent ID.
     pub evidence: Option<EvidenceKey>,
 }
 

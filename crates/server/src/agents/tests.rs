@@ -1,4 +1,4 @@
-//! A ban is final, whatever else is under way.
+//! A ban is final, whatever other calls are in progress.
 
 use super::*;
 use crate::datastore::Sqlite;
@@ -33,7 +33,7 @@ fn admitted(agents: &Agents, name: &str) -> Result<Arc<AttestedAgent>, Denied> {
     agents.admit(&id(name), &serial, NOW + time::Duration::HOUR, NOW)
 }
 
-/// Renews with whatever SVID is the agent's now, as an agent with several calls under way does.
+/// Renews with the agent's current SVID again and again, as an agent with several concurrent calls does.
 async fn renew_for_ever(agents: Arc<Agents>, name: String) {
     for n in 1.. {
         let Ok(now) = admitted(&agents, &name) else { return };
@@ -79,7 +79,7 @@ async fn another_servers_ban_is_not_written_back() {
     let two = Agents::load(store.clone()).await.unwrap();
     two.ban(&id("a")).await.unwrap();
     two.evict(&id("b")).await.unwrap();
-    // The first server has seen neither.
+    // The first server has seen neither change.
     let renewal = Renewal { in_use: "0".into(), serial: "1".into(), expires_at: NOW };
     assert!(matches!(one.renewed(&id("a"), &renewal).await, Err(ChangeError::Denied(Denied::Banned))));
     assert!(matches!(one.renewed(&id("b"), &renewal).await, Err(ChangeError::Denied(Denied::NotAttested))));
@@ -103,7 +103,7 @@ async fn a_banned_node_does_not_come_back_under_another_name_nor_act_under_one_t
     assert!(matches!(agents.attested(agent("third", "key")).await, Err(ChangeError::Denied(Denied::Banned))));
     agents.evict(&id("second")).await.unwrap();
     assert!(agents.may_attest(&id("third"), Some(&evidence)).is_err(), "the other record's eviction lifts no ban");
-    // After a restart too; and the operator's eviction of the banned record lifts it.
+    // Also after a restart; the operator's eviction of the banned record lifts the ban.
     let agents = Agents::load(store).await.unwrap();
     assert!(agents.may_attest(&id("third"), Some(&evidence)).is_err());
     agents.evict(&id("first")).await.unwrap();

@@ -1,4 +1,4 @@
-//! What can go wrong with an authority.
+//! Errors of authorities.
 
 use std::time::Duration;
 
@@ -12,50 +12,51 @@ use crate::upstream_authority::UpstreamError;
 /// Why an authority could not be prepared, activated, tainted, revoked or used.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
-    /// No authority of that ID.
+    /// There is no authority with this ID.
     #[error("there is no authority `{0}`; `countersign authority show` lists them")]
     Unknown(String),
-    /// It is not in the state that the command needs.
+    /// The authority is not in the state that the command requires.
     #[error("authority `{id}` is {status}; {needed}")]
     State {
-        /// Which.
+        /// ID of the authority.
         id: String,
-        /// Where it is in its life.
+        /// Current state of the authority.
         status: Status,
-        /// What the command needs, and the next step.
+        /// The required state, and the next step.
         needed: &'static str,
     },
-    /// The roots are not ours to taint.
+    /// The roots belong to the upstream authority and cannot be tainted here.
     #[error("the roots come from the upstream authority; taint or revoke them there, then restart with the new files")]
     Upstream,
-    /// No authority signs yet.
+    /// No authority is active yet.
     #[error("no authority is active yet")]
     NotReady,
-    /// The call names no authority. An empty name must not mean "whichever is there".
+    /// The request names no authority. An empty ID must not mean "any".
     #[error("no authority ID provided")]
     NoId,
-    /// Revoking takes a taint first: without it nothing was renewed, and everything under the authority would be cut off.
+    /// The authority must be tainted first. Otherwise nothing was renewed, and everything under the authority would be
+    /// cut off.
     #[error(
         "authority `{0}` is not tainted, and it is not possible to revoke an untainted one: what it signed was not renewed \
          and would be cut off; run `countersign authority taint --id {0}` first and give agents a minute to renew"
     )]
     Untainted(String),
-    /// The upstream authority did not answer in time.
+    /// The upstream authority did not answer within this time.
     #[error("the upstream authority has not answered for {} seconds; trying again", .0.as_secs())]
     UpstreamTimeout(Duration),
-    /// The store did not keep the change, so it was not made.
+    /// The store rejected the change, so it was not made.
     #[error(transparent)]
     Store(#[from] DataStoreError),
-    /// The key could not be kept.
+    /// The key manager could not store or find the key.
     #[error(transparent)]
     Key(#[from] KeyManagerError),
-    /// The upstream authority refused.
+    /// The upstream authority refused to sign.
     #[error(transparent)]
     UpstreamRefused(#[from] UpstreamError),
-    /// Signing failed.
+    /// Issuing a certificate failed.
     #[error(transparent)]
     Issue(#[from] IssueError),
-    /// A certificate that cannot be an authority.
+    /// The certificate may not be an authority.
     #[error(transparent)]
     Bundle(#[from] countersign_identity::bundle::BundleError),
 }

@@ -1,4 +1,4 @@
-//! When an authority is due. All of it is arithmetic on times that are given.
+//! When an authority is due: arithmetic on times that callers pass in.
 
 use std::time::Duration;
 
@@ -9,23 +9,24 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::Record;
 
-/// An authority that begins later than this from now was made while the clock was ahead.
+/// An authority whose validity starts later than this from now was created while the clock was ahead.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
-/// How long an authority is kept after its end, at least and at most: its own lifetime in between. A clock that is ahead for
-/// a moment must not cost keys and roots. (SPIRE keeps them for a day; with a TTL of seconds a day would hold thousands.)
+/// How long an expired authority is kept: its own lifetime, but at least the first and at most the second. A clock that
+/// is ahead for a moment must not delete keys and roots. (SPIRE keeps them for a day; with a lifetime of seconds a day
+/// would keep thousands.)
 const GRACE: (Duration, Duration) = (Duration::from_secs(3_600), Duration::from_secs(86_400));
 
-/// What has to be done for the active authority.
+/// The work that is due for the active authority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Due {
-    /// Another one has to stand ready.
+    /// Whether a successor must be prepared.
     pub prepare: bool,
-    /// The other one has to sign.
+    /// Whether the successor must be activated.
     pub activate: bool,
 }
 
 impl Due {
-    /// What is due at `now`. Without an active authority, or with one that cannot sign now, all of it.
+    /// The work that is due at `now`: both steps if there is no active authority, or it is not valid now.
     pub fn at(now: OffsetDateTime, active: Option<&Record>) -> Self {
         let Some(active) = active.filter(|r| is_usable(r, now)) else { return Self { prepare: true, activate: true } };
         let (from, until) = validity_of(&active.certificate);
@@ -33,20 +34,20 @@ impl Due {
     }
 }
 
-/// Whether an authority's certificate is valid now, clocks that differ a little granted.
+/// Whether an authority's certificate is valid now, with a tolerance for clocks that differ.
 pub fn is_usable(record: &Record, now: OffsetDateTime) -> bool {
     let (from, until) = validity_of(&record.certificate);
     from <= now + CLOCK_TOLERANCE && now < until
 }
 
-/// Whether an authority ended so long ago that nothing of it has to be kept.
+/// Whether an authority expired so long ago that it may be deleted.
 pub fn is_forgotten(certificate: &CertificateDer<'_>, now: OffsetDateTime) -> bool {
     let (from, until) = validity_of(certificate);
     let lifetime: Duration = (until - from).try_into().unwrap_or(Duration::ZERO);
     until + lifetime.clamp(GRACE.0, GRACE.1) <= now
 }
 
-/// Validity of a certificate that was parsed before it came into the journal.
+/// Validity (start, end) of a certificate that was parsed before it entered the journal.
 pub fn validity_of(certificate: &CertificateDer<'_>) -> (OffsetDateTime, OffsetDateTime) {
     X509Certificate::from_der(certificate).map_or((OffsetDateTime::UNIX_EPOCH, OffsetDateTime::UNIX_EPOCH), |(_, c)| {
         (c.validity().not_before.to_datetime(), c.validity().not_after.to_datetime())

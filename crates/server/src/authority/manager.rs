@@ -1,4 +1,5 @@
-//! Prepares, activates, retires, taints and revokes authorities, and publishes the bundle before each first use.
+//! Prepares, activates, retires, taints and revokes authorities. Each one is published in the bundle before its first
+//! use.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,24 +19,24 @@ use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
 use crate::key_manager::KeyManager;
 use crate::upstream_authority::UpstreamAuthority;
 
-/// Authorities kept in the journal (SPIRE: 10).
+/// Most authorities in the journal (SPIRE: 10).
 const JOURNAL_LENGTH: usize = 10;
-/// How often workloads are told to look for a new bundle, at most.
+/// Longest interval at which workloads are asked to refresh the bundle.
 const MAX_REFRESH_HINT: Duration = Duration::from_secs(300);
 
-/// What the manager needs to know and have.
+/// Settings and dependencies of [`Authorities`].
 pub struct Settings {
-    /// What it signs for.
+    /// The trust domain that the authorities sign for.
     pub trust_domain: TrustDomain,
-    /// Life and key type of the next authority.
+    /// Lifetime and key type of the next authority.
     pub issuance: watch::Receiver<Issuance>,
-    /// Where keys live.
+    /// Stores the private keys.
     pub keys: Arc<dyn KeyManager>,
-    /// The PKI above us.
+    /// The CA above us; `None` makes each authority its own root.
     pub upstream: Option<Arc<dyn UpstreamAuthority>>,
-    /// Where the journal lives.
+    /// Stores the journal and the bundle.
     pub store: Arc<dyn DataStore>,
-    /// The time.
+    /// The current time.
     pub clock: Clock,
 }
 
@@ -43,24 +44,25 @@ pub struct Settings {
 pub struct Authorities {
     settings: Settings,
     upstream: Option<UpstreamCall>,
-    /// Held by the one who changes authorities, while the upstream is asked too: who only reads takes `journal`.
+    /// Locked while authorities change, including calls to the upstream. Readers use `journal` instead and never wait.
     writer: Mutex<Journal>,
     journal: ArcSwap<Vec<Record>>,
     active: ArcSwapOption<SigningAuthority>,
     bundle: watch::Sender<Arc<X509Bundle>>,
 }
 
-/// The journal as the store has it.
+/// The journal as it is in the store.
 struct Journal {
-    /// Oldest first.
+    /// Authorities, the oldest first.
     records: Vec<Record>,
     version: Version,
-    /// The key manager may hold keys that no record names.
+    /// Whether the key manager may hold keys without a record.
     unswept: bool,
 }
 
 impl Authorities {
-    /// Takes up the journal of an earlier run, or starts anew; in the end one authority is active.
+    /// Loads the journal of an earlier run or starts a new one, and rotates. Afterwards one authority is active.
+    /// Errors: none could be activated.
     pub async fn load(settings: Settings) -> Result<Self, AuthorityError> {
         let td = &settings.trust_domain;
         let Versioned { value: mut records, version } = settings.store.authorities().await?;
@@ -76,7 +78,7 @@ impl Authorities {
             upstream: settings.upstream.clone().map(|upstream| UpstreamCall::new(upstream, DEADLINE)),
             settings,
             journal: ArcSwap::from_pointee(records.clone()),
-            // A crash between making a key and storing its record leaves the key behind.
+            // A crash between generating a key and storing its record leaves a key without a record.
             writer: Mutex::new(Journal { records, version, unswept: true }),
             active: ArcSwapOption::new(active),
             bundle: watch::Sender::new(Arc::new(bundle)),
@@ -85,7 +87,8 @@ impl Authorities {
             if authorities.active.load().is_none() {
                 return Err(error);
             }
-            // The next one cannot be made now; the one that signs is good, so there is no reason to stay down.
+            // The next authority cannot be created now, but the active one still signs, so there is no reason not to
+            // start.
             tracing::error!(%error, "cannot rotate the authorities; trying again");
         }
         Ok(authorities)
@@ -95,23 +98,23 @@ impl Authorities {
         (self.settings.clock)()
     }
 
-    /// Our trust domain's bundle, and each change to it.
+    /// Our trust domain's bundle, with notification of each change.
     pub fn bundle(&self) -> watch::Receiver<Arc<X509Bundle>> {
         self.bundle.subscribe()
     }
 
-    /// The journal, oldest first. Never waits for a change under way.
+    /// The journal, the oldest first. Never waits for a change in progress.
     pub fn journal(&self) -> Arc<Vec<Record>> {
         self.journal.load_full()
     }
 
-    /// Signs a leaf with the active authority.
+    /// Signs a leaf with the active authority. Errors: [`AuthorityError::NotReady`], [`AuthorityError::Issue`].
     pub fn sign(&self, request: &LeafRequest<'_>) -> Result<Issued, AuthorityError> {
         let active = self.active.load_full().ok_or(AuthorityError::NotReady)?;
         Ok(issue_leaf(request, &active, self.now())?)
     }
 
-    /// Does what is due now: prepares, activates, forgets what has ended, sweeps keys that nobody names.
+    /// Does what is due now: prepares, activates, deletes expired authorities and keys without a record.
     pub async fn rotate(&self) -> Result<(), AuthorityError> {
         let now = self.now();
         let mut journal = self.writer.lock().await;
@@ -128,17 +131,17 @@ impl Authorities {
         {
             self.activate_in(&mut journal, &prepared.id).await?;
         }
-        // Last: the bundle holds the new authority by now and cannot run empty.
+        // Last: the bundle now holds the new authority and cannot become empty.
         self.forget_ended(&mut journal, now).await
     }
 
-    /// Prepares a new authority now; one that was prepared before is dropped.
+    /// Prepares a new authority now. It replaces one that was prepared before.
     pub async fn prepare(&self) -> Result<Record, AuthorityError> {
         let mut journal = self.writer.lock().await;
         self.prepare_in(&mut journal, self.now()).await
     }
 
-    /// Lets this prepared authority sign from now on.
+    /// Makes this prepared authority the signing one.
     pub async fn activate(&self, id: &str) -> Result<Record, AuthorityError> {
         let mut journal = self.writer.lock().await;
         match journal.named(id)?.status {
@@ -157,6 +160,7 @@ impl Authorities {
         }
         let mut journal = self.writer.lock().await;
         let record = journal.named(id)?.clone();
+        // The active authority cannot be tainted: the renewed SVIDs would be under it again.
         match record.status {
             Status::Old => {}
             Status::Tainted => return Ok(record),
@@ -175,13 +179,14 @@ impl Authorities {
         record.ok_or_else(|| AuthorityError::Unknown(id.to_owned()))
     }
 
-    /// Takes a tainted authority out of the bundle: nothing under it is trusted any more.
+    /// Removes a tainted authority from the bundle: nothing under it is trusted any more.
     pub async fn revoke(&self, id: &str) -> Result<Record, AuthorityError> {
         if self.settings.upstream.is_some() {
             return Err(AuthorityError::Upstream);
         }
         let mut journal = self.writer.lock().await;
         let record = journal.named(id)?.clone();
+        // Tainted first: by then agents have renewed, so that the revocation cuts off only what did not.
         match record.status {
             Status::Tainted => {}
             Status::Old => return Err(AuthorityError::Untainted(id.to_owned())),
@@ -197,7 +202,7 @@ impl Authorities {
         Ok(record)
     }
 
-    /// Adds authorities that somebody else signs with (SPIRE: AppendBundle).
+    /// Adds authorities that another party signs with (SPIRE: AppendBundle).
     pub async fn append(&self, more: Vec<X509Authority>) -> Result<(), AuthorityError> {
         let mut journal = self.writer.lock().await;
         let next = journal.records.clone();
@@ -212,8 +217,8 @@ impl Authorities {
         let Issuance { ca_ttl, ca_key_type, .. } = *self.settings.issuance.borrow();
         let key_name = random_name()?;
         let key = self.settings.keys.generate(&key_name, ca_key_type)?;
-        // Whatever goes wrong from here on, the key that nobody names in the end is swept: the new one if its record was not
-        // stored, the dropped one if it was.
+        // From here on, an error leaves a key without a record, which the sweep removes: the new key if its record was
+        // not stored, the replaced one if it was.
         journal.unswept = true;
         let made = self.publish_prepared(journal, &key_name, &key, ca_ttl, now).await;
         self.sweep(journal);
@@ -249,6 +254,7 @@ impl Authorities {
         next.push(record.clone());
         let excess = next.len().saturating_sub(JOURNAL_LENGTH);
         next.drain(..excess);
+        // Published before it signs anything: by the time of its activation every peer trusts it.
         self.commit(journal, next, |bundle| {
             bundle.authorities.retain(|a| !dropped.iter().any(|id| id == a.id()));
             bundle.refresh_hint = (ca_ttl / 10).min(MAX_REFRESH_HINT);
@@ -266,13 +272,14 @@ impl Authorities {
         let mut next = journal.records.clone();
         next.iter_mut().filter(|r| r.status == Status::Active).for_each(|r| r.status = Status::Old);
         let activated = set_status(&mut next, id, Status::Active).ok_or_else(gone)?;
+        // Stored before the switch: after a crash the journal names the authority that has signed.
         self.commit(journal, next, |_| {}).await?;
         self.active.store(Some(Arc::new(signer)));
         tracing::info!(authority = id, "authority active");
         Ok(activated)
     }
 
-    /// Forgets authorities and roots that ended long enough ago, and their keys.
+    /// Deletes authorities and roots that expired long enough ago, and their keys.
     async fn forget_ended(&self, journal: &mut Journal, now: OffsetDateTime) -> Result<(), AuthorityError> {
         let over = |r: &Record| r.status != Status::Active && is_forgotten(&r.certificate, now);
         let root_over = |a: &X509Authority| is_forgotten(a.der(), now);
@@ -288,7 +295,7 @@ impl Authorities {
         Ok(())
     }
 
-    /// Removes the keys that no record names. What cannot be removed now is tried again with the next rotation.
+    /// Removes keys without a record. A failure is tried again with the next rotation.
     fn sweep(&self, journal: &mut Journal) {
         let named = |name: &String| journal.records.iter().any(|r| r.key_name == *name);
         let swept = self.settings.keys.names().and_then(|names| {
@@ -300,7 +307,7 @@ impl Authorities {
         }
     }
 
-    /// Stores the journal and the bundle together, then publishes. If the store refuses, nothing has changed.
+    /// Stores journal and bundle in one transaction, then publishes them. If the store fails, nothing has changed.
     async fn commit(
         &self,
         journal: &mut Journal,
@@ -313,6 +320,7 @@ impl Authorities {
         if changed {
             bundle.sequence += 1;
         }
+        // Stored before published: peers must never trust an authority that a restart would forget.
         match self.settings.store.put_authorities(&next, &bundle, journal.version).await? {
             Written::Stored(version) => journal.version = version,
             Written::Stale | Written::Banned => return Err(DataStoreError::Overtaken.into()),
@@ -339,8 +347,8 @@ impl Journal {
     }
 }
 
-/// The signer of the active authority. One whose key is gone (key manager `memory`) signs no more; it stays trusted until
-/// its end.
+/// The signer of the active authority. An authority whose key is gone (key manager `memory`) becomes old: it no longer
+/// signs, and is trusted until it expires.
 fn take_up_keys(
     keys: &dyn KeyManager,
     records: &mut [Record],

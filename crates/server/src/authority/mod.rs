@@ -13,21 +13,21 @@ use rustls::pki_types::CertificateDer;
 pub use error::AuthorityError;
 pub use manager::{Authorities, Settings};
 
-/// Where an authority is in its life.
+/// State of an authority in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// Published in the bundle, not signing yet.
+    /// Published in the bundle, but not signing yet.
     Prepared,
-    /// Signing.
+    /// Signs all new certificates; at most one authority is active.
     Active,
-    /// Still trusted.
+    /// No longer signs, but is still trusted.
     Old,
-    /// Still trusted, and whoever holds an SVID under it renews at once.
+    /// Still trusted, but every SVID under it is renewed at once.
     Tainted,
 }
 
 impl Status {
-    /// Its name.
+    /// Its name in the store, the API and `countersign authority show`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Prepared => "prepared",
@@ -55,18 +55,18 @@ impl FromStr for Status {
     }
 }
 
-/// An authority as the journal keeps it.
+/// An authority in the journal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// Its subject key identifier, lower-case hex.
+    /// Subject key identifier of its certificate, lower-case hex.
     pub id: String,
-    /// Where it is in its life.
+    /// State in its life.
     pub status: Status,
-    /// The key manager's name for its key.
+    /// Name of its key in the key manager.
     pub key_name: String,
-    /// Its certificate.
+    /// The CA certificate in DER.
     pub certificate: CertificateDer<'static>,
-    /// What goes behind each leaf; empty for a root.
+    /// Certificates appended to each leaf; empty for a root.
     pub chain: Vec<CertificateDer<'static>>,
 }
 

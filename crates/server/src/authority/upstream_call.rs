@@ -1,4 +1,4 @@
-//! Asks the upstream authority, with a deadline: what stands still there must not stand still here.
+//! Calls the upstream authority with a deadline: an upstream that hangs must not block this server.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use super::AuthorityError;
 use crate::upstream_authority::{UpstreamAuthority, UpstreamSigned};
 
-/// One signature of the upstream takes no longer.
+/// Longest call to the upstream for one signature.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
 struct Busy(Arc<AtomicBool>);
@@ -22,7 +22,7 @@ impl Drop for Busy {
     }
 }
 
-/// The upstream, asked one thing at a time.
+/// Calls the upstream, one call at a time.
 pub struct UpstreamCall {
     upstream: Arc<dyn UpstreamAuthority>,
     busy: Arc<AtomicBool>,
@@ -30,15 +30,15 @@ pub struct UpstreamCall {
 }
 
 impl UpstreamCall {
-    /// Asks this one; a signature takes no longer than `deadline`.
+    /// Calls `upstream`, each time for at most `deadline`.
     pub fn new(upstream: Arc<dyn UpstreamAuthority>, deadline: Duration) -> Self {
         Self { upstream, busy: Arc::default(), deadline }
     }
 
-    /// Signs a CA certificate for `key`.
+    /// Signs a CA certificate for `key`. Errors: the upstream's, or [`AuthorityError::UpstreamTimeout`].
     ///
-    /// It runs on a thread of its own: reading a file on a file system that hangs blocks its thread, and a thread of the
-    /// runtime would be missed, at shutdown too. A call that has not come back is not joined by another one.
+    /// Runs on its own thread: reading from a file system that hangs blocks the thread, which the runtime would miss,
+    /// even at shutdown. While a call has not returned, no other one is started.
     pub async fn sign_intermediate(
         &self,
         trust_domain: &TrustDomain,
@@ -54,16 +54,16 @@ impl UpstreamCall {
         let (trust_domain, key) = (trust_domain.clone(), key.clone());
         let runtime = tokio::runtime::Handle::current();
         std::thread::spawn(move || {
-            // Given back even if the call panics.
+            // Cleared even if the call panics.
             let busy = Busy(busy);
             let signed = runtime.block_on(upstream.sign_intermediate(&trust_domain, &key, ttl, now));
             drop(busy);
-            // Whoever asked may have given up.
+            // The caller may have given up already.
             let _ = answer.send(signed);
         });
         match tokio::time::timeout(self.deadline, answered).await {
             Ok(Ok(signed)) => Ok(signed?),
-            // The thread ended without an answer, or has not ended.
+            // The thread ended without an answer, or is still running.
             Ok(Err(_)) | Err(_) => Err(AuthorityError::UpstreamTimeout(self.deadline)),
         }
     }

@@ -1,4 +1,4 @@
-//! A ConfigMap with the bundle as PEM, which agents mount as a file.
+//! Publishes the bundle as PEM in a ConfigMap, which agents mount as a file.
 
 use async_trait::async_trait;
 use countersign_identity::X509Bundle;
@@ -9,18 +9,18 @@ use kube::api::{Api, Patch, PatchParams, WatchEvent, WatchParams};
 use super::{BundlePublisher, PublishError};
 use crate::config::BundleConfigMap;
 
-/// Keeps one key of one ConfigMap.
+/// Keeps one key of one ConfigMap up to date.
 pub struct K8sConfigMap {
-    /// Which.
+    /// Namespace, name and key.
     pub place: BundleConfigMap,
-    /// The cluster's API server.
+    /// Client of the cluster's API server.
     pub client: kube::Client,
-    /// The version that we wrote last: a change to another one is somebody else's.
+    /// The version that we wrote last: a change to any other version was made by others.
     written: tokio::sync::Mutex<String>,
 }
 
 impl K8sConfigMap {
-    /// A publisher to this place.
+    /// A publisher to this ConfigMap.
     pub fn new(place: BundleConfigMap, client: kube::Client) -> Self {
         Self { place, client, written: tokio::sync::Mutex::default() }
     }
@@ -62,7 +62,7 @@ impl BundlePublisher for K8sConfigMap {
                 _ => return Ok(()),
             }
         }
-        // The watch has come to its end: publishing again costs one request and says whether anything is amiss.
+        // The watch has ended. Publishing again costs one request and shows whether anything is wrong.
         Ok(())
     }
 }

@@ -1,4 +1,5 @@
-//! The caBundle of every mutating webhook configuration with a label: the API server knows our webhook by it.
+//! Publishes the bundle as caBundle of each mutating webhook configuration with a label: the API server verifies our
+//! webhook by it.
 
 use async_trait::async_trait;
 use base64::Engine;
@@ -9,13 +10,13 @@ use kube::api::{Api, ListParams, Patch, PatchParams, WatchEvent, WatchParams};
 
 use super::{BundlePublisher, PublishError};
 
-/// Keeps the caBundle of labelled configurations.
+/// Keeps the caBundle of labelled configurations up to date.
 pub struct K8sWebhook {
     /// Label `KEY=VALUE` of the configurations.
     pub label: String,
-    /// The cluster's API server.
+    /// Client of the cluster's API server.
     pub client: kube::Client,
-    /// The list's version after we last wrote.
+    /// Version of the list after our last write.
     seen: tokio::sync::Mutex<String>,
 }
 
@@ -52,7 +53,7 @@ impl BundlePublisher for K8sWebhook {
             if !webhooks.iter().any(differs) {
                 continue;
             }
-            // A test before each change: a webhook that was put elsewhere in the list meanwhile is not overwritten.
+            // A test before each change: a webhook that was moved in the list meanwhile is not overwritten.
             let steps = webhooks.iter().enumerate().flat_map(|(at, hook)| {
                 [
                     serde_json::json!({ "op": "test", "path": format!("/webhooks/{at}/name"), "value": hook.name }),

@@ -1,4 +1,4 @@
-//! Where the trust bundle is published, so that whoever starts knows the server before it has an identity.
+//! Publishes the trust bundle, so that a starting agent can authenticate the server before it has an identity.
 
 mod k8s_configmap;
 mod k8s_webhook;
@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 pub use k8s_configmap::K8sConfigMap;
 pub use k8s_webhook::K8sWebhook;
 
-/// One publication takes no longer.
+/// Longest attempt at one publication.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why the bundle could not be published.
@@ -23,18 +23,18 @@ const PUBLISH_DEADLINE: Duration = Duration::from_secs(30);
 #[error("{0}")]
 pub struct PublishError(pub String);
 
-/// One place that the bundle is kept at.
+/// A place where the bundle is published.
 #[async_trait]
 pub trait BundlePublisher: Send + Sync {
-    /// For logs.
+    /// Name of the place, for logs.
     fn name(&self) -> String;
-    /// Makes the place hold this bundle.
+    /// Writes this bundle to the place.
     async fn publish(&self, bundle: &X509Bundle) -> Result<(), PublishError>;
-    /// Returns when somebody else may have changed the place. It is then published again.
+    /// Returns once others may have changed the place. It is then published again.
     async fn disturbed(&self) -> Result<(), PublishError>;
 }
 
-/// Publishes at the start, at each change of the bundle and whenever the place was changed by others, until `shutdown`.
+/// Publishes at start, after each change of the bundle, and whenever others have changed the place, until `shutdown`.
 pub async fn keep(
     publisher: Arc<dyn BundlePublisher>,
     mut bundles: watch::Receiver<Arc<X509Bundle>>,
@@ -46,7 +46,7 @@ pub async fn keep(
             let bundle = bundles.borrow_and_update().clone();
             let step = async {
                 if bundle.authorities.is_empty() {
-                    // Whoever takes it up trusts nobody. What stands there now is better than that.
+                    // With an empty bundle, agents would trust no server. Whatever is published now is better.
                     return Err(PublishError("the bundle is empty; what is published stays as it is".into()));
                 }
                 tokio::time::timeout(PUBLISH_DEADLINE, publisher.publish(&bundle))

@@ -1,4 +1,4 @@
-//! A caller whose authority was revoked is nobody, however old its connection.
+//! A caller whose authority was revoked is rejected, however old its connection.
 
 use std::path::Path;
 use std::time::Duration;
@@ -57,7 +57,7 @@ fn admin_entry(id: &SpiffeId) -> Entry {
     }
 }
 
-/// A call on a connection whose handshake is over.
+/// A call on a connection whose handshake has finished.
 fn call(core: &Core, id: &SpiffeId) -> Request<()> {
     let csr = csr(&PrivateKey::generate(KeyType::EcP256).unwrap(), Some(id)).unwrap();
     let ttl = Duration::from_secs(600);

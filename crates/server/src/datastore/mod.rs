@@ -1,4 +1,4 @@
-//! What survives a restart: entries, nodes, join tokens, bundles, the journal of authorities.
+//! Persistent state: entries, nodes, join tokens, bundles and the journal of authorities.
 
 mod sqlite;
 
@@ -11,125 +11,125 @@ use crate::authority::Record;
 
 pub use sqlite::Sqlite;
 
-/// Why the store did not do it. Nothing is half done.
+/// Why the store failed. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum DataStoreError {
-    /// The database said no: disk full, file gone, locked.
+    /// The database failed: disk full, file missing, locked.
     #[error("the database refused: {0}")]
     Database(#[from] sqlx::Error),
-    /// The schema could not be brought up to date.
+    /// The schema could not be migrated.
     #[error("cannot migrate the database: {0}")]
     Migrate(#[from] sqlx::migrate::MigrateError),
-    /// A row that this version cannot read.
+    /// A row that this version cannot parse.
     #[error("cannot read {what} `{name}` in the database: {why}")]
     Row {
-        /// Table.
+        /// Kind of row, as in `entry`.
         what: &'static str,
-        /// Its key.
+        /// Key of the row.
         name: String,
-        /// Why.
+        /// Why it cannot be parsed.
         why: String,
     },
-    /// The store belongs to a server of another trust domain.
+    /// The data belongs to a server of another trust domain.
     #[error(
         "this data belongs to trust domain `{stored}`, and the server was started for `{asked}`; nothing was changed. \
          Start it with --trust-domain {stored}, or give `{asked}` a data folder of its own"
     )]
     TrustDomain {
-        /// Whose data it is.
+        /// The trust domain that the data belongs to.
         stored: String,
-        /// Whose server asked for it.
+        /// The trust domain that the server was started for.
         asked: String,
     },
-    /// A bundle without authorities: whoever takes it up trusts nobody.
+    /// A bundle without authorities, with which no peer would be trusted.
     #[error("the bundle of `{0}` would become empty, and nobody would be trusted; it stays as it is")]
     EmptyBundle(TrustDomain),
-    /// Other writers kept coming first.
+    /// Other writers were first in every attempt.
     #[error("{0} was changed by others again and again; try once more")]
     Contended(String),
-    /// The trust bundle or the journal of authorities was changed by another server.
+    /// Another server has changed the trust bundle or the journal of authorities.
     #[error("another server has changed the authorities in this store; restart this one to take up its changes")]
     Overtaken,
 }
 
-/// Which state of a row was read. Never the same for two states.
+/// Version of a row. Never the same for two states of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version(i64);
 
 impl Version {
-    /// Of a row that was written before rows had versions.
+    /// Version of a row that was written before rows had versions.
     const FIRST: Self = Self(0);
 
     fn fresh() -> Self {
-        // Drawn, not counted: a row that was deleted and made again cannot be taken for the one before.
+        // Random instead of counted: a row that was deleted and created again never matches its predecessor.
         Self(rand::random_range(1..i64::MAX))
     }
 }
 
-/// A row and the state it was read in.
+/// A row and the version that was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Versioned<T> {
-    /// The row.
+    /// The content of the row.
     pub value: T,
-    /// Its state.
+    /// The version of the row.
     pub version: Version,
 }
 
-/// What came of a write that names the state it was made from (`None`: there was no row).
+/// Outcome of a write based on a version (`None`: no row existed).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Written {
-    /// It is stored, in this state.
+    /// The row is stored, with this version.
     Stored(Version),
-    /// Somebody else wrote first. Nothing was written: read again.
+    /// Another writer was first. Nothing was written: read again.
     Stale,
     /// A banned agent has the same evidence. Nothing was written.
     Banned,
 }
 
-/// A join token: one use, before its end.
+/// A join token: for single use, until it expires.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JoinToken {
-    /// The secret.
+    /// The secret itself; never logged.
     pub token: String,
-    /// Its end.
+    /// When the token expires.
     pub expires_at: OffsetDateTime,
-    /// An ID that the agent gets as an alias.
+    /// SPIFFE ID that the agent gets as an alias; `None` for none.
     pub agent_id: Option<SpiffeId>,
 }
 
 /// The store. Each call is one transaction.
 #[async_trait]
 pub trait DataStore: Send + Sync {
-    /// Every entry.
+    /// All entries, in no particular order.
     async fn entries(&self) -> Result<Vec<Versioned<Entry>>, DataStoreError>;
-    /// One entry.
+    /// The entry with this ID; `None` if there is none.
     async fn entry(&self, id: &EntryId) -> Result<Option<Versioned<Entry>>, DataStoreError>;
-    /// Adds or replaces entries: all of them, or none when one is stale.
+    /// Adds or replaces entries: all of them, or none if one is stale.
     async fn put_entries(&self, entries: &[(Entry, Option<Version>)]) -> Result<Written, DataStoreError>;
-    /// Deletes entries.
+    /// Deletes entries; IDs without an entry are ignored.
     async fn delete_entries(&self, ids: &[EntryId]) -> Result<(), DataStoreError>;
-    /// Every attested agent.
+    /// All attested agents, in no particular order.
     async fn agents(&self) -> Result<Vec<Versioned<AttestedAgent>>, DataStoreError>;
-    /// One agent.
+    /// The agent with this ID; `None` if there is none.
     async fn agent(&self, id: &SpiffeId) -> Result<Option<Versioned<AttestedAgent>>, DataStoreError>;
-    /// Adds or replaces an agent. One that is not banned is refused while a banned one has the same evidence.
+    /// Adds or replaces an agent. An agent that is not banned is rejected while a banned one has the same evidence.
     async fn put_agent(&self, agent: &AttestedAgent, from: Option<Version>) -> Result<Written, DataStoreError>;
-    /// Deletes an agent.
+    /// Deletes an agent, if it exists.
     async fn delete_agent(&self, id: &SpiffeId) -> Result<(), DataStoreError>;
-    /// Adds a join token; tokens whose time is over go.
+    /// Adds a join token and deletes expired ones.
     async fn put_token(&self, token: &JoinToken, now: OffsetDateTime) -> Result<(), DataStoreError>;
-    /// Takes a join token out. Of two callers at once, one gets it.
+    /// Removes a join token and returns it. Of two concurrent callers, one gets it.
     async fn take_token(&self, token: &str) -> Result<Option<JoinToken>, DataStoreError>;
-    /// Every bundle, our own among them.
+    /// All bundles, including our own.
     async fn bundles(&self) -> Result<Vec<Versioned<X509Bundle>>, DataStoreError>;
-    /// Adds or replaces a bundle, never by an empty one.
+    /// Adds or replaces a bundle. An empty one is rejected.
     async fn put_bundle(&self, bundle: &X509Bundle, from: Option<Version>) -> Result<Written, DataStoreError>;
-    /// Deletes a bundle.
+    /// Deletes a trust domain's bundle, if it exists.
     async fn delete_bundle(&self, trust_domain: &str) -> Result<(), DataStoreError>;
-    /// The journal of authorities, oldest first, with the state of journal and own bundle together.
+    /// The journal of authorities, the oldest first, with the common version of journal and own bundle.
     async fn authorities(&self) -> Result<Versioned<Vec<Record>>, DataStoreError>;
-    /// Replaces the journal and our own bundle together, the bundle never by an empty one.
+    /// Replaces the journal and our own bundle in one transaction. An empty bundle is rejected.
     async fn put_authorities(
         &self,
         journal: &[Record],

@@ -1,4 +1,4 @@
-//! SQLite, embedded: WAL, synced on each commit, migrated at start.
+//! SQLite, embedded: WAL mode, synced on each commit, migrated at start.
 
 mod owner;
 
@@ -20,14 +20,14 @@ use super::{DataStore, DataStoreError, JoinToken, Version, Versioned, Written};
 use crate::agents::AttestedAgent;
 use crate::authority::Record;
 
-/// The fact that counts the states of journal and own bundle.
+/// Name of the fact that holds the version of journal and own bundle.
 const AUTHORITIES_VERSION: &str = "authorities_version";
 
-/// The embedded store.
+/// The embedded store, one file.
 pub struct Sqlite(SqlitePool);
 
 impl Sqlite {
-    /// Opens the file, makes it if it is missing, brings its schema up to date. A store of another trust domain is refused
+    /// Opens the file, creates it if it is missing, and migrates its schema. Data of another trust domain is rejected
     /// before anything is written.
     pub async fn open(path: &Path, trust_domain: &TrustDomain) -> Result<Self, DataStoreError> {
         let options = SqliteConnectOptions::new()
@@ -36,7 +36,7 @@ impl Sqlite {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(Duration::from_secs(5));
-        // One writer at a time is SQLite's nature; a pool of one queues fairly instead of colliding.
+        // SQLite has one writer at a time; a pool of one connection queues fairly instead of failing with lock errors.
         let pool = SqlitePoolOptions::new()
             .max_connections(1)
             .acquire_timeout(Duration::from_secs(5))
@@ -320,7 +320,7 @@ impl DataStore for Sqlite {
         for (position, record) in journal.iter().enumerate() {
             put_record(&mut tx, position, record).await?;
         }
-        // Our own bundle is written here alone, so that its state is the journal's.
+        // Our own bundle is written only here, so that its version is the journal's.
         sqlx::query("INSERT OR REPLACE INTO bundles (trust_domain, body, version) VALUES (?, ?, ?)")
             .bind(bundle.trust_domain.as_str())
             .bind(bundle_to_wire(bundle).encode_to_vec())

@@ -32,9 +32,9 @@ use crate::datastore::JoinToken;
 use crate::entries::fresh_entry_id;
 use crate::node_attestor::{AttestError, AttestedNode, Challenger, MAX_PAYLOAD_BYTES};
 
-/// The whole attestation, challenges included, takes no longer.
+/// Longest attestation, including challenges.
 const ATTESTATION_TIMEOUT: Duration = Duration::from_secs(30);
-/// Life of a join token whose maker names none.
+/// Lifetime of a join token whose request sets none.
 const TOKEN_TTL: Duration = Duration::from_secs(600);
 
 struct StreamChallenger {
@@ -95,7 +95,7 @@ async fn attest(
         AttestError::Unavailable(why) => Status::unavailable(why),
         AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(e.to_string()),
     })?;
-    // Before anything is signed; looked at once more when the agent is stored.
+    // Before anything is signed; checked again when the agent is stored.
     core.agents.may_attest(&node.id, node.evidence.as_ref()).map_err(|e| change_status(e, &node.id))?;
     let issued = core.sign(&SigningRequest {
         kind: "agent_svid",
@@ -120,7 +120,7 @@ async fn attest(
     };
     core.agents.attested(agent).await.map_err(|e| change_status(e, &id))?;
     if let Some(alias) = alias {
-        // The entry's selector is the agent's own ID, which no other node can attest to.
+        // The entry's selector is the agent's own ID, which no other node can attest.
         let entry = alias_entry(core, alias, &id)?;
         core.entries.create(vec![entry]).await.map_err(|e| store_status(&e))?;
     }
@@ -128,7 +128,7 @@ async fn attest(
     Ok(Attested { svid: Some(svid_to_wire(&id, &issued, "")), reattestable: can_reattest })
 }
 
-/// Why an agent's record was not changed, as a gRPC status.
+/// Converts the reason why an agent's record was not changed to a gRPC status.
 fn change_status(error: ChangeError, id: &SpiffeId) -> Status {
     match error {
         ChangeError::Denied(denied) => denied_status(denied, id),
@@ -163,7 +163,7 @@ fn alias_entry(core: &Core, alias: SpiffeId, agent: &SpiffeId) -> Result<Entry, 
     Ok(entry)
 }
 
-/// What CountAgents and ListAgents filter by.
+/// Filter of CountAgents and ListAgents.
 struct Filter {
     attestation_type: String,
     selectors: Option<types::SelectorMatch>,
@@ -330,7 +330,7 @@ impl Agent for Endpoint {
             serial: issued.facts.serial.clone(),
             expires_at: issued.facts.not_after,
         };
-        // Banned or evicted while it was signed: what was signed is thrown away.
+        // If the agent was banned or evicted during signing, the new SVID is discarded.
         self.0.agents.renewed(&agent.id, &renewal).await.map_err(|error| {
             self.0.refuse("agent_svid", &agent.id.to_string(), "", "", "attestation", &error.to_string());
             change_status(error, &agent.id)

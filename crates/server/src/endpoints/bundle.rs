@@ -1,4 +1,4 @@
-//! `spire.api.server.bundle.v1`: our bundle and those of other trust domains.
+//! `spire.api.server.bundle.v1`: our bundle and those of foreign trust domains.
 
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire, trust_domain_from_wire};
@@ -22,7 +22,7 @@ use crate::caller::Caller;
 use crate::core::{status_of, store_status};
 use crate::federated::{Expect, SetError};
 
-/// Bundles in one batch at most.
+/// Most bundles per batch.
 const MAX_BATCH: usize = 1_000;
 
 impl Endpoint {
@@ -47,7 +47,7 @@ impl Endpoint {
         Ok(bundle)
     }
 
-    /// Sets bundles one by one.
+    /// Sets bundles one by one, with a status for each.
     async fn set_foreign(
         &self,
         bundles: Vec<types::Bundle>,

@@ -1,4 +1,4 @@
-//! `countersign.v1.Directory`: fed by local callers, followed by agents.
+//! `countersign.v1.Directory`: published by local callers, followed by agents.
 
 use async_trait::async_trait;
 use countersign_api::convert::{service_from_wire, workload_from_wire};

@@ -1,4 +1,4 @@
-//! `spire.api.server.entry.v1`: registration entries, for operators and for agents.
+//! `spire.api.server.entry.v1`: registration entries, for operators and agents.
 
 use std::collections::BTreeSet;
 
@@ -25,10 +25,10 @@ use crate::config::MIN_SVID_TTL;
 use crate::core::store_status;
 use crate::entries::{Created, UpdateError, fresh_entry_id};
 
-/// Entries in one batch at most.
+/// Most entries per batch.
 const MAX_BATCH: usize = 10_000;
 
-/// The match behaviours of selectors and federation (SelectorMatch and FederatesWithMatch share their numbers).
+/// Match behaviour of selectors and federation (SelectorMatch and FederatesWithMatch use the same numbers).
 pub(super) fn sets_match<T: Ord>(wanted: &BTreeSet<T>, held: &BTreeSet<T>, behavior: i32) -> bool {
     match behavior {
         1 => held.is_subset(wanted),
@@ -38,7 +38,7 @@ pub(super) fn sets_match<T: Ord>(wanted: &BTreeSet<T>, held: &BTreeSet<T>, behav
     }
 }
 
-/// What CountEntries and ListEntries filter by; their wire messages are alike.
+/// Filter of CountEntries and ListEntries, whose wire messages are alike.
 #[derive(Default)]
 struct Filter {
     spiffe_id: Option<types::Spiffeid>,
@@ -64,7 +64,7 @@ macro_rules! filter {
 }
 
 impl Filter {
-    /// Parses it into the question whether an entry is wanted.
+    /// Parses the filter into a predicate on entries.
     fn parse(self) -> Result<impl Fn(&Entry) -> bool, Status> {
         let id =
             |name, id: Option<types::Spiffeid>| id.map(|id| id_from_wire(name, Some(id))).transpose().map_err(invalid);
@@ -144,7 +144,7 @@ impl EntryService for Endpoint {
         let wanted = filter!(request.filter).parse()?;
         let after = Some(request.page_token.as_str()).filter(|t| !t.is_empty()).map(Self::entry_id).transpose()?;
         let size = paging::size(request.page_size);
-        // One more than is shown tells whether there is another page.
+        // One more than the page holds shows whether there is another page.
         let mut page = self.0.entries.page(after.as_ref(), size + 1, wanted);
         let mut entries: Vec<_> =
             page.iter().take(size).map(|e| masks::entry(entry_to_wire(e), request.output_mask)).collect();
@@ -173,7 +173,7 @@ impl EntryService for Endpoint {
         check_batch(request.entries.len())?;
         let parsed: Vec<Result<Entry, Status>> = request.entries.into_iter().map(|wire| self.parse_new(wire)).collect();
         let good: Vec<Entry> = parsed.iter().filter_map(|p| p.as_ref().ok()).cloned().collect();
-        // An answer for each good one, in their order.
+        // One result per valid entry, in order.
         let mut created = self.0.entries.create(good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
         let results = parsed.into_iter().map(|parsed| {
             let made = parsed.and_then(|_| match &mut created {
@@ -212,7 +212,7 @@ impl EntryService for Endpoint {
         for wire in request.entries {
             let updated = async {
                 let id = Self::entry_id(&wire.id)?;
-                // What the mask leaves alone is taken from the entry as it is when the change is written.
+                // Fields that the mask leaves out are taken from the entry as it is when the change is written.
                 let change = |before: &Entry| {
                     let merged = masks::update_entry(entry_to_wire(before), wire.clone(), request.input_mask);
                     let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
@@ -246,7 +246,7 @@ impl EntryService for Endpoint {
         check_batch(ids.len())?;
         let judged: Vec<Result<EntryId, Status>> = ids.iter().map(|text| Self::entry_id(text)).collect();
         let good: Vec<EntryId> = judged.iter().flatten().cloned().collect();
-        // Whether each good one was there, in their order.
+        // Whether each valid ID existed, in order.
         let mut deleted = self.0.entries.delete(&good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
         let results = ids.into_iter().zip(judged).map(|(text, judged)| {
             let verdict = judged.and_then(|id| match &mut deleted {
@@ -284,7 +284,7 @@ impl EntryService for Endpoint {
         Ok(Response::new(GetAuthorizedEntriesResponse { entries }))
     }
 
-    /// The agent gets every entry's revision and asks back for those that it holds in another one (SPIRE API).
+    /// Sends every entry's revision; the agent then requests those that it holds in another revision (SPIRE API).
     async fn sync_authorized_entries(
         &self,
         request: Request<Streaming<SyncAuthorizedEntriesRequest>>,

@@ -1,4 +1,5 @@
-//! SyncAuthorizedEntries: the agent gets every entry's revision and asks back for those that it holds in another one.
+//! SyncAuthorizedEntries: sends every entry's revision; the agent then requests those that it holds in another
+//! revision.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,28 +13,28 @@ use tonic::{Status, Streaming};
 
 use super::masks;
 
-/// Entries in one message.
+/// Most entries per message.
 const PAGE: usize = 500;
-/// Revisions in one message.
+/// Most revisions per message.
 const REVISIONS_PAGE: usize = PAGE * 10;
 
-/// One agent's talk.
+/// The exchange with one agent.
 pub struct Sync {
-    /// What it may hand out.
+    /// Entries that the agent may serve.
     pub entries: Vec<Arc<Entry>>,
-    /// Which fields it asked for.
+    /// Fields that the agent requested; `None` means all.
     pub mask: Option<types::EntryMask>,
-    /// To the agent.
+    /// Sends responses to the agent.
     pub tx: mpsc::Sender<Result<SyncAuthorizedEntriesResponse, Status>>,
 }
 
-/// The agent is gone.
+/// The agent has disconnected.
 struct Gone;
 
 impl Sync {
-    /// Talks until the agent has all it wants, or is gone.
+    /// Runs until the agent has all that it requests, or disconnects.
     pub async fn run(self, mut requests: Streaming<SyncAuthorizedEntriesRequest>) {
-        // That the agent is gone ends the talk like any other end.
+        // A disconnected agent ends the exchange like any other end.
         let _ = self.talk(&mut requests).await;
     }
 

@@ -1,4 +1,4 @@
-//! `spire.api.server.localauthority.v1`: the life of the X.509 authorities. JWT authorities are not served yet.
+//! `spire.api.server.localauthority.v1`: the life cycle of X.509 authorities. JWT authorities are not supported yet.
 
 use async_trait::async_trait;
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthority;
@@ -35,7 +35,7 @@ impl LocalAuthority for Endpoint {
     ) -> Result<Response<GetX509AuthorityStateResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let journal = self.0.authorities.journal();
-        // Of several old ones the API shows the newest.
+        // Of several old authorities, the API returns the newest.
         let find = |statuses: &[Life]| journal.iter().rev().find(|r| statuses.contains(&r.status)).map(state);
         Ok(Response::new(GetX509AuthorityStateResponse {
             active: find(&[Life::Active]),

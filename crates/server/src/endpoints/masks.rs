@@ -1,10 +1,10 @@
-//! Output masks: the fields that a caller did not ask for are left out.
+//! Output masks: fields that a caller did not request are left out.
 
 use countersign_api::spire::types;
 
 macro_rules! mask {
     ($name:ident, $message:ident, $mask:ident, $($field:ident),*) => {
-        /// Keeps the name and the fields of the mask; no mask keeps everything.
+        /// Keeps the ID and the fields of the mask; without a mask, all fields.
         pub fn $name(mut message: types::$message, mask: Option<types::$mask>) -> types::$message {
             if let Some(mask) = mask {
                 $(if !mask.$field {
@@ -48,7 +48,7 @@ mask!(
     can_reattest
 );
 
-/// Takes the fields of the mask from `change`, the others stay; no mask takes all.
+/// Takes the fields of the mask from `change` and keeps the others; without a mask, takes all fields.
 pub fn update_entry(before: types::Entry, change: types::Entry, mask: Option<types::EntryMask>) -> types::Entry {
     let Some(m) = mask else { return types::Entry { id: before.id, created_at: before.created_at, ..change } };
     macro_rules! pick {

@@ -1,4 +1,4 @@
-//! The services that the server speaks, on TLS for agents and on its Unix socket for operators.
+//! The server's gRPC services, on TLS for agents and on its Unix socket for operators.
 
 mod agent;
 mod bundle;
@@ -36,7 +36,7 @@ pub use by_caller::by_caller;
 /// A response stream.
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// A service's own handle on the server.
+/// Implements all services on the server's state.
 #[derive(Clone)]
 struct Endpoint(Arc<Core>);
 
@@ -56,7 +56,7 @@ async fn routes(core: &Arc<Core>, longest: usize) -> Routes {
         .add_service(StatusServer::new(endpoint).max_decoding_message_size(longest))
 }
 
-/// The status of one item in a batch.
+/// The status of one item of a batch.
 fn item_status(result: &Result<(), Status>) -> types::Status {
     match result {
         Ok(()) => types::Status { code: Code::Ok.into(), message: "OK".into() },
@@ -64,7 +64,7 @@ fn item_status(result: &Result<(), Status>) -> types::Status {
     }
 }
 
-/// A field that cannot be parsed.
+/// InvalidArgument for a field that cannot be parsed.
 fn invalid(error: impl std::fmt::Display) -> Status {
     Status::invalid_argument(error.to_string())
 }

@@ -1,14 +1,14 @@
-//! Lists in pages: ordered by name, continued behind the last name seen.
+//! Pages of lists: sorted by name, continued after the last name of the previous page.
 
-/// Entries a page when the caller names no size, and at most.
+/// Default and largest size of a page.
 const MAX_PAGE: usize = 5_000;
 
-/// How many one page holds when its caller asked for `size`.
+/// The page size for a requested `size`; 0 and less give the default.
 pub fn size(size: i32) -> usize {
     usize::try_from(size).ok().filter(|s| *s > 0).unwrap_or(MAX_PAGE).min(MAX_PAGE)
 }
 
-/// One page of `all`, which is ordered by `name`, and the token of the next (empty: that was the last).
+/// One page of `all`, which is sorted by `name`, and the token of the next page (empty: none).
 pub fn page<T>(all: Vec<T>, size: i32, token: &str, name: impl Fn(&T) -> String) -> (Vec<T>, String) {
     let size = self::size(size);
     let from = if token.is_empty() { 0 } else { all.partition_point(|item| name(item).as_str() <= token) };

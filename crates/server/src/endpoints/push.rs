@@ -1,4 +1,4 @@
-//! `countersign.v1.Push`: each agent is told at once what changes for it.
+//! `countersign.v1.Push`: sends each agent the changes that concern it, at once.
 
 use std::sync::Arc;
 
@@ -76,7 +76,7 @@ struct Stream {
 }
 
 impl Stream {
-    /// Sends until the agent is gone (`None`) or may not listen any more.
+    /// Sends until the agent disconnects (`None`) or is no longer authorized.
     async fn run(mut self) -> Option<Status> {
         let core = self.core.clone();
         let mut revisions = core.entries.revisions();
@@ -86,9 +86,9 @@ impl Stream {
         let mut first = true;
         let (mut bundle_changed, mut foreign_changed) = (true, true);
         loop {
-            // Marked as seen before it is read: a change in between is seen again, never lost.
+            // Marked as seen before reading: a change in between is seen again and never lost.
             revisions.mark_unchanged();
-            // The stream outlives the SVID that opened it; what counts is that the agent is known and not banned.
+            // The stream outlives the SVID that opened it; it is enough that the agent is known and not banned.
             let facts = &self.peer.facts;
             let admitted = core.agents.admit(&self.id, &facts.serial, facts.not_after, core.now());
             let agent = match (admitted, core.agents.get(&self.id)) {

@@ -1,4 +1,4 @@
-//! `countersign.v1.Status`: what `countersign status` shows of a server.
+//! `countersign.v1.Status`: the facts that `countersign status` shows about a server.
 
 use async_trait::async_trait;
 use countersign_api::push::status_server::Status as StatusService;

@@ -1,4 +1,4 @@
-//! `spire.api.server.svid.v1`: signing. JWT-SVIDs and downstream authorities are not served yet and say so.
+//! `spire.api.server.svid.v1`: signing. JWT-SVIDs and downstream authorities return Unimplemented.
 
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ use super::{Endpoint, invalid, item_status};
 use crate::caller::Caller;
 use crate::core::SigningRequest;
 
-/// Requests in one batch at most (SPIRE: 500).
+/// Most requests per batch (SPIRE: 500).
 const MAX_BATCH: usize = 500;
 
-/// A signed SVID; `hint` is the entry's, empty where there is none.
+/// Encodes a signed SVID; `hint` is the entry's, or empty.
 pub(super) fn svid_to_wire(id: &SpiffeId, issued: &Issued, hint: &str) -> types::X509svid {
     types::X509svid {
         cert_chain: issued.chain.iter().map(|c| c.to_vec()).collect(),

@@ -1,5 +1,5 @@
-//! Registration entries by everything that they are looked up by, so that a signature costs the depth of its entry in the
-//! tree of parents and not the number of entries.
+//! Indexes over registration entries, so that a signature costs the depth of its entry in the tree of parents, not the
+//! number of entries.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ops::Bound;
@@ -9,18 +9,18 @@ use countersign_identity::{Entry, EntryId, Selector};
 
 use crate::agents::AttestedAgent;
 
-/// Changes remembered; an agent that missed more gets a snapshot.
+/// Most changes that are remembered; an agent that missed more gets a snapshot.
 const LOG_LENGTH: usize = 20_000;
 
-/// Everything in memory.
+/// All entries with their indexes.
 pub struct Index {
-    /// The server's own ID: entries below it are aliases of nodes.
+    /// The server's own ID: entries below it are node aliases.
     root: String,
     by_id: BTreeMap<EntryId, Arc<Entry>>,
     by_parent: HashMap<String, BTreeSet<EntryId>>,
-    /// By SPIFFE ID, then by parent: leads from an entry up to whoever may hand it out.
+    /// By SPIFFE ID, then by parent: leads from an entry up to the agents that may serve it.
     by_spiffe_id: HashMap<String, BTreeMap<String, BTreeSet<EntryId>>>,
-    /// Node aliases by one of their selectors: an agent without that selector cannot have the alias.
+    /// Node aliases by one of their selectors: an agent without that selector cannot match the alias.
     aliases: HashMap<Selector, BTreeSet<EntryId>>,
     /// Entries with `admin`, by SPIFFE ID.
     admins: HashMap<String, BTreeSet<EntryId>>,
@@ -31,21 +31,21 @@ pub struct Index {
 
 /// One change of one entry.
 pub struct Change {
-    /// The index's revision with it.
+    /// The revision of the index after the change.
     pub revision: u64,
-    /// Which entry.
+    /// ID of the entry.
     pub id: EntryId,
-    /// Its parent, and its parent before if that was another.
+    /// The entry's parent, and its previous parent if that was another one.
     pub parents: Vec<String>,
-    /// The change may have moved other entries to or from an agent: an alias, or an entry with children.
+    /// Whether the change may have moved other entries to or from an agent: an alias, or an entry with children.
     pub structural: bool,
 }
 
-/// The SPIFFE IDs at which an agent's part of the tree begins: its own and its aliases'.
+/// The SPIFFE IDs at which an agent's part of the tree starts: its own and its aliases'.
 pub struct Starts(HashSet<String>);
 
 impl Index {
-    /// An empty one for the server with this ID.
+    /// An empty index for the server with this ID.
     pub fn new(root: String) -> Self {
         Self {
             root,
@@ -59,29 +59,29 @@ impl Index {
         }
     }
 
-    /// One entry.
+    /// The entry with this ID; `None` if there is none.
     pub fn get(&self, id: &EntryId) -> Option<&Arc<Entry>> {
         self.by_id.get(id)
     }
 
-    /// All entries behind `after`, by ID.
+    /// All entries after `after`, sorted by ID.
     pub fn iter_after(&self, after: Option<&EntryId>) -> impl Iterator<Item = &Arc<Entry>> {
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         self.by_id.range::<EntryId, _>((from, Bound::Unbounded)).map(|(_, entry)| entry)
     }
 
-    /// How many there are.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.by_id.len()
     }
 
-    /// An entry that registers the same thing.
+    /// An entry that registers the same thing; `None` if there is none.
     pub fn same_as(&self, entry: &Entry) -> Option<&Arc<Entry>> {
         let siblings = self.by_spiffe_id.get(&entry.spiffe_id.to_string())?.get(&entry.parent_id.to_string())?;
         siblings.iter().filter_map(|id| self.by_id.get(id)).find(|e| e.registers_the_same_as(entry))
     }
 
-    /// The entries that make this SPIFFE ID an administrator.
+    /// The `admin` entries of a SPIFFE ID, including expired ones.
     pub fn admins(&self, spiffe_id: &str) -> impl Iterator<Item = &Arc<Entry>> {
         self.admins.get(spiffe_id).into_iter().flatten().filter_map(|id| self.by_id.get(id))
     }
@@ -104,7 +104,7 @@ impl Index {
         self.by_id.insert(entry.id.clone(), entry);
     }
 
-    /// Takes an entry out.
+    /// Removes an entry, if it exists.
     pub fn remove(&mut self, id: &EntryId) {
         if let Some(before) = self.by_id.remove(id) {
             let structural = self.is_structural(&before);
@@ -113,12 +113,12 @@ impl Index {
         }
     }
 
-    /// Forgets how it came to be: nobody has seen it yet.
+    /// Clears the log of changes after loading, which no agent has seen.
     pub fn clear_log(&mut self) {
         self.log.clear();
     }
 
-    /// What changed since `revision`, the latest first; `None` when that is not remembered.
+    /// Changes since `revision`, the latest first; `None` if they are no longer remembered.
     pub fn changes_since(&self, revision: u64) -> Option<impl Iterator<Item = &Change> + Clone> {
         let oldest = self.log.front().map_or(self.revision, |c| c.revision - 1);
         let missed = self.log.len() - self.log.partition_point(|c| c.revision <= revision);
@@ -167,12 +167,12 @@ impl Index {
         }
     }
 
-    /// The selector that an alias is found by; `None` for what is no alias. Every entry has a selector.
+    /// The selector under which an alias is indexed; `None` if the entry is not an alias. Every entry has a selector.
     fn alias_key<'a>(&self, entry: &'a Entry) -> Option<&'a Selector> {
         if entry.parent_id.to_string() == self.root { entry.selectors.last() } else { None }
     }
 
-    /// An alias of nodes, or a parent of other entries.
+    /// Whether an entry is a node alias or a parent of other entries.
     fn is_structural(&self, entry: &Entry) -> bool {
         entry.parent_id.to_string() == self.root || self.by_parent.contains_key(&entry.spiffe_id.to_string())
     }
@@ -181,14 +181,14 @@ impl Index {
         self.by_parent.get(parent).into_iter().flatten().filter_map(|id| self.by_id.get(id))
     }
 
-    /// Where an agent's part of the tree begins.
+    /// The SPIFFE IDs at which an agent's part of the tree starts.
     pub fn starts(&self, agent: &AttestedAgent) -> Starts {
         let aliases = agent.selectors.iter().filter_map(|s| self.aliases.get(s)).flatten();
         let aliases = aliases.filter_map(|id| self.by_id.get(id)).filter(|e| e.applies_to(&agent.selectors));
         Starts(std::iter::once(agent.id.to_string()).chain(aliases.map(|e| e.spiffe_id.to_string())).collect())
     }
 
-    /// Whether what hangs below `parent` is in the part of the tree that begins there. Looks upwards.
+    /// Whether the entries below `parent` are in the part of the tree that begins at `starts`. Walks upwards.
     pub fn reaches(&self, starts: &Starts, parent: &str) -> bool {
         let mut todo = vec![parent];
         let mut seen = HashSet::new();
@@ -196,7 +196,7 @@ impl Index {
             if starts.0.contains(at) {
                 return true;
             }
-            // Two entries may be each other's parent: nothing is looked at twice.
+            // Two entries may be each other's parent, so each ID is visited once.
             if seen.insert(at) {
                 todo.extend(self.by_spiffe_id.get(at).into_iter().flat_map(BTreeMap::keys).map(String::as_str));
             }
@@ -204,7 +204,7 @@ impl Index {
         false
     }
 
-    /// Everything that an agent may hand out: its own entries, those of its aliases, and what hangs below them.
+    /// All entries that an agent may serve: its own, those of its aliases, and everything below them.
     pub fn authorized(&self, agent: &AttestedAgent) -> Vec<Arc<Entry>> {
         let mut todo: Vec<String> = self.starts(agent).0.into_iter().collect();
         let (mut parents, mut found) = (HashSet::new(), vec![]);
@@ -214,7 +214,7 @@ impl Index {
             }
             for entry in self.children(&parent) {
                 found.push(entry.clone());
-                // Only entries that are themselves parents lead further; most lead nowhere.
+                // Only entries that are parents themselves lead further; most do not.
                 let id = entry.spiffe_id.to_string();
                 if self.by_parent.contains_key(&id) && !parents.contains(&id) {
                     todo.push(id);

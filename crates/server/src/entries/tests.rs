@@ -1,4 +1,4 @@
-//! Who is told what, and when.
+//! Which changes each agent learns, and when.
 
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ fn agent(name: &str, selector: &str) -> AttestedAgent {
     }
 }
 
-/// Adds entries, or puts them in the place of those with the same ID.
+/// Adds entries, or replaces those with the same ID.
 async fn put(entries: &Entries, list: Vec<Entry>) {
     for entry in list {
         if entries.get(&entry.id).is_some() {

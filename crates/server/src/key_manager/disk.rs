@@ -9,11 +9,11 @@ use countersign_identity::{KeyType, PrivateKey};
 
 use super::{KeyManager, KeyManagerError};
 
-/// Keeps keys in a folder of mode 0700.
+/// Stores keys in a folder of mode 0700.
 pub struct Disk(PathBuf);
 
 impl Disk {
-    /// Keeps keys in `dir`, which is made if it is missing.
+    /// Stores keys in `dir`, which is created if it is missing.
     pub fn new(dir: impl Into<PathBuf>) -> Result<Self, KeyManagerError> {
         let dir = dir.into();
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(io("make the folder of", &dir))?;
@@ -43,6 +43,8 @@ impl KeyManager for Disk {
         match std::fs::metadata(&path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(io("read", &path)(e)),
+            // The key may have been read already: refused here, so that the operator rotates instead of only changing
+            // the mode.
             Ok(meta) if meta.mode() & 0o077 != 0 => {
                 return Err(KeyManagerError::Exposed { path, mode: meta.mode() & 0o777 });
             }
@@ -56,7 +58,8 @@ impl KeyManager for Disk {
         for file in std::fs::read_dir(&self.0).map_err(io("list the folder of", &self.0))? {
             let file = file.map_err(io("list the folder of", &self.0))?.path();
             let Some(name) = file.file_name().and_then(|n| n.to_str()) else { continue };
-            // What a write that was cut off leaves behind (`<name>.key.<pid>.tmp`) is nobody's: this folder has one server.
+            // An interrupted write leaves a `<name>.key.<pid>.tmp` behind. It is safe to remove, because one server
+            // owns this folder.
             match name.split_once(".key") {
                 Some((name, "")) => names.push(name.to_owned()),
                 Some((_, rest)) if rest.rsplit_once('.').is_some_and(|(_, end)| end == "tmp") => {

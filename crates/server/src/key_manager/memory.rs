@@ -1,4 +1,4 @@
-//! Keys that are gone with the process.
+//! Keys in memory, lost when the process ends.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -7,7 +7,7 @@ use countersign_identity::{KeyType, PrivateKey};
 
 use super::{KeyManager, KeyManagerError};
 
-/// Keeps keys in memory.
+/// Stores keys in memory.
 #[derive(Default)]
 pub struct Memory(Mutex<HashMap<String, PrivateKey>>);
 

@@ -1,4 +1,4 @@
-//! A secret that works once, before its end.
+//! Node attestation by a secret for single use, until it expires.
 
 use std::sync::Arc;
 
@@ -11,13 +11,13 @@ use countersign_identity::trust_domain::agent_id;
 use super::{AttestError, AttestedNode, Challenger, NodeAttestor};
 use crate::datastore::DataStore;
 
-/// Accepts tokens that this server gave out.
+/// Accepts join tokens that this server generated.
 pub struct JoinToken {
-    /// Where tokens are kept.
+    /// Holds the tokens.
     pub store: Arc<dyn DataStore>,
-    /// What we sign for.
+    /// The trust domain of the agent's SPIFFE ID.
     pub trust_domain: TrustDomain,
-    /// The time.
+    /// The current time.
     pub clock: Clock,
 }
 
@@ -36,7 +36,8 @@ impl NodeAttestor for JoinToken {
                     .into(),
             )
         };
-        // Taken out before its time is looked at: a token is used up by the first attempt, whatever comes of it.
+        // Removed before its expiry is checked: the first attempt uses the token up, whatever the outcome, so it cannot
+        // be tried again.
         let token = self.store.take_token(token).await?.ok_or_else(refused)?;
         if token.expires_at <= (self.clock)() {
             return Err(refused());

@@ -1,4 +1,5 @@
-//! A projected service account token that the cluster's API server vouches for (`TokenReview`). SPIRE's own wire form.
+//! Node attestation by a projected service account token, which the cluster's API server verifies (`TokenReview`).
+//! SPIRE's wire format.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,17 +16,17 @@ use serde::Deserialize;
 use super::{AttestError, AttestedNode, Challenger, NodeAttestor};
 use crate::config::PsatCluster;
 
-/// Where the API server names the token's pod (`k8s.io/apiserver`, bound tokens).
+/// Keys under which the API server names the token's pod (`k8s.io/apiserver`, bound tokens).
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
-/// Accepts agents whose pod this cluster's API server knows.
+/// Accepts agents whose pod is known to this cluster's API server.
 pub struct K8sPsat {
-    /// What is accepted.
+    /// The cluster, and which of its tokens are accepted.
     pub cluster: PsatCluster,
-    /// What we sign for.
+    /// The trust domain of the agent's SPIFFE ID.
     pub trust_domain: TrustDomain,
-    /// The cluster's API server.
+    /// Client of the cluster's API server.
     pub client: kube::Client,
 }
 
@@ -36,7 +37,7 @@ struct Evidence {
     token: String,
 }
 
-/// The pod behind a token.
+/// The pod that a token is bound to.
 #[derive(Debug, PartialEq, Eq)]
 struct TokenPod {
     namespace: String,
@@ -63,14 +64,16 @@ impl NodeAttestor for K8sPsat {
         }
         let pod = token_pod(&self.review(evidence.token).await?)?;
         let account = format!("{}:{}", pod.namespace, pod.service_account);
+        // Any pod of the cluster can get a token with our audience; only the agents' service account may attest a node.
         if !self.cluster.service_accounts.contains(&account) {
             return Err(AttestError::Refused(format!(
                 "service account `{account}` may not attest nodes; allowed are {} (--k8s-psat-allow)",
                 self.cluster.service_accounts.iter().cloned().collect::<Vec<_>>().join(", ")
             )));
         }
+        // Node name and labels come from the API server, never from the payload, which the agent could make up.
         let found: Pod = Api::namespaced(self.client.clone(), &pod.namespace).get(&pod.name).await.map_err(asked)?;
-        // A pod of the same name may have taken the place of the one that the token was made for.
+        // A pod of the same name may have replaced the one that the token was issued for.
         if found.metadata.uid.as_deref() != Some(&pod.uid) {
             return Err(AttestError::Refused(format!(
                 "the token belongs to a pod `{}` that is gone; another has its name now",
@@ -90,7 +93,7 @@ impl NodeAttestor for K8sPsat {
 }
 
 impl K8sPsat {
-    /// Who the API server says the token's bearer is.
+    /// Asks the API server for the identity of the token's bearer.
     async fn review(&self, token: String) -> Result<UserInfo, AttestError> {
         let audiences = Some(self.cluster.audiences.iter().cloned().collect());
         let review = TokenReview { spec: TokenReviewSpec { audiences, token: Some(token) }, ..TokenReview::default() };
@@ -100,7 +103,8 @@ impl K8sPsat {
         if status.authenticated != Some(true) {
             return Err(refused(status.error.as_deref().unwrap_or("the API server does not know it")));
         }
-        // An API server that knows nothing of audiences answers with none: then the token proves nothing to us.
+        // An API server without audience support returns none. The token then proves nothing to us, as any service
+        // could replay it.
         if !status.audiences.unwrap_or_default().iter().any(|a| self.cluster.audiences.contains(a)) {
             return Err(refused("it was made for another audience"));
         }
@@ -138,7 +142,7 @@ impl K8sPsat {
     }
 }
 
-/// The API server's own refusals and silences are ours to mend, not the agent's.
+/// A failure of the API server itself is not the agent's fault, so the agent may try again.
 fn asked(error: kube::Error) -> AttestError {
     AttestError::Unavailable(format!("the Kubernetes API server did not answer for the token: {error}"))
 }

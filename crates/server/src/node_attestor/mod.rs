@@ -1,4 +1,4 @@
-//! How an agent proves which node it is.
+//! Node attestation: how an agent proves which node it runs on.
 
 mod join_token;
 mod k8s_psat;
@@ -17,19 +17,19 @@ pub use x509pop::{SetupError, X509Pop};
 /// Longest evidence or answer to a challenge, in bytes.
 pub const MAX_PAYLOAD_BYTES: usize = 64 * 1024;
 
-/// Why a node was not believed. The text goes back to the agent.
+/// Why a node was rejected. The text is sent to the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum AttestError {
-    /// The evidence is malformed.
+    /// The evidence cannot be parsed.
     #[error("{0}")]
     Malformed(String),
-    /// The evidence is not good.
+    /// The evidence is invalid or not accepted.
     #[error("{0}")]
     Refused(String),
-    /// The agent went away, or took too long to answer.
+    /// The agent disconnected, or took too long to answer.
     #[error("the agent did not answer the challenge")]
     NoAnswer,
-    /// Whom we ask did not answer; the agent may try again.
+    /// A service that we depend on did not answer; the agent may try again.
     #[error("{0}")]
     Unavailable(String),
     /// The store failed.
@@ -37,50 +37,50 @@ pub enum AttestError {
     Store(#[from] DataStoreError),
 }
 
-/// A node that proved itself.
+/// A node that has attested.
 #[derive(Debug, Clone)]
 pub struct AttestedNode {
-    /// Its agent's identity.
+    /// SPIFFE ID of the node's agent.
     pub id: SpiffeId,
-    /// What is known of it.
+    /// Selectors of the node, found by the attestor.
     pub selectors: SelectorSet,
-    /// May prove itself again with the same evidence.
+    /// Whether it may attest again with the same evidence.
     pub can_reattest: bool,
-    /// An ID that the agent gets as an alias (a join token made for it).
+    /// SPIFFE ID that the agent gets as an alias (set in a join token).
     pub alias: Option<SpiffeId>,
-    /// What it proved itself with; `None` for evidence that works once. A ban holds for the evidence, under whatever ID.
+    /// The evidence, for bans; `None` if it is for single use. A ban applies to the evidence under whatever agent ID.
     pub evidence: Option<EvidenceKey>,
 }
 
-/// Names a node's evidence for good: the node cannot show the same evidence under another key, as it can under another
-/// agent ID. Kept with an agent, so that a banned one does not come back as somebody else.
+/// A stable name of a node's evidence: the node may show the same evidence under another agent ID, but not under
+/// another key. Stored with the agent, so that a banned node cannot return under another ID.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EvidenceKey(String);
 
 impl EvidenceKey {
-    /// As it was stored.
+    /// The key from its stored form.
     pub(crate) fn stored(text: String) -> Self {
         Self(text)
     }
 
-    /// `<attestor>:<what it says>`, as it is stored.
+    /// The stored form, `<attestor>:<name of the evidence>`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Asks the agent something during attestation.
+/// Sends challenges to the agent during attestation.
 #[async_trait]
 pub trait Challenger: Send {
-    /// Sends a challenge and waits, bounded, for the answer.
+    /// Sends a challenge and waits for the answer. Errors: [`AttestError::NoAnswer`].
     async fn challenge(&mut self, challenge: Vec<u8>) -> Result<Vec<u8>, AttestError>;
 }
 
-/// One way to prove a node.
+/// A method of node attestation.
 #[async_trait]
 pub trait NodeAttestor: Send + Sync {
-    /// Its name on the wire.
+    /// Its name on the wire, such as `x509pop`.
     fn kind(&self) -> &'static str;
-    /// Judges the evidence.
+    /// Verifies the evidence and returns the node's identity and selectors.
     async fn attest(&self, payload: &[u8], challenger: &mut dyn Challenger) -> Result<AttestedNode, AttestError>;
 }

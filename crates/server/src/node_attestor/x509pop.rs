@@ -1,4 +1,5 @@
-//! Proof that the agent holds the key of a certificate that chains to a configured CA. SPIRE's own wire form.
+//! Node attestation by proof of possession: the agent holds the key of a certificate that chains to a configured CA.
+//! SPIRE's wire format.
 
 mod challenge;
 
@@ -21,14 +22,14 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use self::challenge::{Bytes, prove_possession};
 use super::{AttestError, AttestedNode, Challenger, EvidenceKey, NodeAttestor};
 
-/// Accepts agents whose certificate chains to one of these CAs.
+/// Accepts agents whose certificate chains to one of the configured CAs.
 pub struct X509Pop {
     trust_domain: TrustDomain,
     roots: Vec<X509Authority>,
     clock: Clock,
 }
 
-/// Why the attestor could not be set up.
+/// Why the attestor could not be set up: the path of the CA bundle and a reason.
 #[derive(Debug, thiserror::Error)]
 #[error("x509pop CA bundle {}: {why}", path.display())]
 pub struct SetupError {
@@ -37,7 +38,7 @@ pub struct SetupError {
 }
 
 impl X509Pop {
-    /// Reads the CA bundle.
+    /// Reads the CA bundle. Errors: it cannot be read, or holds a certificate that is not a CA.
     pub fn new(path: &Path, trust_domain: TrustDomain, clock: Clock) -> Result<Self, SetupError> {
         let wrong = |why: String| SetupError { path: path.to_owned(), why };
         let pem = read_pem(path).map_err(|e| wrong(e.to_string()))?;
@@ -67,9 +68,11 @@ impl NodeAttestor for X509Pop {
         })?;
         let (_, cert) = X509Certificate::from_der(&chain[0]).map_err(|e| malformed("certificate", &e))?;
         let may_sign = cert.key_usage().ok().flatten().is_some_and(|ku| ku.value.digital_signature());
+        // A certificate that is only meant for encryption must not authenticate a node.
         if !may_sign {
             return Err(AttestError::Refused("the node's certificate is not made for digital signatures".into()));
         }
+        // The chain alone proves nothing: certificates are public, and only the key is secret.
         prove_possession(cert.public_key(), challenger).await?;
         let id =
             agent_id(&self.trust_domain, "x509pop", &fingerprint(&chain[0])).map_err(|e| malformed("agent ID", &e))?;
@@ -78,8 +81,8 @@ impl NodeAttestor for X509Pop {
     }
 }
 
-/// What is known of a node: its certificate's subject and serial number, and the CAs of the path that was verified, the
-/// configured one included. Nothing comes from certificates that were merely sent.
+/// The selectors of a node: its certificate's subject and serial number, and the CAs of the verified path, including
+/// the configured one. Nothing is read from certificates that are not in the path.
 fn selectors(cert: &X509Certificate<'_>, path: &TrustedPath<'_>) -> Result<SelectorSet, AttestError> {
     let mut values = vec![];
     if let Some(cn) = cert.subject().iter_common_name().next().and_then(|cn| cn.as_str().ok()) {
@@ -87,20 +90,20 @@ fn selectors(cert: &X509Certificate<'_>, path: &TrustedPath<'_>) -> Result<Selec
     }
     values.extend(path.intermediates.iter().map(|ca| format!("ca:fingerprint:{}", fingerprint(ca))));
     values.push(format!("ca:fingerprint:{}", fingerprint(path.anchor.der())));
-    // As SPIRE writes it: whole bytes, so that the number of digits is even.
+    // In SPIRE's form: whole bytes, so the number of digits is even.
     let serial = cert.tbs_certificate.serial.to_bytes_be();
     values.push(format!("serialnumber:{}", hex::encode(serial)));
     values.into_iter().map(|v| Selector::new("x509pop", v).map_err(|e| malformed("selector", &e))).collect()
 }
 
-/// SPIRE names certificates by their SHA-1: a name, not a proof.
+/// SPIRE names certificates by their SHA-1, which is a name here and not a proof.
 fn fingerprint(certificate: &[u8]) -> String {
     hex::encode(digest(&SHA1_FOR_LEGACY_USE_ONLY, certificate))
 }
 
 impl EvidenceKey {
-    /// By the node's public key (its `subjectPublicKeyInfo`). The agent's ID is no such key: it is the digest of a whole
-    /// certificate, and whoever holds an ECDSA-signed one can write its signature in a second way.
+    /// A key from the node's public key (its `subjectPublicKeyInfo`). The agent's ID would not do: it is the digest of
+    /// a whole certificate, and an ECDSA signature can be written in a second valid form, which gives another digest.
     fn x509pop(public_key: &[u8]) -> Self {
         Self(format!("x509pop:sha256:{}", hex::encode(digest(&SHA256, public_key))))
     }

@@ -1,4 +1,4 @@
-//! An upstream CA from files: certificate, key, and the roots where the certificate is not one itself.
+//! An upstream CA from files: certificate, key, and the roots if the certificate is not one itself.
 
 use std::time::Duration;
 
@@ -13,10 +13,10 @@ use super::probe::probe;
 use super::{UpstreamAuthority, UpstreamError, UpstreamSigned, pem};
 use crate::config::UpstreamDisk;
 
-/// Life of the CA certificate that is signed once at start to try the files. It never leaves this process.
+/// Lifetime of the CA certificate that is signed once at start to test the files. It never leaves this process.
 const PROBE_CA_TTL: Duration = Duration::from_secs(600);
 
-/// Reads its files anew for each signature, so that a renewed upstream is taken up without a restart.
+/// Reads its files for each signature, so that a renewed upstream takes effect without a restart.
 pub struct Disk(UpstreamDisk);
 
 struct Loaded {
@@ -26,7 +26,7 @@ struct Loaded {
 }
 
 impl Disk {
-    /// Loads the files once, and signs and verifies below them, to find mistakes now and not at the first handshake.
+    /// Loads the files once, signs and verifies below them, so that mistakes show now and not in the first handshake.
     pub fn new(files: UpstreamDisk, trust_domain: &TrustDomain, now: OffsetDateTime) -> Result<Self, UpstreamError> {
         let disk = Self(files);
         let key =
@@ -35,7 +35,7 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Signs a CA certificate for `key`, once it is certain that peers accept what is issued below it.
+    /// Signs a CA certificate for `key`, after checking that peers accept what is issued below it.
     fn sign(
         &self,
         trust_domain: &TrustDomain,
@@ -77,8 +77,8 @@ impl Disk {
                 X509Authority::from_der(der.to_vec()).map_err(|e| UpstreamError::Content { path, why: e.to_string() })
             })
             .collect::<Result<Vec<_>, _>>()?;
-        // The path of a peer ends at the first certificate that it trusts: that one and those above it are not sent, for
-        // what is not in the path is refused.
+        // A peer's path ends at the first certificate that it trusts. That one and those above it are not sent, because
+        // certificates outside of the path are rejected.
         let end = chain.iter().position(|c| roots.iter().any(|r| r.der() == c)).unwrap_or(chain.len());
         chain.truncate(end);
         Ok(Loaded { signer, above: chain, roots })
@@ -89,7 +89,7 @@ fn is_self_signed(cert: &CertificateDer<'_>) -> bool {
     X509Certificate::from_der(cert).is_ok_and(|(_, c)| c.issuer() == c.subject())
 }
 
-/// Explains what would only show at the first handshake: CA flag, key usage, path length, time.
+/// Finds errors that would only show in the first handshake: CA flag, key usage, path length, time.
 fn check_chain(chain: &[CertificateDer<'_>], now: OffsetDateTime) -> Result<(), String> {
     pem::check_order(chain)?;
     for (above, der) in chain.iter().enumerate() {
@@ -106,7 +106,8 @@ fn check_chain(chain: &[CertificateDer<'_>], now: OffsetDateTime) -> Result<(), 
                 validity.not_before.to_datetime()
             ));
         }
-        // Below the first certificate stands our own CA, so the first needs room for one, the next for two, …
+        // Our own CA is below the first certificate, so the first one needs room for one CA, the next for two, and so
+        // on.
         let limit = cert.basic_constraints().ok().flatten().and_then(|bc| bc.value.path_len_constraint);
         let needed = u32::try_from(above + 1).unwrap_or(u32::MAX);
         if limit.is_some_and(|limit| limit < needed) {

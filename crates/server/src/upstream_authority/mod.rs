@@ -1,4 +1,4 @@
-//! The PKI above us.
+//! Upstream authorities: the CA that signs our authorities.
 
 mod disk;
 mod pem;
@@ -15,31 +15,31 @@ use time::OffsetDateTime;
 
 pub use disk::Disk;
 
-/// Why the upstream authority cannot serve.
+/// Why the upstream authority cannot sign.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     /// A file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Io {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// A file holds what it should not.
+    /// A file has unexpected content.
     #[error("{}: {why}", path.display())]
     Content {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong, and the mend.
+        /// What is wrong, and how to fix it.
         why: String,
     },
-    /// It refused to sign.
+    /// Issuing the CA certificate failed.
     #[error(transparent)]
     Issue(#[from] IssueError),
 }
 
-/// An intermediate CA and what it hangs from.
+/// An intermediate CA with the certificates above it.
 #[derive(Debug, Clone)]
 pub struct UpstreamSigned {
     /// Our CA certificate, then those above it, without the root.
@@ -51,7 +51,7 @@ pub struct UpstreamSigned {
 /// Signs our authorities.
 #[async_trait]
 pub trait UpstreamAuthority: Send + Sync {
-    /// Signs a CA certificate for `key`.
+    /// Signs a CA certificate for `key`, valid for at most `ttl` from `now`.
     async fn sign_intermediate(
         &self,
         trust_domain: &TrustDomain,

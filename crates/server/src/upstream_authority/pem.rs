@@ -1,5 +1,4 @@
-//! What people put into PEM files, read with as much patience as is safe: certificates and keys in every common form, and a
-//! reason in words for what is neither.
+//! Tolerant parsing of PEM files: certificates and keys in every common form, and a clear reason for everything else.
 
 use std::path::Path;
 
@@ -20,10 +19,10 @@ use super::UpstreamError;
 const MAX_SECTIONS: usize = 10_000;
 /// Shortest RSA key, in bits.
 const LEAST_RSA_BITS: usize = 2_048;
-/// A byte order mark, which editors put before the first line.
+/// A byte order mark, which some editors put before the first line.
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
-/// Every certificate of a file, in order.
+/// All certificates of a file, in order. Errors: unreadable, or no certificate.
 pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, UpstreamError> {
     let wrong = |why: String| UpstreamError::Content { path: path.to_owned(), why };
     let content = read(path)?;
@@ -42,7 +41,7 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Upstrea
     Ok(certificates)
 }
 
-/// The private key of a file: PKCS#8, SEC1 (also behind its EC PARAMETERS), or PKCS#1.
+/// The private key of a file: PKCS#8, SEC1 (also after its EC PARAMETERS) or PKCS#1.
 pub fn key(path: &Path) -> Result<PrivateKey, UpstreamError> {
     let wrong = |why: String| UpstreamError::Content { path: path.to_owned(), why };
     let content = Zeroizing::new(read(path)?);
@@ -84,7 +83,7 @@ fn usable(kind: SectionKind, der: &[u8]) -> Result<PrivateKey, String> {
     PrivateKey::from_pkcs8(pkcs8.to_vec()).map_err(|_| unusable())
 }
 
-/// Looks at a chain as its file has it: each certificate is issued by the next one, and none has a key that is too short.
+/// Checks a chain in file order: each certificate is issued by the next one, and no RSA key is too short.
 pub fn check_order(chain: &[CertificateDer<'_>]) -> Result<(), String> {
     let parse = |der| {
         X509Certificate::from_der(der).map(|(_, cert)| cert).map_err(|e| format!("not an X.509 certificate: {e}"))
@@ -128,7 +127,7 @@ fn sections(content: &[u8], expected: &str, convert: &str) -> Result<Vec<Section
     }
     let mut rest = content;
     let next = std::iter::from_fn(|| from_buf(&mut rest).transpose());
-    // A bound, for the library's sake: after a damaged block it may find its place again, or not.
+    // Bounded, because the library may not recover after a damaged block.
     let sections: Result<Vec<(SectionKind, Vec<u8>)>, PemError> = next.take(MAX_SECTIONS).collect();
     let sections = sections.map_err(|e| {
         let why = match e {
@@ -152,8 +151,8 @@ fn sections(content: &[u8], expected: &str, convert: &str) -> Result<Vec<Section
     Ok(sections.into_iter().map(|(kind, der)| (kind, Zeroizing::new(der))).collect())
 }
 
-/// Whether this is one DER SEQUENCE, as a certificate and a key are: its length is in the second byte, or in the one or two
-/// behind it (X.690 8.1.3). Text may begin with the same bytes, and is not just as long as they say.
+/// Whether the content is exactly one DER SEQUENCE, as certificates and keys are: the length is in the second byte, or
+/// in the one or two after it (X.690 8.1.3). Text may start with the same bytes, but does not have the matching length.
 fn is_der(content: &[u8]) -> bool {
     match content {
         [0x30, 0x82, high, low, body @ ..] => body.len() == usize::from(u16::from_be_bytes([*high, *low])),

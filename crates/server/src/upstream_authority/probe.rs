@@ -1,7 +1,7 @@
-//! Whether peers will accept what we issue below an upstream authority: tried with our own verifier before anybody else does.
+//! Tests with our own verifier whether peers will accept what we issue below an upstream authority.
 //!
-//! A bundle without the upstream's root, or name constraints that leave our trust domain out, would otherwise show at the
-//! first handshake: the server looks healthy, and every sidecar refuses every SVID.
+//! A bundle without the upstream's root, or name constraints that exclude our trust domain, would otherwise show only
+//! in the first handshake: the server looks healthy, and every sidecar rejects every SVID.
 
 use std::time::Duration;
 
@@ -13,29 +13,30 @@ use time::OffsetDateTime;
 
 use super::UpstreamSigned;
 
-/// Life of the probe's SVID. It never leaves this process.
+/// Lifetime of the test SVID. It never leaves this process.
 const PROBE_TTL: Duration = Duration::from_secs(60);
 
-/// Why an SVID below an upstream authority would be refused.
+/// Why an SVID below an upstream authority would be rejected.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ProbeError {
-    /// The probe's SVID could not be issued.
+    /// The test SVID could not be issued.
     #[error("no SVID can be issued below it: {0}")]
     Issue(#[from] IssueError),
-    /// Our verifier refuses it, and so would every peer.
+    /// Our verifier rejects it, and so would every peer.
     #[error(
         "every peer would refuse the SVIDs of `{trust_domain}` issued below it: {refusal}. The roots must hold the one in \
          which the chain ends, and name constraints must leave room for `spiffe://{trust_domain}`"
     )]
     Refused {
-        /// What we issue for.
+        /// The trust domain of the SVID.
         trust_domain: TrustDomain,
         /// The verifier's reason.
         refusal: Refusal,
     },
 }
 
-/// Issues an SVID below `signed`, whose first certificate belongs to `key`, and verifies it as both sides of a handshake do.
+/// Issues an SVID below `signed`, whose first certificate belongs to `key`, and verifies it as both sides of a
+/// handshake do.
 pub(super) fn probe(
     trust_domain: &TrustDomain,
     signed: &UpstreamSigned,

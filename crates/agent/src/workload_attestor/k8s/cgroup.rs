@@ -1,22 +1,23 @@
-//! From a process's cgroups to its pod and container, in the forms of the kubelet's two drivers and of each runtime.
+//! Finds a process's pod and container from its cgroups, for both of the kubelet's drivers and each runtime.
 //!
-//! A path counts only below the kubelet's own root, which nobody but root can make cgroups in: below a delegated tree, such
-//! as that of a user's own service manager (`user.slice/user-1000.slice/user@1000.service`), anybody can spell a pod. The
-//! root is `/kubepods` or `/kubelet/kubepods` and their forms under systemd; where the kubelet was given another one
-//! (`cgroupRoot`, a node in a container), it is known from the agent's own cgroup, as the agent is one of its pods there.
+//! A path counts only below the kubelet's own root, where only root can create cgroups: below a delegated tree, such as
+//! a user's own service manager (`user.slice/user-1000.slice/user@1000.service`), any user can create a path that looks
+//! like a pod's. The root is `/kubepods` or `/kubelet/kubepods`, or their forms under systemd. If the kubelet has
+//! another root (`cgroupRoot`, a node in a container), the agent's own cgroup shows it, because the agent is one of the
+//! kubelet's pods.
 //!
-//! A container can make cgroups below its own where its runtime lets it, but none above: the pod nearest to the root
-//! counts, and the container is what stands right below it. Lines that contradict each other prove nothing.
+//! A container may create cgroups below its own if its runtime allows it, but none above. So the pod nearest to the
+//! root counts, and the container is the part directly below it. Contradicting lines prove nothing.
 
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use countersign_identity::shown::shown_up_to;
 
-/// Where a process is.
+/// The container that a process runs in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Container {
-    /// UID of the pod, as the API spells it.
+    /// UID of the pod, in the API's form.
     pub pod_uid: String,
     /// ID of the container, 64 hex digits.
     pub id: String,
@@ -25,17 +26,17 @@ pub struct Container {
 /// Why cgroups prove nothing.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CgroupError {
-    /// A process that claims to be in two places.
+    /// The lines name two different containers.
     #[error("its cgroups name two containers, {0} and {1}")]
     Contradiction(String, String),
-    /// A pod where the kubelet makes none.
+    /// A path looks like a pod's, but is not below the kubelet's root.
     #[error(
         "its cgroup `{0}` is spelled like a pod's, but is not below the kubelet's root; such a cgroup may be anybody's. Where the kubelet has another `cgroupRoot`, run the agent as a pod of that node"
     )]
     OutsideOfKubelet(String),
 }
 
-/// The container in the text of `/proc/PID/cgroup` (cgroups(7): `hierarchy:controllers:path`); `None` outside of pods.
+/// Parses `/proc/PID/cgroup` (cgroups(7): `hierarchy:controllers:path`); `None` for a process outside of pods.
 pub fn container_of(text: &str) -> Result<Option<Container>, CgroupError> {
     static ROOTS: LazyLock<Roots> =
         LazyLock::new(|| Roots::seen_from(&std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()));
@@ -47,11 +48,14 @@ fn container_below(roots: &Roots, text: &str) -> Result<Option<Container>, Cgrou
     for path in text.lines().filter_map(|line| line.splitn(3, ':').nth(2)) {
         let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
         let Some(here) = roots.container_in(&parts) else {
+            // An error rather than "no pod": a process that imitates one must not be attested as an ordinary process
+            // either.
             if spells_a_pod(&parts) {
                 return Err(CgroupError::OutsideOfKubelet(shown_up_to(path, 200).to_string()));
             }
             continue;
         };
+        // On cgroup v1 each line is one hierarchy, and a process may be moved in one of them only.
         match &found {
             Some(before) if *before != here => {
                 return Err(CgroupError::Contradiction(before.id.clone(), here.id));
@@ -62,14 +66,14 @@ fn container_below(roots: &Roots, text: &str) -> Result<Option<Container>, Cgrou
     Ok(found)
 }
 
-/// Where a kubelet makes the cgroups of its pods: what may stand before `kubepods`.
+/// The path prefixes before `kubepods` under which a kubelet creates the cgroups of its pods.
 struct Roots(BTreeSet<Vec<String>>);
 
 impl Roots {
-    /// The usual places, and the one that the agent itself is in, by its own `/proc/self/cgroup`.
+    /// The usual prefixes, and the one that the agent itself is under, by its own `/proc/self/cgroup`.
     fn seen_from(own: &str) -> Self {
-        // kind and others put the kubelet and its pods under `kubelet`. A runtime that does not know the kubelet's systemd
-        // driver makes the pods' cgroups below its own service.
+        // kind and others put the kubelet and its pods under `kubelet`. A runtime that does not support the kubelet's
+        // systemd driver creates the pods' cgroups below its own service.
         let usual: [&[&str]; 4] = [&[], &["kubelet"], &["kubelet.slice"], &["system.slice", "containerd.service"]];
         let mut roots: BTreeSet<Vec<String>> =
             usual.iter().map(|p| p.iter().map(|p| (*p).to_owned()).collect()).collect();
@@ -85,8 +89,8 @@ impl Roots {
         let up = parts.iter().take_while(|p| **p == "..").count();
         let (above, rest) = parts.split_at(up);
         if !above.is_empty() {
-            // Seen from the agent's own cgroup namespace, whose root is its container: the way leads up to what the two have
-            // in common, and from there down. Only the kubelet's own cgroups can be on the way down to a pod.
+            // Seen from the agent's own cgroup namespace, whose root is its container: the path goes up to the common
+            // ancestor and then down. On the way down to a pod there are only the kubelet's own cgroups.
             return pod_in(rest).or_else(|| pod_below_common(rest).filter(|_| up >= 2));
         }
         let below = |root: &Vec<String>| {
@@ -97,8 +101,8 @@ impl Roots {
     }
 }
 
-/// `kubepods[/QOS]/podUID/ID` (cgroupfs), `R.slice[/R-QOS.slice]/R[-QOS]-podUID.slice/RUNTIME-ID.scope` (systemd; R ends in
-/// `kubepods`), `R[-QOS]-podUID.slice:RUNTIME:ID` (a runtime with the one driver below a kubelet with the other).
+/// `kubepods[/QOS]/podUID/ID` (cgroupfs), `R.slice[/R-QOS.slice]/R[-QOS]-podUID.slice/RUNTIME-ID.scope` (systemd; R
+/// ends in `kubepods`), `R[-QOS]-podUID.slice:RUNTIME:ID` (runtime and kubelet with different drivers).
 fn pod_in(parts: &[&str]) -> Option<Container> {
     let (root, rest) = parts.split_first()?;
     if *root == "kubepods" {
@@ -123,10 +127,10 @@ fn pod_in(parts: &[&str]) -> Option<Container> {
     of_this_root.then_some(Container { pod_uid, id: container_id(rest.first()?)? })
 }
 
-/// Quality of service, as it stands in the names of slices; that of guaranteed pods is not named.
+/// Quality of service in names of slices; the one of guaranteed pods is not named.
 const QOS: [&str; 2] = ["-burstable", "-besteffort"];
 
-/// What is left of the forms above when both paths have their beginning in common.
+/// The rest of the forms above, when both paths share their beginning.
 fn pod_below_common(parts: &[&str]) -> Option<Container> {
     let (first, rest) = parts.split_first()?;
     if let Some((pod_uid, above)) = pod_of_slice(first) {
@@ -144,34 +148,35 @@ fn pod_below_common(parts: &[&str]) -> Option<Container> {
     }
 }
 
-/// `podUID/ID`.
+/// Parses `podUID/ID`.
 fn plain(parts: &[&str]) -> Option<Container> {
     let (pod, rest) = parts.split_first()?;
     Some(Container { pod_uid: uid(pod.strip_prefix("pod")?)?, id: container_id(rest.first()?)? })
 }
 
-/// `ABOVE-podUID.slice`, with `_` for `-` in the UID: the UID and what stands before it.
+/// Parses `ABOVE-podUID.slice`, with `_` for `-` in the UID, into the UID and `ABOVE`.
 fn pod_of_slice(part: &str) -> Option<(String, String)> {
     let (above, found) = part.strip_suffix(".slice")?.rsplit_once("-pod")?;
     Some((uid(&found.replace('_', "-"))?, above.to_owned()))
 }
 
-/// A pod's UID; a static pod's is a hash.
+/// A pod's UID; that of a static pod is a hash. `None` if the form is wrong.
 fn uid(text: &str) -> Option<String> {
     let lengths: Vec<usize> = text.split('-').map(str::len).collect();
     let formed = lengths == [8, 4, 4, 4, 12] || lengths == [32];
     (formed && text.bytes().all(|b| b == b'-' || is_hex(b))).then(|| text.to_owned())
 }
 
-/// Whether anywhere in a path something stands that would be a pod and its container below the kubelet's root.
+/// Whether a path contains anything that would be a pod and its container below the kubelet's root.
 fn spells_a_pod(parts: &[&str]) -> bool {
     (0..parts.len()).any(|n| pod_in(&parts[n..]).or_else(|| pod_below_common(&parts[n..])).is_some())
 }
 
-/// `ID` (cgroupfs), `cri-containerd-ID.scope`, `crio-ID.scope`, `docker-ID.scope` (systemd), `crio-ID` (CRI-O, cgroupfs).
+/// Parses `ID` (cgroupfs), `cri-containerd-ID.scope`, `crio-ID.scope`, `docker-ID.scope` (systemd), `crio-ID` (CRI-O,
+/// cgroupfs).
 fn container_id(part: &str) -> Option<String> {
     let name = part.strip_suffix(".scope").unwrap_or(part);
-    // CRI-O's monitor stands beside the container, in the pod but not of it.
+    // CRI-O's monitor is next to the container: in the pod's cgroup, but not part of the pod.
     if name.contains("conmon") {
         return None;
     }
@@ -222,7 +227,7 @@ mod tests {
             format!("/../../../kubepods-besteffort.slice/kubepods-besteffort-pod{under}.slice/crio-{id}.scope"),
             format!("/../../kubepods-besteffort-pod{under}.slice:cri-containerd:{id}"),
             format!("/system.slice/containerd.service/kubepods-burstable-pod{under}.slice:cri-containerd:{id}"),
-            // A cgroup of the container's own making below it.
+            // A cgroup that the container created below its own.
             format!("/kubepods/pod{UID}/{id}/system.slice/x.service"),
         ] {
             assert_eq!(found(&format!("0::{path}\n")), here, "{path}");
@@ -241,7 +246,7 @@ mod tests {
         assert_eq!(container_of(&contradicts), Err(CgroupError::Contradiction(id, other)));
     }
 
-    /// Trees in which somebody who is not root, or a container, may make cgroups of any name.
+    /// Trees in which an unprivileged user or a container may create cgroups of any name.
     #[test]
     fn a_pod_that_is_not_below_the_kubelets_root_is_nobodys() {
         let (id, under) = (id(), UID.replace('-', "_"));

@@ -1,4 +1,4 @@
-//! The kubelet's pod list (`GET /pods` on port 10250), asked for on demand: callers that wait share one query.
+//! Queries the kubelet's pod list (`GET /pods` on port 10250) on demand; callers that wait share one query.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,25 +18,25 @@ use zeroize::Zeroizing;
 use super::pods::Pods;
 use crate::config::Kubelet;
 
-/// A query takes no longer.
+/// Longest query.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest pod list that is read, in bytes.
 const MAX_LIST_BYTES: usize = 64 * 1024 * 1024;
-/// Longest token and CA file that is read, in bytes.
+/// Largest token or CA file that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
 /// Why the attestor could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
-    /// The kubelet's CA.
+    /// The kubelet's CA file cannot be used.
     #[error("kubelet CA {}: {why}", path.display())]
     Ca {
-        /// Its file.
+        /// Path of the CA file.
         path: PathBuf,
-        /// Why.
+        /// What is wrong with it.
         why: String,
     },
-    /// The API server, which is asked for namespaces.
+    /// The API server, which provides labels of namespaces, cannot be reached.
     #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
     Api(#[from] kube::Error),
 }
@@ -44,38 +44,38 @@ pub enum SetupError {
 /// Why there is no pod list.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
-    /// A file.
+    /// The token file cannot be read.
     #[error("cannot read {}: {why}", path.display())]
     File {
-        /// Which.
+        /// Path of the token file.
         path: PathBuf,
-        /// Why.
+        /// Error of the operating system, or what is wrong with it.
         why: String,
     },
-    /// The connection.
+    /// The connection or the TLS handshake failed.
     #[error("cannot reach the kubelet at {address}: {why}")]
     Connect {
-        /// Where.
+        /// Address of the kubelet, `HOST:PORT`.
         address: String,
-        /// Why.
+        /// Why it failed.
         why: String,
     },
-    /// The kubelet said no.
+    /// The kubelet answered with an HTTP error.
     #[error("the kubelet at {address} refuses the pod list with {status}; {mend}")]
     Refused {
-        /// Where.
+        /// Address of the kubelet, `HOST:PORT`.
         address: String,
-        /// HTTP status.
+        /// HTTP status code of the answer.
         status: u16,
-        /// What to do.
+        /// How to fix it.
         mend: &'static str,
     },
-    /// Its answer cannot be read.
+    /// The kubelet's answer cannot be parsed, or is too long.
     #[error("the kubelet's pod list cannot be read: {0}")]
     Answer(String),
 }
 
-/// A kubelet, and the answer that callers share.
+/// Queries a kubelet; concurrent callers share the answer.
 pub struct Client {
     settings: Kubelet,
     tls: Arc<ClientConfig>,
@@ -83,7 +83,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Reads the CA.
+    /// Reads the CA that the kubelet's certificate must chain to.
     pub fn new(settings: Kubelet) -> Result<Self, SetupError> {
         let wrong = |why: String| SetupError::Ca { path: settings.ca.clone(), why };
         let pem = read_bounded(&settings.ca, MAX_FILE_BYTES).map_err(|e| wrong(e.to_string()))?;
@@ -97,11 +97,12 @@ impl Client {
         Ok(Self { settings, tls: Arc::new(tls), latest: Mutex::default() })
     }
 
-    /// A list no older than this call. Whoever waits for the same list gets it from one query.
+    /// A pod list that is no older than this call. Callers that wait for the same list share one query.
     pub async fn pods(&self) -> Result<Arc<Pods>, QueryError> {
         let arrived = Instant::now();
         let mut latest = self.latest.lock().await;
         if let Some((asked, pods)) = &*latest
+            // A list from before this call may lack the caller's pod, or show a container of the past.
             && *asked >= arrived
         {
             return Ok(pods.clone());

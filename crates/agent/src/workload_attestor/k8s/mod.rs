@@ -1,4 +1,4 @@
-//! `k8s:…`: pid → cgroup → pod and container → what this node's kubelet says of them.
+//! `k8s:…`: from the process to its cgroup, to its pod and container, to what this node's kubelet says about them.
 
 mod cgroup;
 mod kubelet;
@@ -22,28 +22,28 @@ use crate::peer::Process;
 
 pub use kubelet::SetupError;
 
-/// How long a process may be ahead of what the kubelet knows of its container.
+/// How long a process may be ahead of the kubelet's knowledge of its container.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// After this time a process is attested by its pod alone, whose container the kubelet does not know: it tells of containers
-/// only when their postStart hooks have ended, and such a hook may wait for the identity. An entry that asks for a container
-/// applies when the container is known.
+/// Time after which a process is attested by its pod alone, if the kubelet does not know its container. The kubelet
+/// reports a container only once its postStart hook has ended, and such a hook may wait for the identity. An entry that
+/// requires the container applies once it is known.
 const POD_ALONE: Duration = Duration::from_secs(3);
 
-/// Attests by pod.
+/// Attests processes by their pod.
 pub struct K8s {
     kubelet: Client,
     namespaces: Option<Namespaces>,
 }
 
 impl K8s {
-    /// Reads the CA that the kubelet's certificate must chain to, and finds the API server where namespaces are asked for.
+    /// Reads the CA of the kubelet's certificate, and connects to the API server if labels of namespaces are wanted.
     pub async fn new(settings: Kubelet) -> Result<Self, SetupError> {
         let namespaces = if settings.namespace_labels { Some(Namespaces::new().await?) } else { None };
         Ok(Self { kubelet: Client::new(settings)?, namespaces })
     }
 
-    /// Everything that can be known of a process in this container now; with `in_part`, of its pod alone too.
+    /// All facts about a process in this container; with `in_part`, its pod alone is enough.
     async fn look(&self, Container { pod_uid, id }: &Container, in_part: bool) -> Result<Proof, String> {
         let pods = self.kubelet.pods().await.map_err(|e| e.to_string())?;
         let pod = pods.get(pod_uid).ok_or_else(|| format!("the kubelet does not know pod {pod_uid}"))?;

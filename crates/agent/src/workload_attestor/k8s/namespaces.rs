@@ -1,5 +1,5 @@
-//! `k8s:ns-label:KEY:VALUE`: labels of a pod's namespace. The kubelet does not know them, so the API server is asked, where an
-//! operator wants them.
+//! `k8s:ns-label:KEY:VALUE`: labels of a pod's namespace. The kubelet does not know them, so they are read from the API
+//! server if the operator enables it.
 
 use std::time::Duration;
 
@@ -8,19 +8,19 @@ use countersign_identity::selector::SelectorSet;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::{Api, Client};
 
-/// A query takes no longer.
+/// Longest query.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The API server, asked for one namespace at a time.
+/// Reads namespaces from the API server, one at a time.
 pub struct Namespaces(Api<Namespace>);
 
 impl Namespaces {
-    /// Asks as the agent's service account, which must be allowed `get` on namespaces.
+    /// Connects as the agent's service account, which must be allowed `get` on namespaces.
     pub async fn new() -> Result<Self, kube::Error> {
         Ok(Self(Api::all(Client::try_default().await?)))
     }
 
-    /// The labels of a namespace, as they are now.
+    /// The current labels of a namespace.
     pub async fn labels(&self, namespace: &str) -> Result<SelectorSet, String> {
         let asked = tokio::time::timeout(QUERY_TIMEOUT, self.0.get_metadata(namespace)).await;
         let answer = asked.map_err(|_| "no answer in time".to_owned()).and_then(|a| a.map_err(|e| e.to_string()));

@@ -1,4 +1,4 @@
-//! What a kubelet's pod list says, kept as selectors.
+//! A kubelet's pod list, converted to selectors.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -11,31 +11,31 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 #[derive(Default)]
 pub struct Pods(HashMap<String, KnownPod>);
 
-/// A pod, as the kubelet knows it.
+/// A pod, as reported by the kubelet.
 pub struct KnownPod {
-    /// Its namespace.
+    /// Namespace of the pod.
     pub namespace: String,
-    /// What is true of all of its processes.
+    /// Selectors of all its processes.
     pub selectors: SelectorSet,
-    /// By container ID.
+    /// Additional selectors by container ID.
     containers: HashMap<String, SelectorSet>,
 }
 
 impl Pods {
-    /// Reads a `PodList` in JSON.
+    /// Parses a `PodList` in JSON.
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         let list: List<Pod> = serde_json::from_slice(json)?;
         Ok(Self(list.items.iter().filter_map(|p| Some((p.metadata.uid.clone()?, known(p)))).collect()))
     }
 
-    /// A pod by its UID.
+    /// The pod with this UID; `None` if the kubelet does not list it.
     pub fn get(&self, uid: &str) -> Option<&KnownPod> {
         self.0.get(uid)
     }
 }
 
 impl KnownPod {
-    /// What is true of the processes of this container beside; `None` while the kubelet does not know it.
+    /// Additional selectors of a container's processes; `None` while the kubelet does not know the container.
     pub fn container(&self, id: &str) -> Option<&SelectorSet> {
         self.containers.get(id)
     }
@@ -45,7 +45,7 @@ fn selectors(values: impl IntoIterator<Item = String>) -> SelectorSet {
     values.into_iter().filter_map(|v| Selector::new("k8s", v).ok()).collect()
 }
 
-/// An image under both of its names: as it was asked for, and by its digest.
+/// An image under both of its names: as requested, and by its digest.
 fn images<'a>(statuses: impl Iterator<Item = &'a ContainerStatus>) -> BTreeSet<&'a str> {
     statuses.flat_map(|s| [s.image.as_str(), s.image_id.as_str()]).filter(|i| !i.is_empty()).collect()
 }
@@ -77,7 +77,7 @@ fn known(pod: &Pod) -> KnownPod {
         values.push(format!("pod-owner-uid:{}:{}", owner.kind, owner.uid));
     }
     let containers = app.iter().chain(&init).chain(&ephemeral).filter_map(|c| {
-        // `containerd://ID`
+        // The form is `containerd://ID`.
         let id = c.container_id.as_deref()?.rsplit('/').next()?.to_owned();
         let image = images(std::iter::once(c)).into_iter().map(|i| format!("container-image:{i}"));
         Some((id, selectors(std::iter::once(format!("container-name:{}", c.name)).chain(image))))

@@ -1,4 +1,4 @@
-//! Strangers keep no API server waiting, whatever they hold open or send.
+//! Unauthenticated peers do not delay an API server, whatever they hold open or send.
 
 #![allow(clippy::unwrap_used)]
 
@@ -65,7 +65,7 @@ impl Served {
         TlsConnector::from(self.client.clone()).connect(name, self.dial(from).await).await
     }
 
-    /// The answer to one review with so many bytes of padding, within two seconds.
+    /// The answer to one review with this many bytes of padding, within two seconds.
     async fn review(&self, from: [u8; 4], padding: usize) -> Option<String> {
         let asked = async {
             let mut stream = self.shake_hands(from).await.ok()?;
@@ -105,7 +105,7 @@ async fn silent_connections_keep_no_review_waiting() {
     for stream in held.drain(..).take(300) {
         drop(stream);
     }
-    // Some go as far as a head without an end.
+    // Some send a head that never ends.
     let mut heads = vec![];
     for _ in 0..300 {
         if let Ok(mut stream) = served.shake_hands(STRANGER).await {
@@ -123,14 +123,14 @@ async fn large_bodies_of_strangers_are_bounded_and_large_reviews_are_read_all_th
     for _ in 0..40 {
         let mut stream = served.shake_hands(STRANGER).await.unwrap();
         let _ = stream.write_all(b"POST /inject/pod HTTP/1.1\r\nhost: x\r\ncontent-length: 4000000\r\n\r\n").await;
-        // All but the end: 3.9 MB each, 156 MB together.
+        // Everything but the end: 3.9 MB each, 156 MB together.
         let most = vec![b'x'; 3_900_000];
         let sent = stream.write_all(&most);
         let _ = tokio::time::timeout(Duration::from_millis(300), sent).await;
         held.push(stream);
     }
     served.is_served(API_SERVER, 1_000_000).await;
-    // 32 MiB are eight of them; all others were told that there is no room, or cut.
+    // 32 MiB hold eight of them; all others were rejected for lack of room, or cut.
     let mut refused = 0;
     for stream in &mut held {
         let mut answer = [0; 12];

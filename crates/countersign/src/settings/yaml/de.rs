@@ -1,4 +1,5 @@
-//! The tree as serde's input, for settings that are plain structs. Mistakes have their line and key, and our words.
+//! Deserializes the tree with serde, for settings that are plain structs. Errors have line and key, and our own
+//! wording.
 
 use std::fmt;
 
@@ -7,14 +8,14 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, MapAc
 use super::super::words::{did_you_mean, shown};
 use super::tree::{Entry, Node, Value};
 
-/// What serde says, and where.
+/// A deserialization error with its place.
 #[derive(Debug)]
 pub struct DeError {
-    /// From 1; `None` until an access puts it in.
+    /// Line number from 1; `None` until a caller adds it.
     pub line: Option<usize>,
-    /// The key whose value is wrong; empty for the whole.
+    /// The key with the wrong value; empty for the whole file.
     pub key: String,
-    /// What is wrong.
+    /// What is wrong, without the place.
     pub why: String,
 }
 
@@ -85,7 +86,7 @@ fn in_words(found: &de::Unexpected<'_>) -> String {
     }
 }
 
-/// A value from a tree.
+/// Deserializes a value from a tree.
 pub fn from_node<T: DeserializeOwned>(node: &Node) -> Result<T, DeError> {
     T::deserialize(De(node)).map_err(|e| e.at(node.line, ""))
 }
@@ -119,7 +120,7 @@ macro_rules! numbers {
 impl<'de> de::Deserializer<'de> for De<'de> {
     type Error = DeError;
 
-    /// By YAML's core schema: what is not in quotes may be a number or a truth value.
+    /// By YAML's core schema, an unquoted scalar may be a number or a boolean.
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DeError> {
         match &self.0.value {
             Value::Null => visitor.visit_unit(),

@@ -1,6 +1,6 @@
-//! YAML as a tree in which every value and key knows its line, so that each mistake can name its place.
+//! YAML as a tree in which every key and value has its line, so that each error can name its place.
 //!
-//! `tree` parses, `read` takes values out by key, `de` feeds serde, for settings that are plain structs.
+//! `tree` parses, `read` takes values by key, `de` connects serde for settings that are plain structs.
 
 mod de;
 mod read;

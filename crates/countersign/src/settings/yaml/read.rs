@@ -1,4 +1,5 @@
-//! Values taken out of the tree one by one; each mistake is `FILE:LINE: KEY: what was expected, what was found`.
+//! Takes values out of the tree one by one. Each error has the form `FILE:LINE: KEY: what was expected, what was
+//! found`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,36 +8,36 @@ use super::super::Mistake;
 use super::super::words::{did_you_mean, shown};
 use super::tree::{Entry, Node, Value};
 
-/// A file whose tree is being read.
+/// Reads the tree of a file.
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
     path: &'a Path,
 }
 
-/// The entries of a map that are not taken yet.
+/// The entries of a map that were not taken yet.
 pub struct Fields<'a> {
     reader: Reader<'a>,
-    /// Line of the map, for a key that is missing.
+    /// Line of the map, for errors about missing keys.
     line: usize,
-    /// What the map is, for a key that is missing, such as: workload `a`.
+    /// Description of the map for errors about missing keys, such as: workload `a`.
     what: String,
     known: &'static [&'static str],
     left: BTreeMap<&'a str, &'a Entry>,
 }
 
 impl<'a> Reader<'a> {
-    /// A reader of this file.
+    /// A reader for the tree of this file.
     pub fn new(path: &'a Path) -> Self {
         Self { path }
     }
 
-    /// A mistake at a line, in the value of a key (empty: in none).
+    /// An error at a line, in the value of `key` (empty: not in a value).
     pub fn wrong(self, line: usize, key: &str, why: &str) -> Mistake {
         let key = if key.is_empty() { String::new() } else { format!("{}: ", shown(key)) };
         Mistake(format!("{}:{line}: {key}{why}", self.path.display()))
     }
 
-    /// A value of the wrong kind.
+    /// An error about a value of the wrong type.
     pub fn unexpected(self, node: &Node, key: &str, expected: &str) -> Mistake {
         self.wrong(node.line, key, &format!("expected {expected}, found {}", node.found()))
     }
@@ -68,7 +69,7 @@ impl<'a> Reader<'a> {
         Ok(Fields { reader: self, line: node.line, what: what.into(), known, left })
     }
 
-    /// Names with values, of the file's own choice.
+    /// A map whose keys the file chooses.
     pub fn pairs(self, node: &'a Node, key: &str, example: &str) -> Result<&'a [Entry], Mistake> {
         match &node.value {
             Value::Map(entries) => Ok(entries),
@@ -76,7 +77,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A list.
+    /// The items of a list.
     pub fn list(self, node: &'a Node, key: &str, example: &str) -> Result<&'a [Node], Mistake> {
         match &node.value {
             Value::List(items) => Ok(items),
@@ -93,7 +94,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A text; a number is one too, nothing is not.
+    /// A text or a number; an empty value is an error.
     pub fn text(self, node: &'a Node, key: &str, expected: &str) -> Result<&'a str, Mistake> {
         match &node.value {
             Value::Scalar { text, .. } if text.contains('\0') => {
@@ -104,7 +105,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A text that is parsed; what the parser says of it is cut and escaped like the text itself.
+    /// Parses a text. The parser's message is shortened and escaped like the text itself.
     pub fn parse<T, E: std::fmt::Display>(
         self,
         node: &'a Node,
@@ -122,13 +123,13 @@ impl<'a> Reader<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// Takes a key's value; a key without a value is as a key that is not there.
+    /// Takes a key's value; a key without a value counts as missing.
     pub fn optional(&mut self, key: &'static str) -> Option<&'a Node> {
         debug_assert!(self.known.contains(&key));
         self.left.remove(key).map(|e| &e.value).filter(|v| v.value != Value::Null)
     }
 
-    /// Takes the value of a key that must be there.
+    /// Takes the value of a required key.
     pub fn required(&mut self, key: &'static str) -> Result<&'a Node, Mistake> {
         let (line, what) = (self.line, self.what.clone());
         let reader = self.reader;

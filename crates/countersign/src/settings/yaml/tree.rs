@@ -1,4 +1,4 @@
-//! The parser's events become a tree, with bounds on what a file can make us hold.
+//! Builds a tree from the parser's events, with bounds on its size.
 
 use std::collections::HashMap;
 
@@ -6,60 +6,60 @@ use granit_parser::{ErrorKind, Event, Parser, ScalarStyle, ScanError, Span, Tag}
 
 use super::super::words::shown;
 
-/// Values in one file at most, those behind aliases counted each time.
+/// Most values in one file; values behind aliases count each time.
 const MAX_NODES: usize = 100_000;
-/// Lists and maps inside one another at most.
+/// Deepest nesting of lists and maps.
 const MAX_DEPTH: usize = 32;
 
-/// A value and the line that it begins at.
+/// A value and the line where it starts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
-    /// From 1.
+    /// Line number of the value, from 1.
     pub line: usize,
-    /// What stands there.
+    /// The value itself.
     pub value: Value,
 }
 
-/// What YAML can say.
+/// A YAML value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
-    /// Nothing: `null`, `~`, or no text at all.
+    /// No value: `null`, `~`, or no text at all.
     Null,
-    /// A text or number; not yet told apart, for the reader knows which it wants.
+    /// A text or a number; the reader decides which it expects.
     Scalar {
-        /// As it is meant, quotes and escapes resolved.
+        /// The content, with quotes and escapes resolved.
         text: String,
-        /// Written in quotes or as a block, so that it is a text whatever it looks like.
+        /// Whether it is quoted or a block, so that it is always a text.
         quoted: bool,
     },
-    /// A list.
+    /// A list of values.
     List(Vec<Node>),
-    /// Keys and values, in the file's order; no key is there twice.
+    /// Keys with values, in file order; keys are unique.
     Map(Vec<Entry>),
 }
 
 /// A key and its value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
-    /// The key.
+    /// The key as text.
     pub key: String,
-    /// The key's line, from 1.
+    /// Line number of the key, from 1.
     pub line: usize,
-    /// The value.
+    /// The value of the key.
     pub value: Node,
 }
 
-/// A place where the text is not YAML, or not YAML that we take.
+/// A place where the text is not valid YAML, or uses unsupported YAML.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SyntaxError {
-    /// From 1.
+    /// Line number of the error, from 1.
     pub line: usize,
-    /// What is wrong.
+    /// What is wrong there.
     pub why: String,
 }
 
 impl Node {
-    /// What stands there, in words.
+    /// Describes the value for an error message.
     pub fn found(&self) -> String {
         match &self.value {
             Value::Null => "nothing".into(),
@@ -74,7 +74,7 @@ impl Node {
         }
     }
 
-    /// Values in it, itself included.
+    /// Number of values in it, including itself.
     fn size(&self) -> usize {
         1 + match &self.value {
             Value::Null | Value::Scalar { .. } => 0,
@@ -83,7 +83,7 @@ impl Node {
         }
     }
 
-    /// Lists and maps inside one another, itself included.
+    /// Depth of nested lists and maps, including itself.
     fn depth(&self) -> usize {
         match &self.value {
             Value::Null | Value::Scalar { .. } => 0,
@@ -93,7 +93,7 @@ impl Node {
     }
 }
 
-/// Parses a text that holds one document; `None` when it holds none.
+/// Parses a text with one document; `None` if there is none.
 pub fn parse(text: &str) -> Result<Option<Node>, SyntaxError> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut events = Events {
@@ -110,7 +110,7 @@ pub fn parse(text: &str) -> Result<Option<Node>, SyntaxError> {
             Event::DocumentStart(..) if document.is_some() => {
                 return Err(at(&span, "a second YAML document begins here; expected one document in the file"));
             }
-            // An empty file is no document to the parser, a file with `---` alone is one with nothing in it.
+            // For the parser, an empty file has no document; a file with only `---` has an empty one.
             Event::StreamStart | Event::DocumentEnd | Event::DocumentStart(..) => {}
             event => document = Some(events.node(event, &span, 0)?),
         }
@@ -129,7 +129,7 @@ struct Events<'a> {
 }
 
 impl<'a> Events<'a> {
-    /// The next event that is no comment.
+    /// The next event that is not a comment.
     fn next(&mut self) -> Result<Option<(Event<'a>, Span)>, SyntaxError> {
         match self.parser.next_event() {
             None => Ok(None),
@@ -179,7 +179,7 @@ impl<'a> Events<'a> {
                 (Value::Map(self.map(depth)?), anchor)
             }
             Event::Alias(id) => {
-                // Its own line, not the anchor's: what is wrong here may be right there.
+                // The alias's own line, not the anchor's: a value may be wrong here and right there.
                 let Some(known) = self.anchors.get(&id).cloned() else {
                     return Err(at(span, "an alias cannot stand inside what it names"));
                 };
@@ -229,14 +229,15 @@ impl<'a> Events<'a> {
                     format!("{}: this key is there twice; it is first set on line {before}", shown(&text)),
                 ));
             }
-            // `key:` without a value: the parser puts it where the next token is, a reader looks at the key.
+            // `key:` without a value: the parser places it at the next token, but a person looks at the key.
             let value = if value.value == Value::Null { Node { line: key.line, ..value } } else { value };
             entries.push(Entry { key: text, line: key.line, value });
         }
     }
 }
 
-/// Tags change what a value means; of them only `!!str` and its like are taken. Whether it makes a text.
+/// Rejects tags other than `!!str` and similar, because tags change the meaning of a value. Returns whether the tag
+/// makes it a text.
 fn check_tag(tag: Option<&Tag>, span: &Span) -> Result<bool, SyntaxError> {
     match tag {
         None => Ok(false),
@@ -248,7 +249,7 @@ fn check_tag(tag: Option<&Tag>, span: &Span) -> Result<bool, SyntaxError> {
     }
 }
 
-/// The parser's error in words for people who do not know its grammar.
+/// Rewords the parser's error for people who do not know its grammar.
 fn explained(error: &ScanError) -> SyntaxError {
     use ErrorKind as E;
     let why = match error.kind() {

@@ -1,4 +1,4 @@
-//! The file's outermost keys.
+//! The top-level keys of the mesh file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,14 +16,14 @@ use crate::settings::{Mistake, Ttl, parse_mode};
 
 const KEYS: &[&str] = &["name", "trust_domain", "mode", "svid_ttl", "ca_ttl", "ca_key_type", "upstream", "workloads"];
 const UPSTREAM_KEYS: &[&str] = &["certificate", "key", "bundle"];
-/// What a duration looks like, for messages.
+/// Form of a duration, for error messages.
 const TTL: &str = "a length of time such as 20s, 5m or 1h30m";
-/// Modes, for messages.
+/// Names of the modes, for error messages.
 pub const MODES: &str = "off, permissive or strict";
-/// Shortest life of an SVID: renewal at half of it must find the time to fail and try again.
+/// Shortest lifetime of an SVID: renewal at half of it needs time to fail and try again.
 const LEAST_SVID_TTL: Duration = Duration::from_secs(10);
 
-/// Reads the tree of a file.
+/// Reads the tree of a mesh file.
 pub fn read(path: &Path, tree: &Node) -> Result<MeshSpec, Mistake> {
     let reader = Reader::new(path);
     let mut fields = reader.fields(tree, "", "a mesh file", KEYS)?;
@@ -55,7 +55,7 @@ pub fn read(path: &Path, tree: &Node) -> Result<MeshSpec, Mistake> {
         let why = format!("a mesh on one machine holds at most {MAX_WORKLOADS} workloads, found {}", items.len());
         return Err(reader.wrong(list.line, "workloads", &why));
     }
-    // Names first: an allow-list may name a workload that stands further below.
+    // Names first: an allow-list may name a workload that is defined further below.
     let mut ids: BTreeMap<String, (SpiffeId, usize)> = BTreeMap::new();
     for item in items {
         let (name, line, id) = workload::identity(reader, item, &trust_domain)?;
@@ -74,7 +74,7 @@ pub fn read(path: &Path, tree: &Node) -> Result<MeshSpec, Mistake> {
     Ok(MeshSpec { name, trust_domain, mode, ca_ttl, svid_ttl, ca_key_type, upstream, workloads })
 }
 
-/// The lives of SVIDs and authorities, which must fit each other.
+/// The lifetimes of SVIDs and authorities, which must fit together.
 fn lives(reader: Reader<'_>, svid: Option<&Node>, ca: Option<&Node>) -> Result<(Ttl, Ttl), Mistake> {
     let parse = |at: Option<&Node>, key: &str, default: u64| match at {
         Some(at) => reader.parse(at, key, TTL, str::parse::<Ttl>),
@@ -92,7 +92,7 @@ fn lives(reader: Reader<'_>, svid: Option<&Node>, ca: Option<&Node>) -> Result<(
         return Err(reader.wrong(at.line, "svid_ttl", &why));
     }
     if svid_ttl.0 > ca_ttl.0 {
-        // The one that was written is the one to change.
+        // Reports the key that the file contains.
         let (key, line) = match (svid, ca) {
             (Some(at), _) => ("svid_ttl", at.line),
             (None, Some(at)) => ("ca_ttl", at.line),
@@ -131,7 +131,7 @@ fn upstream(reader: Reader<'_>, node: &Node) -> Result<(PathBuf, PathBuf, Option
     Ok((certificate, key, bundle))
 }
 
-/// A list whose items must differ, parsed one by one.
+/// A list of distinct items, parsed one by one.
 pub fn distinct<T: Ord + std::fmt::Display>(
     reader: Reader<'_>,
     node: &Node,

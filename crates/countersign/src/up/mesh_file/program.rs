@@ -1,11 +1,11 @@
-//! What a command starts, found as a shell would, with the reason where it cannot be started.
+//! Finds the program of a command as a shell would, with the reason if it cannot be started.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::settings::words::shown;
 
-/// Finds a program as a shell would.
+/// Finds a program as a shell would. Errors name the reason.
 pub fn find_program(program: &str) -> Result<PathBuf, String> {
     if program.is_empty() {
         return Err("the program is an empty text; expected a name or a path".into());
@@ -26,7 +26,7 @@ pub fn find_program(program: &str) -> Result<PathBuf, String> {
     if let Some(why) = not_executable {
         return Err(why);
     }
-    // A whole command line in one text is the commonest cause.
+    // The most common cause is a whole command line in one text.
     let one_text =
         if program.contains(char::is_whitespace) { "; write its arguments as further items of the list" } else { "" };
     let shown = shown(program);

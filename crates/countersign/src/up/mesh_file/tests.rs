@@ -1,8 +1,8 @@
-//! What loads, and the exact line for everything that does not.
+//! What loads, and the exact error line for everything that does not.
 
 use super::*;
 
-/// Reads a text as a file `mesh.yaml`; the folder's name is left out of the error.
+/// Reads a text as a file `mesh.yaml`, and removes the folder's name from the error.
 fn read_bytes(text: &[u8]) -> Result<MeshSpec, String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mesh.yaml");
@@ -19,13 +19,13 @@ fn read(text: &str) -> Result<MeshSpec, String> {
     read_bytes(text.as_bytes())
 }
 
-/// A mesh with one workload that has these further lines.
+/// A mesh with one workload that has these additional lines.
 fn with(lines: &str) -> String {
     let lines: String = lines.lines().map(|l| format!("    {l}\n")).collect();
     format!("workloads:\n  - name: a\n    command: [sleep]\n{lines}")
 }
 
-/// A mesh with one good workload and these lines above it.
+/// A mesh with one valid workload and these lines above it.
 fn above(lines: &str) -> String {
     format!("{lines}\nworkloads:\n  - name: a\n    command: [sleep]\n")
 }
@@ -92,7 +92,7 @@ fn a_relative_program_is_meant_from_where_it_was_found() {
     assert!(Path::new(&mesh.workloads[0].command[0]).is_absolute());
 }
 
-/// Each mistake, and the whole line that names it.
+/// Each mistake, and the exact line that reports it.
 #[rustfmt::skip]
 fn mistakes() -> Vec<(String, &'static str)> {
     vec![
@@ -103,7 +103,7 @@ fn mistakes() -> Vec<(String, &'static str)> {
         ("hello\n".into(), "mesh.yaml:1: expected keys of a mesh file such as `name: …`, found `hello`"),
         ("- a\n".into(), "mesh.yaml:1: expected keys of a mesh file such as `name: …`, found a list"),
         (above("name: x") + "---\n" + &above("name: y"), "mesh.yaml:5: a second YAML document begins here; expected one document in the file"),
-        // YAML that is none.
+        // Not valid YAML.
         ("workloads:\n\t- name: a\n".into(), "mesh.yaml:2: a tab is used for indentation; use spaces"),
         (with("ports: [80"), "mesh.yaml:4: `[` is opened and not closed"),
         (with("env: {A: b"), "mesh.yaml:4: `{` is opened and not closed"),
@@ -119,7 +119,7 @@ fn mistakes() -> Vec<(String, &'static str)> {
         (with("ports: [80]\nuser: root\nports: [81]"), "mesh.yaml:6: ports: this key is there twice; it is first set on line 4"),
         (with("[a]: b"), "mesh.yaml:4: expected a text as key, found a list"),
         (above("upstream: {cert: a, key: b}"), "mesh.yaml:1: unknown key `cert`; did you mean `certificate`?"),
-        // Keys that are missing, on the line of what lacks them.
+        // Missing keys, reported at the line of the map.
         ("name: x\n".into(), "mesh.yaml:1: a mesh file has no `workloads`, and needs one"),
         ("workloads:\n".into(), "mesh.yaml:1: workloads: expected a value, found nothing"),
         ("workloads:\n  - name: a\n    command: [sleep]\n  - name: b\n    ports: [80]\n  - name: c\n    command: [sleep]\n".into(), "mesh.yaml:4: workload `b` has no `command`, and needs one"),
@@ -203,7 +203,7 @@ fn mistakes() -> Vec<(String, &'static str)> {
         (with("egress: [here]"), "mesh.yaml:4: egress: expected a network such as 10.0.0.0/8, found `here`"),
         (with("egress: [10.0.0.1]"), "mesh.yaml:4: egress: expected a network such as 10.0.0.0/8, found the address 10.0.0.1; write 10.0.0.1/32"),
         (with("exclude_inbound_cidrs: [10.0.0.0/33]"), "mesh.yaml:4: exclude_inbound_cidrs: expected a network such as 10.0.0.0/8, found `10.0.0.0/33`"),
-        // Text that is meant to do harm.
+        // Text with malicious content.
         (with("user: \"\\e[2J\\e[31mroot\\nuid=0\""), "mesh.yaml:4: user: there is no user `\\u{1b}[2J\\u{1b}[31mroot\\nuid=0` in this machine's /etc/passwd"),
         (with("\"\\e[2J\": x"), "mesh.yaml:4: unknown key `\\u{1b}[2J`; known keys of workload `a`: name, namespace, service_account, user, command, workdir, restart, ports, env, allow, mode, port_modes, port_allow, proxy_protocol, egress, allow_udp_ports, allow_other_cidrs, exclude_outbound_ports, exclude_inbound_ports, exclude_outbound_cidrs, exclude_inbound_cidrs"),
     ]

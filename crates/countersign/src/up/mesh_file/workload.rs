@@ -1,4 +1,4 @@
-//! One workload of the file.
+//! One workload of the mesh file.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -37,19 +37,19 @@ const KEYS: &[&str] = &[
     "exclude_outbound_cidrs",
     "exclude_inbound_cidrs",
 ];
-/// What names a caller, for messages.
+/// Form of a caller, for error messages.
 const CALLER: &str = "a workload's name or a SPIFFE ID";
 
-/// What of the mesh a workload refers to.
+/// The parts of the mesh that a workload refers to.
 pub struct Known<'a> {
-    /// The mesh's mode.
+    /// Mode of the mesh.
     pub mode: Mode,
-    /// Every workload's identity by name.
+    /// SPIFFE ID of each workload by name.
     pub ids: &'a BTreeMap<String, SpiffeId>,
 }
 
 fn fields<'a>(reader: Reader<'a>, node: &'a Node) -> Result<Fields<'a>, Mistake> {
-    // The name tells a person which of many workloads is meant.
+    // The name in errors tells which of many workloads is meant.
     let name = match &node.value {
         Value::Map(entries) => entries.iter().find(|e| e.key == "name").and_then(|e| match &e.value.value {
             Value::Scalar { text, .. } => Some(text.as_str()),
@@ -61,7 +61,7 @@ fn fields<'a>(reader: Reader<'a>, node: &'a Node) -> Result<Fields<'a>, Mistake>
     reader.fields(node, "workloads", &what, KEYS)
 }
 
-/// A workload's name with its line, and its identity.
+/// A workload's name with its line, and its SPIFFE ID.
 pub fn identity(reader: Reader<'_>, node: &Node, td: &TrustDomain) -> Result<(String, usize, SpiffeId), Mistake> {
     let mut fields = fields(reader, node)?;
     let at = fields.required("name")?;
@@ -71,7 +71,7 @@ pub fn identity(reader: Reader<'_>, node: &Node, td: &TrustDomain) -> Result<(St
     Ok((name, at.line, id))
 }
 
-/// Namespace and service account.
+/// Namespace and service account of a workload.
 fn segments(reader: Reader<'_>, fields: &mut Fields<'_>, name: &str) -> Result<(String, String), Mistake> {
     let mut segment = |key: &'static str, default: &str| match fields.optional(key) {
         Some(at) => reader.parse(at, key, "a name", |n| check_segment(n).map(|()| n.to_owned())),
@@ -80,7 +80,7 @@ fn segments(reader: Reader<'_>, fields: &mut Fields<'_>, name: &str) -> Result<(
     Ok((segment("namespace", "default")?, segment("service_account", name)?))
 }
 
-/// A workload whose name and identity are known to be right.
+/// Reads a workload whose name and SPIFFE ID were validated before.
 pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<WorkloadSpec, Mistake> {
     let mut fields = fields(reader, node)?;
     let name = reader.text(fields.required("name")?, "name", "a name")?.to_owned();
@@ -131,7 +131,7 @@ pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<Worklo
     let env = fields.optional("env").map(|at| environment(reader, at)).transpose()?.unwrap_or_default();
     let mut policy = Policy { egress: egress.into_iter().collect(), ..Policy::default() };
     if let Some(at) = fields.optional("allow") {
-        // An empty list admits nobody, here as everywhere; a workload that nobody may call is more likely a mistake.
+        // An empty list would admit none, as everywhere; a workload that none may call is more likely a mistake.
         if at.value == Value::List(vec![]) {
             let why = "an empty list; leave the key out to let the whole trust domain call, or name who may";
             return Err(reader.wrong(at.line, "allow", why));
@@ -147,7 +147,7 @@ pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<Worklo
         policy.port_modes.insert(port, reader.parse(at, &key, MODES, parse_mode)?);
     }
     for (port, at, key) in by_port(reader, fields.optional("port_allow"), "port_allow", "{8080: [web]}", &ports)? {
-        // Here an empty list is plain: nobody may call this port.
+        // Here an empty list is clear: none may call this port.
         policy.port_allow.insert(port, callers(reader, at, &key, known)?);
     }
     Ok(WorkloadSpec {
@@ -181,7 +181,7 @@ fn command(reader: Reader<'_>, node: &Node) -> Result<Vec<String>, Mistake> {
         return Err(reader.wrong(node.line, "command", "expected a program and its arguments, found an empty list"));
     };
     let found = find_program(program).map_err(|why| reader.wrong(first.line, "command", &why))?;
-    // A path is the file's own matter: whole, it means the same in whatever folder the program starts.
+    // An absolute path means the same in any working directory of the program.
     if program.contains('/') && !program.starts_with('/') {
         let whole = std::path::absolute(&found).unwrap_or(found);
         words[0] = whole.display().to_string();
@@ -189,7 +189,7 @@ fn command(reader: Reader<'_>, node: &Node) -> Result<Vec<String>, Mistake> {
     Ok(words)
 }
 
-/// The folder that a program starts in; relative to the file.
+/// The working directory of a program; relative to the file.
 fn workdir(reader: Reader<'_>, node: &Node) -> Result<std::path::PathBuf, Mistake> {
     let text = reader.text(node, "workdir", "a folder's path")?;
     let path = reader.folder().join(text);
@@ -243,7 +243,7 @@ fn environment(reader: Reader<'_>, node: &Node) -> Result<BTreeMap<String, Strin
     Ok(env)
 }
 
-/// Settings for single ports, each of which the workload must serve: a rule for another port would guard nothing.
+/// Settings of single ports. The workload must serve each of them: a rule for another port would protect nothing.
 fn by_port<'a>(
     reader: Reader<'a>,
     node: Option<&'a Node>,
@@ -275,7 +275,7 @@ fn not_served(port: u16, served: &BTreeSet<u16>) -> String {
     }
 }
 
-/// Who may call: names of workloads, or SPIFFE IDs.
+/// Callers: names of workloads, or SPIFFE IDs.
 fn callers(reader: Reader<'_>, node: &Node, key: &str, known: &Known<'_>) -> Result<BTreeSet<String>, Mistake> {
     distinct(reader, node, key, "[web]", |item| {
         reader.parse(item, key, CALLER, |text| {

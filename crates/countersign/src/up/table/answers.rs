@@ -1,4 +1,4 @@
-//! What the sidecars say of themselves: all are asked at once, each with a deadline, and the last answer is kept.
+//! Status of the sidecars: all are queried at once, each with a deadline, and the last answer is kept.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -14,26 +14,26 @@ use tonic::transport::Channel;
 use super::super::mesh::Mesh;
 use crate::clients::client;
 
-/// How long a sidecar may take for an answer.
+/// Longest query of a sidecar.
 pub const PATIENCE: Duration = Duration::from_secs(1);
-/// Pause between two rounds.
+/// Pause between two rounds of queries.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Answers by workload.
+/// The last answers by workload.
 #[derive(Default)]
 pub struct Answers(RefCell<BTreeMap<String, Asked>>);
 
-/// A sidecar that is asked.
+/// The state of queries to one sidecar.
 struct Asked {
-    /// One connection for all questions: a frozen sidecar does not gather a new one each second.
+    /// One connection for all queries, so that a frozen sidecar does not accumulate a new one each second.
     channel: Channel,
-    /// Since when it has been asked.
+    /// Time of the first query.
     since: Instant,
     last: Option<(Instant, GetStatusResponse)>,
 }
 
 impl Answers {
-    /// Asks again and again, until it is dropped.
+    /// Queries all sidecars repeatedly, until dropped.
     pub async fn keep(&self, mesh: &Rc<Mesh>) {
         loop {
             self.ask_all(mesh).await;
@@ -41,7 +41,7 @@ impl Answers {
         }
     }
 
-    /// Asks every sidecar once, side by side; takes [`PATIENCE`] at most.
+    /// Queries every sidecar once, in parallel; takes at most [`PATIENCE`].
     pub async fn ask_all(&self, mesh: &Rc<Mesh>) {
         let workloads = mesh.workloads();
         let mut round = tokio::task::JoinSet::new();
@@ -71,7 +71,7 @@ impl Answers {
         }
     }
 
-    /// A workload's last answer, and for how long none has come.
+    /// A workload's last answer, and the time since then.
     pub fn of(&self, name: &str) -> (Option<GetStatusResponse>, Duration) {
         let all = self.0.borrow();
         let Some(asked) = all.get(name) else { return (None, Duration::ZERO) };

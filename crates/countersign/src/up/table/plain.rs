@@ -1,4 +1,4 @@
-//! Lines of news, for pipes, logs and terminals that can do no more: rotations, refusals, programs that end.
+//! Lines of news for pipes, logs and basic terminals: rotations, refusals, programs that end.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -13,7 +13,7 @@ use super::answers::Answers;
 use crate::operator::output::told;
 use crate::stdout::{self, StdoutError};
 
-/// What was said last of a workload.
+/// The last printed state of a workload.
 #[derive(PartialEq)]
 struct Said {
     serial: String,
@@ -21,7 +21,7 @@ struct Said {
     program: Option<State>,
 }
 
-/// Prints what changes until told to stop. When nobody reads any more the mesh stays up all the same.
+/// Prints changes until stopped. The mesh continues if the output is no longer read.
 pub async fn plain(mesh: &Rc<Mesh>, stop: &CancellationToken) {
     let mut readers =
         line(&format!("mesh {} is up; logs in {}; Ctrl-C takes it down", mesh.spec.name, mesh.logs().display()));

@@ -1,51 +1,51 @@
-//! Lines for a window of any size: as many columns as fit, as many rows as fit, and never a line more.
+//! Renders a view for a window of any size: as many columns and rows as fit, and never more lines than the window has.
 
 use super::view::{Row, View};
 use crate::settings::words::escaped;
 
-/// A line and how it is shown.
+/// A line and its style.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// No wider than the window.
+    /// Text, no wider than the window.
     pub text: String,
-    /// How.
+    /// Style of the whole line.
     pub style: Style,
 }
 
-/// How a line is shown.
+/// Style of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// As it is.
+    /// Normal text without attributes.
     Plain,
-    /// Bold.
+    /// Bold, for headings.
     Head,
-    /// Something is wrong.
+    /// Highlighted, because something is wrong.
     Bad,
-    /// In the background.
+    /// Dimmed, for hints.
     Dim,
 }
 
-/// A frame, and how far it can be scrolled.
+/// A rendered frame and its scroll position.
 #[derive(Debug)]
 pub struct Frame {
-    /// At most as many as the window has.
+    /// Lines, at most as many as the window has.
     pub lines: Vec<Line>,
-    /// The first row that is shown.
+    /// Index of the first row that is shown.
     pub scroll: usize,
-    /// Rows that are shown.
+    /// Number of rows that are shown.
     pub page: usize,
 }
 
-/// Widest a column may be.
+/// Largest width of a column, in characters.
 const MAX_COLUMN: usize = 48;
-/// Between two columns.
+/// Spaces between two columns.
 const GAP: usize = 2;
-/// Digits of a serial number that are shown.
+/// Number of digits that are shown of a serial number.
 const SERIAL: usize = 12;
 
 type Cell = fn(&Row) -> String;
 
-/// Columns from left to right, and their rank: a narrow window drops those with the highest numbers first.
+/// Columns from left to right with their rank: a narrow window drops the highest ranks first.
 const COLUMNS: [(&str, u8, Cell); 10] = [
     ("WORKLOAD", 0, |r| r.name.clone()),
     ("STATE", 0, |r| r.state.clone()),
@@ -59,10 +59,10 @@ const COLUMNS: [(&str, u8, Cell); 10] = [
     ("SERIAL", 8, |r| r.serial.chars().take(SERIAL).collect()),
 ];
 
-/// Lays a view out. `scroll` is the first row that should be shown.
+/// Lays a view out. `scroll` is the index of the first row to show.
 pub fn frame(view: &View, width: usize, height: usize, scroll: usize) -> Frame {
     let (width, height) = (width.max(1), height.max(1));
-    // What does not scroll: title, summary, head of the table and the foot; a low window keeps the rows and little else.
+    // Lines that do not scroll: title, summary, table head and footer. A low window keeps the rows and little else.
     let events = if height >= 14 { view.events.len().min((height / 5).max(2)) } else { 0 };
     let hints = if height >= 20 { view.hints.len() } else { 0 };
     let mut above = vec![];
@@ -126,7 +126,8 @@ fn foot_line(all: usize, scroll: usize, shown: usize) -> String {
 
 type Column<'a> = (&'a (&'static str, u8, Cell), usize);
 
-/// The columns that fit, with their widths. Widths come from all rows, so that nothing jumps when one scrolls.
+/// The columns that fit, with their widths. Widths are computed from all rows, so that they do not change while
+/// scrolling.
 fn columns(rows: &[Row], width: usize) -> Vec<Column<'static>> {
     let all: Vec<Column<'static>> = COLUMNS
         .iter()
@@ -136,13 +137,14 @@ fn columns(rows: &[Row], width: usize) -> Vec<Column<'static>> {
         })
         .collect();
     let mut kept = all;
-    // The least important column goes until the rest fits; the first two always stay, and are cut instead.
+    // Drops the least important column until the rest fits; the first two columns always stay and are shortened
+    // instead.
     while kept.len() > 2 && kept.iter().map(|(_, w)| w + GAP).sum::<usize>() - GAP > width {
         let Some(least) = kept.iter().map(|(c, _)| c.1).max() else { break };
         kept.retain(|(c, _)| c.1 != least);
     }
     if kept.len() == 2 && kept[0].1 + GAP + kept[1].1 > width {
-        // A long state must not push the name out, nor the name the state.
+        // A long state must not displace the name, nor the name the state.
         let state = kept[1].1.min((width / 3).max(1));
         kept[0].1 = kept[0].1.min(width.saturating_sub(state + GAP).max(1));
     }
@@ -155,8 +157,8 @@ fn cells(columns: &[Column<'_>], text: impl Fn(&(&'static str, u8, Cell)) -> Str
     cells.join(&" ".repeat(GAP)).trim_end().to_owned()
 }
 
-/// A text no longer than `width` characters. Every text here has characters of one cell: names and IDs are ASCII, and the
-/// rest is escaped where it comes in.
+/// Shortens a text to `width` characters. All texts here have characters of one cell: names and IDs are ASCII, and
+/// everything else is escaped on input.
 fn cut(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();

@@ -1,4 +1,4 @@
-//! The terminal: raw, on its other screen, and put back as it was whatever happens.
+//! The terminal: raw mode and alternate screen, restored in every case.
 
 use std::io::{self, Stdout, Write, stdout};
 use std::sync::Arc;
@@ -17,41 +17,41 @@ use tokio::sync::mpsc;
 use super::render::{Style, frame};
 use super::view::View;
 
-/// How long the reader of keys may take to notice that the screen is gone.
+/// Longest time until the thread that reads keys notices that the screen is closed.
 const LOOK: Duration = Duration::from_millis(200);
-/// Keys that wait at most; more are dropped, for nobody types so fast.
+/// Most keys that wait to be handled; further ones are dropped.
 const KEYS: usize = 64;
 
-/// What somebody at the keyboard wants.
+/// An input of the user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Input {
-    /// Other rows.
+    /// Show other rows.
     Scroll(Way),
-    /// The window has changed.
+    /// Redraw, because the window has changed.
     Redraw,
-    /// The mesh taken down.
+    /// Stop the mesh.
     Stop,
 }
 
-/// Which rows.
+/// A direction of scrolling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// One up.
+    /// One row up.
     Up,
-    /// One down.
+    /// One row down.
     Down,
-    /// A page up.
+    /// One page up.
     PageUp,
-    /// A page down.
+    /// One page down.
     PageDown,
-    /// The first.
+    /// To the first row.
     First,
-    /// The last.
+    /// To the last row.
     Last,
 }
 
 impl Way {
-    /// The first row to show after this, from the one that is shown now. Beyond the last the frame stops by itself.
+    /// The new first row, from the current one. May be beyond the last row: the frame limits it.
     pub fn from(self, scroll: usize, page: usize) -> usize {
         match self {
             Self::Up => scroll.saturating_sub(1),
@@ -64,7 +64,7 @@ impl Way {
     }
 }
 
-/// A terminal that is ours.
+/// The terminal while the table is shown.
 pub struct Screen {
     out: Stdout,
     keys: mpsc::Receiver<Input>,
@@ -72,18 +72,18 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// Takes the terminal.
+    /// Takes over the terminal.
     pub fn open() -> io::Result<Self> {
         enable_raw_mode()?;
         let mut out = stdout();
-        // The other screen, so that what was in the terminal is there again afterwards.
+        // The alternate screen, so that the previous content reappears afterwards.
         if let Err(error) = execute!(out, EnterAlternateScreen, Hide) {
             let _ = disable_raw_mode();
             return Err(error);
         }
         let gone = Arc::<AtomicBool>::default();
         let (tx, keys) = mpsc::channel(KEYS);
-        // A thread of its own: a terminal can only be read by waiting. It ends within LOOK of the screen.
+        // On its own thread, because reading a terminal blocks. It ends within LOOK after the screen is closed.
         std::thread::spawn({
             let gone = gone.clone();
             move || read_keys(&tx, &gone)
@@ -91,12 +91,12 @@ impl Screen {
         Ok(Self { out, keys, gone })
     }
 
-    /// What is wanted next; `None` when the terminal went away.
+    /// The next input; `None` if the terminal is gone.
     pub async fn input(&mut self) -> Option<Input> {
         self.keys.recv().await
     }
 
-    /// Draws a view; puts `scroll` where the rows end, and tells how many rows a page has.
+    /// Draws a view, limits `scroll` to the last row, and returns the number of rows of a page.
     pub fn draw(&mut self, view: &View, scroll: &mut usize) -> io::Result<usize> {
         let (width, height) = terminal::size()?;
         let frame = frame(view, width.into(), height.into(), *scroll);
@@ -110,7 +110,7 @@ impl Screen {
                 Style::Dim => queue!(self.out, SetAttribute(Attribute::Dim))?,
             }
             queue!(self.out, Print(&line.text), SetForegroundColor(Color::Reset), SetAttribute(Attribute::Reset))?;
-            // A full line leaves the cursor behind its last cell, where clearing would take that cell.
+            // After a full line the cursor is behind its last cell, where clearing would erase that cell.
             if line.text.chars().count() < usize::from(width) {
                 queue!(self.out, Clear(ClearType::UntilNewLine))?;
             }
@@ -147,7 +147,7 @@ fn read_keys(to: &mpsc::Sender<Input>, gone: &AtomicBool) {
                 let _ = to.try_send(input);
             }
             Ok(None) => {}
-            // The terminal is gone; dropping the sender says so.
+            // The terminal is gone; dropping the sender reports it.
             Err(_) => return,
         }
     }

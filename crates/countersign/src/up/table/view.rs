@@ -1,4 +1,4 @@
-//! What there is to show, apart from how: a row for each workload, what is wrong first.
+//! The content of the display, without its layout: a row per workload, those with problems first.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,58 +13,58 @@ use super::answers::Answers;
 use crate::operator::output::told;
 use crate::settings::words::{bytes, count, duration};
 
-/// A sidecar that has not answered for longer than this is said to be silent.
+/// Time without an answer after which a sidecar is shown as silent.
 const SILENT: Duration = Duration::from_secs(3);
-/// Events that a view holds.
+/// Most events in a view.
 const EVENTS: usize = 50;
 
-/// All that a table shows.
+/// The content of the table.
 pub struct View {
     /// The mesh, in one line.
     pub title: String,
-    /// How it is, in one line.
+    /// Its state, in one line.
     pub summary: String,
     /// Whether anything is wrong.
     pub troubled: bool,
-    /// A row for each workload, what is wrong first.
+    /// A row per workload, those with problems first.
     pub rows: Vec<Row>,
-    /// What happened, the oldest first.
+    /// Events in chronological order.
     pub events: Vec<String>,
-    /// What one can do, line by line.
+    /// Hints at commands and keys, one per line.
     pub hints: Vec<String>,
 }
 
-/// A workload.
+/// The row of a workload.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
-    /// Its name.
+    /// Name of the workload.
     pub name: String,
-    /// How it is, in words.
+    /// State in words.
     pub state: String,
-    /// 0 is fine; the higher, the more it needs somebody.
+    /// Severity of its problems; 0 for none, higher is more urgent.
     pub trouble: u8,
-    /// Its identity.
+    /// SPIFFE ID of the workload.
     pub spiffe_id: String,
-    /// Its SVID's serial number.
+    /// Serial number of its SVID.
     pub serial: String,
-    /// When its SVID ends, in seconds since 1970; 0 when there is none.
+    /// When its SVID expires, seconds since 1970; 0 without an SVID.
     pub expires_at: i64,
-    /// Connections to it.
+    /// Number of connections to it.
     pub connections_in: u64,
-    /// Connections from it.
+    /// Number of connections from it.
     pub connections_out: u64,
-    /// Bytes both ways.
+    /// Bytes in both directions.
     pub bytes: u64,
-    /// Connections that were refused.
+    /// Number of refused connections.
     pub refused: u64,
-    /// How often its sidecar or program was started again.
+    /// Number of restarts of its sidecar and program.
     pub restarts: u32,
-    /// Where its sidecar answers operators.
+    /// Path of its sidecar's admin socket.
     pub admin_socket: String,
 }
 
 impl Row {
-    /// What is left of its SVID's life, in words.
+    /// The remaining lifetime of its SVID, in words.
     pub fn expires(&self) -> String {
         if self.expires_at == 0 {
             return "-".into();
@@ -73,13 +73,13 @@ impl Row {
         u64::try_from(left).map_or_else(|_| "expired".into(), duration)
     }
 
-    /// Its bytes, in words.
+    /// Its number of bytes, in words.
     pub fn amount(&self) -> String {
         bytes(self.bytes)
     }
 }
 
-/// The mesh as it is now.
+/// The current content for a mesh.
 pub fn view(mesh: &Rc<Mesh>, answers: &Answers) -> View {
     let spec = &mesh.spec;
     let rows = rows(mesh, answers);
@@ -109,7 +109,7 @@ pub fn view(mesh: &Rc<Mesh>, answers: &Answers) -> View {
     }
 }
 
-/// A row for each workload, what is wrong first, then by name.
+/// A row per workload, those with problems first, then by name.
 pub fn rows(mesh: &Rc<Mesh>, answers: &Answers) -> Vec<Row> {
     let mut rows: Vec<Row> = mesh.workloads().iter().map(|(name, running)| row(name, running, answers)).collect();
     rows.sort_by(|a, b| b.trouble.cmp(&a.trouble).then_with(|| a.name.cmp(&b.name)));

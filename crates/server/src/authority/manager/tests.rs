@@ -1,4 +1,4 @@
-//! The life of an authority, with the time in our hands.
+//! The life of an authority, under a clock that the test controls.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -58,7 +58,7 @@ async fn an_authority_is_published_before_it_signs_and_trusted_until_its_end() {
     let a = world.authorities().await;
     assert_eq!(statuses(&a), ["active"]);
     assert_eq!(a.bundle().borrow().authorities.len(), 1);
-    // Lifetime 610 s (backdated): the next is prepared when 305 s are left, active when 101.6 s are left.
+    // Lifetime 610 s (backdated): the next one is prepared when 305 s are left, active when 101.6 s are left.
     world.pass(294);
     a.rotate().await.unwrap();
     assert_eq!(statuses(&a), ["active"]);
@@ -73,7 +73,7 @@ async fn an_authority_is_published_before_it_signs_and_trusted_until_its_end() {
     let first = a.journal()[0].id.clone();
     world.pass(102);
     a.rotate().await.unwrap();
-    // The second one is past its own half by now, so a third stands ready; the first has ended and is kept for a while yet.
+    // The second one is past half of its life, so a third is prepared; the first has expired and is kept for a while.
     assert_eq!(statuses(&a), ["old", "active", "prepared"]);
     world.pass(3_600);
     a.rotate().await.unwrap();
@@ -120,7 +120,7 @@ async fn taint_and_revoke_need_an_old_authority_and_say_what_to_do() {
     assert!(a.revoke("nope").await.unwrap_err().to_string().contains("there is no authority `nope`"));
 }
 
-/// A key manager whose `remove` fails when told so.
+/// A key manager whose `remove` fails on request.
 #[derive(Default)]
 struct Stubborn {
     keys: Memory,
@@ -227,7 +227,7 @@ async fn a_journal_that_another_server_has_changed_is_not_overwritten() {
     assert_eq!(world.store.authorities().await.unwrap().value, *two.journal());
 }
 
-/// An upstream that signs once and then stands still.
+/// An upstream that signs once and then hangs.
 struct Hangs(std::sync::atomic::AtomicUsize);
 
 #[async_trait::async_trait]

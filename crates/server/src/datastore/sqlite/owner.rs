@@ -1,4 +1,5 @@
-//! Whose data a store holds. A server that takes up another trust domain's data would publish a bundle in which nobody is.
+//! The trust domain that a store belongs to. A server on another trust domain's data would publish a bundle that
+//! verifies none of its peers.
 
 use std::collections::BTreeSet;
 
@@ -9,25 +10,25 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::DataStoreError;
 
-/// The fact that names the store's trust domain.
+/// Name of the fact that holds the trust domain.
 const TRUST_DOMAIN: &str = "trust_domain";
 
-/// Refuses a store of another trust domain. Only reads: what is refused stays as it was.
+/// Rejects a store of another trust domain. Reads only: a rejected store is left unchanged.
 pub async fn check(pool: &SqlitePool, asked: &TrustDomain) -> Result<(), DataStoreError> {
     let mut owners = match stated(pool).await? {
         Some(stated) => BTreeSet::from([stated]),
-        // A store from before it said whose it is.
+        // A store from before this fact was written.
         None => implied(pool).await?,
     };
     if owners.is_empty() || owners.contains(asked.as_str()) {
         return Ok(());
     }
-    // Not empty, as was just seen.
+    // Never empty here, as checked above.
     let stored = owners.pop_first().unwrap_or_default();
     Err(DataStoreError::TrustDomain { stored, asked: asked.to_string() })
 }
 
-/// Says in the store whose it is, from its first start on.
+/// Writes the trust domain into a new store.
 pub async fn claim(pool: &SqlitePool, trust_domain: &TrustDomain) -> Result<(), DataStoreError> {
     sqlx::query("INSERT INTO facts (name, value) VALUES (?, ?) ON CONFLICT DO NOTHING")
         .bind(TRUST_DOMAIN)
@@ -50,7 +51,7 @@ async fn stated(pool: &SqlitePool) -> Result<Option<String>, DataStoreError> {
     Ok(row.map(|r| r.get("value")))
 }
 
-/// The trust domains that the authorities, entries and agents of the store are of.
+/// The trust domains of the authorities, entries and agents in the store.
 async fn implied(pool: &SqlitePool) -> Result<BTreeSet<String>, DataStoreError> {
     let mut found = BTreeSet::new();
     if !has_table(pool, "authorities").await? {

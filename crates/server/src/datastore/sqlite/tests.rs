@@ -1,4 +1,4 @@
-//! Who may write what over what.
+//! Which writes may replace which versions.
 
 use super::*;
 use crate::node_attestor::EvidenceKey;

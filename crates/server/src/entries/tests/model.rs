@@ -1,8 +1,8 @@
-//! The index against a model so simple that it is right: every entry is looked at each time.
+//! The index against a model that is too simple to be wrong: it scans every entry each time.
 
 use super::*;
 
-/// Numbers that look random and are the same in each run.
+/// Pseudo-random numbers, the same in each run.
 struct Numbers(u64);
 
 impl Numbers {
@@ -12,7 +12,7 @@ impl Numbers {
     }
 }
 
-/// SPIFFE IDs that are often each other's parents, in circles too; two agents, aliases of both.
+/// SPIFFE IDs that are often each other's parents, also in circles; two agents, aliases of both.
 fn random_entry(numbers: &mut Numbers, id: u64) -> Entry {
     let parent = match numbers.below(6) {
         0 => "/spire/server".to_owned(),
@@ -28,7 +28,7 @@ fn random_entry(numbers: &mut Numbers, id: u64) -> Entry {
     made
 }
 
-/// What an agent may hand out, by going round until nothing is added any more.
+/// The entries that an agent may serve, by repeating until nothing is added.
 fn naive(all: &[Entry], agent: &AttestedAgent) -> BTreeSet<EntryId> {
     let root = "spiffe://td/spire/server";
     let mut parents = BTreeSet::from([agent.id.to_string()]);
@@ -70,7 +70,7 @@ async fn assert_like_the_model(e: &Entries, store: &dyn DataStore) {
     }
 }
 
-/// One random change, and what it should have done.
+/// One random change, and the expected effect.
 async fn change(e: &Entries, numbers: &mut Numbers) {
     let id = numbers.below(40);
     let name: EntryId = format!("e{id}").parse().unwrap();
@@ -89,7 +89,7 @@ async fn the_index_answers_as_the_model_does_and_deltas_lead_to_the_same_set() {
     let store: Arc<dyn DataStore> = Arc::new(Sqlite::open(&dir.path().join("db"), &td).await.unwrap());
     let e = Entries::load(store.clone(), &td).await.unwrap();
     let mut numbers = Numbers(9);
-    // What each agent holds, kept up by what it is told.
+    // What each agent holds, maintained from the updates it receives.
     let mut held = agents().map(|a| (a, None, BTreeSet::<EntryId>::new()));
     for step in 0..400 {
         change(&e, &mut numbers).await;
@@ -146,7 +146,7 @@ async fn of_updates_at_once_none_is_lost_and_each_has_a_revision_of_its_own() {
     let store: Arc<dyn DataStore> = Arc::new(Sqlite::open(&dir.path().join("db"), &td).await.unwrap());
     let one = Arc::new(Entries::load(store.clone(), &td).await.unwrap());
     put(&one, vec![entry("a", "/a", "/spire/agent/x/1", "unix:uid:1")]).await;
-    // A second server on the same store, which sees nothing of the first one's changes until it writes itself.
+    // A second server on the same store, which sees the first one's changes only when it writes itself.
     let two = Arc::new(Entries::load(store.clone(), &td).await.unwrap());
     let writers: Vec<_> = (0..40)
         .map(|n| {

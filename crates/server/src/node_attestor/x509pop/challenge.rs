@@ -1,4 +1,5 @@
-//! The challenge: both sides add a nonce, and the node signs the two with its certificate's key. SPIRE's own wire form.
+//! The challenge: both sides contribute a nonce, and the node signs the two with its certificate's key. SPIRE's wire
+//! format.
 
 use aws_lc_rs::signature::{self, UnparsedPublicKey, VerificationAlgorithm};
 use base64::Engine;
@@ -11,7 +12,7 @@ use super::malformed;
 
 const NONCE_BYTES: usize = 32;
 
-/// Has the node sign with the key of its certificate.
+/// Has the node sign a challenge with the key of its certificate. Errors: no answer, or a wrong signature.
 pub(super) async fn prove_possession(
     key: &SubjectPublicKeyInfo<'_>,
     challenger: &mut dyn Challenger,
@@ -32,6 +33,7 @@ pub(super) async fn prove_possession(
             (Scheme::Ecdsa(algorithm), _, Some(a)) => (a.nonce.0, der_signature(&a.r.0, &a.s.0), algorithm),
             _ => return Err(AttestError::Malformed("the answer is for another kind of key".into())),
         };
+    // A fixed length, so that the signed bytes split into our nonce and the node's in one way only.
     if theirs.len() != NONCE_BYTES {
         return Err(AttestError::Malformed(format!(
             "the answer's nonce has {} bytes, not {NONCE_BYTES}",
@@ -45,7 +47,7 @@ pub(super) async fn prove_possession(
         })
 }
 
-/// Bytes as base64 in JSON.
+/// Bytes, encoded as base64 in JSON.
 #[derive(Debug)]
 pub(super) struct Bytes(pub(super) Vec<u8>);
 
@@ -93,7 +95,7 @@ struct Response {
     ecdsa_signature: Option<Ecdsa>,
 }
 
-/// How a certificate's key signs.
+/// Signature scheme of a certificate's key.
 enum Scheme {
     Rsa,
     Ecdsa(&'static dyn VerificationAlgorithm),
@@ -110,7 +112,7 @@ impl Scheme {
     }
 }
 
-/// `SEQUENCE { r INTEGER, s INTEGER }` (RFC 3279 2.2.3) of two big-endian numbers.
+/// `SEQUENCE { r INTEGER, s INTEGER }` (RFC 3279 2.2.3) from two big-endian numbers.
 pub(super) fn der_signature(r: &[u8], s: &[u8]) -> Vec<u8> {
     let integer = |n: &[u8]| {
         let n = &n[n.iter().take_while(|b| **b == 0).count()..];
@@ -118,7 +120,7 @@ pub(super) fn der_signature(r: &[u8], s: &[u8]) -> Vec<u8> {
         let length = u8::try_from(n.len() + pad).unwrap_or(u8::MAX);
         [&[2, length], &[0][..pad], n].concat()
     };
-    // Numbers of P-384 at most: what is longer is no signature, and the verifier says so.
+    // At most the size of P-384: longer numbers are truncated, and the verifier rejects the signature.
     let body = [integer(&r[..r.len().min(50)]), integer(&s[..s.len().min(50)])].concat();
     [&[0x30, u8::try_from(body.len()).unwrap_or(u8::MAX)][..], &body].concat()
 }

@@ -1,5 +1,5 @@
-//! An agent that holds the key passes; one that shows somebody's certificate without it does not, and nobody is more than the
-//! path of its certificate says.
+//! An agent that holds the key is accepted; one that shows another's certificate without its key is not, and no agent
+//! gets more than the path of its certificate proves.
 
 use super::*;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
@@ -85,7 +85,7 @@ async fn a_wrong_signature_a_foreign_ca_a_wrong_usage_and_garbage_are_refused() 
     assert!(attestor.attest(b"{\"certificates\":[]}", &mut Signer { key: vec![], flip: false }).await.is_err());
 }
 
-/// A CA, and an attestor's PEM of several of them.
+/// A CA, and an attestor's PEM of several CAs.
 struct Ca {
     params: rcgen::CertificateParams,
     key: rcgen::KeyPair,
@@ -154,14 +154,14 @@ async fn a_node_has_the_cas_of_its_verified_path_and_cannot_borrow_anothers() {
     let attested = attest(&attestor, &[&leaf, &issuing.der], &key).await.unwrap();
     assert!(attested.selectors.contains(&issuing.selector()) && attested.selectors.contains(&dev.selector()));
     assert!(!attested.selectors.contains(&prod.selector()));
-    // The same chain with the public certificate of the other CA, wherever it stands.
+    // The same chain with the public certificate of the other CA, in any position.
     for chain in [[&leaf, &issuing.der, &prod.der], [&leaf, &prod.der, &issuing.der]] {
         let refused = attest(&attestor, &chain.map(Vec::as_slice), &key).await.unwrap_err().to_string();
         assert!(refused.contains("not part of the path"), "{refused}");
     }
     let (leaf, key) = dev.node(1);
     assert!(attest(&attestor, &[&leaf, &prod.der], &key).await.is_err());
-    // A root that is sent along is in the path.
+    // A root that is sent along is part of the path.
     let attested = attest(&attestor, &[&leaf, &dev.der], &key).await.unwrap();
     assert!(attested.selectors.contains(&dev.selector()) && !attested.selectors.contains(&prod.selector()));
 }
@@ -180,9 +180,9 @@ async fn the_evidence_is_named_by_the_key_however_the_certificate_is_written() {
     assert_ne!(attest(&attestor, &[&other], &key).await.unwrap().evidence, again.evidence);
 }
 
-/// The same certificate with its ECDSA signature (r, s) written as (r, n - s), which is as good (SEC 1, 4.1.4).
+/// The same certificate with its ECDSA signature (r, s) written as (r, n - s), which is equally valid (SEC 1, 4.1.4).
 fn other_signature(leaf: &[u8]) -> Vec<u8> {
-    /// The order of P-256.
+    /// The order of P-256 in hex.
     const N: &str = "ffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551";
     let (_, cert) = X509Certificate::from_der(leaf).unwrap();
     let old = &cert.signature_value.data;
@@ -209,7 +209,7 @@ fn other_signature(leaf: &[u8]) -> Vec<u8> {
     [&[0x30, 0x82][..], &u16::try_from(body.len()).unwrap().to_be_bytes(), &body].concat()
 }
 
-/// ecdsa-with-SHA256.
+/// The algorithm identifier of ecdsa-with-SHA256 in DER.
 fn cert_algorithm() -> Vec<u8> {
     vec![0x30, 10, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2]
 }

@@ -1,4 +1,4 @@
-//! Upstreams below which nobody would be believed are refused at start.
+//! Upstreams whose SVIDs no peer would accept are rejected at start.
 
 use super::*;
 use rcgen::{BasicConstraints, CertificateParams, CustomExtension, IsCa, Issuer, KeyPair, KeyUsagePurpose};
@@ -8,7 +8,7 @@ struct Pki {
 }
 
 impl Pki {
-    /// A root, and an issuing CA below it that `change` has its way with.
+    /// A root, and an issuing CA below it that `change` modifies.
     fn new(change: impl FnOnce(&mut CertificateParams)) -> Self {
         let ca = |name: &str| {
             let mut params = CertificateParams::default();
@@ -45,7 +45,7 @@ impl Pki {
     }
 }
 
-/// Name constraints (2.5.29.30): `subtrees` 0 permits, 1 excludes URIs of one host.
+/// Name constraints (2.5.29.30) on URIs of one host: `subtrees` 0 permits, 1 excludes.
 fn uri_constraint(subtrees: u8, host: &str) -> CustomExtension {
     let tlv = |tag: u8, content: &[u8]| [&[tag, u8::try_from(content.len()).unwrap()], content].concat();
     let subtree = tlv(0x30, &tlv(0x86, host.as_bytes()));
@@ -62,7 +62,7 @@ async fn an_upstream_that_peers_would_believe_is_taken_and_sends_nothing_beyond_
     let td = TrustDomain::new("example.org").unwrap();
     let signed = disk.sign_intermediate(&td, &key, Duration::from_secs(60), OffsetDateTime::now_utc()).await.unwrap();
     assert_eq!(signed.chain.len(), 2, "our CA and the issuing one");
-    // The issuing CA is a root of trust itself: nothing above our CA is sent.
+    // The issuing CA is a trusted root itself: nothing above our CA is sent.
     let both = ["issuing.pem", "root.pem"].map(|n| std::fs::read_to_string(pki.dir.path().join(n)).unwrap());
     pki.write("both.pem", &both.concat());
     let disk = pki.load("both.pem").unwrap_or_else(|e| panic!("{e}"));
