@@ -7,7 +7,6 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use countersign_api::clock::Clock;
 use countersign_api::convert::id_from_wire;
-use countersign_api::files::read_pem;
 use countersign_api::spire::agent::agent_client::AgentClient;
 use countersign_api::spire::agent::attest_agent_request::{Params, Step};
 use countersign_api::spire::agent::attest_agent_response::Step as Answer;
