@@ -48,7 +48,10 @@ pub enum DataStoreError {
     #[error("{0} was changed by others again and again; try once more")]
     Contended(String),
     /// The trust bundle or the journal of authorities was changed by another server.
-    #[error("another server has changed the authorities in this store; restart this one to take up its changes")]
+    #[error(
+        "another server has changed the authorities in this store; its changes were taken up and nothing else was done: \
+         look at them (`countersign authority show`), then try again"
+    )]
     Overtaken,
 }
 
