@@ -90,6 +90,17 @@ impl Core {
         &self.config.trust_domain
     }
 
+    /// Makes a change of state in a task of its own, and waits for it. The call of a client that goes away is dropped wherever
+    /// it stands; between the store's commit and what is kept in memory that would leave the two apart for good.
+    pub async fn to_the_end<T, F>(self: &Arc<Self>, change: impl FnOnce(Arc<Self>) -> F) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Status>> + Send + 'static,
+    {
+        let changed = self.tasks.spawn(change(self.clone())).await;
+        changed.unwrap_or_else(|_| Err(Status::internal("the change broke off; look whether it was made")))
+    }
+
     /// Signs, and keeps the record of it either way.
     pub fn sign(&self, request: &SigningRequest<'_>) -> Result<Issued, Status> {
         let signed = RequestedKey::from_csr(request.csr).map_err(AuthorityError::from).and_then(|key| {

@@ -1,5 +1,7 @@
 //! What survives a restart: entries, nodes, join tokens, bundles, the journal of authorities.
 
+#[cfg(test)]
+mod held;
 mod sqlite;
 
 use async_trait::async_trait;
@@ -9,6 +11,8 @@ use time::OffsetDateTime;
 use crate::agents::AttestedAgent;
 use crate::authority::Record;
 
+#[cfg(test)]
+pub(crate) use held::Held;
 pub use sqlite::Sqlite;
 
 /// Why the store did not do it. Nothing is half done.

@@ -71,7 +71,7 @@ fn agent_to_wire(agent: &AttestedAgent) -> types::Agent {
 }
 
 async fn attest(
-    core: &Core,
+    core: &Arc<Core>,
     params: attest_agent_request::Params,
     challenger: &mut StreamChallenger,
     caller: &str,
@@ -118,13 +118,18 @@ async fn attest(
         can_reattest,
         evidence,
     };
-    core.agents.attested(agent).await.map_err(|e| change_status(e, &id))?;
-    if let Some(alias) = alias {
-        // The entry's selector is the agent's own ID, which no other node can attest to.
-        let entry = alias_entry(core, alias, &id)?;
-        core.entries.create(vec![entry]).await.map_err(|e| store_status(&e))?;
-    }
-    tracing::info!(agent = %id, "agent attested");
+    let take_up = |core: Arc<Core>| async move {
+        let id = agent.id.clone();
+        core.agents.attested(agent).await.map_err(|e| change_status(e, &id))?;
+        if let Some(alias) = alias {
+            // The entry's selector is the agent's own ID, which no other node can attest to.
+            let entry = alias_entry(&core, alias, &id)?;
+            core.entries.create(vec![entry]).await.map_err(|e| store_status(&e))?;
+        }
+        tracing::info!(agent = %id, "agent attested");
+        Ok(())
+    };
+    core.to_the_end(take_up).await?;
     Ok(Attested { svid: Some(svid_to_wire(&id, &issued, "")), reattestable: can_reattest })
 }
 
@@ -251,21 +256,28 @@ impl Agent for Endpoint {
     async fn delete_agent(&self, request: Request<DeleteAgentRequest>) -> Result<Response<()>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let agent = self.known_agent(request.into_inner().id)?;
-        self.0.agents.evict(&agent.id).await.map_err(|e| store_status(&e))?;
-        tracing::warn!(agent = %agent.id, %caller, "agent evicted");
-        Ok(Response::new(()))
+        let evict = |core: Arc<Core>| async move {
+            core.agents.evict(&agent.id).await.map_err(|e| store_status(&e))?;
+            tracing::warn!(agent = %agent.id, %caller, "agent evicted");
+            Ok(())
+        };
+        self.0.to_the_end(evict).await.map(Response::new)
     }
 
     async fn ban_agent(&self, request: Request<BanAgentRequest>) -> Result<Response<()>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let agent = self.known_agent(request.into_inner().id)?;
-        self.0.agents.ban(&agent.id).await.map_err(|error| match error {
-            // It was evicted a moment ago.
-            ChangeError::Denied(Denied::NotAttested) => Status::not_found(format!("there is no agent `{}`", agent.id)),
-            other => change_status(other, &agent.id),
-        })?;
-        tracing::warn!(agent = %agent.id, %caller, "agent banned");
-        Ok(Response::new(()))
+        let ban = |core: Arc<Core>| async move {
+            let id = &agent.id;
+            core.agents.ban(id).await.map_err(|error| match error {
+                // It was evicted a moment ago.
+                ChangeError::Denied(Denied::NotAttested) => Status::not_found(format!("there is no agent `{id}`")),
+                other => change_status(other, id),
+            })?;
+            tracing::warn!(agent = %id, %caller, "agent banned");
+            Ok(())
+        };
+        self.0.to_the_end(ban).await.map(Response::new)
     }
 
     async fn attest_agent(
@@ -330,10 +342,14 @@ impl Agent for Endpoint {
             expires_at: issued.facts.not_after,
         };
         // Banned or evicted while it was signed: what was signed is thrown away.
-        self.0.agents.renewed(&agent.id, &renewal).await.map_err(|error| {
-            self.0.refuse("agent_svid", &agent.id.to_string(), "", "", "attestation", &error.to_string());
-            change_status(error, &agent.id)
-        })?;
+        let id = agent.id.clone();
+        let note = |core: Arc<Core>| async move {
+            core.agents.renewed(&id, &renewal).await.map_err(|error| {
+                core.refuse("agent_svid", &id.to_string(), "", "", ATTESTATION, &error.to_string());
+                change_status(error, &id)
+            })
+        };
+        self.0.to_the_end(note).await?;
         Ok(Response::new(RenewAgentResponse { svid: Some(svid_to_wire(&agent.id, &issued, "")) }))
     }
 

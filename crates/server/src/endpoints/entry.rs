@@ -1,6 +1,7 @@
 //! `spire.api.server.entry.v1`: registration entries, for operators and for agents.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use countersign_api::convert::{entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire};
@@ -19,9 +20,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{BoxStream, Endpoint, invalid, item_status, masks, paging};
-use crate::caller::{Caller, revoked};
+use crate::caller::{Caller, cut_off};
 use crate::config::MIN_SVID_TTL;
-use crate::core::store_status;
+use crate::core::{Core, store_status};
 use crate::entries::{Created, UpdateError, fresh_entry_id};
 
 /// Entries in one batch at most.
@@ -121,6 +122,30 @@ fn check_batch(len: usize) -> Result<(), Status> {
     }
 }
 
+/// Changes one entry.
+async fn update(
+    endpoint: &Endpoint,
+    wire: &types::Entry,
+    mask: Option<types::EntryMask>,
+    caller: &Caller,
+) -> Result<types::Entry, Status> {
+    let id = Endpoint::entry_id(&wire.id)?;
+    // What the mask leaves alone is taken from the entry as it is when the change is written.
+    let change = |before: &Entry| {
+        let merged = masks::update_entry(entry_to_wire(before), wire.clone(), mask);
+        let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
+        endpoint.check(&entry)?;
+        Ok(entry)
+    };
+    let entry = endpoint.0.entries.update(&id, change).await.map_err(|error| match error {
+        UpdateError::Unknown => Status::not_found(format!("there is no entry `{id}`")),
+        UpdateError::Refused(status) => status,
+        UpdateError::Store(error) => store_status(&error),
+    })?;
+    tracing::info!(entry = %id, %caller, "entry updated");
+    Ok(entry_to_wire(&entry))
+}
+
 #[async_trait]
 impl EntryService for Endpoint {
     type SyncAuthorizedEntriesStream = BoxStream<SyncAuthorizedEntriesResponse>;
@@ -169,18 +194,21 @@ impl EntryService for Endpoint {
         check_batch(request.entries.len())?;
         let parsed: Vec<Result<Entry, Status>> = request.entries.into_iter().map(|wire| self.parse_new(wire)).collect();
         let good: Vec<Entry> = parsed.iter().filter_map(|p| p.as_ref().ok()).cloned().collect();
+        let create = |core: Arc<Core>| async move {
+            let created = core.entries.create(good).await.map_err(|e| store_status(&e))?;
+            let fresh = created.iter().filter_map(|c| if let Created::New(entry) = c { Some(entry) } else { None });
+            fresh.for_each(|entry| tracing::info!(entry = %entry.id, %caller, "entry created"));
+            Ok(created)
+        };
         // An answer for each good one, in their order.
-        let mut created = self.0.entries.create(good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
+        let mut created = self.0.to_the_end(create).await.map(Vec::into_iter);
         let results = parsed.into_iter().map(|parsed| {
             let made = parsed.and_then(|_| match &mut created {
                 Ok(created) => created.next().ok_or_else(|| Status::internal("an entry was not judged")),
                 Err(status) => Err(status.clone()),
             });
             let (verdict, entry) = match made {
-                Ok(Created::New(entry)) => {
-                    tracing::info!(entry = %entry.id, %caller, "entry created");
-                    (Ok(()), Some(entry))
-                }
+                Ok(Created::New(entry)) => (Ok(()), Some(entry)),
                 Ok(Created::Same(entry)) => {
                     let why = "an entry with this SPIFFE ID, parent and selectors exists";
                     (Err(Status::already_exists(why)), Some(entry))
@@ -206,24 +234,9 @@ impl EntryService for Endpoint {
         check_batch(request.entries.len())?;
         let mut results = vec![];
         for wire in request.entries {
-            let updated = async {
-                let id = Self::entry_id(&wire.id)?;
-                // What the mask leaves alone is taken from the entry as it is when the change is written.
-                let change = |before: &Entry| {
-                    let merged = masks::update_entry(entry_to_wire(before), wire.clone(), request.input_mask);
-                    let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
-                    self.check(&entry)?;
-                    Ok(entry)
-                };
-                let entry = self.0.entries.update(&id, change).await.map_err(|error| match error {
-                    UpdateError::Unknown => Status::not_found(format!("there is no entry `{id}`")),
-                    UpdateError::Refused(status) => status,
-                    UpdateError::Store(error) => store_status(&error),
-                })?;
-                tracing::info!(entry = %id, %caller, "entry updated");
-                Ok(entry_to_wire(&entry))
-            };
-            let updated = updated.await;
+            let (mask, caller) = (request.input_mask, caller.clone());
+            let update = |core: Arc<Core>| async move { update(&Self(core), &wire, mask, &caller).await };
+            let updated = self.0.to_the_end(update).await;
             let (verdict, entry) = match updated {
                 Ok(entry) => (Ok(()), Some(masks::entry(entry, request.output_mask))),
                 Err(status) => (Err(status), None),
@@ -242,17 +255,19 @@ impl EntryService for Endpoint {
         check_batch(ids.len())?;
         let judged: Vec<Result<EntryId, Status>> = ids.iter().map(|text| Self::entry_id(text)).collect();
         let good: Vec<EntryId> = judged.iter().flatten().cloned().collect();
+        let delete = |core: Arc<Core>| async move {
+            let deleted = core.entries.delete(&good).await.map_err(|e| store_status(&e))?;
+            let gone = good.iter().zip(&deleted).filter(|(_, was)| **was);
+            gone.for_each(|(id, _)| tracing::info!(entry = %id, %caller, "entry deleted"));
+            Ok(deleted)
+        };
         // Whether each good one was there, in their order.
-        let mut deleted = self.0.entries.delete(&good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
+        let mut deleted = self.0.to_the_end(delete).await.map(Vec::into_iter);
         let results = ids.into_iter().zip(judged).map(|(text, judged)| {
             let verdict = judged.and_then(|id| match &mut deleted {
                 Ok(deleted) => {
-                    deleted
-                        .next()
-                        .filter(|was| *was)
-                        .ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))?;
-                    tracing::info!(entry = %id, %caller, "entry deleted");
-                    Ok(())
+                    let was = deleted.next().filter(|was| *was);
+                    was.map(drop).ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))
                 }
                 Err(status) => Err(status.clone()),
             });
