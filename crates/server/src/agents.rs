@@ -117,7 +117,7 @@ impl Agents {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ticks whenever an agent is banned or evicted.
+    /// Ticks whenever an agent is banned or evicted, here or at another server.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
@@ -142,9 +142,11 @@ impl Agents {
         self.len() == 0
     }
 
-    /// Whether a banned agent has this evidence.
-    pub fn is_banned_evidence(&self, evidence: &EvidenceKey) -> bool {
-        self.known().banned.contains_key(evidence)
+    /// An agent that is known and not banned, whatever SVID it uses.
+    pub fn standing(&self, id: &SpiffeId) -> Result<Arc<AttestedAgent>, Denied> {
+        let known = self.known();
+        let agent = known.by_id.get(&id.to_string()).ok_or(Denied::NotAttested)?;
+        if known.is_banned(agent) { Err(Denied::Banned) } else { Ok(agent.clone()) }
     }
 
     /// Whether an agent with this SVID may act now.
@@ -155,13 +157,11 @@ impl Agents {
         not_after: OffsetDateTime,
         now: OffsetDateTime,
     ) -> Result<Arc<AttestedAgent>, Denied> {
-        let known = self.known();
-        let agent = known.by_id.get(&id.to_string()).ok_or(Denied::NotAttested)?;
+        let agent = self.standing(id)?;
         match () {
-            () if known.is_banned(agent) => Err(Denied::Banned),
             () if not_after <= now => Err(Denied::Expired),
             () if agent.serial != serial && agent.previous_serial != serial => Err(Denied::NotActive),
-            () => Ok(agent.clone()),
+            () => Ok(agent),
         }
     }
 
@@ -257,6 +257,8 @@ impl Agents {
             versions.remove(&name);
             self.write(|known| known.remove(&name));
         }
+        // Its streams end, should it have been banned or evicted there.
+        self.changed.send_modify(|n| *n += 1);
         Ok(())
     }
 

@@ -301,7 +301,7 @@ impl EntryService for Endpoint {
         request: Request<Streaming<SyncAuthorizedEntriesRequest>>,
     ) -> Result<Response<Self::SyncAuthorizedEntriesStream>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
-        let revoked = revoked(&self.0, &request);
+        let cut_off = cut_off(&self.0, &request);
         let mut requests = request.into_inner();
         let first = requests.message().await?.ok_or_else(|| invalid("the first message is missing"))?;
         let now = self.0.now();
@@ -314,7 +314,7 @@ impl EntryService for Endpoint {
             tokio::select! {
                 () = sync.run(requests) => {}
                 () = core.shutdown.cancelled() => {}
-                status = revoked => drop(ended.try_send(Err(status))),
+                status = cut_off => drop(ended.try_send(Err(status))),
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
