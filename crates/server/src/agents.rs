@@ -5,15 +5,16 @@
 
 mod record;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use countersign_identity::SpiffeId;
+use countersign_identity::selector::SelectorSet;
 use time::OffsetDateTime;
 use tokio::sync::{Mutex, watch};
 
 use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
-use crate::node_attestor::EvidenceKey;
+use crate::node_attestor::{AttestedNode, EvidenceKey, is_same_node};
 
 pub use record::AttestedAgent;
 
@@ -72,6 +73,8 @@ struct Known {
     by_id: BTreeMap<String, Arc<AttestedAgent>>,
     /// Evidence of banned agents, and how many of them have it.
     banned: HashMap<EvidenceKey, usize>,
+    /// Agents that were banned without evidence: they attested before it was kept.
+    unnamed: BTreeSet<String>,
 }
 
 impl Known {
@@ -80,11 +83,15 @@ impl Known {
         if let (true, Some(evidence)) = (agent.banned, &agent.evidence) {
             *self.banned.entry(evidence.clone()).or_default() += 1;
         }
+        if agent.banned && agent.lacks_evidence() {
+            self.unnamed.insert(agent.id.to_string());
+        }
         self.by_id.insert(agent.id.to_string(), Arc::new(agent));
     }
 
     fn remove(&mut self, id: &str) -> Option<Arc<AttestedAgent>> {
         let was = self.by_id.remove(id)?;
+        self.unnamed.remove(id);
         if let (true, Some(evidence)) = (was.banned, &was.evidence)
             && let Some(count) = self.banned.get_mut(evidence)
         {
@@ -98,7 +105,13 @@ impl Known {
 
     /// Whether it is banned, under this ID or by its evidence under another.
     fn is_banned(&self, agent: &AttestedAgent) -> bool {
-        agent.banned || agent.evidence.as_ref().is_some_and(|e| self.banned.contains_key(e))
+        agent.banned || self.bans(agent.evidence.as_ref(), &agent.selectors)
+    }
+
+    /// Whether a banned agent has this evidence, or showed the same certificate when none was kept yet.
+    fn bans(&self, evidence: Option<&EvidenceKey>, selectors: &SelectorSet) -> bool {
+        evidence.is_some_and(|e| self.banned.contains_key(e))
+            || self.unnamed.iter().filter_map(|id| self.by_id.get(id)).any(|a| is_same_node(&a.selectors, selectors))
     }
 }
 
@@ -165,13 +178,13 @@ impl Agents {
         }
     }
 
-    /// Whether a node may attest itself as this agent.
-    pub fn may_attest(&self, id: &SpiffeId, evidence: Option<&EvidenceKey>) -> Result<(), ChangeError> {
+    /// Whether a node may attest itself.
+    pub fn may_attest(&self, node: &AttestedNode) -> Result<(), ChangeError> {
         let known = self.known();
-        if evidence.is_some_and(|e| known.banned.contains_key(e)) {
+        if known.bans(node.evidence.as_ref(), &node.selectors) {
             return Err(ChangeError::Denied(Denied::Banned));
         }
-        judge_attestation(known.by_id.get(&id.to_string()).map(AsRef::as_ref))
+        judge_attestation(known.by_id.get(&node.id.to_string()).map(AsRef::as_ref))
     }
 
     /// Takes up a node that has just attested itself.
@@ -185,6 +198,10 @@ impl Agents {
             let agent = known.ok_or(ChangeError::Denied(Denied::NotAttested))?;
             if agent.banned {
                 return Err(ChangeError::Denied(Denied::Banned));
+            }
+            // Without evidence a ban could be dodged: it has to show it once more.
+            if agent.lacks_evidence() {
+                return Err(ChangeError::Denied(Denied::NotActive));
             }
             if agent.serial != renewal.in_use && agent.previous_serial != renewal.in_use {
                 return Err(ChangeError::Denied(Denied::NotActive));
@@ -227,7 +244,7 @@ impl Agents {
         let mut versions = self.writer.lock().await;
         for _ in 0..MAX_TRIES {
             let next = change(self.get(id).as_deref())?;
-            if !next.banned && next.evidence.as_ref().is_some_and(|e| self.is_banned_evidence(e)) {
+            if !next.banned && self.known().is_banned(&next) {
                 return Err(ChangeError::Denied(Denied::Banned));
             }
             match self.store.put_agent(&next, versions.get(&name).copied()).await? {

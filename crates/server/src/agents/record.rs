@@ -6,7 +6,7 @@ use countersign_identity::trust_domain::parse_workload_id;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use crate::node_attestor::EvidenceKey;
+use crate::node_attestor::{EvidenceKey, X509POP};
 
 /// An attested agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,13 @@ pub struct AttestedAgent {
     pub can_reattest: bool,
     /// What it attested with, where that outlives its ID: a ban holds for it under every ID.
     pub evidence: Option<EvidenceKey>,
+}
+
+impl AttestedAgent {
+    /// It showed evidence that outlives its ID before that was kept. It shows it again when it attests again.
+    pub fn lacks_evidence(&self) -> bool {
+        self.evidence.is_none() && self.attestation_type == X509POP
+    }
 }
 
 #[derive(Serialize, Deserialize)]

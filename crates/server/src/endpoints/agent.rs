@@ -89,14 +89,9 @@ async fn attest(
             known.join(", ")
         ))
     })?;
-    let node = attestor.attest(&data.payload, challenger).await.map_err(|e| match e {
-        AttestError::Malformed(why) => Status::invalid_argument(why),
-        AttestError::Store(e) => store_status(&e),
-        AttestError::Unavailable(why) => Status::unavailable(why),
-        AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(e.to_string()),
-    })?;
+    let node = attestor.attest(&data.payload, challenger).await.map_err(attest_status)?;
     // Before anything is signed; looked at once more when the agent is stored.
-    core.agents.may_attest(&node.id, node.evidence.as_ref()).map_err(|e| change_status(e, &node.id))?;
+    core.agents.may_attest(&node).map_err(|e| change_status(e, &node.id))?;
     let issued = core.sign(&SigningRequest {
         kind: "agent_svid",
         caller,
@@ -325,6 +320,11 @@ impl Agent for Endpoint {
     async fn renew_agent(&self, request: Request<RenewAgentRequest>) -> Result<Response<RenewAgentResponse>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
         self.0.within_sign_limit(&request, 1)?;
+        if agent.lacks_evidence() {
+            let reason = "it attested before evidence was kept; it must attest again";
+            self.0.refuse("agent_svid", &agent.id.to_string(), "", "", ATTESTATION, reason);
+            return Err(denied_status(Denied::NotActive, &agent.id));
+        }
         let in_use = request.extensions().get::<TlsPeer>().and_then(|p| p.svid.clone());
         let csr = request.into_inner().params.ok_or_else(|| invalid("params is missing"))?.csr;
         let issued = self.0.sign(&SigningRequest {
