@@ -16,7 +16,7 @@ use countersign_api::spire::agent::{
 };
 use countersign_api::spire::types;
 use countersign_identity::selector::SelectorSet;
-use countersign_identity::shown::shown;
+use countersign_identity::shown::{sentence, shown};
 use countersign_identity::trust_domain::{agent_id, server_id};
 use countersign_identity::{Entry, Selector, SpiffeId};
 use tokio::sync::mpsc;
@@ -27,7 +27,7 @@ use super::svid::svid_to_wire;
 use super::{BoxStream, Endpoint, invalid, masks, paging};
 use crate::agents::{AttestedAgent, ChangeError, Denied, Renewal};
 use crate::caller::{Caller, denied_status};
-use crate::core::{Core, SigningRequest, store_status};
+use crate::core::{ATTESTATION, Core, MAX_REASON, SigningRequest, store_status};
 use crate::datastore::JoinToken;
 use crate::entries::fresh_entry_id;
 use crate::node_attestor::{AttestError, AttestedNode, Challenger, MAX_PAYLOAD_BYTES};
@@ -126,6 +126,17 @@ async fn attest(
     };
     core.to_the_end(take_up).await?;
     Ok(Attested { svid: Some(svid_to_wire(&id, &issued, "")), reattestable: can_reattest })
+}
+
+/// Why a node was not believed, as a gRPC status. Parsers quote what anybody has sent: the text is escaped and cut.
+fn attest_status(error: AttestError) -> Status {
+    let text = sentence(&error.to_string(), MAX_REASON).to_string();
+    match error {
+        AttestError::Malformed(_) => Status::invalid_argument(text),
+        AttestError::Store(error) => store_status(&error),
+        AttestError::Unavailable(_) => Status::unavailable(text),
+        AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(text),
+    }
 }
 
 /// Why an agent's record was not changed, as a gRPC status.
@@ -308,7 +319,7 @@ impl Agent for Endpoint {
             let message = match attested {
                 Ok(result) => Ok(AttestAgentResponse { step: Some(Answered::Result(result)) }),
                 Err(status) => {
-                    core.refuse("agent_svid", &caller, "", "", "attestation", status.message());
+                    core.refuse_counted("agent_svid", &caller, source, ATTESTATION, status.message());
                     Err(status)
                 }
             };
@@ -391,4 +402,25 @@ fn random_token() -> Result<String, Status> {
     let mut bytes = [0u8; 16];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| Status::internal("no randomness"))?;
     Ok(hex::encode(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_sent_comes_back_escaped_and_cut() {
+        let sent = format!("k8s_psat payload: unknown field `{}\u{1b}[2J\n`", "a".repeat(60_000));
+        for error in [
+            AttestError::Malformed(sent.clone()),
+            AttestError::Refused(sent.clone()),
+            AttestError::Unavailable(format!("\u{1b}{sent}")),
+        ] {
+            let status = attest_status(error);
+            assert!(status.message().len() < MAX_REASON + 100, "{}", status.message().len());
+            assert!(!status.message().contains(char::is_control));
+        }
+        let plain = AttestError::Refused("service account `a:b` may not attest nodes".into());
+        assert_eq!(attest_status(plain).message(), "service account `a:b` may not attest nodes");
+    }
 }
