@@ -165,3 +165,20 @@ async fn our_own_bundle_cannot_be_deleted_as_a_foreign_one() {
     assert!(core.federated.set(stolen, crate::federated::Expect::Any).await.is_err());
     assert_eq!(core.store.bundles().await.unwrap().len(), 1);
 }
+
+#[tokio::test]
+async fn refused_attestations_of_one_network_leave_one_short_line_and_a_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let core = server(&dir).await;
+    for n in 0..1_000u128 {
+        let address = std::net::IpAddr::V6((n | (0x2001_0db8 << 96)).into());
+        let quoted = "\u{1b}a".repeat(30_000);
+        core.refuse_counted("agent_svid", "anonymous", Some(address), crate::core::ATTESTATION, &quoted);
+    }
+    core.tell_all_refusals();
+    let audit = std::fs::read_to_string(dir.path().join("audit.log")).unwrap();
+    let told: Vec<_> = audit.lines().filter(|l| l.contains("refused")).collect();
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[0].len() < 8_000, "{}", told[0].len());
+    assert!(told[1].contains("999 more refused attestations") && told[1].contains("2001:db8::/64"), "{}", told[1]);
+}
