@@ -14,34 +14,34 @@ use crate::authority::Record;
 /// As the store below, which answers a change only while it is not held.
 pub struct Held {
     below: Arc<dyn DataStore>,
-    is_held: watch::Sender<bool>,
+    closed: watch::Sender<bool>,
     waiting: watch::Sender<bool>,
 }
 
 impl Held {
     /// Answers at once, to begin with.
     pub fn new(below: Arc<dyn DataStore>) -> Self {
-        Self { below, is_held: watch::Sender::new(false), waiting: watch::Sender::new(false) }
+        Self { below, closed: watch::Sender::new(false), waiting: watch::Sender::new(false) }
     }
 
     /// Lets a future come to its commit, and drops it there.
     pub async fn drop_at_commit(&self, call: impl Future) {
-        self.is_held.send_replace(true);
+        self.closed.send_replace(true);
         self.waiting.send_replace(false);
         let mut waiting = self.waiting.subscribe();
         tokio::select! {
             _ = call => panic!("it ended without a commit"),
             committed = waiting.wait_for(|w| *w) => drop(committed.unwrap()),
         }
-        self.is_held.send_replace(false);
+        self.closed.send_replace(false);
     }
 
     /// Passes on what the store below has done.
     async fn answer<T>(&self, done: T) -> T {
-        if *self.is_held.borrow() {
+        if *self.closed.borrow() {
             self.waiting.send_replace(true);
         }
-        drop(self.is_held.subscribe().wait_for(|held| !held).await.unwrap());
+        drop(self.closed.subscribe().wait_for(|held| !held).await.unwrap());
         done
     }
 }

@@ -129,7 +129,7 @@ async fn an_entry_goes_with_its_parent_in_whatever_order_they_are_deleted() {
         match e.since(&one, Some(revision)).1 {
             Update::Snapshot(all) => assert!(all.is_empty()),
             Update::Delta { removed, .. } => {
-                assert!(removed.contains(&child) && removed.contains(&parent), "{removed:?}")
+                assert!(removed.contains(&child) && removed.contains(&parent), "{removed:?}");
             }
         }
     }
