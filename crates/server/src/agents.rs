@@ -5,15 +5,16 @@
 
 mod record;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use countersign_identity::SpiffeId;
+use countersign_identity::selector::SelectorSet;
 use time::OffsetDateTime;
 use tokio::sync::{Mutex, watch};
 
 use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
-use crate::node_attestor::EvidenceKey;
+use crate::node_attestor::{AttestedNode, EvidenceKey, is_same_node};
 
 pub use record::AttestedAgent;
 
@@ -73,6 +74,8 @@ struct Known {
     by_id: BTreeMap<String, Arc<AttestedAgent>>,
     /// Evidence of banned agents, with the number of banned agents that have it.
     banned: HashMap<EvidenceKey, usize>,
+    /// Agents that were banned without evidence: they attested before it was kept.
+    unnamed: BTreeSet<String>,
 }
 
 impl Known {
@@ -81,11 +84,15 @@ impl Known {
         if let (true, Some(evidence)) = (agent.banned, &agent.evidence) {
             *self.banned.entry(evidence.clone()).or_default() += 1;
         }
+        if agent.banned && agent.lacks_evidence() {
+            self.unnamed.insert(agent.id.to_string());
+        }
         self.by_id.insert(agent.id.to_string(), Arc::new(agent));
     }
 
     fn remove(&mut self, id: &str) -> Option<Arc<AttestedAgent>> {
         let was = self.by_id.remove(id)?;
+        self.unnamed.remove(id);
         if let (true, Some(evidence)) = (was.banned, &was.evidence)
             && let Some(count) = self.banned.get_mut(evidence)
         {
@@ -99,7 +106,13 @@ impl Known {
 
     /// Whether the agent is banned, under this ID or by its evidence under another ID.
     fn is_banned(&self, agent: &AttestedAgent) -> bool {
-        agent.banned || agent.evidence.as_ref().is_some_and(|e| self.banned.contains_key(e))
+        agent.banned || self.bans(agent.evidence.as_ref(), &agent.selectors)
+    }
+
+    /// Whether a banned agent has this evidence, or showed the same certificate when none was kept yet.
+    fn bans(&self, evidence: Option<&EvidenceKey>, selectors: &SelectorSet) -> bool {
+        evidence.is_some_and(|e| self.banned.contains_key(e))
+            || self.unnamed.iter().filter_map(|id| self.by_id.get(id)).any(|a| is_same_node(&a.selectors, selectors))
     }
 }
 
@@ -118,7 +131,7 @@ impl Agents {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notifies whenever an agent is banned or evicted.
+    /// Ticks whenever an agent is banned or evicted, here or at another server.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
@@ -143,9 +156,11 @@ impl Agents {
         self.len() == 0
     }
 
-    /// Whether a banned agent has this evidence.
-    pub fn is_banned_evidence(&self, evidence: &EvidenceKey) -> bool {
-        self.known().banned.contains_key(evidence)
+    /// An agent that is known and not banned, whatever SVID it uses.
+    pub fn standing(&self, id: &SpiffeId) -> Result<Arc<AttestedAgent>, Denied> {
+        let known = self.known();
+        let agent = known.by_id.get(&id.to_string()).ok_or(Denied::NotAttested)?;
+        if known.is_banned(agent) { Err(Denied::Banned) } else { Ok(agent.clone()) }
     }
 
     /// Checks whether an agent may act now with this SVID: its serial and end. Errors: see [`Denied`].
@@ -156,25 +171,22 @@ impl Agents {
         not_after: OffsetDateTime,
         now: OffsetDateTime,
     ) -> Result<Arc<AttestedAgent>, Denied> {
-        let known = self.known();
-        let agent = known.by_id.get(&id.to_string()).ok_or(Denied::NotAttested)?;
+        let agent = self.standing(id)?;
         match () {
-            () if known.is_banned(agent) => Err(Denied::Banned),
             () if not_after <= now => Err(Denied::Expired),
             // The previous SVID counts too: the agent still uses it until the renewal's response has arrived.
             () if agent.serial != serial && agent.previous_serial != serial => Err(Denied::NotActive),
-            () => Ok(agent.clone()),
+            () => Ok(agent),
         }
     }
 
-    /// Checks whether a node may attest as this agent. Errors: banned, or attested before with single-use evidence.
-    pub fn may_attest(&self, id: &SpiffeId, evidence: Option<&EvidenceKey>) -> Result<(), ChangeError> {
-        // Evidence first: a banned node with the same key may come under another agent ID.
+    /// Whether a node may attest itself.
+    pub fn may_attest(&self, node: &AttestedNode) -> Result<(), ChangeError> {
         let known = self.known();
-        if evidence.is_some_and(|e| known.banned.contains_key(e)) {
+        if known.bans(node.evidence.as_ref(), &node.selectors) {
             return Err(ChangeError::Denied(Denied::Banned));
         }
-        judge_attestation(known.by_id.get(&id.to_string()).map(AsRef::as_ref))
+        judge_attestation(known.by_id.get(&node.id.to_string()).map(AsRef::as_ref))
     }
 
     /// Stores a node that has just attested.
@@ -189,6 +201,10 @@ impl Agents {
             let agent = known.ok_or(ChangeError::Denied(Denied::NotAttested))?;
             if agent.banned {
                 return Err(ChangeError::Denied(Denied::Banned));
+            }
+            // Without evidence a ban could be dodged: it has to show it once more.
+            if agent.lacks_evidence() {
+                return Err(ChangeError::Denied(Denied::NotActive));
             }
             if agent.serial != renewal.in_use && agent.previous_serial != renewal.in_use {
                 return Err(ChangeError::Denied(Denied::NotActive));
@@ -231,9 +247,7 @@ impl Agents {
         let mut versions = self.writer.lock().await;
         for _ in 0..MAX_TRIES {
             let next = change(self.get(id).as_deref())?;
-            // Checked on each attempt: a ban of the same node under another name may have arrived since the caller
-            // looked.
-            if !next.banned && next.evidence.as_ref().is_some_and(|e| self.is_banned_evidence(e)) {
+            if !next.banned && self.known().is_banned(&next) {
                 return Err(ChangeError::Denied(Denied::Banned));
             }
             match self.store.put_agent(&next, versions.get(&name).copied()).await? {
@@ -263,6 +277,8 @@ impl Agents {
             versions.remove(&name);
             self.write(|known| known.remove(&name));
         }
+        // Its streams end, should it have been banned or evicted there.
+        self.changed.send_modify(|n| *n += 1);
         Ok(())
     }
 

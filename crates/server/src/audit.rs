@@ -74,7 +74,8 @@ struct Log {
     file: File,
     bytes: u64,
     max_bytes: u64,
-    /// Lines lost since the last error message.
+    open: fn(&Path) -> io::Result<File>,
+    /// Records lost since it was last said.
     lost: u64,
     complained: Option<Instant>,
 }
@@ -89,7 +90,7 @@ impl Audit {
         let Some(path) = path else { return Ok(Self(None)) };
         let file = append_to(path)?;
         let bytes = file.metadata()?.len();
-        let log = Log { path: path.to_owned(), file, bytes, max_bytes, lost: 0, complained: None };
+        let log = Log { path: path.to_owned(), file, bytes, max_bytes, open: append_to, lost: 0, complained: None };
         Ok(Self(Some(Mutex::new(log))))
     }
 
@@ -134,22 +135,36 @@ impl Log {
         Ok(())
     }
 
+    /// Puts the file aside and begins a new one. Whatever step fails, the next try begins there: no file that was put aside
+    /// is moved twice for one rotation. One that somebody else has moved away is not waited for.
     fn rotate(&mut self) -> io::Result<()> {
-        let aside = |n: u32| {
-            let mut name = self.path.as_os_str().to_owned();
-            name.push(format!(".{n}"));
-            PathBuf::from(name)
-        };
-        for n in (1..KEPT).rev() {
-            match std::fs::rename(aside(n), aside(n + 1)) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
+        // Left by a try that failed.
+        self.shift()?;
+        match std::fs::rename(&self.path, self.aside(0)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
         }
-        std::fs::rename(&self.path, aside(1))?;
-        self.file = append_to(&self.path)?;
+        self.file = (self.open)(&self.path)?;
         self.bytes = 0;
-        Ok(())
+        self.shift()
+    }
+
+    /// Makes `<file>.0` the youngest of the files that are kept. The oldest goes only when all numbers are taken.
+    fn shift(&self) -> io::Result<()> {
+        if !self.aside(0).try_exists()? {
+            return Ok(());
+        }
+        let mut free = 1;
+        while free < KEPT && self.aside(free).try_exists()? {
+            free += 1;
+        }
+        (0..free).rev().try_for_each(|n| std::fs::rename(self.aside(n), self.aside(n + 1)))
+    }
+
+    fn aside(&self, n: u32) -> PathBuf {
+        let mut name = self.path.as_os_str().to_owned();
+        name.push(format!(".{n}"));
+        PathBuf::from(name)
     }
 
     /// Logs at most once per minute that lines are lost: the server's own log is usually on the same disk.
@@ -212,5 +227,42 @@ mod tests {
         audit.write(&record(), OffsetDateTime::UNIX_EPOCH);
         let lines = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap().lines().count();
         assert_eq!((lines("old.log"), lines("audit.log")), (1, 1));
+    }
+
+    /// A record full to the last file, each with its own name in it.
+    fn full(dir: &tempfile::TempDir) -> (PathBuf, Audit) {
+        let path = dir.path().join("audit.log");
+        let audit = Audit::with_size(Some(&path), 1).unwrap();
+        for n in 0..=KEPT {
+            audit.write(&Record { caller: &format!("caller-{n}"), ..record() }, OffsetDateTime::UNIX_EPOCH);
+        }
+        (path, audit)
+    }
+
+    fn kept(dir: &tempfile::TempDir, n: u32) -> String {
+        std::fs::read_to_string(dir.path().join(format!("audit.log.{n}"))).unwrap_or_default()
+    }
+
+    #[test]
+    fn a_file_that_was_moved_away_costs_no_older_one_and_no_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, audit) = full(&dir);
+        std::fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+        audit.write(&record(), OffsetDateTime::UNIX_EPOCH);
+        assert!(std::fs::read_to_string(&path).unwrap().contains("somebody"));
+        (1..=KEPT).for_each(|n| assert!(kept(&dir, n).contains(&format!("caller-{}", KEPT - n)), "{n}"));
+    }
+
+    #[test]
+    fn a_rotation_that_fails_again_and_again_puts_one_file_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, audit) = full(&dir);
+        let log = audit.0.as_ref().unwrap();
+        log.lock().unwrap().open = |_| Err(io::Error::other("too many open files"));
+        (0..10).for_each(|_| audit.write(&record(), OffsetDateTime::UNIX_EPOCH));
+        log.lock().unwrap().open = append_to;
+        audit.write(&record(), OffsetDateTime::UNIX_EPOCH);
+        assert!(std::fs::read_to_string(&path).unwrap().contains("somebody"), "written again once it can be");
+        (1..=KEPT).for_each(|n| assert!(kept(&dir, n).contains(&format!("caller-{}", KEPT + 1 - n)), "{n}"));
     }
 }

@@ -72,8 +72,7 @@ impl Caller {
         if !core.authorities.bundle().borrow().holds(svid.anchor) {
             return Err(revoked_status(svid));
         }
-        // An agent's SVID alone is not enough: a ban or an eviction takes effect at the next call.
-        if svid.id.path().starts_with("/spire/agent/") {
+        if is_agent(&svid.id) {
             let admitted = core.agents.admit(&svid.id, &svid.facts.serial, svid.facts.not_after, core.now());
             return admitted.map(Self::Agent).map_err(|denied| denied_status(denied, &svid.id));
         }
@@ -125,21 +124,49 @@ fn revoked_status(svid: &VerifiedPeer) -> Status {
     Status::unauthenticated(format!("the authority that vouched for `{}` was revoked; attest again", svid.id))
 }
 
-/// Resolves with a status for the caller's stream once the authority behind the caller is revoked. Never resolves for
-/// callers on the Unix socket and those without a certificate.
-pub fn revoked<T>(core: &Core, request: &Request<T>) -> impl Future<Output = Status> + Send + use<T> {
+/// Waits until a caller may listen no longer: its authority is revoked, or it is an agent and is banned or evicted. Every
+/// stream ends then, with this status. Never for callers on the Unix socket and those without a certificate.
+///
+/// That an agent's SVID ends or is replaced cuts no stream: it outlives the SVID that opened it.
+pub fn cut_off<T>(core: &Arc<Core>, request: &Request<T>) -> impl Future<Output = Status> + Send + use<T> {
     let svid = request.extensions().get::<TlsPeer>().and_then(|peer| peer.svid.clone());
-    let mut bundles = core.authorities.bundle();
+    let core = core.clone();
     async move {
         let Some(svid) = svid else { return std::future::pending().await };
-        // The sender lives as long as the server. If it were gone, no caller would be trusted, so ending the stream is
-        // right.
-        let _ = bundles.wait_for(|bundle| !bundle.holds(svid.anchor)).await.map(drop);
-        revoked_status(&svid)
+        tokio::select! {
+            status = revoked(&core, &svid) => status,
+            status = denied(&core, &svid.id) => status,
+        }
     }
 }
 
-/// PermissionDenied with the reason in the detail that SPIRE's agents read.
+async fn revoked(core: &Core, svid: &VerifiedPeer) -> Status {
+    // The sender lives as long as the server; were it gone, nobody would be trusted any more.
+    let _ = core.authorities.bundle().wait_for(|bundle| !bundle.holds(svid.anchor)).await.map(drop);
+    revoked_status(svid)
+}
+
+async fn denied(core: &Core, id: &SpiffeId) -> Status {
+    if !is_agent(id) {
+        return std::future::pending().await;
+    }
+    // Subscribed before the first look: a ban in between is seen.
+    let mut changes = core.agents.changes();
+    loop {
+        if let Err(denied) = core.agents.standing(id) {
+            return denied_status(denied, id);
+        }
+        if changes.changed().await.is_err() {
+            return denied_status(Denied::NotAttested, id);
+        }
+    }
+}
+
+fn is_agent(id: &SpiffeId) -> bool {
+    id.path().starts_with("/spire/agent/")
+}
+
+/// PermissionDenied with the reason in the detail that SPIRE's agents look for.
 pub fn denied_status(denied: Denied, id: &SpiffeId) -> Status {
     let (reason, message) = match denied {
         Denied::Expired => (Reason::AgentExpired, format!("agent `{id}`: its SVID has expired; it must attest again")),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use countersign_api::clock::Clock;
 use countersign_identity::profile::{Issued, LeafRequest, RequestedKey};
+use countersign_identity::shown::sentence;
 use countersign_identity::{Entry, SpiffeId, TrustDomain};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
@@ -25,12 +26,17 @@ use crate::federated::FederatedBundles;
 use crate::metrics::Metrics;
 use crate::node_attestor::NodeAttestor;
 use crate::rate_limit::RateLimit;
-use crate::refusals::{Refusals, Source};
+use crate::refusals::{Refusals, Refused};
 
 /// The reason in metrics and the audit log for calls over a rate limit.
 const RATE_LIMIT: &str = "rate_limit";
 
-/// The state of one server.
+/// The reason for nodes that were not believed.
+pub const ATTESTATION: &str = "attestation";
+/// Characters of a refusal's text that are told and kept: it may quote what was sent, up to the longest payload.
+pub const MAX_REASON: usize = 512;
+
+/// One server's state.
 pub struct Core {
     pub config: Config,
     pub clock: Clock,
@@ -44,7 +50,7 @@ pub struct Core {
     pub publishers: Vec<Arc<dyn BundlePublisher>>,
     pub audit: Audit,
     pub metrics: Metrics,
-    /// Calls over a rate limit, logged once per minute and source.
+    /// Refusals that anybody can cause, told once a minute and source.
     pub refusals: Refusals,
     pub attest_limit: RateLimit,
     pub sign_limit: RateLimit,
@@ -90,8 +96,18 @@ impl Core {
         &self.config.trust_domain
     }
 
-    /// Signs a certificate and writes the audit line, whatever the outcome. Errors: a malformed request, or no
-    /// authority.
+    /// Makes a change of state in a task of its own, and waits for it. The call of a client that goes away is dropped wherever
+    /// it stands; between the store's commit and what is kept in memory that would leave the two apart for good.
+    pub async fn to_the_end<T, F>(self: &Arc<Self>, change: impl FnOnce(Arc<Self>) -> F) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Status>> + Send + 'static,
+    {
+        let changed = self.tasks.spawn(change(self.clone())).await;
+        changed.unwrap_or_else(|_| Err(Status::internal("the change broke off; look whether it was made")))
+    }
+
+    /// Signs, and keeps the record of it either way.
     pub fn sign(&self, request: &SigningRequest<'_>) -> Result<Issued, Status> {
         let signed = RequestedKey::from_csr(request.csr).map_err(AuthorityError::from).and_then(|key| {
             let leaf = LeafRequest { id: request.id, dns_names: request.dns_names, key: &key, ttl: request.ttl };
@@ -138,9 +154,10 @@ impl Core {
         code: &'static str,
         reason: &str,
     ) {
+        let reason = sentence(reason, MAX_REASON).to_string();
         self.metrics.refused(code);
         tracing::warn!(kind, caller, entry_id, spiffe_id, code, reason, "refused to sign");
-        self.keep_refusal(kind, caller, entry_id, spiffe_id, reason);
+        self.keep_refusal(kind, caller, entry_id, spiffe_id, &reason);
     }
 
     fn keep_refusal(&self, kind: &'static str, caller: &str, entry_id: &str, spiffe_id: &str, reason: &str) {
@@ -158,17 +175,31 @@ impl Core {
         self.audit.write(&record, self.now());
     }
 
-    /// Records a call over a rate limit. Anyone can cause those as fast as the network allows, and the audit log shares
-    /// a disk with the database: one line per minute and source says how many there were.
-    pub fn refuse_over_limit(&self, kind: &'static str, source: IpAddr) {
-        if self.refusals.count(source, Instant::now()) {
-            self.refuse(kind, &format!("address@{source}"), "", "", RATE_LIMIT, "too many calls from this address");
+    /// Keeps the record of a refusal that anybody can cause as often as a limit lets them, and there are many addresses. The
+    /// audit stands on the database's own disk, and it is bounded, so that they would push others' records out of it: one
+    /// line a minute, source and `code` says how many there were. Local callers have a line each.
+    pub fn refuse_counted(
+        &self,
+        kind: &'static str,
+        caller: &str,
+        source: Option<IpAddr>,
+        code: &'static str,
+        reason: &str,
+    ) {
+        if source.is_none_or(|ip| self.refusals.count(ip, code, Instant::now())) {
+            self.refuse(kind, caller, "", "", code, reason);
         } else {
-            self.metrics.refused(RATE_LIMIT);
+            self.metrics.refused(code);
         }
     }
 
-    /// Logs the refusals that were only counted, for sources whose minute is over.
+    /// Keeps the record of a call over a rate limit.
+    pub fn refuse_over_limit(&self, kind: &'static str, source: IpAddr) {
+        let reason = "too many calls from this address";
+        self.refuse_counted(kind, &format!("address@{source}"), Some(source), RATE_LIMIT, reason);
+    }
+
+    /// Tells of refusals that were only counted, where a minute is over.
     pub fn tell_refusals(&self, now: Instant) {
         self.tell(self.refusals.over(now));
     }
@@ -178,12 +209,16 @@ impl Core {
         self.tell(self.refusals.rest());
     }
 
-    fn tell(&self, counted: Vec<(Source, u64)>) {
-        for (source, count) in counted {
-            let caller = source.map_or_else(|| "other addresses".to_owned(), |ip| format!("address@{ip}"));
-            let reason = format!("{count} more calls over the rate limit in the last minute");
-            tracing::warn!(caller, count, code = RATE_LIMIT, "refused to sign");
-            self.keep_refusal("rate_limited", &caller, "", "", &reason);
+    fn tell(&self, counted: Vec<(Refused, u64)>) {
+        for (Refused { source, code }, count) in counted {
+            let caller = source.map_or_else(|| "other addresses".to_owned(), |group| format!("address@{group}"));
+            let (kind, what) = match code {
+                RATE_LIMIT => ("rate_limited", "calls over the rate limit"),
+                _ => ("agent_svid", "refused attestations"),
+            };
+            let reason = format!("{count} more {what} in the last minute");
+            tracing::warn!(caller, count, code, "refused to sign");
+            self.keep_refusal(kind, &caller, "", "", &reason);
         }
     }
 

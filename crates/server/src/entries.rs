@@ -269,27 +269,7 @@ impl Entries {
     /// What changed for an agent since `revision`, with the current revision. A snapshot if `revision` is too old or
     /// unknown.
     pub fn since(&self, agent: &AttestedAgent, revision: Option<u64>) -> (u64, Update) {
-        let index = self.index();
-        let Some(changes) = revision.and_then(|r| index.changes_since(r)) else {
-            return (index.revision, Update::Snapshot(index.authorized(agent)));
-        };
-        if changes.clone().any(|c| c.structural) {
-            return (index.revision, Update::Snapshot(index.authorized(agent)));
-        }
-        let starts = index.starts(agent);
-        let is_its = |parent: &str| index.reaches(&starts, parent);
-        let mut seen = HashSet::new();
-        let (mut upserted, mut removed) = (vec![], vec![]);
-        for change in changes.filter(|c| c.parents.iter().any(|p| is_its(p))) {
-            if !seen.insert(&change.id) {
-                continue;
-            }
-            match index.get(&change.id) {
-                Some(e) if is_its(&e.parent_id.to_string()) => upserted.push(e.clone()),
-                _ => removed.push(change.id.clone()),
-            }
-        }
-        (index.revision, Update::Delta { upserted, removed })
+        self.index().since(agent, revision)
     }
 }
 

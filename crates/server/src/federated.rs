@@ -13,6 +13,8 @@ pub type BundleMap = BTreeMap<String, Arc<X509Bundle>>;
 
 /// The foreign bundles of one server.
 pub struct FederatedBundles {
+    /// Whose bundle is never touched here: it belongs to the authorities.
+    own: TrustDomain,
     store: Arc<dyn DataStore>,
     /// Locked while a bundle changes; holds the version of each bundle as last read from the store.
     writer: Mutex<BTreeMap<String, Version>>,
@@ -30,7 +32,7 @@ pub enum Expect {
     Any,
 }
 
-/// Why a bundle was not set.
+/// Why a bundle was not set or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
     /// The trust domain already has a bundle.
@@ -39,7 +41,10 @@ pub enum SetError {
     /// The trust domain has no bundle.
     #[error("no bundle of `{0}` is here")]
     Unknown(TrustDomain),
-    /// The store rejected the change, so nothing has changed.
+    /// Our own bundle belongs to the authorities.
+    #[error("`{0}` is this server's own trust domain; its bundle follows its authorities")]
+    Own(TrustDomain),
+    /// The store refused. Nothing has changed.
     #[error(transparent)]
     Store(#[from] DataStoreError),
 }
@@ -54,7 +59,7 @@ impl FederatedBundles {
                 map.insert(value.trust_domain.to_string(), Arc::new(value));
             }
         }
-        Ok(Self { store, writer: Mutex::new(versions), bundles: watch::Sender::new(Arc::new(map)) })
+        Ok(Self { own: own.clone(), store, writer: Mutex::new(versions), bundles: watch::Sender::new(Arc::new(map)) })
     }
 
     /// All foreign bundles, with notification of each change.
@@ -69,6 +74,7 @@ impl FederatedBundles {
 
     /// Adds or replaces a bundle. Without a sequence number it gets the next one. An empty bundle is rejected.
     pub async fn set(&self, mut bundle: X509Bundle, expect: Expect) -> Result<Arc<X509Bundle>, SetError> {
+        self.refuse_own(&bundle.trust_domain)?;
         let mut versions = self.writer.lock().await;
         let name = bundle.trust_domain.to_string();
         let known = self.all().get(&name).cloned();
@@ -90,17 +96,24 @@ impl FederatedBundles {
         Ok(bundle)
     }
 
-    /// Deletes a bundle; returns whether it existed.
-    pub async fn remove(&self, trust_domain: &str) -> Result<bool, DataStoreError> {
+    /// Deletes one; whether it was there.
+    pub async fn remove(&self, trust_domain: &TrustDomain) -> Result<bool, SetError> {
+        self.refuse_own(trust_domain)?;
+        let name = trust_domain.as_str();
         let mut versions = self.writer.lock().await;
-        self.store.delete_bundle(trust_domain).await?;
-        versions.remove(trust_domain);
+        self.store.delete_bundle(name).await?;
+        versions.remove(name);
         let mut was = false;
-        self.bundles.send_modify(|map| was = Arc::make_mut(map).remove(trust_domain).is_some());
+        self.bundles.send_modify(|map| was = Arc::make_mut(map).remove(name).is_some());
         Ok(was)
     }
 
-    /// Reads the bundle that another server wrote.
+    /// Refuses our own trust domain.
+    pub fn refuse_own(&self, trust_domain: &TrustDomain) -> Result<(), SetError> {
+        if *trust_domain == self.own { Err(SetError::Own(trust_domain.clone())) } else { Ok(()) }
+    }
+
+    /// Takes up what another server wrote.
     async fn reload(&self, versions: &mut BTreeMap<String, Version>, name: &str) -> Result<(), DataStoreError> {
         let now = self.store.bundles().await?.into_iter().find(|b| b.value.trust_domain.as_str() == name);
         let Some(Versioned { value, version }) = now else {

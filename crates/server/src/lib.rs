@@ -23,6 +23,8 @@ pub mod node_attestor;
 mod own_svid;
 pub mod rate_limit;
 mod refusals;
+#[cfg(test)]
+mod testing;
 pub mod upstream_authority;
 
 use std::net::SocketAddr;
@@ -150,8 +152,19 @@ const CALLS_AT_ONCE: u32 = 1_024;
 async fn assemble(config: Config, clock: Clock, shutdown: CancellationToken) -> Result<Core, ServerError> {
     let path = config.data_dir.join("server.sqlite");
     let store_error = |source| ServerError::Store { path: path.clone(), source };
-    let store: Arc<dyn datastore::DataStore> =
-        Arc::new(datastore::Sqlite::open(&path, &config.trust_domain).await.map_err(store_error)?);
+    let store = Arc::new(datastore::Sqlite::open(&path, &config.trust_domain).await.map_err(store_error)?);
+    assemble_on(store, config, clock, shutdown).await
+}
+
+/// A server on this store.
+async fn assemble_on(
+    store: Arc<dyn datastore::DataStore>,
+    config: Config,
+    clock: Clock,
+    shutdown: CancellationToken,
+) -> Result<Core, ServerError> {
+    let path = config.data_dir.join("server.sqlite");
+    let store_error = |source| ServerError::Store { path: path.clone(), source };
     let keys: Arc<dyn key_manager::KeyManager> = match config.key_manager {
         KeyManagerKind::Disk => Arc::new(key_manager::Disk::new(config.data_dir.join("keys"))?),
         KeyManagerKind::Memory => Arc::<key_manager::Memory>::default(),

@@ -1,11 +1,14 @@
-//! Token buckets by source address, so that one caller cannot monopolize the signer.
+//! Token buckets by source address (IPv6: by /64, which one host may fill alone), so that one caller cannot keep the signer
+//! busy.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// Number of addresses at which full buckets are forgotten.
+use countersign_api::admission::Source as _;
+
+/// Addresses remembered; full buckets are forgotten first.
 const MAX_SOURCES: usize = 10_000;
 
 /// A rate limit with one bucket per source address.
@@ -34,7 +37,7 @@ impl RateLimit {
         if buckets.len() >= MAX_SOURCES {
             buckets.retain(|_, b| refilled(b) < self.burst);
         }
-        let bucket = buckets.entry(source).or_insert(Bucket { tokens: self.burst, filled: now });
+        let bucket = buckets.entry(source.group()).or_insert(Bucket { tokens: self.burst, filled: now });
         bucket.tokens = refilled(bucket);
         bucket.filled = now;
         let enough = bucket.tokens >= f64::from(count);
@@ -60,5 +63,14 @@ mod tests {
         assert!(limit.take(b, 2, t));
         assert!(limit.take(a, 1, t + Duration::from_secs(1)));
         assert!(!limit.take(a, 1, t + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn the_addresses_of_an_ipv6_network_share_a_bucket() {
+        let limit = RateLimit::new(1, 2);
+        let t = Instant::now();
+        let passed = (1..100).filter(|n| limit.take(format!("2001:db8::{n}").parse().unwrap(), 1, t)).count();
+        assert_eq!(passed, 2);
+        assert!(limit.take("2001:db8:0:1::1".parse().unwrap(), 1, t), "another network");
     }
 }

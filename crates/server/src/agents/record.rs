@@ -6,7 +6,7 @@ use countersign_identity::trust_domain::parse_workload_id;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use crate::node_attestor::EvidenceKey;
+use crate::node_attestor::{EvidenceKey, X509POP};
 
 /// An attested agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,13 @@ pub struct AttestedAgent {
     pub can_reattest: bool,
     /// The evidence that it attested with, if that is reusable: a ban applies to it under every agent ID.
     pub evidence: Option<EvidenceKey>,
+}
+
+impl AttestedAgent {
+    /// It showed evidence that outlives its ID before that was kept. It shows it again when it attests again.
+    pub fn lacks_evidence(&self) -> bool {
+        self.evidence.is_none() && self.attestation_type == X509POP
+    }
 }
 
 #[derive(Serialize, Deserialize)]

@@ -24,6 +24,23 @@ fn agent(name: &str, evidence: &str) -> AttestedAgent {
     }
 }
 
+fn node(name: &str, x509pop: &[&str], evidence: Option<&str>) -> AttestedNode {
+    let selector = |value: &&str| countersign_identity::Selector::new("x509pop", *value).unwrap();
+    AttestedNode {
+        id: id(name),
+        selectors: x509pop.iter().map(selector).collect(),
+        can_reattest: true,
+        alias: None,
+        evidence: evidence.map(|e| EvidenceKey::stored(e.into())),
+    }
+}
+
+/// An agent as the version before evidence was kept has left it.
+fn old(name: &str, x509pop: &[&str]) -> AttestedAgent {
+    let AttestedNode { selectors, .. } = node(name, x509pop, None);
+    AttestedAgent { attestation_type: "x509pop".into(), selectors, evidence: None, ..agent(name, "") }
+}
+
 async fn store(dir: &tempfile::TempDir) -> Arc<Sqlite> {
     Arc::new(Sqlite::open(&dir.path().join("db"), &TrustDomain::new("td").unwrap()).await.unwrap())
 }
@@ -97,15 +114,14 @@ async fn a_banned_node_does_not_come_back_under_another_name_nor_act_under_one_t
     agents.attested(agent("second", "key")).await.unwrap();
     agents.ban(&id("first")).await.unwrap();
     assert_eq!(admitted(&agents, "second"), Err(Denied::Banned));
-    let evidence = EvidenceKey::stored("key".into());
-    let third = agents.may_attest(&id("third"), Some(&evidence));
+    let third = agents.may_attest(&node("third", &[], Some("key")));
     assert!(matches!(third, Err(ChangeError::Denied(Denied::Banned))));
     assert!(matches!(agents.attested(agent("third", "key")).await, Err(ChangeError::Denied(Denied::Banned))));
     agents.evict(&id("second")).await.unwrap();
-    assert!(agents.may_attest(&id("third"), Some(&evidence)).is_err(), "the other record's eviction lifts no ban");
-    // Also after a restart; the operator's eviction of the banned record lifts the ban.
+    assert!(agents.may_attest(&node("third", &[], Some("key"))).is_err(), "the other record's eviction lifts no ban");
+    // After a restart too; and the operator's eviction of the banned record lifts it.
     let agents = Agents::load(store).await.unwrap();
-    assert!(agents.may_attest(&id("third"), Some(&evidence)).is_err());
+    assert!(agents.may_attest(&node("third", &[], Some("key"))).is_err());
     agents.evict(&id("first")).await.unwrap();
     agents.attested(agent("third", "key")).await.unwrap();
 }
@@ -117,4 +133,46 @@ async fn a_token_that_works_once_attests_one_of_two_at_once() {
     let once = AttestedAgent { can_reattest: false, evidence: None, ..agent("a", "") };
     let (one, two) = tokio::join!(agents.attested(once.clone()), agents.attested(once.clone()));
     assert!(one.is_ok() != two.is_ok());
+}
+
+#[tokio::test]
+async fn a_ban_from_before_evidence_was_kept_holds_for_the_certificate_however_it_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let shown = ["ca:fingerprint:c1", "ca:fingerprint:c2", "serialnumber:01", "subject:cn:n1"];
+    assert!(matches!(store.put_agent(&old("a", &shown), None).await.unwrap(), Written::Stored(_)));
+    assert!(matches!(store.put_agent(&old("other-name", &shown), None).await.unwrap(), Written::Stored(_)));
+    let agents = Agents::load(store.clone()).await.unwrap();
+    agents.ban(&id("a")).await.unwrap();
+    for agents in [agents, Agents::load(store).await.unwrap()] {
+        // The CA that was sent may be written in another way too; the configured one is ours.
+        let again =
+            node("b", &["ca:fingerprint:c3", "ca:fingerprint:c2", "serialnumber:01", "subject:cn:n1"], Some("k"));
+        assert!(matches!(agents.may_attest(&again), Err(ChangeError::Denied(Denied::Banned))));
+        let AttestedNode { selectors, evidence, .. } = again;
+        let again = AttestedAgent { selectors, evidence, ..old("b", &[]) };
+        assert!(matches!(agents.attested(again).await, Err(ChangeError::Denied(Denied::Banned))));
+        assert_eq!(admitted(&agents, "other-name"), Err(Denied::Banned), "nor under a name that it took before");
+        for others in [
+            ["ca:fingerprint:c9", "serialnumber:01", "subject:cn:n1"],
+            ["ca:fingerprint:c2", "serialnumber:02", "subject:cn:n1"],
+            ["ca:fingerprint:c2", "serialnumber:01", "subject:cn:n2"],
+        ] {
+            agents.may_attest(&node("c", &others, Some("k2"))).unwrap();
+        }
+        agents.may_attest(&node("d", &[], None)).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_agent_whose_evidence_was_not_kept_shows_it_again_instead_of_renewing() {
+    let dir = tempfile::tempdir().unwrap();
+    let agents = Agents::load(store(&dir).await).await.unwrap();
+    let shown = ["ca:fingerprint:c1", "serialnumber:01"];
+    agents.attested(old("a", &shown)).await.unwrap();
+    let renewal = Renewal { in_use: "0".into(), serial: "1".into(), expires_at: NOW };
+    assert!(matches!(agents.renewed(&id("a"), &renewal).await, Err(ChangeError::Denied(Denied::NotActive))));
+    let AttestedNode { evidence, .. } = node("a", &shown, Some("key"));
+    agents.attested(AttestedAgent { evidence, ..old("a", &shown) }).await.unwrap();
+    agents.renewed(&id("a"), &renewal).await.unwrap();
 }

@@ -12,14 +12,15 @@ use time::OffsetDateTime;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
 use super::lifecycle::{Due, is_forgotten, is_usable, validity_of};
+use super::stored::{Stored, retire_intermediates, roots_of, take_up_keys};
 use super::upstream_call::{DEADLINE, UpstreamCall};
 use super::{AuthorityError, Record, Status};
 use crate::config::Issuance;
-use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
+use crate::datastore::{DataStore, DataStoreError, Version, Written};
 use crate::key_manager::KeyManager;
 use crate::upstream_authority::UpstreamAuthority;
 
-/// Most authorities in the journal (SPIRE: 10).
+/// Authorities kept in the journal (SPIRE: 10), and besides them all that are still trusted.
 const JOURNAL_LENGTH: usize = 10;
 /// Longest interval at which workloads are asked to refresh the bundle.
 const MAX_REFRESH_HINT: Duration = Duration::from_secs(300);
@@ -64,13 +65,17 @@ impl Authorities {
     /// Loads the journal of an earlier run or starts a new one, and rotates. Afterwards one authority is active.
     /// Errors: none could be activated.
     pub async fn load(settings: Settings) -> Result<Self, AuthorityError> {
-        let td = &settings.trust_domain;
-        let Versioned { value: mut records, version } = settings.store.authorities().await?;
-        let bundle = settings.store.bundles().await?.into_iter().map(|b| b.value).find(|b| b.trust_domain == *td);
+        let Stored { mut records, version, bundle } = Stored::read(&settings).await?;
+        let is_lost = bundle.is_none() && !records.is_empty();
+        if is_lost {
+            tracing::error!("the store has authorities and no trust bundle: it is made again from their roots");
+            retire_intermediates(&mut records);
+        }
         let bundle = bundle.unwrap_or_else(|| X509Bundle {
-            trust_domain: td.clone(),
+            trust_domain: settings.trust_domain.clone(),
             authorities: vec![],
-            sequence: 0,
+            // How far a lost bundle had counted is unknown; seconds are ahead of every count of changes.
+            sequence: if is_lost { (settings.clock)().unix_timestamp().unsigned_abs() } else { 0 },
             refresh_hint: Duration::ZERO,
         });
         let active = take_up_keys(settings.keys.as_ref(), &mut records)?;
@@ -83,6 +88,9 @@ impl Authorities {
             active: ArcSwapOption::new(active),
             bundle: watch::Sender::new(Arc::new(bundle)),
         };
+        if is_lost {
+            authorities.restore_bundle().await?;
+        }
         if let Err(error) = authorities.rotate().await {
             if authorities.active.load().is_none() {
                 return Err(error);
@@ -92,6 +100,22 @@ impl Authorities {
             tracing::error!(%error, "cannot rotate the authorities; trying again");
         }
         Ok(authorities)
+    }
+
+    /// Publishes the roots of the journal, for a bundle that the store had lost.
+    async fn restore_bundle(&self) -> Result<(), AuthorityError> {
+        let mut journal = self.writer.lock().await;
+        let (next, roots) = (journal.records.clone(), roots_of(&journal.records)?);
+        if roots.is_empty() {
+            // All of them hang below an upstream, whose root comes with the authority that the rotation makes now.
+            return Ok(());
+        }
+        let refresh_hint = refresh_hint(self.settings.issuance.borrow().ca_ttl);
+        self.commit(&mut journal, next, |bundle| {
+            bundle.refresh_hint = refresh_hint;
+            add_missing(bundle, roots);
+        })
+        .await
     }
 
     fn now(&self) -> OffsetDateTime {
@@ -252,12 +276,10 @@ impl Authorities {
         let dropped: Vec<String> = journal.records.iter().filter(is_prepared).map(|r| r.id.clone()).collect();
         let mut next: Vec<_> = journal.records.iter().filter(|r| !is_prepared(r)).cloned().collect();
         next.push(record.clone());
-        let excess = next.len().saturating_sub(JOURNAL_LENGTH);
-        next.drain(..excess);
-        // Published before it signs anything: by the time of its activation every peer trusts it.
+        shorten(&mut next, &self.bundle.borrow(), now);
         self.commit(journal, next, |bundle| {
             bundle.authorities.retain(|a| !dropped.iter().any(|id| id == a.id()));
-            bundle.refresh_hint = (ca_ttl / 10).min(MAX_REFRESH_HINT);
+            bundle.refresh_hint = refresh_hint(ca_ttl);
             add_missing(bundle, roots);
         })
         .await?;
@@ -307,7 +329,23 @@ impl Authorities {
         }
     }
 
-    /// Stores journal and bundle in one transaction, then publishes them. If the store fails, nothing has changed.
+    /// Takes up what another server has written: its revocations hold here too, and the next change is made from it.
+    async fn take_up(&self, journal: &mut Journal) -> Result<(), AuthorityError> {
+        let Stored { mut records, version, bundle } = Stored::read(&self.settings).await?;
+        let active = take_up_keys(self.settings.keys.as_ref(), &mut records)?;
+        self.journal.store(Arc::new(records.clone()));
+        (journal.records, journal.version) = (records, version);
+        // Published before it is signed with. A bundle that the store has lost stays as it is here.
+        if let Some(bundle) = bundle
+            && bundle != **self.bundle.borrow()
+        {
+            self.bundle.send_replace(Arc::new(bundle));
+        }
+        self.active.store(active);
+        Ok(())
+    }
+
+    /// Stores the journal and the bundle together, then publishes. If the store refuses, nothing has changed.
     async fn commit(
         &self,
         journal: &mut Journal,
@@ -323,7 +361,10 @@ impl Authorities {
         // Stored before published: peers must never trust an authority that a restart would forget.
         match self.settings.store.put_authorities(&next, &bundle, journal.version).await? {
             Written::Stored(version) => journal.version = version,
-            Written::Stale | Written::Banned => return Err(DataStoreError::Overtaken.into()),
+            Written::Stale | Written::Banned => {
+                self.take_up(journal).await?;
+                return Err(DataStoreError::Overtaken.into());
+            }
         }
         self.journal.store(Arc::new(next.clone()));
         journal.records = next;
@@ -347,26 +388,21 @@ impl Journal {
     }
 }
 
-/// The signer of the active authority. An authority whose key is gone (key manager `memory`) becomes old: it no longer
-/// signs, and is trusted until it expires.
-fn take_up_keys(
-    keys: &dyn KeyManager,
-    records: &mut [Record],
-) -> Result<Option<Arc<SigningAuthority>>, AuthorityError> {
-    let mut active = None;
-    for record in records.iter_mut().filter(|r| matches!(r.status, Status::Active | Status::Prepared)) {
-        match keys.get(&record.key_name)? {
-            Some(key) if record.status == Status::Active => {
-                active = Some(Arc::new(SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?));
-            }
-            Some(_) => {}
-            None => {
-                tracing::warn!(authority = record.id, "its key is gone; it stays trusted until it ends");
-                record.status = Status::Old;
-            }
-        }
-    }
-    Ok(active)
+fn refresh_hint(ca_ttl: Duration) -> Duration {
+    (ca_ttl / 10).min(MAX_REFRESH_HINT)
+}
+
+/// Takes the oldest records out of a journal that is too long, but none that can still sign or that something trusted hangs
+/// on: an authority that is not in the journal can be neither tainted nor revoked.
+fn shorten(records: &mut Vec<Record>, bundle: &X509Bundle, now: OffsetDateTime) {
+    let is_trusted = |r: &Record| bundle.authorities.iter().any(|a| a.id() == r.id);
+    let is_done = |r: &Record| r.status != Status::Active && r.validity().1 <= now && !is_trusted(r);
+    let mut excess = records.len().saturating_sub(JOURNAL_LENGTH);
+    records.retain(|r| {
+        let drop = excess > 0 && is_done(r);
+        excess -= usize::from(drop);
+        !drop
+    });
 }
 
 fn set_status(journal: &mut [Record], id: &str, status: Status) -> Option<Record> {

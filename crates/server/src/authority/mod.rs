@@ -3,6 +3,7 @@
 mod error;
 mod lifecycle;
 mod manager;
+mod stored;
 mod upstream_call;
 
 use std::fmt;

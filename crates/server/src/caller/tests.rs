@@ -4,38 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::*;
-use crate::config::{Config, Issuance, KeyManagerKind};
-use crate::core::SigningRequest;
-use countersign_identity::profile::request as csr;
-use countersign_identity::verify::{PeerRole, verify_chain};
-use countersign_identity::{BundleSet, Entry, KeyType, PrivateKey, TrustDomain, X509Bundle};
-
-/// Settings of a server in a folder of its own.
-pub fn config(dir: &Path) -> Config {
-    let hour = Duration::from_secs(3_600);
-    let issuance = Issuance { ca_ttl: hour, svid_ttl: hour, agent_svid_ttl: hour, ca_key_type: KeyType::EcP256 };
-    Config {
-        trust_domain: TrustDomain::new("td").unwrap(),
-        bind: "127.0.0.1:0".parse().unwrap(),
-        admin_socket: dir.join("server.sock"),
-        data_dir: dir.to_owned(),
-        issuance: tokio::sync::watch::channel(issuance).1,
-        key_manager: KeyManagerKind::Memory,
-        upstream: None,
-        x509pop_ca: None,
-        k8s_psat: None,
-        k8s_bundle: None,
-        k8s_webhook_label: None,
-        audit_log: None,
-        metrics: None,
-        reopen: Default::default(),
-    }
-}
-
-/// Its core; nothing listens.
-pub async fn server(dir: &tempfile::TempDir) -> Core {
-    crate::assemble(config(dir.path()), countersign_api::clock::system_clock(), Default::default()).await.unwrap()
-}
+use crate::testing::{agent_call, call, server};
+use countersign_identity::Entry;
 
 fn admin_entry(id: &SpiffeId) -> Entry {
     Entry {
@@ -57,20 +27,6 @@ fn admin_entry(id: &SpiffeId) -> Entry {
     }
 }
 
-/// A call on a connection whose handshake has finished.
-fn call(core: &Core, id: &SpiffeId) -> Request<()> {
-    let csr = csr(&PrivateKey::generate(KeyType::EcP256).unwrap(), Some(id)).unwrap();
-    let ttl = Duration::from_secs(600);
-    let asked = SigningRequest { kind: "x509_svid", caller: "test", entry_id: "", id, dns_names: &[], ttl, csr: &csr };
-    let issued = core.sign(&asked).unwrap();
-    let bundles: BundleSet = std::iter::once(X509Bundle::clone(&core.authorities.bundle().borrow())).collect();
-    let peer = verify_chain(&issued.chain, &bundles, core.now(), PeerRole::Client).unwrap();
-    let mut request = Request::new(());
-    let address = "127.0.0.1:9".parse().unwrap();
-    request.extensions_mut().insert(TlsPeer { address, svid: Some(Arc::new(peer)) });
-    request
-}
-
 #[tokio::test]
 async fn an_administrator_whose_authority_is_revoked_is_refused_and_its_streams_end() {
     let dir = tempfile::tempdir().unwrap();
@@ -79,8 +35,8 @@ async fn an_administrator_whose_authority_is_revoked_is_refused_and_its_streams_
     core.entries.create(vec![admin_entry(&id)]).await.unwrap();
     let request = call(&core, &id);
     assert!(matches!(Caller::operator(&core, &request), Ok(Caller::Admin(_))));
-    let revoked = revoked(&core, &request);
-    tokio::pin!(revoked);
+    let ended = cut_off(&core, &request);
+    tokio::pin!(ended);
     let first = core.authorities.journal()[0].id.clone();
     let next = core.authorities.prepare().await.unwrap();
     core.authorities.activate(&next.id).await.unwrap();
@@ -88,13 +44,53 @@ async fn an_administrator_whose_authority_is_revoked_is_refused_and_its_streams_
     assert!(Caller::operator(&core, &request).is_ok(), "a taint asks for renewal and cuts nobody");
     tokio::select! {
         biased;
-        _ = &mut revoked => panic!("not revoked yet"),
+        _ = &mut ended => panic!("not revoked yet"),
         () = std::future::ready(()) => {}
     }
     core.authorities.revoke(&first).await.unwrap();
     let refused = Caller::of(&core, &request).unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unauthenticated);
-    let ended = tokio::time::timeout(Duration::from_secs(5), revoked).await.unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(5), ended).await.unwrap();
     assert_eq!(ended.code(), tonic::Code::Unauthenticated);
     assert!(Caller::operator(&core, &call(&core, &id)).is_ok(), "under the new authority it is who it was");
+}
+
+#[tokio::test]
+async fn a_banned_and_an_evicted_agents_streams_end_and_a_renewed_ones_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let core = server(&dir).await;
+    let (banned, ban_call) = agent_call(&core, "1").await;
+    let (evicted, evict_call) = agent_call(&core, "2").await;
+    let (_, other_call) = agent_call(&core, "3").await;
+    let (first, second, other) = (cut_off(&core, &ban_call), cut_off(&core, &evict_call), cut_off(&core, &other_call));
+    tokio::pin!(other);
+    let bound = Duration::from_secs(5);
+    let first = tokio::spawn(first);
+    let second = tokio::spawn(second);
+    core.agents.ban(&banned).await.unwrap();
+    assert!(tokio::time::timeout(bound, first).await.unwrap().unwrap().message().contains("is banned"));
+    core.agents.evict(&evicted).await.unwrap();
+    assert!(tokio::time::timeout(bound, second).await.unwrap().unwrap().message().contains("is not attested"));
+    let late = cut_off(&core, &ban_call);
+    tokio::time::timeout(bound, late).await.expect("it was banned before somebody waited");
+    tokio::select! {
+        biased;
+        _ = &mut other => panic!("nothing has happened to this one"),
+        () = std::future::ready(()) => {}
+    }
+}
+
+#[tokio::test]
+async fn a_ban_that_another_server_wrote_ends_streams_once_it_is_learnt() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = crate::testing::store(&dir).await;
+    let core = crate::testing::server_on(store.clone(), &dir).await;
+    let (id, request) = agent_call(&core, "1").await;
+    let ended = tokio::spawn(cut_off(&core, &request));
+    crate::agents::Agents::load(store).await.unwrap().ban(&id).await.unwrap();
+    let serial = core.agents.get(&id).unwrap().serial.clone();
+    let renewal = crate::agents::Renewal { in_use: serial, serial: "1".into(), expires_at: core.now() };
+    core.agents.renewed(&id, &renewal).await.unwrap_err();
+    let ended = tokio::time::timeout(Duration::from_secs(5), ended).await.unwrap().unwrap();
+    assert!(ended.message().contains("is banned"));
 }

@@ -1,5 +1,7 @@
 //! Persistent state: entries, nodes, join tokens, bundles and the journal of authorities.
 
+#[cfg(test)]
+mod held;
 mod sqlite;
 
 use async_trait::async_trait;
@@ -9,6 +11,8 @@ use time::OffsetDateTime;
 use crate::agents::AttestedAgent;
 use crate::authority::Record;
 
+#[cfg(test)]
+pub(crate) use held::Held;
 pub use sqlite::Sqlite;
 
 /// Why the store failed. Nothing was changed.
@@ -47,8 +51,11 @@ pub enum DataStoreError {
     /// Other writers were first in every attempt.
     #[error("{0} was changed by others again and again; try once more")]
     Contended(String),
-    /// Another server has changed the trust bundle or the journal of authorities.
-    #[error("another server has changed the authorities in this store; restart this one to take up its changes")]
+    /// The trust bundle or the journal of authorities was changed by another server.
+    #[error(
+        "another server has changed the authorities in this store; its changes were taken up and nothing else was done: \
+         look at them (`countersign authority show`), then try again"
+    )]
     Overtaken,
 }
 

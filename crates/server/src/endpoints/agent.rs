@@ -16,7 +16,7 @@ use countersign_api::spire::agent::{
 };
 use countersign_api::spire::types;
 use countersign_identity::selector::SelectorSet;
-use countersign_identity::shown::shown;
+use countersign_identity::shown::{sentence, shown};
 use countersign_identity::trust_domain::{agent_id, server_id};
 use countersign_identity::{Entry, Selector, SpiffeId};
 use tokio::sync::mpsc;
@@ -27,7 +27,7 @@ use super::svid::svid_to_wire;
 use super::{BoxStream, Endpoint, invalid, masks, paging};
 use crate::agents::{AttestedAgent, ChangeError, Denied, Renewal};
 use crate::caller::{Caller, denied_status};
-use crate::core::{Core, SigningRequest, store_status};
+use crate::core::{ATTESTATION, Core, MAX_REASON, SigningRequest, store_status};
 use crate::datastore::JoinToken;
 use crate::entries::fresh_entry_id;
 use crate::node_attestor::{AttestError, AttestedNode, Challenger, MAX_PAYLOAD_BYTES};
@@ -71,7 +71,7 @@ fn agent_to_wire(agent: &AttestedAgent) -> types::Agent {
 }
 
 async fn attest(
-    core: &Core,
+    core: &Arc<Core>,
     params: attest_agent_request::Params,
     challenger: &mut StreamChallenger,
     caller: &str,
@@ -89,14 +89,9 @@ async fn attest(
             known.join(", ")
         ))
     })?;
-    let node = attestor.attest(&data.payload, challenger).await.map_err(|e| match e {
-        AttestError::Malformed(why) => Status::invalid_argument(why),
-        AttestError::Store(e) => store_status(&e),
-        AttestError::Unavailable(why) => Status::unavailable(why),
-        AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(e.to_string()),
-    })?;
-    // Before anything is signed; checked again when the agent is stored.
-    core.agents.may_attest(&node.id, node.evidence.as_ref()).map_err(|e| change_status(e, &node.id))?;
+    let node = attestor.attest(&data.payload, challenger).await.map_err(attest_status)?;
+    // Before anything is signed; looked at once more when the agent is stored.
+    core.agents.may_attest(&node).map_err(|e| change_status(e, &node.id))?;
     let issued = core.sign(&SigningRequest {
         kind: "agent_svid",
         caller,
@@ -118,17 +113,33 @@ async fn attest(
         can_reattest,
         evidence,
     };
-    core.agents.attested(agent).await.map_err(|e| change_status(e, &id))?;
-    if let Some(alias) = alias {
-        // The entry's selector is the agent's own ID, which no other node can attest.
-        let entry = alias_entry(core, alias, &id)?;
-        core.entries.create(vec![entry]).await.map_err(|e| store_status(&e))?;
-    }
-    tracing::info!(agent = %id, "agent attested");
+    let take_up = |core: Arc<Core>| async move {
+        let id = agent.id.clone();
+        core.agents.attested(agent).await.map_err(|e| change_status(e, &id))?;
+        if let Some(alias) = alias {
+            // The entry's selector is the agent's own ID, which no other node can attest to.
+            let entry = alias_entry(&core, alias, &id)?;
+            core.entries.create(vec![entry]).await.map_err(|e| store_status(&e))?;
+        }
+        tracing::info!(agent = %id, "agent attested");
+        Ok(())
+    };
+    core.to_the_end(take_up).await?;
     Ok(Attested { svid: Some(svid_to_wire(&id, &issued, "")), reattestable: can_reattest })
 }
 
-/// Converts the reason why an agent's record was not changed to a gRPC status.
+/// Why a node was not believed, as a gRPC status. Parsers quote what anybody has sent: the text is escaped and cut.
+fn attest_status(error: AttestError) -> Status {
+    let text = sentence(&error.to_string(), MAX_REASON).to_string();
+    match error {
+        AttestError::Malformed(_) => Status::invalid_argument(text),
+        AttestError::Store(error) => store_status(&error),
+        AttestError::Unavailable(_) => Status::unavailable(text),
+        AttestError::Refused(_) | AttestError::NoAnswer => Status::permission_denied(text),
+    }
+}
+
+/// Why an agent's record was not changed, as a gRPC status.
 fn change_status(error: ChangeError, id: &SpiffeId) -> Status {
     match error {
         ChangeError::Denied(denied) => denied_status(denied, id),
@@ -251,21 +262,28 @@ impl Agent for Endpoint {
     async fn delete_agent(&self, request: Request<DeleteAgentRequest>) -> Result<Response<()>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let agent = self.known_agent(request.into_inner().id)?;
-        self.0.agents.evict(&agent.id).await.map_err(|e| store_status(&e))?;
-        tracing::warn!(agent = %agent.id, %caller, "agent evicted");
-        Ok(Response::new(()))
+        let evict = |core: Arc<Core>| async move {
+            core.agents.evict(&agent.id).await.map_err(|e| store_status(&e))?;
+            tracing::warn!(agent = %agent.id, %caller, "agent evicted");
+            Ok(())
+        };
+        self.0.to_the_end(evict).await.map(Response::new)
     }
 
     async fn ban_agent(&self, request: Request<BanAgentRequest>) -> Result<Response<()>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
         let agent = self.known_agent(request.into_inner().id)?;
-        self.0.agents.ban(&agent.id).await.map_err(|error| match error {
-            // It was evicted a moment ago.
-            ChangeError::Denied(Denied::NotAttested) => Status::not_found(format!("there is no agent `{}`", agent.id)),
-            other => change_status(other, &agent.id),
-        })?;
-        tracing::warn!(agent = %agent.id, %caller, "agent banned");
-        Ok(Response::new(()))
+        let ban = |core: Arc<Core>| async move {
+            let id = &agent.id;
+            core.agents.ban(id).await.map_err(|error| match error {
+                // It was evicted a moment ago.
+                ChangeError::Denied(Denied::NotAttested) => Status::not_found(format!("there is no agent `{id}`")),
+                other => change_status(other, id),
+            })?;
+            tracing::warn!(agent = %id, %caller, "agent banned");
+            Ok(())
+        };
+        self.0.to_the_end(ban).await.map(Response::new)
     }
 
     async fn attest_agent(
@@ -301,7 +319,7 @@ impl Agent for Endpoint {
             let message = match attested {
                 Ok(result) => Ok(AttestAgentResponse { step: Some(Answered::Result(result)) }),
                 Err(status) => {
-                    core.refuse("agent_svid", &caller, "", "", "attestation", status.message());
+                    core.refuse_counted("agent_svid", &caller, source, ATTESTATION, status.message());
                     Err(status)
                 }
             };
@@ -314,6 +332,11 @@ impl Agent for Endpoint {
     async fn renew_agent(&self, request: Request<RenewAgentRequest>) -> Result<Response<RenewAgentResponse>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
         self.0.within_sign_limit(&request, 1)?;
+        if agent.lacks_evidence() {
+            let reason = "it attested before evidence was kept; it must attest again";
+            self.0.refuse("agent_svid", &agent.id.to_string(), "", "", ATTESTATION, reason);
+            return Err(denied_status(Denied::NotActive, &agent.id));
+        }
         let in_use = request.extensions().get::<TlsPeer>().and_then(|p| p.svid.clone());
         let csr = request.into_inner().params.ok_or_else(|| invalid("params is missing"))?.csr;
         let issued = self.0.sign(&SigningRequest {
@@ -330,11 +353,15 @@ impl Agent for Endpoint {
             serial: issued.facts.serial.clone(),
             expires_at: issued.facts.not_after,
         };
-        // If the agent was banned or evicted during signing, the new SVID is discarded.
-        self.0.agents.renewed(&agent.id, &renewal).await.map_err(|error| {
-            self.0.refuse("agent_svid", &agent.id.to_string(), "", "", "attestation", &error.to_string());
-            change_status(error, &agent.id)
-        })?;
+        // Banned or evicted while it was signed: what was signed is thrown away.
+        let id = agent.id.clone();
+        let note = |core: Arc<Core>| async move {
+            core.agents.renewed(&id, &renewal).await.map_err(|error| {
+                core.refuse("agent_svid", &id.to_string(), "", "", ATTESTATION, &error.to_string());
+                change_status(error, &id)
+            })
+        };
+        self.0.to_the_end(note).await?;
         Ok(Response::new(RenewAgentResponse { svid: Some(svid_to_wire(&agent.id, &issued, "")) }))
     }
 
@@ -376,4 +403,25 @@ fn random_token() -> Result<String, Status> {
     let mut bytes = [0u8; 16];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| Status::internal("no randomness"))?;
     Ok(hex::encode(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_node_sent_comes_back_escaped_and_cut() {
+        let sent = format!("k8s_psat payload: unknown field `{}\u{1b}[2J\n`", "a".repeat(60_000));
+        for error in [
+            AttestError::Malformed(sent.clone()),
+            AttestError::Refused(sent.clone()),
+            AttestError::Unavailable(format!("\u{1b}{sent}")),
+        ] {
+            let status = attest_status(error);
+            assert!(status.message().len() < MAX_REASON + 100, "{}", status.message().len());
+            assert!(!status.message().contains(char::is_control));
+        }
+        let plain = AttestError::Refused("service account `a:b` may not attest nodes".into());
+        assert_eq!(attest_status(plain).message(), "service account `a:b` may not attest nodes");
+    }
 }

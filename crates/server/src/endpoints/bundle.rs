@@ -1,7 +1,10 @@
 //! `spire.api.server.bundle.v1`: our bundle and those of foreign trust domains.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire, trust_domain_from_wire};
+use countersign_api::spire::bundle::batch_delete_federated_bundle_request::Mode;
 use countersign_api::spire::bundle::bundle_server::Bundle;
 use countersign_api::spire::bundle::{
     AppendBundleRequest, BatchCreateFederatedBundleRequest, BatchCreateFederatedBundleResponse,
@@ -9,17 +12,16 @@ use countersign_api::spire::bundle::{
     BatchSetFederatedBundleResponse, BatchUpdateFederatedBundleRequest, BatchUpdateFederatedBundleResponse,
     CountBundlesRequest, CountBundlesResponse, GetBundleRequest, GetFederatedBundleRequest,
     ListFederatedBundlesRequest, ListFederatedBundlesResponse, PublishJwtAuthorityRequest, PublishJwtAuthorityResponse,
-    batch_create_federated_bundle_response, batch_delete_federated_bundle_request,
-    batch_delete_federated_bundle_response, batch_set_federated_bundle_response,
-    batch_update_federated_bundle_response,
+    batch_create_federated_bundle_response, batch_delete_federated_bundle_response,
+    batch_set_federated_bundle_response, batch_update_federated_bundle_response,
 };
 use countersign_api::spire::types;
-use countersign_identity::{X509Authority, X509Bundle};
+use countersign_identity::{TrustDomain, X509Authority, X509Bundle};
 use tonic::{Request, Response, Status};
 
 use super::{Endpoint, invalid, item_status, masks, paging};
 use crate::caller::Caller;
-use crate::core::{status_of, store_status};
+use crate::core::{Core, status_of, store_status};
 use crate::federated::{Expect, SetError};
 
 /// Most bundles per batch.
@@ -60,11 +62,8 @@ impl Endpoint {
         for wire in bundles {
             let set = async {
                 let bundle = self.parse_foreign(wire)?;
-                let set = self.0.federated.set(bundle, expect).await.map_err(|error| match error {
-                    SetError::Exists(_) => Status::already_exists(error.to_string()),
-                    SetError::Unknown(_) => Status::not_found(error.to_string()),
-                    SetError::Store(error) => store_status(&error),
-                })?;
+                let set = |core: Arc<Core>| async move { core.federated.set(bundle, expect).await.map_err(set_status) };
+                let set: Arc<X509Bundle> = self.0.to_the_end(set).await?;
                 Ok(bundle_to_wire(&set))
             };
             let set = set.await;
@@ -74,6 +73,39 @@ impl Endpoint {
             });
         }
         Ok(results)
+    }
+}
+
+/// Why a foreign bundle was not set or removed, as a gRPC status.
+fn set_status(error: SetError) -> Status {
+    match error {
+        SetError::Exists(_) => Status::already_exists(error.to_string()),
+        SetError::Unknown(_) => Status::not_found(error.to_string()),
+        SetError::Own(_) => invalid(error),
+        SetError::Store(error) => store_status(&error),
+    }
+}
+
+/// Deletes a foreign bundle, and does with the entries that federate with it as `mode` says.
+async fn delete_foreign(core: &Core, td: &TrustDomain, mode: Mode) -> Result<(), Status> {
+    // First of all: nothing federates with ourselves, and no entry may be changed on the way to a refusal.
+    core.federated.refuse_own(td).map_err(set_status)?;
+    let linked = core.entries.page(None, usize::MAX, |e| e.federates_with.contains(td));
+    match mode {
+        _ if linked.is_empty() => {}
+        Mode::Restrict => {
+            return Err(Status::failed_precondition(format!("{} entries federate with `{td}`", linked.len())));
+        }
+        Mode::Delete => {
+            let ids: Vec<_> = linked.iter().map(|e| e.id.clone()).collect();
+            core.entries.delete(&ids).await.map_err(|e| store_status(&e))?;
+        }
+        Mode::Dissociate => core.entries.dissociate(td).await.map_err(|e| store_status(&e))?,
+    }
+    if core.federated.remove(td).await.map_err(set_status)? {
+        Ok(())
+    } else {
+        Err(Status::not_found(format!("no bundle of `{td}` is here")))
     }
 }
 
@@ -104,7 +136,8 @@ impl Bundle for Endpoint {
             .map(|c| X509Authority::from_der(c.asn1))
             .collect::<Result<_, _>>()
             .map_err(invalid)?;
-        self.0.authorities.append(more).await.map_err(|e| status_of(&e))?;
+        let append = |core: Arc<Core>| async move { core.authorities.append(more).await.map_err(|e| status_of(&e)) };
+        self.0.to_the_end(append).await?;
         Ok(Response::new(self.own_bundle(request.output_mask)))
     }
 
@@ -189,7 +222,6 @@ impl Bundle for Endpoint {
         &self,
         request: Request<BatchDeleteFederatedBundleRequest>,
     ) -> Result<Response<BatchDeleteFederatedBundleResponse>, Status> {
-        use batch_delete_federated_bundle_request::Mode;
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let mode = request.mode();
@@ -197,26 +229,7 @@ impl Bundle for Endpoint {
         for name in request.trust_domains {
             let deleted = async {
                 let td = trust_domain_from_wire(&name).map_err(invalid)?;
-                let linked = self.0.entries.page(None, usize::MAX, |e| e.federates_with.contains(&td));
-                match mode {
-                    _ if linked.is_empty() => {}
-                    Mode::Restrict => {
-                        return Err(Status::failed_precondition(format!(
-                            "{} entries federate with `{td}`",
-                            linked.len()
-                        )));
-                    }
-                    Mode::Delete => {
-                        let ids: Vec<_> = linked.iter().map(|e| e.id.clone()).collect();
-                        self.0.entries.delete(&ids).await.map_err(|e| store_status(&e))?;
-                    }
-                    Mode::Dissociate => self.0.entries.dissociate(&td).await.map_err(|e| store_status(&e))?,
-                }
-                match self.0.federated.remove(td.as_str()).await {
-                    Ok(true) => Ok(()),
-                    Ok(false) => Err(Status::not_found(format!("no bundle of `{td}` is here"))),
-                    Err(e) => Err(store_status(&e)),
-                }
+                self.0.to_the_end(|core: Arc<Core>| async move { delete_foreign(&core, &td, mode).await }).await
             };
             let verdict = deleted.await;
             results.push(batch_delete_federated_bundle_response::Result {

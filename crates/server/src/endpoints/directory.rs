@@ -10,7 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{BoxStream, Endpoint, invalid};
-use crate::caller::{Caller, revoked};
+use crate::caller::{Caller, cut_off};
 use crate::directory::MAX_WORKLOADS;
 
 #[async_trait]
@@ -42,12 +42,12 @@ impl Directory for Endpoint {
         let share = self.0.directory.followers.join(caller);
         let share = share.map_err(|refused| Status::resource_exhausted(refused.to_string()))?;
         let (tx, rx) = mpsc::channel(1);
-        let revoked = revoked(&self.0, &request);
+        let cut_off = cut_off(&self.0, &request);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {
             let ended = tokio::select! {
                 ended = directory::serve(&core.directory, share, request.into_inner(), &tx) => ended,
-                status = revoked => Some(status),
+                status = cut_off => Some(status),
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the server is shutting down")),
             };
             if let Some(status) = ended {

@@ -1,6 +1,7 @@
 //! `spire.api.server.entry.v1`: registration entries, for operators and agents.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use countersign_api::convert::{entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire};
@@ -20,9 +21,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{BoxStream, Endpoint, invalid, item_status, masks, paging};
-use crate::caller::{Caller, revoked};
+use crate::caller::{Caller, cut_off};
 use crate::config::MIN_SVID_TTL;
-use crate::core::store_status;
+use crate::core::{Core, store_status};
 use crate::entries::{Created, UpdateError, fresh_entry_id};
 
 /// Most entries per batch.
@@ -122,6 +123,30 @@ fn check_batch(len: usize) -> Result<(), Status> {
     }
 }
 
+/// Changes one entry.
+async fn update(
+    endpoint: &Endpoint,
+    wire: &types::Entry,
+    mask: Option<types::EntryMask>,
+    caller: &Caller,
+) -> Result<types::Entry, Status> {
+    let id = Endpoint::entry_id(&wire.id)?;
+    // What the mask leaves alone is taken from the entry as it is when the change is written.
+    let change = |before: &Entry| {
+        let merged = masks::update_entry(entry_to_wire(before), wire.clone(), mask);
+        let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
+        endpoint.check(&entry)?;
+        Ok(entry)
+    };
+    let entry = endpoint.0.entries.update(&id, change).await.map_err(|error| match error {
+        UpdateError::Unknown => Status::not_found(format!("there is no entry `{id}`")),
+        UpdateError::Refused(status) => status,
+        UpdateError::Store(error) => store_status(&error),
+    })?;
+    tracing::info!(entry = %id, %caller, "entry updated");
+    Ok(entry_to_wire(&entry))
+}
+
 #[async_trait]
 impl EntryService for Endpoint {
     type SyncAuthorizedEntriesStream = BoxStream<SyncAuthorizedEntriesResponse>;
@@ -173,18 +198,21 @@ impl EntryService for Endpoint {
         check_batch(request.entries.len())?;
         let parsed: Vec<Result<Entry, Status>> = request.entries.into_iter().map(|wire| self.parse_new(wire)).collect();
         let good: Vec<Entry> = parsed.iter().filter_map(|p| p.as_ref().ok()).cloned().collect();
-        // One result per valid entry, in order.
-        let mut created = self.0.entries.create(good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
+        let create = |core: Arc<Core>| async move {
+            let created = core.entries.create(good).await.map_err(|e| store_status(&e))?;
+            let fresh = created.iter().filter_map(|c| if let Created::New(entry) = c { Some(entry) } else { None });
+            fresh.for_each(|entry| tracing::info!(entry = %entry.id, %caller, "entry created"));
+            Ok(created)
+        };
+        // An answer for each good one, in their order.
+        let mut created = self.0.to_the_end(create).await.map(Vec::into_iter);
         let results = parsed.into_iter().map(|parsed| {
             let made = parsed.and_then(|_| match &mut created {
                 Ok(created) => created.next().ok_or_else(|| Status::internal("an entry was not judged")),
                 Err(status) => Err(status.clone()),
             });
             let (verdict, entry) = match made {
-                Ok(Created::New(entry)) => {
-                    tracing::info!(entry = %entry.id, %caller, "entry created");
-                    (Ok(()), Some(entry))
-                }
+                Ok(Created::New(entry)) => (Ok(()), Some(entry)),
                 Ok(Created::Same(entry)) => {
                     let why = "an entry with this SPIFFE ID, parent and selectors exists";
                     (Err(Status::already_exists(why)), Some(entry))
@@ -210,24 +238,9 @@ impl EntryService for Endpoint {
         check_batch(request.entries.len())?;
         let mut results = vec![];
         for wire in request.entries {
-            let updated = async {
-                let id = Self::entry_id(&wire.id)?;
-                // Fields that the mask leaves out are taken from the entry as it is when the change is written.
-                let change = |before: &Entry| {
-                    let merged = masks::update_entry(entry_to_wire(before), wire.clone(), request.input_mask);
-                    let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
-                    self.check(&entry)?;
-                    Ok(entry)
-                };
-                let entry = self.0.entries.update(&id, change).await.map_err(|error| match error {
-                    UpdateError::Unknown => Status::not_found(format!("there is no entry `{id}`")),
-                    UpdateError::Refused(status) => status,
-                    UpdateError::Store(error) => store_status(&error),
-                })?;
-                tracing::info!(entry = %id, %caller, "entry updated");
-                Ok(entry_to_wire(&entry))
-            };
-            let updated = updated.await;
+            let (mask, caller) = (request.input_mask, caller.clone());
+            let update = |core: Arc<Core>| async move { update(&Self(core), &wire, mask, &caller).await };
+            let updated = self.0.to_the_end(update).await;
             let (verdict, entry) = match updated {
                 Ok(entry) => (Ok(()), Some(masks::entry(entry, request.output_mask))),
                 Err(status) => (Err(status), None),
@@ -246,17 +259,19 @@ impl EntryService for Endpoint {
         check_batch(ids.len())?;
         let judged: Vec<Result<EntryId, Status>> = ids.iter().map(|text| Self::entry_id(text)).collect();
         let good: Vec<EntryId> = judged.iter().flatten().cloned().collect();
-        // Whether each valid ID existed, in order.
-        let mut deleted = self.0.entries.delete(&good).await.map_err(|e| store_status(&e)).map(Vec::into_iter);
+        let delete = |core: Arc<Core>| async move {
+            let deleted = core.entries.delete(&good).await.map_err(|e| store_status(&e))?;
+            let gone = good.iter().zip(&deleted).filter(|(_, was)| **was);
+            gone.for_each(|(id, _)| tracing::info!(entry = %id, %caller, "entry deleted"));
+            Ok(deleted)
+        };
+        // Whether each good one was there, in their order.
+        let mut deleted = self.0.to_the_end(delete).await.map(Vec::into_iter);
         let results = ids.into_iter().zip(judged).map(|(text, judged)| {
             let verdict = judged.and_then(|id| match &mut deleted {
                 Ok(deleted) => {
-                    deleted
-                        .next()
-                        .filter(|was| *was)
-                        .ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))?;
-                    tracing::info!(entry = %id, %caller, "entry deleted");
-                    Ok(())
+                    let was = deleted.next().filter(|was| *was);
+                    was.map(drop).ok_or_else(|| Status::not_found(format!("there is no entry `{id}`")))
                 }
                 Err(status) => Err(status.clone()),
             });
@@ -290,7 +305,7 @@ impl EntryService for Endpoint {
         request: Request<Streaming<SyncAuthorizedEntriesRequest>>,
     ) -> Result<Response<Self::SyncAuthorizedEntriesStream>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
-        let revoked = revoked(&self.0, &request);
+        let cut_off = cut_off(&self.0, &request);
         let mut requests = request.into_inner();
         let first = requests.message().await?.ok_or_else(|| invalid("the first message is missing"))?;
         let now = self.0.now();
@@ -303,7 +318,7 @@ impl EntryService for Endpoint {
             tokio::select! {
                 () = sync.run(requests) => {}
                 () = core.shutdown.cancelled() => {}
-                status = revoked => drop(ended.try_send(Err(status))),
+                status = cut_off => drop(ended.try_send(Err(status))),
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))

@@ -1,5 +1,7 @@
 //! `spire.api.server.localauthority.v1`: the life cycle of X.509 authorities. JWT authorities are not supported yet.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthority;
 use countersign_api::spire::localauthority::{
@@ -17,7 +19,7 @@ use tonic::{Request, Response, Status};
 use super::Endpoint;
 use crate::authority::{Record, Status as Life};
 use crate::caller::Caller;
-use crate::core::status_of;
+use crate::core::{Core, status_of};
 
 fn state(record: &Record) -> AuthorityState {
     AuthorityState { authority_id: record.id.clone(), expires_at: record.validity().1.unix_timestamp() }
@@ -49,7 +51,8 @@ impl LocalAuthority for Endpoint {
         request: Request<PrepareX509AuthorityRequest>,
     ) -> Result<Response<PrepareX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let record = self.0.authorities.prepare().await.map_err(|e| status_of(&e))?;
+        let prepare = |core: Arc<Core>| async move { core.authorities.prepare().await.map_err(|e| status_of(&e)) };
+        let record = self.0.to_the_end(prepare).await?;
         Ok(Response::new(PrepareX509AuthorityResponse { prepared_authority: Some(state(&record)) }))
     }
 
@@ -58,8 +61,9 @@ impl LocalAuthority for Endpoint {
         request: Request<ActivateX509AuthorityRequest>,
     ) -> Result<Response<ActivateX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let record =
-            self.0.authorities.activate(&request.into_inner().authority_id).await.map_err(|e| status_of(&e))?;
+        let id = request.into_inner().authority_id;
+        let activate = |core: Arc<Core>| async move { core.authorities.activate(&id).await.map_err(|e| status_of(&e)) };
+        let record = self.0.to_the_end(activate).await?;
         Ok(Response::new(ActivateX509AuthorityResponse { activated_authority: Some(state(&record)) }))
     }
 
@@ -68,7 +72,9 @@ impl LocalAuthority for Endpoint {
         request: Request<TaintX509AuthorityRequest>,
     ) -> Result<Response<TaintX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let record = self.0.authorities.taint(&request.into_inner().authority_id).await.map_err(|e| status_of(&e))?;
+        let id = request.into_inner().authority_id;
+        let taint = |core: Arc<Core>| async move { core.authorities.taint(&id).await.map_err(|e| status_of(&e)) };
+        let record = self.0.to_the_end(taint).await?;
         Ok(Response::new(TaintX509AuthorityResponse { tainted_authority: Some(state(&record)) }))
     }
 
@@ -77,7 +83,9 @@ impl LocalAuthority for Endpoint {
         request: Request<RevokeX509AuthorityRequest>,
     ) -> Result<Response<RevokeX509AuthorityResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let record = self.0.authorities.revoke(&request.into_inner().authority_id).await.map_err(|e| status_of(&e))?;
+        let id = request.into_inner().authority_id;
+        let revoke = |core: Arc<Core>| async move { core.authorities.revoke(&id).await.map_err(|e| status_of(&e)) };
+        let record = self.0.to_the_end(revoke).await?;
         Ok(Response::new(RevokeX509AuthorityResponse { revoked_authority: Some(state(&record)) }))
     }
 

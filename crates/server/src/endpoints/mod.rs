@@ -68,3 +68,6 @@ fn item_status(result: &Result<(), Status>) -> types::Status {
 fn invalid(error: impl std::fmt::Display) -> Status {
     Status::invalid_argument(error.to_string())
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_to_wire, entry_to_wire};
-use countersign_api::peer::TlsPeer;
 use countersign_api::portions::first_portion;
 use countersign_api::push::push_server::Push;
 use countersign_api::push::{WatchRequest, WatchResponse};
@@ -13,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{BoxStream, Endpoint};
-use crate::caller::{Caller, denied_status, revoked};
+use crate::caller::{Caller, cut_off, denied_status};
 use crate::core::Core;
 use crate::entries::Update;
 
@@ -23,22 +22,17 @@ impl Push for Endpoint {
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
-        let peer = request
-            .extensions()
-            .get::<TlsPeer>()
-            .and_then(|p| p.svid.clone())
-            .ok_or_else(|| Status::internal("an agent without an SVID"))?;
-        let revoked = revoked(&self.0, &request);
+        let cut_off = cut_off(&self.0, &request);
         let request = request.into_inner();
         let revision = (request.epoch == self.0.epoch).then_some(request.revision);
         let (tx, rx) = mpsc::channel(1);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {
             core.metrics.push_streams.inc();
-            let stream = Stream { core: core.clone(), id: agent.id.clone(), peer, revision, tx: tx.clone() };
+            let stream = Stream { core: core.clone(), id: agent.id.clone(), revision, tx: tx.clone() };
             let ended = tokio::select! {
                 ended = stream.run() => ended,
-                status = revoked => Some(status),
+                status = cut_off => Some(status),
                 () = core.shutdown.cancelled() => Some(Status::unavailable("the server is shutting down")),
             };
             if let Some(status) = ended {
@@ -70,31 +64,26 @@ fn parts(mut whole: WatchResponse) -> Vec<WatchResponse> {
 struct Stream {
     core: Arc<Core>,
     id: countersign_identity::SpiffeId,
-    peer: Arc<countersign_identity::verify::VerifiedPeer>,
     revision: Option<u64>,
     tx: mpsc::Sender<Result<WatchResponse, Status>>,
 }
 
 impl Stream {
-    /// Sends until the agent disconnects (`None`) or is no longer authorized.
+    /// Sends until the agent is gone (`None`) or is not admitted any more.
     async fn run(mut self) -> Option<Status> {
         let core = self.core.clone();
         let mut revisions = core.entries.revisions();
         let mut bundles = core.authorities.bundle();
         let mut foreign = core.federated.watch();
-        let mut agents = core.agents.changes();
         let mut first = true;
         let (mut bundle_changed, mut foreign_changed) = (true, true);
         loop {
             // Marked as seen before reading: a change in between is seen again and never lost.
             revisions.mark_unchanged();
-            // The stream outlives the SVID that opened it; it is enough that the agent is known and not banned.
-            let facts = &self.peer.facts;
-            let admitted = core.agents.admit(&self.id, &facts.serial, facts.not_after, core.now());
-            let agent = match (admitted, core.agents.get(&self.id)) {
-                (Ok(agent), _)
-                | (Err(crate::agents::Denied::Expired | crate::agents::Denied::NotActive), Some(agent)) => agent,
-                (Err(denied), _) => return Some(denied_status(denied, &self.id)),
+            // Asked anew each time: it may have attested again, with other selectors.
+            let agent = match core.agents.standing(&self.id) {
+                Ok(agent) => agent,
+                Err(denied) => return Some(denied_status(denied, &self.id)),
             };
             let (revision, update) = core.entries.since(&agent, self.revision);
             let (snapshot, upserted, removed) = match update {
@@ -137,7 +126,6 @@ impl Stream {
                     changed.ok()?;
                     foreign_changed = true;
                 }
-                changed = agents.changed() => changed.ok()?,
                 () = self.tx.closed() => return None,
             }
         }

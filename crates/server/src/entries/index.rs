@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use countersign_identity::{Entry, EntryId, Selector};
 
+use super::Update;
 use crate::agents::AttestedAgent;
 
 /// Most changes that are remembered; an agent that missed more gets a snapshot.
@@ -29,16 +30,43 @@ pub struct Index {
     pub revision: u64,
 }
 
+/// An entry's place in the tree: what hangs below its SPIFFE ID hangs below its parent.
+#[derive(PartialEq, Eq)]
+struct Link {
+    spiffe_id: String,
+    parent: String,
+}
+
+impl Link {
+    fn of(entry: &Entry) -> Self {
+        Self { spiffe_id: entry.spiffe_id.to_string(), parent: entry.parent_id.to_string() }
+    }
+}
+
+/// Links that were there in a time that is looked back on, parents by SPIFFE ID.
+#[derive(Default)]
+struct Past<'a>(HashMap<&'a str, Vec<&'a str>>);
+
+impl<'a> Past<'a> {
+    fn of(changes: impl Iterator<Item = &'a Change>) -> Self {
+        let mut past = Self::default();
+        for link in changes.flat_map(|c| &c.links) {
+            past.0.entry(&link.spiffe_id).or_default().push(&link.parent);
+        }
+        past
+    }
+}
+
 /// One change of one entry.
-pub struct Change {
-    /// The revision of the index after the change.
-    pub revision: u64,
-    /// ID of the entry.
-    pub id: EntryId,
-    /// The entry's parent, and its previous parent if that was another one.
-    pub parents: Vec<String>,
-    /// Whether the change may have moved other entries to or from an agent: an alias, or an entry with children.
-    pub structural: bool,
+struct Change {
+    /// The index's revision with it.
+    revision: u64,
+    /// Which entry.
+    id: EntryId,
+    /// Where it hangs in the tree, and where it hung before if that was another place.
+    links: Vec<Link>,
+    /// The change may have moved other entries to or from an agent: an alias, or an entry with children.
+    structural: bool,
 }
 
 /// The SPIFFE IDs at which an agent's part of the tree starts: its own and its aliases'.
@@ -88,19 +116,18 @@ impl Index {
 
     /// Adds or replaces an entry.
     pub fn insert(&mut self, entry: Arc<Entry>) {
-        let parent = entry.parent_id.to_string();
-        let mut parents = vec![parent.clone()];
+        let mut links = vec![Link::of(&entry)];
         let mut structural = self.is_structural(&entry);
         if let Some(before) = self.by_id.get(&entry.id).cloned() {
             structural |= self.is_structural(&before);
             self.unlink(&before);
-            let old_parent = before.parent_id.to_string();
-            if old_parent != parent {
-                parents.push(old_parent);
+            let link = Link::of(&before);
+            if !links.contains(&link) {
+                links.push(link);
             }
         }
-        self.link(&entry, parent);
-        self.record(entry.id.clone(), parents, structural);
+        self.link(&entry);
+        self.record(entry.id.clone(), links, structural);
         self.by_id.insert(entry.id.clone(), entry);
     }
 
@@ -109,7 +136,7 @@ impl Index {
         if let Some(before) = self.by_id.remove(id) {
             let structural = self.is_structural(&before);
             self.unlink(&before);
-            self.record(id.clone(), vec![before.parent_id.to_string()], structural);
+            self.record(id.clone(), vec![Link::of(&before)], structural);
         }
     }
 
@@ -118,15 +145,16 @@ impl Index {
         self.log.clear();
     }
 
-    /// Changes since `revision`, the latest first; `None` if they are no longer remembered.
-    pub fn changes_since(&self, revision: u64) -> Option<impl Iterator<Item = &Change> + Clone> {
+    /// What changed since `revision`, the latest first; `None` when that is not remembered.
+    fn changes_since(&self, revision: u64) -> Option<impl Iterator<Item = &Change> + Clone> {
         let oldest = self.log.front().map_or(self.revision, |c| c.revision - 1);
         let missed = self.log.len() - self.log.partition_point(|c| c.revision <= revision);
         (oldest..=self.revision).contains(&revision).then(|| self.log.iter().rev().take(missed))
     }
 
-    fn link(&mut self, entry: &Entry, parent: String) {
-        let (id, spiffe_id) = (&entry.id, entry.spiffe_id.to_string());
+    fn link(&mut self, entry: &Entry) {
+        let id = &entry.id;
+        let Link { spiffe_id, parent } = Link::of(entry);
         if let Some(selector) = self.alias_key(entry) {
             self.aliases.entry(selector.clone()).or_default().insert(id.clone());
         }
@@ -138,7 +166,8 @@ impl Index {
     }
 
     fn unlink(&mut self, entry: &Entry) {
-        let (id, parent, spiffe_id) = (&entry.id, entry.parent_id.to_string(), entry.spiffe_id.to_string());
+        let id = &entry.id;
+        let Link { spiffe_id, parent } = Link::of(entry);
         if let Some(selector) = self.alias_key(entry).cloned() {
             take_out(&mut self.aliases, &selector, id);
         }
@@ -159,9 +188,9 @@ impl Index {
         }
     }
 
-    fn record(&mut self, id: EntryId, parents: Vec<String>, structural: bool) {
+    fn record(&mut self, id: EntryId, links: Vec<Link>, structural: bool) {
         self.revision += 1;
-        self.log.push_back(Change { revision: self.revision, id, parents, structural });
+        self.log.push_back(Change { revision: self.revision, id, links, structural });
         if self.log.len() > LOG_LENGTH {
             self.log.pop_front();
         }
@@ -188,8 +217,13 @@ impl Index {
         Starts(std::iter::once(agent.id.to_string()).chain(aliases.map(|e| e.spiffe_id.to_string())).collect())
     }
 
-    /// Whether the entries below `parent` are in the part of the tree that begins at `starts`. Walks upwards.
+    /// Whether what hangs below `parent` is in the part of the tree that begins there.
     pub fn reaches(&self, starts: &Starts, parent: &str) -> bool {
+        self.has_reached(starts, parent, &Past::default())
+    }
+
+    /// Whether it is, or may have been by a link of the past. Looks upwards.
+    fn has_reached(&self, starts: &Starts, parent: &str, past: &Past<'_>) -> bool {
         let mut todo = vec![parent];
         let mut seen = HashSet::new();
         while let Some(at) = todo.pop() {
@@ -199,12 +233,40 @@ impl Index {
             // Two entries may be each other's parent, so each ID is visited once.
             if seen.insert(at) {
                 todo.extend(self.by_spiffe_id.get(at).into_iter().flat_map(BTreeMap::keys).map(String::as_str));
+                todo.extend(past.0.get(at).into_iter().flatten());
             }
         }
         false
     }
 
-    /// All entries that an agent may serve: its own, those of its aliases, and everything below them.
+    /// What changed for an agent since `revision`, with the revision that this brings it to.
+    pub fn since(&self, agent: &AttestedAgent, revision: Option<u64>) -> (u64, Update) {
+        let Some(changes) = revision.and_then(|r| self.changes_since(r)) else {
+            return (self.revision, Update::Snapshot(self.authorized(agent)));
+        };
+        if changes.clone().any(|c| c.structural) {
+            return (self.revision, Update::Snapshot(self.authorized(agent)));
+        }
+        let starts = self.starts(agent);
+        // Of several changes a later one may have taken away the parent by which the agent had what an earlier one changed.
+        // Too many are told to be gone at worst, and only such as were near.
+        let past = Past::of(changes.clone());
+        let was_its = |link: &Link| self.has_reached(&starts, &link.parent, &past);
+        let mut seen = HashSet::new();
+        let (mut upserted, mut removed) = (vec![], vec![]);
+        for change in changes.filter(|c| c.links.iter().any(was_its)) {
+            if !seen.insert(&change.id) {
+                continue;
+            }
+            match self.get(&change.id) {
+                Some(e) if self.reaches(&starts, &e.parent_id.to_string()) => upserted.push(e.clone()),
+                _ => removed.push(change.id.clone()),
+            }
+        }
+        (self.revision, Update::Delta { upserted, removed })
+    }
+
+    /// Everything that an agent may hand out: its own entries, those of its aliases, and what hangs below them.
     pub fn authorized(&self, agent: &AttestedAgent) -> Vec<Arc<Entry>> {
         let mut todo: Vec<String> = self.starts(agent).0.into_iter().collect();
         let (mut parents, mut found) = (HashSet::new(), vec![]);

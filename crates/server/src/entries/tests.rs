@@ -113,6 +113,36 @@ async fn a_change_reaches_the_agent_it_concerns_and_costs_what_was_missed() {
 }
 
 #[tokio::test]
+async fn an_entry_goes_with_its_parent_in_whatever_order_they_are_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let e = entries(&dir).await;
+    let one = agent("1", "x:y:z");
+    let (parent, child): (EntryId, EntryId) = ("parent".parse().unwrap(), "child".parse().unwrap());
+    for order in [[&child, &parent], [&parent, &child]] {
+        put(
+            &e,
+            vec![entry("parent", "/a", "/spire/agent/x/1", "unix:uid:1"), entry("child", "/b", "/a", "unix:uid:2")],
+        )
+        .await;
+        let (revision, _) = e.since(&one, None);
+        e.delete(&order.map(Clone::clone)).await.unwrap();
+        match e.since(&one, Some(revision)).1 {
+            Update::Snapshot(all) => assert!(all.is_empty()),
+            Update::Delta { removed, .. } => {
+                assert!(removed.contains(&child) && removed.contains(&parent), "{removed:?}");
+            }
+        }
+    }
+    // The same when the parent stays and goes by another name.
+    put(&e, vec![entry("parent", "/a", "/spire/agent/x/1", "unix:uid:1"), entry("child", "/b", "/a", "unix:uid:2")])
+        .await;
+    let (revision, _) = e.since(&one, None);
+    e.delete(std::slice::from_ref(&child)).await.unwrap();
+    put(&e, vec![entry("parent", "/c", "/spire/agent/x/1", "unix:uid:1")]).await;
+    assert!(matches!(e.since(&one, Some(revision)).1, Update::Delta { removed, .. } if removed == [child]));
+}
+
+#[tokio::test]
 async fn what_was_stored_is_there_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let before = entry("a", "/a", "/spire/agent/x/1", "unix:uid:1");

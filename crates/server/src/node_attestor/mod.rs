@@ -12,7 +12,7 @@ use crate::datastore::DataStoreError;
 
 pub use join_token::JoinToken;
 pub use k8s_psat::K8sPsat;
-pub use x509pop::{SetupError, X509Pop};
+pub use x509pop::{KIND as X509POP, SetupError, X509Pop, is_same_node};
 
 /// Longest evidence or answer to a challenge, in bytes.
 pub const MAX_PAYLOAD_BYTES: usize = 64 * 1024;

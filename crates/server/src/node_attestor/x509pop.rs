@@ -3,6 +3,7 @@
 
 mod challenge;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
@@ -22,7 +23,10 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use self::challenge::{Bytes, prove_possession};
 use super::{AttestError, AttestedNode, Challenger, EvidenceKey, NodeAttestor};
 
-/// Accepts agents whose certificate chains to one of the configured CAs.
+/// Its name on the wire, and the kind of its selectors.
+pub const KIND: &str = "x509pop";
+
+/// Accepts agents whose certificate chains to one of these CAs.
 pub struct X509Pop {
     trust_domain: TrustDomain,
     roots: Vec<X509Authority>,
@@ -56,7 +60,7 @@ struct Evidence {
 #[async_trait]
 impl NodeAttestor for X509Pop {
     fn kind(&self) -> &'static str {
-        "x509pop"
+        KIND
     }
 
     async fn attest(&self, payload: &[u8], challenger: &mut dyn Challenger) -> Result<AttestedNode, AttestError> {
@@ -74,8 +78,7 @@ impl NodeAttestor for X509Pop {
         }
         // The chain alone proves nothing: certificates are public, and only the key is secret.
         prove_possession(cert.public_key(), challenger).await?;
-        let id =
-            agent_id(&self.trust_domain, "x509pop", &fingerprint(&chain[0])).map_err(|e| malformed("agent ID", &e))?;
+        let id = agent_id(&self.trust_domain, KIND, &fingerprint(&chain[0])).map_err(|e| malformed("agent ID", &e))?;
         let evidence = Some(EvidenceKey::x509pop(cert.public_key().raw));
         Ok(AttestedNode { id, selectors: selectors(&cert, &path)?, can_reattest: true, alias: None, evidence })
     }
@@ -93,7 +96,20 @@ fn selectors(cert: &X509Certificate<'_>, path: &TrustedPath<'_>) -> Result<Selec
     // In SPIRE's form: whole bytes, so the number of digits is even.
     let serial = cert.tbs_certificate.serial.to_bytes_be();
     values.push(format!("serialnumber:{}", hex::encode(serial)));
-    values.into_iter().map(|v| Selector::new("x509pop", v).map_err(|e| malformed("selector", &e))).collect()
+    values.into_iter().map(|v| Selector::new(KIND, v).map_err(|e| malformed("selector", &e))).collect()
+}
+
+/// Whether two nodes showed the same certificate, in whatever way its signature was written: one serial number and one
+/// subject, which the CA has signed, and a CA in common (RFC 5280 4.1.2.2: a CA gives no serial number twice). For agents
+/// whose evidence was not kept.
+pub fn is_same_node(one: &SelectorSet, other: &SelectorSet) -> bool {
+    let of = |set: &SelectorSet, name: &str| -> BTreeSet<String> {
+        let named = set.iter().filter(|s| s.kind() == KIND && s.value().starts_with(name));
+        named.map(|s| s.value().to_owned()).collect()
+    };
+    let has_same = |name| of(one, name) == of(other, name);
+    let has_common = |name| !of(one, name).is_disjoint(&of(other, name));
+    has_common("serialnumber:") && has_same("subject:cn:") && has_common("ca:fingerprint:")
 }
 
 /// SPIRE names certificates by their SHA-1, which is a name here and not a proof.

@@ -225,6 +225,66 @@ async fn a_journal_that_another_server_has_changed_is_not_overwritten() {
     let late = one.prepare().await.unwrap_err().to_string();
     assert!(late.contains("another server has changed"), "{late}");
     assert_eq!(world.store.authorities().await.unwrap().value, *two.journal());
+    // It has taken up what it had missed, and goes on from there.
+    assert_eq!((one.journal(), one.bundle().borrow().clone()), (two.journal(), two.bundle().borrow().clone()));
+    one.prepare().await.unwrap();
+}
+
+#[tokio::test]
+async fn another_servers_revocation_is_taken_up_and_its_signer_too() {
+    let world = World::new().await;
+    let one = world.authorities().await;
+    let two = world.authorities().await;
+    let first = one.journal()[0].id.clone();
+    let next = two.prepare().await.unwrap();
+    two.activate(&next.id).await.unwrap();
+    two.taint(&first).await.unwrap();
+    two.revoke(&first).await.unwrap();
+    assert!(matches!(one.append(vec![]).await, Err(AuthorityError::Store(DataStoreError::Overtaken))));
+    assert!(one.bundle().borrow().authorities.iter().all(|a| a.id() != first), "revoked here too");
+    assert_eq!(statuses(&one), ["active"]);
+    one.rotate().await.unwrap();
+    let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let id = countersign_identity::SpiffeId::new("spiffe://td/a").unwrap();
+    let csr = countersign_identity::profile::request(&key, Some(&id)).unwrap();
+    let key = countersign_identity::profile::RequestedKey::from_csr(&csr).unwrap();
+    let leaf = LeafRequest { id: &id, dns_names: &[], key: &key, ttl: Duration::from_secs(60) };
+    assert_eq!(one.sign(&leaf).unwrap().facts.authority_id, next.id);
+}
+
+#[tokio::test]
+async fn a_bundle_that_the_store_has_lost_is_made_again_from_the_journal() {
+    let world = World::new().await;
+    let before = world.authorities().await;
+    let first = before.journal()[0].id.clone();
+    let next = before.prepare().await.unwrap();
+    before.activate(&next.id).await.unwrap();
+    before.taint(&first).await.unwrap();
+    let bundle = before.bundle().borrow().clone();
+    drop(before);
+    world.store.delete_bundle("td").await.unwrap();
+    let after = world.authorities().await;
+    let again = after.bundle().borrow().clone();
+    assert_eq!(
+        again.authorities, bundle.authorities,
+        "what was signed is still trusted, what was tainted is still tainted"
+    );
+    assert!(again.sequence > bundle.sequence);
+    assert_eq!(world.store.bundles().await.unwrap()[0].value, *again);
+}
+
+#[tokio::test]
+async fn an_authority_that_is_trusted_can_be_revoked_however_many_came_after_it() {
+    let world = World::new().await;
+    let a = world.authorities().await;
+    let first = a.journal()[0].id.clone();
+    for _ in 0..JOURNAL_LENGTH + 2 {
+        let next = a.prepare().await.unwrap();
+        a.activate(&next.id).await.unwrap();
+    }
+    a.taint(&first).await.unwrap();
+    a.revoke(&first).await.unwrap();
+    assert!(a.bundle().borrow().authorities.iter().all(|r| r.id() != first));
 }
 
 /// An upstream that signs once and then hangs.

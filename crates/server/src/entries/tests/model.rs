@@ -97,15 +97,7 @@ async fn the_index_answers_as_the_model_does_and_deltas_lead_to_the_same_set() {
             if numbers.below(3) == 0 {
                 let (now, update) = e.since(agent, *revision);
                 *revision = Some(now);
-                match update {
-                    Update::Snapshot(all) => *set = all.iter().map(|e| e.id.clone()).collect(),
-                    Update::Delta { upserted, removed } => {
-                        set.extend(upserted.iter().map(|e| e.id.clone()));
-                        removed.iter().for_each(|id| {
-                            set.remove(id);
-                        });
-                    }
-                }
+                heard(set, update);
                 assert_eq!(*set, e.authorized(agent).iter().map(|e| e.id.clone()).collect(), "step {step}");
             }
         }
@@ -113,6 +105,54 @@ async fn the_index_answers_as_the_model_does_and_deltas_lead_to_the_same_set() {
             assert_like_the_model(&e, store.as_ref()).await;
         }
     }
+}
+
+/// One of few entries in a tree that is thin enough for most changes to be no structural ones.
+fn thin_entry(numbers: &mut Numbers, id: u64) -> Entry {
+    let parent = match numbers.below(8) {
+        0 => "/spire/server".to_owned(),
+        1..=3 => format!("/spire/agent/x/{}", 1 + numbers.below(3)),
+        _ => format!("/w{}", numbers.below(8)),
+    };
+    entry(&format!("e{id}"), &format!("/w{}", numbers.below(8)), &parent, &format!("x:rack:{}", numbers.below(3)))
+}
+
+/// What an agent holds once it has heard this.
+fn heard(set: &mut BTreeSet<EntryId>, update: Update) {
+    match update {
+        Update::Snapshot(all) => *set = all.iter().map(|e| e.id.clone()).collect(),
+        Update::Delta { upserted, removed } => {
+            set.extend(upserted.iter().map(|e| e.id.clone()));
+            set.retain(|id| !removed.contains(id));
+        }
+    }
+}
+
+#[test]
+fn an_agent_that_hears_of_several_changes_at_once_holds_what_it_would_after_each() {
+    let mut index = Index::new("spiffe://td/spire/server".into());
+    let mut numbers = Numbers(4);
+    let mut held = agents().map(|a| (a, None, BTreeSet::<EntryId>::new()));
+    let mut deltas = 0;
+    for round in 0..20_000 {
+        // Up to six changes that nobody looks between.
+        for _ in 0..=numbers.below(6) {
+            let id = numbers.below(6);
+            if numbers.below(2) == 0 {
+                index.remove(&format!("e{id}").parse().unwrap());
+            } else {
+                index.insert(Arc::new(thin_entry(&mut numbers, id)));
+            }
+        }
+        for (agent, revision, set) in &mut held {
+            let (now, update) = index.since(agent, *revision);
+            *revision = Some(now);
+            deltas += usize::from(matches!(update, Update::Delta { .. }));
+            heard(set, update);
+            assert_eq!(*set, index.authorized(agent).iter().map(|e| e.id.clone()).collect(), "round {round}");
+        }
+    }
+    assert!(deltas > 10_000, "{deltas}: snapshots alone prove nothing");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

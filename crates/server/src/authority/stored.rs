@@ -1,0 +1,88 @@
+//! The authorities as the store has them, brought together with the keys that are there.
+
+use std::sync::Arc;
+
+use countersign_identity::profile::SigningAuthority;
+use countersign_identity::{X509Authority, X509Bundle};
+
+use super::{AuthorityError, Record, Settings, Status};
+use crate::datastore::{Version, Versioned};
+use crate::key_manager::KeyManager;
+
+/// Journal and own bundle.
+pub struct Stored {
+    /// Oldest first.
+    pub records: Vec<Record>,
+    /// The state of journal and bundle together.
+    pub version: Version,
+    /// `None` when the store has none, or an empty one.
+    pub bundle: Option<X509Bundle>,
+}
+
+impl Stored {
+    /// Reads both.
+    pub async fn read(settings: &Settings) -> Result<Self, AuthorityError> {
+        let Versioned { value: records, version } = settings.store.authorities().await?;
+        let mut bundles = settings.store.bundles().await?.into_iter().map(|b| b.value);
+        let bundle = bundles.find(|b| b.trust_domain == settings.trust_domain && !b.authorities.is_empty());
+        Ok(Self { records, version, bundle })
+    }
+}
+
+/// The signer of the active authority. One whose key is gone (key manager `memory`) signs no more; it stays trusted until
+/// its end.
+pub fn take_up_keys(
+    keys: &dyn KeyManager,
+    records: &mut [Record],
+) -> Result<Option<Arc<SigningAuthority>>, AuthorityError> {
+    let mut active = None;
+    for record in records.iter_mut().filter(|r| matches!(r.status, Status::Active | Status::Prepared)) {
+        match keys.get(&record.key_name)? {
+            Some(key) if record.status == Status::Active => {
+                active = Some(Arc::new(SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?));
+            }
+            Some(_) => {}
+            None => {
+                tracing::warn!(authority = record.id, "its key is gone; it stays trusted until it ends");
+                record.status = Status::Old;
+            }
+        }
+    }
+    Ok(active)
+}
+
+/// The roots of a journal, for a bundle that was lost.
+pub fn roots_of(records: &[Record]) -> Result<Vec<X509Authority>, AuthorityError> {
+    let roots = records.iter().filter(|r| r.chain.is_empty()).map(|record| {
+        let mut root = X509Authority::from_der(record.certificate.to_vec())?;
+        root.tainted = record.status == Status::Tainted;
+        Ok::<_, AuthorityError>(root)
+    });
+    roots.collect()
+}
+
+/// Lets nothing sign whose root is not in the journal: with the bundle lost nobody would trust it. The upstream names its
+/// root with the next one that it signs.
+pub fn retire_intermediates(records: &mut [Record]) {
+    let signs = |r: &&mut Record| !r.chain.is_empty() && matches!(r.status, Status::Active | Status::Prepared);
+    records.iter_mut().filter(signs).for_each(|r| r.status = Status::Old);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_the_bundle_an_intermediate_signs_no_more_and_a_root_goes_on() {
+        let record = |chain: Vec<_>| Record {
+            id: "a".into(),
+            status: Status::Active,
+            key_name: "k".into(),
+            certificate: vec![1u8].into(),
+            chain,
+        };
+        let mut records = [record(vec![vec![1u8].into()]), record(vec![])];
+        retire_intermediates(&mut records);
+        assert_eq!(records.map(|r| r.status), [Status::Old, Status::Active]);
+    }
+}

@@ -1,0 +1,100 @@
+//! A whole server for tests, and its callers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_api::peer::{TlsPeer, UnixPeer};
+use countersign_identity::profile::request as csr;
+use countersign_identity::verify::{PeerRole, VerifiedPeer, verify_chain};
+use countersign_identity::{BundleSet, KeyType, PrivateKey, SpiffeId, TrustDomain, X509Bundle};
+use tonic::Request;
+
+use crate::agents::AttestedAgent;
+use crate::config::{Config, Issuance, KeyManagerKind};
+use crate::core::{Core, SigningRequest};
+use crate::datastore::{DataStore, Sqlite};
+
+/// The trust domain of all of them.
+pub fn td() -> TrustDomain {
+    TrustDomain::new("td").unwrap()
+}
+
+/// The store of one.
+pub async fn store(dir: &tempfile::TempDir) -> Arc<Sqlite> {
+    Arc::new(Sqlite::open(&dir.path().join("server.sqlite"), &td()).await.unwrap())
+}
+
+/// A server with all its data in `dir`.
+pub async fn server(dir: &tempfile::TempDir) -> Arc<Core> {
+    server_on(store(dir).await, dir).await
+}
+
+/// A server on this store.
+pub async fn server_on(store: Arc<dyn DataStore>, dir: &tempfile::TempDir) -> Arc<Core> {
+    let hour = Duration::from_secs(3_600);
+    let issuance = Issuance { ca_ttl: hour, svid_ttl: hour, agent_svid_ttl: hour, ca_key_type: KeyType::EcP256 };
+    let config = Config {
+        trust_domain: td(),
+        bind: "127.0.0.1:0".parse().unwrap(),
+        admin_socket: dir.path().join("server.sock"),
+        data_dir: dir.path().to_owned(),
+        issuance: tokio::sync::watch::channel(issuance).1,
+        key_manager: KeyManagerKind::Memory,
+        upstream: None,
+        x509pop_ca: None,
+        k8s_psat: None,
+        k8s_bundle: None,
+        k8s_webhook_label: None,
+        audit_log: Some(dir.path().join("audit.log")),
+        metrics: None,
+        reopen: Default::default(),
+    };
+    let clock = countersign_api::clock::system_clock();
+    Arc::new(crate::assemble_on(store, config, clock, Default::default()).await.unwrap())
+}
+
+/// An operator's call on the server's own socket.
+pub fn local<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let peer =
+        UnixPeer { pid: 1, uid: nix::unistd::geteuid().as_raw(), gid: 0, pidfd: None, started: None, at_accept: None };
+    request.extensions_mut().insert(peer);
+    request
+}
+
+fn svid(core: &Core, id: &SpiffeId) -> VerifiedPeer {
+    let csr = csr(&PrivateKey::generate(KeyType::EcP256).unwrap(), Some(id)).unwrap();
+    let ttl = Duration::from_secs(600);
+    let asked = SigningRequest { kind: "x509_svid", caller: "test", entry_id: "", id, dns_names: &[], ttl, csr: &csr };
+    let issued = core.sign(&asked).unwrap();
+    let bundles: BundleSet = std::iter::once(X509Bundle::clone(&core.authorities.bundle().borrow())).collect();
+    verify_chain(&issued.chain, &bundles, core.now(), PeerRole::Client).unwrap()
+}
+
+/// A call with an SVID of this ID, on a connection whose handshake is over.
+pub fn call(core: &Core, id: &SpiffeId) -> Request<()> {
+    let mut request = Request::new(());
+    let peer = TlsPeer { address: "127.0.0.1:9".parse().unwrap(), svid: Some(Arc::new(svid(core, id))) };
+    request.extensions_mut().insert(peer);
+    request
+}
+
+/// A call of an agent that has attested itself.
+pub async fn agent_call(core: &Core, name: &str) -> (SpiffeId, Request<()>) {
+    let id = SpiffeId::new(format!("spiffe://td/spire/agent/x/{name}")).unwrap();
+    let request = call(core, &id);
+    let svid = request.extensions().get::<TlsPeer>().and_then(|p| p.svid.clone()).unwrap();
+    let agent = AttestedAgent {
+        id: id.clone(),
+        attestation_type: "x".into(),
+        selectors: Default::default(),
+        serial: svid.facts.serial.clone(),
+        previous_serial: String::new(),
+        expires_at: svid.facts.not_after,
+        banned: false,
+        can_reattest: true,
+        evidence: None,
+    };
+    core.agents.attested(agent).await.unwrap();
+    (id, request)
+}
