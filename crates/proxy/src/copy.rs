@@ -5,30 +5,27 @@
 //! An idle connection holds no buffer: what is read goes through a buffer that the thread lends, and only one with bytes
 //! that the other leg does not take at once is kept. Nothing more is read before they are gone.
 
-use std::io;
-use std::pin::{Pin, pin};
+mod flow;
+
+use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use prometheus_client::metrics::counter::Counter;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use crate::buffer::{Buffer, CHUNK};
+use crate::copy::flow::{Failure, Flow};
 use crate::cut::Cut;
-use crate::kernel::standing;
+use crate::kernel::{ended_by, standing};
 use crate::silence::{Network, Side, Silence};
 use crate::tls::{Engine, TlsStream};
 
-/// Chunks moved in one direction before others get their turn.
-const TURN: usize = 16;
 /// How long the last words of a failed leg wait for a reader that takes none of them.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long they may take in all.
-const LAST_WORDS: Duration = Duration::from_secs(60);
 /// How often a flow that cannot write is asked whether the leg that it reads is still there. Nothing else would tell: while
 /// it waits for room it does not read.
-const STUCK: Duration = Duration::from_secs(5);
+const STUCK: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(5) };
 /// Longest pause between two looks at whether they have arrived.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -91,147 +88,6 @@ fn end_on_close(tcp: &TcpStream) {
     let _ = socket2::SockRef::from(tcp).set_linger(None);
 }
 
-/// One direction.
-struct Flow<'a> {
-    /// What was read and not taken yet.
-    rest: Option<Buffer>,
-    state: State,
-    /// Something was written that may still be on its way through the TLS layer.
-    unflushed: bool,
-    /// The leg that is read was reset while it was written to, before it had ended: an end that is read now is none.
-    no_end: bool,
-    bytes: u64,
-    counter: &'a Counter,
-}
-
-#[derive(PartialEq)]
-enum State {
-    Open,
-    Ending,
-    Ended,
-}
-
-/// Why a flow stopped.
-#[derive(Clone, Copy)]
-enum Failure {
-    /// The leg that is read is over without an end. All that came before was passed on.
-    Read(End),
-    /// The leg that is written to is over. What it said before may still be there to be read, and so may its end if it had
-    /// ended before.
-    Write { had_ended: bool },
-}
-
-impl Failure {
-    /// Of a write that the socket did not take. For a reset after the other side's FIN, Linux says EPIPE; for one without it
-    /// ECONNRESET (`tcp_reset`).
-    fn of_write(error: &io::Error) -> Self {
-        Self::Write { had_ended: error.kind() == io::ErrorKind::BrokenPipe }
-    }
-}
-
-impl<'a> Flow<'a> {
-    fn new(counter: &'a Counter, ended: bool) -> Self {
-        let state = if ended { State::Ending } else { State::Open };
-        Self { rest: None, state, unflushed: false, no_end: false, bytes: 0, counter }
-    }
-
-    /// What was sent, its end as one byte.
-    fn sent(&self) -> u64 {
-        self.bytes + u64::from(self.state == State::Ended)
-    }
-
-    /// Moves what can be moved. Ready when this direction has ended.
-    fn poll(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
-        for _ in 0..TURN {
-            if let Some(mut rest) = self.rest.take() {
-                while !rest.content().is_empty() {
-                    match Pin::new(&mut *to).poll_write(cx, rest.content()) {
-                        Poll::Ready(Ok(0)) => return Poll::Ready(Err(Failure::Write { had_ended: false })),
-                        Poll::Ready(Err(e)) => return Poll::Ready(Err(Failure::of_write(&e))),
-                        Poll::Ready(Ok(n)) => rest.consume(n),
-                        Poll::Pending => {
-                            self.rest = Some(rest);
-                            return Poll::Pending;
-                        }
-                    }
-                    self.unflushed = true;
-                }
-            }
-            if self.unflushed {
-                match Pin::new(&mut *to).poll_flush(cx) {
-                    Poll::Ready(Ok(())) => self.unflushed = false,
-                    Poll::Ready(Err(e)) => return Poll::Ready(Err(Failure::of_write(&e))),
-                    Poll::Pending => return Poll::Pending,
-                }
-            }
-            match self.state {
-                State::Ended => return Poll::Ready(Ok(())),
-                State::Ending => {
-                    return match Pin::new(&mut *to).poll_shutdown(cx) {
-                        Poll::Ready(Ok(())) => {
-                            self.state = State::Ended;
-                            Poll::Ready(Ok(()))
-                        }
-                        // The other side has gone already: nothing is lost, for all was delivered.
-                        Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::NotConnected => {
-                            self.state = State::Ended;
-                            Poll::Ready(Ok(()))
-                        }
-                        Poll::Ready(Err(e)) => Poll::Ready(Err(Failure::of_write(&e))),
-                        Poll::Pending => Poll::Pending,
-                    };
-                }
-                State::Open => {}
-            }
-            match self.step(cx, from, to) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(failure)) => return Poll::Ready(Err(failure)),
-                Poll::Pending => return Poll::Pending,
-            }
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    }
-
-    /// Reads once and passes on what the other leg takes.
-    fn step(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
-        let mut buffer = Buffer::lend();
-        let mut read = ReadBuf::new(&mut buffer.room()[..CHUNK]);
-        match Pin::new(&mut *from).poll_read(cx, &mut read) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                return Poll::Ready(Err(Failure::Read(End::Truncated)));
-            }
-            Poll::Ready(Err(_)) => return Poll::Ready(Err(Failure::Read(End::Reset))),
-            Poll::Ready(Ok(())) => {}
-        }
-        let n = read.filled().len();
-        if n == 0 && self.no_end {
-            return Poll::Ready(Err(Failure::Read(End::Reset)));
-        }
-        if n == 0 {
-            self.state = State::Ending;
-            return Poll::Ready(Ok(()));
-        }
-        buffer.extend(n);
-        self.bytes += n as u64;
-        self.counter.inc_by(n as u64);
-        match Pin::new(&mut *to).poll_write(cx, buffer.content()) {
-            Poll::Ready(Ok(0)) => return Poll::Ready(Err(Failure::Write { had_ended: false })),
-            Poll::Ready(Err(e)) => return Poll::Ready(Err(Failure::of_write(&e))),
-            Poll::Ready(Ok(taken)) => {
-                buffer.consume(taken);
-                self.unflushed = true;
-            }
-            Poll::Pending => {}
-        }
-        if !buffer.content().is_empty() {
-            self.rest = Some(buffer);
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
 /// What was carried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Carried {
@@ -255,6 +111,27 @@ pub struct Terms<'a> {
     pub network: Network,
 }
 
+/// Why nothing more is carried.
+enum Stop {
+    /// Both directions have ended.
+    Ended,
+    /// From outside, or by the network's silence.
+    Cut(End),
+    /// The flow from the first leg to the second has failed.
+    Forth(Failure),
+    /// The flow from the second leg to the first has failed.
+    Back(Failure),
+}
+
+fn poll(
+    flow: &mut Flow<'_>,
+    cx: &mut Context<'_>,
+    from: &mut impl Leg,
+    to: &mut impl Leg,
+) -> Poll<Result<(), Failure>> {
+    if flow.has_ended() { Poll::Ready(Ok(())) } else { flow.poll(cx, from, to) }
+}
+
 /// Carries bytes between two legs until both directions have ended, one fails, or `cut` says how to end it. Afterwards the
 /// legs only need to be dropped.
 pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>) -> Carried {
@@ -269,45 +146,50 @@ pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>
     let mut look = pin!(tokio::time::sleep(STUCK));
     let stopped = std::future::poll_fn(|cx| {
         if let Some(end) = cut.poll(cx) {
-            return Poll::Ready(Err(end));
+            return Poll::Ready(Stop::Cut(end));
         }
-        let a = if forth.state == State::Ended { Poll::Ready(Ok(())) } else { forth.poll(cx, first, second) };
-        let b = if back.state == State::Ended { Poll::Ready(Ok(())) } else { back.poll(cx, second, first) };
-        match (a, b) {
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Ok((None, None))),
-            (Poll::Ready(Err(a)), Poll::Ready(Err(b))) => Poll::Ready(Ok((Some(a), Some(b)))),
-            (Poll::Ready(Err(a)), _) => Poll::Ready(Ok((Some(a), None))),
-            (_, Poll::Ready(Err(b))) => Poll::Ready(Ok((None, Some(b)))),
-            _ => {
-                let stuck = forth.rest.is_some() || back.rest.is_some();
-                while stuck && look.as_mut().poll(cx).is_ready() {
-                    look.as_mut().reset(tokio::time::Instant::now() + STUCK);
-                    if forth.rest.is_some() && standing(first.tcp()).over {
-                        return Poll::Ready(Ok((Some(Failure::Read(End::Reset)), None)));
-                    }
-                    if back.rest.is_some() && standing(second.tcp()).over {
-                        return Poll::Ready(Ok((None, Some(Failure::Read(End::Reset)))));
-                    }
-                }
-                let (tcp, sent) = match network.leg {
-                    Side::First => (first.tcp(), back.sent()),
-                    Side::Second => (second.tcp(), forth.sent()),
-                };
-                silence.poll_over(tick.as_mut(), cx, tcp, sent).map(|()| Err(End::TimedOut))
+        let forth_ended = match poll(&mut forth, cx, first, second) {
+            Poll::Ready(Err(failure)) => return Poll::Ready(Stop::Forth(failure)),
+            other => other.is_ready(),
+        };
+        // Not after a failure of the other flow: its write may have taken the only word of a reset, and an end that is read
+        // then is none.
+        let back_ended = match poll(&mut back, cx, second, first) {
+            Poll::Ready(Err(failure)) => return Poll::Ready(Stop::Back(failure)),
+            other => other.is_ready(),
+        };
+        if forth_ended && back_ended {
+            return Poll::Ready(Stop::Ended);
+        }
+        while (forth.is_stuck() || back.is_stuck()) && look.as_mut().poll(cx).is_ready() {
+            look.as_mut().reset(tokio::time::Instant::now() + STUCK);
+            // As if the flow that writes to the leg had met the error: what the leg said before may still be in it.
+            if forth.is_stuck()
+                && let Some(error) = ended_by(first.tcp())
+            {
+                return Poll::Ready(Stop::Back(Failure::of_write(&error)));
+            }
+            if back.is_stuck()
+                && let Some(error) = ended_by(second.tcp())
+            {
+                return Poll::Ready(Stop::Forth(Failure::of_write(&error)));
             }
         }
+        let (tcp, sent) = match network.leg {
+            Side::First => (first.tcp(), back.sent()),
+            Side::Second => (second.tcp(), forth.sent()),
+        };
+        silence.poll_over(tick.as_mut(), cx, tcp, sent).map(|()| Stop::Cut(End::TimedOut))
     });
     let end = match stopped.await {
-        Err(end) => end,
-        Ok((None, None)) => End::Closed,
-        // Neither leg is there any more.
-        Ok((Some(Failure::Write { .. }), Some(Failure::Write { .. }))) => End::Reset,
-        Ok((Some(Failure::Read(end)), _)) => last_words(&mut forth, None, first, second, cut).await.unwrap_or(end),
-        Ok((_, Some(Failure::Read(end)))) => last_words(&mut back, None, second, first, cut).await.unwrap_or(end),
-        Ok((Some(Failure::Write { had_ended }), None)) => {
+        Stop::Ended => End::Closed,
+        Stop::Cut(end) => end,
+        Stop::Forth(Failure::Read(end)) => last_words(&mut forth, None, first, second, cut).await.unwrap_or(end),
+        Stop::Back(Failure::Read(end)) => last_words(&mut back, None, second, first, cut).await.unwrap_or(end),
+        Stop::Forth(Failure::Write { had_ended }) => {
             last_words(&mut back, Some(had_ended), second, first, cut).await.unwrap_or(End::Reset)
         }
-        Ok((None, Some(Failure::Write { had_ended }))) => {
+        Stop::Back(Failure::Write { had_ended }) => {
             last_words(&mut forth, Some(had_ended), first, second, cut).await.unwrap_or(End::Reset)
         }
     };
@@ -320,7 +202,8 @@ pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>
 
 /// The leg `from` is over: what it said still goes to `to`, and has arrived there when this returns, for the reset that
 /// follows would overtake it. `had_ended`: there may be more to read, and whether an end of it can be believed; `None`: all
-/// was read. Gives the end if it was cut meanwhile. A reader that takes nothing is not waited for beyond [`PATIENCE`].
+/// was read. Gives the end if it was cut meanwhile. A reader that takes nothing for [`PATIENCE`] is not waited for; one that
+/// takes something, however slowly, is.
 async fn last_words(
     flow: &mut Flow<'_>,
     had_ended: Option<bool>,
@@ -329,11 +212,10 @@ async fn last_words(
     cut: &Cut,
 ) -> Option<End> {
     flow.no_end = had_ended == Some(false);
-    let mut read = had_ended.is_none() || flow.state == State::Ended;
-    let begun = Instant::now();
-    let (mut progress, mut at) = ((flow.bytes, usize::MAX), begun);
+    let mut read = had_ended.is_none() || flow.has_ended();
+    let (mut progress, mut at) = ((flow.bytes, usize::MAX), Instant::now());
     let mut pause = Duration::from_millis(1);
-    while at.elapsed() < PATIENCE && begun.elapsed() < LAST_WORDS {
+    while at.elapsed() < PATIENCE {
         let moved = std::future::poll_fn(|cx| match cut.poll(cx) {
             Some(end) => Poll::Ready(Err(end)),
             None if read => Poll::Pending,

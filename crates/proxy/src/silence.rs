@@ -2,8 +2,9 @@
 //!
 //! `TCP_USER_TIMEOUT` is not used: with it Linux also ends a connection whose reader is alive and has no room (tcp(7)), which
 //! is how a slow app behaves. Instead, a connection with bytes under way is looked at now and then, and is over when its peer
-//! has acknowledged nothing, not even a probe of its window, for the whole time. Idle connections are probed by keepalive and
-//! need no look.
+//! has acknowledged nothing, not even a probe of its window, for the whole time, and owes an answer. The latter is not the
+//! same: the kernel's probes of a closed window are up to two minutes apart, and between them there is nothing to be answered.
+//! Idle connections are probed by keepalive and need no look.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -13,7 +14,7 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::kernel::standing;
+use crate::kernel::{Standing, standing};
 
 /// Looks at a connection while the bound passes.
 const LOOKS: u32 = 5;
@@ -43,12 +44,14 @@ pub struct Silence {
     since: Option<Instant>,
     /// Bytes written when it was last looked at.
     seen: u64,
+    /// Something was unanswered at the last look.
+    unanswered: bool,
 }
 
 impl Silence {
     /// Nothing is under way.
     pub fn new(network: Network) -> Self {
-        Self { network, since: None, seen: 0 }
+        Self { network, since: None, seen: 0, unanswered: false }
     }
 
     /// What [`Self::poll_over`] is woken by. Nothing is registered before it is needed.
@@ -76,16 +79,23 @@ impl Silence {
             let (now, standing) = (Instant::now(), standing(tcp));
             self.seen = sent;
             if standing.unacknowledged == 0 {
-                self.since = None;
+                (self.since, self.unanswered) = (None, false);
                 return Poll::Pending;
             }
-            let waited = self.since.map_or(Duration::ZERO, |since| now - since);
-            if waited >= self.network.bound && standing.silent >= self.network.bound {
+            if self.is_over(now, standing) {
                 return Poll::Ready(());
             }
             tick.as_mut().reset(now + self.network.bound / LOOKS);
         }
         Poll::Pending
+    }
+
+    /// Whether the peer owes an answer that it had time enough to give. Twice in a row: what is unanswered at one look may have
+    /// left in this very moment.
+    fn is_over(&mut self, now: Instant, standing: Standing) -> bool {
+        let again = std::mem::replace(&mut self.unanswered, standing.unanswered) && standing.unanswered;
+        let waited = self.since.map_or(Duration::ZERO, |since| now - since);
+        again && waited >= self.network.bound && standing.silent >= self.network.bound
     }
 }
 
@@ -96,4 +106,24 @@ pub fn probe_when_idle(tcp: &TcpStream, bound: Duration) {
     let fifth = (bound / 5).max(Duration::from_secs(1));
     let keepalive = TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3);
     let _ = SockRef::from(tcp).set_tcp_keepalive(&keepalive);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_peer_that_owes_an_answer_at_two_looks_is_gone() {
+        let bound = Duration::from_secs(25);
+        let now = Instant::now();
+        let at = |unanswered| Standing { unacknowledged: 9, silent: bound * 2, unanswered, over: false };
+        let mut silence = Silence::new(Network { leg: Side::First, bound });
+        silence.since = now.checked_sub(bound);
+        let told = [false, true, false, true, true].map(|unanswered| silence.is_over(now, at(unanswered)));
+        assert_eq!(told, [false, false, false, false, true]);
+        let heard = Standing { silent: bound / 2, ..at(true) };
+        assert!(!silence.is_over(now, heard), "it has acknowledged something meanwhile");
+        silence.since = Some(now);
+        assert!(!silence.is_over(now, at(true)), "bytes are under way since now");
+    }
 }
