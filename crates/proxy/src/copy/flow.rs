@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use prometheus_client::metrics::counter::Counter;
 use tokio::io::ReadBuf;
 
-use crate::buffer::{Buffer, CHUNK};
+use crate::buffer::{self, Buffer};
 use crate::copy::{End, Leg};
 
 /// Chunks moved in one direction before others get their turn.
@@ -74,6 +74,12 @@ impl<'a> Flow<'a> {
         self.rest.is_some() || self.unflushed
     }
 
+    /// Bytes of memory that wait for room.
+    #[cfg(test)]
+    pub fn kept(&self) -> usize {
+        self.rest.as_ref().map_or(0, Buffer::held)
+    }
+
     /// Moves what can be moved. Ready when this direction has ended.
     pub fn poll(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
         for _ in 0..TURN {
@@ -130,7 +136,7 @@ impl<'a> Flow<'a> {
     /// Reads once and passes on what the other leg takes.
     fn step(&mut self, cx: &mut Context<'_>, from: &mut impl Leg, to: &mut impl Leg) -> Poll<Result<(), Failure>> {
         let mut buffer = Buffer::lend();
-        let mut read = ReadBuf::new(&mut buffer.room()[..CHUNK]);
+        let mut read = ReadBuf::new(&mut buffer.room()[..buffer::chunk()]);
         match Pin::new(&mut *from).poll_read(cx, &mut read) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => {
@@ -160,6 +166,7 @@ impl<'a> Flow<'a> {
             Poll::Pending => {}
         }
         if !buffer.content().is_empty() {
+            buffer.keep();
             self.rest = Some(buffer);
         }
         Poll::Ready(Ok(()))

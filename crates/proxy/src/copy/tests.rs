@@ -178,3 +178,24 @@ async fn a_client_that_never_reads_is_not_waited_for_without_bound() {
     assert_eq!(carried.unwrap().end, End::Reset);
     drop(client);
 }
+
+#[tokio::test]
+async fn a_connection_that_gets_stuck_while_memory_is_short_keeps_little_and_loses_nothing() {
+    crate::buffer::SHORT.set(true);
+    let ((mut client, mut first), (mut second, mut server)) = (sockets().await, sockets().await);
+    let counter = Counter::default();
+    let mut flow = Flow::new(&counter, false);
+    let stuck = std::future::poll_fn(|cx| {
+        let _ = flow.poll(cx, &mut first, &mut second);
+        if flow.is_stuck() { Poll::Ready(()) } else { Poll::Pending }
+    });
+    let sending = async { while client.write_all(&[7; 64 * 1024]).await.is_ok() {} };
+    tokio::select! { () = stuck => {}, () = sending => {} }
+    assert!((1..=4 * 1024).contains(&flow.kept()), "{} bytes", flow.kept());
+    crate::buffer::SHORT.set(false);
+    let passed = flow.bytes;
+    drop(client);
+    let carrying = std::future::poll_fn(|cx| flow.poll(cx, &mut first, &mut second));
+    let (carried, (heard, clean)) = tokio::join!(carrying, hear(&mut server));
+    assert!(carried.is_ok() && clean && heard.len() as u64 == flow.bytes && flow.bytes >= passed);
+}

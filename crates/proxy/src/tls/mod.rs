@@ -5,73 +5,37 @@
 //! part, or bytes that the socket did not take. Records, keys and handshake are the engine's business
 //! ([`rustls::unbuffered`]).
 
+mod engine;
+
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
+use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
-use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
-use rustls::unbuffered::{ConnectionState, UnbufferedStatus, WriteTraffic};
+use rustls::server::UnbufferedServerConnection;
+use rustls::unbuffered::WriteTraffic;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::buffer::{Buffer, CHUNK};
+use crate::buffer::{self, Buffer, CHUNK};
+use crate::tls::engine::{MAX_FLIGHT, digest, fill, invalid};
 
-/// Longest `ClientHello`, in bytes. Ours has some 1,500, of which the post-quantum key share takes 1,216; other
-/// implementations add groups and extensions.
-const MAX_HELLO: usize = 6 * 1024;
-/// Longest unfinished part of a flight after it, in bytes: the longest chain that the verifier reads takes 48 KiB.
-const MAX_FLIGHT: usize = 50 * 1024;
+pub use engine::Engine;
+
 /// Bytes that a peer may send in a whole handshake. What comes with its end is not counted.
 const MAX_HANDSHAKE: usize = 64 * 1024;
+/// Bytes by which the room for an unfinished flight grows: a `ClientHello` or a flight with a usual chain fits at once.
+const FLIGHT_STEP: usize = 8 * 1024;
 /// How long a peer whose handshake has failed may take to hear why.
 const PARTING: Duration = Duration::from_secs(1);
 /// Bytes that are read from it meanwhile.
 const PARTING_BYTES: usize = 64 * 1024;
 /// Unsent bytes that the next write may still join.
 const JOIN: usize = 4 * 1024;
-
-/// One end's state machine.
-pub trait Engine: Unpin {
-    /// What tells the ends apart.
-    type Data;
-    /// Bytes of the first message that comes in, at most.
-    const MAX_FIRST: usize;
-    /// [`UnbufferedClientConnection`]'s or [`UnbufferedServerConnection`]'s.
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
-    /// What the handshake agreed.
-    fn state(&self) -> &CommonState;
-}
-
-impl Engine for UnbufferedClientConnection {
-    type Data = ClientConnectionData;
-    const MAX_FIRST: usize = MAX_FLIGHT;
-
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-
-    fn state(&self) -> &CommonState {
-        self
-    }
-}
-
-impl Engine for UnbufferedServerConnection {
-    type Data = ServerConnectionData;
-    const MAX_FIRST: usize = MAX_HELLO;
-
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-
-    fn state(&self) -> &CommonState {
-        self
-    }
-}
 
 /// The end that dials.
 pub type ClientStream = TlsStream<UnbufferedClientConnection>;
@@ -157,7 +121,8 @@ impl<E: Engine> TlsStream<E> {
         let tcp = &mut self.tcp;
         let heard = async {
             tcp.shutdown().await?;
-            let (mut rest, mut left) = ([0; 1024], PARTING_BYTES);
+            // On the heap: in the handshake's future it would be part of every connection for as long as that lives.
+            let (mut rest, mut left) = (vec![0; 1024], PARTING_BYTES);
             while left > 0 {
                 match tcp.read(&mut rest).await? {
                     0 => break,
@@ -175,9 +140,7 @@ impl<E: Engine> TlsStream<E> {
         while self.engine.state().is_handshaking() {
             ready!(self.poll_drain(cx))?;
             self.check_bounds().map_err(|error| self.last_gasp(cx, error))?;
-            let mut plain = std::mem::take(&mut self.plain);
-            let got = self.poll_receive(cx, |bytes| plain.extend_from_slice(bytes));
-            self.plain = plain;
+            let got = self.poll_receive_flight(cx);
             self.received += ready!(got).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => {
                     io::Error::new(e.kind(), "the connection ended during the TLS handshake")
@@ -201,6 +164,29 @@ impl<E: Engine> TlsStream<E> {
         Ok(())
     }
 
+    /// Receives once during the handshake. What has come so far is kept in place and not copied each time: a peer that is not
+    /// proven yet may send a long message byte by byte. Gives the bytes received.
+    fn poll_receive_flight(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let received = loop {
+            ready!(self.tcp.poll_read_ready(cx))?;
+            if self.incoming.len() == self.incoming.capacity() {
+                // Not doubled, so that it holds little more than it may.
+                self.incoming.reserve_exact(FLIGHT_STEP);
+            }
+            match self.tcp.try_read_buf(&mut self.incoming) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                Ok(received) => break received,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Poll::Ready(Err(e)),
+            }
+        };
+        self.queue(|_, _| Ok(())).map_err(|error| self.last_gasp(cx, error))?;
+        if self.incoming.is_empty() {
+            self.incoming = vec![];
+        }
+        Poll::Ready(Ok(received))
+    }
+
     /// Receives once, and hands on what can be decrypted now. Gives the bytes received.
     fn poll_receive(&mut self, cx: &mut Context<'_>, plain: impl FnMut(&[u8])) -> Poll<io::Result<usize>> {
         if self.failed {
@@ -208,7 +194,9 @@ impl<E: Engine> TlsStream<E> {
         }
         let mut incoming = Buffer::lend();
         incoming.put(&self.incoming);
-        let mut buffer = ReadBuf::new(incoming.room());
+        let room = incoming.room();
+        let most = room.len().min(buffer::receive());
+        let mut buffer = ReadBuf::new(&mut room[..most]);
         if buffer.remaining() == 0 {
             let error = rustls::Error::General(format!("a message of more than {} bytes", self.incoming.len()));
             return Poll::Ready(Err(self.last_gasp(cx, invalid(error))));
@@ -251,9 +239,14 @@ impl<E: Engine> TlsStream<E> {
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(outgoing) = &mut self.outgoing {
             while !outgoing.content().is_empty() {
-                match ready!(Pin::new(&mut self.tcp).poll_write(cx, outgoing.content()))? {
-                    0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                    n => outgoing.consume(n),
+                match Pin::new(&mut self.tcp).poll_write(cx, outgoing.content()) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Poll::Ready(Ok(n)) => outgoing.consume(n),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => {
+                        outgoing.keep();
+                        return Poll::Pending;
+                    }
                 }
             }
             self.outgoing = None;
@@ -344,66 +337,6 @@ impl<E: Engine> AsyncWrite for TlsStream<E> {
         ready!(this.poll_drain(cx))?;
         Pin::new(&mut this.tcp).poll_shutdown(cx)
     }
-}
-
-/// Lets the engine take what came in, hand out what it decrypts, and say what it has to say into `out`; then, when it
-/// may write, `write`. Gives the bytes taken.
-fn digest<E: Engine>(
-    engine: &mut E,
-    incoming: &mut [u8],
-    out: &mut Option<Buffer>,
-    ended: &mut bool,
-    mut plain: impl FnMut(&[u8]),
-    write: impl FnOnce(&mut WriteTraffic<'_, E::Data>, &mut Option<Buffer>) -> io::Result<()>,
-) -> io::Result<usize> {
-    let mut used = 0;
-    loop {
-        let UnbufferedStatus { discard, state } = engine.process(&mut incoming[used..]);
-        match state {
-            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                while let Some(record) = traffic.next_record() {
-                    let record = record.map_err(invalid)?;
-                    used += record.discard;
-                    plain(record.payload);
-                }
-            }
-            Ok(ConnectionState::EncodeTlsData(mut data)) => fill(out, |room| data.encode(room))?,
-            Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
-            Ok(ConnectionState::PeerClosed) => *ended = true,
-            Ok(ConnectionState::WriteTraffic(mut traffic)) => {
-                write(&mut traffic, out)?;
-                return Ok(used + discard);
-            }
-            Ok(ConnectionState::BlockedHandshake | ConnectionState::Closed) => return Ok(used + discard),
-            Ok(_) => return Err(invalid(rustls::Error::General("early data, which we never offer".into()))),
-            Err(error) => {
-                // What it has for the peer still; it must not be shown the same bytes again beyond that.
-                while engine.state().wants_write() {
-                    match engine.process(&mut []).state {
-                        Ok(ConnectionState::EncodeTlsData(mut data)) => fill(out, |room| data.encode(room))?,
-                        _ => break,
-                    }
-                }
-                return Err(invalid(error));
-            }
-        }
-        used += discard;
-    }
-}
-
-/// Lets the engine put something behind what is there.
-fn fill<E: std::fmt::Display>(
-    out: &mut Option<Buffer>,
-    put: impl FnOnce(&mut [u8]) -> Result<usize, E>,
-) -> io::Result<()> {
-    let out = out.get_or_insert_with(Buffer::lend);
-    let written = put(out.room()).map_err(|e| invalid(rustls::Error::General(e.to_string())))?;
-    out.extend(written);
-    Ok(())
-}
-
-fn invalid(error: rustls::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 #[cfg(test)]
