@@ -9,6 +9,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::config::FixedInbound;
+use crate::connections::Kind;
 use crate::copy::{End, Terms, carry, reset_on_close};
 use crate::cut::Cut;
 use crate::identity::Identity;
@@ -43,7 +44,7 @@ async fn carry_mesh(
     story: &mut Story<'_>,
     target: Target<'_>,
 ) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(story.record.source.ip());
+    let admitted = sidecar.connections.admit(Kind::Mesh, story.record.source.ip());
     let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
     let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
     story.own(&identity);
@@ -165,7 +166,7 @@ pub async fn redirected(sidecar: &Sidecar, mut caller: TcpStream, source: Socket
 }
 
 async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Story<'_>) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(story.record.source.ip())?;
+    let admitted = sidecar.connections.admit(Kind::Plaintext, story.record.source.ip())?;
     let destination = original_destination(caller)?;
     story.record.destination = Some(destination);
     if sidecar.ports().contains(destination.port()) {

@@ -10,7 +10,7 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::net::TcpStream;
 
 use crate::config::FixedOutbound;
-use crate::connections::Admitted;
+use crate::connections::{Admitted, Kind};
 use crate::copy::{End, Terms, carry, reset_on_close};
 use crate::cut::Cut;
 use crate::identity::Identity;
@@ -80,7 +80,7 @@ pub async fn fixed(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr, wa
     let mut story = Story::begin(sidecar, Direction::Outbound, source);
     story.record.destination = Some(way.target);
     let result = async {
-        let admitted = sidecar.connections.admit(source.ip())?;
+        let admitted = sidecar.connections.admit(Kind::Outbound, source.ip())?;
         let identity = own_identity(sidecar, &mut story)?;
         let request = Request { destination: way.target, workload: String::new() };
         let mut early = Early::default();
@@ -98,7 +98,7 @@ fn own_identity(sidecar: &Sidecar, story: &mut Story<'_>) -> Result<Arc<Identity
 }
 
 async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut Story<'_>) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(story.record.source.ip())?;
+    let admitted = sidecar.connections.admit(Kind::Outbound, story.record.source.ip())?;
     let destination = original_destination(app)?;
     story.record.destination = Some(destination);
     if sidecar.ports().contains(destination.port()) && sidecar.own.is_own(destination.ip()) {
@@ -169,6 +169,8 @@ async fn through_service(
         let Some(chosen) = sidecar.balancer.choose(&left) else { break };
         let to = chosen.address;
         left.retain(|a| *a != to);
+        // What is revoked from now on is the authority of the endpoint that takes the connection, not of one that did not.
+        admitted.leave_peer();
         story.record.destination = Some(to);
         let refused = match route(sidecar, identity, to).await {
             Ok(Route::Mesh { to: mesh, workload }) => {
