@@ -109,6 +109,8 @@ pub struct Terms<'a> {
     pub cut: &'a Cut,
     /// Which leg leads to another machine, and how long that may acknowledge nothing.
     pub network: Network,
+    /// Something was written to that leg before, and perhaps not acknowledged.
+    pub under_way: bool,
 }
 
 /// Why nothing more is carried.
@@ -138,10 +140,10 @@ pub async fn carry(first: &mut impl Leg, second: &mut impl Leg, terms: Terms<'_>
     // Until both sides have finished, a close is a reset: a sidecar that dies must not look like a clean end.
     reset_on_close(first.tcp());
     reset_on_close(second.tcp());
-    let Terms { first_ended, counters, cut, network } = terms;
+    let Terms { first_ended, counters, cut, network, under_way } = terms;
     let mut forth = Flow::new(counters.0, first_ended);
     let mut back = Flow::new(counters.1, false);
-    let mut silence = Silence::new(network);
+    let mut silence = Silence::new(network, under_way);
     let mut tick = pin!(silence.tick());
     let mut look = pin!(tokio::time::sleep(STUCK));
     let stopped = std::future::poll_fn(|cx| {

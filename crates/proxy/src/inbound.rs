@@ -18,8 +18,8 @@ use crate::preamble::{Answer, Request};
 use crate::proxy_protocol;
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
-use crate::silence::{Network, Side, probe_when_idle};
-use crate::sockets::{dial, dial_app, original_destination};
+use crate::silence::{Network, Side};
+use crate::sockets::{dial, dial_app, local_probes, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ServerStream;
 
@@ -48,7 +48,6 @@ async fn carry_mesh(
     let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
     let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
     story.own(&identity);
-    probe_when_idle(&tcp, sidecar.config.timeouts.mesh_user);
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
     // A stranger's handshake has a seat of its own: however many there are, they take none from open connections.
     let seat = sidecar.handshakes.admit(story.record.source.ip());
@@ -76,13 +75,14 @@ async fn carry_mesh(
             return Err(refused);
         }
     };
-    let accepted = accept(&mut mesh).await;
-    if let Err(error) = accepted {
+    let said = tokio::time::timeout(sidecar.config.timeouts.preamble, accept(&mut mesh)).await;
+    if let Err(error) = said.unwrap_or_else(|elapsed| Err(elapsed.into())) {
         reset_on_close(&app);
         return Err(Refused::Tls(error.to_string()));
     }
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
-    let terms = terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut());
+    // Our answer is under way: a caller that has gone since is noticed though neither it nor the app says anything.
+    let terms = Terms { under_way: true, ..terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut()) };
     let carried = carry(&mut mesh, &mut app, terms).await;
     story.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
@@ -91,7 +91,7 @@ async fn carry_mesh(
 /// The caller is the first leg, and the one on the network.
 fn terms<'a>(sidecar: &Sidecar, counters: (&'a Counter, &'a Counter), cut: &'a Cut) -> Terms<'a> {
     let network = Network { leg: Side::First, bound: sidecar.config.timeouts.mesh_user };
-    Terms { first_ended: false, counters, cut, network }
+    Terms { first_ended: false, counters, cut, network, under_way: false }
 }
 
 /// Tells the app who is calling, if its port wants to know, before any byte of the caller.
@@ -130,7 +130,7 @@ async fn open_app(
         Target::Fixed(way) => {
             story.record.destination = Some(way.target);
             way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
-            let mut app = dial(way.target, sidecar.config.timeouts.connect).await?;
+            let mut app = dial(way.target, sidecar.config.timeouts.connect, &local_probes()).await?;
             introduce(sidecar, &mut app, story.record.source, way.target, Some(peer)).await?;
             Ok(app)
         }
@@ -159,7 +159,6 @@ async fn open_app(
 /// Carries one connection that the redirect brought: plaintext.
 pub async fn redirected(sidecar: &Sidecar, mut caller: TcpStream, source: SocketAddr) {
     reset_on_close(&caller);
-    probe_when_idle(&caller, sidecar.config.timeouts.mesh_user);
     let mut story = Story::begin(sidecar, Direction::Inbound, source);
     let result = carry_plain(sidecar, &mut caller, &mut story).await;
     story.end(result.as_ref().err());

@@ -18,7 +18,7 @@ use crate::mesh::{self, Peer};
 use crate::preamble::Request;
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
-use crate::silence::{Network, Side, probe_when_idle};
+use crate::silence::{Network, Side, probes_when_idle};
 use crate::sockets::{dial, is_link_local, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ClientStream;
@@ -131,10 +131,10 @@ async fn in_clear(
     admitted: &Admitted,
     to: SocketAddr,
 ) -> Result<(), Refused> {
-    let mut server = dial(to, sidecar.config.timeouts.connect).await?;
+    let timeouts = &sidecar.config.timeouts;
+    let mut server = dial(to, timeouts.connect, &probes_when_idle(timeouts.mesh_user)).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
     let _open = story.in_clear(to, to.port());
-    probe_when_idle(&server, sidecar.config.timeouts.mesh_user);
     let terms = terms(sidecar, false, (&bytes.sent, &bytes.received), admitted.cut());
     let carried = carry(app, &mut server, terms).await;
     story.carried(Carried::Plain, carried);
@@ -144,7 +144,7 @@ async fn in_clear(
 /// The app is the first leg; the second one is on the network.
 fn terms<'a>(sidecar: &Sidecar, first_ended: bool, counters: (&'a Counter, &'a Counter), cut: &'a Cut) -> Terms<'a> {
     let network = Network { leg: Side::Second, bound: sidecar.config.timeouts.mesh_user };
-    Terms { first_ended, counters, cut, network }
+    Terms { first_ended, counters, cut, network, under_way: false }
 }
 
 /// Goes to one of a service's endpoints, and to another one while nobody has taken the connection.
@@ -268,8 +268,7 @@ async fn reach(
     early: &mut Early,
 ) -> Result<(ClientStream, Peer), Refused> {
     let timeouts = &sidecar.config.timeouts;
-    let tcp = dial(to, timeouts.connect).await?;
-    probe_when_idle(&tcp, timeouts.mesh_user);
+    let tcp = dial(to, timeouts.connect, &probes_when_idle(timeouts.mesh_user)).await?;
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
     mesh::dial(tcp, identity, proven, expected, request, || early.take(app, to), timeouts).await
 }

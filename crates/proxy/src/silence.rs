@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use socket2::{SockRef, TcpKeepalive};
+use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
@@ -49,9 +49,11 @@ pub struct Silence {
 }
 
 impl Silence {
-    /// Nothing is under way.
-    pub fn new(network: Network) -> Self {
-        Self { network, since: None, seen: 0, unanswered: false }
+    /// Nothing has been written by the one who looks. `under_way`: something was before.
+    pub fn new(network: Network, under_way: bool) -> Self {
+        // A number that no count of bytes is at first: what is under way is looked at from the first poll on.
+        let seen = if under_way { u64::MAX } else { 0 };
+        Self { network, since: None, seen, unanswered: false }
     }
 
     /// What [`Self::poll_over`] is woken by. Nothing is registered before it is needed.
@@ -99,13 +101,11 @@ impl Silence {
     }
 }
 
-/// Lets the kernel probe a connection on which nothing moves, so that a peer that is gone is noticed within about `bound`.
-/// It cannot fail on a TCP socket, and if it did the connection would only live longer.
-pub fn probe_when_idle(tcp: &TcpStream, bound: Duration) {
+/// How the kernel probes a connection on which nothing moves, so that a peer that is gone is noticed within about `bound`.
+pub fn probes_when_idle(bound: Duration) -> TcpKeepalive {
     // Whole seconds are what the kernel counts in: two fifths of silence, then a probe each fifth.
     let fifth = (bound / 5).max(Duration::from_secs(1));
-    let keepalive = TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3);
-    let _ = SockRef::from(tcp).set_tcp_keepalive(&keepalive);
+    TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3)
 }
 
 #[cfg(test)]
@@ -117,7 +117,7 @@ mod tests {
         let bound = Duration::from_secs(25);
         let now = Instant::now();
         let at = |unanswered| Standing { unacknowledged: 9, silent: bound * 2, unanswered, over: false };
-        let mut silence = Silence::new(Network { leg: Side::First, bound });
+        let mut silence = Silence::new(Network { leg: Side::First, bound }, false);
         silence.since = now.checked_sub(bound);
         let told = [false, true, false, true, true].map(|unanswered| silence.is_over(now, at(unanswered)));
         assert_eq!(told, [false, false, false, false, true]);
@@ -125,5 +125,18 @@ mod tests {
         assert!(!silence.is_over(now, heard), "it has acknowledged something meanwhile");
         silence.since = Some(now);
         assert!(!silence.is_over(now, at(true)), "bytes are under way since now");
+    }
+
+    #[tokio::test]
+    async fn what_was_written_before_is_looked_at_though_nothing_follows() {
+        let network = Network { leg: Side::First, bound: Duration::from_secs(25) };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        for under_way in [false, true] {
+            let mut silence = Silence::new(network, under_way);
+            let tick = std::pin::pin!(silence.tick());
+            assert!(silence.poll_over(tick, &mut Context::from_waker(std::task::Waker::noop()), &tcp, 0).is_pending());
+            assert_eq!(silence.since.is_some(), under_way);
+        }
     }
 }

@@ -23,7 +23,8 @@ fn carried(mut first: TcpStream, mut second: TcpStream, bound: Duration) -> toki
     tokio::spawn(async move {
         let (counter, cut) = (Counter::default(), Cut::default());
         let network = Network { leg: Side::Second, bound };
-        let terms = Terms { first_ended: false, counters: (&counter, &counter), cut: &cut, network };
+        let counters = (&counter, &counter);
+        let terms = Terms { first_ended: false, counters, cut: &cut, network, under_way: false };
         carry(&mut first, &mut second, terms).await
     })
 }
