@@ -69,7 +69,7 @@ impl<'a> Flow<'a> {
         self.state == State::Ended
     }
 
-    /// Whether it waits for room: then it does not read, and hears nothing of the leg that it reads.
+    /// Whether something waits for room or for its turn: then it does not read, and hears nothing of the leg that it reads.
     pub fn is_stuck(&self) -> bool {
         self.rest.is_some() || self.unflushed
     }

@@ -329,7 +329,7 @@ async fn an_unfinished_flight_holds_little_more_than_has_come() {
     b.write_all(&sent).await.unwrap();
     let all = std::future::poll_fn(|cx| {
         let polled = stream.poll_shake_hands(cx);
-        if stream.received < sent.len() { polled.map(|shaken| shaken.unwrap()) } else { Poll::Ready(()) }
+        if stream.received < sent.len() { polled.map(Result::unwrap) } else { Poll::Ready(()) }
     });
     tokio::time::timeout(Duration::from_secs(5), all).await.unwrap();
     let (length, capacity) = (stream.incoming.len(), stream.incoming.capacity());
