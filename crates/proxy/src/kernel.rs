@@ -111,7 +111,7 @@ mod tests {
         let (mut ours, mut theirs) = (ours.unwrap(), theirs.unwrap().0);
         theirs.write_all(b"unread").await.unwrap();
         ours.shutdown().await.unwrap();
-        theirs.read(&mut [0]).await.unwrap();
+        assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0);
         theirs.shutdown().await.unwrap();
         while !standing(&ours).over {
             tokio::task::yield_now().await;

@@ -54,7 +54,7 @@ fn authority(td: &str) -> X509Bundle {
 }
 
 fn peer_of(bundle: &X509Bundle) -> VerifiedPeer {
-    let id = SpiffeId::new(&format!("spiffe://{}/a", bundle.trust_domain.as_str())).unwrap();
+    let id = SpiffeId::new(format!("spiffe://{}/a", bundle.trust_domain.as_str())).unwrap();
     let now = OffsetDateTime::now_utc();
     let facts =
         LeafFacts { serial: "1".into(), not_before: now, not_after: now, authority_id: "what the peer says".into() };

@@ -190,7 +190,8 @@ async fn a_connection_that_gets_stuck_while_memory_is_short_keeps_little_and_los
         let _ = flow.poll(cx, &mut first, &mut second);
         if flow.kept() > 0 { Poll::Ready(()) } else { Poll::Pending }
     });
-    let sending = async { while client.write_all(&[7; 64 * 1024]).await.is_ok() {} };
+    let bytes = vec![7; 64 * 1024];
+    let sending = async { while client.write_all(&bytes).await.is_ok() {} };
     tokio::select! { () = stuck => {}, () = sending => {} }
     assert!((1..=4 * 1024).contains(&flow.kept()), "{} bytes", flow.kept());
     crate::buffer::SHORT.set(false);
