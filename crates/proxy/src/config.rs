@@ -174,12 +174,12 @@ pub struct FixedInbound {
     pub policy: Policy,
 }
 
-/// Bounds on open connections.
+/// Bounds on connections. Neither direction can take all of them: see [`Limits::one_way`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Most open connections, both directions together.
     pub connections: usize,
-    /// Most open connections per peer address.
+    /// At once from one address that calls us.
     pub connections_per_peer: usize,
 }
 
@@ -192,24 +192,43 @@ pub struct Handshakes {
     pub per_peer: usize,
 }
 
-/// Memory of one open connection including its kernel buffers, in bytes.
-const CONNECTION: u64 = 16 * 1024;
-/// Most memory of one unfinished handshake, when a peer makes it as large as allowed, in bytes.
-const HANDSHAKE: u64 = 32 * 1024;
+/// Memory that one open connection may take, in bytes. Its task and TLS state take some 12 KiB. A peer that stops in the middle
+/// makes it hold a part of a record (17 KiB at most), and in each direction what is kept while memory is short
+/// (`buffer::SMALL`; what is kept before that is counted in all). The rest is for its queues in the kernel, which lets no
+/// socket's queue grow while its group's memory is short.
+const CONNECTION: u64 = 64 * 1024;
+/// Memory that one unfinished handshake takes when somebody makes it as large as it may be, in bytes: a flight of 50 KiB and
+/// the step by which it grew, the state of its task and of TLS, its socket.
+const HANDSHAKE: u64 = 80 * 1024;
 
 impl Limits {
-    /// Bounds for this much memory, in bytes. One peer may take half: most peers of open connections are authenticated
-    /// or local.
+    /// What fits into this much memory, in bytes. With the least of them an idle sidecar works where hardly anything fits.
     pub fn within(memory: u64) -> Self {
-        let connections = fit(memory / CONNECTION, 1_024, 65_536);
+        let connections = fit(memory / CONNECTION, 128, 65_536);
         Self { connections, connections_per_peer: connections / 2 }
+    }
+
+    /// In one direction: a quarter of all is left to the other one, for the app must reach its database however many call it,
+    /// and be reached however much it calls.
+    pub fn one_way(self) -> usize {
+        self.connections - self.connections / 4
+    }
+
+    /// Of callers that prove nothing, in all: what is left of their direction is for callers from the mesh.
+    pub fn unproven(self) -> usize {
+        (self.connections / 2).max(1)
+    }
+
+    /// Of callers that prove nothing, from one address or one IPv6 network of 64 bits, which one host may fill alone.
+    pub fn unproven_per_peer(self) -> usize {
+        (self.unproven() / 2).clamp(1, self.connections_per_peer.max(1))
     }
 }
 
 impl Handshakes {
     /// Bounds for a quarter of this much memory, in bytes, because anyone on the network can start a handshake.
     pub fn within(memory: u64) -> Self {
-        let total = fit(memory / 4 / HANDSHAKE, 128, 16_384);
+        let total = fit(memory / 4 / HANDSHAKE, 32, 16_384);
         Self { total, per_peer: total / 2 }
     }
 }
@@ -267,8 +286,13 @@ mod tests {
     #[test]
     fn the_bounds_follow_the_memory() {
         let (all, begun) = (|n: u64| Limits::within(n << 20).connections, |n: u64| Handshakes::within(n << 20).total);
-        assert_eq!((all(256), begun(256), Handshakes::within(256 << 20).per_peer), (16_384, 2_048, 1_024));
-        assert_eq!((all(8), begun(8)), (1_024, 128));
+        assert_eq!((all(256), begun(256), Handshakes::within(256 << 20).per_peer), (4_096, 819, 409));
+        // What is held by the most of each is no more than there is, from the smallest limit that a sidecar starts with.
+        for memory in [16 << 20, 64 << 20, 256 << 20, 1 << 30] {
+            let (connections, handshakes) = (Limits::within(memory).connections, Handshakes::within(memory).total);
+            assert!(connections as u64 * CONNECTION <= memory && handshakes as u64 * HANDSHAKE <= memory / 4);
+        }
+        assert_eq!((all(4), begun(4)), (128, 32));
         assert_eq!((all(1 << 20), begun(1 << 20)), (65_536, 16_384));
     }
 }

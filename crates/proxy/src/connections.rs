@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use countersign_api::admission::Source;
 use countersign_identity::verify::VerifiedPeer;
-use countersign_identity::{AuthorityKey, BundleSet};
+use countersign_identity::{AuthorityKey, BundleSet, X509Authority};
 use prometheus_client::metrics::gauge::Gauge;
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -14,8 +15,22 @@ use crate::config::Limits;
 use crate::cut::Cut;
 use crate::refusal::Refused;
 
-/// The authority in which a peer's verified path ends. Of fixed size, so no bytes of a peer's choice are kept.
-type Anchor = AuthorityKey;
+/// The authority in which a peer's verified path ends. Another trust domain may have one with the same key.
+struct Anchor {
+    trust_domain: Box<str>,
+    key: AuthorityKey,
+}
+
+/// Whose connection it is; what shares a bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The app's own.
+    Outbound,
+    /// From the mesh. Until its caller is proven it also has a seat among the unfinished handshakes.
+    Mesh,
+    /// In plaintext: its caller proves nothing, for as long as it is open.
+    Plaintext,
+}
 
 /// All open connections of a sidecar, for all worker threads.
 pub struct Connections {
@@ -28,8 +43,10 @@ pub struct Connections {
 #[derive(Default)]
 struct Open {
     next: u64,
-    peers: HashMap<IpAddr, usize>,
-    /// The cut of each open connection by ID, with the authority behind its peer once that is known.
+    kinds: HashMap<Kind, usize>,
+    /// Of those that call us.
+    peers: HashMap<(Kind, IpAddr), usize>,
+    /// What cuts each connection, and the authority behind its peer once that is known.
     cuts: HashMap<u64, (Option<Anchor>, Arc<Cut>)>,
 }
 
@@ -43,17 +60,19 @@ impl Connections {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a connection from `peer`. Errors: [`Refused::TooMany`] once a bound is reached.
-    pub fn admit(self: &Arc<Self>, peer: IpAddr) -> Result<Admitted, Refused> {
+    /// One more, unless there are too many.
+    pub fn admit(self: &Arc<Self>, kind: Kind, peer: IpAddr) -> Result<Admitted, Refused> {
+        let peer = match kind {
+            Kind::Outbound => None,
+            Kind::Mesh => Some((kind, peer)),
+            Kind::Plaintext => Some((kind, peer.group())),
+        };
         let mut open = self.open();
-        if *self.count.borrow() >= self.limits.connections {
-            return Err(Refused::TooMany("in all"));
+        open.check(self.limits, kind, peer)?;
+        *open.kinds.entry(kind).or_default() += 1;
+        if let Some(peer) = peer {
+            *open.peers.entry(peer).or_default() += 1;
         }
-        let from_peer = open.peers.entry(peer).or_default();
-        if *from_peer >= self.limits.connections_per_peer {
-            return Err(Refused::TooMany("from this address"));
-        }
-        *from_peer += 1;
         open.next += 1;
         let id = open.next;
         let cut = Arc::<Cut>::default();
@@ -61,7 +80,7 @@ impl Connections {
         drop(open);
         self.count.send_modify(|n| *n += 1);
         self.active.inc();
-        Ok(Admitted { all: self.clone(), id, peer, cut })
+        Ok(Admitted { all: self.clone(), id, kind, peer, cut })
     }
 
     /// Number of connections admitted since start.
@@ -79,33 +98,71 @@ impl Connections {
         self.count.subscribe()
     }
 
-    /// Cuts each connection whose peer's authority was trusted before, has not expired, and is no longer trusted.
+    /// Cuts every connection whose peer's authority is trusted no more, unless its time was over.
+    ///
+    /// Each connection's own authority is judged, and not the difference between two revisions: one that came and went between
+    /// them is in neither.
     pub fn cut_revoked(&self, before: &BundleSet, after: &BundleSet, now: OffsetDateTime) {
-        // Authorities leave a bundle when they expire, too. That is no reason to cut: only a removal before the end is
-        // a revocation.
-        let alive = |set: &BundleSet| -> HashMap<Anchor, String> {
-            let authorities = set.iter().flat_map(|b| b.authorities.iter().filter(|a| a.not_after() > now));
-            authorities.map(|a| (a.key(), a.id().to_owned())).collect()
-        };
-        let after = alive(after);
-        let mut revoked = alive(before);
-        revoked.retain(|key, _| !after.contains_key(key));
-        if revoked.is_empty() {
-            return;
+        let mut cut = 0;
+        for (anchor, connection) in self.open().cuts.values_mut() {
+            let Some(Anchor { trust_domain, key }) = anchor else { continue };
+            if after.holds(trust_domain, *key) {
+                continue;
+            }
+            if authority(before, trust_domain, *key).is_some_and(|a| a.not_after() <= now) {
+                // It ended by itself; nobody has revoked it, and nobody will.
+                *anchor = None;
+                continue;
+            }
+            connection.revoke();
+            cut += 1;
         }
-        let open = self.open();
-        let hit = open.cuts.values().filter(|(anchor, _)| anchor.is_some_and(|a| revoked.contains_key(&a)));
-        let cut = hit.map(|(_, cut)| cut.revoke()).count();
-        let revoked: Vec<_> = revoked.into_values().collect();
-        tracing::warn!(?revoked, cut, "an authority was revoked; its connections are cut");
+        let known = before.iter().flat_map(|b| b.authorities.iter().map(move |a| (b, a)));
+        let revoked = known.filter(|(b, a)| a.not_after() > now && !after.holds(b.trust_domain.as_str(), a.key()));
+        let revoked: Vec<_> = revoked.map(|(_, a)| a.id()).collect();
+        if cut > 0 || !revoked.is_empty() {
+            tracing::warn!(?revoked, cut, "an authority was revoked; its connections are cut");
+        }
     }
 }
 
-/// One open connection, counted until it is dropped.
+impl Open {
+    /// Whether there is room for one more.
+    fn check(&self, limits: Limits, kind: Kind, peer: Option<(Kind, IpAddr)>) -> Result<(), Refused> {
+        let held = |kind| self.kinds.get(&kind).copied().unwrap_or_default();
+        let (outbound, mesh, plaintext) = (held(Kind::Outbound), held(Kind::Mesh), held(Kind::Plaintext));
+        let (in_direction, per_peer) = match kind {
+            Kind::Outbound => (outbound, usize::MAX),
+            Kind::Mesh => (mesh + plaintext, limits.connections_per_peer),
+            Kind::Plaintext => (mesh + plaintext, limits.unproven_per_peer()),
+        };
+        let from_peer = peer.and_then(|peer| self.peers.get(&peer).copied()).unwrap_or_default();
+        if outbound + mesh + plaintext >= limits.connections {
+            return Err(Refused::TooMany("in all"));
+        }
+        if in_direction >= limits.one_way() {
+            return Err(Refused::TooMany("in this direction"));
+        }
+        if kind == Kind::Plaintext && plaintext >= limits.unproven() {
+            return Err(Refused::TooMany("in plaintext"));
+        }
+        if from_peer >= per_peer {
+            return Err(Refused::TooMany("from this address"));
+        }
+        Ok(())
+    }
+}
+
+fn authority<'a>(set: &'a BundleSet, trust_domain: &str, key: AuthorityKey) -> Option<&'a X509Authority> {
+    set.get(trust_domain)?.authorities.iter().find(|a| a.key() == key)
+}
+
+/// One open connection; counted until it is dropped.
 pub struct Admitted {
     all: Arc<Connections>,
     id: u64,
-    peer: IpAddr,
+    kind: Kind,
+    peer: Option<(Kind, IpAddr)>,
     cut: Arc<Cut>,
 }
 
@@ -121,11 +178,21 @@ impl Admitted {
         peer: &VerifiedPeer,
         trusted: impl FnOnce(&str, AuthorityKey) -> bool,
     ) -> Result<(), Refused> {
-        self.all.open().cuts.insert(self.id, (Some(peer.anchor), self.cut.clone()));
+        let anchor = Anchor { trust_domain: peer.id.trust_domain_name().into(), key: peer.anchor };
+        self.all.open().cuts.insert(self.id, (Some(anchor), self.cut.clone()));
         if trusted(peer.id.trust_domain_name(), peer.anchor) { Ok(()) } else { Err(Refused::AuthorityRevoked) }
     }
 
-    /// Whether the peer's authority is still trusted. Errors: [`Refused::AuthorityRevoked`].
+    /// The peer was left for another one, or for none: what becomes of its authority is nothing to this connection.
+    pub fn leave_peer(&self) {
+        // Under the lock, as a revocation is: it comes before, and is taken back, or finds no authority.
+        if let Some((anchor, cut)) = self.all.open().cuts.get_mut(&self.id) {
+            *anchor = None;
+            cut.take_back_revocation();
+        }
+    }
+
+    /// Whether the authority behind the peer is still trusted.
     pub fn check(&self) -> Result<(), Refused> {
         if self.cut.is_revoked() { Err(Refused::AuthorityRevoked) } else { Ok(()) }
     }
@@ -140,10 +207,15 @@ impl Drop for Admitted {
     fn drop(&mut self) {
         let mut open = self.all.open();
         open.cuts.remove(&self.id);
-        if let Some(n) = open.peers.get_mut(&self.peer) {
+        if let Some(n) = open.kinds.get_mut(&self.kind) {
+            *n -= 1;
+        }
+        if let Some(peer) = self.peer
+            && let Some(n) = open.peers.get_mut(&peer)
+        {
             *n -= 1;
             if *n == 0 {
-                open.peers.remove(&self.peer);
+                open.peers.remove(&peer);
             }
         }
         drop(open);
@@ -153,81 +225,4 @@ impl Drop for Admitted {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use countersign_identity::profile::issue_root;
-    use countersign_identity::svid::LeafFacts;
-    use countersign_identity::{KeyType, PrivateKey, SpiffeId, TrustDomain, X509Authority, X509Bundle};
-    use std::time::Duration;
-
-    #[test]
-    fn the_bounds_hold_in_all_and_for_each_peer_and_free_themselves() {
-        let limits = Limits { connections: 3, connections_per_peer: 2 };
-        let all = Arc::new(Connections::new(limits, Gauge::default()));
-        let (a, b): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
-        let first = all.admit(a).unwrap();
-        let _second = all.admit(a).unwrap();
-        assert_eq!(all.admit(a).err().unwrap().code(), "too_many");
-        let _third = all.admit(b).unwrap();
-        assert!(all.admit(b).is_err());
-        drop(first);
-        assert!(all.admit(b).is_ok());
-    }
-
-    fn authority(td: &str) -> X509Bundle {
-        let (td, now) = (TrustDomain::new(td).unwrap(), OffsetDateTime::now_utc());
-        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
-        let root = issue_root(&td, &key, Duration::from_secs(600), now).unwrap();
-        let authorities = vec![X509Authority::from_der(root.to_vec()).unwrap()];
-        X509Bundle { trust_domain: td, authorities, sequence: 1, refresh_hint: Duration::ZERO }
-    }
-
-    fn peer_of(bundle: &X509Bundle) -> VerifiedPeer {
-        let (id, now) = (SpiffeId::new("spiffe://td/a").unwrap(), OffsetDateTime::now_utc());
-        let facts = LeafFacts {
-            serial: "1".into(),
-            not_before: now,
-            not_after: now,
-            authority_id: "what the peer says".into(),
-        };
-        let top = &bundle.authorities[0];
-        VerifiedPeer { id, facts, authority: top.id().into(), anchor: top.key() }
-    }
-
-    #[test]
-    fn a_revocation_cuts_who_is_entered_and_refuses_who_comes_with_an_older_handshake() {
-        let all = Arc::new(Connections::new(Limits { connections: 9, connections_per_peer: 9 }, Gauge::default()));
-        let (old, new) = (authority("td"), authority("td"));
-        let before: BundleSet =
-            [X509Bundle { authorities: [old.authorities.clone(), new.authorities.clone()].concat(), ..old.clone() }]
-                .into_iter()
-                .collect();
-        let after: BundleSet = [new.clone()].into_iter().collect();
-        let admit = || all.admit("10.0.0.1".parse().unwrap()).unwrap();
-        let (first, second, idle, late) = (admit(), admit(), admit(), admit());
-        let trusted = |set: &BundleSet| {
-            let set = set.clone();
-            move |td: &str, key| set.holds(td, key)
-        };
-        first.authenticated_as(&peer_of(&old), trusted(&before)).unwrap();
-        second.authenticated_as(&peer_of(&new), trusted(&before)).unwrap();
-        all.cut_revoked(&before, &after, OffsetDateTime::now_utc());
-        assert_eq!(first.check().unwrap_err().code(), "authority_revoked", "its preamble may come seconds later");
-        assert!(second.check().is_ok() && idle.check().is_ok());
-        // Its handshake was verified against the earlier bundle; it is registered after the cut.
-        let refused = late.authenticated_as(&peer_of(&old), trusted(&after)).unwrap_err();
-        assert_eq!(refused.code(), "authority_revoked");
-    }
-
-    #[test]
-    fn an_authority_that_ended_is_not_one_that_was_revoked() {
-        let all = Arc::new(Connections::new(Limits { connections: 9, connections_per_peer: 9 }, Gauge::default()));
-        let old = authority("td");
-        let (before, after): (BundleSet, BundleSet) =
-            ([old.clone()].into_iter().collect(), [authority("td")].into_iter().collect());
-        let open = all.admit("10.0.0.1".parse().unwrap()).unwrap();
-        open.authenticated_as(&peer_of(&old), |td, key| before.holds(td, key)).unwrap();
-        all.cut_revoked(&before, &after, OffsetDateTime::now_utc() + Duration::from_secs(601));
-        assert!(open.check().is_ok());
-    }
-}
+mod tests;

@@ -29,7 +29,13 @@ impl Cut {
         self.state.load(Ordering::Acquire) == REVOKED
     }
 
-    /// Cuts the connection because the drain is over.
+    /// The revocation was of a peer that this connection has left. A drain stays.
+    pub fn take_back_revocation(&self) {
+        // A failure says that it was not revoked.
+        let _ = self.state.compare_exchange(REVOKED, NOT, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// The drain is over.
     pub fn drain(&self) {
         self.set(DRAINED);
     }

@@ -10,6 +10,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::config::FixedInbound;
+use crate::connections::Kind;
 use crate::copy::{End, Terms, carry, reset_on_close};
 use crate::cut::Cut;
 use crate::identity::Identity;
@@ -18,8 +19,8 @@ use crate::preamble::{Answer, Request};
 use crate::proxy_protocol;
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
-use crate::silence::{Network, Side, probe_when_idle};
-use crate::sockets::{dial, dial_app, original_destination};
+use crate::silence::{Network, Side};
+use crate::sockets::{dial, dial_app, local_probes, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ServerStream;
 
@@ -44,11 +45,10 @@ async fn carry_mesh(
     story: &mut Story<'_>,
     target: Target<'_>,
 ) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(story.record.source.ip());
+    let admitted = sidecar.connections.admit(Kind::Mesh, story.record.source.ip());
     let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
     let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
     story.own(&identity);
-    probe_when_idle(&tcp, sidecar.config.timeouts.mesh_user);
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
     // Unfinished handshakes have a bound of their own: unauthenticated callers cannot take the place of open
     // connections.
@@ -78,14 +78,14 @@ async fn carry_mesh(
             return Err(refused);
         }
     };
-    // Accepted only once the app has taken the connection: until then the caller may try another endpoint.
-    let accepted = accept(&mut mesh).await;
-    if let Err(error) = accepted {
+    let said = tokio::time::timeout(sidecar.config.timeouts.preamble, accept(&mut mesh)).await;
+    if let Err(error) = said.unwrap_or_else(|elapsed| Err(elapsed.into())) {
         reset_on_close(&app);
         return Err(Refused::Tls(error.to_string()));
     }
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
-    let terms = terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut());
+    // Our answer is under way: a caller that has gone since is noticed though neither it nor the app says anything.
+    let terms = Terms { under_way: true, ..terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut()) };
     let carried = carry(&mut mesh, &mut app, terms).await;
     story.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
@@ -94,7 +94,7 @@ async fn carry_mesh(
 /// The caller is the first leg, and the one on the network.
 fn terms<'a>(sidecar: &Sidecar, counters: (&'a Counter, &'a Counter), cut: &'a Cut) -> Terms<'a> {
     let network = Network { leg: Side::First, bound: sidecar.config.timeouts.mesh_user };
-    Terms { first_ended: false, counters, cut, network }
+    Terms { first_ended: false, counters, cut, network, under_way: false }
 }
 
 /// Sends the app a PROXY protocol header, if its port is configured for it, before any byte of the caller.
@@ -134,7 +134,7 @@ async fn open_app(
             story.record.destination = Some(way.target);
             // Policy before the dial: a rejected caller must not open even an empty connection to the app.
             way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
-            let mut app = dial(way.target, sidecar.config.timeouts.connect).await?;
+            let mut app = dial(way.target, sidecar.config.timeouts.connect, &local_probes()).await?;
             introduce(sidecar, &mut app, story.record.source, way.target, Some(peer)).await?;
             Ok(app)
         }
@@ -167,14 +167,13 @@ async fn open_app(
 /// Carries one plaintext connection from the redirect, from accept to close.
 pub async fn redirected(sidecar: &Sidecar, mut caller: TcpStream, source: SocketAddr) {
     reset_on_close(&caller);
-    probe_when_idle(&caller, sidecar.config.timeouts.mesh_user);
     let mut story = Story::begin(sidecar, Direction::Inbound, source);
     let result = carry_plain(sidecar, &mut caller, &mut story).await;
     story.end(result.as_ref().err());
 }
 
 async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Story<'_>) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(story.record.source.ip())?;
+    let admitted = sidecar.connections.admit(Kind::Plaintext, story.record.source.ip())?;
     let destination = original_destination(caller)?;
     story.record.destination = Some(destination);
     if sidecar.ports().contains(destination.port()) {

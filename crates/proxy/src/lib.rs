@@ -91,8 +91,17 @@ enum Door {
     FixedInbound(Arc<FixedInbound>),
 }
 
-/// Runs a sidecar until `shutdown`, and then until its connections have ended or the drain time is over. `ready` is
-/// called once all listeners are open.
+impl Door {
+    /// How silent peers are probed that come through it. `bound`: how long another machine may say nothing.
+    fn probes(&self, bound: Duration) -> socket2::TcpKeepalive {
+        match self {
+            Self::Outbound | Self::FixedOutbound(_) => sockets::local_probes(),
+            Self::Plaintext | Self::Mesh | Self::FixedInbound(_) => silence::probes_when_idle(bound),
+        }
+    }
+}
+
+/// Runs a sidecar until `shutdown` and then until its connections have ended or the drain is over.
 pub async fn run(
     config: Config,
     clock: Clock,
@@ -206,6 +215,7 @@ async fn serve(sidecar: Arc<Sidecar>, doors: Vec<(std::net::TcpListener, Door)>,
     let connections = TaskTracker::new();
     let mut accepting = JoinSet::new();
     for (listener, door) in doors {
+        sockets::tune(&listener, &door.probes(sidecar.config.timeouts.mesh_user));
         let listener = match TcpListener::from_std(listener) {
             Ok(listener) => listener,
             Err(error) => {

@@ -125,8 +125,9 @@ pub async fn refuse(tls: &mut ServerStream, refused: &Refused) {
     let say = async {
         tls.write_all(&answer.encode()).await?;
         tls.shutdown().await?;
-        // Closing a socket with unread data sends a reset, which may discard the answer.
-        let mut rest = [0; 4096];
+        // A socket that is closed with unread data resets, and a reset may overtake the answer. The room is on the heap, where
+        // it is no part of each connection's future.
+        let mut rest = vec![0; 4096];
         while tokio::io::AsyncReadExt::read(tls, &mut rest).await? != 0 {}
         std::io::Result::Ok(())
     };

@@ -11,7 +11,7 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::net::TcpStream;
 
 use crate::config::FixedOutbound;
-use crate::connections::Admitted;
+use crate::connections::{Admitted, Kind};
 use crate::copy::{End, Terms, carry, reset_on_close};
 use crate::cut::Cut;
 use crate::identity::Identity;
@@ -19,7 +19,7 @@ use crate::mesh::{self, Peer};
 use crate::preamble::Request;
 use crate::refusal::Refused;
 use crate::sidecar::{Sidecar, Story};
-use crate::silence::{Network, Side, probe_when_idle};
+use crate::silence::{Network, Side, probes_when_idle};
 use crate::sockets::{dial, is_link_local, original_destination};
 use crate::telemetry::{Carried, Direction};
 use crate::tls::ClientStream;
@@ -81,7 +81,7 @@ pub async fn fixed(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr, wa
     let mut story = Story::begin(sidecar, Direction::Outbound, source);
     story.record.destination = Some(way.target);
     let result = async {
-        let admitted = sidecar.connections.admit(source.ip())?;
+        let admitted = sidecar.connections.admit(Kind::Outbound, source.ip())?;
         let identity = own_identity(sidecar, &mut story)?;
         let request = Request { destination: way.target, workload: String::new() };
         let mut early = Early::default();
@@ -99,7 +99,7 @@ fn own_identity(sidecar: &Sidecar, story: &mut Story<'_>) -> Result<Arc<Identity
 }
 
 async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut Story<'_>) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(story.record.source.ip())?;
+    let admitted = sidecar.connections.admit(Kind::Outbound, story.record.source.ip())?;
     let destination = original_destination(app)?;
     story.record.destination = Some(destination);
     // An app that dials the sidecar's own port would make it forward to itself without end.
@@ -134,10 +134,10 @@ async fn in_clear(
     admitted: &Admitted,
     to: SocketAddr,
 ) -> Result<(), Refused> {
-    let mut server = dial(to, sidecar.config.timeouts.connect).await?;
+    let timeouts = &sidecar.config.timeouts;
+    let mut server = dial(to, timeouts.connect, &probes_when_idle(timeouts.mesh_user)).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
     let _open = story.in_clear(to, to.port());
-    probe_when_idle(&server, sidecar.config.timeouts.mesh_user);
     let terms = terms(sidecar, false, (&bytes.sent, &bytes.received), admitted.cut());
     let carried = carry(app, &mut server, terms).await;
     story.carried(Carried::Plain, carried);
@@ -147,7 +147,7 @@ async fn in_clear(
 /// The app is the first leg; the second one is on the network.
 fn terms<'a>(sidecar: &Sidecar, first_ended: bool, counters: (&'a Counter, &'a Counter), cut: &'a Cut) -> Terms<'a> {
     let network = Network { leg: Side::Second, bound: sidecar.config.timeouts.mesh_user };
-    Terms { first_ended, counters, cut, network }
+    Terms { first_ended, counters, cut, network, under_way: false }
 }
 
 /// Forwards to one of a service's endpoints, and to another one as long as no endpoint has accepted the connection.
@@ -172,6 +172,8 @@ async fn through_service(
         let Some(chosen) = sidecar.balancer.choose(&left) else { break };
         let to = chosen.address;
         left.retain(|a| *a != to);
+        // What is revoked from now on is the authority of the endpoint that takes the connection, not of one that did not.
+        admitted.leave_peer();
         story.record.destination = Some(to);
         let refused = match route(sidecar, identity, to).await {
             Ok(Route::Mesh { to: mesh, workload }) => {
@@ -271,8 +273,7 @@ async fn reach(
     early: &mut Early,
 ) -> Result<(ClientStream, Peer), Refused> {
     let timeouts = &sidecar.config.timeouts;
-    let tcp = dial(to, timeouts.connect).await?;
-    probe_when_idle(&tcp, timeouts.mesh_user);
+    let tcp = dial(to, timeouts.connect, &probes_when_idle(timeouts.mesh_user)).await?;
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
     mesh::dial(tcp, identity, proven, expected, request, || early.take(app, to), timeouts).await
 }

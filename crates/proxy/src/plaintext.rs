@@ -1,8 +1,9 @@
 //! Which peers use plaintext: what a switch to strict mode would cut off.
 //!
-//! A bounded table. A connection is entered when it is admitted, so one that never ends counts from its first second.
-//! When the table is full, the row used longest ago is removed, rows without open connections first. Removals are
-//! counted, because after one a missing row proves nothing.
+//! Bounded tables, entered at admission, so that a connection that never ends counts from its first second. When one is full
+//! the row that was used longest ago falls out, one without an open connection first; how many did is counted, for then a
+//! missing row proves nothing. Refused callers have a table of their own: a stranger who tries many ports leaves the rows of
+//! those that were let through where they are.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,7 +14,7 @@ use time::OffsetDateTime;
 
 use crate::telemetry::{Carried, Direction};
 
-/// Most rows of the table.
+/// Rows of a table at most.
 const ROWS: usize = 1_024;
 
 /// What one row is about.
@@ -60,9 +61,14 @@ pub struct Plaintext(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
-    rows: HashMap<Key, Row>,
+    carried: Rows,
+    refused: Rows,
     forgotten: u64,
+    made: u64,
 }
+
+/// Each with the number that it was made as.
+type Rows = HashMap<Key, (u64, Row)>;
 
 impl Plaintext {
     fn state(&self) -> MutexGuard<'_, State> {
@@ -71,8 +77,12 @@ impl Plaintext {
 
     /// Counts an accepted plaintext connection; it is open until the guard is dropped.
     pub fn admitted(&self, key: Key, now: OffsetDateTime) -> Open {
-        self.state().count(key, now.unix_timestamp()).open += 1;
-        Open { table: self.clone(), key }
+        let mut state = self.state();
+        let (made, row) = state.count(key, now.unix_timestamp());
+        row.open += 1;
+        let made = *made;
+        drop(state);
+        Open { table: self.clone(), key, made }
     }
 
     /// Counts a connection that was refused because it was plaintext.
@@ -83,7 +93,8 @@ impl Plaintext {
     /// A snapshot of all rows.
     pub fn shown(&self) -> Shown {
         let state = self.state();
-        let mut peers: Vec<Row> = state.rows.values().cloned().collect();
+        let mut peers: Vec<Row> =
+            state.carried.values().chain(state.refused.values()).map(|(_, row)| row.clone()).collect();
         let forgotten = state.forgotten;
         drop(state);
         peers.sort_by_key(|row| row.key);
@@ -92,16 +103,25 @@ impl Plaintext {
 }
 
 impl State {
-    fn count(&mut self, key: Key, now: i64) -> &mut Row {
-        if self.rows.len() >= ROWS && !self.rows.contains_key(&key) {
-            let least = self.rows.values().min_by_key(|row| (row.open > 0, row.last_seen, row.key)).map(|row| row.key);
-            if least.and_then(|key| self.rows.remove(&key)).is_some() {
+    fn rows(&mut self, mode: Carried) -> &mut Rows {
+        if mode == Carried::Refused { &mut self.refused } else { &mut self.carried }
+    }
+
+    fn count(&mut self, key: Key, now: i64) -> &mut (u64, Row) {
+        let rows = self.rows(key.mode);
+        if rows.len() >= ROWS && !rows.contains_key(&key) {
+            let least = rows.values().min_by_key(|(_, row)| (row.open > 0, row.last_seen, row.key));
+            let least = least.map(|(_, row)| row.key);
+            if least.and_then(|key| rows.remove(&key)).is_some() {
                 self.forgotten += 1;
             }
         }
-        let row = self.rows.entry(key).or_insert(Row { key, first_seen: now, last_seen: now, open: 0, total: 0 });
-        row.last_seen = now;
-        row.total += 1;
+        self.made += 1;
+        let made = self.made;
+        let row = Row { key, first_seen: now, last_seen: now, open: 0, total: 0 };
+        let row = self.rows(key.mode).entry(key).or_insert((made, row));
+        row.1.last_seen = now;
+        row.1.total += 1;
         row
     }
 }
@@ -111,12 +131,15 @@ impl State {
 pub struct Open {
     table: Plaintext,
     key: Key,
+    made: u64,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        // The row may have been removed and created again with fewer open connections than there are.
-        if let Some(row) = self.table.state().rows.get_mut(&self.key) {
+        // The row may have fallen out and come back: then this connection is none of those that it counts.
+        if let Some((made, row)) = self.table.state().rows(self.key.mode).get_mut(&self.key)
+            && *made == self.made
+        {
             row.open = row.open.saturating_sub(1);
             row.last_seen = row.last_seen.max(OffsetDateTime::now_utc().unix_timestamp());
         }
@@ -156,5 +179,28 @@ mod tests {
             (&json["peer"], &json["direction"], &json["mode"]),
             (&"0.0.0.0".into(), &"inbound".into(), &"plain".into())
         );
+    }
+
+    #[test]
+    fn a_connection_of_a_row_that_fell_out_does_not_end_one_of_the_row_that_came_back() {
+        let table = Plaintext::default();
+        let open: Vec<_> = (0..=u32::try_from(ROWS).unwrap()).map(|n| table.admitted(key(n, 80), at(1))).collect();
+        // All are open: the first one has fallen out, and comes back with one connection.
+        assert!(table.shown().peers.iter().all(|row| row.key != key(0, 80)));
+        let back = table.admitted(key(0, 80), at(2));
+        drop(open);
+        assert_eq!(table.shown().peers[0], Row { key: key(0, 80), first_seen: 2, last_seen: 2, open: 1, total: 1 });
+        drop(back);
+        assert_eq!(table.shown().peers[0].open, 0);
+    }
+
+    #[test]
+    fn strangers_who_are_refused_leave_the_rows_of_those_that_were_let_through() {
+        let table = Plaintext::default();
+        drop(table.admitted(key(0, 80), at(1)));
+        for n in 1..=2_000 {
+            table.refused(Key { mode: Carried::Refused, ..key(n, 80) }, at(2));
+        }
+        assert_eq!(table.shown().peers[0].key, key(0, 80));
     }
 }

@@ -55,7 +55,8 @@ impl Sidecar {
             connections: Arc::new(Connections::new(config.limits, telemetry.active.clone())),
             handshakes: Admission::new(admission::Limits {
                 name: "unfinished handshakes",
-                total: config.handshakes.total,
+                // They are connections too: all of them together leave most of these to callers that are proven.
+                total: config.handshakes.total.min(config.limits.connections.div_ceil(4)),
                 per_group: config.handshakes.per_peer,
             }),
             plaintext: Plaintext::default(),

@@ -1,19 +1,20 @@
 //! Detects a machine that is gone. Without a bound, Linux retransmits for a quarter of an hour before it gives up.
 //!
-//! `TCP_USER_TIMEOUT` is not used, because it also ends a connection whose reader is alive but has no room (tcp(7)), as
-//! a slow app does. Instead, a connection with unacknowledged bytes is checked now and then, and it is over once its
-//! peer has acknowledged nothing, not even a window probe, for the whole time. Idle connections are probed by keepalive
-//! and need no check.
+//! `TCP_USER_TIMEOUT` is not used: with it Linux also ends a connection whose reader is alive and has no room (tcp(7)), which
+//! is how a slow app behaves. Instead, a connection with bytes under way is looked at now and then, and is over when its peer
+//! has acknowledged nothing, not even a probe of its window, for the whole time, and owes an answer. The latter is not the
+//! same: the kernel's probes of a closed window are up to two minutes apart, and between them there is nothing to be answered.
+//! Idle connections are probed by keepalive and need no look.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use socket2::{SockRef, TcpKeepalive};
+use socket2::TcpKeepalive;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::kernel::standing;
+use crate::kernel::{Standing, standing};
 
 /// Number of checks per bound.
 const LOOKS: u32 = 5;
@@ -43,12 +44,16 @@ pub struct Silence {
     since: Option<Instant>,
     /// Bytes that had been written at the last check.
     seen: u64,
+    /// Something was unanswered at the last look.
+    unanswered: bool,
 }
 
 impl Silence {
-    /// Nothing unacknowledged yet.
-    pub fn new(network: Network) -> Self {
-        Self { network, since: None, seen: 0 }
+    /// Nothing has been written by the one who looks. `under_way`: something was before.
+    pub fn new(network: Network, under_way: bool) -> Self {
+        // A number that no count of bytes is at first: what is under way is looked at from the first poll on.
+        let seen = if under_way { u64::MAX } else { 0 };
+        Self { network, since: None, seen, unanswered: false }
     }
 
     /// The timer that wakes [`Self::poll_over`]. It is registered only once needed.
@@ -76,25 +81,62 @@ impl Silence {
             let (now, standing) = (Instant::now(), standing(tcp));
             self.seen = sent;
             if standing.unacknowledged == 0 {
-                self.since = None;
+                (self.since, self.unanswered) = (None, false);
                 return Poll::Pending;
             }
-            let waited = self.since.map_or(Duration::ZERO, |since| now - since);
-            if waited >= self.network.bound && standing.silent >= self.network.bound {
+            if self.is_over(now, standing) {
                 return Poll::Ready(());
             }
             tick.as_mut().reset(now + self.network.bound / LOOKS);
         }
         Poll::Pending
     }
+
+    /// Whether the peer owes an answer that it had time enough to give. Twice in a row: what is unanswered at one look may have
+    /// left in this very moment.
+    fn is_over(&mut self, now: Instant, standing: Standing) -> bool {
+        let again = std::mem::replace(&mut self.unanswered, standing.unanswered) && standing.unanswered;
+        let waited = self.since.map_or(Duration::ZERO, |since| now - since);
+        again && waited >= self.network.bound && standing.silent >= self.network.bound
+    }
 }
 
-/// Enables keepalive, so that a peer that is gone is noticed within about `bound` on an idle connection. It cannot fail
-/// on a TCP socket, and a failure would only make the connection live longer.
-pub fn probe_when_idle(tcp: &TcpStream, bound: Duration) {
-    // The kernel counts whole seconds: two fifths of silence, then a probe each fifth.
+/// How the kernel probes a connection on which nothing moves, so that a peer that is gone is noticed within about `bound`.
+pub fn probes_when_idle(bound: Duration) -> TcpKeepalive {
+    // Whole seconds are what the kernel counts in: two fifths of silence, then a probe each fifth.
     let fifth = (bound / 5).max(Duration::from_secs(1));
-    let keepalive = TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3);
-    // Neither is it worth a refusal: without it the system's own, slower, probes end the connection.
-    let _ = SockRef::from(tcp).set_tcp_keepalive(&keepalive);
+    TcpKeepalive::new().with_time(fifth * 2).with_interval(fifth).with_retries(3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_peer_that_owes_an_answer_at_two_looks_is_gone() {
+        let bound = Duration::from_secs(25);
+        let now = Instant::now();
+        let at = |unanswered| Standing { unacknowledged: 9, silent: bound * 2, unanswered, over: false };
+        let mut silence = Silence::new(Network { leg: Side::First, bound }, false);
+        silence.since = now.checked_sub(bound);
+        let told = [false, true, false, true, true].map(|unanswered| silence.is_over(now, at(unanswered)));
+        assert_eq!(told, [false, false, false, false, true]);
+        let heard = Standing { silent: bound / 2, ..at(true) };
+        assert!(!silence.is_over(now, heard), "it has acknowledged something meanwhile");
+        silence.since = Some(now);
+        assert!(!silence.is_over(now, at(true)), "bytes are under way since now");
+    }
+
+    #[tokio::test]
+    async fn what_was_written_before_is_looked_at_though_nothing_follows() {
+        let network = Network { leg: Side::First, bound: Duration::from_secs(25) };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        for under_way in [false, true] {
+            let mut silence = Silence::new(network, under_way);
+            let tick = std::pin::pin!(silence.tick());
+            assert!(silence.poll_over(tick, &mut Context::from_waker(std::task::Waker::noop()), &tcp, 0).is_pending());
+            assert_eq!(silence.since.is_some(), under_way);
+        }
+    }
 }

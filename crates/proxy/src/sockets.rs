@@ -45,15 +45,12 @@ pub fn listen_everywhere(port: u16) -> io::Result<Vec<std::net::TcpListener>> {
     }
 }
 
-/// Accepts one connection; after a failed accept it waits a little and tries again.
+/// Accepts one connection; an accept that fails waits a little and tries again. It is tuned as the listener is.
 pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => {
-                tune(&stream);
-                return (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
-            }
-            // A client that has already left is not an error.
+            Ok((stream, peer)) => return (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port())),
+            // A client that has left again is not our trouble.
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(e) => back_off_after(&e).await,
         }
@@ -65,7 +62,7 @@ pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
 pub async fn dial_app(to: SocketAddr, also: &[IpAddr], timeout: Duration) -> Result<TcpStream, Refused> {
     let mut last = match tokio::time::timeout(timeout, TcpStream::connect(to)).await {
         Ok(Ok(stream)) => {
-            tune(&stream);
+            tune(&stream, &local_probes());
             return Ok(stream);
         }
         Ok(Err(e)) => e,
@@ -75,7 +72,7 @@ pub async fn dial_app(to: SocketAddr, also: &[IpAddr], timeout: Duration) -> Res
         for ip in also.iter().filter(|ip| **ip != to.ip()) {
             match tokio::time::timeout(timeout, TcpStream::connect((*ip, to.port()))).await {
                 Ok(Ok(stream)) => {
-                    tune(&stream);
+                    tune(&stream, &local_probes());
                     return Ok(stream);
                 }
                 Ok(Err(e)) => last = e,
@@ -86,13 +83,13 @@ pub async fn dial_app(to: SocketAddr, also: &[IpAddr], timeout: Duration) -> Res
     Err(Refused::Connect { to, why: last.to_string() })
 }
 
-/// Dials an address. Errors: [`Refused::Connect`], also when `timeout` has passed.
-pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refused> {
+/// Dials within a time. `probes`: how a silent peer is probed.
+pub async fn dial(to: SocketAddr, timeout: Duration, probes: &TcpKeepalive) -> Result<TcpStream, Refused> {
     check_scope(to)?;
     let failed = |why: String| Refused::Connect { to, why };
     match tokio::time::timeout(timeout, TcpStream::connect(to)).await {
         Ok(Ok(stream)) => {
-            tune(&stream);
+            tune(&stream, probes);
             Ok(stream)
         }
         Ok(Err(e)) => Err(failed(e.to_string())),
@@ -100,12 +97,17 @@ pub async fn dial(to: SocketAddr, timeout: Duration) -> Result<TcpStream, Refuse
     }
 }
 
-/// Sets `TCP_NODELAY` and keepalive. Failures are ignored: neither is worth a refusal.
-fn tune(stream: &TcpStream) {
-    let _ = stream.set_nodelay(true);
-    let keepalive =
-        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES);
-    let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
+/// No delay for small writes; probes for silent peers. Both are for the better; neither is worth a refusal. What is set at a
+/// listener holds for all that it accepts (`inet_csk_clone_lock` copies it), which saves five calls for each of them.
+pub fn tune<'a>(socket: impl Into<SockRef<'a>>, probes: &TcpKeepalive) {
+    let socket = socket.into();
+    let _ = socket.set_tcp_nodelay(true);
+    let _ = socket.set_tcp_keepalive(probes);
+}
+
+/// For a peer on this machine, an app for the most part: it is there for as long as its process is.
+pub fn local_probes() -> TcpKeepalive {
+    TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_RETRIES)
 }
 
 /// The destination before the redirect. Errors: [`Refused::NoOriginalDestination`].
@@ -150,4 +152,25 @@ pub fn own_addresses() -> Vec<IpAddr> {
         v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
     });
     addresses.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_listener_is_tuned_to_holds_for_what_it_accepts() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let probes = TcpKeepalive::new().with_time(Duration::from_secs(7)).with_interval(Duration::from_secs(3));
+        tune(&listener, &probes.with_retries(2));
+        let listener = TcpListener::from_std(listener).unwrap();
+        let (dialled, (accepted, _)) =
+            tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), accept(&listener));
+        let socket = SockRef::from(&accepted);
+        assert!(socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+        let probes = (socket.tcp_keepalive_time(), socket.tcp_keepalive_interval(), socket.tcp_keepalive_retries());
+        assert_eq!((probes.0.unwrap(), probes.1.unwrap()), (Duration::from_secs(7), Duration::from_secs(3)));
+        assert_eq!(probes.2.unwrap(), 2);
+        drop(dialled);
+    }
 }

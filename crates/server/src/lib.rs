@@ -251,7 +251,7 @@ mod tests {
 
     /// A server that is ready, and its operators' socket.
     async fn serving(dir: &Path, shutdown: &CancellationToken) -> (JoinHandle<Result<(), ServerError>>, PathBuf) {
-        let config = caller::tests::config(dir);
+        let config = testing::config(dir);
         let socket = config.admin_socket.clone();
         let (ready, is_ready) = tokio::sync::oneshot::channel();
         let (clock, end) = (countersign_api::clock::system_clock(), shutdown.clone());

@@ -98,7 +98,7 @@ fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerTls>, TlsError>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::caller::tests::config;
+    use crate::testing::config;
     use std::collections::BTreeSet;
     use std::sync::atomic::{AtomicI64, Ordering};
 

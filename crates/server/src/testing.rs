@@ -1,5 +1,6 @@
 //! A whole server for tests, and its callers.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,15 +30,15 @@ pub async fn server(dir: &tempfile::TempDir) -> Arc<Core> {
     server_on(store(dir).await, dir).await
 }
 
-/// A server on this store.
-pub async fn server_on(store: Arc<dyn DataStore>, dir: &tempfile::TempDir) -> Arc<Core> {
+/// Settings of a server with all its data in `dir`.
+pub fn config(dir: &Path) -> Config {
     let hour = Duration::from_secs(3_600);
     let issuance = Issuance { ca_ttl: hour, svid_ttl: hour, agent_svid_ttl: hour, ca_key_type: KeyType::EcP256 };
-    let config = Config {
+    Config {
         trust_domain: td(),
         bind: "127.0.0.1:0".parse().unwrap(),
-        admin_socket: dir.path().join("server.sock"),
-        data_dir: dir.path().to_owned(),
+        admin_socket: dir.join("server.sock"),
+        data_dir: dir.to_owned(),
         issuance: tokio::sync::watch::channel(issuance).1,
         key_manager: KeyManagerKind::Memory,
         upstream: None,
@@ -45,12 +46,16 @@ pub async fn server_on(store: Arc<dyn DataStore>, dir: &tempfile::TempDir) -> Ar
         k8s_psat: None,
         k8s_bundle: None,
         k8s_webhook_label: None,
-        audit_log: Some(dir.path().join("audit.log")),
+        audit_log: Some(dir.join("audit.log")),
         metrics: None,
         reopen: Default::default(),
-    };
+    }
+}
+
+/// A server on this store.
+pub async fn server_on(store: Arc<dyn DataStore>, dir: &tempfile::TempDir) -> Arc<Core> {
     let clock = countersign_api::clock::system_clock();
-    Arc::new(crate::assemble_on(store, config, clock, Default::default()).await.unwrap())
+    Arc::new(crate::assemble_on(store, config(dir.path()), clock, Default::default()).await.unwrap())
 }
 
 /// An operator's call on the server's own socket.

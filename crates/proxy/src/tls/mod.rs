@@ -4,73 +4,37 @@
 //! buffer and sent with one call. A connection keeps only what could not be finished: the beginning of a record, or
 //! bytes that the socket did not accept. Records, keys and the handshake are rustls' part ([`rustls::unbuffered`]).
 
+mod engine;
+
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
+use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
-use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
-use rustls::unbuffered::{ConnectionState, UnbufferedStatus, WriteTraffic};
+use rustls::server::UnbufferedServerConnection;
+use rustls::unbuffered::WriteTraffic;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::buffer::{Buffer, CHUNK};
+use crate::buffer::{self, Buffer, CHUNK};
+use crate::tls::engine::{MAX_FLIGHT, digest, fill, invalid};
 
-/// Longest `ClientHello`, in bytes. Ours has about 1,500, of which the post-quantum key share takes 1,216; other
-/// implementations add groups and extensions.
-const MAX_HELLO: usize = 6 * 1024;
-/// Longest unfinished part of a later flight, in bytes: the longest chain that the verifier accepts takes 48 KiB.
-const MAX_FLIGHT: usize = 50 * 1024;
-/// Most bytes that a peer may send during a handshake. What arrives together with its last message is not counted.
+pub use engine::Engine;
+
+/// Bytes that a peer may send in a whole handshake. What comes with its end is not counted.
 const MAX_HANDSHAKE: usize = 64 * 1024;
-/// How long a peer whose handshake has failed may take to read our alert.
+/// Bytes by which the room for an unfinished flight grows: a `ClientHello` or a flight with a usual chain fits at once.
+const FLIGHT_STEP: usize = 8 * 1024;
+/// How long a peer whose handshake has failed may take to hear why.
 const PARTING: Duration = Duration::from_secs(1);
 /// Most bytes that are read from it meanwhile.
 const PARTING_BYTES: usize = 64 * 1024;
 /// Most unsent bytes that the next write may still be appended to.
 const JOIN: usize = 4 * 1024;
-
-/// The state machine of one TLS end, client or server.
-pub trait Engine: Unpin {
-    /// rustls' data of the end: client or server.
-    type Data;
-    /// Most bytes of the first incoming message.
-    const MAX_FIRST: usize;
-    /// `process_tls_records` of the [`UnbufferedClientConnection`] or [`UnbufferedServerConnection`].
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
-    /// The negotiated parameters and the peer's certificates.
-    fn state(&self) -> &CommonState;
-}
-
-impl Engine for UnbufferedClientConnection {
-    type Data = ClientConnectionData;
-    const MAX_FIRST: usize = MAX_FLIGHT;
-
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-
-    fn state(&self) -> &CommonState {
-        self
-    }
-}
-
-impl Engine for UnbufferedServerConnection {
-    type Data = ServerConnectionData;
-    const MAX_FIRST: usize = MAX_HELLO;
-
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-
-    fn state(&self) -> &CommonState {
-        self
-    }
-}
 
 /// The end that dials.
 pub type ClientStream = TlsStream<UnbufferedClientConnection>;
@@ -156,7 +120,8 @@ impl<E: Engine> TlsStream<E> {
         let tcp = &mut self.tcp;
         let heard = async {
             tcp.shutdown().await?;
-            let (mut rest, mut left) = ([0; 1024], PARTING_BYTES);
+            // On the heap: in the handshake's future it would be part of every connection for as long as that lives.
+            let (mut rest, mut left) = (vec![0; 1024], PARTING_BYTES);
             while left > 0 {
                 match tcp.read(&mut rest).await? {
                     0 => break,
@@ -175,9 +140,7 @@ impl<E: Engine> TlsStream<E> {
             ready!(self.poll_drain(cx))?;
             // The peer is not authenticated yet: what it makes us hold is checked before each read.
             self.check_bounds().map_err(|error| self.last_gasp(cx, error))?;
-            let mut plain = std::mem::take(&mut self.plain);
-            let got = self.poll_receive(cx, |bytes| plain.extend_from_slice(bytes));
-            self.plain = plain;
+            let got = self.poll_receive_flight(cx);
             self.received += ready!(got).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof => {
                     io::Error::new(e.kind(), "the connection ended during the TLS handshake")
@@ -201,14 +164,39 @@ impl<E: Engine> TlsStream<E> {
         Ok(())
     }
 
-    /// Receives once and passes on what can be decrypted now. Returns the number of bytes received.
+    /// Receives once during the handshake. What has come so far is kept in place and not copied each time: a peer that is not
+    /// proven yet may send a long message byte by byte. Gives the bytes received.
+    fn poll_receive_flight(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let received = loop {
+            ready!(self.tcp.poll_read_ready(cx))?;
+            if self.incoming.len() == self.incoming.capacity() {
+                // Not doubled, so that it holds little more than it may.
+                self.incoming.reserve_exact(FLIGHT_STEP);
+            }
+            match self.tcp.try_read_buf(&mut self.incoming) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                Ok(received) => break received,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Poll::Ready(Err(e)),
+            }
+        };
+        self.queue(|_, _| Ok(())).map_err(|error| self.last_gasp(cx, error))?;
+        if self.incoming.is_empty() {
+            self.incoming = vec![];
+        }
+        Poll::Ready(Ok(received))
+    }
+
+    /// Receives once, and hands on what can be decrypted now. Gives the bytes received.
     fn poll_receive(&mut self, cx: &mut Context<'_>, plain: impl FnMut(&[u8])) -> Poll<io::Result<usize>> {
         if self.failed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         let mut incoming = Buffer::lend();
         incoming.put(&self.incoming);
-        let mut buffer = ReadBuf::new(incoming.room());
+        let room = incoming.room();
+        let most = room.len().min(buffer::receive());
+        let mut buffer = ReadBuf::new(&mut room[..most]);
         if buffer.remaining() == 0 {
             let error = rustls::Error::General(format!("a message of more than {} bytes", self.incoming.len()));
             return Poll::Ready(Err(self.last_gasp(cx, invalid(error))));
@@ -251,9 +239,14 @@ impl<E: Engine> TlsStream<E> {
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(outgoing) = &mut self.outgoing {
             while !outgoing.content().is_empty() {
-                match ready!(Pin::new(&mut self.tcp).poll_write(cx, outgoing.content()))? {
-                    0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                    n => outgoing.consume(n),
+                match Pin::new(&mut self.tcp).poll_write(cx, outgoing.content()) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Poll::Ready(Ok(n)) => outgoing.consume(n),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => {
+                        outgoing.keep();
+                        return Poll::Pending;
+                    }
                 }
             }
             self.outgoing = None;
@@ -344,66 +337,6 @@ impl<E: Engine> AsyncWrite for TlsStream<E> {
         ready!(this.poll_drain(cx))?;
         Pin::new(&mut this.tcp).poll_shutdown(cx)
     }
-}
-
-/// Lets rustls process the input, pass on what it decrypts, and put its own output into `out`; then, if it may write,
-/// runs `write`. Returns the number of input bytes consumed.
-fn digest<E: Engine>(
-    engine: &mut E,
-    incoming: &mut [u8],
-    out: &mut Option<Buffer>,
-    ended: &mut bool,
-    mut plain: impl FnMut(&[u8]),
-    write: impl FnOnce(&mut WriteTraffic<'_, E::Data>, &mut Option<Buffer>) -> io::Result<()>,
-) -> io::Result<usize> {
-    let mut used = 0;
-    loop {
-        let UnbufferedStatus { discard, state } = engine.process(&mut incoming[used..]);
-        match state {
-            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                while let Some(record) = traffic.next_record() {
-                    let record = record.map_err(invalid)?;
-                    used += record.discard;
-                    plain(record.payload);
-                }
-            }
-            Ok(ConnectionState::EncodeTlsData(mut data)) => fill(out, |room| data.encode(room))?,
-            Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
-            Ok(ConnectionState::PeerClosed) => *ended = true,
-            Ok(ConnectionState::WriteTraffic(mut traffic)) => {
-                write(&mut traffic, out)?;
-                return Ok(used + discard);
-            }
-            Ok(ConnectionState::BlockedHandshake | ConnectionState::Closed) => return Ok(used + discard),
-            Ok(_) => return Err(invalid(rustls::Error::General("early data, which we never offer".into()))),
-            Err(error) => {
-                // Collects the alert for the peer. rustls must not be given the same input again.
-                while engine.state().wants_write() {
-                    match engine.process(&mut []).state {
-                        Ok(ConnectionState::EncodeTlsData(mut data)) => fill(out, |room| data.encode(room))?,
-                        _ => break,
-                    }
-                }
-                return Err(invalid(error));
-            }
-        }
-        used += discard;
-    }
-}
-
-/// Lets rustls append to the output.
-fn fill<E: std::fmt::Display>(
-    out: &mut Option<Buffer>,
-    put: impl FnOnce(&mut [u8]) -> Result<usize, E>,
-) -> io::Result<()> {
-    let out = out.get_or_insert_with(Buffer::lend);
-    let written = put(out.room()).map_err(|e| invalid(rustls::Error::General(e.to_string())))?;
-    out.extend(written);
-    Ok(())
-}
-
-fn invalid(error: rustls::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use super::engine::MAX_HELLO;
 use super::*;
 
 fn configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
@@ -291,4 +292,46 @@ async fn what_was_said_before_a_reset_is_read_though_a_write_has_failed() {
     let mut got = vec![];
     assert!(client.read_to_end(&mut got).await.is_err());
     assert_eq!(got.len(), 30_000);
+}
+
+#[tokio::test]
+async fn a_peer_that_stops_in_the_middle_while_memory_is_short_makes_us_hold_little() {
+    crate::buffer::SHORT.set(true);
+    let (mut client, mut server) = pair().await;
+    // It sends and takes nothing.
+    let flood = bytes(1 << 20, 6);
+    let sending = async {
+        for part in flood.chunks(4 * 1024).cycle() {
+            server.write_all(part).await.unwrap();
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_millis(300), sending).await.is_err());
+    let held = server.outgoing.as_ref().map_or(0, Buffer::held);
+    assert!((1..=9 * 1024).contains(&held), "{held} bytes to be sent");
+    let mut got = vec![0; 4 * 1024];
+    client.read_exact(&mut got).await.unwrap();
+    assert_eq!(got, flood[..got.len()]);
+    let held = client.incoming.capacity() + client.plain.capacity();
+    assert!(held <= 2 * crate::buffer::RECORD, "{held} bytes received");
+}
+
+#[tokio::test]
+async fn an_unfinished_flight_holds_little_more_than_has_come() {
+    let (config, _) = configs();
+    let (a, mut b) = sockets().await;
+    let engine = UnbufferedClientConnection::new(config, name()).unwrap();
+    let mut stream = TlsStream::new(a, engine);
+    // A ServerHello of 40 kB, of which half comes and the rest never.
+    let mut sent = vec![22, 3, 3, 0x40, 0, 2, 0, 0x9c, 0x40];
+    sent.resize(5 + 16 * 1024, 7);
+    sent.extend([22, 3, 3, 0x40, 0]);
+    sent.resize(20_000, 7);
+    b.write_all(&sent).await.unwrap();
+    let all = std::future::poll_fn(|cx| {
+        let polled = stream.poll_shake_hands(cx);
+        if stream.received < sent.len() { polled.map(Result::unwrap) } else { Poll::Ready(()) }
+    });
+    tokio::time::timeout(Duration::from_secs(5), all).await.unwrap();
+    let (length, capacity) = (stream.incoming.len(), stream.incoming.capacity());
+    assert!(length >= 16 * 1024 && capacity <= length + FLIGHT_STEP, "{length} bytes in {capacity}");
 }

@@ -72,7 +72,7 @@ impl Service<Request<Body>> for ByCaller {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::caller::tests::server;
+    use crate::testing::server;
     use countersign_api::peer::{TlsPeer, UnixPeer};
     use countersign_api::spire::entry::BatchCreateEntryRequest;
     use countersign_api::spire::types::Entry;
@@ -100,7 +100,7 @@ mod tests {
     #[tokio::test]
     async fn a_stranger_may_not_send_more_than_its_evidence_takes() {
         let dir = tempfile::tempdir().unwrap();
-        let mut service = by_caller(&Arc::new(server(&dir).await)).await;
+        let mut service = by_caller(&server(&dir).await).await;
         let stranger = TlsPeer { address: "127.0.0.1:9".parse().unwrap(), svid: None };
         let local = UnixPeer { pid: 0, uid: 0, gid: 0, pidfd: None, started: None, at_accept: None };
         for (bytes, of_stranger) in [(100_000, Code::PermissionDenied), (200_000, Code::OutOfRange)] {
