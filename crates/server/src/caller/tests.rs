@@ -1,6 +1,5 @@
 //! A caller whose authority was revoked is rejected, however old its connection.
 
-use std::path::Path;
 use std::time::Duration;
 
 use super::*;
