@@ -71,6 +71,11 @@ impl Agent {
         .await
     }
 
+    /// Its stream stands: what the server pushes from now on comes, whatever authority new connections show.
+    async fn hears(&self) {
+        eventually("the first push", || self.cache.read().synced.then_some(())).await;
+    }
+
     async fn comes_under(&self, ca: &str) {
         eventually("an SVID of the other authority", || {
             self.link.identity().borrow().as_ref().filter(|s| s.facts().authority_id == ca).map(drop)
@@ -107,6 +112,7 @@ async fn an_agent_renews_its_own_svid_when_its_authority_is_tainted() {
     let server = FakeServer::start().await;
     let agent = Agent::start(dir.path(), &server, token());
     let first = agent.authority().await;
+    agent.hears().await;
     let next = Ca::new(OffsetDateTime::now_utc());
     let second = next.bundle().authorities[0].id().to_owned();
     let mut both = server.next_authority(next);
@@ -200,6 +206,7 @@ async fn an_agent_that_was_away_knows_its_server_by_what_it_kept_and_by_a_file_t
     let old = server.bundle();
     let agent = Agent::start(dir.path(), &server, again(dir.path()));
     let first = agent.authority().await;
+    agent.hears().await;
     let next = Ca::new(OffsetDateTime::now_utc());
     let second = next.bundle().authorities[0].id().to_owned();
     let both = server.next_authority(next);

@@ -323,8 +323,7 @@ fn a_redirect_by_one_backend_takes_the_place_of_the_others() {
 fn nftables_takes_more_rules_than_a_sockets_memory_has_acknowledgements_for() {
     let Some(world) = World::new("manynft") else { return };
     let mut many = Redirect::for_proxy(4242);
-    many.exempt_outbound_cidrs =
-        (0..2_000).map(|n| format!("10.{}.{}.0/24", n / 250, n % 250).parse().unwrap()).collect();
+    many.exempt_outbound_cidrs = (0..160).map(|n| format!("10.1.{n}.0/24").parse().unwrap()).collect();
     many.guard = Some(Guard::default());
     put(&world.here, &many, Backend::Nftables);
 }
