@@ -19,12 +19,12 @@ pub struct Near(Vec<IpAddr>);
 impl Near {
     /// By the environment and the routes of the moment.
     pub fn of_this_process() -> Self {
-        let node = std::env::var(NODE).ok().and_then(|text| match text.parse() {
-            Ok(address) => Some(address),
-            Err(_) => {
+        let node = std::env::var(NODE).ok().and_then(|text| {
+            let address = text.parse().ok();
+            if address.is_none() {
                 warn!(variable = NODE, "no IP address; the node's probes are told from strangers by loopback alone");
-                None
             }
+            address
         });
         // Where there is no such table, there is no IPv4 network.
         let routes = std::fs::read_to_string(ROUTES).unwrap_or_default();

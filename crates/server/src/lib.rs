@@ -143,7 +143,7 @@ pub async fn run(
         core.tasks.wait().await;
         served.map(|_| ())
     };
-    take_leave(serving, &shutdown, GRACE).await.unwrap_or(Ok(())).map_err(ServerError::from)
+    Box::pin(take_leave(serving, &shutdown, GRACE)).await.unwrap_or(Ok(())).map_err(ServerError::from)
 }
 
 /// Most concurrent calls per connection.

@@ -138,8 +138,12 @@ async fn run(args: &VerifyArgs) -> Result<Found> {
     let namespaces: Api<Namespace> = Api::all(client);
     let made = json!({ "metadata": {
         "name": stage.namespace,
-        "labels": { "countersign.dev/inject": "enabled", "pod-security.kubernetes.io/enforce": "privileged" },
-        "annotations": { "countersign.dev/mode": "strict" },
+        // A label and not an annotation: it also decides which rules the pods' redirects have.
+        "labels": {
+            "countersign.dev/inject": "enabled",
+            "countersign.dev/mode": "strict",
+            "pod-security.kubernetes.io/enforce": "privileged",
+        },
     } });
     namespaces
         .create(&PostParams::default(), &serde_json::from_value(made)?)

@@ -115,7 +115,7 @@ pub struct ProxySettings {
     /// Most open connections [default: what fits into the memory limit, at most 65536].
     #[arg(long, value_name = "N")]
     max_connections: Option<usize>,
-    /// Most open connections per peer address [default: half of --max-connections].
+    /// Most open connections per peer address [default: half of --max-connections; a quarter of it in plaintext].
     #[arg(long, value_name = "N")]
     max_connections_per_peer: Option<usize>,
 }
