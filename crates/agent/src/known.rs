@@ -78,12 +78,12 @@ mod tests {
     use super::*;
     use crate::testing::Ca;
 
-    fn given(bundle: &X509Bundle, digest: &str) -> Option<Given> {
-        Some(Given { bundle: bundle.clone(), digest: digest.into() })
+    fn given(bundle: &X509Bundle, digest: &str) -> Given {
+        Given { bundle: bundle.clone(), digest: digest.into() }
     }
 
-    fn kept(bundle: &X509Bundle, replaces: Option<&str>) -> Option<Kept> {
-        Some(Kept { bundle: bundle.clone(), replaces: replaces.map(ToOwned::to_owned) })
+    fn kept(bundle: &X509Bundle, replaces: Option<&str>) -> Kept {
+        Kept { bundle: bundle.clone(), replaces: replaces.map(ToOwned::to_owned) }
     }
 
     fn ids(bundle: Option<X509Bundle>) -> Vec<String> {
@@ -95,9 +95,13 @@ mod tests {
         let now = OffsetDateTime::now_utc();
         let (revoked, present) = (Ca::new(now).bundle(), Ca::new(now).bundle());
         let only = vec![present.authorities[0].id().to_owned()];
-        assert_eq!(ids(at_start(kept(&present, Some("old")), given(&revoked, "old"), now)), only);
-        assert_eq!(ids(at_start(kept(&present, None), given(&revoked, "old"), now)), only, "kept by an older version");
-        assert_eq!(ids(at_start(kept(&present, Some("old")), None, now)), only);
+        assert_eq!(ids(at_start(Some(kept(&present, Some("old"))), Some(given(&revoked, "old")), now)), only);
+        assert_eq!(
+            ids(at_start(Some(kept(&present, None)), Some(given(&revoked, "old")), now)),
+            only,
+            "kept by an older version"
+        );
+        assert_eq!(ids(at_start(Some(kept(&present, Some("old"))), None, now)), only);
     }
 
     #[test]
@@ -110,10 +114,13 @@ mod tests {
         kept_two.authorities.extend(ended.authorities.clone());
         let mut given_two = new.clone();
         given_two.authorities.extend(present.authorities.clone());
-        let found = ids(at_start(kept(&kept_two, Some("old")), given(&given_two, "new"), now));
+        let found = ids(at_start(Some(kept(&kept_two, Some("old"))), Some(given(&given_two, "new")), now));
         assert_eq!(found, [present.authorities[0].id(), new.authorities[0].id()]);
-        assert_eq!(ids(at_start(kept(&ended, Some("old")), given(&ended, "new"), now)), [ended.authorities[0].id()]);
-        assert_eq!(ids(at_start(None, given(&new, "new"), now)), [new.authorities[0].id()]);
+        assert_eq!(
+            ids(at_start(Some(kept(&ended, Some("old"))), Some(given(&ended, "new")), now)),
+            [ended.authorities[0].id()]
+        );
+        assert_eq!(ids(at_start(None, Some(given(&new, "new")), now)), [new.authorities[0].id()]);
         assert_eq!(at_start(None, None, now), None);
     }
 }

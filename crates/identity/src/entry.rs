@@ -298,7 +298,7 @@ mod tests {
         assert!(matches!(e.check(&td), Err(EntryError::SelectorsTooLong(_))), "few and long");
         e.selectors = (0..8).map(long).collect();
         assert_eq!(e.check(&td), Ok(()));
-        e.federates_with = (0..65).map(|n| TrustDomain::new(&format!("td{n}")).unwrap()).collect();
+        e.federates_with = (0..65).map(|n| TrustDomain::new(format!("td{n}")).unwrap()).collect();
         assert_eq!(e.check(&td), Err(EntryError::TooManyFederated(65)));
         e.federates_with.pop_last();
         assert_eq!(e.check(&td), Ok(()));
