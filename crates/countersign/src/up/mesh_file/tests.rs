@@ -195,7 +195,7 @@ fn mistakes() -> Vec<(String, &'static str)> {
         (with("ports: [80]\nport_modes: {80: strickt}"), "mesh.yaml:5: port_modes.80: `strickt` is not a mode: use off, permissive or strict"),
         (with("ports: [80]\nproxy_protocl: [80]"), "mesh.yaml:5: unknown key `proxy_protocl`; did you mean `proxy_protocol`?"),
         (with("ports: [80]\nproxy_protocol: [80, 81]"), "mesh.yaml:5: proxy_protocol: port 81 is not served: `ports` lists 80"),
-        (with("proxy_protocol: 80"), "mesh.yaml:4: proxy_protocol: expected a list such as [8080], found the number 80"),
+        (with("proxy_protocol: 80"), "mesh.yaml:4: proxy_protocol: expected a list such as [80], found the number 80"),
         (with("allow_udp_port: [80]"), "mesh.yaml:4: unknown key `allow_udp_port`; did you mean `allow_udp_ports`?"),
         (with("allow_udp_ports: [0]"), "mesh.yaml:4: allow_udp_ports: expected a port from 1 to 65535, found the number 0"),
         (with("allow_other_cidr: [10.0.0.0/8]"), "mesh.yaml:4: unknown key `allow_other_cidr`; did you mean `allow_other_cidrs`?"),
