@@ -293,22 +293,23 @@ mod tests {
         let headers = [&[0, 0, u8::try_from(block.len()).unwrap(), 1, 0x5, 0, 0, 0, 1][..], &block].concat();
         client.write_all(&headers).await.unwrap();
         client.write_all(&[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]).await.unwrap();
-        let mut resets = vec![];
-        let until_ping_is_answered = async {
-            loop {
+        let (mut resets, mut answered) = (vec![], false);
+        // Which of the two comes first is not laid down.
+        let until_both_are_there = async {
+            while resets.is_empty() || !answered {
                 let mut head = [0; 9];
                 client.read_exact(&mut head).await.unwrap();
                 let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
                 client.read_exact(&mut payload).await.unwrap();
                 match (head[3], head[4]) {
                     (3, _) => resets.push((head[8], payload)),
-                    (6, 1) if payload == [1, 2, 3, 4, 5, 6, 7, 8] => return,
+                    (6, 1) if payload == [1, 2, 3, 4, 5, 6, 7, 8] => answered = true,
                     (7, _) => panic!("the whole connection is given up: {payload:?}"),
                     _ => {}
                 }
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), until_ping_is_answered).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), until_both_are_there).await.unwrap();
         assert_eq!(resets, [(1, vec![0, 0, 0, 1])]);
     }
 }
