@@ -20,7 +20,7 @@ pub struct Config {
     pub trust_domain: TrustDomain,
     /// Settings of the registrar; `None` does not run it.
     pub registrar: Option<RegistrarConfig>,
-    /// Settings of the directory feed; `None` does not run it.
+    /// Settings of the directory publisher; `None` does not run it.
     pub directory: Option<DirectoryConfig>,
     /// Settings of the webhook; `None` does not serve it.
     pub injector: Option<InjectorConfig>,
@@ -45,7 +45,7 @@ pub struct RegistrarConfig {
     pub control_namespace: Option<String>,
 }
 
-/// Settings of the directory feed.
+/// Settings of the directory publisher.
 #[derive(Debug, Clone)]
 pub struct DirectoryConfig {
     /// Path of the server's Unix socket.

@@ -1,18 +1,18 @@
 //! The Kubernetes controller: injects sidecars into pods, registers pods with the server, and publishes the directory.
 //!
 //! Three parts that run together or apart: [`injector`] is the webhook and needs no permission in the cluster;
-//! [`registrar`] and [`feed`] run next to a server, whose Unix socket they use, and share one view of the cluster
-//! ([`watch`], [`facts`]).
+//! [`registrar`] and [`publisher`] run next to a server, whose Unix socket they use, and share one view of the cluster
+//! ([`watch`], [`store`]).
 
 pub mod config;
 pub mod crd;
-pub mod facts;
-pub mod feed;
 pub mod injector;
 mod leader;
 pub mod metrics;
+pub mod publisher;
 pub mod registrar;
 mod server_link;
+pub mod store;
 pub mod template;
 pub mod watch;
 
@@ -27,9 +27,9 @@ use tokio_util::task::TaskTracker;
 
 pub use config::{Config, DirectoryConfig, InjectorConfig, RegistrarConfig};
 
-use crate::feed::Feed;
 use crate::leader::Leader;
 use crate::metrics::Metrics;
+use crate::publisher::DirectoryPublisher;
 use crate::registrar::Registrar;
 use crate::server_link::ServerLink;
 use crate::watch::Cluster;
@@ -79,7 +79,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
                 "/ready" => {
                     let unheard = || "the API server has not been heard whole yet";
                     let missing = injects.then(|| serving.missing()).flatten();
-                    let missing = missing.or_else(|| (watches && cluster.facts().is_none()).then(unheard));
+                    let missing = missing.or_else(|| (watches && cluster.store().is_none()).then(unheard));
                     Some(http::Answer::ready(missing.map(ToOwned::to_owned)))
                 }
                 _ => None,
@@ -120,14 +120,14 @@ fn start_watchers(
         }
     });
     if let Some(settings) = config.directory.clone() {
-        let feed = Feed {
+        let publisher = DirectoryPublisher {
             server: ServerLink::new(&settings.server_socket),
             config: settings,
             trust_domain: config.trust_domain.clone(),
             cluster: cluster.clone(),
             metrics: metrics.clone(),
         };
-        tasks.spawn(feed.run(shutdown.clone()));
+        tasks.spawn(publisher.run(shutdown.clone()));
     }
     if let Some(settings) = config.registrar.clone() {
         let (cluster, client, metrics) = (cluster.clone(), client.clone(), metrics.clone());

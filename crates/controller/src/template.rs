@@ -7,7 +7,7 @@ use std::str::FromStr;
 use countersign_identity::trust_domain::parse_workload_id;
 use countersign_identity::{SpiffeId, TrustDomain};
 
-use crate::facts::Pod;
+use crate::store::Pod;
 
 /// The default template.
 pub const DEFAULT: &str = "ns/{{.Pod.Namespace}}/sa/{{.Pod.ServiceAccount}}";

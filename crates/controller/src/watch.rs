@@ -1,4 +1,4 @@
-//! Keeps [`Facts`] up to date with a watch on each kind of object.
+//! Keeps [`Store`] up to date with a watch on each kind of object.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -15,11 +15,11 @@ use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
 use crate::crd::SpiffeID;
-use crate::facts::{Facts, Key, Mesh, Namespace, Pod, Service, Slice};
+use crate::store::{Key, Mesh, Namespace, Pod, Service, Slice, Store};
 
-/// The facts about the cluster, with notification of each change.
+/// The view of the cluster, with notification of each change.
 pub struct Cluster {
-    facts: RwLock<Facts>,
+    store: RwLock<Store>,
     version: watch::Sender<u64>,
     /// Number of kinds whose first complete list has not arrived yet.
     missing: AtomicUsize,
@@ -29,15 +29,15 @@ pub struct Cluster {
 const KINDS: usize = 6;
 
 impl Cluster {
-    /// No facts yet. `with_mesh`: the mesh's ConfigMap will be watched too.
+    /// Nothing is known yet. `with_mesh`: the mesh's ConfigMap will be watched too.
     pub fn new(with_mesh: bool) -> Self {
         let missing = AtomicUsize::new(KINDS + usize::from(with_mesh));
-        Self { facts: RwLock::default(), version: watch::Sender::new(0), missing }
+        Self { store: RwLock::default(), version: watch::Sender::new(0), missing }
     }
 
-    /// The current facts; `None` until every kind was listed completely once.
-    pub fn facts(&self) -> Option<RwLockReadGuard<'_, Facts>> {
-        (self.missing.load(Ordering::Acquire) == 0).then(|| self.facts.read().unwrap_or_else(PoisonError::into_inner))
+    /// The current view; `None` until every kind was listed completely once.
+    pub fn store(&self) -> Option<RwLockReadGuard<'_, Store>> {
+        (self.missing.load(Ordering::Acquire) == 0).then(|| self.store.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Notifies of each change.
@@ -45,9 +45,9 @@ impl Cluster {
         self.version.subscribe()
     }
 
-    /// Changes the facts and notifies all watchers.
-    pub fn change(&self, change: impl FnOnce(&mut Facts)) {
-        change(&mut self.facts.write().unwrap_or_else(PoisonError::into_inner));
+    /// Changes the view and notifies all watchers.
+    pub fn change(&self, change: impl FnOnce(&mut Store)) {
+        change(&mut self.store.write().unwrap_or_else(PoisonError::into_inner));
         self.version.send_modify(|v| *v += 1);
     }
 
@@ -99,7 +99,7 @@ impl Cluster {
         &self,
         api: Api<K>,
         config: watcher::Config,
-        place: fn(&mut Facts) -> &mut HashMap<Key, V>,
+        place: fn(&mut Store) -> &mut HashMap<Key, V>,
         read: impl Fn(K) -> Option<V>,
     ) where
         K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
@@ -111,14 +111,14 @@ impl Cluster {
         let mut events = watch_objects(api, config).default_backoff().boxed();
         while let Some(event) = events.next().await {
             let put = |key: Key, value: Option<V>| {
-                let mut facts = self.facts.write().unwrap_or_else(PoisonError::into_inner);
-                let known = place(&mut facts);
+                let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
+                let known = place(&mut store);
                 let changed = match value {
                     Some(value) if known.get(&key) == Some(&value) => false,
                     Some(value) => known.insert(key, value).is_none_or(|_| true),
                     None => known.remove(&key).is_some(),
                 };
-                drop(facts);
+                drop(store);
                 if changed {
                     self.version.send_modify(|v| *v += 1);
                 }
@@ -133,7 +133,7 @@ impl Cluster {
                 }
                 Ok(Event::InitDone) => {
                     let whole = std::mem::take(&mut fresh);
-                    self.change(|facts| *place(facts) = whole);
+                    self.change(|store| *place(store) = whole);
                     if std::mem::take(&mut first) {
                         self.missing.fetch_sub(1, Ordering::AcqRel);
                         self.version.send_modify(|v| *v += 1);

@@ -18,7 +18,7 @@ use crate::mesh::{self, Peer};
 use crate::preamble::{Answer, Request};
 use crate::proxy_protocol;
 use crate::refusal::Refused;
-use crate::sidecar::{Sidecar, Story};
+use crate::sidecar::{AccessRecord, Sidecar};
 use crate::silence::{Network, Side};
 use crate::sockets::{dial, dial_app, local_probes, original_destination};
 use crate::telemetry::{Carried, Direction};
@@ -34,25 +34,25 @@ pub enum Target<'a> {
 
 /// Carries one connection to the mesh port, from accept to close.
 pub async fn from_mesh(sidecar: &Sidecar, tcp: TcpStream, source: SocketAddr, target: Target<'_>) {
-    let mut story = Story::begin(sidecar, Direction::Inbound, source);
-    let result = carry_mesh(sidecar, tcp, &mut story, target).await;
-    story.end(result.as_ref().err());
+    let mut access = AccessRecord::begin(sidecar, Direction::Inbound, source);
+    let result = carry_mesh(sidecar, tcp, &mut access, target).await;
+    access.end(result.as_ref().err());
 }
 
 async fn carry_mesh(
     sidecar: &Sidecar,
     tcp: TcpStream,
-    story: &mut Story<'_>,
+    access: &mut AccessRecord<'_>,
     target: Target<'_>,
 ) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(Kind::Mesh, story.record.source.ip());
+    let admitted = sidecar.connections.admit(Kind::Mesh, access.record.source.ip());
     let identity = admitted.and_then(|a| Ok((a, sidecar.current.get()?)));
     let (admitted, identity) = identity.inspect_err(|_| reset_on_close(&tcp))?;
-    story.own(&identity);
+    access.own(&identity);
     let proven = |peer: &VerifiedPeer| admitted.authenticated_as(peer, |td, key| sidecar.current.trusts(td, key));
     // Unfinished handshakes have a bound of their own: unauthenticated callers cannot take the place of open
     // connections.
-    let seat = sidecar.handshakes.admit(story.record.source.ip());
+    let seat = sidecar.handshakes.admit(access.record.source.ip());
     let accepted = tokio::select! {
         accepted = mesh::accept(tcp, &identity, proven, &sidecar.config.timeouts) => accepted,
         () = seat.taken_away() => Err((Refused::TooMany("unfinished handshakes"), None)),
@@ -61,14 +61,14 @@ async fn carry_mesh(
     let (mut mesh, peer, request) = match accepted {
         Ok(accepted) => accepted,
         Err((refused, peer)) => {
-            peer.iter().for_each(|p| story.peer(p));
+            peer.iter().for_each(|p| access.peer(p));
             return Err(refused);
         }
     };
-    story.peer(&peer);
+    access.peer(&peer);
     // The caller decides how long its preamble takes, and its authority may have been revoked meanwhile.
     let opened = match admitted.check() {
-        Ok(()) => open_app(sidecar, &identity, &peer, &request, &target, story).await,
+        Ok(()) => open_app(sidecar, &identity, &peer, &request, &target, access).await,
         Err(revoked) => Err(revoked),
     };
     let mut app = match opened {
@@ -87,7 +87,7 @@ async fn carry_mesh(
     // Our answer is under way: a caller that has gone since is noticed though neither it nor the app says anything.
     let terms = Terms { under_way: true, ..terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut()) };
     let carried = carry(&mut mesh, &mut app, terms).await;
-    story.carried(Carried::Mtls, carried);
+    access.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
 }
 
@@ -126,31 +126,31 @@ async fn open_app(
     peer: &Peer,
     request: &Request,
     target: &Target<'_>,
-    story: &mut Story<'_>,
+    access: &mut AccessRecord<'_>,
 ) -> Result<TcpStream, Refused> {
     let own_domain = identity.svid().id().trust_domain_name();
     match target {
         Target::Fixed(way) => {
-            story.record.destination = Some(way.target);
+            access.record.destination = Some(way.target);
             // Policy before the dial: a rejected caller must not open even an empty connection to the app.
             way.policy.admits(&peer.svid.id, own_domain, way.target.port())?;
             let mut app = dial(way.target, sidecar.config.timeouts.connect, &local_probes()).await?;
-            introduce(sidecar, &mut app, story.record.source, way.target, Some(peer)).await?;
+            introduce(sidecar, &mut app, access.record.source, way.target, Some(peer)).await?;
             Ok(app)
         }
         Target::AsAsked => {
             let to = request.destination;
-            story.record.destination = Some(to);
+            access.record.destination = Some(to);
             // Not an open relay: only this namespace's own addresses, and no port of the sidecar itself.
             if sidecar.ports().contains(to.port()) {
                 return Err(Refused::Loop(to));
             }
             // Loopback is this namespace's own too, but apps that listen there do not expect callers from outside.
-            if to.ip().is_loopback() || !sidecar.own.is_own(to.ip()) {
+            if to.ip().is_loopback() || !sidecar.local.is_own(to.ip()) {
                 return Err(Refused::NotOurs(to));
             }
             // The directory must name us at this address: the policy of another workload says nothing about our app.
-            let workload = sidecar.own.at(to.ip(), identity).ok_or(Refused::PolicyUnknown)?;
+            let workload = sidecar.local.at(to.ip(), identity).ok_or(Refused::PolicyUnknown)?;
             // Addresses are reused. A caller with an outdated directory must not reach the workload that has the
             // address now.
             if !request.workload.is_empty() && request.workload != workload.uid {
@@ -158,7 +158,7 @@ async fn open_app(
             }
             workload.policy.admits(&peer.svid.id, own_domain, to.port())?;
             let mut app = dial_app(to, &workload.addresses, sidecar.config.timeouts.connect).await?;
-            introduce(sidecar, &mut app, story.record.source, to, Some(peer)).await?;
+            introduce(sidecar, &mut app, access.record.source, to, Some(peer)).await?;
             Ok(app)
         }
     }
@@ -167,19 +167,19 @@ async fn open_app(
 /// Carries one plaintext connection from the redirect, from accept to close.
 pub async fn redirected(sidecar: &Sidecar, mut caller: TcpStream, source: SocketAddr) {
     reset_on_close(&caller);
-    let mut story = Story::begin(sidecar, Direction::Inbound, source);
-    let result = carry_plain(sidecar, &mut caller, &mut story).await;
-    story.end(result.as_ref().err());
+    let mut access = AccessRecord::begin(sidecar, Direction::Inbound, source);
+    let result = carry_plain(sidecar, &mut caller, &mut access).await;
+    access.end(result.as_ref().err());
 }
 
-async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Story<'_>) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(Kind::Plaintext, story.record.source.ip())?;
+async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, access: &mut AccessRecord<'_>) -> Result<(), Refused> {
+    let admitted = sidecar.connections.admit(Kind::Plaintext, access.record.source.ip())?;
     let destination = original_destination(caller)?;
-    story.record.destination = Some(destination);
+    access.record.destination = Some(destination);
     if sidecar.ports().contains(destination.port()) {
         return Err(Refused::Loop(destination));
     }
-    if !sidecar.own.is_own(destination.ip()) {
+    if !sidecar.local.is_own(destination.ip()) {
         return Err(Refused::NotOurs(destination));
     }
     let identity = match sidecar.current.get() {
@@ -188,17 +188,17 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, story: &mut Stor
         Err(_) => sidecar.current.peek().ok_or(Refused::NoSvid)?,
         Ok(identity) => identity,
     };
-    let workload = sidecar.own.at(destination.ip(), &identity).ok_or(Refused::PolicyUnknown)?;
+    let workload = sidecar.local.at(destination.ip(), &identity).ok_or(Refused::PolicyUnknown)?;
     // Policy before the dial: rejected plaintext must not open even an empty connection to the app.
     admits_plaintext(&workload.policy, destination.port())
-        .inspect_err(|_| story.refused_in_clear(destination.port()))?;
+        .inspect_err(|_| access.refused_in_clear(destination.port()))?;
     let mut app = dial_app(destination, &workload.addresses, sidecar.config.timeouts.connect).await?;
-    introduce(sidecar, &mut app, story.record.source, destination, None).await?;
+    introduce(sidecar, &mut app, access.record.source, destination, None).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Inbound);
-    let _open = story.in_clear(story.record.source, destination.port());
+    let _open = access.in_clear(access.record.source, destination.port());
     let terms = terms(sidecar, (&bytes.received, &bytes.sent), admitted.cut());
     let carried = carry(caller, &mut app, terms).await;
-    story.carried(Carried::Plain, carried);
+    access.carried(Carried::Plain, carried);
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use crate::identity::Identity;
 use crate::mesh::{self, Peer};
 use crate::preamble::Request;
 use crate::refusal::Refused;
-use crate::sidecar::{Sidecar, Story};
+use crate::sidecar::{AccessRecord, Sidecar};
 use crate::silence::{Network, Side, probes_when_idle};
 use crate::sockets::{dial, is_link_local, original_destination};
 use crate::telemetry::{Carried, Direction};
@@ -69,47 +69,51 @@ impl Early {
 pub async fn redirected(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr) {
     // A refusal must reach the app as a reset: a clean end would look like an empty answer.
     reset_on_close(&app);
-    let mut story = Story::begin(sidecar, Direction::Outbound, source);
-    let result = carry_redirected(sidecar, &mut app, &mut story).await;
-    story.end(result.as_ref().err());
+    let mut access = AccessRecord::begin(sidecar, Direction::Outbound, source);
+    let result = carry_redirected(sidecar, &mut app, &mut access).await;
+    access.end(result.as_ref().err());
 }
 
 /// Carries one connection of a fixed listener, from accept to close.
 pub async fn fixed(sidecar: &Sidecar, mut app: TcpStream, source: SocketAddr, way: &FixedOutbound) {
     // A refusal must reach the app as a reset: a clean end would look like an empty answer.
     reset_on_close(&app);
-    let mut story = Story::begin(sidecar, Direction::Outbound, source);
-    story.record.destination = Some(way.target);
+    let mut access = AccessRecord::begin(sidecar, Direction::Outbound, source);
+    access.record.destination = Some(way.target);
     let result = async {
         let admitted = sidecar.connections.admit(Kind::Outbound, source.ip())?;
-        let identity = own_identity(sidecar, &mut story)?;
+        let identity = own_identity(sidecar, &mut access)?;
         let request = Request { destination: way.target, workload: String::new() };
         let mut early = Early::default();
         let reached = reach(sidecar, &app, &admitted, &identity, way.target, &way.expect, &request, &mut early).await?;
-        over_mesh(sidecar, &mut app, &mut story, &admitted, reached, early).await
+        over_mesh(sidecar, &mut app, &mut access, &admitted, reached, early).await
     };
     let result = result.await;
-    story.end(result.as_ref().err());
+    access.end(result.as_ref().err());
 }
 
-fn own_identity(sidecar: &Sidecar, story: &mut Story<'_>) -> Result<Arc<Identity>, Refused> {
+fn own_identity(sidecar: &Sidecar, access: &mut AccessRecord<'_>) -> Result<Arc<Identity>, Refused> {
     let identity = sidecar.current.get()?;
-    story.own(&identity);
+    access.own(&identity);
     Ok(identity)
 }
 
-async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut Story<'_>) -> Result<(), Refused> {
-    let admitted = sidecar.connections.admit(Kind::Outbound, story.record.source.ip())?;
+async fn carry_redirected(
+    sidecar: &Sidecar,
+    app: &mut TcpStream,
+    access: &mut AccessRecord<'_>,
+) -> Result<(), Refused> {
+    let admitted = sidecar.connections.admit(Kind::Outbound, access.record.source.ip())?;
     let destination = original_destination(app)?;
-    story.record.destination = Some(destination);
+    access.record.destination = Some(destination);
     // An app that dials the sidecar's own port would make it forward to itself without end.
-    if sidecar.ports().contains(destination.port()) && sidecar.own.is_own(destination.ip()) {
+    if sidecar.ports().contains(destination.port()) && sidecar.local.is_own(destination.ip()) {
         return Err(Refused::Loop(destination));
     }
-    let identity = match own_identity(sidecar, story) {
+    let identity = match own_identity(sidecar, access) {
         Ok(identity) => identity,
         // Only mode off: without an identity, any other mode must fail closed.
-        Err(_) if sidecar.is_transparent() => return in_clear(sidecar, app, story, &admitted, destination).await,
+        Err(_) if sidecar.is_transparent() => return in_clear(sidecar, app, access, &admitted, destination).await,
         Err(refused) => return Err(refused),
     };
     match route(sidecar, &identity, destination).await? {
@@ -118,29 +122,29 @@ async fn carry_redirected(sidecar: &Sidecar, app: &mut TcpStream, story: &mut St
             let request = Request { destination, workload: workload.uid.clone() };
             let reached =
                 reach(sidecar, app, &admitted, &identity, to, &workload.spiffe_ids, &request, &mut early).await?;
-            over_mesh(sidecar, app, story, &admitted, reached, early).await
+            over_mesh(sidecar, app, access, &admitted, reached, early).await
         }
         Route::Service { service, strict } => {
-            through_service(sidecar, app, story, &admitted, &identity, destination, &service, strict).await
+            through_service(sidecar, app, access, &admitted, &identity, destination, &service, strict).await
         }
-        Route::Plain => in_clear(sidecar, app, story, &admitted, destination).await,
+        Route::Plain => in_clear(sidecar, app, access, &admitted, destination).await,
     }
 }
 
 async fn in_clear(
     sidecar: &Sidecar,
     app: &mut TcpStream,
-    story: &mut Story<'_>,
+    access: &mut AccessRecord<'_>,
     admitted: &Admitted,
     to: SocketAddr,
 ) -> Result<(), Refused> {
     let timeouts = &sidecar.config.timeouts;
     let mut server = dial(to, timeouts.connect, &probes_when_idle(timeouts.mesh_user)).await?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
-    let _open = story.in_clear(to, to.port());
+    let _open = access.in_clear(to, to.port());
     let terms = terms(sidecar, false, (&bytes.sent, &bytes.received), admitted.cut());
     let carried = carry(app, &mut server, terms).await;
-    story.carried(Carried::Plain, carried);
+    access.carried(Carried::Plain, carried);
     Ok(())
 }
 
@@ -155,7 +159,7 @@ fn terms<'a>(sidecar: &Sidecar, first_ended: bool, counters: (&'a Counter, &'a C
 async fn through_service(
     sidecar: &Sidecar,
     app: &mut TcpStream,
-    story: &mut Story<'_>,
+    access: &mut AccessRecord<'_>,
     admitted: &Admitted,
     identity: &Identity,
     asked: SocketAddr,
@@ -174,17 +178,17 @@ async fn through_service(
         left.retain(|a| *a != to);
         // What is revoked from now on is the authority of the endpoint that takes the connection, not of one that did not.
         admitted.leave_peer();
-        story.record.destination = Some(to);
+        access.record.destination = Some(to);
         let refused = match route(sidecar, identity, to).await {
             Ok(Route::Mesh { to: mesh, workload }) => {
                 let request = Request { destination: to, workload: workload.uid.clone() };
                 match reach(sidecar, app, admitted, identity, mesh, &workload.spiffe_ids, &request, &mut early).await {
-                    Ok(reached) => return over_mesh(sidecar, app, story, admitted, reached, early).await,
+                    Ok(reached) => return over_mesh(sidecar, app, access, admitted, reached, early).await,
                     Err(refused) => refused,
                 }
             }
             // Bytes that were read for a mesh connection must never leave in plaintext.
-            Ok(Route::Plain) if !early.read => match in_clear(sidecar, app, story, admitted, to).await {
+            Ok(Route::Plain) if !early.read => match in_clear(sidecar, app, access, admitted, to).await {
                 Ok(()) => return Ok(()),
                 Err(refused) => refused,
             },
@@ -223,7 +227,7 @@ async fn wait_for_endpoint(sidecar: &Sidecar, asked: SocketAddr, strict: bool) -
 
 /// Decides by both modes and the directory. What is unknown is refused, never guessed.
 async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) -> Result<Route, Refused> {
-    let own = sidecar.own.workload(identity).ok_or(Refused::PolicyUnknown)?;
+    let own = sidecar.local.workload(identity).ok_or(Refused::PolicyUnknown)?;
     if own.policy.mode == Mode::Off {
         return Ok(Route::Plain);
     }
@@ -281,14 +285,14 @@ async fn reach(
 async fn over_mesh(
     sidecar: &Sidecar,
     app: &mut TcpStream,
-    story: &mut Story<'_>,
+    access: &mut AccessRecord<'_>,
     admitted: &Admitted,
     (mut mesh, peer): (ClientStream, Peer),
     early: Early,
 ) -> Result<(), Refused> {
     let (ended, early_bytes) = (early.ended, early.bytes.len() as u64);
     drop(early);
-    story.peer(&peer);
+    access.peer(&peer);
     // The authority may have been revoked while the other sidecar took its time to answer.
     admitted.check()?;
     let bytes = sidecar.telemetry.bytes(Direction::Outbound);
@@ -296,6 +300,6 @@ async fn over_mesh(
     let terms = terms(sidecar, ended, (&bytes.sent, &bytes.received), admitted.cut());
     let mut carried = carry(app, &mut mesh, terms).await;
     carried.forth += early_bytes;
-    story.carried(Carried::Mtls, carried);
+    access.carried(Carried::Mtls, carried);
     if carried.end == End::Revoked { Err(Refused::AuthorityRevoked) } else { Ok(()) }
 }

@@ -15,8 +15,8 @@ use crate::config::{Config, Ports, Routing};
 use crate::connections::Connections;
 use crate::copy::Carried as Bytes;
 use crate::identity::{Current, Identity};
+use crate::local_workload::LocalWorkload;
 use crate::mesh::Peer;
-use crate::own::Own;
 use crate::plaintext::{self, Plaintext};
 use crate::refusal::Refused;
 use crate::telemetry::{Carried, Direction, Record, Telemetry};
@@ -30,7 +30,7 @@ pub struct Sidecar {
     /// The agent's directory: what is at an address.
     pub directory: Subscriptions,
     /// This namespace's addresses and the workload behind them.
-    pub own: Own,
+    pub local: LocalWorkload,
     /// Selects endpoints of services.
     pub balancer: Arc<Balancer>,
     /// Open connections and their bounds.
@@ -51,7 +51,7 @@ impl Sidecar {
         let directory = Subscriptions::default();
         Self {
             current: Arc::new(Current::new(clock)),
-            own: Own::new(directory.clone()),
+            local: LocalWorkload::new(directory.clone()),
             connections: Arc::new(Connections::new(config.limits, telemetry.active.clone())),
             handshakes: Admission::new(admission::Limits {
                 name: "unfinished handshakes",
@@ -78,7 +78,7 @@ impl Sidecar {
 
     /// Our own mode; `None` until the directory has named it. Ignores whether the SVID has expired.
     pub fn mode(&self) -> Option<Mode> {
-        self.current.peek().and_then(|identity| self.own.workload(&identity)).map(|w| w.policy.mode)
+        self.current.peek().and_then(|identity| self.local.workload(&identity)).map(|w| w.policy.mode)
     }
 
     /// Whether the mode is off, so that traffic is forwarded without an identity. Holds even if the agent is gone by
@@ -93,20 +93,20 @@ impl Sidecar {
             Err(refused) => Some(refused.to_string()),
             Ok(identity) => {
                 let redirected = matches!(self.config.routing, Routing::Redirected(_));
-                (redirected && self.own.workload(&identity).is_none()).then(|| Refused::PolicyUnknown.to_string())
+                (redirected && self.local.workload(&identity).is_none()).then(|| Refused::PolicyUnknown.to_string())
             }
         }
     }
 }
 
 /// The record of a connection while it is open; written to telemetry when it ends.
-pub struct Story<'a> {
+pub struct AccessRecord<'a> {
     sidecar: &'a Sidecar,
     /// Everything known about the connection so far.
     pub record: Record,
 }
 
-impl<'a> Story<'a> {
+impl<'a> AccessRecord<'a> {
     /// Starts the record of a new connection.
     pub fn begin(sidecar: &'a Sidecar, direction: Direction, source: SocketAddr) -> Self {
         let record = Record {

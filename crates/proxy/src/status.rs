@@ -19,7 +19,7 @@ impl StatusService for StatusEndpoint {
         let sidecar = &self.0;
         let t = &sidecar.telemetry;
         let identity = sidecar.current.peek();
-        let workload = identity.as_ref().and_then(|i| sidecar.own.workload(i));
+        let workload = identity.as_ref().and_then(|i| sidecar.local.workload(i));
         let count = |direction, modes: &[Carried]| {
             modes.iter().map(|m| t.connection_count(direction, *m)).sum::<u64>().to_string()
         };

@@ -2,10 +2,10 @@
 //!
 //! [`rules`] defines what is redirected and what is not; [`nftables`] installs it over netlink, [`iptables`] through
 //! the binary if the kernel lacks nf_tables. [`guard`] defines what happens to protocols other than TCP. [`here`]
-//! determines the current namespace. [`netns`] creates and enters network namespaces, [`fabric`] connects them.
+//! determines the current namespace. [`netns`] creates and enters network namespaces, [`bridge`] connects them.
 
+pub mod bridge;
 pub mod conntrack;
-pub mod fabric;
 pub mod guard;
 pub mod here;
 pub mod iptables;

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::INJECT;
 use super::nearest::did_you_mean;
 use super::settings::MODES;
-use crate::facts::MODE;
+use crate::store::MODE;
 
 /// Valid values of the label.
 pub(super) const WORDS: [&str; 2] = ["enabled", "disabled"];

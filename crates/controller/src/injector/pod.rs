@@ -7,7 +7,7 @@ use super::namespace::WORDS;
 use super::nearest::did_you_mean;
 use super::settings::{Mistake, Settings, joined};
 use super::{Asks, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
-use crate::facts::MODE;
+use crate::store::MODE;
 
 /// Name of the volume with the agent's socket.
 const VOLUME: &str = "countersign-agent";

@@ -42,7 +42,7 @@ pub struct Settings {
     pub resources: BTreeMap<(&'static str, &'static str), String>,
 }
 
-/// The known annotations. `mode` is used by the directory feed and only validated here, like `inject` elsewhere.
+/// The known annotations. `mode` is used by the directory publisher and only validated here, like `inject` elsewhere.
 const KEYS: [&str; 14] = [
     "mode",
     "inject",
@@ -85,7 +85,7 @@ impl Settings {
     pub fn read<'a>(annotations: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Self, Mistake> {
         let mut settings = Self::default();
         for (full, value) in annotations {
-            let Some(key) = full.strip_prefix(crate::facts::OURS) else { continue };
+            let Some(key) = full.strip_prefix(crate::store::OURS) else { continue };
             let wrong = |why: &str| Mistake { key: full.to_owned(), value: value.to_owned(), why: why.to_owned() };
             let mut resource = |kind, what| {
                 if !is_quantity(value) {

@@ -5,16 +5,16 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::*;
-use crate::facts::{Pod, Service};
+use crate::store::{Pod, Service};
 
 const PODS: usize = 5_000;
 const SERVICES: usize = 500;
 
 /// Pods of 20 namespaces with 25 services each, on 100 nodes; each pod is behind one service.
-fn cluster() -> Facts {
-    let mut facts = Facts::default();
+fn cluster() -> Store {
+    let mut store = Store::default();
     for node in 0..100 {
-        facts.nodes.insert((String::new(), format!("node-{node}")), format!("node-uid-{node}"));
+        store.nodes.insert((String::new(), format!("node-{node}")), format!("node-uid-{node}"));
     }
     for number in 0..SERVICES {
         let (namespace, name) = (format!("ns-{}", number % 20), format!("svc-{number}"));
@@ -25,7 +25,7 @@ fn cluster() -> Facts {
             selector: [("app".to_owned(), name.clone())].into(),
             ..Service::default()
         };
-        facts.services.insert((namespace, name), service);
+        store.services.insert((namespace, name), service);
     }
     for number in 0..PODS {
         let (namespace, name) = (format!("ns-{}", number % 20), format!("pod-{number}"));
@@ -41,9 +41,9 @@ fn cluster() -> Facts {
                 .into(),
             ..Pod::default()
         };
-        facts.pods.insert((namespace, name), pod);
+        store.pods.insert((namespace, name), pod);
     }
-    facts
+    store
 }
 
 #[test]
@@ -57,16 +57,16 @@ fn bench_a_pass_over_5000_pods_and_500_services() {
         lease_namespace: None,
         control_namespace: None,
     };
-    let (facts, td) = (cluster(), TrustDomain::new("td").unwrap());
+    let (store, td) = (cluster(), TrustDomain::new("td").unwrap());
     let began = Instant::now();
-    let by_product: usize = facts.pods.values().map(|p| facts.services.values().filter(|s| s.selects(p)).count()).sum();
+    let by_product: usize = store.pods.values().map(|p| store.services.values().filter(|s| s.selects(p)).count()).sum();
     let product = began.elapsed();
     let began = Instant::now();
-    let index = ServiceIndex::of(&facts);
-    let by_index: usize = facts.pods.values().map(|p| index.before(p).len()).sum();
+    let index = ServiceIndex::of(&store);
+    let by_index: usize = store.pods.values().map(|p| index.before(p).len()).sum();
     let indexed = began.elapsed();
     let began = Instant::now();
-    let wanted = desired(&facts, &config, &td);
+    let wanted = desired(&store, &config, &td);
     let desired_took = began.elapsed();
     let began = Instant::now();
     let left = steps(&wanted, &wanted).len();

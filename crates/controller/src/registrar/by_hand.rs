@@ -11,7 +11,7 @@ use kube::ResourceExt;
 use super::object::{Wanted, entry_of, judge_federated};
 use crate::config::RegistrarConfig;
 use crate::crd::SpiffeID;
-use crate::facts::Facts;
+use crate::store::Store;
 
 /// The default domain of Services in Kubernetes.
 const CLUSTER_DOMAIN: &str = "cluster.local";
@@ -33,7 +33,7 @@ pub fn is_reserved(namespace: &str, service: &str, config: &RegistrarConfig, by_
 /// The registration entry of an object made by hand. Errors: the rule that it breaks.
 pub fn entry_by_hand(
     object: &SpiffeID,
-    facts: &Facts,
+    store: &Store,
     config: &RegistrarConfig,
     trust_domain: &TrustDomain,
 ) -> Result<Wanted, String> {
@@ -59,7 +59,7 @@ pub fn entry_by_hand(
             config.template.shape_in(&namespace)
         ));
     }
-    let mut agents = facts
+    let mut agents = store
         .nodes
         .values()
         .filter_map(|uid| agent_id(trust_domain, "k8s_psat", &format!("{}/{uid}", config.cluster)).ok());
@@ -73,7 +73,7 @@ pub fn entry_by_hand(
         return Err(format!("dnsNames: {} are too many; at most {MAX_NAMES}", spec.dns_names.len()));
     }
     for name in &spec.dns_names {
-        judge_name(name, &namespace, facts, config).map_err(|why| format!("dnsNames: `{name}` {why}"))?;
+        judge_name(name, &namespace, store, config).map_err(|why| format!("dnsNames: `{name}` {why}"))?;
     }
     judge_federated(&spec.federates_with, trust_domain).map_err(|why| format!("federatesWith: {why}"))?;
     let selectors = spec.selector.selectors();
@@ -90,7 +90,7 @@ pub fn entry_by_hand(
 
 /// Checks a DNS name: it must be a Service of this namespace, spelled in a form that no public name can have
 /// (`web.shop` could be one).
-fn judge_name(name: &str, namespace: &str, facts: &Facts, config: &RegistrarConfig) -> Result<(), String> {
+fn judge_name(name: &str, namespace: &str, store: &Store, config: &RegistrarConfig) -> Result<(), String> {
     let service =
         name.strip_suffix(&format!(".{CLUSTER_DOMAIN}")).unwrap_or(name).strip_suffix(&format!(".{namespace}.svc"));
     let shape = || {
@@ -102,7 +102,7 @@ fn judge_name(name: &str, namespace: &str, facts: &Facts, config: &RegistrarConf
     if is_reserved(namespace, service, config, false) {
         return Err("is reserved".into());
     }
-    if !facts.services.contains_key(&(namespace.to_owned(), service.to_owned())) {
+    if !store.services.contains_key(&(namespace.to_owned(), service.to_owned())) {
         return Err(format!("names Service {service}, which namespace {namespace} does not have"));
     }
     Ok(())
@@ -111,7 +111,7 @@ fn judge_name(name: &str, namespace: &str, facts: &Facts, config: &RegistrarConf
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::Service;
+    use crate::store::Service;
 
     const PARENT: &str = "spiffe://td/spire/agent/k8s_psat/c/node-uid";
 
@@ -126,12 +126,12 @@ mod tests {
         }
     }
 
-    fn facts() -> Facts {
+    fn store() -> Store {
         let service = |namespace: &str, name: &str| {
             let service = Service { namespace: namespace.into(), name: name.into(), ..Service::default() };
             ((namespace.to_owned(), name.to_owned()), service)
         };
-        Facts {
+        Store {
             nodes: [((String::new(), "node1".to_owned()), "node-uid".to_owned())].into(),
             services: [
                 service("evil", "web"),
@@ -141,7 +141,7 @@ mod tests {
                 service("countersign", "countersign-injector"),
             ]
             .into(),
-            ..Facts::default()
+            ..Store::default()
         }
     }
 
@@ -151,7 +151,7 @@ mod tests {
         object.spec.spiffe_id = format!("spiffe://td/ns/{namespace}/sa/web");
         object.spec.parent_id = PARENT.into();
         change(&mut object);
-        entry_by_hand(&object, &facts(), &config(), &TrustDomain::new("td").unwrap())
+        entry_by_hand(&object, &store(), &config(), &TrustDomain::new("td").unwrap())
     }
 
     #[test]

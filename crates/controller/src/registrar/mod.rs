@@ -27,9 +27,9 @@ use self::entries::{Judged, Refused};
 use self::object::{Wanted, entry_of, is_ours, key_of, object_of, owner_uid, status_of};
 use crate::config::RegistrarConfig;
 use crate::crd::SpiffeID;
-use crate::facts::{Facts, Key, ServiceIndex};
 use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
+use crate::store::{Key, ServiceIndex, Store};
 use crate::watch::Cluster;
 
 /// Prefix of the IDs of our entries. Other entries are never touched.
@@ -57,7 +57,7 @@ pub struct Registrar {
     pub trust_domain: TrustDomain,
     /// Client of the API server.
     pub client: Client,
-    /// The facts about the cluster.
+    /// The view of the cluster.
     pub cluster: Arc<Cluster>,
     /// Connection to the server.
     pub server: ServerLink,
@@ -89,10 +89,10 @@ impl Left {
 }
 
 /// The object that each pod should have.
-fn desired(facts: &Facts, config: &RegistrarConfig, trust_domain: &TrustDomain) -> HashMap<Key, SpiffeID> {
-    let services = ServiceIndex::of(facts);
-    let pods = facts.pods.iter().filter(|(_, p)| !p.over && !config.excluded_namespaces.contains(&p.namespace));
-    pods.filter_map(|(key, pod)| Some((key.clone(), object_of(pod, facts, &services, config, trust_domain)?))).collect()
+fn desired(store: &Store, config: &RegistrarConfig, trust_domain: &TrustDomain) -> HashMap<Key, SpiffeID> {
+    let services = ServiceIndex::of(store);
+    let pods = store.pods.iter().filter(|(_, p)| !p.over && !config.excluded_namespaces.contains(&p.namespace));
+    pods.filter_map(|(key, pod)| Some((key.clone(), object_of(pod, store, &services, config, trust_domain)?))).collect()
 }
 
 /// The changes to the objects that give each pod its own.
@@ -183,14 +183,14 @@ impl Registrar {
     /// Brings the actual state closer to the desired state: first some objects, then the entries of all objects, last
     /// the objects' statuses. Errors: what could not be done.
     async fn pass(&self, known: &mut Option<HashMap<String, Wanted>>) -> Result<Left, String> {
-        let planned = self.cluster.facts().map(|facts| {
-            let desired = self.desired(&facts);
-            let steps = steps(&desired, &facts.spiffe_ids);
+        let planned = self.cluster.store().map(|store| {
+            let desired = self.desired(&store);
+            let steps = steps(&desired, &store.spiffe_ids);
             (desired, steps)
         });
         let Some((desired, steps)) = planned else { return Ok(Left::Nothing) };
         let (mut left, mut failed) = self.keep_objects(steps).await;
-        let Some(judged) = self.cluster.facts().map(|facts| self.judge(&desired, &facts)) else {
+        let Some(judged) = self.cluster.store().map(|store| self.judge(&desired, &store)) else {
             return Ok(Left::Nothing);
         };
         let said = |status: tonic::Status| format!("server at {}: {}", self.server.name(), status.message());
@@ -215,14 +215,14 @@ impl Registrar {
     }
 
     /// The object that each pod should have.
-    fn desired(&self, facts: &Facts) -> HashMap<Key, SpiffeID> {
-        desired(facts, &self.config, &self.trust_domain)
+    fn desired(&self, store: &Store) -> HashMap<Key, SpiffeID> {
+        desired(store, &self.config, &self.trust_domain)
     }
 
     /// The entry of each object by ID, with the object's UID; or why it has none.
-    fn judge(&self, desired: &HashMap<Key, SpiffeID>, facts: &Facts) -> Judged {
+    fn judge(&self, desired: &HashMap<Key, SpiffeID>, store: &Store) -> Judged {
         let mut judged = Judged::default();
-        for (key, object) in facts.spiffe_ids.iter().filter(|(_, o)| o.metadata.deletion_timestamp.is_none()) {
+        for (key, object) in store.spiffe_ids.iter().filter(|(_, o)| o.metadata.deletion_timestamp.is_none()) {
             let Some(uid) = object.uid() else { continue };
             // For a pod's own object, its intended content counts, not its actual one: it may be outdated and will be
             // replaced.
@@ -231,7 +231,7 @@ impl Registrar {
                 Some(own) => Ok(entry_of(own, None)),
                 // It belongs to a pod that is gone: it will be deleted and no longer counts.
                 None if is_ours(object) => continue,
-                None => entry_by_hand(object, facts, &self.config, &self.trust_domain),
+                None => entry_by_hand(object, store, &self.config, &self.trust_domain),
             };
             match entry {
                 Ok(entry) => drop(judged.wanted.insert(format!("{ENTRY_PREFIX}{uid}"), (uid, entry))),
@@ -269,8 +269,8 @@ impl Registrar {
     fn heard(&self, mut object: SpiffeID) {
         object.metadata.managed_fields = None;
         let key = key_of(&object);
-        self.cluster.change(|facts| {
-            facts.spiffe_ids.insert(key, object);
+        self.cluster.change(|store| {
+            store.spiffe_ids.insert(key, object);
         });
     }
 
@@ -304,9 +304,9 @@ impl Registrar {
             Err(error) => return Err(error),
         }
         let (key, uid) = (key_of(found), found.uid());
-        self.cluster.change(|facts| {
-            if facts.spiffe_ids.get(&key).is_some_and(|now| now.uid() == uid) {
-                facts.spiffe_ids.remove(&key);
+        self.cluster.change(|store| {
+            if store.spiffe_ids.get(&key).is_some_and(|now| now.uid() == uid) {
+                store.spiffe_ids.remove(&key);
             }
         });
         Ok(())
@@ -326,9 +326,9 @@ impl Registrar {
         };
         let mut stale: Vec<_> = self
             .cluster
-            .facts()
+            .store()
             .iter()
-            .flat_map(|facts| facts.spiffe_ids.values().filter_map(&stale))
+            .flat_map(|store| store.spiffe_ids.values().filter_map(&stale))
             .take(A_PASS + 1)
             .collect();
         let left = Left::cut(&mut stale);

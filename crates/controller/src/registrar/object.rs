@@ -13,7 +13,7 @@ use super::by_hand::is_reserved;
 use super::entries::Refused;
 use crate::config::RegistrarConfig;
 use crate::crd::{Condition, SpiffeID, SpiffeIdSelector, SpiffeIdSpec, SpiffeIdStatus};
-use crate::facts::{FEDERATES_WITH, Facts, Key, Pod, ServiceIndex};
+use crate::store::{FEDERATES_WITH, Key, Pod, ServiceIndex, Store};
 
 /// Label of the objects that we created.
 const MADE_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "countersign");
@@ -107,13 +107,13 @@ fn fitting(names: BTreeSet<String>) -> Vec<String> {
 /// The object that a pod should have; `None` if it has no node yet, or lacks what its identity is made of.
 pub fn object_of(
     pod: &Pod,
-    facts: &Facts,
+    store: &Store,
     services: &ServiceIndex<'_>,
     config: &RegistrarConfig,
     trust_domain: &TrustDomain,
 ) -> Option<SpiffeID> {
     let node = pod.node.clone()?;
-    let node_uid = facts.nodes.get(&(String::new(), node.clone()))?;
+    let node_uid = store.nodes.get(&(String::new(), node.clone()))?;
     let id = match config.template.id_of(pod, trust_domain)? {
         Ok(id) => id,
         Err(error) => {
@@ -202,7 +202,7 @@ pub fn owner_uid(object: &SpiffeID) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::Service;
+    use crate::store::Service;
 
     fn object_with(annotation: &str, services: usize) -> SpiffeID {
         let config = RegistrarConfig {
@@ -229,13 +229,13 @@ mod tests {
             let service = Service { namespace: "shop".into(), name: name.clone(), selector, ..Service::default() };
             (("shop".to_owned(), name), service)
         };
-        let facts = Facts {
+        let store = Store {
             nodes: [((String::new(), "node1".to_owned()), "node-uid".to_owned())].into(),
             services: (0..services).map(service).collect(),
-            ..Facts::default()
+            ..Store::default()
         };
         let trust_domain = TrustDomain::new("td").unwrap();
-        object_of(&pod, &facts, &ServiceIndex::of(&facts), &config, &trust_domain).unwrap()
+        object_of(&pod, &store, &ServiceIndex::of(&store), &config, &trust_domain).unwrap()
     }
 
     #[test]

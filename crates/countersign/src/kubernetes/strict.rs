@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use countersign_controller::facts::{self, Facts};
-use countersign_controller::feed::api_server;
+use countersign_controller::publisher::api_server;
+use countersign_controller::store::{self, Store};
 use countersign_identity::policy::Policy;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -165,12 +165,12 @@ async fn strict_policy(client: &Client) -> Result<Policy> {
     let of_it = ListParams::default().labels("kubernetes.io/service-name=kubernetes");
     let found = slices.list(&of_it).await.context("cannot read the API server's EndpointSlices")?;
     let key = |name: String| ("default".to_owned(), name);
-    let facts = Facts {
-        services: facts::Service::read(&service).map(|s| (key(s.name.clone()), s)).into_iter().collect(),
-        slices: found.items.iter().filter_map(|s| Some((key(s.name_any()), facts::Slice::read(s)?))).collect(),
-        ..Facts::default()
+    let store = Store {
+        services: store::Service::read(&service).map(|s| (key(s.name.clone()), s)).into_iter().collect(),
+        slices: found.items.iter().filter_map(|s| Some((key(s.name_any()), store::Slice::read(s)?))).collect(),
+        ..Store::default()
     };
-    Ok(Policy { egress: api_server(&facts), ..Policy::default() })
+    Ok(Policy { egress: api_server(&store), ..Policy::default() })
 }
 
 fn name_of(pod: &Pod) -> String {

@@ -16,10 +16,11 @@ use crate::logging::LogArgs;
 use crate::settings::Mistake;
 use crate::stop::{ReadyFile, for_role};
 
-/// Run the Kubernetes controller: injector, registrar, directory feed.
+/// Run the Kubernetes controller: injector, registrar, directory publisher.
 ///
 /// The parts run together or apart: the injector adds sidecars to pods, the registrar registers pods with the server,
-/// the directory feed publishes which workload is at each address. Registrar and feed use the server's Unix socket.
+/// the directory publisher tells which workload is at each address. Registrar and publisher use the server's Unix
+/// socket.
 #[derive(Debug, clap::Args)]
 pub struct ControllerArgs {
     /// Parts to run, comma separated: injector, registrar, directory.

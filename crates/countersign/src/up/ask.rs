@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::children::State;
 use super::control::socket_of;
 use super::mesh::Mesh;
-use super::place::RUN_DIR;
+use super::run_directory::RUN_DIR;
 use super::table::{Row, ask_once};
 use crate::clients::CONNECT;
 use crate::settings::Mistake;

@@ -17,8 +17,8 @@ use tokio::net::UnixStream;
 use super::account::Account;
 use super::mesh::Mesh;
 use super::mesh_file::{WorkloadSpec, check_name, check_port, check_segment, check_user};
-use super::place::RUN_DIR;
 use super::refusals;
+use super::run_directory::RUN_DIR;
 use crate::settings::parse_mode;
 
 /// Longest request, in bytes.

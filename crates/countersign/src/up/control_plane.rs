@@ -17,7 +17,7 @@ use super::account::Account;
 use super::children::{Process, Program, cause_of_end};
 use super::mesh_file::{MeshSpec, Restart};
 use super::node_identity::{NodeIdentity, SELECTOR};
-use super::place::Place;
+use super::run_directory::RunDirectory;
 use crate::launch::OWN_PROGRAM;
 use crate::operator;
 
@@ -40,16 +40,21 @@ pub fn node_alias(spec: &MeshSpec) -> Result<SpiffeId> {
 }
 
 /// Starts the server, as its own user, and waits until it serves.
-pub async fn start_server(spec: &MeshSpec, place: &Place, node: &NodeIdentity, logs: &Path) -> Result<Process> {
-    let user = place.users().server();
-    let home = place.folder("server", user)?;
+pub async fn start_server(
+    spec: &MeshSpec,
+    run_dir: &RunDirectory,
+    node: &NodeIdentity,
+    logs: &Path,
+) -> Result<Process> {
+    let user = run_dir.users().server();
+    let home = run_dir.folder("server", user)?;
     let shown = |file: &str| home.join(file).display().to_string();
     // One port for the mesh's whole life, so that the agent finds a restarted server.
     let port = std::net::TcpListener::bind("127.0.0.1:0")
         .and_then(|l| l.local_addr())
         .context("no free port on loopback")?
         .port();
-    std::fs::write(place.dir.join("server.port"), port.to_string())?;
+    std::fs::write(run_dir.dir.join("server.port"), port.to_string())?;
     let mut command: Vec<String> = vec![OWN_PROGRAM.into(), "server".into()];
     let mut set = |flag: &str, value: &str| command.extend([flag.to_owned(), value.to_owned()]);
     set("--trust-domain", spec.trust_domain.as_str());
@@ -90,7 +95,7 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, node: &NodeIdentity, l
         env: BTreeMap::new(),
         workdir: None,
         restart: Restart::Always,
-        events: place.events.clone(),
+        events: run_dir.events.clone(),
     };
     let process = Process::start(program, log.clone()).await?;
     let ready = home.join("ready");
@@ -103,10 +108,10 @@ pub async fn start_server(spec: &MeshSpec, place: &Place, node: &NodeIdentity, l
 }
 
 /// Starts the agent, and waits until it is attested.
-pub async fn start_agent(spec: &MeshSpec, place: &Place, node: &NodeIdentity, logs: &Path) -> Result<Process> {
-    let home = place.folder("agent", 0)?;
+pub async fn start_agent(spec: &MeshSpec, run_dir: &RunDirectory, node: &NodeIdentity, logs: &Path) -> Result<Process> {
+    let home = run_dir.folder("agent", 0)?;
     let shown = |file: &str| home.join(file).display().to_string();
-    let channel = unix_channel(server_socket(&place.dir));
+    let channel = unix_channel(server_socket(&run_dir.dir));
     node.write(&home.join("node.pem"), &home.join("node.key"))?;
     let (kind, value) = SELECTOR;
     let alias = types::Entry {
@@ -117,7 +122,7 @@ pub async fn start_agent(spec: &MeshSpec, place: &Place, node: &NodeIdentity, lo
     };
     operator::entry::create(channel.clone(), alias).await.context("cannot register the node")?;
     std::fs::write(home.join("bundle.pem"), operator::bundle::own(channel).await?.to_pem())?;
-    let port = std::fs::read_to_string(place.dir.join("server.port"))?;
+    let port = std::fs::read_to_string(run_dir.dir.join("server.port"))?;
     let server = format!("127.0.0.1:{port}");
     let command = [
         OWN_PROGRAM,
@@ -151,7 +156,7 @@ pub async fn start_agent(spec: &MeshSpec, place: &Place, node: &NodeIdentity, lo
         env: BTreeMap::new(),
         workdir: None,
         restart: Restart::Always,
-        events: place.events.clone(),
+        events: run_dir.events.clone(),
     };
     let process = Process::start(program, log.clone()).await?;
     let socket = home.join("agent.sock");

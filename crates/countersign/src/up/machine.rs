@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use super::ask::{Overview, Question, ask, meshes, the_mesh};
 use super::control::socket_of;
 use super::events;
-use super::place::RUN_DIR;
+use super::run_directory::RUN_DIR;
 use crate::operator::output::{Output, Table};
 use crate::settings::words::{did_you_mean, shown};
 use crate::settings::{Mistake, need_root_because};

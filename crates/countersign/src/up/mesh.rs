@@ -20,7 +20,7 @@ use countersign_identity::directory::Workload;
 use countersign_identity::policy::Mode;
 use countersign_identity::trust_domain::service_account_id;
 use countersign_identity::{Selector, SpiffeId};
-use countersign_redirect::fabric::{Addresses, Fabric};
+use countersign_redirect::bridge::{Addresses, Bridge};
 use countersign_redirect::netns::NetNs;
 use countersign_redirect::{Backend, install};
 use tokio::sync::Notify;
@@ -35,8 +35,8 @@ use super::mesh_file::{MeshSpec, Restart, WorkloadSpec, check_user};
 use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
 use super::numbers::Numbers;
-use super::place::{Place, end_all_of, fresh, kill_inside};
 use super::rotate::Log;
+use super::run_directory::{RunDirectory, end_all_of, fresh, kill_inside};
 use super::sidecar;
 use super::users::{Users, users_with_processes};
 use crate::clients::client;
@@ -59,7 +59,7 @@ pub struct Mesh {
     users: Users,
     namespaces: Namespaces,
     logs: PathBuf,
-    fabric: Fabric,
+    bridge: Bridge,
     server: Process,
     agent: Process,
     events: Events,
@@ -132,10 +132,10 @@ fn port_name(number: usize) -> String {
 }
 
 impl Mesh {
-    /// Starts a mesh. After a failure, `Place::tidy` removes what is left.
+    /// Starts a mesh. After a failure, `RunDirectory::tidy` removes what is left.
     pub async fn start(
         spec: MeshSpec,
-        place: &Place,
+        run_dir: &RunDirectory,
         log_dir: Option<PathBuf>,
         progress: &dyn Fn(&str),
     ) -> Result<Rc<Self>> {
@@ -145,26 +145,26 @@ impl Mesh {
                     .with_context(|| format!("cannot make the log folder {}", dir.display()))?;
                 dir.canonicalize()?
             }
-            None => place.folder("logs", 0)?,
+            None => run_dir.folder("logs", 0)?,
         };
-        let events = place.events.clone();
+        let events = run_dir.events.clone();
         events.keep_in(&logs).with_context(|| format!("cannot write events to {}", logs.display()))?;
-        let dir = place.dir.clone();
+        let dir = run_dir.dir.clone();
         // Before anything runs: a name that is another mesh's is a mistake in the file.
-        place.namespaces().claim(&place.namespaces().fabric()).context("the mesh cannot have this name")?;
+        run_dir.namespaces().claim(&run_dir.namespaces().bridge()).context("the mesh cannot have this name")?;
         for workload in &spec.workloads {
-            let claimed = place.namespaces().claim(&place.namespaces().workload(&workload.name));
+            let claimed = run_dir.namespaces().claim(&run_dir.namespaces().workload(&workload.name));
             claimed.with_context(|| format!("workload {} cannot have this name", workload.name))?;
         }
         progress(&format!("mesh {}: trust domain {}, mode {}", spec.name, spec.trust_domain, spec.mode));
         let node = NodeIdentity::new(time::OffsetDateTime::now_utc())?;
-        let server = start_server(&spec, place, &node, &logs).await?;
+        let server = start_server(&spec, run_dir, &node, &logs).await?;
         progress("server is up");
-        let agent = start_agent(&spec, place, &node, &logs).await?;
+        let agent = start_agent(&spec, run_dir, &node, &logs).await?;
         progress("agent is up and attested");
-        let switch = place.namespaces().fabric();
-        let fabric = Fabric::create(&switch)
-            .inspect_err(|error| place.namespaces().not_made(&switch, error))
+        let switch = run_dir.namespaces().bridge();
+        let bridge = Bridge::create(&switch)
+            .inspect_err(|error| run_dir.namespaces().not_made(&switch, error))
             .context("cannot make the mesh's network")?;
         let mut random = [0u8; 4];
         rand::fill(&mut random);
@@ -173,7 +173,7 @@ impl Mesh {
         let publisher =
             tokio::spawn(keep_published(unix_channel(server_socket(&dir)), directory.clone(), publish.clone()));
         let mesh = Rc::new(Self {
-            namespaces: place.namespaces().clone(),
+            namespaces: run_dir.namespaces().clone(),
             run_id: format!("{:08x}", u32::from_be_bytes(random)),
             workloads: Mutex::default(),
             numbers: Numbers::default(),
@@ -183,9 +183,9 @@ impl Mesh {
             mode: Mutex::default(),
             spec: spec.clone(),
             dir,
-            users: place.users(),
+            users: run_dir.users(),
             logs,
-            fabric,
+            bridge,
             server,
             agent,
             events,
@@ -353,7 +353,7 @@ impl Mesh {
     pub fn plug(&self, name: &str, port: &str, addresses: Addresses) -> Result<NetNs> {
         let namespace = self.namespaces.workload(name);
         self.namespaces.claim(&namespace).with_context(|| format!("{name} cannot have this name"))?;
-        let plugged = self.fabric.plug(&namespace, port, addresses);
+        let plugged = self.bridge.plug(&namespace, port, addresses);
         if let Err(error) = &plugged {
             self.namespaces.not_made(&namespace, error);
         }
@@ -362,7 +362,7 @@ impl Mesh {
 
     /// Unplugs and removes a namespace; the name is free again when it is gone.
     pub fn unplug(&self, netns: &NetNs, port: &str) -> Result<()> {
-        let unplugged = self.fabric.unplug(netns, port);
+        let unplugged = self.bridge.unplug(netns, port);
         if !netns.path().exists()
             && let Some(name) = netns.path().file_name().and_then(|n| n.to_str())
         {
@@ -506,7 +506,7 @@ impl Mesh {
         });
     }
 
-    /// Stops everything, programs first. `Place::tidy` removes the rest.
+    /// Stops everything, programs first. `RunDirectory::tidy` removes the rest.
     pub async fn stop(&self) {
         for running in self.workloads().values() {
             let program = running.program.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -1,8 +1,10 @@
 //! `countersign up` and `countersign run`: a whole mesh on one machine.
 //!
-//! `mesh_file` says what is wanted, `place` where it stands on this machine, `namespaces` which network namespaces are its, `account` whose users run it, `mesh` brings it up and takes it down,
-//! `control_plane` is its server and agent, `sidecar` what a workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks it.
-//! `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the logs, `reach` looks at working folders.
+//! `mesh_file` says what is wanted, `run_directory` where it stands on this machine, `namespaces` which network namespaces
+//! are its, `account` whose users run it, `mesh` brings it up and takes it down, `control_plane` is its server and agent,
+//! `sidecar` what a workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows
+//! it, `verify` checks it. `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the
+//! logs, `reach` looks at working folders.
 
 mod account;
 mod ask;
@@ -17,11 +19,11 @@ mod mesh_file;
 mod namespaces;
 mod node_identity;
 mod numbers;
-mod place;
 mod reach;
 mod refusals;
 mod rotate;
 mod run;
+mod run_directory;
 mod sidecar;
 mod signals;
 mod table;
@@ -41,11 +43,11 @@ pub use machine::{DownArgs, LogsArgs, PsArgs, down, logs, ps, socket_named};
 pub use mesh_file::find_program;
 #[cfg(fuzzing)]
 pub use mesh_file::read as read_mesh;
-pub use place::RUN_DIR;
 pub use run::{RunArgs, run};
+pub use run_directory::RUN_DIR;
 
 use mesh::Mesh;
-use place::Place;
+use run_directory::RunDirectory;
 use signals::Signals;
 
 /// Run a mesh on this machine: every workload in a network namespace with its own sidecar.
@@ -101,17 +103,17 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
             let full = args.file.is_none();
             return verify::verify(spec, args.log_dir, full, signals).await;
         }
-        let place = Place::take(&spec.name)?;
+        let run_dir = RunDirectory::take(&spec.name)?;
         if args.file.is_some() {
-            say_unreadable(&spec, place.users());
+            say_unreadable(&spec, run_dir.users());
         }
         let progress = |step: &str| eprintln!("{step}");
         let started = tokio::select! {
-            mesh = Mesh::start(spec, &place, args.log_dir, &progress) => mesh,
+            mesh = Mesh::start(spec, &run_dir, args.log_dir, &progress) => mesh,
             () = stop.cancelled() => {
                 eprintln!("stopped while starting; tidying up");
-                place.tidy();
-                say_leftovers(&place);
+                run_dir.tidy();
+                say_leftovers(&run_dir);
                 return Ok(ExitCode::from(130));
             }
         };
@@ -131,8 +133,8 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
             () = signals.at_once.cancelled() => false,
         };
         // Kills what did not end in order.
-        place.tidy();
-        let left = say_leftovers(&place);
+        run_dir.tidy();
+        let left = say_leftovers(&run_dir);
         for (name, end) in &failed {
             eprintln!("{name} {end}");
         }
@@ -155,8 +157,8 @@ fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
 }
 
 /// Reports what is left of a mesh on the machine; returns whether anything is.
-fn say_leftovers(place: &Place) -> bool {
-    let left = place.leftovers();
+fn say_leftovers(run_dir: &RunDirectory) -> bool {
+    let left = run_dir.leftovers();
     for what in &left {
         eprintln!("countersign: could not remove the {what}");
     }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use countersign_redirect::netns::NetNs;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::place::RUN_DIR;
+use super::run_directory::RUN_DIR;
 
 /// Every network namespace of ours begins so.
 const PREFIX: &str = "cs-";
@@ -31,7 +31,7 @@ impl Namespaces {
     }
 
     /// Name of the namespace with the mesh's switch.
-    pub fn fabric(&self) -> String {
+    pub fn bridge(&self) -> String {
         format!("{PREFIX}{}", self.mesh)
     }
 
@@ -170,16 +170,16 @@ mod tests {
     fn a_mesh_has_the_namespaces_that_it_claimed_and_none_whose_name_only_begins_alike() {
         let folder = tempfile::tempdir().unwrap();
         let (shop, other) = (of(&folder, &mesh("")), of(&folder, &mesh("-eu")));
-        shop.claim(&shop.fabric()).unwrap();
+        shop.claim(&shop.bridge()).unwrap();
         shop.claim(&shop.workload("web")).unwrap();
-        other.claim(&other.fabric()).unwrap();
+        other.claim(&other.bridge()).unwrap();
         other.claim(&other.workload("web")).unwrap();
-        assert_eq!(shop.listed(), [shop.fabric(), shop.workload("web")]);
-        assert_eq!(other.listed(), [other.fabric(), other.workload("web")]);
-        shop.claim(&shop.fabric()).unwrap();
+        assert_eq!(shop.listed(), [shop.bridge(), shop.workload("web")]);
+        assert_eq!(other.listed(), [other.bridge(), other.workload("web")]);
+        shop.claim(&shop.bridge()).unwrap();
         shop.release_gone();
         assert!(shop.listed().is_empty() && other.listed().len() == 2);
-        other.release(&other.fabric());
+        other.release(&other.bridge());
         other.release(&other.workload("web"));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "the folder can go");
     }
@@ -189,12 +189,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (short, long) = (of(&folder, &mesh("")), of(&folder, &mesh("-b")));
         short.claim(&short.workload("b")).unwrap();
-        let refused = long.claim(&long.fabric()).unwrap_err().to_string();
+        let refused = long.claim(&long.bridge()).unwrap_err().to_string();
         assert!(refused.contains(&format!("belongs to the mesh `{}`", short.mesh)), "{refused}");
         assert!(long.listed().is_empty());
         long.claim(&long.workload("c")).unwrap();
         assert!(short.claim(&short.workload("b-c")).is_err());
         short.release(&short.workload("b"));
-        long.claim(&long.fabric()).unwrap();
+        long.claim(&long.bridge()).unwrap();
     }
 }

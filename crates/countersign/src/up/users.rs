@@ -11,7 +11,7 @@ use nix::fcntl::Flock;
 
 use super::account::{Account, known_uids};
 use super::mesh_file::MAX_WORKLOADS;
-use super::place::{RUN_DIR, every_process, lock};
+use super::run_directory::{RUN_DIR, every_process, lock};
 
 /// User IDs of the first mesh, as documented.
 const FIRST_SERVER: u32 = 2_100;

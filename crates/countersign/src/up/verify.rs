@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use countersign_identity::policy::Mode;
-use countersign_redirect::fabric::Addresses;
+use countersign_redirect::bridge::Addresses;
 use countersign_redirect::netns::NetNs;
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep};
 use super::children::{Process, Program, State};
 use super::mesh::{Mesh, Running};
 use super::mesh_file::{MeshSpec, Restart};
-use super::place::Place;
+use super::run_directory::RunDirectory;
 use super::signals::Signals;
 use crate::capture::Capture;
 use crate::launch::OWN_PROGRAM;
@@ -68,11 +68,11 @@ impl Checks {
 /// Starts the mesh, checks it, stops it, and checks that nothing is left.
 pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, signals: Signals) -> Result<ExitCode> {
     let mut checks = Checks::default();
-    let place = Place::take(&spec.name)?;
+    let run_dir = RunDirectory::take(&spec.name)?;
     let began = Instant::now();
     let progress = |step: &str| eprintln!("{step}");
     let started = tokio::select! {
-        started = Mesh::start(spec, &place, log_dir, &progress) => started,
+        started = Mesh::start(spec, &run_dir, log_dir, &progress) => started,
         () = signals.stop.cancelled() => Err(anyhow!("stopped while starting")),
     };
     let mesh = started?;
@@ -89,8 +89,8 @@ pub async fn verify(spec: MeshSpec, log_dir: Option<PathBuf>, full: bool, signal
         () = signals.at_once.cancelled() => {}
     }
     drop(mesh);
-    place.tidy();
-    let left = place.leftovers();
+    run_dir.tidy();
+    let left = run_dir.leftovers();
     checks.line(
         "everything is gone afterwards",
         if left.is_empty() {

@@ -2,12 +2,12 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use countersign_redirect::fabric::{Addresses, Fabric};
+use countersign_redirect::bridge::{Addresses, Bridge};
 use countersign_redirect::netns::NetNs;
 
 /// Two namespaces on one switch, gone when dropped.
 pub struct World {
-    fabric: Fabric,
+    bridge: Bridge,
     pub here: NetNs,
     pub there: NetNs,
     name: String,
@@ -25,21 +25,21 @@ impl World {
             return None;
         }
         let name = format!("cst-{test}-{}", std::process::id());
-        let fabric = Fabric::create(&name).unwrap();
+        let bridge = Bridge::create(&name).unwrap();
         let plug = |n: &str, (v4, v6)| {
             let addresses = Addresses { v4: (v4, 24), v6: Some((v6, 64)) };
-            fabric.plug(&format!("{name}-{n}"), n, addresses).unwrap()
+            bridge.plug(&format!("{name}-{n}"), n, addresses).unwrap()
         };
         let (here, there) = (plug("here", HERE), plug("there", THERE));
-        Some(Self { fabric, here, there, name })
+        Some(Self { bridge, here, there, name })
     }
 }
 
 impl Drop for World {
     fn drop(&mut self) {
-        let _ = self.fabric.unplug(&self.here, "here");
-        let _ = self.fabric.unplug(&self.there, "there");
-        let _ = self.fabric.netns().remove();
+        let _ = self.bridge.unplug(&self.here, "here");
+        let _ = self.bridge.unplug(&self.there, "there");
+        let _ = self.bridge.netns().remove();
         assert!(NetNs::list(&self.name).is_empty());
     }
 }

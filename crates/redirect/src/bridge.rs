@@ -15,7 +15,7 @@ const BRIDGE: &str = "switch";
 pub const INTERFACE: &str = "eth0";
 
 /// The namespace that holds the switch.
-pub struct Fabric(NetNs);
+pub struct Bridge(NetNs);
 
 /// Addresses of a connected namespace.
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +26,7 @@ pub struct Addresses {
     pub v6: Option<(Ipv6Addr, u8)>,
 }
 
-impl Fabric {
+impl Bridge {
     /// Creates the namespace and its switch. Removes the namespace again on failure.
     pub fn create(name: &str) -> io::Result<Self> {
         let ns = NetNs::create(name)?;
@@ -43,7 +43,7 @@ impl Fabric {
         Ok(Self(ns))
     }
 
-    /// The fabric with this name, whether or not it exists.
+    /// The bridge with this name, whether or not it exists.
     pub fn named(name: &str) -> Self {
         Self(NetNs::named(name))
     }
@@ -101,7 +101,7 @@ impl Fabric {
 
 /// Assigns addresses to this namespace's interface, and enables it and the loopback.
 fn configure(addresses: Addresses) -> io::Result<()> {
-    // Without a wait for duplicates: the fabric gives each address once. Where it cannot be set, an address comes a second later.
+    // Without a wait for duplicates: the bridge gives each address once. Where it cannot be set, an address comes a second later.
     let _ = std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0");
     with_netlink(async |netlink| {
         let eth0 = index(&netlink, INTERFACE).await?;

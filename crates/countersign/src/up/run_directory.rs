@@ -1,4 +1,4 @@
-//! A mesh's place on this machine: its folder, its names, and cleaning up after a mesh that was killed.
+//! A mesh's run directory on this machine: its folder, its names, and cleaning up after a mesh that was killed.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -25,8 +25,8 @@ const USERS: &str = "users";
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(3);
 
-/// A mesh's place; no other `up` has it while this is held. It is tidied when it is dropped.
-pub struct Place {
+/// A mesh's run directory; no other `up` has it while this is held. It is tidied when it is dropped.
+pub struct RunDirectory {
     name: String,
     namespaces: Namespaces,
     /// Its folder.
@@ -39,8 +39,8 @@ pub struct Place {
     _lock: Flock<File>,
 }
 
-impl Place {
-    /// Takes the place of a mesh, and removes what a killed `up` left there.
+impl RunDirectory {
+    /// Takes the run directory of a mesh, and removes what a killed `up` left there.
     pub fn take(name: &str) -> Result<Self> {
         let dir = Path::new(RUN_DIR).join(name);
         let lock =
@@ -58,11 +58,11 @@ impl Place {
         drop(before);
         let held = Users::take().context("cannot find users for the mesh's server, sidecars and workloads")?;
         let (users, number, events) = (held.users, held.number, Events::default());
-        let place = Self { name: name.to_owned(), namespaces, dir, events, users, held: Some(held), _lock: lock };
-        passable(&place.dir)
-            .and_then(|()| std::fs::write(place.dir.join(USERS), number.to_string()))
-            .with_context(|| format!("cannot make {}", place.dir.display()))?;
-        Ok(place)
+        let run_dir = Self { name: name.to_owned(), namespaces, dir, events, users, held: Some(held), _lock: lock };
+        passable(&run_dir.dir)
+            .and_then(|()| std::fs::write(run_dir.dir.join(USERS), number.to_string()))
+            .with_context(|| format!("cannot make {}", run_dir.dir.display()))?;
+        Ok(run_dir)
     }
 
     /// Its network namespaces.
@@ -160,7 +160,7 @@ pub fn fresh(dir: &Path, owner: u32, mode: u32) -> io::Result<()> {
     chown(dir, Some(owner), Some(owner))
 }
 
-impl Drop for Place {
+impl Drop for RunDirectory {
     fn drop(&mut self) {
         // On whatever way `up` ends: an error on the way, or a panic.
         self.tidy();

@@ -1,4 +1,4 @@
-//! The facts that are kept about the cluster's objects, instead of whole objects, to save memory.
+//! What is kept of the cluster's objects, instead of whole objects, to save memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -22,7 +22,7 @@ pub const FEDERATES_WITH: &str = "spiffe.io/federatesWith";
 /// Key of an object: namespace and name.
 pub type Key = (String, String);
 
-/// Facts about a pod.
+/// Store about a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pod {
     /// Namespace of the pod.
@@ -49,14 +49,14 @@ pub struct Pod {
     pub meshed: bool,
 }
 
-/// Facts about a namespace.
+/// Store about a namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Namespace {
     /// Mode of the namespace; `None` if it sets none.
     pub mode: Option<Mode>,
 }
 
-/// Facts about a service.
+/// Store about a service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Service {
     /// UID of the service.
@@ -104,9 +104,9 @@ impl Mesh {
     }
 }
 
-/// All facts about the cluster.
+/// All that is kept of the cluster.
 #[derive(Debug, Default)]
-pub struct Facts {
+pub struct Store {
     /// The mesh's ConfigMap; empty if none is followed.
     pub mesh: HashMap<Key, Mesh>,
     /// Pods by namespace and name.
@@ -123,7 +123,7 @@ pub struct Facts {
     pub spiffe_ids: HashMap<Key, SpiffeID>,
 }
 
-impl Facts {
+impl Store {
     /// A pod's mode: the mesh's mode (or `default`), narrowed by its namespace's and its own.
     pub fn mode_of(&self, pod: &Pod, default: Mode) -> Mode {
         let followed = self.mesh.values().next().cloned().unwrap_or_default();
@@ -223,9 +223,9 @@ pub struct ServiceIndex<'a>(HashMap<(&'a str, &'a str, &'a str), Vec<&'a Service
 
 impl<'a> ServiceIndex<'a> {
     /// An index of all services.
-    pub fn of(facts: &'a Facts) -> Self {
+    pub fn of(store: &'a Store) -> Self {
         let mut index: HashMap<_, Vec<&Service>> = HashMap::new();
-        for service in facts.services.values() {
+        for service in store.services.values() {
             // A pod that the service selects has every pair, so also this one.
             let Some((key, value)) = service.selector.iter().next() else { continue };
             index.entry((service.namespace.as_str(), key.as_str(), value.as_str())).or_default().push(service);

@@ -16,7 +16,7 @@ use crate::sockets::{is_link_local, own_addresses};
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The workload behind this namespace's addresses.
-pub struct Own {
+pub struct LocalWorkload {
     directory: Subscriptions,
     state: Mutex<State>,
 }
@@ -27,12 +27,12 @@ struct State {
     looked: Instant,
 }
 
-impl Own {
+impl LocalWorkload {
     /// Starts following this namespace's addresses in the directory.
     pub fn new(directory: Subscriptions) -> Self {
-        let own = Self { state: Mutex::new(State { answers: HashMap::new(), looked: Instant::now() }), directory };
-        own.look(&mut own.state());
-        own
+        let local = Self { state: Mutex::new(State { answers: HashMap::new(), looked: Instant::now() }), directory };
+        local.look(&mut local.state());
+        local
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_link_local_address_of_ours_is_that_of_the_workload_at_our_others() {
-        let own = Own::new(Subscriptions::default());
+        let local = LocalWorkload::new(Subscriptions::default());
         let (here, link): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "fe80::1".parse().unwrap());
         let workload = Workload {
             uid: "u".into(),
@@ -137,25 +137,25 @@ mod tests {
         };
         let (_directory, answer) = watch::channel(Some(Answer::Meshed(Arc::new(workload))));
         {
-            let mut state = own.state();
+            let mut state = local.state();
             state.answers.extend([(here, Some(answer)), (link, None)]);
             // These addresses are in no interface's list, which is not read again meanwhile.
             state.looked = Instant::now() + DAY;
         }
         let web = identity("spiffe://td/web");
-        assert_eq!(own.at(link, &web).map(|w| w.uid.clone()), Some("u".into()), "its policy decides there too");
-        assert_eq!(own.at("fe80::2".parse().unwrap(), &web), None, "somebody else's");
-        assert_eq!(own.at(Ipv4Addr::LOCALHOST.into(), &web), None);
-        assert_eq!(own.at(link, &identity("spiffe://td/db")), None, "the directory knows somebody else here");
+        assert_eq!(local.at(link, &web).map(|w| w.uid.clone()), Some("u".into()), "its policy decides there too");
+        assert_eq!(local.at("fe80::2".parse().unwrap(), &web), None, "somebody else's");
+        assert_eq!(local.at(Ipv4Addr::LOCALHOST.into(), &web), None);
+        assert_eq!(local.at(link, &identity("spiffe://td/db")), None, "the directory knows somebody else here");
     }
 
     #[test]
     fn an_address_that_there_was_no_room_for_is_asked_for_again() {
-        let own = Own::new(Subscriptions::default());
+        let local = LocalWorkload::new(Subscriptions::default());
         let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
         let (_, nobody) = watch::channel(None);
-        own.state().answers.insert(loopback, Some(nobody));
-        own.look(&mut own.state());
-        assert!(own.state().answers[&loopback].is_none(), "it was looked up anew");
+        local.state().answers.insert(loopback, Some(nobody));
+        local.look(&mut local.state());
+        assert!(local.state().answers[&loopback].is_none(), "it was looked up anew");
     }
 }

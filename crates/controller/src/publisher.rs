@@ -14,9 +14,9 @@ use ipnet::IpNet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::DirectoryConfig;
-use crate::facts::{Facts, Key, Pod};
 use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
+use crate::store::{Key, Pod, Store};
 use crate::watch::Cluster;
 
 /// TCP port of every sidecar in a cluster for mesh traffic.
@@ -32,12 +32,12 @@ const MAX_REST: Duration = Duration::from_millis(500);
 const PUBLISH_AGAIN: Duration = Duration::from_secs(300);
 
 /// Keeps the server's directory up to date.
-pub struct Feed {
-    /// Settings of the feed.
+pub struct DirectoryPublisher {
+    /// Settings of the publisher.
     pub config: DirectoryConfig,
     /// The trust domain of the server.
     pub trust_domain: TrustDomain,
-    /// The facts about the cluster.
+    /// The view of the cluster.
     pub cluster: Arc<Cluster>,
     /// Connection to the server.
     pub server: ServerLink,
@@ -52,7 +52,7 @@ struct Directory {
     services: HashMap<String, Service>,
 }
 
-impl Feed {
+impl DirectoryPublisher {
     /// Publishes changes until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut versions = self.cluster.versions();
@@ -64,7 +64,7 @@ impl Feed {
             loop {
                 versions.mark_unchanged();
                 let began = tokio::time::Instant::now();
-                let now = self.cluster.facts().map(|facts| directory(&facts, &self.config, &self.trust_domain));
+                let now = self.cluster.store().map(|store| directory(&store, &self.config, &self.trust_domain));
                 let rest = (began.elapsed() * REST).clamp(TOGETHER, MAX_REST);
                 if let Some(now) = now {
                     self.metrics.workloads.set(i64::try_from(now.workloads.len()).unwrap_or(i64::MAX));
@@ -81,7 +81,7 @@ impl Feed {
                             tracing::warn!(
                                 server = self.server.name(),
                                 status = status.message(),
-                                "cannot feed the directory; trying again in {delay:.1?}"
+                                "cannot publisher the directory; trying again in {delay:.1?}"
                             );
                             tokio::time::sleep(delay).await;
                             continue;
@@ -130,9 +130,9 @@ impl Feed {
     }
 }
 
-fn directory(facts: &Facts, config: &DirectoryConfig, trust_domain: &TrustDomain) -> Directory {
-    let egress = api_server(facts);
-    let meshed = facts.pods.values().filter(|p| p.meshed && !p.over && !p.host_network && !p.addresses.is_empty());
+fn directory(store: &Store, config: &DirectoryConfig, trust_domain: &TrustDomain) -> Directory {
+    let egress = api_server(store);
+    let meshed = store.pods.values().filter(|p| p.meshed && !p.over && !p.host_network && !p.addresses.is_empty());
     let workload = |pod: &Pod| {
         let id = config.template.id_of(pod, trust_domain)?.ok()?;
         Some(Workload {
@@ -141,16 +141,16 @@ fn directory(facts: &Facts, config: &DirectoryConfig, trust_domain: &TrustDomain
             addresses: pod.addresses.clone(),
             spiffe_ids: [id.to_string()].into(),
             mesh_port: MESH_PORT,
-            policy: Policy { mode: facts.mode_of(pod, config.mode), egress: egress.clone(), ..Policy::default() },
+            policy: Policy { mode: store.mode_of(pod, config.mode), egress: egress.clone(), ..Policy::default() },
         })
     };
     let workloads: HashMap<String, Workload> = meshed.filter_map(workload).map(|w| (w.uid.clone(), w)).collect();
     let in_mesh: HashSet<IpAddr> = workloads.values().flat_map(|w| w.addresses.iter().copied()).collect();
-    let mut slices: HashMap<Key, Vec<&crate::facts::Slice>> = HashMap::new();
-    for ((namespace, _), slice) in &facts.slices {
+    let mut slices: HashMap<Key, Vec<&crate::store::Slice>> = HashMap::new();
+    for ((namespace, _), slice) in &store.slices {
         slices.entry((namespace.clone(), slice.service.clone())).or_default().push(slice);
     }
-    let services = facts.services.values().filter(|s| !s.addresses.is_empty()).map(|service| {
+    let services = store.services.values().filter(|s| !s.addresses.is_empty()).map(|service| {
         let key = (service.namespace.clone(), service.name.clone());
         let behind = slices.get(&key).map_or(&[][..], Vec::as_slice);
         let ports = service.ports.iter().map(|(number, name)| (*number, endpoints(behind, name, &in_mesh)));
@@ -166,7 +166,7 @@ fn directory(facts: &Facts, config: &DirectoryConfig, trust_domain: &TrustDomain
 }
 
 /// Endpoints of a service port with this name.
-fn endpoints(slices: &[&crate::facts::Slice], name: &str, in_mesh: &HashSet<IpAddr>) -> Vec<Endpoint> {
+fn endpoints(slices: &[&crate::store::Slice], name: &str, in_mesh: &HashSet<IpAddr>) -> Vec<Endpoint> {
     let mut all: Vec<Endpoint> = slices
         .iter()
         .flat_map(|slice| {
@@ -182,10 +182,10 @@ fn endpoints(slices: &[&crate::facts::Slice], name: &str, in_mesh: &HashSet<IpAd
 }
 
 /// Addresses of the Kubernetes API server, which strict mode never blocks.
-pub fn api_server(facts: &Facts) -> Vec<IpNet> {
+pub fn api_server(store: &Store) -> Vec<IpNet> {
     let key = ("default".to_owned(), "kubernetes".to_owned());
-    let service = facts.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());
-    let slices = facts.slices.iter().filter(|((ns, _), s)| ns == "default" && s.service == "kubernetes");
+    let service = store.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());
+    let slices = store.slices.iter().filter(|((ns, _), s)| ns == "default" && s.service == "kubernetes");
     let mut all: Vec<IpNet> =
         service.chain(slices.flat_map(|(_, s)| s.addresses.iter().map(|(ip, _)| *ip))).map(IpNet::from).collect();
     all.sort_unstable();
@@ -219,13 +219,13 @@ mod tests {
         (key("shop", name), pod)
     }
 
-    fn facts() -> Facts {
-        let slice = |service: &str, addresses: &[&str], port| crate::facts::Slice {
+    fn store() -> Store {
+        let slice = |service: &str, addresses: &[&str], port| crate::store::Slice {
             service: service.into(),
             addresses: addresses.iter().map(|a| (ip(a), true)).collect(),
             ports: vec![("http".into(), port)],
         };
-        let service = |uid: &str, namespace: &str, name: &str, address: &[&str]| crate::facts::Service {
+        let service = |uid: &str, namespace: &str, name: &str, address: &[&str]| crate::store::Service {
             uid: uid.into(),
             namespace: namespace.into(),
             name: name.into(),
@@ -233,7 +233,7 @@ mod tests {
             ports: vec![(80, "http".into())],
             selector: BTreeMap::new(),
         };
-        Facts {
+        Store {
             pods: [pod("a", "10.0.0.1", true), pod("b", "10.0.0.2", false)].into(),
             services: [
                 (key("shop", "web"), service("s-web", "shop", "web", &["10.91.0.7"])),
@@ -248,23 +248,23 @@ mod tests {
                 (key("default", "kubernetes"), slice("kubernetes", &["10.89.0.1"], 6443)),
             ]
             .into(),
-            ..Facts::default()
+            ..Store::default()
         }
     }
 
-    fn made(facts: &Facts, mode: Mode) -> Directory {
+    fn made(store: &Store, mode: Mode) -> Directory {
         let config = DirectoryConfig {
             server_socket: "/x".into(),
             template: crate::template::DEFAULT.parse().unwrap(),
             mode,
             mesh_configmap: None,
         };
-        directory(facts, &config, &TrustDomain::new("td").unwrap())
+        directory(store, &config, &TrustDomain::new("td").unwrap())
     }
 
     #[test]
     fn a_meshed_pod_is_a_workload_and_a_service_has_its_own_endpoints_once_each() {
-        let made = made(&facts(), Mode::Strict);
+        let made = made(&store(), Mode::Strict);
         assert_eq!(made.workloads.len(), 1);
         let a = &made.workloads["u-a"];
         assert_eq!(a.spiffe_ids, ["spiffe://td/ns/shop/sa/web".to_owned()].into());
@@ -278,31 +278,31 @@ mod tests {
 
     #[test]
     fn a_mesh_that_is_being_removed_is_transparent_even_where_it_was_strict() {
-        let mut facts = facts();
-        facts.mesh.insert(key("m", "m"), crate::facts::Mesh { mode: Some(Mode::Strict), transparent: false });
-        assert_eq!(made(&facts, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
-        facts.mesh.insert(key("m", "m"), crate::facts::Mesh { mode: Some(Mode::Strict), transparent: true });
-        assert_eq!(made(&facts, Mode::Strict).workloads["u-a"].policy.mode, Mode::Off);
+        let mut store = store();
+        store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: false });
+        assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
+        store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: true });
+        assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode, Mode::Off);
     }
 
     #[test]
     fn a_pod_that_is_over_or_uses_its_nodes_network_is_nobody() {
-        let mut facts = facts();
-        facts.pods.get_mut(&key("shop", "a")).unwrap().over = true;
-        assert!(made(&facts, Mode::Strict).workloads.is_empty());
-        let a = facts.pods.get_mut(&key("shop", "a")).unwrap();
+        let mut store = store();
+        store.pods.get_mut(&key("shop", "a")).unwrap().over = true;
+        assert!(made(&store, Mode::Strict).workloads.is_empty());
+        let a = store.pods.get_mut(&key("shop", "a")).unwrap();
         (a.over, a.host_network) = (false, true);
-        assert!(made(&facts, Mode::Strict).workloads.is_empty());
+        assert!(made(&store, Mode::Strict).workloads.is_empty());
     }
 
     #[test]
     fn the_nearest_mode_wins_and_strict_is_not_weakened() {
-        let mut facts = facts();
-        facts.namespaces.insert(key("", "shop"), crate::facts::Namespace { mode: Some(Mode::Strict) });
-        facts.pods.get_mut(&key("shop", "a")).unwrap().annotations.insert(crate::facts::MODE.into(), "off".into());
-        assert_eq!(made(&facts, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
-        facts.namespaces.clear();
-        assert_eq!(made(&facts, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Off);
-        assert_eq!(made(&facts, Mode::Strict).workloads["u-a"].policy.mode, Mode::Strict);
+        let mut store = store();
+        store.namespaces.insert(key("", "shop"), crate::store::Namespace { mode: Some(Mode::Strict) });
+        store.pods.get_mut(&key("shop", "a")).unwrap().annotations.insert(crate::store::MODE.into(), "off".into());
+        assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
+        store.namespaces.clear();
+        assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Off);
+        assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode, Mode::Strict);
     }
 }
