@@ -5,13 +5,33 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use nix::fcntl::OFlag;
+
 /// Largest file with certificates or a key, in bytes.
 pub const MAX_PEM_BYTES: u64 = 1024 * 1024;
 
-/// Opens a regular file for reading. Devices, pipes and folders are refused: what they hold may never end, or never come.
+/// What to do where the last part of a path is a symbolic link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Links {
+    /// Open what it leads to.
+    Follow,
+    /// Fail: whoever may write to the folder could lead root anywhere.
+    Reject,
+}
+
+/// Opens a regular file for reading; see [`open_regular_as`].
 pub fn open_regular(path: &Path) -> io::Result<File> {
+    open_regular_as(path, OpenOptions::new().read(true), Links::Follow)
+}
+
+/// Opens a regular file. Devices, pipes and folders are rejected: what they hold may never end, or never come.
+///
+/// # Errors
+/// It cannot be opened so, is no regular file, or is a link although links are rejected.
+pub fn open_regular_as(path: &Path, options: &mut OpenOptions, links: Links) -> io::Result<File> {
+    let no_follow = if links == Links::Reject { OFlag::O_NOFOLLOW } else { OFlag::empty() };
     // Without O_NONBLOCK the open itself waits for a pipe's writer. It changes nothing for regular files.
-    let file = OpenOptions::new().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path)?;
+    let file = options.custom_flags((OFlag::O_NONBLOCK | no_follow).bits()).open(path)?;
     let kind = file.metadata()?.file_type();
     if !kind.is_file() {
         let what = match () {

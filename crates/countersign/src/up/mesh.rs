@@ -1,31 +1,18 @@
 //! A running mesh: server and agent as processes, and a namespace, a sidecar and a program per workload.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
-use countersign_api::backoff::Backoff;
-use countersign_api::convert::{id_to_wire, selectors_to_wire, workload_to_wire};
-use countersign_api::push::directory_client::DirectoryClient;
-use countersign_api::push::{GetStatusResponse, PublishRequest};
-use countersign_api::spire::types;
-use countersign_api::transport::unix_channel;
-use countersign_identity::directory::Workload;
 use countersign_identity::policy::Mode;
 use countersign_identity::trust_domain::service_account_id;
-use countersign_identity::{Selector, SpiffeId};
 use countersign_redirect::bridge::{Addresses, Bridge};
 use countersign_redirect::netns::NetNs;
 use countersign_redirect::{Backend, install};
-use tokio::sync::Notify;
-use tokio::task::JoinSet;
-use tonic::transport::Channel;
 
 use super::account::{Account, Login};
 use super::children::{Process, Program, State, cause_of_end};
@@ -35,21 +22,16 @@ use super::mesh_file::{MeshSpec, Restart, WorkloadSpec, check_user};
 use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
 use super::numbers::Numbers;
+use super::published::Published;
+use super::registration::Registration;
 use super::rotate::Log;
 use super::run_directory::{RunDirectory, end_all_of, fresh, kill_inside};
+use super::running::{Parts, Running};
 use super::sidecar;
 use super::users::{Users, users_with_processes};
-use crate::clients::client;
-use crate::operator;
 
-/// TCP port of mTLS between sidecars.
-const MESH_PORT: u16 = 15008;
 /// Host number of the first workload in the mesh's networks.
 const FIRST_HOST: u16 = 10;
-/// Interval at which the directory is published again, for a server that was restarted.
-const PUBLISH_EVERY: Duration = Duration::from_secs(2);
-/// How long the server may take to delete entries.
-const DELETE: Duration = Duration::from_secs(5);
 
 /// A mesh that is up.
 pub struct Mesh {
@@ -65,54 +47,10 @@ pub struct Mesh {
     events: Events,
     workloads: Mutex<BTreeMap<String, Rc<Running>>>,
     numbers: Numbers,
-    /// Entries made so far; each gets a name of its own.
-    entries: AtomicU64,
-    /// Entries that the server could not delete yet.
-    forgetting: Mutex<JoinSet<()>>,
+    registration: Registration,
+    published: Published,
     /// Held while a workload comes or goes: who comes next finds its name and number free.
     changing: tokio::sync::Mutex<()>,
-    /// Random ID of this run, part of UIDs in the directory.
-    run_id: String,
-    publish: Arc<Notify>,
-    directory: Arc<Mutex<Vec<Workload>>>,
-    publisher: tokio::task::JoinHandle<()>,
-    /// Mode that overrides the file's; `None` for none.
-    mode: Mutex<Option<Mode>>,
-}
-
-/// A workload that is up.
-pub struct Running {
-    /// Settings of the workload.
-    pub spec: WorkloadSpec,
-    /// Number of the workload in the mesh.
-    pub number: usize,
-    /// Network namespace of the workload.
-    pub netns: NetNs,
-    /// IPv4 and IPv6 address of the workload.
-    pub addresses: [IpAddr; 2],
-    /// SPIFFE ID of the workload.
-    pub spiffe_id: SpiffeId,
-    /// User and groups that its program runs as.
-    pub account: Account,
-    /// Environment variables about its user.
-    pub environment: BTreeMap<String, String>,
-    /// Folder with tables that contain its user; `None` if the machine's suffice.
-    pub accounts: Option<PathBuf>,
-    parts: Parts,
-    admin_socket: PathBuf,
-    sidecar: Rc<Process>,
-    program: Mutex<Option<Process>>,
-}
-
-/// What has to go again when a workload goes, as far as it is there.
-#[derive(Clone, Default)]
-struct Parts {
-    number: usize,
-    netns: Option<NetNs>,
-    /// Users that are nobody's but the workload's and its sidecar's.
-    uids: Vec<u32>,
-    entry_ids: Vec<String>,
-    sidecar: Option<Rc<Process>>,
 }
 
 /// A namespace's addresses by its number.
@@ -166,21 +104,15 @@ impl Mesh {
         let bridge = Bridge::create(&switch)
             .inspect_err(|error| run_dir.namespaces().not_made(&switch, error))
             .context("cannot make the mesh's network")?;
-        let mut random = [0u8; 4];
-        rand::fill(&mut random);
-        let publish = Arc::new(Notify::new());
-        let directory = Arc::<Mutex<Vec<Workload>>>::default();
-        let publisher =
-            tokio::spawn(keep_published(unix_channel(server_socket(&dir)), directory.clone(), publish.clone()));
+        let numbers = Numbers::default();
+        let registration = Registration::new(server_socket(&dir), node_alias(&spec)?, numbers.clone());
         let mesh = Rc::new(Self {
             namespaces: run_dir.namespaces().clone(),
-            run_id: format!("{:08x}", u32::from_be_bytes(random)),
             workloads: Mutex::default(),
-            numbers: Numbers::default(),
-            entries: AtomicU64::default(),
-            forgetting: Mutex::default(),
+            numbers,
+            registration,
+            published: Published::start(server_socket(&dir)),
             changing: tokio::sync::Mutex::default(),
-            mode: Mutex::default(),
             spec: spec.clone(),
             dir,
             users: run_dir.users(),
@@ -189,9 +121,6 @@ impl Mesh {
             server,
             agent,
             events,
-            publish,
-            directory,
-            publisher,
         });
         mesh.write_hosts()?;
         // All at once: the sidecars wait for their identities in parallel.
@@ -313,10 +242,9 @@ impl Mesh {
             parts.uids.push(account.uid);
         }
         for uid in parts.uids.clone() {
-            // Known before it is asked for: an answer that is lost leaves an entry behind.
-            let id = format!("{name}-{}", self.entries.fetch_add(1, Ordering::Relaxed));
+            let id = self.registration.next_id(name);
             parts.entry_ids.push(id.clone());
-            self.register(&spec, &spiffe_id, uid, id).await?;
+            self.registration.register(&spec, &spiffe_id, uid, id).await?;
         }
         let home = self.folder("sidecars", name, proxy_uid, 0o755)?;
         let admin_socket = sidecar::admin_socket(&home);
@@ -345,7 +273,7 @@ impl Mesh {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(running.spec.name.clone(), running.clone());
         self.write_hosts()?;
-        self.publish_now();
+        self.published.update(self.workloads().values());
         Ok(running)
     }
 
@@ -369,20 +297,6 @@ impl Mesh {
             self.namespaces.release(name);
         }
         Ok(unplugged?)
-    }
-
-    /// Registers a workload's identity for the processes of one user.
-    async fn register(&self, spec: &WorkloadSpec, id: &SpiffeId, uid: u32, entry_id: String) -> Result<()> {
-        let entry = types::Entry {
-            id: entry_id,
-            spiffe_id: Some(id_to_wire(id)),
-            parent_id: Some(id_to_wire(&node_alias(&self.spec)?)),
-            selectors: selectors_to_wire([&Selector::new("unix", format!("uid:{uid}"))?]),
-            dns_names: vec![spec.name.clone()],
-            ..types::Entry::default()
-        };
-        let created = operator::entry::create(self.channel(), entry).await;
-        created.map(|_| ()).with_context(|| format!("cannot register {}", spec.name))
     }
 
     /// What a workload's program learns about its user: environment variables, and tables that contain it.
@@ -450,11 +364,8 @@ impl Mesh {
         let _changing = self.changing.lock().await;
         let removed = self.workloads.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
         let Some(running) = removed else { return };
-        let program = running.program.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(program) = program {
-            program.stop().await;
-        }
-        self.publish_now();
+        running.stop_program().await;
+        self.published.update(self.workloads().values());
         self.take_apart(name, running.parts.clone()).await;
     }
 
@@ -468,7 +379,7 @@ impl Mesh {
         }
         // A process may have left the namespace; the next workload of this number has the same users.
         end_all_of(&parts.uids).await;
-        self.forget(name, parts.number, parts.entry_ids).await;
+        self.registration.forget(name, parts.number, parts.entry_ids).await;
         for kind in ["homes", "accounts"] {
             match std::fs::remove_dir_all(self.dir.join(kind).join(name)) {
                 // A workload with a user of the machine has neither.
@@ -488,54 +399,29 @@ impl Mesh {
         }
     }
 
-    /// Deletes a workload's entries and gives its number back. A server that does not answer now is asked again until it
-    /// does, and the number is kept meanwhile: by it, the next workload would be handed the identity of this one.
-    async fn forget(&self, name: &str, number: usize, entry_ids: Vec<String>) {
-        let first = delete_entries(self.channel(), &entry_ids).await;
-        let Err(error) = first else { return self.numbers.release(number) };
-        tracing::warn!(name, %error, "cannot delete the registration entry; trying again");
-        let (channel, numbers) = (self.channel(), self.numbers.clone());
-        let mut forgetting = self.forgetting.lock().unwrap_or_else(PoisonError::into_inner);
-        while forgetting.try_join_next().is_some() {}
-        forgetting.spawn(async move {
-            let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
-            while delete_entries(channel.clone(), &entry_ids).await.is_err() {
-                tokio::time::sleep(backoff.next_delay()).await;
-            }
-            numbers.release(number);
-        });
-    }
-
     /// Stops everything, programs first. `RunDirectory::tidy` removes the rest.
     pub async fn stop(&self) {
         for running in self.workloads().values() {
-            let program = running.program.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(program) = program {
-                program.stop().await;
-            }
+            running.stop_program().await;
         }
         for running in self.workloads().values() {
             running.sidecar.stop().await;
         }
-        self.publisher.abort();
-        self.forgetting.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        self.published.stop();
+        self.registration.stop();
         self.agent.stop().await;
         self.server.stop().await;
     }
 
     /// Overrides the mode of the whole mesh without a restart; `None` restores the file's.
     pub fn set_mode(&self, mode: Option<Mode>) {
-        *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = mode;
-        self.publish_now();
+        self.published.set_mode(mode);
+        self.published.update(self.workloads().values());
     }
 
     /// File with the host names, mounted as every workload's `/etc/hosts`.
     pub fn hosts(&self) -> PathBuf {
         self.dir.join("hosts")
-    }
-
-    fn channel(&self) -> Channel {
-        unix_channel(self.server_socket())
     }
 
     fn log(&self, name: &str) -> PathBuf {
@@ -569,88 +455,5 @@ impl Mesh {
         std::fs::write(self.hosts(), text)
             .and_then(|()| std::fs::set_permissions(self.hosts(), PermissionsExt::from_mode(0o644)))
             .context("cannot write the mesh's names")
-    }
-
-    fn publish_now(&self) {
-        let mode = *self.mode.lock().unwrap_or_else(PoisonError::into_inner);
-        let one = |w: &Rc<Running>| {
-            let mut policy = w.spec.policy.clone();
-            policy.mode = mode.unwrap_or(policy.mode);
-            Workload {
-                uid: format!("{}-{}-{}", w.spec.name, self.run_id, w.parts.entry_ids.join("+")),
-                name: w.spec.name.clone(),
-                addresses: w.addresses.to_vec(),
-                spiffe_ids: [w.spiffe_id.to_string()].into(),
-                mesh_port: MESH_PORT,
-                policy,
-            }
-        };
-        let all = self.workloads().values().map(one).collect();
-        *self.directory.lock().unwrap_or_else(PoisonError::into_inner) = all;
-        self.publish.notify_one();
-    }
-}
-
-impl Running {
-    /// Fetches the status of its sidecar.
-    pub async fn status(&self) -> Result<GetStatusResponse> {
-        operator::status::get(&self.admin_socket).await
-    }
-
-    /// State of its program; `None` if `run` started it.
-    pub fn program(&self) -> Option<State> {
-        self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Process::state)
-    }
-
-    /// Number of restarts of its sidecar and its program.
-    pub fn restarts(&self) -> u32 {
-        let program = self.program.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Process::restarts);
-        self.sidecar.restarts() + program
-    }
-
-    /// State of its sidecar.
-    pub fn sidecar(&self) -> State {
-        self.sidecar.state()
-    }
-
-    /// Path of the sidecar's admin socket.
-    pub fn admin_socket(&self) -> &Path {
-        &self.admin_socket
-    }
-
-    /// Path of the sidecar's access log.
-    pub fn access_log(&self) -> PathBuf {
-        self.admin_socket.with_file_name("access.log")
-    }
-}
-
-/// Deletes entries; those that are not there are deleted.
-async fn delete_entries(channel: Channel, ids: &[String]) -> Result<()> {
-    if ids.is_empty() {
-        return Ok(());
-    }
-    tokio::time::timeout(DELETE, operator::entry::delete_if_there(channel, ids.to_vec()))
-        .await
-        .context("the server does not answer")?
-}
-
-/// Publishes the directory after each change, and periodically.
-async fn keep_published(channel: Channel, directory: Arc<Mutex<Vec<Workload>>>, changed: Arc<Notify>) {
-    loop {
-        let all =
-            directory.lock().unwrap_or_else(PoisonError::into_inner).iter().map(workload_to_wire).collect::<Vec<_>>();
-        if !all.is_empty() {
-            let request = PublishRequest { replace: true, upserted: all, ..Default::default() };
-            let mut request = tonic::Request::new(request);
-            request.set_timeout(PATIENCE);
-            let mut client = client!(DirectoryClient, channel.clone());
-            if let Err(status) = client.publish(request).await {
-                tracing::debug!(status = status.message(), "cannot publish the directory; trying again");
-            }
-        }
-        tokio::select! {
-            () = changed.notified() => {}
-            () = tokio::time::sleep(PUBLISH_EVERY) => {}
-        }
     }
 }

@@ -1,10 +1,11 @@
 //! `countersign up` and `countersign run`: a whole mesh on one machine.
 //!
 //! `mesh_file` says what is wanted, `run_directory` where it stands on this machine, `namespaces` which network namespaces
-//! are its, `account` whose users run it, `mesh` brings it up and takes it down, `control_plane` is its server and agent,
-//! `sidecar` what a workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows
-//! it, `verify` checks it. `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the
-//! logs, `reach` looks at working folders.
+//! are its, `account` whose users run it, `mesh` brings it up and takes it down, `running` is a workload of it,
+//! `registration` its entries, `published` its directory, `control_plane` is its server and agent, `sidecar` what a
+//! workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks
+//! it. `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the logs, `reach` looks at
+//! working folders.
 
 mod account;
 mod ask;
@@ -19,11 +20,14 @@ mod mesh_file;
 mod namespaces;
 mod node_identity;
 mod numbers;
+mod published;
 mod reach;
 mod refusals;
+mod registration;
 mod rotate;
 mod run;
 mod run_directory;
+mod running;
 mod sidecar;
 mod signals;
 mod table;

@@ -7,11 +7,13 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use countersign_api::files::{Links, open_regular_as};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 
-use super::mesh::{Mesh, Running};
-use super::rotate::{previous, regular};
+use super::mesh::Mesh;
+use super::rotate::previous;
+use super::running::Running;
 
 /// Size of the end of an access log that is read, in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -90,7 +92,7 @@ fn refused_lines(log: &Path) -> Vec<Line> {
 fn end_of(log: &Path) -> String {
     let read = || {
         // The folder belongs to the sidecar's user, and this thread is the mesh's only one.
-        let mut file = regular(log, OpenOptions::new().read(true))?;
+        let mut file = open_regular_as(log, OpenOptions::new().read(true), Links::Reject)?;
         let start = file.metadata()?.len().saturating_sub(MAX_BYTES);
         file.seek(SeekFrom::Start(start))?;
         let mut bytes = vec![];

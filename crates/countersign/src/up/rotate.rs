@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use countersign_api::files::{Links, open_regular_as};
 use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -58,7 +59,7 @@ impl Log {
     /// The file at its path is another one than was opened, or cannot be copied or emptied.
     fn cut(&self) -> io::Result<()> {
         let Some(ours) = *self.opened() else { return Ok(()) };
-        let mut log = regular(&self.0.path, OpenOptions::new().read(true).write(true))?;
+        let mut log = open_regular_as(&self.0.path, OpenOptions::new().read(true).write(true), Links::Reject)?;
         if identity(&log)? != ours {
             return Err(io::Error::other("it is another file than the one that was opened"));
         }
@@ -86,16 +87,6 @@ impl Deref for Log {
 
 fn identity(file: &File) -> io::Result<(u64, u64)> {
     file.metadata().map(|m| (m.dev(), m.ino()))
-}
-
-/// Opens a file in a folder where somebody else may write: never through a link, and never waiting for the other end of a
-/// pipe.
-///
-/// # Errors
-/// It cannot be opened so, or is no regular file.
-pub(super) fn regular(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    let file = options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits()).open(path)?;
-    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no regular file")) }
 }
 
 /// Looks after the logs until it is dropped.
@@ -139,7 +130,7 @@ fn cut_all(logs: &[Log]) {
 /// Neither part can be read.
 pub(super) fn read(log: &Path) -> std::io::Result<String> {
     // Opened before the older part is read: what is moved in between is neither missed nor read twice.
-    let open = |path: &Path| regular(path, OpenOptions::new().read(true));
+    let open = |path: &Path| open_regular_as(path, OpenOptions::new().read(true), Links::Reject);
     let current = open(log);
     let mut text = String::new();
     match (open(&previous(log)), current) {
@@ -204,7 +195,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("access.log");
         nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert_eq!(read(&log).unwrap_err().to_string(), "it is no regular file");
+        assert_eq!(read(&log).unwrap_err().to_string(), "it is a pipe; expected a file");
         let secret = folder.path().join("secret");
         std::fs::write(&secret, "root's").unwrap();
         std::os::unix::fs::symlink(&secret, previous(&log)).unwrap();

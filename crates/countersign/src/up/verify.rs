@@ -19,9 +19,10 @@ use time::format_description::well_known::Rfc3339;
 use tokio::time::{Instant, sleep};
 
 use super::children::{Process, Program, State};
-use super::mesh::{Mesh, Running};
+use super::mesh::Mesh;
 use super::mesh_file::{MeshSpec, Restart};
 use super::run_directory::RunDirectory;
+use super::running::Running;
 use super::signals::Signals;
 use crate::capture::Capture;
 use crate::launch::OWN_PROGRAM;

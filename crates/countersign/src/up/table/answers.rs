@@ -50,7 +50,7 @@ impl Answers {
             all.retain(|name, _| workloads.contains_key(name));
             for (name, running) in &workloads {
                 let asked = all.entry(name.clone()).or_insert_with(|| Asked {
-                    channel: unix_channel(running.admin_socket()),
+                    channel: unix_channel(&running.admin_socket),
                     since: Instant::now(),
                     last: None,
                 });

@@ -7,7 +7,8 @@ use countersign_api::push::GetStatusResponse;
 use tokio_util::sync::CancellationToken;
 
 use super::super::children::State;
-use super::super::mesh::{Mesh, Running};
+use super::super::mesh::Mesh;
+use super::super::running::Running;
 use super::EVERY;
 use super::answers::Answers;
 use crate::operator::output::told;

@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use super::super::children::State;
-use super::super::mesh::{Mesh, Running};
+use super::super::mesh::Mesh;
 use super::super::mesh_file::MeshSpec;
+use super::super::running::Running;
 use super::answers::Answers;
 use crate::operator::output::told;
 use crate::settings::words::{bytes, count, duration};
@@ -146,7 +147,7 @@ fn row(name: &str, running: &Running, answers: &Answers) -> Row {
         bytes: number("bytes in") + number("bytes out"),
         refused,
         restarts: running.restarts(),
-        admin_socket: running.admin_socket().display().to_string(),
+        admin_socket: running.admin_socket.display().to_string(),
     }
 }
 
