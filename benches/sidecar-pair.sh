@@ -9,6 +9,8 @@ host=$(rustc -vV | sed -n "s/^host: //p")
 binary=${COUNTERSIGN:-${CARGO_TARGET_DIR:-$root/target}/$host/release/countersign}
 [ -x "$binary" ] || { echo "build it first: images/build (looked for $binary)" >&2; exit 1; }
 identity=(--svid "$pki/$side.crt" --key "$pki/$side.key" --bundle "bench.test=$pki/ca.crt" --log warn)
+# As in an image and in `up`: crates/countersign/src/up/sidecar.rs says why.
+export GLIBC_TUNABLES=glibc.cpu.x86_rep_movsb_threshold=0x10000000
 case $side in
   a) exec "$binary" proxy "${identity[@]}" --outbound-listen "$listen" --outbound-target "$target" \
        --outbound-expect spiffe://bench.test/ns/default/sa/b ;;

@@ -26,6 +26,7 @@ pub mod workload_attestor;
 use std::sync::Arc;
 use std::time::Duration;
 
+use countersign_api::calls::CallLayer;
 use countersign_api::clock::Clock;
 use countersign_api::directory::{Quota, Subscriptions};
 use countersign_api::graceful::{GRACE, take_leave};
@@ -126,6 +127,7 @@ pub async fn run(
     let incoming = accept_unix(unix, core.config.socket.clone(), 0o666);
     let routes = endpoints::routes(&core).await;
     let serve = grpc::server(CALLS_AT_ONCE)
+        .layer(CallLayer(endpoints::bounds()))
         .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
     tracing::info!(trust_domain = %core.config.trust_domain, server = core.config.server, socket = %core.config.socket.display(), "agent ready");

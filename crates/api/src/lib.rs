@@ -4,6 +4,7 @@
 pub mod accept;
 pub mod admission;
 pub mod backoff;
+pub mod calls;
 pub mod clock;
 pub mod convert;
 pub mod denied;

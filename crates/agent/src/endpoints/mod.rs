@@ -8,6 +8,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use countersign_api::admission::{Limits, LocalSource};
+use countersign_api::calls::{Calls, Judged};
 use countersign_api::clock::Clock;
 use countersign_api::directory::{Quota, Subscriptions};
 use countersign_api::peer::UnixPeer;
@@ -20,6 +22,8 @@ use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::body::Body;
+use tonic::codegen::http;
 use tonic::service::Routes;
 use tonic::{Request, Status};
 
@@ -53,15 +57,39 @@ pub struct Core {
 #[derive(Clone)]
 struct Endpoint(Arc<Core>);
 
+/// Longest request of a method that is not the directory's, in bytes. None of them says much.
+const MAX_REQUEST_BYTES: usize = 16 * 1024;
+/// Longest request of the directory, in bytes: every address that one caller may follow.
+const MAX_RESOLVE_BYTES: usize = 256 * 1024;
+/// Method with a stream of requests.
+const RESOLVE: &str = "/countersign.v1.Directory/Resolve";
+
+/// Bounds on callers' calls, by their users: whoever may enter the socket's folder may call. A call that is open takes some
+/// 4 KiB, one that is not whole as much as its request may have.
+pub fn bounds() -> impl Fn(&http::Request<Body>) -> Judged<LocalSource> + Clone + Send + 'static {
+    let limits = |name, total, per_group| Limits { name, total, per_group };
+    let open = limits("open calls", 24_576, 16_384);
+    let resolve = Calls::new(open, limits("unfinished directory requests", 256, 64));
+    let other = Calls::new(open, limits("unfinished requests", 2_048, 256));
+    move |request| {
+        let streams = request.uri().path() == RESOLVE;
+        let calls = if streams { &resolve } else { &other }.clone();
+        // A connection without a peer cannot be; its calls would share a place.
+        let peer = request.extensions().get::<UnixPeer>();
+        let source = peer.map_or(LocalSource { uid: u32::MAX, pid: -1 }, |p| LocalSource { uid: p.uid, pid: p.pid });
+        Judged { calls, source, streams }
+    }
+}
+
 /// All services of the agent, with gRPC health checks.
 pub async fn routes(core: &Arc<Core>) -> Routes {
     let endpoint = Endpoint(core.clone());
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     Routes::new(health)
-        .add_service(SpiffeWorkloadApiServer::new(endpoint.clone()).max_decoding_message_size(64 * 1024))
-        .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(1024 * 1024))
-        .add_service(StatusServer::new(endpoint).max_decoding_message_size(64 * 1024))
+        .add_service(SpiffeWorkloadApiServer::new(endpoint.clone()).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(MAX_RESOLVE_BYTES))
+        .add_service(StatusServer::new(endpoint).max_decoding_message_size(MAX_REQUEST_BYTES))
 }
 
 /// How long a caller is given to read why its stream ends.

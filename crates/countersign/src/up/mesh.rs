@@ -437,7 +437,7 @@ impl Mesh {
             account: Account::of_uid(uid),
             no_new_privs: true,
             command: sidecar::command(spec, &agent_socket(&self.dir), home),
-            env: BTreeMap::new(),
+            env: sidecar::environment(),
             workdir: None,
             restart: Restart::Always,
             events: self.events.clone(),

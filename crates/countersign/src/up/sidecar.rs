@@ -1,5 +1,6 @@
 //! What a workload's settings mean for its sidecar: the sidecar's command line and the redirect of its namespace.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use countersign_identity::policy::Mode;
@@ -26,6 +27,18 @@ pub fn command(spec: &WorkloadSpec, agent_socket: &Path, home: &Path) -> Vec<Str
         set("--proxy-protocol", port.to_string());
     }
     command
+}
+
+/// Keeps the C library's copies off `rep movsb`. glibc before 2.39 uses it for copies of 8 KiB and more, and on AMD's
+/// processors it is several times slower than a loop where source and destination lie badly to each other within their pages
+/// (glibc bug 30994); a TLS record is copied twice. Newer versions know better and other C libraries do not read it.
+/// `images/build` sets the same for images.
+const COPIES: (&str, &str) = ("GLIBC_TUNABLES", "glibc.cpu.x86_rep_movsb_threshold=0x10000000");
+
+/// Environment of a sidecar.
+pub fn environment() -> BTreeMap<String, String> {
+    let (name, value) = COPIES;
+    BTreeMap::from([(name.into(), value.into())])
 }
 
 /// What is caught in a workload's namespace, and what else is dropped there.
@@ -56,6 +69,13 @@ mod tests {
         let text = format!("mode: {mode}\nworkloads:\n  - name: a\n    command: [sleep]\n    {keys}\n");
         std::fs::write(&path, text).unwrap();
         mesh_file::load(&path).unwrap().workloads.remove(0)
+    }
+
+    #[test]
+    fn a_sidecar_copies_the_same_way_in_a_mesh_an_image_and_the_race() {
+        let (name, value) = COPIES;
+        assert!(include_str!("../../../../images/build").contains(&format!("\"{name}={value}\"")));
+        assert!(include_str!("../../../../benches/sidecar-pair.sh").contains(&format!("export {name}={value}\n")));
     }
 
     #[test]

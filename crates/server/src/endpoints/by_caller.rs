@@ -1,11 +1,15 @@
-//! How long a message may be, by who sends it: it is decoded before a service can ask who calls.
+//! How long a message may be, and how many calls may be open, by who calls: a message is decoded before a service can ask.
 
+use std::net::Ipv6Addr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use countersign_api::admission::{Limits, ProvenSource, Source};
+use countersign_api::calls::{Answer, Calls, Judged, call};
+use countersign_api::peer::TlsPeer;
 use countersign_api::transport::MAX_MESSAGE_BYTES;
 use tonic::body::Body;
-use tonic::codegen::http::Request;
+use tonic::codegen::http::{Extensions, Request};
 use tonic::service::Routes;
 use tower::Service;
 
@@ -18,27 +22,45 @@ use crate::node_attestor::MAX_PAYLOAD_BYTES;
 /// a node and its CSR.
 const MAX_STRANGER_BYTES: usize = 2 * MAX_PAYLOAD_BYTES;
 
+/// Methods with a stream of requests.
+const STREAMS: [&str; 2] =
+    ["/spire.api.server.agent.v1.Agent/AttestAgent", "/spire.api.server.entry.v1.Entry/SyncAuthorizedEntries"];
+
 /// The services twice, with either bound.
 #[derive(Clone)]
 pub struct ByCaller {
     core: Arc<Core>,
-    known: Routes,
-    strangers: Routes,
+    known: Bounded,
+    strangers: Bounded,
+}
+
+/// The services for callers of one kind. An open call takes some 4 KiB, one that is not whole as much as its message may have.
+#[derive(Clone)]
+struct Bounded {
+    calls: Calls<ProvenSource>,
+    routes: Routes,
+}
+
+fn limits(name: &'static str, total: usize, per_group: usize) -> Limits {
+    Limits { name, total, per_group }
 }
 
 /// Every service of the server.
 pub async fn by_caller(core: &Arc<Core>) -> ByCaller {
+    let known = Calls::new(limits("open calls", 65_536, 4_096), limits("unfinished requests", 256, 32));
+    let strangers =
+        Calls::new(limits("open calls of strangers", 8_192, 512), limits("unfinished requests of strangers", 512, 32));
     ByCaller {
         core: core.clone(),
-        known: routes(core, MAX_MESSAGE_BYTES).await,
-        strangers: routes(core, MAX_STRANGER_BYTES).await,
+        known: Bounded { calls: known, routes: routes(core, MAX_MESSAGE_BYTES).await },
+        strangers: Bounded { calls: strangers, routes: routes(core, MAX_STRANGER_BYTES).await },
     }
 }
 
 impl ByCaller {
     /// What a gRPC server is built from.
     pub fn routes(&self) -> Routes {
-        self.known.clone()
+        self.known.routes.clone()
     }
 }
 
@@ -46,7 +68,8 @@ impl ByCaller {
 impl tower::Layer<Routes> for ByCaller {
     type Service = Self;
 
-    fn layer(&self, known: Routes) -> Self {
+    fn layer(&self, routes: Routes) -> Self {
+        let known = Bounded { routes, ..self.known.clone() };
         Self { known, ..self.clone() }
     }
 }
@@ -54,19 +77,35 @@ impl tower::Layer<Routes> for ByCaller {
 impl Service<Request<Body>> for ByCaller {
     type Response = <Routes as Service<Request<Body>>>::Response;
     type Error = <Routes as Service<Request<Body>>>::Error;
-    type Future = <Routes as Service<Request<Body>>>::Future;
+    type Future = Answer<Self::Error>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        match Service::<Request<Body>>::poll_ready(&mut self.known, cx) {
-            Poll::Ready(Ok(())) => Service::<Request<Body>>::poll_ready(&mut self.strangers, cx),
+        match Service::<Request<Body>>::poll_ready(&mut self.known.routes, cx) {
+            Poll::Ready(Ok(())) => Service::<Request<Body>>::poll_ready(&mut self.strangers.routes, cx),
             other => other,
         }
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let known = Caller::is_known(&self.core, request.extensions());
-        if known { self.known.call(request) } else { self.strangers.call(request) }
+        let Bounded { calls, routes } = if known { &mut self.known } else { &mut self.strangers };
+        let judged = Judged {
+            calls: calls.clone(),
+            source: source(request.extensions()),
+            streams: STREAMS.contains(&request.uri().path()),
+        };
+        call(routes, judged, request)
     }
+}
+
+/// Whose a call is: its identity's, or for whoever has none its address's.
+fn source(connection: &Extensions) -> ProvenSource {
+    let (id, address) = match connection.get::<TlsPeer>() {
+        Some(TlsPeer { svid: Some(svid), address }) => (svid.id.to_string(), address.ip()),
+        Some(TlsPeer { svid: None, address }) => (address.ip().group().to_string(), address.ip()),
+        None => ("local".into(), Ipv6Addr::LOCALHOST.into()),
+    };
+    ProvenSource { id, address }
 }
 
 #[cfg(test)]
