@@ -93,7 +93,7 @@ pub async fn run(
         return Err(LinkError::NoEvidence.into());
     }
     let mut attestors: Vec<Box<dyn workload_attestor::WorkloadAttestor>> =
-        vec![Box::new(workload_attestor::Unix { discover_path: config.discover_path, hash_limit: config.hash_limit })];
+        vec![Box::new(workload_attestor::Unix::new(config.discover_path, config.hash_limit))];
     if let Some(kubelet) = config.kubelet.clone() {
         attestors.push(Box::new(workload_attestor::K8s::new(kubelet).await?));
     }

@@ -1,5 +1,6 @@
 //! Workload attestation: facts that can be proven about a caller, as selectors.
 
+mod executable;
 mod k8s;
 mod unix;
 

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 
 use async_trait::async_trait;
 use countersign_identity::Selector;
 use countersign_identity::selector::SelectorSet;
 
+use super::executable::Hashes;
 use super::{AttestorError, Proof, WorkloadAttestor};
 use crate::peer::Process;
 
@@ -16,21 +16,25 @@ const MAX_NAMES_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Attests by what the kernel knows about a process.
 pub struct Unix {
-    /// Whether the executable's path and hash are attested too.
-    pub discover_path: bool,
-    /// Largest executable that is hashed, in bytes.
-    pub hash_limit: u64,
+    /// Hashes of executables, whose path and hash are attested then; `None` to attest neither.
+    executables: Option<Hashes>,
 }
 
 #[async_trait]
 impl WorkloadAttestor for Unix {
     async fn attest(&self, process: &Process) -> Result<Proof, AttestorError> {
-        Ok(Proof { selectors: self.selectors(process), in_part: false })
+        Ok(Proof { selectors: self.selectors(process).await, in_part: false })
     }
 }
 
 impl Unix {
-    fn selectors(&self, process: &Process) -> SelectorSet {
+    /// `discover_path`: whether the executable's path and hash are attested too; `hash_limit`: the largest executable that is
+    /// hashed, in bytes.
+    pub fn new(discover_path: bool, hash_limit: u64) -> Self {
+        Self { executables: discover_path.then(|| Hashes::new(hash_limit)) }
+    }
+
+    async fn selectors(&self, process: &Process) -> SelectorSet {
         let mut found = SelectorSet::new();
         let mut add = |key: &str, value: String| found.extend(Selector::new("unix", format!("{key}:{value}")));
         add("uid", process.uid.to_string());
@@ -46,30 +50,12 @@ impl Unix {
             let more = process.groups.iter().filter_map(|g| name_of(&groups, *g));
             more.for_each(|name| add("supplementary_group", name));
         }
-        if let Some(exe) = process.exe.as_ref().filter(|_| self.discover_path) {
+        if let (Some(exe), Some(executables)) = (&process.exe, &self.executables) {
             exe.path.to_str().into_iter().for_each(|path| add("path", path.to_owned()));
-            self.hash(process.pid, exe.file).into_iter().for_each(|hash| add("sha256", hash));
+            let hash = executables.of(process.uid, process.pid, exe.file).await;
+            hash.into_iter().for_each(|hash| add("sha256", hash));
         }
         found
-    }
-
-    /// SHA-256 of the executable, opened through `/proc` so that a file that replaced it is never hashed. `None` if it
-    /// is not the file (device and inode) that the process ran when it connected, or too large.
-    fn hash(&self, pid: i32, expected: (u64, u64)) -> Option<String> {
-        let mut file = File::open(format!("/proc/{pid}/exe")).ok()?;
-        let found = file.metadata().ok()?;
-        // The process may have called exec since; and hashing must not cost the agent unbounded time.
-        if (found.dev(), found.ino()) != expected || found.len() > self.hash_limit {
-            return None;
-        }
-        let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-        let mut buffer = vec![0; 64 * 1024];
-        loop {
-            match file.read(&mut buffer).ok()? {
-                0 => return Some(hex::encode(context.finish())),
-                n => context.update(&buffer[..n]),
-            }
-        }
     }
 }
 
@@ -106,14 +92,14 @@ mod tests {
         }
     }
 
-    fn found(attestor: &Unix, process: &Process) -> Vec<String> {
-        attestor.selectors(process).iter().map(ToString::to_string).collect()
+    async fn found(attestor: &Unix, process: &Process) -> Vec<String> {
+        attestor.selectors(process).await.iter().map(ToString::to_string).collect()
     }
 
-    #[test]
-    fn a_process_has_every_selector_of_the_table() {
-        let attestor = Unix { discover_path: true, hash_limit: u64::MAX };
-        let here = found(&attestor, &process());
+    #[tokio::test]
+    async fn a_process_has_every_selector_of_the_table() {
+        let attestor = Unix::new(true, u64::MAX);
+        let here = found(&attestor, &process()).await;
         for expected in [
             "unix:uid:0",
             "unix:gid:0",
@@ -129,24 +115,26 @@ mod tests {
         assert!(here.contains(&format!("unix:path:{}", exe.display())));
         let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&exe).unwrap());
         assert!(here.contains(&format!("unix:sha256:{}", hex::encode(hash))));
-        let plain = Unix { discover_path: false, hash_limit: u64::MAX };
-        assert!(!found(&plain, &process()).iter().any(|s| s.starts_with("unix:path") || s.starts_with("unix:sha256")));
-        let limited = Unix { discover_path: true, hash_limit: 1 };
-        assert!(!found(&limited, &process()).iter().any(|s| s.starts_with("unix:sha256")), "too large to hash");
+        let plain = Unix::new(false, u64::MAX);
+        assert!(
+            !found(&plain, &process()).await.iter().any(|s| s.starts_with("unix:path") || s.starts_with("unix:sha256"))
+        );
+        let limited = Unix::new(true, 1);
+        assert!(!found(&limited, &process()).await.iter().any(|s| s.starts_with("unix:sha256")), "too large to hash");
     }
 
-    #[test]
-    fn a_program_that_is_not_the_one_that_connected_is_not_hashed() {
-        let attestor = Unix { discover_path: true, hash_limit: u64::MAX };
+    #[tokio::test]
+    async fn a_program_that_is_not_the_one_that_connected_is_not_hashed() {
+        let attestor = Unix::new(true, u64::MAX);
         let other = Executable { path: "/usr/bin/trusted".into(), file: (0, 0) };
-        let there = found(&attestor, &Process { exe: Some(other), ..process() });
+        let there = found(&attestor, &Process { exe: Some(other), ..process() }).await;
         assert!(!there.iter().any(|s| s.starts_with("unix:sha256")), "{there:?}");
     }
 
-    #[test]
-    fn a_process_of_a_container_has_numbers_and_no_names() {
-        let attestor = Unix { discover_path: false, hash_limit: 0 };
-        let there = found(&attestor, &Process { foreign: true, ..process() });
+    #[tokio::test]
+    async fn a_process_of_a_container_has_numbers_and_no_names() {
+        let attestor = Unix::new(false, 0);
+        let there = found(&attestor, &Process { foreign: true, ..process() }).await;
         assert_eq!(there, ["unix:gid:0", "unix:supplementary_gid:0", "unix:supplementary_gid:4000000", "unix:uid:0"]);
     }
 
