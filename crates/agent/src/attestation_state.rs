@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::cache::Cache;
+use crate::cache::{self, Cache};
 use crate::link::{Link, LinkError};
 use crate::refusal::Refusal;
 use crate::renewal;
@@ -161,14 +161,11 @@ impl State {
         match refusal {
             Refusal::Agent(Reason::AgentBanned) => {
                 tracing::error!("this agent is banned: its workloads' identities are withdrawn");
-                // Withdrawn at once: workloads of a banned node must not keep an identity until it expires. Synced, so
-                // that callers are told that they have none instead of being asked to wait.
-                self.cache.change(|state| {
-                    state.entries.clear();
-                    state.synced = true;
-                });
                 self.banned = true;
+                // No stream begins without an identity, and what older streams say is not taken up after the withdrawal.
                 self.link.forget();
+                // At once: workloads of a banned node must not keep an identity until it expires.
+                self.cache.change(cache::State::withdraw);
             }
             Refusal::Agent(
                 reason @ (Reason::AgentExpired
