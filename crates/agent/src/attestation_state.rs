@@ -11,8 +11,9 @@ use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
-use crate::cache::Cache;
+use crate::cache::{self, Cache};
 use crate::link::{Link, LinkError};
 use crate::refusal::Refusal;
 use crate::renewal;
@@ -22,7 +23,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Runs until `shutdown`. `refusals` receives the server's refusals from other calls.
 pub async fn keep(link: Arc<Link>, cache: Arc<Cache>, refusals: mpsc::Receiver<Refusal>, shutdown: CancellationToken) {
-    let backoff = |most| Backoff::new(Duration::from_millis(250), Duration::from_secs(most));
+    let disk = Backoff::new(Duration::from_millis(250), Duration::from_secs(60));
     let state = State {
         link,
         cache,
@@ -32,8 +33,8 @@ pub async fn keep(link: Arc<Link>, cache: Arc<Cache>, refusals: mpsc::Receiver<R
         refused: false,
         expired: false,
         banned: false,
-        backoff: backoff(30),
-        disk: Disk { backoff: backoff(60), next: Instant::now() },
+        pauses: Pauses::default(),
+        disk: Disk { backoff: disk, next: Instant::now() },
     };
     tokio::select! {
         () = state.follow() => {}
@@ -54,8 +55,37 @@ struct State {
     expired: bool,
     /// The server has banned this agent; what is on disk is no way back.
     banned: bool,
-    backoff: Backoff,
+    pauses: Pauses,
     disk: Disk,
+}
+
+/// Pauses after attempts that failed.
+struct Pauses {
+    failed: Backoff,
+    /// After answers that the server has no room now. They say nothing about us, and others may be the cause of them: whoever
+    /// waits ever longer is never there when there is room.
+    busy: Backoff,
+}
+
+impl Default for Pauses {
+    fn default() -> Self {
+        let from = |first, most| Backoff::new(Duration::from_millis(first), Duration::from_millis(most));
+        Self { failed: from(250, 30_000), busy: from(500, 2_000) }
+    }
+}
+
+impl Pauses {
+    fn after(&mut self, error: &LinkError) -> Duration {
+        match error {
+            LinkError::Server(status) if status.code() == Code::ResourceExhausted => self.busy.next_delay(),
+            _ => self.failed.next_delay(),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.failed.reset();
+        self.busy.reset();
+    }
 }
 
 /// Retries of writing to disk.
@@ -137,7 +167,7 @@ impl State {
     }
 
     fn succeeded(&mut self) {
-        self.backoff.reset();
+        self.pauses.reset();
         self.jitter = draw();
         self.obtained = self.link.now();
         self.refused = false;
@@ -147,7 +177,7 @@ impl State {
     }
 
     async fn failed(&mut self, error: &LinkError) {
-        let delay = self.backoff.next_delay();
+        let delay = self.pauses.after(error);
         tracing::error!(%error, "cannot prove this node to the server; trying again in {delay:.1?}");
         if let Some(refusal) = error.refusal() {
             self.heed(refusal);
@@ -161,14 +191,11 @@ impl State {
         match refusal {
             Refusal::Agent(Reason::AgentBanned) => {
                 tracing::error!("this agent is banned: its workloads' identities are withdrawn");
-                // Withdrawn at once: workloads of a banned node must not keep an identity until it expires. Synced, so
-                // that callers are told that they have none instead of being asked to wait.
-                self.cache.change(|state| {
-                    state.entries.clear();
-                    state.synced = true;
-                });
                 self.banned = true;
+                // No stream begins without an identity, and what older streams say is not taken up after the withdrawal.
                 self.link.forget();
+                // At once: workloads of a banned node must not keep an identity until it expires.
+                self.cache.change(cache::State::withdraw);
             }
             Refusal::Agent(
                 reason @ (Reason::AgentExpired
@@ -216,4 +243,22 @@ impl State {
 
 fn draw() -> f64 {
     rand::random_range(-1.0..=1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::Status;
+
+    #[test]
+    fn an_agent_that_is_told_to_wait_does_not_wait_ever_longer() {
+        let mut pauses = Pauses::default();
+        let (busy, down): (LinkError, LinkError) =
+            (Status::resource_exhausted("wait").into(), Status::unavailable("down").into());
+        assert!((0..100).all(|_| pauses.after(&busy) <= Duration::from_secs(2)));
+        assert!(pauses.after(&down) <= Duration::from_millis(250), "it has not counted as a failure");
+        assert!((0..10).map(|_| pauses.after(&down)).any(|pause| pause >= Duration::from_secs(15)));
+        pauses.reset();
+        assert!(pauses.after(&down) <= Duration::from_millis(250));
+    }
 }

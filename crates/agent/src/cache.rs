@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use countersign_identity::selector::{SelectorSet, missing};
 use countersign_identity::shown::shown_up_to;
-use countersign_identity::{Entry, EntryId, X509Bundle, X509Svid};
+use countersign_identity::{Entry, EntryId, SpiffeId, X509Bundle, X509Svid};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -24,9 +24,25 @@ pub struct Cached {
     pub jitter: f64,
 }
 
+/// How far the entries follow the server's changes; the default stands for not at all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Position {
+    /// The agent whose entries they are.
+    pub agent: Option<SpiffeId>,
+    /// The server's name for its sequence of revisions.
+    pub epoch: String,
+    /// The revision in it.
+    pub revision: u64,
+}
+
 /// The content of the cache.
 #[derive(Default)]
 pub struct State {
+    /// The server's changes that `entries` hold. Kept here because whoever empties the entries must lose it: the server would
+    /// send only what has changed since.
+    position: Position,
+    /// Number of times that the entries were withdrawn.
+    withdrawals: u64,
     /// Whether the server has sent all entries at least once.
     pub synced: bool,
     /// Entries with their SVIDs, by entry ID.
@@ -35,6 +51,32 @@ pub struct State {
     pub bundle: Option<Arc<X509Bundle>>,
     /// Foreign bundles, by trust domain.
     pub federated: BTreeMap<String, Arc<X509Bundle>>,
+}
+
+impl State {
+    /// Removes all entries, and the position with them. Counts as synced, so that callers are told that they have no identity
+    /// instead of being asked to wait.
+    pub fn withdraw(&mut self) {
+        self.entries.clear();
+        self.position = Position::default();
+        self.withdrawals += 1;
+        self.synced = true;
+    }
+
+    /// Number of withdrawals so far. A message from a stream that began before the last one must not be taken up.
+    pub fn withdrawals(&self) -> u64 {
+        self.withdrawals
+    }
+
+    /// Where a stream of this agent goes on. Another agent's position is none: its entries were others.
+    pub fn position(&self, agent: &SpiffeId) -> Position {
+        if self.position.agent.as_ref() == Some(agent) { self.position.clone() } else { Position::default() }
+    }
+
+    /// Notes what the entries hold now.
+    pub fn set_position(&mut self, position: Position) {
+        self.position = position;
+    }
 }
 
 /// The cache, with notification of each change.

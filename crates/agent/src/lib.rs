@@ -114,6 +114,7 @@ pub async fn run(
         directory: Subscriptions::with_room_for(MAX_ADDRESSES),
         followers: Quota::new(MAX_ADDRESSES, MAX_ADDRESSES_PER_CALLER),
         metrics: Arc::default(),
+        said: Default::default(),
         tasks: TaskTracker::new(),
         shutdown: shutdown.clone(),
         link,
@@ -192,6 +193,7 @@ async fn observe(core: Arc<Core>) {
         tokio::select! {
             _ = tick.tick() => {
                 let own = core.link.identity().borrow().as_ref().map(|svid| svid.facts().not_after);
+                core.tell_unsaid(std::time::Instant::now());
                 core.metrics.observe(&core.cache.read(), own, core.link.keeper().unsaved().is_some());
             }
             () = core.shutdown.cancelled() => return,

@@ -212,7 +212,8 @@ impl Link {
         }
     }
 
-    fn channel_as(&self, svid: Option<Arc<X509Svid>>) -> Channel {
+    /// A new connection with this identity, or without one, opened at the first call.
+    pub fn channel_as(&self, svid: Option<Arc<X509Svid>>) -> Channel {
         // Only the server's own SPIFFE ID is accepted: any workload of the trust domain has a certificate from the same
         // CA.
         let (bundles, expected) = (self.bundles.clone(), server_id(&self.config.trust_domain));

@@ -14,13 +14,13 @@ use countersign_api::spire::entry::GetAuthorizedEntriesRequest;
 use countersign_api::spire::entry::entry_client::EntryClient;
 use countersign_api::spire::types;
 use countersign_api::transport::MAX_MESSAGE_BYTES;
-use countersign_identity::{Entry, EntryId, TrustDomain, X509Bundle};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustDomain, X509Bundle};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::cache::{Cache, Cached, State};
+use crate::cache::{Cache, Cached, Position, State};
 use crate::link::{CALL_TIMEOUT, Link, describe};
 use crate::refusal::{Refusal, was_cut};
 
@@ -36,13 +36,6 @@ pub struct Sync {
     pub interval: Duration,
     /// The trust domain whose bundle authenticates the server.
     pub trust_domain: TrustDomain,
-}
-
-/// Position in the server's stream of pushes.
-#[derive(Default)]
-struct Position {
-    epoch: String,
-    revision: u64,
 }
 
 /// The parts of a message that has not ended.
@@ -63,6 +56,18 @@ impl Parts {
         let whole = std::mem::take(self);
         Some(WatchResponse { snapshot: whole.snapshot, upserted: whole.upserted, ..part })
     }
+}
+
+/// All that a poll asks for.
+struct Polled {
+    entries: Vec<Entry>,
+    bundle: Option<X509Bundle>,
+    federated: BTreeMap<String, Arc<X509Bundle>>,
+}
+
+/// The status of a stream whose messages do not count any more.
+fn withdrawn() -> Status {
+    Status::cancelled("the entries were withdrawn meanwhile")
 }
 
 /// Connections in a row that were cut without a word before the server is taken to refuse our SVID. One that restarts cuts
@@ -95,24 +100,24 @@ impl Sync {
     async fn follow(&self) {
         let mut identity = self.link.identity();
         let mut line = Line { backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)), cuts: 0 };
-        let mut position = Position::default();
         loop {
-            if identity.borrow_and_update().is_none() {
+            let Some(svid) = identity.borrow_and_update().clone() else {
                 if identity.changed().await.is_err() {
                     return;
                 }
                 continue;
-            }
-            let channel = self.link.channel();
+            };
+            let withdrawals = self.cache.read().withdrawals();
+            let channel = self.link.channel_as(Some(svid.clone()));
             let ended = tokio::select! {
-                ended = self.pushed(channel.clone(), &mut position, &mut line) => ended,
+                ended = self.pushed(channel.clone(), svid.id(), withdrawals, &mut line) => ended,
                 // A new SVID needs a new connection; the position makes that cheap.
                 _ = identity.changed() => continue,
             };
             let ended = if ended.code() == Code::Unimplemented {
                 tracing::info!("the server does not push; polling it every {:?}", self.interval);
                 tokio::select! {
-                    ended = self.polled(channel, &mut line) => ended,
+                    ended = self.polled(channel, withdrawals, &mut line) => ended,
                     _ = identity.changed() => continue,
                 }
             } else {
@@ -134,9 +139,10 @@ impl Sync {
         }
     }
 
-    async fn pushed(&self, channel: Channel, position: &mut Position, line: &mut Line) -> Status {
+    async fn pushed(&self, channel: Channel, agent: &SpiffeId, withdrawals: u64, line: &mut Line) -> Status {
         let mut client = PushClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let request = WatchRequest { epoch: position.epoch.clone(), revision: position.revision };
+        let Position { epoch, revision, .. } = self.cache.read().position(agent);
+        let request = WatchRequest { epoch, revision };
         let mut stream = match client.watch(request).await {
             Ok(stream) => stream.into_inner(),
             Err(status) => return status,
@@ -147,9 +153,9 @@ impl Sync {
                 Ok(Some(message)) => {
                     line.heard();
                     let Some(message) = parts.join(message) else { continue };
-                    let at = Position { epoch: message.epoch.clone(), revision: message.revision };
-                    self.take_push(message);
-                    *position = at;
+                    if !self.take_push(message, agent, withdrawals) {
+                        return withdrawn();
+                    }
                 }
                 Ok(None) => return Status::unavailable("the server closed the stream"),
                 Err(status) => return status,
@@ -157,7 +163,9 @@ impl Sync {
         }
     }
 
-    fn take_push(&self, message: WatchResponse) {
+    /// Takes up a message from a stream that began after so many withdrawals; `false`, and the entries stay as they are, if there
+    /// was another one since.
+    fn take_push(&self, message: WatchResponse, agent: &SpiffeId, withdrawals: u64) -> bool {
         let bundle = message.bundle.and_then(read_bundle);
         let federated: Vec<X509Bundle> = message.federated_bundles.into_iter().filter_map(read_bundle).collect();
         let upserted: Vec<Entry> = message.upserted.into_iter().filter_map(read_entry).collect();
@@ -165,6 +173,9 @@ impl Sync {
             self.link.set_bundle(own);
         }
         self.cache.change(|state| {
+            if state.withdrawals() != withdrawals {
+                return false;
+            }
             if message.snapshot {
                 let named: std::collections::HashSet<&EntryId> = upserted.iter().map(|e| &e.id).collect();
                 state.entries.retain(|id, _| named.contains(id));
@@ -185,11 +196,17 @@ impl Sync {
             for bundle in federated {
                 state.federated.insert(bundle.trust_domain.to_string(), Arc::new(bundle));
             }
+            state.set_position(Position {
+                agent: Some(agent.clone()),
+                epoch: message.epoch,
+                revision: message.revision,
+            });
             state.synced = true;
-        });
+            true
+        })
     }
 
-    async fn polled(&self, channel: Channel, line: &mut Line) -> Status {
+    async fn polled(&self, channel: Channel, withdrawals: u64, line: &mut Line) -> Status {
         let mut entries = EntryClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let mut bundles = BundleClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         loop {
@@ -215,14 +232,18 @@ impl Sync {
                 Ok(Err(status)) => return status,
                 Ok(Ok((all, own, federated))) => {
                     line.heard();
-                    self.take_poll(all, own, federated);
+                    if !self.take_poll(Polled { entries: all, bundle: own, federated }, withdrawals) {
+                        return withdrawn();
+                    }
                 }
             }
             tokio::time::sleep(self.interval).await;
         }
     }
 
-    fn take_poll(&self, all: Vec<Entry>, own: Option<X509Bundle>, federated: BTreeMap<String, Arc<X509Bundle>>) {
+    /// Takes up an answer to a poll, as [`Self::take_push`] does.
+    fn take_poll(&self, polled: Polled, withdrawals: u64) -> bool {
+        let Polled { entries: all, bundle: own, federated } = polled;
         if let Some(own) = &own {
             self.link.set_bundle(own);
         }
@@ -235,16 +256,22 @@ impl Sync {
                 && state.federated == federated
         };
         if same {
-            return;
+            return true;
         }
         self.cache.change(|state| {
+            if state.withdrawals() != withdrawals {
+                return false;
+            }
             let named: std::collections::HashSet<&EntryId> = all.iter().map(|e| &e.id).collect();
             state.entries.retain(|id, _| named.contains(id));
             all.into_iter().for_each(|e| put_entry(state, e));
             state.bundle = own.map(Arc::new).or(state.bundle.take());
             state.federated = federated;
+            // A server without push tells no position.
+            state.set_position(Position::default());
             state.synced = true;
-        });
+            true
+        })
     }
 }
 
@@ -288,6 +315,42 @@ fn read_bundle(wire: types::Bundle) -> Option<X509Bundle> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Evidence;
+    use crate::testing::{Ca, config, entry, id, td};
+    use countersign_api::convert::entry_to_wire;
+
+    #[tokio::test]
+    async fn what_a_stream_says_after_the_entries_were_withdrawn_is_not_taken_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = Ca::new(time::OffsetDateTime::now_utc()).bundle();
+        let evidence = Evidence::JoinToken(zeroize::Zeroizing::new("token".into()));
+        let config = config(dir.path(), "127.0.0.1:1".into(), &bundle, evidence);
+        let link = Arc::new(Link::new(Arc::new(config), countersign_api::clock::system_clock()).unwrap());
+        let (cache, (refusals, _heard)) = (Arc::<Cache>::default(), mpsc::channel(1));
+        let interval = Duration::from_secs(1);
+        let sync = Sync { link, cache: cache.clone(), refusals, interval, trust_domain: td() };
+        let message = |snapshot| WatchResponse {
+            epoch: "e".into(),
+            revision: 3,
+            snapshot,
+            upserted: vec![entry_to_wire(&entry("a", 1))],
+            ..WatchResponse::default()
+        };
+        let (agent, other) = (id("/spire/agent/test/1"), id("/spire/agent/test/2"));
+        let position = |agent| cache.read().position(agent);
+        assert!(sync.take_push(message(true), &agent, 0));
+        assert_eq!((position(&agent).epoch.as_str(), position(&agent).revision), ("e", 3));
+        assert_eq!(position(&other), Position::default(), "another agent's entries are others");
+        cache.change(State::withdraw);
+        assert_eq!(position(&agent), Position::default());
+        for snapshot in [true, false] {
+            assert!(!sync.take_push(message(snapshot), &agent, 0));
+        }
+        let polled = Polled { entries: vec![entry("a", 1)], bundle: None, federated: BTreeMap::new() };
+        assert!(!sync.take_poll(polled, 0));
+        assert!(cache.read().entries.is_empty() && position(&agent) == Position::default());
+        assert!(sync.take_push(message(true), &agent, 1) && cache.read().entries.len() == 1);
+    }
 
     #[test]
     fn parts_become_one_message_when_the_last_is_there() {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use countersign_api::clock::{Clock, system_clock};
+use countersign_api::denied::Reason;
 use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -165,6 +166,39 @@ async fn an_agent_whose_svid_is_refused_and_whose_token_is_used_up_keeps_what_it
     assert_eq!(agent.authority().await, first, "nobody on the way can make it forget who it is");
     assert_eq!(agent.signed(), 1, "its workloads are served from memory");
     assert_eq!(server.agent_signatures().0, 1, "a used token is not shown again");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_is_banned_and_then_let_back_in_has_all_its_entries_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = FakeServer::start().await;
+    server.push(vec![entry("a", 1), entry("b", 1)], server.bundle());
+    let agent = Agent::start(dir.path(), &server, again(dir.path()));
+    eventually("both SVIDs", || (agent.signed() == 2).then_some(())).await;
+    server.deny(Some(Reason::AgentBanned));
+    let withdrawn =
+        || (agent.cache.read().entries.is_empty() && agent.link.identity().borrow().is_none()).then_some(());
+    eventually("the withdrawal", withdrawn).await;
+    // The ban is lifted; no entry has changed meanwhile.
+    server.deny(None);
+    eventually("both SVIDs once more", || (agent.signed() == 2).then_some(())).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_attests_under_another_id_asks_for_all_entries() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = FakeServer::start().await;
+    let agent = Agent::start(dir.path(), &server, again(dir.path()));
+    agent.hears().await;
+    server.name_agents("/spire/agent/test/2");
+    server.deny(Some(Reason::AgentNotAttested));
+    eventually("the loss of its identity", || agent.link.identity().borrow().is_none().then_some(())).await;
+    let before = server.watched_from().len();
+    server.deny(None);
+    let next = eventually("the next stream", || server.watched_from().get(before).cloned()).await;
+    assert_eq!(next, (String::new(), 0));
     agent.stop().await;
 }
 

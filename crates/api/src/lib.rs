@@ -24,6 +24,7 @@ pub mod peer_credentials;
 pub mod portions;
 pub mod process;
 pub mod reopen;
+pub mod sampled;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod test_support;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -14,9 +14,10 @@ use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
 use crate::accept::Door;
-use crate::admission::{Admission, Limits, ProvenSource, Seat};
+use crate::admission::{Admission, Limits, ProvenSource, Seat, Source};
 use crate::grpc::{PREFACE, PREFACE_TIMEOUT, Watched};
 use crate::peer::TlsPeer;
+use crate::sampled::Sampled;
 use crate::tls::{ServerTls, explain};
 use crate::transport::{HANDSHAKE_TIMEOUT, Incoming};
 
@@ -86,6 +87,7 @@ pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerTls> + S
         let mut door = Door::new(listener);
         let (unproven, proven) = (Admission::<IpAddr>::new(UNPROVEN), Admission::new(PROVEN));
         let mut handshakes = tokio::task::JoinSet::new();
+        let refusals = Arc::new(Sampled::default());
         loop {
             while handshakes.try_join_next().is_some() {}
             let (tcp, address) = tokio::select! {
@@ -94,7 +96,7 @@ pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerTls> + S
             };
             let address = SocketAddr::new(address.ip().to_canonical(), address.port());
             let seat = unproven.admit(address.ip());
-            let (tls, tx, proven) = (config(), tx.clone(), proven.clone());
+            let (tls, tx, proven, refusals) = (config(), tx.clone(), proven.clone(), refusals.clone());
             handshakes.spawn(async move {
                 let taken_away = seat.taken_away();
                 let accepted = tokio::select! {
@@ -103,12 +105,19 @@ pub fn accept_tls(listener: TcpListener, config: impl Fn() -> Arc<ServerTls> + S
                 };
                 match accepted {
                     Ok(io) => drop(tx.send(Ok(io)).await),
-                    Err(error) => tracing::info!(%address, %error, "TLS connection refused"),
+                    Err(error) => say_refused(&refusals, address, &error),
                 }
             });
         }
     });
     Incoming::new(rx)
+}
+
+/// Logs a refused connection, within the rate limit of its source.
+fn say_refused(refusals: &Sampled<IpAddr>, address: SocketAddr, error: &io::Error) {
+    if let Some(unsaid) = refusals.next(address.ip().group(), "TLS connection refused", Instant::now()) {
+        tracing::info!(%address, %error, unsaid, "TLS connection refused");
+    }
 }
 
 async fn accept_one(

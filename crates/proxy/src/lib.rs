@@ -24,7 +24,6 @@ mod preamble;
 mod probes;
 mod proxy_protocol;
 mod refusal;
-mod sampled;
 mod sidecar;
 mod silence;
 mod sockets;

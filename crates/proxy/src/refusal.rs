@@ -100,7 +100,7 @@ pub enum Refused {
 
 impl Refused {
     /// Stable name in metrics, logs, `status` and the preamble's answer; it never changes between releases.
-    pub fn code(&self) -> &str {
+    pub fn code(&self) -> &'static str {
         match self {
             Self::Peer(refusal) => refusal.code(),
             Self::Tls(_) => "tls",

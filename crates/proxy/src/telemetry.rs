@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use countersign_api::log_writer::{LogWriter, Sink};
+use countersign_api::sampled::Sampled;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
     DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
@@ -25,7 +26,6 @@ use crate::config::AccessLogTarget;
 use crate::identity::Identity;
 use crate::mesh::Peer;
 use crate::refusal::Refused;
-use crate::sampled::Sampled;
 
 /// How long the access log collects lines before it writes them together.
 const HOLD: Duration = Duration::from_millis(200);
@@ -219,7 +219,7 @@ impl Telemetry {
             self.refused
                 .get_or_create(&RefusalLabels { direction: record.direction, reason: refused.code().to_owned() })
                 .inc();
-            if let Some(unsaid) = self.refusals.next(refused.code(), Instant::now()) {
+            if let Some(unsaid) = self.refusals.next((), refused.code(), Instant::now()) {
                 tracing::warn!(direction = ?record.direction, source = %record.source, destination = record.destination.map(|d| d.to_string()),
                     code = refused.code(), reason = %refused, unsaid, "connection refused");
             }

@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 
 use crate::agents::Agents;
+use crate::attempts::Attempts;
 use crate::audit::{Audit, Outcome, Record, rfc3339};
 use crate::authority::{Authorities, AuthorityError};
 use crate::bundle_publisher::BundlePublisher;
@@ -26,7 +27,7 @@ use crate::federated::FederatedBundles;
 use crate::metrics::Metrics;
 use crate::node_attestor::NodeAttestor;
 use crate::rate_limit::RateLimit;
-use crate::refusals::{Refusals, Refused};
+use crate::refusals::{Group, Refusals, Refused};
 
 /// The reason in metrics and the audit log for calls over a rate limit.
 const RATE_LIMIT: &str = "rate_limit";
@@ -52,8 +53,11 @@ pub struct Core {
     pub metrics: Metrics,
     /// Refusals that anybody can cause, told once a minute and source.
     pub refusals: Refusals,
-    pub attest_limit: RateLimit,
-    pub sign_limit: RateLimit,
+    /// Attestations whose evidence is not verified yet.
+    pub attempts: Attempts,
+    /// By agent: attestations whose evidence was verified.
+    pub attest_limit: RateLimit<SpiffeId>,
+    pub sign_limit: RateLimit<Group>,
     /// Random ID of this run of the server: revisions of another run are not comparable.
     pub epoch: String,
     pub started_at: OffsetDateTime,
@@ -239,7 +243,7 @@ impl Core {
     pub fn within_sign_limit<T>(&self, request: &tonic::Request<T>, count: usize) -> Result<(), Status> {
         let Some(peer) = request.extensions().get::<countersign_api::peer::TlsPeer>() else { return Ok(()) };
         let count = u32::try_from(count).unwrap_or(u32::MAX);
-        if self.sign_limit.take(peer.address.ip().to_canonical(), count, Instant::now()) {
+        if self.sign_limit.take(Group::of(peer.address.ip()), count, Instant::now()) {
             Ok(())
         } else {
             self.refuse_over_limit("x509_svid", peer.address.ip().to_canonical());

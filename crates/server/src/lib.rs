@@ -4,6 +4,7 @@
 //! file per implementation: [`datastore`], [`key_manager`], [`upstream_authority`], [`node_attestor`].
 
 pub mod agents;
+mod attempts;
 pub mod audit;
 pub mod authority;
 pub mod bundle_publisher;
@@ -216,6 +217,7 @@ async fn assemble_on(
         directory: directory::Directory::default(),
         metrics: metrics::Metrics::default(),
         refusals: refusals::Refusals::default(),
+        attempts: attempts::Attempts::default(),
         attest_limit: rate_limit::RateLimit::new(1, 10),
         sign_limit: rate_limit::RateLimit::new(500, 2_000),
         epoch: hex::encode(epoch),
@@ -243,6 +245,7 @@ fn pages(core: Arc<Core>) -> Arc<http::Handler> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use countersign_identity::{KeyType, PrivateKey};
     use std::path::{Path, PathBuf};
     use std::time::{Duration, Instant};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -251,13 +254,79 @@ mod tests {
 
     /// A server that is ready, and its operators' socket.
     async fn serving(dir: &Path, shutdown: &CancellationToken) -> (JoinHandle<Result<(), ServerError>>, PathBuf) {
+        let (server, socket, _) = serving_agents(dir, shutdown).await;
+        (server, socket)
+    }
+
+    /// The same with its address for agents.
+    async fn serving_agents(
+        dir: &Path,
+        shutdown: &CancellationToken,
+    ) -> (JoinHandle<Result<(), ServerError>>, PathBuf, SocketAddr) {
         let config = testing::config(dir);
         let socket = config.admin_socket.clone();
         let (ready, is_ready) = tokio::sync::oneshot::channel();
         let (clock, end) = (countersign_api::clock::system_clock(), shutdown.clone());
-        let server = tokio::spawn(run(config, clock, end, |_| ready.send(()).unwrap()));
-        is_ready.await.unwrap();
-        (server, socket)
+        let server = tokio::spawn(run(config, clock, end, |address| ready.send(address).unwrap()));
+        let address = is_ready.await.unwrap();
+        (server, socket, address)
+    }
+
+    /// The outcome of an attestation with this join token over a connection of its own.
+    async fn attest(channel: tonic::transport::Channel, token: &str) -> Result<(), tonic::Status> {
+        use countersign_api::spire::agent::attest_agent_request::{Params, Step};
+        use countersign_api::spire::agent::{AgentX509svidParams, AttestAgentRequest, agent_client::AgentClient};
+        let data =
+            countersign_api::spire::types::AttestationData { r#type: "join_token".into(), payload: token.into() };
+        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let csr = countersign_identity::profile::request(&key, None).unwrap();
+        let params = Params { data: Some(data), params: Some(AgentX509svidParams { csr }) };
+        let asked = AttestAgentRequest { step: Some(Step::Params(params)) };
+        // The call stays open on our side, as an agent's does.
+        let asked = tokio_stream::StreamExt::chain(tokio_stream::once(asked), tokio_stream::pending());
+        let answers = AgentClient::new(channel).attest_agent(asked).await?;
+        answers.into_inner().message().await.map(|answer| assert!(answer.is_some()))
+    }
+
+    #[tokio::test]
+    async fn a_stranger_at_an_agents_address_does_not_keep_it_from_attesting() {
+        use countersign_api::spire::agent::{CreateJoinTokenRequest, agent_client::AgentClient};
+        use countersign_api::spire::bundle::{GetBundleRequest, bundle_client::BundleClient};
+        let (dir, shutdown) = (tempfile::tempdir().unwrap(), CancellationToken::new());
+        let (_server, socket, address) = serving_agents(dir.path(), &shutdown).await;
+        let admin = countersign_api::transport::unix_channel(socket);
+        let bundle = BundleClient::new(admin.clone()).get_bundle(GetBundleRequest::default()).await.unwrap();
+        let bundle = countersign_api::convert::bundle_from_wire(bundle.into_inner()).unwrap();
+        let bundles = Arc::new(std::iter::once(bundle).collect::<countersign_identity::BundleSet>());
+        let server_id = countersign_identity::trust_domain::server_id(&testing::td());
+        let connect = move || {
+            let (bundles, server_id) = (bundles.clone(), server_id.clone());
+            countersign_api::transport::tls_channel(address.to_string(), move || {
+                let bundles = bundles.clone();
+                let only = countersign_api::tls::only(server_id.clone());
+                let verifier = countersign_api::tls::SvidVerifier::new(move || bundles.clone(), only);
+                Arc::new(countersign_api::tls::client_config(None, verifier, &[b"h2"]).unwrap())
+            })
+        };
+        // Twenty connections that fail as fast as they can; the agent comes when each has failed.
+        let mut strangers = tokio::task::JoinSet::new();
+        let failed = Arc::new(tokio::sync::Semaphore::new(0));
+        for n in 0..20 {
+            let (channel, failed) = (connect(), failed.clone());
+            strangers.spawn(async move {
+                loop {
+                    attest(channel.clone(), &format!("no-such-token-{n}")).await.unwrap_err();
+                    failed.add_permits(1);
+                }
+            });
+        }
+        failed.acquire_many(40).await.unwrap().forget();
+        for _ in 0..3 {
+            let asked = AgentClient::new(admin.clone()).create_join_token(CreateJoinTokenRequest::default()).await;
+            attest(connect(), &asked.unwrap().into_inner().value).await.unwrap();
+        }
+        // And it is still being flooded.
+        failed.acquire_many(40).await.unwrap().forget();
     }
 
     /// An HTTP/2 connection whose settings are sent.

@@ -1,21 +1,18 @@
-//! Token buckets by source address (IPv6: by /64, which one host may fill alone), so that one caller cannot keep the signer
-//! busy.
+//! Token buckets by source, so that one caller cannot keep the signer busy.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use countersign_api::admission::Source as _;
-
-/// Addresses remembered; full buckets are forgotten first.
+/// Sources remembered; full buckets are forgotten first.
 const MAX_SOURCES: usize = 10_000;
 
-/// A rate limit with one bucket per source address.
-pub struct RateLimit {
+/// A rate limit with one bucket per source: an agent, or a [`Group`](crate::refusals::Group) of addresses.
+pub struct RateLimit<K> {
     per_second: f64,
     burst: f64,
-    buckets: Mutex<HashMap<IpAddr, Bucket>>,
+    buckets: Mutex<HashMap<K, Bucket>>,
 }
 
 struct Bucket {
@@ -23,21 +20,21 @@ struct Bucket {
     filled: Instant,
 }
 
-impl RateLimit {
+impl<K: Eq + Hash> RateLimit<K> {
     /// Allows `per_second` on average, and `burst` at once.
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self { per_second: per_second.into(), burst: burst.into(), buckets: Mutex::default() }
     }
 
     /// Takes `count` tokens from a source's bucket; `false`, and nothing is taken, if it holds fewer.
-    pub fn take(&self, source: IpAddr, count: u32, now: Instant) -> bool {
+    pub fn take(&self, source: K, count: u32, now: Instant) -> bool {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         let refilled =
             |b: &Bucket| (b.tokens + now.duration_since(b.filled).as_secs_f64() * self.per_second).min(self.burst);
         if buckets.len() >= MAX_SOURCES {
             buckets.retain(|_, b| refilled(b) < self.burst);
         }
-        let bucket = buckets.entry(source.group()).or_insert(Bucket { tokens: self.burst, filled: now });
+        let bucket = buckets.entry(source).or_insert(Bucket { tokens: self.burst, filled: now });
         bucket.tokens = refilled(bucket);
         bucket.filled = now;
         let enough = bucket.tokens >= f64::from(count);
@@ -51,6 +48,8 @@ impl RateLimit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::refusals::Group;
+    use std::net::IpAddr;
     use std::time::Duration;
 
     #[test]
@@ -69,8 +68,9 @@ mod tests {
     fn the_addresses_of_an_ipv6_network_share_a_bucket() {
         let limit = RateLimit::new(1, 2);
         let t = Instant::now();
-        let passed = (1..100).filter(|n| limit.take(format!("2001:db8::{n}").parse().unwrap(), 1, t)).count();
+        let group = |address: String| Group::of(address.parse().unwrap());
+        let passed = (1..100).filter(|n| limit.take(group(format!("2001:db8::{n}")), 1, t)).count();
         assert_eq!(passed, 2);
-        assert!(limit.take("2001:db8:0:1::1".parse().unwrap(), 1, t), "another network");
+        assert!(limit.take(group("2001:db8:0:1::1".into()), 1, t), "another network");
     }
 }

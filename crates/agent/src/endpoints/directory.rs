@@ -1,5 +1,7 @@
 //! `countersign.v1.Directory` for sidecars: callers with an identity may look addresses up.
 
+use std::fmt;
+
 use async_trait::async_trait;
 use countersign_api::directory;
 use countersign_api::push::directory_server::Directory;
@@ -10,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Attested, BoxStream, Endpoint, last_word};
 
-/// The unit that followed addresses are counted for. A caller cannot become another one by opening connections or by
+/// The unit that followed addresses and log lines are counted for. A caller cannot become another one by opening connections or by
 /// exec.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Follower {
@@ -21,11 +23,20 @@ pub enum Follower {
 }
 
 impl Follower {
-    fn of(attested: &Attested) -> Self {
+    pub(super) fn of(attested: &Attested) -> Self {
         let mut selectors = attested.selectors.iter().filter(|s| s.kind() == "k8s");
         match selectors.find_map(|s| s.value().strip_prefix("pod-uid:")) {
             Some(uid) => Self::Pod(uid.to_owned()),
             None => Self::User(attested.peer.uid),
+        }
+    }
+}
+
+impl fmt::Display for Follower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(uid) => write!(f, "pod {uid}"),
+            Self::User(uid) => write!(f, "uid {uid}"),
         }
     }
 }

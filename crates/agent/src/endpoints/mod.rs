@@ -6,7 +6,7 @@ mod workload;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use countersign_api::admission::{Limits, LocalSource};
 use countersign_api::calls::{Calls, Judged};
@@ -15,6 +15,7 @@ use countersign_api::directory::{Quota, Subscriptions};
 use countersign_api::peer::UnixPeer;
 use countersign_api::push::directory_server::DirectoryServer;
 use countersign_api::push::status_server::StatusServer;
+use countersign_api::sampled::{Sampled, Unsaid};
 use countersign_api::workload::spiffe_workload_api_server::SpiffeWorkloadApiServer;
 use countersign_identity::selector::SelectorSet;
 use futures::Stream;
@@ -27,6 +28,7 @@ use tonic::codegen::http;
 use tonic::service::Routes;
 use tonic::{Request, Status};
 
+use self::directory::Follower;
 use crate::cache::{Cache, Cached, NoIdentity};
 use crate::config::Config;
 use crate::link::Link;
@@ -48,6 +50,8 @@ pub struct Core {
     /// Bounds the number of addresses that each caller follows.
     pub followers: Quota<directory::Follower>,
     pub metrics: Arc<Metrics>,
+    /// Rate limit for log lines about callers.
+    pub said: Sampled<Follower>,
     pub started_at: OffsetDateTime,
     pub tasks: TaskTracker,
     pub shutdown: CancellationToken,
@@ -120,6 +124,14 @@ impl Core {
         (self.clock)()
     }
 
+    /// Logs how many lines about each pod's or user's processes were left out, once it causes no more of them.
+    pub fn tell_unsaid(&self, now: Instant) {
+        for Unsaid { source, kind, count } in self.said.over(now) {
+            let callers = source.map_or_else(|| "others".to_owned(), |callers| callers.to_string());
+            tracing::warn!(callers, kind, count, "log lines left out");
+        }
+    }
+
     /// Attests the caller of a request. Errors: PermissionDenied if it cannot be verified, Unavailable if an attestor
     /// failed.
     async fn attest<T>(&self, request: &Request<T>) -> Result<Attested, Status> {
@@ -127,7 +139,9 @@ impl Core {
         let peer = peer.ok_or_else(|| Status::internal("the connection has no peer"))?;
         let refused = |error: PeerError| {
             self.metrics.refused(error.code());
-            tracing::warn!(pid = peer.pid, uid = peer.uid, %error, "caller refused");
+            if let Some(unsaid) = self.said.next(Follower::User(peer.uid), "caller refused", Instant::now()) {
+                tracing::warn!(pid = peer.pid, uid = peer.uid, %error, unsaid, "caller refused");
+            }
             Status::permission_denied(format!("no identity issued: {error}"))
         };
         let process = look_up(&peer, self.config.foreign_namespaces).map_err(refused)?;
@@ -141,17 +155,24 @@ impl Core {
                 // All or nothing: an identity must not depend on which attestor happened to answer.
                 Err(error) => {
                     self.metrics.refused("attestor_failed");
-                    tracing::warn!(pid = peer.pid, uid = peer.uid, %error, "caller not attested");
+                    if let Some(unsaid) =
+                        self.said.next(Follower::User(peer.uid), "caller not attested", Instant::now())
+                    {
+                        tracing::warn!(pid = peer.pid, uid = peer.uid, %error, unsaid, "caller not attested");
+                    }
                     return Err(Status::unavailable(format!("no identity issued: {error}")));
                 }
             }
         }
         // Attestors may take seconds. Their results count only if the caller has not changed meanwhile.
         unchanged(&peer).map_err(refused)?;
-        let listed = selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        tracing::info!(pid = process.pid, selectors = listed, in_part, "caller attested");
+        let attested = Attested { peer, selectors, in_part };
+        if let Some(unsaid) = self.said.next(Follower::of(&attested), "caller attested", Instant::now()) {
+            let listed = attested.selectors.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+            tracing::info!(pid = process.pid, selectors = listed, in_part, unsaid, "caller attested");
+        }
         self.metrics.attestations.inc();
-        Ok(Attested { peer, selectors, in_part })
+        Ok(attested)
     }
 
     /// Resolves with a status for the caller's stream once the caller has ended or changed: a stream may be passed to
@@ -195,7 +216,9 @@ impl Core {
             ))),
             Err(NoIdentity::NoEntry(why)) => {
                 self.metrics.refused("no_identity");
-                tracing::warn!(pid = attested.peer.pid, why, "no identity issued");
+                if let Some(unsaid) = self.said.next(Follower::of(attested), "no identity issued", Instant::now()) {
+                    tracing::warn!(pid = attested.peer.pid, why, unsaid, "no identity issued");
+                }
                 Err(Status::permission_denied(format!("no identity issued: {why}")))
             }
         }
@@ -205,6 +228,78 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Evidence;
+    use crate::testing::{Ca, config};
+    use countersign_api::clock::system_clock;
+    use countersign_api::transport::peer_credentials;
+    use std::io::Write;
+    use std::sync::Mutex;
+
+    /// A log in memory.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn core(dir: &std::path::Path) -> Core {
+        let bundle = Ca::new(OffsetDateTime::now_utc()).bundle();
+        let evidence = Evidence::JoinToken(zeroize::Zeroizing::new("token".into()));
+        let config = Arc::new(config(dir, "127.0.0.1:1".into(), &bundle, evidence));
+        Core {
+            link: Arc::new(Link::new(config.clone(), system_clock()).unwrap()),
+            config,
+            clock: system_clock(),
+            cache: Arc::default(),
+            attestors: vec![],
+            directory: Subscriptions::default(),
+            followers: Quota::new(1, 1),
+            metrics: Arc::default(),
+            said: Sampled::default(),
+            started_at: OffsetDateTime::now_utc(),
+            tasks: TaskTracker::new(),
+            shutdown: CancellationToken::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_user_without_an_identity_that_calls_a_thousand_times_leaves_a_few_log_lines_and_a_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let core = core(dir.path());
+        core.cache.change(|state| state.synced = true);
+        let (caller, _other_end) = tokio::net::UnixStream::pair().unwrap();
+        let mut request = Request::new(());
+        request.extensions_mut().insert(peer_credentials(&caller).unwrap());
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let began = Instant::now();
+        for _ in 0..1_000 {
+            let attested = core.attest(&request).await.unwrap();
+            assert_eq!(core.identities(&attested).err().unwrap().code(), tonic::Code::PermissionDenied);
+        }
+        core.tell_unsaid(Instant::now() + Duration::from_secs(3_600));
+        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        // Twenty lines in each window of ten seconds, and one that tells of the rest.
+        let windows = usize::try_from(began.elapsed().as_secs() / 10).unwrap() + 1;
+        for kind in ["caller attested", "no identity issued"] {
+            let lines = text.lines().filter(|l| l.contains(kind) && !l.contains("left out")).count();
+            assert!((1..=20 * windows).contains(&lines), "{lines} lines in {windows} windows: {kind}");
+        }
+        assert_eq!(text.lines().filter(|l| l.contains("log lines left out")).count(), 2, "{text}");
+        assert_eq!(
+            (core.metrics.attestations.get(), core.metrics.refused_counts()),
+            (1_000, [("no_identity", 1_000)].into())
+        );
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_caller_that_reads_nothing_does_not_keep_its_streams_task() {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_to_wire, entry_to_wire, id_to_wire};
+use countersign_api::denied::{Reason, denied};
 use countersign_api::push::push_server::{Push, PushServer};
 use countersign_api::push::{WatchRequest, WatchResponse};
 use countersign_api::spire::agent::agent_server::{Agent, AgentServer};
@@ -46,8 +47,18 @@ pub struct FakeServer {
     /// Its listening address, `HOST:PORT`.
     pub address: String,
     inner: Arc<Mutex<Inner>>,
-    /// What it pushes: entries, the bundle, and foreign bundles.
-    pushed: watch::Sender<(Vec<Entry>, X509Bundle, Vec<X509Bundle>)>,
+    pushed: watch::Sender<Pushed>,
+}
+
+/// What it tells its agents.
+#[derive(Clone)]
+struct Pushed {
+    revision: u64,
+    entries: Vec<Entry>,
+    bundle: X509Bundle,
+    foreign: Vec<X509Bundle>,
+    /// Why it does not speak with them.
+    denied: Option<Reason>,
 }
 
 struct Inner {
@@ -57,6 +68,9 @@ struct Inner {
     agent_ttl: Duration,
     svid_ttl: Duration,
     refused: BTreeSet<String>,
+    agent: SpiffeId,
+    /// Epoch and revision that each stream of pushes began with.
+    watched_from: Vec<(String, u64)>,
     attestations: usize,
     renewals: usize,
     signing_calls: Vec<Vec<String>>,
@@ -68,13 +82,16 @@ impl FakeServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ca = Ca::new(OffsetDateTime::now_utc());
         let hour = Duration::from_secs(3_600);
-        let pushed = watch::Sender::new((vec![], ca.bundle(), vec![]));
+        let (entries, foreign) = (vec![], vec![]);
+        let pushed = watch::Sender::new(Pushed { revision: 1, entries, bundle: ca.bundle(), foreign, denied: None });
         let inner = Inner {
             trusted: Arc::new(std::iter::once(ca.bundle()).collect()),
             ca,
             agent_ttl: hour,
             svid_ttl: hour,
             refused: BTreeSet::new(),
+            agent: id("/spire/agent/test/1"),
+            watched_from: vec![],
             attestations: 0,
             renewals: 0,
             signing_calls: vec![],
@@ -131,12 +148,36 @@ impl FakeServer {
 
     /// Pushes entries and a bundle to all agents.
     pub fn push(&self, entries: Vec<Entry>, bundle: X509Bundle) {
-        self.pushed.send_replace((entries, bundle, vec![]));
+        self.pushed.send_modify(|pushed| {
+            *pushed = Pushed { revision: pushed.revision + 1, entries, bundle, foreign: vec![], denied: pushed.denied };
+        });
+    }
+
+    /// Refuses its agents from now on, or not any more.
+    pub fn deny(&self, why: Option<Reason>) {
+        self.pushed.send_modify(|pushed| pushed.denied = why);
+    }
+
+    fn judge(&self) -> Result<(), Status> {
+        self.pushed.borrow().denied.map_or(Ok(()), |why| Err(denied(why, "denied by the test".into())))
+    }
+
+    /// Names the agent that attests next.
+    pub fn name_agents(&self, path: &str) {
+        self.lock().agent = id(path);
+    }
+
+    /// Epoch and revision that each stream of pushes began with.
+    pub fn watched_from(&self) -> Vec<(String, u64)> {
+        self.lock().watched_from.clone()
     }
 
     /// Pushes these foreign bundles, which are all there are.
     pub fn push_foreign(&self, foreign: Vec<X509Bundle>) {
-        self.pushed.send_modify(|pushed| pushed.2 = foreign);
+        self.pushed.send_modify(|pushed| {
+            pushed.revision += 1;
+            pushed.foreign = foreign;
+        });
     }
 
     /// Refuses to sign for these entries.
@@ -157,7 +198,7 @@ impl FakeServer {
 
     fn sign_agent(&self, csr: &[u8]) -> types::X509svid {
         let inner = self.lock();
-        let agent = id("/spire/agent/test/1");
+        let agent = inner.agent.clone();
         svid(&agent, inner.ca.sign(&agent, csr, inner.agent_ttl, OffsetDateTime::now_utc()))
     }
 }
@@ -186,6 +227,7 @@ impl Agent for FakeServer {
         let Some(AttestAgentRequest { step: Some(Asked::Params(params)) }) = requests.message().await? else {
             return Err(Status::invalid_argument("params"));
         };
+        self.judge()?;
         self.lock().attestations += 1;
         let svid = self.sign_agent(&params.params.unwrap().csr);
         let (tx, rx) = mpsc::channel(1);
@@ -195,6 +237,7 @@ impl Agent for FakeServer {
     }
 
     async fn renew_agent(&self, request: Request<RenewAgentRequest>) -> Answer<RenewAgentResponse> {
+        self.judge()?;
         self.lock().renewals += 1;
         let csr = request.into_inner().params.unwrap().csr;
         Ok(Response::new(RenewAgentResponse { svid: Some(self.sign_agent(&csr)) }))
@@ -262,16 +305,23 @@ impl Svid for FakeServer {
 impl Push for FakeServer {
     type WatchStream = Answers<WatchResponse>;
 
-    async fn watch(&self, _: Request<WatchRequest>) -> Answer<Self::WatchStream> {
-        let pushes = WatchStream::new(self.pushed.subscribe()).map(|(entries, bundle, foreign)| {
+    async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
+        let WatchRequest { epoch, revision: known } = request.into_inner();
+        self.lock().watched_from.push((epoch.clone(), known));
+        let pushes = WatchStream::new(self.pushed.subscribe()).map(move |pushed| {
+            if let Some(why) = pushed.denied {
+                return Err(denied(why, "denied by the test".into()));
+            }
+            // As the server does: who has it all already is told nothing of it.
+            let snapshot = epoch != "test" || known != pushed.revision;
             Ok(WatchResponse {
                 epoch: "test".into(),
-                revision: 1,
-                snapshot: true,
-                upserted: entries.iter().map(entry_to_wire).collect(),
+                revision: pushed.revision,
+                snapshot,
+                upserted: pushed.entries.iter().filter(|_| snapshot).map(entry_to_wire).collect(),
                 removed_ids: vec![],
-                bundle: Some(bundle_to_wire(&bundle)),
-                federated_bundles: foreign.iter().map(bundle_to_wire).collect(),
+                bundle: Some(bundle_to_wire(&pushed.bundle)),
+                federated_bundles: pushed.foreign.iter().map(bundle_to_wire).collect(),
                 more: false,
                 federated_whole: true,
             })

@@ -19,6 +19,7 @@ use crate::backoff::Backoff;
 use crate::convert::{address_to_wire, answer_from_wire};
 use crate::push::directory_client::DirectoryClient;
 use crate::push::{ResolveRequest, ResolveResponse};
+use crate::sampled::Sampled;
 
 /// Most addresses that a sidecar follows at once.
 const MAX_ADDRESSES: usize = 10_000;
@@ -40,6 +41,8 @@ struct Shared {
     wake: watch::Sender<u64>,
     /// Notifies of each changed answer.
     changes: watch::Sender<u64>,
+    /// Rate limit for log lines about addresses without room: an app dials whatever it likes.
+    refusals: Sampled,
 }
 
 struct Subscription {
@@ -61,7 +64,8 @@ impl Subscriptions {
     /// nothing watches are forgotten.
     pub fn with_room_for(most: usize) -> Self {
         let (wake, changes) = (watch::Sender::new(0), watch::Sender::new(0));
-        Self(Arc::new(Shared { most, next: AtomicU64::new(0), known: Mutex::default(), wake, changes }))
+        let (next, known) = (AtomicU64::new(0), Mutex::default());
+        Self(Arc::new(Shared { most, next, known, wake, changes, refusals: Sampled::default() }))
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Subscription>> {
@@ -79,7 +83,10 @@ impl Subscriptions {
         }
         let (answer, receiver) = watch::channel(None);
         if known.len() >= self.0.most && !forget_some(&mut known) {
-            tracing::warn!(%address, most = self.0.most, "no room to follow another address; it stays unknown");
+            if let Some(unsaid) = self.0.refusals.next((), "no room", Instant::now()) {
+                let most = self.0.most;
+                tracing::warn!(%address, most, unsaid, "no room to follow another address; it stays unknown");
+            }
             return receiver;
         }
         let number = self.0.next.fetch_add(1, Ordering::Relaxed);
@@ -238,5 +245,21 @@ impl super::Source for Subscriptions {
 
     fn revisions(&self) -> watch::Receiver<u64> {
         self.0.changes.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_addresses_without_room_leaves_a_few_log_lines_and_a_count() {
+        let subscriptions = Subscriptions::with_room_for(1);
+        let _watched = subscriptions.follow("192.0.2.1".parse().unwrap());
+        for n in 0..1_000u32 {
+            drop(subscriptions.follow(IpAddr::from((0x0a00_0000 + n).to_be_bytes())));
+        }
+        let unsaid = subscriptions.0.refusals.over(Instant::now() + std::time::Duration::from_secs(3_600));
+        assert!(matches!(&unsaid[..], [unsaid] if (900..=980).contains(&unsaid.count)), "{unsaid:?}");
     }
 }

@@ -121,3 +121,38 @@ async fn a_peer_that_speaks_no_http2_after_its_handshake_is_dropped() {
     let _ = stream.read_to_end(&mut vec![]).await;
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
 }
+
+/// A log in memory.
+#[derive(Clone, Default)]
+struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_refused_connections_leaves_a_few_log_lines() {
+    let (log, began) = (Log::default(), Instant::now());
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let served = served().await;
+    for _ in 0..200 {
+        let mut tcp = dial([127, 0, 16, 1], served.at).await;
+        tcp.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        // An alert, or a reset.
+        let _ = tcp.read_to_end(&mut vec![]).await;
+    }
+    let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    let lines = text.lines().filter(|line| line.contains("TLS connection refused")).count();
+    // Twenty lines in each window of ten seconds.
+    let windows = usize::try_from(began.elapsed().as_secs() / 10).unwrap() + 1;
+    assert!((1..=20 * windows).contains(&lines), "{lines} lines in {windows} windows");
+}

@@ -7,11 +7,12 @@ use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use countersign_api::accept::Door;
-use countersign_api::admission::{Admission, Limits, Seat};
+use countersign_api::admission::{Admission, Limits, Seat, Source};
+use countersign_api::sampled::Sampled;
 use countersign_api::tls::{TlsError, certified_key};
 use countersign_api::transport::unix_channel;
 use countersign_api::workload_api::{Told, Update, follow};
@@ -30,6 +31,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{Asks, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace, mark_strict};
 use countersign_identity::policy::Mode;
+use countersign_identity::shown::{sentence, shown_up_to};
 
 use crate::config::InjectorConfig;
 use crate::metrics::{Metrics, Outcome};
@@ -42,6 +44,10 @@ const CONNECTIONS: Limits = Limits { name: "webhook connections", total: 512, pe
 const PART_BYTES: usize = 32 * 1024;
 /// Bounds on parts: unauthenticated peers can make us hold 16 MiB in first parts and 32 MiB in all others.
 const PARTS: Limits = Limits { name: "parts of large reviews", total: 1_024, per_group: 768 };
+/// Longest name of an object in the log, in characters: as long as Kubernetes lets one be.
+const MAX_NAME: usize = 253;
+/// Longest reason in the log, in characters: it quotes what the object says.
+const MAX_WHY: usize = 1_024;
 /// Longest TLS handshake, request head or request body.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Age of a connection after which no further request is read. API servers would otherwise keep connections forever.
@@ -103,7 +109,7 @@ pub async fn serve(
     let listener = TcpListener::bind(config.bind).await;
     let listener = listener.map_err(|source| WebhookError::Listen { address: config.bind, source })?;
     tasks.spawn(follow_identity(config.clone(), serving.clone(), metrics.clone(), shutdown.clone()));
-    let hook = Arc::new(Hook { config, metrics, parts: Admission::new(PARTS) });
+    let hook = Arc::new(Hook { config, metrics, parts: Admission::new(PARTS), said: Sampled::default() });
     tasks.spawn(accept(listener, hook, serving, tasks.clone(), shutdown));
     Ok(())
 }
@@ -228,6 +234,9 @@ struct Hook {
     metrics: Arc<Metrics>,
     /// Bounds on the memory of reviews per peer.
     parts: Admission<IpAddr>,
+    /// Rate limit for log lines about reviews, by who sent them and the namespace that they name: the API server sends one for
+    /// whatever a tenant asks of it, and anybody else may send one too.
+    said: Sampled<(IpAddr, String)>,
 }
 
 /// Why a review was not read.
@@ -271,7 +280,7 @@ impl Hook {
         let _busy = seat.busy();
         // Answered and counted as malformed; the API server, which wrote it, keeps the record.
         let review: Option<Value> = serde_json::from_slice(&body).ok();
-        let Some(answer) = review.as_ref().and_then(|review| self.review(review, asked)) else {
+        let Some(answer) = review.as_ref().and_then(|review| self.review(review, asked, peer)) else {
             self.count("malformed");
             return plain(StatusCode::BAD_REQUEST, "the body is no admission.k8s.io/v1 AdmissionReview of a pod\n");
         };
@@ -314,7 +323,7 @@ impl Hook {
     }
 
     /// Judges one review; `None` if the object is not a review.
-    fn review(&self, review: &Value, asked: Asked) -> Option<Value> {
+    fn review(&self, review: &Value, asked: Asked, peer: IpAddr) -> Option<Value> {
         let request = review.get("request").filter(|_| review["kind"] == "AdmissionReview")?;
         let uid = request["uid"].as_str()?;
         let mut object = request.get("object").filter(|o| o.is_object())?.clone();
@@ -322,6 +331,8 @@ impl Hook {
         let namespace = request["namespace"].as_str().unwrap_or_default();
         let name = ["name", "generateName"].iter().find_map(|k| before["metadata"][*k].as_str()).unwrap_or_default();
         let mut response = json!({ "uid": uid, "allowed": true });
+        let (shown_namespace, name) = (shown_up_to(namespace, MAX_NAME), shown_up_to(name, MAX_NAME));
+        let say = |kind| self.said.next((peer.group(), shown_namespace.to_string()), kind, Instant::now());
         let verdict = match asked {
             Asked::Namespace => judge_namespace(&object, request.get("oldObject")).map(|()| {
                 mark_strict(&mut object);
@@ -345,17 +356,24 @@ impl Hook {
             }
             Ok(Some(Verdict::Injected)) => {
                 self.count("injected");
-                tracing::info!(namespace, pod = name, "injected");
+                if let Some(unsaid) = say("injected") {
+                    tracing::info!(namespace = %shown_namespace, pod = %name, unsaid, "injected");
+                }
                 put_patch(&mut response, &before, &object);
             }
             Ok(Some(Verdict::Left(why))) => {
                 self.count("left");
-                tracing::info!(namespace, pod = name, why, "left as it is");
+                if let Some(unsaid) = say("left as it is") {
+                    tracing::info!(namespace = %shown_namespace, pod = %name, why, unsaid, "left as it is");
+                }
                 response["warnings"] = json!([format!("countersign: not injected: {why}")]);
             }
             Err(why) => {
                 self.count("refused");
-                tracing::warn!(namespace, object = name, why, "refused");
+                if let Some(unsaid) = say("refused") {
+                    let why = sentence(&why, MAX_WHY);
+                    tracing::warn!(namespace = %shown_namespace, object = %name, %why, unsaid, "refused");
+                }
                 response["allowed"] = false.into();
                 response["status"] = json!({ "code": 422, "reason": "Invalid", "message": why });
             }

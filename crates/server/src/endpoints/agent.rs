@@ -26,6 +26,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::svid::svid_to_wire;
 use super::{BoxStream, Endpoint, invalid, masks, paging};
 use crate::agents::{AttestedAgent, ChangeError, Denied, Renewal};
+use crate::attempts::Attempt;
 use crate::caller::{Caller, denied_status};
 use crate::core::{ATTESTATION, Core, MAX_REASON, SigningRequest, store_status};
 use crate::datastore::JoinToken;
@@ -38,6 +39,7 @@ const ATTESTATION_TIMEOUT: Duration = Duration::from_secs(30);
 const TOKEN_TTL: Duration = Duration::from_secs(600);
 
 struct StreamChallenger {
+    attempt: Attempt,
     requests: Streaming<AttestAgentRequest>,
     responses: mpsc::Sender<Result<AttestAgentResponse, Status>>,
 }
@@ -46,14 +48,30 @@ struct StreamChallenger {
 impl Challenger for StreamChallenger {
     async fn challenge(&mut self, challenge: Vec<u8>) -> Result<Vec<u8>, AttestError> {
         let step = AttestAgentResponse { step: Some(Answered::Challenge(challenge)) };
+        self.attempt.pause();
         self.responses.send(Ok(step)).await.map_err(|_| AttestError::NoAnswer)?;
-        match self.requests.message().await {
+        let answer = match self.requests.message().await {
             Ok(Some(AttestAgentRequest { step: Some(Asked::ChallengeResponse(answer)) }))
                 if answer.len() <= MAX_PAYLOAD_BYTES =>
             {
-                Ok(answer)
+                answer
             }
-            _ => Err(AttestError::NoAnswer),
+            _ => return Err(AttestError::NoAnswer),
+        };
+        tokio::select! {
+            () = self.attempt.resume() => Ok(answer),
+            () = self.responses.closed() => Err(AttestError::NoAnswer),
+        }
+    }
+}
+
+impl StreamChallenger {
+    /// Waits until evidence of this kind may be judged. Errors: Cancelled once the caller is gone, whose place in the line is
+    /// another's then.
+    async fn take_turn(&mut self, kind: &'static str) -> Result<(), Status> {
+        tokio::select! {
+            () = self.attempt.take_turn(kind) => Ok(()),
+            () = self.responses.closed() => Err(Status::cancelled("the caller is gone")),
         }
     }
 }
@@ -81,7 +99,9 @@ async fn attest(
     if data.payload.len() > MAX_PAYLOAD_BYTES {
         return Err(invalid(format!("payload is longer than {MAX_PAYLOAD_BYTES} bytes")));
     }
-    let attestor = core.attestors.iter().find(|a| a.kind() == data.r#type).ok_or_else(|| {
+    let attestor = core.attestors.iter().find(|a| a.kind() == data.r#type);
+    challenger.take_turn(attestor.map_or("", |a| a.kind())).await?;
+    let attestor = attestor.ok_or_else(|| {
         let known: Vec<_> = core.attestors.iter().map(|a| a.kind()).collect();
         Status::failed_precondition(format!(
             "no node attestor `{}` is configured here, only {}",
@@ -90,6 +110,10 @@ async fn attest(
         ))
     })?;
     let node = attestor.attest(&data.payload, challenger).await.map_err(attest_status)?;
+    // Of the agent alone: nobody else can use it up.
+    if !core.attest_limit.take(node.id.clone(), 1, Instant::now()) {
+        return Err(Status::resource_exhausted(format!("agent `{}` attests too often; wait a second", node.id)));
+    }
     // Before anything is signed; looked at once more when the agent is stored.
     core.agents.may_attest(&node).map_err(|e| change_status(e, &node.id))?;
     let issued = core.sign(&SigningRequest {
@@ -290,18 +314,18 @@ impl Agent for Endpoint {
         &self,
         request: Request<Streaming<AttestAgentRequest>>,
     ) -> Result<Response<Self::AttestAgentStream>, Status> {
-        let source = request.extensions().get::<TlsPeer>().map(|p| p.address.ip().to_canonical());
+        let peer = request.extensions().get::<TlsPeer>().map(|p| p.address);
+        let source = peer.map(|address| address.ip().to_canonical());
         let caller = source.map_or_else(|| "local".to_owned(), |ip| format!("anonymous@{ip}"));
-        if let Some(ip) = source
-            && !self.0.attest_limit.take(ip, 1, Instant::now())
-        {
-            self.0.refuse_over_limit("agent_svid", ip);
-            return Err(Status::resource_exhausted("too many attestations from this address; wait a second"));
-        }
+        let attempt = peer.map_or_else(|| Some(Attempt::unbounded()), |address| self.0.attempts.begin(address));
+        let attempt = attempt.ok_or_else(|| {
+            source.inspect(|ip| self.0.refuse_over_limit("agent_svid", *ip));
+            Status::resource_exhausted("this connection has an attestation in progress already")
+        })?;
         let (tx, rx) = mpsc::channel(1);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {
-            let mut challenger = StreamChallenger { requests: request.into_inner(), responses: tx.clone() };
+            let mut challenger = StreamChallenger { attempt, requests: request.into_inner(), responses: tx.clone() };
             let attested = async {
                 match challenger.requests.message().await? {
                     Some(AttestAgentRequest { step: Some(Asked::Params(params)) }) => {
@@ -316,6 +340,7 @@ impl Agent for Endpoint {
                 }
                 () = core.shutdown.cancelled() => Err(Status::unavailable("the server is shutting down")),
             };
+            let failed = attested.is_err();
             let message = match attested {
                 Ok(result) => Ok(AttestAgentResponse { step: Some(Answered::Result(result)) }),
                 Err(status) => {
@@ -325,6 +350,10 @@ impl Agent for Endpoint {
             };
             // The caller may be gone; what was decided is in the record.
             let _ = tx.send(message).await;
+            if failed {
+                drop((challenger.requests, challenger.responses, tx));
+                challenger.attempt.fail().await;
+            }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use aws_lc_rs::digest;
 use countersign_api::convert::{bundle_to_wire, entry_to_wire};
 use countersign_api::portions::first_portion;
 use countersign_api::push::push_server::Push;
@@ -12,6 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{BoxStream, Endpoint};
+use crate::agents::AttestedAgent;
 use crate::caller::{Caller, cut_off, denied_status};
 use crate::core::Core;
 use crate::entries::Update;
@@ -24,12 +26,13 @@ impl Push for Endpoint {
         let agent = Caller::agent(&self.0, &request)?;
         let cut_off = cut_off(&self.0, &request);
         let request = request.into_inner();
-        let revision = (request.epoch == self.0.epoch).then_some(request.revision);
+        let revision = (request.epoch == epoch_of(&self.0, &agent)).then_some(request.revision);
+        let epoch = request.epoch;
         let (tx, rx) = mpsc::channel(1);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {
             core.metrics.push_streams.inc();
-            let stream = Stream { core: core.clone(), id: agent.id.clone(), revision, tx: tx.clone() };
+            let stream = Stream { core: core.clone(), id: agent.id.clone(), epoch, revision, tx: tx.clone() };
             let ended = tokio::select! {
                 ended = stream.run() => ended,
                 status = cut_off => Some(status),
@@ -43,6 +46,18 @@ impl Push for Endpoint {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
     }
+}
+
+/// The name of an agent's sequence of revisions. Those of another run, of another agent, or of the same one with other selectors
+/// are not comparable: other entries were its own then, and no change of an entry tells of that.
+fn epoch_of(core: &Core, agent: &AttestedAgent) -> String {
+    let mut facts = digest::Context::new(&digest::SHA256);
+    let texts = std::iter::once(agent.id.to_string()).chain(agent.selectors.iter().map(ToString::to_string));
+    for text in texts {
+        facts.update(&text.len().to_be_bytes());
+        facts.update(text.as_bytes());
+    }
+    format!("{}-{}", core.epoch, hex::encode(facts.finish()))
 }
 
 /// Cuts a message whose entries do not fit into one. Where the agent stands afterwards comes with the last part.
@@ -64,6 +79,8 @@ fn parts(mut whole: WatchResponse) -> Vec<WatchResponse> {
 struct Stream {
     core: Arc<Core>,
     id: countersign_identity::SpiffeId,
+    /// The epoch that `revision` is of.
+    epoch: String,
     revision: Option<u64>,
     tx: mpsc::Sender<Result<WatchResponse, Status>>,
 }
@@ -85,6 +102,10 @@ impl Stream {
                 Ok(agent) => agent,
                 Err(denied) => return Some(denied_status(denied, &self.id)),
             };
+            let epoch = epoch_of(&core, &agent);
+            if self.epoch != epoch {
+                (self.epoch, self.revision) = (epoch, None);
+            }
             let (revision, update) = core.entries.since(&agent, self.revision);
             let (snapshot, upserted, removed) = match update {
                 Update::Snapshot(entries) => (true, entries, vec![]),
@@ -100,7 +121,7 @@ impl Stream {
             };
             if first || snapshot || bundle.is_some() || foreign_changed || !upserted.is_empty() || !removed.is_empty() {
                 let message = WatchResponse {
-                    epoch: core.epoch.clone(),
+                    epoch: self.epoch.clone(),
                     revision,
                     snapshot,
                     upserted: upserted.iter().map(|e| entry_to_wire(e)).collect(),
@@ -136,8 +157,39 @@ impl Stream {
 mod tests {
     use countersign_api::portions::PORTION_BYTES;
     use countersign_api::spire::types::Entry;
+    use futures::StreamExt;
 
     use super::*;
+    use crate::testing::{agent_call, server};
+
+    #[tokio::test]
+    async fn an_agent_that_has_attested_with_other_selectors_gets_all_entries_and_not_the_changes_since() {
+        let dir = tempfile::tempdir().unwrap();
+        let core = server(&dir).await;
+        let (id, call) = agent_call(&core, "1").await;
+        let extensions = call.into_parts().1;
+        let watch = async |epoch: &str, revision| {
+            let request = WatchRequest { epoch: epoch.to_owned(), revision };
+            let request = Request::from_parts(Default::default(), extensions.clone(), request);
+            let mut stream = Endpoint(core.clone()).watch(request).await.unwrap().into_inner();
+            (stream.next().await.unwrap().unwrap(), stream)
+        };
+        let (first, _) = watch("", 0).await;
+        assert!(first.snapshot);
+        let (again, mut open) = watch(&first.epoch, first.revision).await;
+        assert!(!again.snapshot, "nothing has changed");
+        let known = AttestedAgent::clone(&core.agents.get(&id).unwrap());
+        let selectors = std::iter::once("k8s_psat:agent_node_label:zone:b".parse().unwrap()).collect();
+        core.agents.attested(AttestedAgent { selectors, ..known }).await.unwrap();
+        let (other, _) = watch(&first.epoch, first.revision).await;
+        assert!(other.snapshot && other.epoch != first.epoch);
+        // The stream that was open hears of it with the next change.
+        let bundle = countersign_identity::X509Bundle::clone(&core.authorities.bundle().borrow());
+        let trust_domain = countersign_identity::TrustDomain::new("partner").unwrap();
+        let foreign = countersign_identity::X509Bundle { trust_domain, ..bundle };
+        core.federated.set(foreign, crate::federated::Expect::Any).await.unwrap();
+        assert!(open.next().await.unwrap().unwrap().snapshot);
+    }
 
     #[test]
     fn a_snapshot_that_fits_into_no_message_comes_in_parts_and_its_position_with_the_last() {

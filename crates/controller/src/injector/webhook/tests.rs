@@ -21,6 +21,17 @@ struct Served {
     _task: AbortOnDropHandle<()>,
 }
 
+fn hook(bind: SocketAddr) -> Hook {
+    let config = InjectorConfig {
+        bind,
+        agent_socket: "/nowhere".into(),
+        sidecar: Sidecar::new("image".into()),
+        mode: countersign_identity::policy::Mode::Strict,
+        live_settings: None,
+    };
+    Hook { config, metrics: Arc::default(), parts: Admission::new(PARTS), said: Sampled::default() }
+}
+
 async fn served() -> Served {
     let key = rcgen::generate_simple_self_signed(vec!["webhook".into()]).unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -41,14 +52,7 @@ async fn served() -> Served {
     serving.set(Certificate { tls: Arc::new(server), ends_at: OffsetDateTime::now_utc() + Duration::from_secs(60) });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
-    let config = InjectorConfig {
-        bind: at,
-        agent_socket: "/nowhere".into(),
-        sidecar: Sidecar::new("image".into()),
-        mode: countersign_identity::policy::Mode::Strict,
-        live_settings: None,
-    };
-    let hook = Arc::new(Hook { config, metrics: Arc::default(), parts: Admission::new(PARTS) });
+    let hook = Arc::new(hook(at));
     let task = tokio::spawn(accept(listener, hook, serving, TaskTracker::new(), CancellationToken::new()));
     Served { at, client: Arc::new(client), _task: AbortOnDropHandle::new(task) }
 }
@@ -144,4 +148,25 @@ async fn large_bodies_of_strangers_are_bounded_and_large_reviews_are_read_all_th
 async fn a_review_that_is_too_large_is_refused() {
     let answer = served().await.review(API_SERVER, MAX_REVIEW_BYTES).await.unwrap();
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 413"), "{answer}");
+}
+
+#[test]
+fn a_flood_of_reviews_leaves_a_few_log_lines_and_a_count_for_each_sender() {
+    let hook = hook(SocketAddr::from((STRANGER, 0)));
+    let review = |namespace: String, from: [u8; 4]| {
+        let pod =
+            json!({ "metadata": { "name": "p", "labels": { "countersign.dev/inject": "disabled" } }, "spec": {} });
+        let request = json!({ "uid": "u", "namespace": namespace, "object": pod });
+        let review = json!({ "kind": "AdmissionReview", "request": request });
+        let asked = Asked::by("/inject/namespace").unwrap();
+        hook.review(&review, asked, from.into()).unwrap();
+    };
+    (0..1_000).for_each(|_| review("noisy".into(), STRANGER));
+    review("n".into(), API_SERVER);
+    let later = Instant::now() + Duration::from_secs(3_600);
+    let unsaid = hook.said.over(later);
+    let [one] = &unsaid[..] else { panic!("{unsaid:?}") };
+    assert_eq!((one.kind, one.source.as_ref().unwrap().1.as_str()), ("left as it is", "noisy"));
+    // Twenty lines in each window of ten seconds.
+    assert!((1..=980).contains(&one.count) && one.count % 20 == 0, "{}", one.count);
 }
