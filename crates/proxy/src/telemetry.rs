@@ -1,7 +1,7 @@
 //! Metrics (`docs/metrics.md`) and the access log, one line per connection.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -133,6 +133,8 @@ pub struct Telemetry {
     log: Option<Arc<LogWriter>>,
     /// Rate limit for log lines about refusals.
     refusals: Sampled,
+    /// Rate limit for access log lines of callers without an identity.
+    strangers: Sampled<IpAddr>,
 }
 
 impl Telemetry {
@@ -189,6 +191,7 @@ impl Telemetry {
             followed,
             log,
             refusals: Sampled::default(),
+            strangers: Sampled::default(),
         })
     }
 
@@ -224,8 +227,21 @@ impl Telemetry {
                     code = refused.code(), reason = %refused, unsaid, "connection refused");
             }
         }
-        if let Some(log) = &self.log {
-            log.line(|held| write_line(held, record, refused));
+        if let Some(log) = &self.log
+            && let Some(left_out) = self.is_logged(record, refused, Instant::now())
+        {
+            log.line(|held| write_line(held, record, refused, left_out));
+        }
+    }
+
+    /// Whether the access log has a line of a connection. `Some` holds the number of lines like it that were left out before. A
+    /// caller that has proven nothing could fill the log, and push all others out of it, by connecting alone.
+    fn is_logged(&self, record: &Record, refused: Option<&Refused>, now: Instant) -> Option<u64> {
+        match refused {
+            Some(refused) if record.direction == Direction::Inbound && record.peer.is_none() => {
+                self.strangers.next(record.source.ip(), refused.code(), now)
+            }
+            _ => Some(0),
         }
     }
 
@@ -329,6 +345,8 @@ struct Line<'a> {
     code: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    left_out: Option<u64>,
 }
 
 fn open_access_log(target: &AccessLogTarget) -> std::io::Result<LogWriter> {
@@ -354,7 +372,7 @@ impl Collector for Lost {
 }
 
 /// Appends one JSON object and a line feed.
-fn write_line(out: &mut Vec<u8>, r: &Record, refused: Option<&Refused>) -> serde_json::Result<()> {
+fn write_line(out: &mut Vec<u8>, r: &Record, refused: Option<&Refused>, left_out: u64) -> serde_json::Result<()> {
     let rfc3339 = |t: OffsetDateTime| t.format(&Rfc3339).unwrap_or_default();
     let peer_id = r.peer.as_ref().map(|p| p.svid.id.to_string());
     let own_id = r.own.as_ref().map(|i| &**i.id());
@@ -383,8 +401,46 @@ fn write_line(out: &mut Vec<u8>, r: &Record, refused: Option<&Refused>) -> serde
         end: r.end,
         code: refused.map(Refused::code),
         reason: refused.map(ToString::to_string),
+        left_out: (left_out > 0).then_some(left_out),
     };
     serde_json::to_writer(&mut *out, &line)?;
     out.push(b'\n');
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stranger_does_not_fill_the_access_log() {
+        let telemetry = Telemetry::new(None).unwrap();
+        let record = |direction, last: u8| Record {
+            direction,
+            mode: Carried::Refused,
+            began: Instant::now(),
+            began_at: OffsetDateTime::now_utc(),
+            source: ([10, 0, 0, last], 1).into(),
+            destination: None,
+            peer: None,
+            own: None,
+            bytes_sent: 0,
+            bytes_received: 0,
+            end: "",
+        };
+        let (refused, now) = (Refused::Tls("no TLS".into()), Instant::now());
+        let lines = |direction, last| {
+            (0..1_000).filter_map(|_| telemetry.is_logged(&record(direction, last), Some(&refused), now)).count()
+        };
+        assert_eq!(lines(Direction::Inbound, 1), 20);
+        assert_eq!(lines(Direction::Inbound, 2), 20, "another one is still seen");
+        assert_eq!(lines(Direction::Outbound, 1), 1_000, "what the own workload is refused");
+        let later = now + Duration::from_secs(10);
+        let again = record(Direction::Inbound, 1);
+        assert_eq!(telemetry.is_logged(&again, Some(&refused), later), Some(980), "the next line tells of it");
+        let mut line = vec![];
+        write_line(&mut line, &again, Some(&refused), 980).unwrap();
+        assert!(String::from_utf8(line).unwrap().contains("\"left_out\":980"));
+        assert_eq!(telemetry.is_logged(&again, None, later), Some(0), "what was carried has a line each");
+    }
 }
