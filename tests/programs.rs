@@ -1,11 +1,12 @@
 //! Unmodified programs in a strict mesh, each with a check that the bytes are right.
 
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::{Mesh, able, path_of, random_file, run, sh, sha256, wait_for};
+use crate::support::{COUNTERSIGN, Mesh, able, path_of, random_file, run, sh, sha256, wait_for};
 
 /// A workload of a mesh file.
 fn workload(name: &str, user: &str, port: u16, command: &[&str]) -> String {
@@ -260,7 +261,7 @@ fn grpc_calls_and_streams_pass() {
         ],
     );
     let mut agent = agent
-        .stdin(std::process::Stdio::null())
+        .stdin(Stdio::null())
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .spawn()
@@ -357,4 +358,20 @@ while True:
     assert_eq!(udp(4433).trim(), "b'x'");
     assert_eq!(udp(4434).trim(), "dropped");
     mesh.down();
+}
+
+#[test]
+fn a_program_of_another_user_gets_no_open_file_of_the_shell_that_starts_it() {
+    if !able(&[]) {
+        return;
+    }
+    let program = "for n in 0 1 2 7 9; do if [ -e /proc/self/fd/$n ]; then echo $n; fi; done";
+    // As `up` and `run` start every program, and `launch` itself by its own descriptor.
+    for command in [format!("sh -c '{program}'"), format!("\"$0\" launch --uid 65534 --gid 65534 -- sh -c '{program}'")]
+    {
+        let user = if command.starts_with("sh") { "--uid 65534 --gid 65534" } else { "--uid 0 --gid 0" };
+        let shell = format!("exec 7</etc/shadow 9>/dev/null; exec \"$0\" launch {user} -- {command}");
+        let said = run(Command::new("sh").args(["-c", &shell, COUNTERSIGN]).stdin(Stdio::null()));
+        assert_eq!(said, "0\n1\n2\n");
+    }
 }

@@ -2,7 +2,7 @@
 //! of workloads are never written to disk.
 
 use std::fs::File;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use countersign_api::files::{read_pem, write_atomically, write_secret};
@@ -37,6 +37,17 @@ const PROBE_BYTES: usize = 16 * 1024;
 /// Before the certificates of a kept bundle: a line that readers of PEM pass over.
 const REPLACES: &str = "# In place of the trust bundle file with SHA-256 ";
 
+/// Takes from everybody else the right to open our own folder, with which they could lock it (flock(2)); what is below stays
+/// reachable.
+fn close_to_others(dir: &Path) -> std::io::Result<()> {
+    let meta = std::fs::metadata(dir)?;
+    let mode = meta.mode() & 0o7777;
+    if meta.uid() == nix::unistd::geteuid().as_raw() && mode & 0o066 != 0 {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode & !0o066))?;
+    }
+    Ok(())
+}
+
 fn failed(path: &Path, why: impl ToString) -> StoreError {
     StoreError { path: path.to_owned(), why: why.to_string() }
 }
@@ -45,6 +56,7 @@ impl Store {
     /// Creates the folder, mode 0700, and locks it: two agents would overwrite each other's identity.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| failed(dir, e))?;
+        close_to_others(dir).map_err(|e| failed(dir, e))?;
         // The lock is on the folder itself: it leaves no file, needs no space and works on a read-only disk.
         let folder = File::open(dir).map_err(|e| failed(dir, e))?;
         let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
@@ -136,6 +148,14 @@ mod tests {
         assert_eq!(store.bundle(&bundle.trust_domain), Some(kept));
         std::fs::write(dir.path().join("bundle.pem"), bundle.to_pem()).unwrap();
         assert_eq!(store.bundle(&bundle.trust_domain), Some(Kept { bundle, replaces: None }));
+    }
+
+    #[test]
+    fn a_folder_that_others_can_open_is_closed_before_it_is_locked() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let _store = Store::open(dir.path()).unwrap();
+        assert_eq!(std::fs::metadata(dir.path()).unwrap().mode() & 0o777, 0o711);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, anyhow};
+use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
@@ -66,6 +67,7 @@ pub struct LaunchArgs {
 
 /// Replaces this process by the program. Returns only if that fails.
 pub fn run(args: &LaunchArgs) -> Result<Infallible> {
+    keep_descriptors().context("cannot close the open files of the calling shell")?;
     if !args.report {
         return start(args);
     }
@@ -76,6 +78,26 @@ pub fn run(args: &LaunchArgs) -> Result<Infallible> {
         // `up` may be gone, which ends this process as well.
         let _ = report.write_all(one_line(error).as_bytes());
     })
+}
+
+/// Marks every descriptor but standard input, output and error as close-on-exec: what the shell that started us has open is
+/// root's, and no business of another user's program. Needs Linux 5.11; before, the descriptors are listed by procfs.
+#[allow(unsafe_code)]
+fn keep_descriptors() -> std::io::Result<()> {
+    // SAFETY: sets a flag of this process's descriptors; no memory is passed.
+    let marked = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if marked == 0 {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_str().and_then(|name| name.parse::<libc::c_int>().ok());
+        let Some(number) = number.filter(|n| *n > 2) else { continue };
+        // SAFETY: as above.
+        if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 fn start(args: &LaunchArgs) -> Result<Infallible> {

@@ -111,12 +111,7 @@ pub async fn run(
     // Tasks that open connections depend on run longer than `shutdown`, which only stops accepting.
     let end = CancellationToken::new();
     let doors = doors(&config)?;
-    let http = match config.http {
-        Some(bind) => Some(
-            TcpListener::bind(bind).await.map_err(|source| ProxyError::Listen { name: bind.to_string(), source })?,
-        ),
-        None => None,
-    };
+    let http = http_listeners(config.http).await?;
     let telemetry = Telemetry::new(config.access_log.as_ref()).map_err(ProxyError::AccessLog)?;
     let sidecar = Arc::new(Sidecar::new(config, telemetry, clock));
     tasks.spawn(watch_identity(sidecar.clone(), end.clone()));
@@ -132,7 +127,7 @@ pub async fn run(
             tasks.spawn(follow_files(files, sidecar.current.clone(), end.clone())?);
         }
     }
-    if let Some(listener) = http {
+    for listener in http {
         tasks.spawn(http::serve(listener, pages(sidecar.clone(), shutdown.clone()), end.clone()));
     }
     if let Some(path) = sidecar.config.admin_socket.clone() {
@@ -155,6 +150,17 @@ pub async fn run(
     take_leave(tasks.wait(), &end, LAST_WORDS).await;
     sidecar.telemetry.finish().await;
     Ok(())
+}
+
+/// Listeners of the pages. `[::]` is every address, also IPv4 alone where the host has no IPv6.
+async fn http_listeners(bind: Option<SocketAddr>) -> Result<Vec<TcpListener>, ProxyError> {
+    let Some(bind) = bind else { return Ok(vec![]) };
+    let failed = |source| ProxyError::Listen { name: bind.to_string(), source };
+    if bind.ip() != std::net::Ipv6Addr::UNSPECIFIED || bind.port() == 0 {
+        return Ok(vec![TcpListener::bind(bind).await.map_err(failed)?]);
+    }
+    let listeners = sockets::listen_everywhere(bind.port()).map_err(failed)?;
+    listeners.into_iter().map(|listener| TcpListener::from_std(listener).map_err(failed)).collect()
 }
 
 fn doors(config: &Config) -> Result<Vec<(std::net::TcpListener, Door)>, ProxyError> {

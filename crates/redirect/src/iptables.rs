@@ -14,6 +14,7 @@ fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
     match hook {
         Hook::Output => ("nat", "COUNTERSIGN_OUT", "OUTPUT"),
         Hook::Prerouting => ("nat", "COUNTERSIGN_IN", "PREROUTING"),
+        Hook::OwnPorts => ("filter", "COUNTERSIGN_OWN", "OUTPUT"),
         Hook::GuardOutput => ("filter", "COUNTERSIGN_OTHERS_OUT", "OUTPUT"),
         Hook::GuardInput => ("filter", "COUNTERSIGN_OTHERS_IN", "INPUT"),
     }
@@ -45,14 +46,13 @@ pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
 }
 
 fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
-    if !rules.iter().any(|r| r.hook.is_guard()) {
-        // Left over from an earlier redirect with a guard.
-        unhook(v6, "filter")?;
-    }
+    let used = |hook: Hook| rules.iter().any(|r| r.hook == hook);
+    // Left over from an earlier redirect with a guard.
+    unhook(v6, "filter", |hook| !used(hook))?;
     let mut script = String::new();
     for table in ["filter", "nat"] {
-        let hooks: Vec<Hook> = Hook::ALL.into_iter().filter(|h| place_of(*h).0 == table).collect();
-        if !rules.iter().any(|r| hooks.contains(&r.hook)) {
+        let hooks: Vec<Hook> = Hook::ALL.into_iter().filter(|h| place_of(*h).0 == table && used(*h)).collect();
+        if hooks.is_empty() {
             continue;
         }
         let _ = writeln!(script, "*{table}");
@@ -68,7 +68,7 @@ fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
         }
         for hook in &hooks {
             let (_, chain, builtin) = place_of(*hook);
-            let jump = if hook.is_guard() {
+            let jump = if hook.is_filter() {
                 format!("-A {builtin} -j {chain}")
             } else {
                 format!("-A {builtin} -p tcp -j {chain}")
@@ -76,8 +76,8 @@ fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
             let begins = format!("-A {builtin} ");
             let first = present.lines().find(|l| l.starts_with(&begins));
             let there = present.lines().any(|l| l == jump);
-            // What somebody else's rule accepts is not seen by rules behind it: the guard stands first.
-            let jump = match (hook.is_guard(), there) {
+            // What somebody else's rule accepts is not seen by rules behind it: ours stand first.
+            let jump = match (hook.is_filter(), there) {
                 (true, true) if first != Some(jump.as_str()) => {
                     format!("-D {builtin} -j {chain}\n-I {builtin} 1 -j {chain}")
                 }
@@ -105,13 +105,15 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
         Match::Net(of) => net(of)?,
         Match::TcpNet(of) => format!("{} -p tcp", net(of)?),
         Match::TcpInvalid => "-p tcp -m conntrack --ctstate INVALID".into(),
+        Match::TcpNotSyn => "-p tcp -m tcp ! --tcp-flags SYN SYN".into(),
+        Match::SynFrom(port) => format!("-p tcp -m tcp --sport {port} --tcp-flags SYN SYN"),
         Match::Icmp if !v6 => "-p icmp".into(),
         Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),
         Match::Icmp | Match::Icmpv6 => return None,
         Match::Reply => "-m conntrack --ctdir REPLY".into(),
         Match::Udp(port, None) => format!("-p udp --dport {port}"),
         Match::Udp(port, Some(at)) => format!("{} -p udp --dport {port}", net(at.into())?),
-        Match::Rest if rule.hook.is_guard() => String::new(),
+        Match::Rest if rule.hook.is_filter() => String::new(),
         Match::Rest | Match::Tcp => "-p tcp".into(),
     };
     let (more, verdict) = match rule.verdict {
@@ -131,7 +133,7 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
 pub fn remove() -> Result<(), RedirectError> {
     for v6 in [false, true] {
         for table in TABLES {
-            unhook(v6, table)?;
+            unhook(v6, table, |_| true)?;
         }
     }
     Ok(())
@@ -141,12 +143,13 @@ fn listing(v6: bool) -> &'static str {
     if v6 { "ip6tables" } else { "iptables" }
 }
 
-fn unhook(v6: bool, table: &str) -> Result<(), RedirectError> {
+/// Removes the chains of these hooks from a table.
+fn unhook(v6: bool, table: &str, meant: impl Fn(Hook) -> bool) -> Result<(), RedirectError> {
     let binary = listing(v6);
     let Ok(rules) = run(binary, &["-w", "5", "-t", table, "-S"], None) else { return Ok(()) };
     for hook in Hook::ALL {
         let (of, chain, builtin) = place_of(hook);
-        if of != table {
+        if of != table || !meant(hook) {
             continue;
         }
         for line in
@@ -195,7 +198,13 @@ pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
 
 /// The position of a rule's hook among the hooks.
 fn order(comment: &str) -> usize {
-    let hooks = ["countersign out:", "countersign in:", "countersign others out:", "countersign others in:"];
+    let hooks = [
+        "countersign out:",
+        "countersign in:",
+        "countersign own ports:",
+        "countersign others out:",
+        "countersign others in:",
+    ];
     hooks.iter().position(|hook| comment.starts_with(hook)).unwrap_or(hooks.len())
 }
 

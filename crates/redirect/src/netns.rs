@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -14,6 +15,8 @@ use nix::sys::statfs::{FsType, statfs};
 const DIR: &str = "/run/netns";
 /// The file system type of namespaces (`NSFS_MAGIC` of linux/magic.h).
 const NSFS: FsType = FsType(0x6e73_6673);
+/// How long the lock of the folder is waited for; whoever makes a namespace holds it for milliseconds.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Most mounts that are removed at one name: a name may be mounted over several times, and the loop must end.
 const MAX_LAYERS: usize = 64;
 
@@ -118,9 +121,7 @@ impl NetNs {
 /// below the copy, where nothing can unmount it.
 fn prepare_folder(dir: &Path) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
-    // The lock that iproute2 takes: two at once would mount the folder over itself repeatedly. Without the lock this
-    // continues, as iproute2 does.
-    let _lock = Flock::lock(File::open(dir)?, FlockArg::LockExclusive).map_err(|(_, e)| e);
+    let _lock = lock_within(dir, PATIENCE)?;
     let none = None::<&str>;
     let share = || mount(Some("none"), dir, none, MsFlags::MS_SHARED | MsFlags::MS_REC, none);
     match share() {
@@ -133,6 +134,21 @@ fn prepare_folder(dir: &Path) -> io::Result<()> {
     }
 }
 
+/// The lock that iproute2 takes: two at once would mount the folder over itself repeatedly. Every user can open the folder and
+/// hold its lock for good, so without the lock this continues after `patience`, as iproute2 does.
+fn lock_within(dir: &Path, patience: Duration) -> io::Result<Option<Flock<File>>> {
+    let deadline = Instant::now() + patience;
+    let mut folder = File::open(dir)?;
+    loop {
+        folder = match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((folder, Errno::EWOULDBLOCK)) if Instant::now() < deadline => folder,
+            Err(_) => return Ok(None),
+        };
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     std::thread::spawn(work).join().unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
 }
@@ -140,6 +156,15 @@ fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stranger_who_holds_the_folders_lock_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let stranger = lock_within(dir.path(), Duration::ZERO).unwrap().unwrap();
+        assert!(lock_within(dir.path(), Duration::from_millis(50)).unwrap().is_none());
+        drop(stranger);
+        assert!(lock_within(dir.path(), PATIENCE).unwrap().is_some());
+    }
 
     #[test]
     fn a_name_that_is_a_mere_file_is_taken_over_and_one_that_is_a_namespace_is_refused() {

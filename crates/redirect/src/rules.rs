@@ -16,6 +16,8 @@ pub struct Redirect {
     pub outbound_port: u16,
     /// Port of the sidecar for incoming connections.
     pub inbound_port: u16,
+    /// Further ports that the sidecar listens on: the mesh port and the port of its pages.
+    pub sidecar_ports: BTreeSet<u16>,
     /// Incoming TCP ports that are not redirected: the mesh port and the probe port.
     pub exempt_inbound_ports: BTreeSet<u16>,
     /// Outgoing TCP ports that are not redirected, by default DNS.
@@ -38,6 +40,7 @@ impl Redirect {
             proxy_uid,
             outbound_port: 15001,
             inbound_port: 15006,
+            sidecar_ports: [15008, 15020].into(),
             exempt_inbound_ports: [15008, 15020].into(),
             exempt_outbound_ports: [53].into(),
             exempt_outbound_cidrs: BTreeSet::new(),
@@ -54,6 +57,8 @@ pub enum Hook {
     Output,
     /// Packets that come in.
     Prerouting,
+    /// TCP packets that this namespace's processes send from the sidecar's ports.
+    OwnPorts,
     /// Packets that this namespace's processes send, after the redirect.
     GuardOutput,
     /// Packets that are delivered to this namespace's processes.
@@ -62,16 +67,16 @@ pub enum Hook {
 
 impl Hook {
     /// All hooks, in the order of [`Redirect::rules`].
-    pub const ALL: [Self; 4] = [Self::Output, Self::Prerouting, Self::GuardOutput, Self::GuardInput];
+    pub const ALL: [Self; 5] = [Self::Output, Self::Prerouting, Self::OwnPorts, Self::GuardOutput, Self::GuardInput];
 
     /// Whether its rules concern outgoing packets; otherwise incoming ones.
     pub fn is_out(self) -> bool {
-        matches!(self, Self::Output | Self::GuardOutput)
+        matches!(self, Self::Output | Self::OwnPorts | Self::GuardOutput)
     }
 
     /// Whether its rules decide what is dropped; otherwise what is redirected.
-    pub fn is_guard(self) -> bool {
-        matches!(self, Self::GuardOutput | Self::GuardInput)
+    pub fn is_filter(self) -> bool {
+        matches!(self, Self::OwnPorts | Self::GuardOutput | Self::GuardInput)
     }
 }
 
@@ -94,6 +99,10 @@ pub enum Match {
     Tcp,
     /// TCP that belongs to no connection that the kernel follows: NAT leaves it as it is.
     TcpInvalid,
+    /// TCP without the SYN flag: it opens no connection.
+    TcpNotSyn,
+    /// TCP with the SYN flag from this source port.
+    SynFrom(u16),
     /// ICMP over IPv4.
     Icmp,
     /// `ICMPv6` over IPv6, including neighbour discovery.
@@ -136,6 +145,7 @@ impl Rule {
         let way = match self.hook {
             Hook::Output => "out",
             Hook::Prerouting => "in",
+            Hook::OwnPorts => "own ports",
             Hook::GuardOutput => "others out",
             Hook::GuardInput => "others in",
         };
@@ -148,6 +158,8 @@ impl Rule {
             Match::TcpNet(net) => format!("TCP with net {net}"),
             Match::Tcp => "TCP".into(),
             Match::TcpInvalid => "TCP of no connection".into(),
+            Match::TcpNotSyn => "TCP without SYN".into(),
+            Match::SynFrom(port) => format!("SYN from port {port}"),
             Match::Icmp => "ICMP".into(),
             Match::Icmpv6 => "ICMPv6".into(),
             Match::Reply => "replies".into(),
@@ -165,6 +177,11 @@ impl Rule {
 }
 
 impl Redirect {
+    /// The ports that nobody but the sidecar can serve in this namespace.
+    fn own_ports(&self) -> BTreeSet<u16> {
+        [self.outbound_port, self.inbound_port].into_iter().chain(self.sidecar_ports.iter().copied()).collect()
+    }
+
     /// The rules in order: exemptions, then everything else; the guard's rules after the redirect's.
     pub fn rules(&self) -> Vec<Rule> {
         let exempt = |hook, matches| Rule { hook, matches, verdict: Verdict::Exempt };
@@ -192,6 +209,13 @@ impl Redirect {
         rules.extend(self.exempt_inbound_ports.iter().map(|p| exempt(Hook::Prerouting, Match::Port(*p))));
         rules.extend(nets(Hook::Prerouting, &self.exempt_inbound_cidrs));
         rules.push(rest(Hook::Prerouting, self.inbound_port));
+        // Any user may listen on these ports while the sidecar is away, and would get what is redirected to it, in plaintext.
+        // Without a SYN-ACK no connection is established. One without an owner is a SYN cookie, dropped as well: the
+        // listener behind it may be anybody's. Resets carry no SYN, so a port that nobody listens on is refused at once.
+        rules.push(exempt(Hook::OwnPorts, Match::TcpNotSyn));
+        rules.push(exempt(Hook::OwnPorts, Match::Uid(self.proxy_uid)));
+        let foreign = |port| Rule { hook: Hook::OwnPorts, matches: Match::SynFrom(port), verdict: Verdict::Drop };
+        rules.extend(self.own_ports().into_iter().map(foreign));
         if let Some(guard) = &self.guard {
             rules.extend(guard.rules(&self.exempt_outbound_cidrs, &self.exempt_inbound_cidrs));
         }
@@ -221,6 +245,12 @@ mod tests {
                 "countersign in: port 15008 exempt",
                 "countersign in: port 15020 exempt",
                 "countersign in: rest to 15006",
+                "countersign own ports: TCP without SYN exempt",
+                "countersign own ports: sidecar uid 2102 exempt",
+                "countersign own ports: SYN from port 15001 dropped",
+                "countersign own ports: SYN from port 15006 dropped",
+                "countersign own ports: SYN from port 15008 dropped",
+                "countersign own ports: SYN from port 15020 dropped",
             ]
         );
     }

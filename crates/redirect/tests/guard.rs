@@ -11,7 +11,7 @@ use countersign_redirect::guard::Guard;
 use countersign_redirect::netns::NetNs;
 use countersign_redirect::{Backend, Redirect, in_force, install, installed, remove};
 
-use world::{HERE, THERE, World, has_iptables};
+use world::{HERE, THERE, World, as_sidecar, has_iptables};
 
 mod world;
 
@@ -185,7 +185,11 @@ fn link_local_is_no_black_hole(backend: Backend, test: &str) {
         assert!(packets(&world.there, "countersign in: rest to 15006") >= 1);
     }
     // A sidecar hears the caller, and reaches the app behind the address that was asked for.
-    let sidecar = world.there.run(|| std::net::TcpListener::bind("[::]:15006")).unwrap();
+    let bind = || {
+        as_sidecar();
+        std::net::TcpListener::bind("[::]:15006")
+    };
+    let sidecar = world.there.run(bind).unwrap();
     assert!(dial_link_local(&world).0.is_ok());
     let (_, caller) = sidecar.accept().unwrap();
     assert!(matches!(caller.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()), "{caller}");

@@ -9,13 +9,17 @@ use std::time::Duration;
 use countersign_redirect::netns::NetNs;
 use countersign_redirect::{Backend, Redirect, in_force, install, installed, remove};
 
-use world::{HERE, THERE, World, has_iptables};
+use world::{HERE, THERE, World, as_sidecar, has_iptables};
 
 mod world;
 
-/// Answers every connection with its own name.
+/// Answers every connection with its own name, as the sidecar's user.
 fn listen(ns: &NetNs, address: SocketAddr, name: &'static str) {
-    let listener = ns.run(move || TcpListener::bind(address)).unwrap();
+    let bind = move || {
+        as_sidecar();
+        TcpListener::bind(address)
+    };
+    let listener = ns.run(bind).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let _ = (&stream).write_all(name.as_bytes());

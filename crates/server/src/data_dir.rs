@@ -17,6 +17,8 @@ impl DataDir {
     /// other's journal of authorities.
     pub fn take(path: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        // Before it is locked: whoever can open the folder can lock it.
+        make_private(path)?;
         let dir = File::open(path)?;
         let lock = Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
             nix::errno::Errno::EWOULDBLOCK => io::Error::new(
@@ -25,7 +27,6 @@ impl DataDir {
             ),
             other => other.into(),
         })?;
-        make_private(path)?;
         for name in ["server.sqlite", "server.sqlite-wal", "server.sqlite-shm"] {
             make_file_private(&path.join(name))?;
         }
@@ -79,6 +80,15 @@ mod tests {
         assert!(second.to_string().contains("another server uses it"), "{second}");
         drop(first);
         DataDir::take(&path).unwrap();
+    }
+
+    #[test]
+    fn a_folder_is_closed_before_it_is_locked() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        let _stranger = Flock::lock(File::open(dir.path()).unwrap(), FlockArg::LockExclusive).unwrap();
+        DataDir::take(dir.path()).err().unwrap();
+        assert_eq!(std::fs::metadata(dir.path()).unwrap().mode() & 0o777, 0o700, "no further stranger can");
     }
 
     #[test]

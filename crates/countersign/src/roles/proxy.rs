@@ -1,7 +1,7 @@
 //! `countersign proxy`: flags and settings file of the sidecar.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -81,7 +81,7 @@ pub struct ProxySettings {
     /// Port for mTLS between sidecars [default: 15008].
     #[arg(long, value_name = "PORT")]
     mesh_port: Option<u16>,
-    /// Address of /ready, /live and /metrics [default: 0.0.0.0:15020 with a redirect, otherwise off].
+    /// Address of /ready, /live and /metrics [default: [::]:15020, which includes IPv4, with a redirect, otherwise off].
     #[arg(long, value_name = "ADDRESS")]
     http: Option<SocketAddr>,
     /// Unix socket for `countersign status`, mode 0600 [default: off].
@@ -154,7 +154,7 @@ impl ProxySettings {
         Ok(Config {
             identity,
             routing,
-            http: self.http.or_else(|| redirected.then(|| SocketAddr::from(([0, 0, 0, 0], ports.http)))),
+            http: self.http.or_else(|| redirected.then(|| SocketAddr::from((Ipv6Addr::UNSPECIFIED, ports.http)))),
             admin_socket: self.admin_socket,
             access_log: match self.access_log.as_deref() {
                 None if !redirected => None,

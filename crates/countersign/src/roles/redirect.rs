@@ -39,6 +39,9 @@ pub struct RedirectArgs {
     /// Port of the sidecar for mTLS, which is not redirected.
     #[arg(long, value_name = "PORT", default_value = "15008")]
     mesh_port: NonZeroU16,
+    /// Port of the sidecar's pages (its --http). As on its other ports, nobody but the sidecar can serve there.
+    #[arg(long, value_name = "PORT", default_value = "15020")]
+    http_port: NonZeroU16,
     /// Further incoming ports that are not redirected, comma separated.
     #[arg(long, value_name = "PORTS", value_delimiter = ',', default_value = "15020")]
     exclude_inbound_ports: Vec<String>,
@@ -102,6 +105,7 @@ impl RedirectArgs {
             proxy_uid,
             outbound_port: self.outbound_port.get(),
             inbound_port: self.inbound_port.get(),
+            sidecar_ports: [self.mesh_port.get(), self.http_port.get()].into(),
             exempt_inbound_ports,
             exempt_outbound_ports: ports("--exclude-outbound-ports", &self.exclude_outbound_ports)?,
             exempt_inbound_cidrs: cidrs("--exclude-inbound-cidrs", &self.exclude_inbound_cidrs)?,

@@ -1,19 +1,19 @@
 //! The network namespaces of one mesh. Names alone do not tell whose a namespace is: `cs-a-b` is the switch of mesh `a-b` as
 //! well as workload `b` of mesh `a`. So each mesh lists its own in a file that outlives a crash, and no name is in two lists.
 
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use countersign_redirect::netns::NetNs;
-use nix::fcntl::{Flock, FlockArg};
 
-use super::run_directory::RUN_DIR;
+use super::run_directory::{RUN_DIR, wait_for_lock};
 
 /// Every network namespace of ours begins so.
 const PREFIX: &str = "cs-";
+/// The file that is locked while names are claimed; no mesh has an empty name.
+const LOCK: &str = ".lock";
 /// How the file of a mesh's namespaces ends; names of meshes hold no dot.
 const LIST: &str = ".namespaces";
 
@@ -117,10 +117,16 @@ impl Namespaces {
         Ok(None)
     }
 
-    /// Two meshes that start at once must not both find a name free.
+    /// Two meshes that start at once must not both find a name free. The lock is a file that only root can open: everybody
+    /// could lock the folder, and keep it.
     fn locked<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let _lock = Flock::lock(File::open(&self.folder)?, FlockArg::LockExclusive).map_err(|(_, e)| e)?;
-        work()
+        let path = self.folder.join(LOCK);
+        let lock = wait_for_lock(&path)?;
+        let done = work();
+        // It counts by being held, not by its file, which would keep the folder from being removed.
+        let _ = std::fs::remove_file(&path);
+        drop(lock);
+        done
     }
 
     fn write(&self, names: &[String]) -> io::Result<()> {
@@ -182,6 +188,17 @@ mod tests {
         other.release(&other.bridge());
         other.release(&other.workload("web"));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "the folder can go");
+    }
+
+    #[test]
+    fn a_stranger_who_locks_the_folder_keeps_no_mesh_from_its_names() {
+        use nix::fcntl::{Flock, FlockArg};
+        let folder = tempfile::tempdir().unwrap();
+        let shop = of(&folder, &mesh("-held"));
+        let _held = Flock::lock(std::fs::File::open(folder.path()).unwrap(), FlockArg::LockExclusive).unwrap();
+        shop.claim(&shop.bridge()).unwrap();
+        shop.release(&shop.bridge());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -174,17 +174,29 @@ impl Drop for RunDirectory {
     }
 }
 
-/// Locks a file, which is created if missing; `None` if another process holds it. A mesh that ends removes its file,
-/// and the last one the folder, so a lock counts only if the file is still at that path.
+/// Locks a file of mode 0600, for whoever may open it may lock it (flock(2)). It is created if missing; `None` if another
+/// process holds it. A mesh that ends removes its file, and the last one the folder, so a lock counts only if the file is still
+/// at that path.
 pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
+    lock_as(path, FlockArg::LockExclusiveNonblock)
+}
+
+/// As [`lock`], but waits for its turn if another process holds it.
+pub fn wait_for_lock(path: &Path) -> io::Result<Flock<File>> {
+    lock_as(path, FlockArg::LockExclusive)?.ok_or_else(|| io::ErrorKind::Interrupted.into())
+}
+
+fn lock_as(path: &Path, how: FlockArg) -> io::Result<Option<Flock<File>>> {
     loop {
-        passable(Path::new(RUN_DIR))?;
-        let file = match File::create(path) {
+        passable(path.parent().unwrap_or(path))?;
+        let file = match File::options().write(true).create(true).truncate(false).mode(0o600).open(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             file => file?,
         };
+        // An earlier version created it for everybody to read.
+        file.set_permissions(PermissionsExt::from_mode(0o600))?;
         let ours = file.metadata()?.ino();
-        let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(None) };
+        let Ok(lock) = Flock::lock(file, how) else { return Ok(None) };
         if std::fs::metadata(path).is_ok_and(|m| m.ino() == ours) {
             return Ok(Some(lock));
         }
@@ -239,6 +251,24 @@ pub fn every_process() -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_is_for_its_owner_alone_also_one_of_an_earlier_version() {
+        if !nix::unistd::geteuid().is_root() {
+            assert!(std::env::var_os("CI").is_none(), "nothing may be skipped in CI: not root");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let old = folder.path().join("old.lock");
+        std::fs::write(&old, "").unwrap();
+        std::fs::set_permissions(&old, PermissionsExt::from_mode(0o644)).unwrap();
+        for path in [old, folder.path().join("new.lock")] {
+            let held = lock(&path).unwrap().unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+            assert!(lock(&path).unwrap().is_none(), "held");
+            drop(held);
+        }
+    }
 
     #[test]
     fn a_folder_is_made_anew_and_no_file_in_it_is_given_away() {

@@ -34,6 +34,8 @@ const DSTNAT: i32 = -100;
 const FILTER: i32 = 0;
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
+/// The SYN flag in byte 13 of a TCP header (RFC 9293 3.1).
+const SYN: u8 = 0x02;
 const IPPROTO_UDP: u8 = 17;
 const IPPROTO_ICMPV6: u8 = 58;
 /// Largest answer that is received at once, in bytes.
@@ -43,6 +45,7 @@ fn chain_of(hook: Hook) -> &'static str {
     match hook {
         Hook::Output => "output",
         Hook::Prerouting => "prerouting",
+        Hook::OwnPorts => "own-ports",
         Hook::GuardOutput => "others-output",
         Hook::GuardInput => "others-input",
     }
@@ -70,7 +73,7 @@ fn batch(rules: &[Rule]) -> Batch {
         if rules.is_empty() {
             continue;
         }
-        let (kind, priority) = if hook.is_guard() { ("filter", FILTER) } else { ("nat", DSTNAT) };
+        let (kind, priority) = if hook.is_filter() { ("filter", FILTER) } else { ("nat", DSTNAT) };
         batch.new_chain(TABLE, chain_of(hook), kind, hook, priority);
         for rule in rules {
             batch.new_rule(TABLE, chain_of(hook), expressions(rule), &rule.comment());
@@ -171,6 +174,12 @@ fn expressions(rule: &Rule) -> Expressions {
         Match::TcpInvalid => {
             e.protocol(IPPROTO_TCP).invalid();
         }
+        Match::TcpNotSyn => {
+            syn_flag(e).equals(&[0]);
+        }
+        Match::SynFrom(port) => {
+            syn_flag(e).equals(&[SYN]).transport_header(0, 2).equals(&port.to_be_bytes());
+        }
         Match::Icmp => {
             e.family(attributes::NFPROTO_IPV4).protocol(IPPROTO_ICMP);
         }
@@ -186,7 +195,7 @@ fn expressions(rule: &Rule) -> Expressions {
             }
             port_of(e, IPPROTO_UDP, port);
         }
-        Match::Rest if rule.hook.is_guard() => {}
+        Match::Rest if rule.hook.is_filter() => {}
         Match::Rest | Match::Tcp => {
             e.protocol(IPPROTO_TCP);
         }
@@ -199,6 +208,11 @@ fn expressions(rule: &Rule) -> Expressions {
         Verdict::Drop => e.drops(),
     };
     all
+}
+
+/// Loads the SYN flag of a TCP header (RFC 9293 3.1); continues for TCP.
+fn syn_flag(e: &mut Expressions) -> &mut Expressions {
+    e.protocol(IPPROTO_TCP).transport_header(13, 1).mask(&[SYN])
 }
 
 /// Continues for this destination port, which is at the same place in TCP and UDP.

@@ -161,7 +161,7 @@ impl Batch {
         let number = match hook {
             Hook::Prerouting => 0,
             Hook::GuardInput => 1,
-            Hook::Output | Hook::GuardOutput => 3,
+            Hook::Output | Hook::OwnPorts | Hook::GuardOutput => 3,
         };
         let place = Attributes::with(|a| a.u32(1, number).put(2, &priority.to_be_bytes()));
         let accept = 1;

@@ -35,6 +35,12 @@ impl World {
     }
 }
 
+/// What a thread opens from now on belongs to the user 4242, the sidecar's in these tests: the file system's user of a thread
+/// becomes the owner of its sockets.
+pub fn as_sidecar() {
+    nix::unistd::setfsuid(nix::unistd::Uid::from_raw(4242));
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         let _ = self.bridge.unplug(&self.here, "here");
