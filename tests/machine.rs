@@ -227,6 +227,13 @@ fn what_a_killed_program_left_ends_before_it_starts_again_and_nothing_else_does(
     let events = run(&mut countersign(&["logs", "events", "--mesh", &mesh.name]));
     assert!(events.contains("own: 2 processes that it left were ended"), "{events}");
     drop(guest);
+
+    // Nothing is written to this log any more: whoever follows it ends with its reader all the same.
+    let mut follower = countersign(&["logs", "-f", "own", "--mesh", &mesh.name]);
+    let mut follower = Ended(follower.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut first = [0; 1];
+    std::io::Read::read_exact(&mut follower.0.stdout.take().unwrap(), &mut first).unwrap();
+    wait_for("logs -f to end", patience, || follower.0.try_wait().unwrap());
     mesh.down();
 }
 
