@@ -192,6 +192,52 @@ fn a_workload_leaves_neither_its_identity_nor_its_processes_to_the_next() {
 }
 
 #[test]
+fn what_a_killed_program_left_ends_before_it_starts_again_and_nothing_else_does() {
+    if !able(&["ip", "setsid"]) {
+        return;
+    }
+    // A child in the program's process group, and one that went away from it and does not listen to SIGTERM.
+    let script = r#"sleep 8888 & a=$!; (trap "" TERM; exec setsid sleep 8888) & echo $$ $a $!; wait; exit 1"#;
+    let workload = |name: &str, user: &str| {
+        format!("  - {{name: {name}{user}, restart: on-failure, command: [sh, -c, '{script}']}}\n")
+    };
+    let mesh = Mesh::up("orphans", &(workload("own", "") + &workload("roots", ", user: root")));
+    let started = |name: &str| -> Vec<Vec<i32>> {
+        let log = run(&mut countersign(&["logs", name, "--mesh", &mesh.name]));
+        let words = |line: &str| line.split(' ').map(|pid| pid.parse().unwrap()).collect();
+        log.lines().map(words).collect()
+    };
+    let runs = |pid: i32| std::path::Path::new(&format!("/proc/{pid}/exe")).exists();
+    // What an operator runs in a workload's namespace is not the workload's.
+    let namespace = format!("cs-{}-roots", mesh.name);
+    let mut guest = std::process::Command::new("ip");
+    let guest = Ended(guest.args(["netns", "exec", &namespace, "sleep", "8889"]).spawn().unwrap());
+    let others = [mesh.process("sidecars/own"), mesh.process("sidecars/roots"), i32::try_from(guest.0.id()).unwrap()];
+    let patience = Duration::from_secs(20);
+    for name in ["own", "roots"] {
+        let first = wait_for("the first start", patience, || started(name).first().cloned());
+        wait_for("its children", patience, || first.iter().all(|pid| runs(*pid)).then_some(()));
+        kill(Pid::from_raw(first[0]), Signal::SIGKILL).unwrap();
+        let second = wait_for("the second start", patience, || started(name).get(1).cloned());
+        assert!(!first.iter().any(|pid| runs(*pid)), "{name}: {first:?} goes on beside {second:?}");
+    }
+    let own = started("own");
+    assert_eq!(own.len(), 2, "the other workload's end has ended nothing here");
+    assert!(own[1].iter().chain(&others).all(|pid| runs(*pid)), "{own:?} {others:?}");
+    let events = run(&mut countersign(&["logs", "events", "--mesh", &mesh.name]));
+    assert!(events.contains("own: 2 processes that it left were ended"), "{events}");
+    drop(guest);
+
+    // Nothing is written to this log any more: whoever follows it ends with its reader all the same.
+    let mut follower = countersign(&["logs", "-f", "own", "--mesh", &mesh.name]);
+    let mut follower = Ended(follower.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut first = [0; 1];
+    std::io::Read::read_exact(&mut follower.0.stdout.take().unwrap(), &mut first).unwrap();
+    wait_for("logs -f to end", patience, || follower.0.try_wait().unwrap());
+    mesh.down();
+}
+
+#[test]
 fn an_up_that_cannot_listen_for_run_leaves_nothing() {
     if !able(&["ip"]) {
         return;

@@ -6,6 +6,7 @@ pub mod pcap;
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use base64::Engine;
@@ -94,7 +95,7 @@ pub fn run() -> Result<()> {
         let at_us = u64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000).unwrap_or(0);
         Line::Frame { at_us, bytes: STANDARD.encode(frame) }.print()
     };
-    Ok(frames(&socket, || false, print)?)
+    Ok(frames(&socket, || crate::stdout::wait(Duration::ZERO).is_err(), print)?)
 }
 
 #[cfg(test)]

@@ -82,7 +82,12 @@ pub async fn run(command: X509Command) -> Result<()> {
         }
         X509Command::Watch { agent, output } => {
             let mut stream = open(&agent).await?;
-            while let Some(response) = stream.message().await.map_err(refused)? {
+            loop {
+                let next = tokio::select! {
+                    next = stream.message() => next.map_err(refused)?,
+                    gone = crate::stdout::closed() => return Err(gone.into()),
+                };
+                let Some(response) = next else { break };
                 for (id, serial, expires, json) in facts(&response)? {
                     if output.is_json() {
                         crate::stdout::line(&json.to_string())?;

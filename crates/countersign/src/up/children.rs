@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 
 use super::account::Account;
 use super::events::Events;
+use super::leftovers::{Belonging, Mounts};
 use super::mesh_file::Restart;
 use super::rotate::Log;
 use crate::launch::OWN_PROGRAM;
@@ -60,6 +61,8 @@ pub struct Program {
     pub workdir: Option<PathBuf>,
     /// What to do when it ends unexpectedly.
     pub restart: Restart,
+    /// What belongs to it and ends before it is restarted; `None` for a role, which has no children.
+    pub belonging: Option<Belonging>,
     /// Log of the mesh's events.
     pub events: Events,
 }
@@ -231,6 +234,7 @@ async fn watch_over(
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
     loop {
         let began = tokio::time::Instant::now();
+        let mounts = child.id().and_then(Mounts::of);
         tokio::select! {
             ended = child.wait() => {
                 let good = ended.as_ref().is_ok_and(ExitStatus::success);
@@ -259,7 +263,10 @@ async fn watch_over(
                     program.events.record(&format!("{}: {how}; trying on", program.name));
                     state.send_replace(State::Ended(End { how, good: false, at: now() }));
                 };
-                let again = start_again(|| program.start(&log), delay, &mut backoff, failed);
+                let again = async {
+                    end_leftovers(&program, mounts.as_ref()).await;
+                    start_again(|| program.start(&log), delay, &mut backoff, failed).await
+                };
                 tokio::select! {
                     again = again => child = again,
                     () = stop.notified() => return,
@@ -273,6 +280,16 @@ async fn watch_over(
                 return;
             }
         }
+    }
+}
+
+/// Ends what a program has left behind: it may hold the ports that the next start needs.
+async fn end_leftovers(program: &Program, mounts: Option<&Mounts>) {
+    let Some(belonging) = &program.belonging else { return };
+    match belonging.end(mounts).await {
+        0 => {}
+        1 => program.events.record(&format!("{}: a process that it left was ended", program.name)),
+        n => program.events.record(&format!("{}: {n} processes that it left were ended", program.name)),
     }
 }
 

@@ -95,6 +95,7 @@ pub async fn start_server(
         env: BTreeMap::new(),
         workdir: None,
         restart: Restart::Always,
+        belonging: None,
         events: run_dir.events.clone(),
     };
     let process = Process::start(program, log.clone()).await?;
@@ -156,6 +157,7 @@ pub async fn start_agent(spec: &MeshSpec, run_dir: &RunDirectory, node: &NodeIde
         env: BTreeMap::new(),
         workdir: None,
         restart: Restart::Always,
+        belonging: None,
         events: run_dir.events.clone(),
     };
     let process = Process::start(program, log.clone()).await?;

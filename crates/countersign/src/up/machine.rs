@@ -162,7 +162,7 @@ pub fn logs(args: &LogsArgs) -> Result<()> {
                 return Ok(());
             }
             reopened(&mut file, &path);
-            std::thread::sleep(LOOK);
+            stdout::wait(LOOK)?;
         }
     }
 }

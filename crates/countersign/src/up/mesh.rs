@@ -18,6 +18,7 @@ use super::account::{Account, Login};
 use super::children::{Process, Program, State, cause_of_end};
 use super::control_plane::{PATIENCE, agent_socket, node_alias, server_socket, start_agent, start_server};
 use super::events::Events;
+use super::leftovers::Belonging;
 use super::mesh_file::{MeshSpec, Restart, WorkloadSpec, check_user};
 use super::namespaces::Namespaces;
 use super::node_identity::NodeIdentity;
@@ -352,6 +353,11 @@ impl Mesh {
             env: running.environment.clone().into_iter().chain(running.spec.env.clone()).collect(),
             workdir: running.spec.workdir.clone(),
             restart: running.spec.restart,
+            belonging: Some(Belonging {
+                netns: running.netns.clone(),
+                uid: running.account.uid,
+                own_user: running.spec.user.is_none(),
+            }),
             events: self.events.clone(),
         };
         let process = Process::start(program, self.log(&running.spec.name)).await?;
@@ -440,6 +446,7 @@ impl Mesh {
             env: sidecar::environment(),
             workdir: None,
             restart: Restart::Always,
+            belonging: None,
             events: self.events.clone(),
         }
     }

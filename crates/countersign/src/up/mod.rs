@@ -3,7 +3,7 @@
 //! `mesh_file` says what is wanted, `run_directory` where it stands on this machine, `namespaces` which network namespaces
 //! are its, `account` whose users run it, `mesh` brings it up and takes it down, `running` is a workload of it,
 //! `registration` its entries, `published` its directory, `control_plane` is its server and agent, `sidecar` what a
-//! workload's sidecar is told, `children` keeps its processes, `control` is how `run` joins, `table` shows it, `verify` checks
+//! workload's sidecar is told, `children` keeps its processes, `leftovers` ends what they leave, `control` is how `run` joins, `table` shows it, `verify` checks
 //! it. `events` is what happened, `ask` and `machine` are `ps`, `logs` and `down`, `rotate` bounds the logs, `reach` looks at
 //! working folders.
 
@@ -14,6 +14,7 @@ mod control;
 mod control_plane;
 mod events;
 mod example;
+mod leftovers;
 mod machine;
 mod mesh;
 mod mesh_file;

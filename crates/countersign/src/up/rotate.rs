@@ -4,7 +4,7 @@
 //! process of this mesh was started with is ever cut.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Deref;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -22,8 +22,8 @@ use super::mesh::Mesh;
 
 /// Size in bytes at which a log is rotated.
 const MOST: u64 = 16 * 1024 * 1024;
-/// Interval between two checks of the logs.
-const LOOK: Duration = Duration::from_secs(10);
+/// Interval between two checks of the logs: what a program writes meanwhile is the only part of a log beyond [`MOST`].
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The log of a process: its path, and which file there the process was last started with. Clones are the same log.
 #[derive(Clone)]
@@ -52,7 +52,7 @@ impl Log {
         self.0.opened.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies it aside and empties it when it is too long. It is open for appending elsewhere, so that the next line lands at
+    /// Copies its last [`MOST`] bytes aside and empties it when it is longer. It is open for appending elsewhere, so that the next line lands at
     /// its start.
     ///
     /// # Errors
@@ -63,14 +63,16 @@ impl Log {
         if identity(&log)? != ours {
             return Err(io::Error::other("it is another file than the one that was opened"));
         }
-        if log.metadata()?.len() <= MOST {
+        let length = log.metadata()?.len();
+        if length <= MOST {
             return Ok(());
         }
+        log.seek(SeekFrom::Start(length - MOST))?;
         let previous = previous(&self.0.path);
         let _ = std::fs::remove_file(&previous);
         let fresh =
             OpenOptions::new().write(true).create_new(true).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&previous);
-        let copied = fresh.and_then(|mut to| io::copy(&mut log, &mut to));
+        let copied = fresh.and_then(|mut to| io::copy(&mut log.by_ref().take(MOST), &mut to));
         // A full disk is the more a reason to empty it.
         log.set_len(0)?;
         copied.map(|_| ())
@@ -181,13 +183,25 @@ mod tests {
         cut_all(&[log.clone(), short, Log::at(folder.path().join("never-opened.log"))]);
         program.write_all(b"after\n").unwrap();
         assert_eq!(std::fs::read_to_string(&*log).unwrap(), "after\n");
-        assert_eq!(length(&folder.path().join("web.log.1")), MOST + 1);
+        assert_eq!(length(&folder.path().join("web.log.1")), MOST);
         assert!(!folder.path().join("short.log.1").exists());
         assert!(!moved(&log), "it is short again");
-        assert_eq!(read(&log).unwrap().len() as u64, MOST + 1 + 6, "both parts");
+        assert_eq!(read(&log).unwrap().len() as u64, MOST + 6, "both parts");
         std::fs::remove_file(&*log).unwrap();
-        assert_eq!(read(&log).unwrap().len() as u64, MOST + 1, "moved, and not opened anew yet");
+        assert_eq!(read(&log).unwrap().len() as u64, MOST, "moved, and not opened anew yet");
         assert!(read(&folder.path().join("none.log")).is_err());
+    }
+
+    #[test]
+    fn of_a_flood_the_end_alone_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::at(folder.path().join("noisy.log"));
+        let mut program = log.open().unwrap();
+        program.set_len(40 * MOST).unwrap();
+        program.write_all(b"last words\n").unwrap();
+        cut_all(std::slice::from_ref(&log));
+        assert_eq!((length(&log), length(&previous(&log))), (0, MOST));
+        assert!(std::fs::read(previous(&log)).unwrap().ends_with(b"\0last words\n"));
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub const RUN_DIR: &str = "/run/countersign/up";
 /// File of a mesh's folder with the number of its users.
 const USERS: &str = "users";
 /// How long a killed process may take to be gone.
-const GONE: Duration = Duration::from_secs(3);
+pub const GONE: Duration = Duration::from_secs(3);
 
 /// A mesh's run directory; no other `up` has it while this is held. It is tidied when it is dropped.
 pub struct RunDirectory {

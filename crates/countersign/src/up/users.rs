@@ -162,7 +162,7 @@ pub fn processes_of(is_meant: impl Fn(u32) -> bool) -> Vec<i32> {
 
 /// Real, effective, saved and file system user of a process (proc(5)); none when it is gone, or only waits for its parent to
 /// ask how it ended.
-fn uids_of(pid: i32) -> Vec<u32> {
+pub fn uids_of(pid: i32) -> Vec<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let state = status.lines().find_map(|l| l.strip_prefix("State:")).unwrap_or_default().trim_start();
     if state.starts_with(['Z', 'X']) {

@@ -403,6 +403,7 @@ async fn start_load(mesh: &Rc<Mesh>, from: &str, to: &str) -> Result<(Process, P
         env: BTreeMap::new(),
         workdir: None,
         restart: Restart::No,
+        belonging: None,
         events: mesh.events().clone(),
     };
     Ok((Process::start(program, log.clone()).await?, log))
