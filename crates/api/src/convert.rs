@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use countersign_identity::directory::{Answer, Endpoint, Service, Workload};
 use countersign_identity::entry::EntryError;
-use countersign_identity::policy::{Mode, Policy};
+use countersign_identity::policy::{Egress, Mode, Policy};
 use countersign_identity::selector::{SelectorError, SelectorSet};
 use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::{IdError, parse_id, parse_trust_domain, parse_workload_id};
@@ -199,6 +199,14 @@ fn port(name: &'static str, port: u32) -> Result<u16, ParseError> {
     u16::try_from(port).ok().filter(|p| *p != 0).ok_or_else(|| field(name)(format!("{port} is no port")))
 }
 
+fn egress_from_wire(every_port: &[String], one_port: &[push::EgressPort]) -> Result<Vec<Egress>, ParseError> {
+    let net = |text: &str| text.parse().map_err(|_| field("egress")(format!("`{}` is no CIDR", shown(text))));
+    let whole = every_port.iter().map(|text| Ok(Egress { net: net(text)?, port: None }));
+    let single =
+        one_port.iter().map(|e| Ok(Egress { net: net(&e.network)?, port: Some(port("egress_ports", e.port)?) }));
+    whole.chain(single).collect()
+}
+
 /// Parses a workload of the directory.
 pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
     let p = w.policy.ok_or(ParseError::Missing("policy"))?;
@@ -216,11 +224,7 @@ pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
             .into_iter()
             .map(|a| Ok((port("port_allow", a.port)?, ids(a.allow)?)))
             .collect::<Result<_, ParseError>>()?,
-        egress: p
-            .egress
-            .iter()
-            .map(|e| e.parse().map_err(|_| field("egress")(format!("`{}` is no CIDR", shown(e)))))
-            .collect::<Result<_, ParseError>>()?,
+        egress: egress_from_wire(&p.egress, &p.egress_ports)?,
     };
     Ok(Workload {
         uid: w.uid,
@@ -255,7 +259,13 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
                 .iter()
                 .map(|(port, a)| push::PortAllow { port: (*port).into(), allow: a.iter().cloned().collect() })
                 .collect(),
-            egress: p.egress.iter().map(ToString::to_string).collect(),
+            // What holds for one port must not be in the field that older readers apply to every port.
+            egress: p.egress.iter().filter(|e| e.port.is_none()).map(|e| e.net.to_string()).collect(),
+            egress_ports: p
+                .egress
+                .iter()
+                .filter_map(|e| Some(push::EgressPort { network: e.net.to_string(), port: e.port?.into() }))
+                .collect(),
         }),
     }
 }
@@ -343,10 +353,18 @@ mod tests {
                 port_modes: [(80, Mode::Off)].into(),
                 allow: Some(["spiffe://td/b".to_owned()].into()),
                 port_allow: [(81, ["spiffe://td/c".to_owned()].into())].into(),
-                egress: vec!["192.0.2.0/24".parse().unwrap()],
+                egress: vec![
+                    Egress { net: "192.0.2.0/24".parse().unwrap(), port: None },
+                    Egress { net: "192.0.2.7/32".parse().unwrap(), port: Some(6443) },
+                ],
             },
         };
-        assert_eq!(workload_from_wire(workload_to_wire(&w)).unwrap(), w);
+        let wire = workload_to_wire(&w);
+        assert_eq!(wire.policy.as_ref().unwrap().egress, ["192.0.2.0/24"], "an older reader lets out less, not more");
+        assert_eq!(workload_from_wire(wire).unwrap(), w);
+        let mut portless = workload_to_wire(&w);
+        portless.policy.as_mut().unwrap().egress_ports[0].port = 0;
+        assert_eq!(workload_from_wire(portless).unwrap_err().to_string(), "egress_ports: 0 is no port");
         // The wire format distinguishes no list from an empty list, too.
         for allow in [None, Some(std::collections::BTreeSet::new())] {
             let policy = Policy { allow, port_allow: [(81, [].into())].into(), ..w.policy.clone() };

@@ -9,8 +9,7 @@ use countersign_api::backoff::Backoff;
 use countersign_api::convert::{service_to_wire, workload_to_wire};
 use countersign_identity::TrustDomain;
 use countersign_identity::directory::{Endpoint, Service, Workload};
-use countersign_identity::policy::Policy;
-use ipnet::IpNet;
+use countersign_identity::policy::{Egress, Policy};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::DirectoryConfig;
@@ -181,16 +180,28 @@ fn endpoints(slices: &[&crate::store::Slice], name: &str, in_mesh: &HashSet<IpAd
     all
 }
 
-/// Addresses of the Kubernetes API server, which strict mode never blocks.
-pub fn api_server(store: &Store) -> Vec<IpNet> {
-    let key = ("default".to_owned(), "kubernetes".to_owned());
-    let service = store.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());
-    let slices = store.slices.iter().filter(|((ns, _), s)| ns == "default" && s.service == "kubernetes");
-    let mut all: Vec<IpNet> =
-        service.chain(slices.flat_map(|(_, s)| s.addresses.iter().map(|(ip, _)| *ip))).map(IpNet::from).collect();
+/// Namespace of the API server's own Service.
+pub const API_SERVER_NAMESPACE: &str = "default";
+/// Name of the API server's own Service, and of the one `EndpointSlice` that the API server itself maintains for it.
+pub const API_SERVER: &str = "kubernetes";
+
+/// The Kubernetes API server, which strict mode never blocks: addresses and ports of its Service and of the endpoints
+/// behind it.
+///
+/// Only the Service and the slice named `kubernetes` in namespace `default` count. The API server creates both by these
+/// names and restores them when they are changed. A label makes no slice its own: anybody can set it.
+pub fn api_server(store: &Store) -> Vec<Egress> {
+    let key = (API_SERVER_NAMESPACE.to_owned(), API_SERVER.to_owned());
+    let Some(service) = store.services.get(&key) else { return vec![] };
+    let slice: Vec<_> = store.slices.get(&key).filter(|slice| slice.service == API_SERVER).into_iter().collect();
+    let mut all = vec![];
+    for (port, name) in &service.ports {
+        all.extend(service.addresses.iter().map(|ip| SocketAddr::new(*ip, *port)));
+        all.extend(endpoints(&slice, name, &HashSet::new()).into_iter().map(|endpoint| endpoint.address));
+    }
     all.sort_unstable();
     all.dedup();
-    all
+    all.into_iter().map(Egress::from).collect()
 }
 
 #[cfg(test)]
@@ -204,6 +215,10 @@ mod tests {
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
+    }
+
+    fn egress(all: &[&str]) -> Vec<Egress> {
+        all.iter().map(|at| at.parse::<SocketAddr>().unwrap().into()).collect()
     }
 
     fn pod(name: &str, address: &str, meshed: bool) -> (Key, Pod) {
@@ -269,11 +284,32 @@ mod tests {
         let a = &made.workloads["u-a"];
         assert_eq!(a.spiffe_ids, ["spiffe://td/ns/shop/sa/web".to_owned()].into());
         assert_eq!(a.policy.mode, Mode::Strict);
-        assert_eq!(a.policy.egress, ["10.89.0.1/32".parse().unwrap(), "10.91.0.1/32".parse().unwrap()]);
+        assert_eq!(a.policy.egress, egress(&["10.89.0.1:6443", "10.91.0.1:80"]));
         let web = &made.services["s-web"].ports[&80];
         let seen: Vec<_> = web.iter().map(|e| (e.address.to_string(), e.meshed)).collect();
         assert_eq!(seen, [("10.0.0.1:8080".to_owned(), true), ("10.0.0.2:8080".to_owned(), false)]);
         assert!(!made.services.contains_key("s-headless"), "its endpoints are reached by their own addresses");
+    }
+
+    #[test]
+    fn only_the_api_servers_own_service_and_slice_make_an_exception() {
+        let mut store = store();
+        let slice = |address: &str, port| crate::store::Slice {
+            service: "kubernetes".into(),
+            addresses: vec![(ip(address), true)],
+            ports: vec![("http".into(), port)],
+        };
+        let mut put = |namespace: &str, name: &str, made| store.slices.insert(key(namespace, name), made);
+        put("evil", "kubernetes", slice("10.0.0.66", 80));
+        put("evil", "kubernetes-1", slice("10.0.0.66", 80));
+        put("default", "kubernetes-1", slice("10.0.0.66", 80));
+        assert_eq!(api_server(&store), egress(&["10.89.0.1:6443", "10.91.0.1:80"]));
+        // A port that the Service does not have is no way to the API server.
+        let own = store.slices.get_mut(&key("default", "kubernetes")).unwrap();
+        own.ports.push(("kubelet".into(), 10250));
+        assert_eq!(api_server(&store), egress(&["10.89.0.1:6443", "10.91.0.1:80"]));
+        store.services.remove(&key("default", "kubernetes"));
+        assert_eq!(api_server(&store), []);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::str::FromStr;
 
 use ipnet::IpNet;
@@ -62,6 +62,36 @@ impl Mode {
     }
 }
 
+/// A destination outside the mesh that strict mode allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Egress {
+    /// Network of the destination.
+    pub net: IpNet,
+    /// TCP port of the destination; `None` allows every port.
+    pub port: Option<u16>,
+}
+
+impl Egress {
+    /// Whether a destination is this one.
+    pub fn covers(&self, destination: SocketAddr) -> bool {
+        self.net.contains(&destination.ip().to_canonical()) && self.port.is_none_or(|port| port == destination.port())
+    }
+}
+
+impl From<IpNet> for Egress {
+    /// Every port of a network.
+    fn from(net: IpNet) -> Self {
+        Self { net, port: None }
+    }
+}
+
+impl From<SocketAddr> for Egress {
+    /// One port of one address.
+    fn from(at: SocketAddr) -> Self {
+        Self { net: at.ip().to_canonical().into(), port: Some(at.port()) }
+    }
+}
+
 /// The policy of one workload's sidecar.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Policy {
@@ -75,7 +105,7 @@ pub struct Policy {
     /// SPIFFE IDs that may call a single port; replaces `allow` for that port. An empty list admits none.
     pub port_allow: BTreeMap<u16, BTreeSet<String>>,
     /// Destinations outside the mesh that strict mode allows.
-    pub egress: Vec<IpNet>,
+    pub egress: Vec<Egress>,
 }
 
 impl Policy {
@@ -105,9 +135,9 @@ impl Policy {
         self.port_allow.get(&port).or(self.allow.as_ref())
     }
 
-    /// Whether strict mode allows traffic to this address outside the mesh.
-    pub fn lets_out(&self, destination: IpAddr) -> bool {
-        self.egress.iter().any(|net| net.contains(&destination))
+    /// Whether strict mode allows traffic to this destination outside the mesh.
+    pub fn lets_out(&self, destination: SocketAddr) -> bool {
+        self.egress.iter().any(|egress| egress.covers(destination))
     }
 }
 
@@ -163,6 +193,23 @@ mod tests {
         assert!(p.admits(&id("spiffe://td/b"), "td", 80).is_err());
         assert!(p.admits(&id("spiffe://td/b"), "td", 81).is_ok());
         assert!(p.admits(&id("spiffe://td/a"), "td", 81).is_err());
+    }
+
+    #[test]
+    fn an_exception_for_one_port_lets_out_to_no_other_port_of_the_machine() {
+        let api_server: SocketAddr = "192.0.2.7:6443".parse().unwrap();
+        let net: IpNet = "10.0.0.0/8".parse().unwrap();
+        let policy = Policy { egress: vec![api_server.into(), net.into()], ..Policy::default() };
+        for (to, out) in [
+            ("192.0.2.7:6443", true),
+            ("[::ffff:192.0.2.7]:6443", true),
+            ("192.0.2.7:10250", false),
+            ("192.0.2.7:80", false),
+            ("192.0.2.8:6443", false),
+            ("10.1.2.3:1", true),
+        ] {
+            assert_eq!(policy.lets_out(to.parse().unwrap()), out, "{to}");
+        }
     }
 
     proptest::proptest! {

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use countersign_controller::publisher::api_server;
+use countersign_controller::publisher::{API_SERVER, API_SERVER_NAMESPACE, api_server};
 use countersign_controller::store::{self, Store};
 use countersign_identity::policy::Policy;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
@@ -159,15 +159,14 @@ fn is_over(pod: &Pod) -> bool {
 
 /// What strict lets out of every pod, by the code that tells the sidecars.
 async fn strict_policy(client: &Client) -> Result<Policy> {
-    let services: Api<Service> = Api::namespaced(client.clone(), "default");
-    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
-    let service = services.get("kubernetes").await.context("cannot read Service default/kubernetes")?;
-    let of_it = ListParams::default().labels("kubernetes.io/service-name=kubernetes");
-    let found = slices.list(&of_it).await.context("cannot read the API server's EndpointSlices")?;
-    let key = |name: String| ("default".to_owned(), name);
+    let services: Api<Service> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
+    let service = services.get(API_SERVER).await.context("cannot read Service default/kubernetes")?;
+    let slice = slices.get_opt(API_SERVER).await.context("cannot read EndpointSlice default/kubernetes")?;
+    let key = || (API_SERVER_NAMESPACE.to_owned(), API_SERVER.to_owned());
     let store = Store {
-        services: store::Service::read(&service).map(|s| (key(s.name.clone()), s)).into_iter().collect(),
-        slices: found.items.iter().filter_map(|s| Some((key(s.name_any()), store::Slice::read(s)?))).collect(),
+        services: store::Service::read(&service).map(|s| (key(), s)).into_iter().collect(),
+        slices: slice.as_ref().and_then(store::Slice::read).map(|s| (key(), s)).into_iter().collect(),
         ..Store::default()
     };
     Ok(Policy { egress: api_server(&store), ..Policy::default() })

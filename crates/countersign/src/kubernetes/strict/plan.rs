@@ -1,7 +1,7 @@
 //! What is known before a move to strict, and how it is shown.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use countersign_identity::policy::Policy;
 use countersign_proxy::plaintext::{Key, Row};
@@ -53,11 +53,12 @@ impl Plan {
         let forgotten = status.plaintext.forgotten;
         self.asked.push(Asked { workload: workload.to_owned(), since, forgotten });
         for row in status.plaintext.peers {
-            let Key { peer, direction, mode, .. } = row.key;
+            let Key { peer, direction, mode, port } = row.key;
+            let at = SocketAddr::new(peer, port);
             let name = names.get(&peer.to_canonical()).cloned().unwrap_or_else(|| peer.to_string());
             let peer = Peer { workload: workload.to_owned(), name, row, since };
             match mode {
-                Carried::Plain if direction == Direction::Outbound && strict.lets_out(peer.row.key.peer) => {}
+                Carried::Plain if direction == Direction::Outbound && strict.lets_out(at) => {}
                 Carried::Plain => self.found.push(peer),
                 Carried::Refused => self.refused.push(peer),
                 Carried::Mtls => {}
@@ -165,7 +166,7 @@ mod tests {
         let mut page = page();
         page["plaintext"] = json!({ "peers": peers, "forgotten": forgotten });
         let names = [("10.0.0.9".parse().unwrap(), "pod old/cron".to_owned())].into();
-        let strict = Policy { egress: vec!["10.96.0.1/32".parse().unwrap()], ..Policy::default() };
+        let strict = Policy { egress: vec!["10.96.0.1:443".parse::<SocketAddr>().unwrap().into()], ..Policy::default() };
         let mut plan = Plan::default();
         plan.take("shop/web", serde_json::from_value(page).unwrap(), &names, &strict);
         plan
@@ -208,6 +209,8 @@ mod tests {
         let row = |direction: &str| json!([row("10.96.0.1", 443, direction, "plain", 1)]);
         assert!(planned(&row("outbound"), 0).is_clear(), "the API server");
         assert!(!planned(&row("inbound"), 0).is_clear(), "out is not in");
+        let another_port = planned(&json!([super::tests::row("10.96.0.1", 80, "outbound", "plain", 1)]), 0);
+        assert!(!another_port.is_clear(), "the API server's other ports");
     }
 
     #[test]
