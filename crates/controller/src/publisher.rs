@@ -340,5 +340,11 @@ mod tests {
         store.namespaces.clear();
         assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Off);
         assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode, Mode::Strict);
+        let mut labelled = |word: &str| {
+            store.pods.get_mut(&key("shop", "a")).unwrap().labels.insert(crate::store::MODE.into(), word.into());
+            made(&store, Mode::Permissive).workloads["u-a"].policy.mode
+        };
+        assert_eq!(labelled("permissive"), Mode::Permissive, "the stricter of annotation and label");
+        assert_eq!(labelled("stict"), Mode::Strict, "a word that means nothing opens nothing");
     }
 }

@@ -132,7 +132,7 @@ impl Store {
         }
         let mesh = followed.mode.unwrap_or(default);
         let namespace = self.namespaces.get(&(String::new(), pod.namespace.clone())).and_then(|n| n.mode);
-        mesh.narrowed_by(namespace).narrowed_by(pod.annotations.get(MODE).map(|m| mode_word(m)))
+        mesh.narrowed_by(namespace).narrowed_by(pod.mode())
     }
 }
 
@@ -153,6 +153,11 @@ fn port(number: i32) -> Option<u16> {
 }
 
 impl Pod {
+    /// The pod's own mode: the stricter one of annotation and label.
+    fn mode(&self) -> Option<Mode> {
+        [self.annotations.get(MODE), self.labels.get(MODE)].into_iter().flatten().map(|text| mode_word(text)).max()
+    }
+
     /// Reads a pod; `None` if it has no spec.
     pub fn read(pod: &v1::Pod) -> Option<Self> {
         let spec = pod.spec.as_ref()?;

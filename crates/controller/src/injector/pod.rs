@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::namespace::WORDS;
 use super::nearest::did_you_mean;
-use super::settings::{Mistake, Settings, joined};
+use super::settings::{self, Mistake, Settings, joined};
 use super::{Asks, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
 use crate::store::MODE;
 
@@ -101,9 +101,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     }
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();
     let settings = Settings::read(annotations.iter().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?))))?;
-    // Validated above, so this is a mode.
-    let own = annotations.get(MODE).and_then(|m| m.as_str()).and_then(|m| m.parse().ok());
-    let mode = around.mode.narrowed_by(own);
+    let mode = around.mode.narrowed_by(own_mode(pod)?);
     refuse_exceptions(&settings, mode, sidecar, &around.namespace)?;
     if let Some(policy) = pod["spec"]["restartPolicy"].as_str().filter(|p| *p != "Always" && !sidecar.native) {
         return Err(Refused::NeverEnds(policy.to_owned()));
@@ -128,6 +126,13 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     }
     pod["metadata"]["annotations"][INJECTED] = env!("CARGO_PKG_VERSION").into();
     Ok(Verdict::Injected)
+}
+
+/// The pod's own mode: the stricter one of annotation and label. Errors: one of them is no mode.
+fn own_mode(pod: &Value) -> Result<Option<Mode>, Refused> {
+    let said = ["annotations", "labels"].into_iter().filter_map(|place| pod["metadata"][place][MODE].as_str());
+    let modes = said.map(|text| settings::mode(MODE, text)).collect::<Result<Vec<Mode>, _>>()?;
+    Ok(modes.into_iter().max())
 }
 
 fn volume(sidecar: &Sidecar) -> Value {

@@ -96,9 +96,7 @@ impl Settings {
             };
             match key {
                 "mode" => {
-                    value.parse::<Mode>().map_err(|_| {
-                        wrong(&format!("is no mode: use off, permissive or strict{}", did_you_mean(value, &MODES)))
-                    })?;
+                    mode(full, value)?;
                 }
                 "allow-udp-ports" => settings.udp_ports = ports(full, value)?,
                 "allow-other-cidrs" => settings.other_cidrs = list(full, value, "is no CIDR, such as 10.0.0.0/8")?,
@@ -150,6 +148,15 @@ impl Settings {
         let lists = [("ignore-inbound-cidrs", &self.inbound_cidrs), ("ignore-outbound-cidrs", &self.outbound_cidrs)];
         lists.into_iter().find(|(_, nets)| everything(nets)).map(|(key, nets)| (key, joined(nets)))
     }
+}
+
+/// Parses the mode that a label or annotation `key` names.
+pub(super) fn mode(key: &str, value: &str) -> Result<Mode, Mistake> {
+    value.parse().map_err(|_| Mistake {
+        key: key.to_owned(),
+        value: value.to_owned(),
+        why: format!("is no mode: use off, permissive or strict{}", did_you_mean(value, &MODES)),
+    })
 }
 
 /// Joins items with commas, as a flag takes them.

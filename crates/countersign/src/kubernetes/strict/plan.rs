@@ -166,7 +166,8 @@ mod tests {
         let mut page = page();
         page["plaintext"] = json!({ "peers": peers, "forgotten": forgotten });
         let names = [("10.0.0.9".parse().unwrap(), "pod old/cron".to_owned())].into();
-        let strict = Policy { egress: vec!["10.96.0.1:443".parse::<SocketAddr>().unwrap().into()], ..Policy::default() };
+        let strict =
+            Policy { egress: vec!["10.96.0.1:443".parse::<SocketAddr>().unwrap().into()], ..Policy::default() };
         let mut plan = Plan::default();
         plan.take("shop/web", serde_json::from_value(page).unwrap(), &names, &strict);
         plan
