@@ -1,5 +1,6 @@
 //! Conversions between wire messages and domain types. Wire to domain parses and may fail; domain to wire cannot.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -199,6 +200,14 @@ fn port(name: &'static str, port: u32) -> Result<u16, ParseError> {
     u16::try_from(port).ok().filter(|p| *p != 0).ok_or_else(|| field(name)(format!("{port} is no port")))
 }
 
+fn port_modes_from_wire(name: &'static str, all: &[push::PortMode]) -> Result<BTreeMap<u16, Mode>, ParseError> {
+    all.iter().map(|m| Ok((port(name, m.port)?, mode_from_wire(m.mode)?))).collect()
+}
+
+fn port_modes_to_wire(all: &BTreeMap<u16, Mode>) -> Vec<push::PortMode> {
+    all.iter().map(|(port, mode)| push::PortMode { port: (*port).into(), mode: mode_to_wire(*mode) }).collect()
+}
+
 fn egress_from_wire(every_port: &[String], one_port: &[push::EgressPort]) -> Result<Vec<Egress>, ParseError> {
     let net = |text: &str| text.parse().map_err(|_| field("egress")(format!("`{}` is no CIDR", shown(text))));
     let whole = every_port.iter().map(|text| Ok(Egress { net: net(text)?, port: None }));
@@ -213,11 +222,8 @@ pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
     let ids = |ids: Vec<String>| ids.iter().map(|id| Ok(parse_id(id)?.to_string())).collect::<Result<_, ParseError>>();
     let policy = Policy {
         mode: mode_from_wire(p.mode)?,
-        port_modes: p
-            .port_modes
-            .iter()
-            .map(|m| Ok((port("port_modes", m.port)?, mode_from_wire(m.mode)?)))
-            .collect::<Result<_, ParseError>>()?,
+        port_modes: port_modes_from_wire("port_modes", &p.port_modes)?,
+        port_exceptions: port_modes_from_wire("port_exceptions", &p.port_exceptions)?,
         allow: (p.has_allow || !p.allow.is_empty()).then(|| ids(p.allow)).transpose()?,
         port_allow: p
             .port_allow
@@ -247,11 +253,8 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
         mesh_port: w.mesh_port.into(),
         policy: Some(push::Policy {
             mode: mode_to_wire(p.mode),
-            port_modes: p
-                .port_modes
-                .iter()
-                .map(|(port, m)| push::PortMode { port: (*port).into(), mode: mode_to_wire(*m) })
-                .collect(),
+            port_modes: port_modes_to_wire(&p.port_modes),
+            port_exceptions: port_modes_to_wire(&p.port_exceptions),
             allow: p.allow.iter().flatten().cloned().collect(),
             has_allow: p.allow.is_some(),
             port_allow: p
@@ -351,6 +354,7 @@ mod tests {
             policy: Policy {
                 mode: Mode::Strict,
                 port_modes: [(80, Mode::Off)].into(),
+                port_exceptions: [(9443, Mode::Permissive)].into(),
                 allow: Some(["spiffe://td/b".to_owned()].into()),
                 port_allow: [(81, ["spiffe://td/c".to_owned()].into())].into(),
                 egress: vec![
@@ -362,6 +366,8 @@ mod tests {
         let wire = workload_to_wire(&w);
         assert_eq!(wire.policy.as_ref().unwrap().egress, ["192.0.2.0/24"], "an older reader lets out less, not more");
         assert_eq!(workload_from_wire(wire).unwrap(), w);
+        let wire = workload_to_wire(&w).policy.unwrap();
+        assert!(wire.port_modes.iter().all(|m| m.port == 80), "an older reader stays strict: {wire:?}");
         let mut portless = workload_to_wire(&w);
         portless.policy.as_mut().unwrap().egress_ports[0].port = 0;
         assert_eq!(workload_from_wire(portless).unwrap_err().to_string(), "egress_ports: 0 is no port");

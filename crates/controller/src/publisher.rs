@@ -9,10 +9,11 @@ use countersign_api::backoff::Backoff;
 use countersign_api::convert::{service_to_wire, workload_to_wire};
 use countersign_identity::TrustDomain;
 use countersign_identity::directory::{Endpoint, Service, Workload};
-use countersign_identity::policy::{Egress, Policy};
+use countersign_identity::policy::{Egress, Mode, Policy};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::DirectoryConfig;
+use crate::injector::Leave;
 use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
 use crate::store::{Key, Pod, Store};
@@ -20,6 +21,8 @@ use crate::watch::Cluster;
 
 /// TCP port of every sidecar in a cluster for mesh traffic.
 const MESH_PORT: u16 = 15008;
+/// TCP port of every sidecar in a cluster for its pages.
+const PAGES_PORT: u16 = 15020;
 /// Changes within this time are published together.
 const TOGETHER: Duration = Duration::from_millis(20);
 /// Building the directory is followed by a pause of this many times its duration, so that a busy cluster does not
@@ -140,7 +143,7 @@ fn directory(store: &Store, config: &DirectoryConfig, trust_domain: &TrustDomain
             addresses: pod.addresses.clone(),
             spiffe_ids: [id.to_string()].into(),
             mesh_port: MESH_PORT,
-            policy: Policy { mode: store.mode_of(pod, config.mode), egress: egress.clone(), ..Policy::default() },
+            policy: policy(pod, store, config, &egress),
         })
     };
     let workloads: HashMap<String, Workload> = meshed.filter_map(workload).map(|w| (w.uid.clone(), w)).collect();
@@ -162,6 +165,29 @@ fn directory(store: &Store, config: &DirectoryConfig, trust_domain: &TrustDomain
         (service.uid.clone(), service)
     });
     Directory { services: services.collect(), workloads }
+}
+
+fn policy(pod: &Pod, store: &Store, config: &DirectoryConfig, egress: &[Egress]) -> Policy {
+    let mode = store.mode_of(pod, config.mode);
+    if store.is_transparent() {
+        return Policy { mode, egress: egress.to_vec(), ..Policy::default() };
+    }
+    let mut policy = policy_in(mode, pod, &config.leave, egress);
+    if config.open_metrics {
+        policy.port_exceptions.insert(PAGES_PORT, Mode::Permissive);
+    }
+    policy
+}
+
+/// The policy of a pod's sidecar in a mode. The modes of its ports weaken strict only where the administrator allows it: an
+/// annotation on a running pod has passed no webhook.
+pub fn policy_in(mode: Mode, pod: &Pod, leave: &Leave, egress: &[Egress]) -> Policy {
+    let policy = Policy { mode, egress: egress.to_vec(), ..Policy::default() };
+    if leave.is_given(&pod.namespace) {
+        Policy { port_exceptions: pod.port_modes(), ..policy }
+    } else {
+        Policy { port_modes: pod.port_modes(), ..policy }
+    }
 }
 
 /// Endpoints of a service port with this name.
@@ -272,6 +298,8 @@ mod tests {
             server_socket: "/x".into(),
             template: crate::template::DEFAULT.parse().unwrap(),
             mode,
+            leave: Leave::of(["monitored".to_owned()]),
+            open_metrics: false,
             mesh_configmap: None,
         };
         directory(store, &config, &TrustDomain::new("td").unwrap())
@@ -319,6 +347,23 @@ mod tests {
         assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
         store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: true });
         assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode, Mode::Off);
+    }
+
+    #[test]
+    fn modes_of_ports_weaken_strict_where_the_administrator_allows_it_alone() {
+        let mut store = store();
+        let annotation = || (crate::port_modes::PORT_MODES.to_owned(), "9443=permissive, 80=stict".to_owned());
+        let a = store.pods.get_mut(&key("shop", "a")).unwrap();
+        a.annotations.extend([annotation()]);
+        let strict = made(&store, Mode::Strict).workloads["u-a"].policy.clone();
+        assert_eq!((strict.mode_of(9443), strict.mode_of(80)), (Mode::Strict, Mode::Strict), "nobody allowed it");
+        let permissive = made(&store, Mode::Permissive).workloads["u-a"].policy.clone();
+        assert_eq!((permissive.mode_of(80), permissive.mode_of(81)), (Mode::Strict, Mode::Permissive));
+        store.pods.get_mut(&key("shop", "a")).unwrap().namespace = "monitored".into();
+        let strict = made(&store, Mode::Strict).workloads["u-a"].policy.clone();
+        assert_eq!((strict.mode_of(9443), strict.mode_of(80)), (Mode::Permissive, Mode::Strict));
+        store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: true });
+        assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode_of(80), Mode::Off, "the mesh is going");
     }
 
     #[test]

@@ -99,6 +99,9 @@ pub struct Policy {
     pub mode: Mode,
     /// Modes of single ports; they override `mode` by [`Mode::narrowed_by`].
     pub port_modes: BTreeMap<u16, Mode>,
+    /// Modes of single ports that hold even where `mode` is strict: exceptions that the mesh's administrator allowed. They
+    /// replace every other mode of the port.
+    pub port_exceptions: BTreeMap<u16, Mode>,
     /// SPIFFE IDs that may call. `None`: no list is set, and every ID of the own trust domain may. An empty list admits
     /// none.
     pub allow: Option<BTreeSet<String>>,
@@ -111,7 +114,17 @@ pub struct Policy {
 impl Policy {
     /// The mode that applies to a port.
     pub fn mode_of(&self, port: u16) -> Mode {
-        self.mode.narrowed_by(self.port_modes.get(&port).copied())
+        let excepted = self.port_exceptions.get(&port).copied();
+        excepted.unwrap_or_else(|| self.mode.narrowed_by(self.port_modes.get(&port).copied()))
+    }
+
+    /// Whether plaintext may reach a port. It proves no identity: strict mode rejects it, and so does a list.
+    pub fn admits_plaintext(&self, port: u16) -> bool {
+        match self.mode_of(port) {
+            Mode::Strict => false,
+            Mode::Permissive => !self.has_allow_list(port),
+            Mode::Off => true,
+        }
     }
 
     /// Checks whether an authenticated caller may call a port. Errors: [`Refusal::NotAllowed`].
@@ -154,6 +167,18 @@ mod tests {
         assert_eq!(Off.narrowed_by(None), Off);
         let p = Policy { mode: Permissive, port_modes: [(80, Strict), (81, Off)].into(), ..Policy::default() };
         assert_eq!((p.mode_of(80), p.mode_of(81), p.mode_of(82)), (Strict, Off, Permissive));
+    }
+
+    #[test]
+    fn an_allowed_exception_opens_its_port_under_strict_and_no_other() {
+        let excepted = [(9443, Mode::Permissive)].into();
+        let policy = Policy { mode: Mode::Strict, port_exceptions: excepted, ..Policy::default() };
+        assert_eq!((policy.mode_of(9443), policy.mode_of(9444)), (Mode::Permissive, Mode::Strict));
+        assert!(policy.admits_plaintext(9443) && !policy.admits_plaintext(9444));
+        let listed = Policy { allow: Some(list(&["spiffe://td/a"])), ..policy };
+        assert!(!listed.admits_plaintext(9443), "who must be on a list has to prove it");
+        let alone = Policy { mode: Mode::Strict, port_modes: [(9443, Mode::Off)].into(), ..Policy::default() };
+        assert!(!alone.admits_plaintext(9443), "what nobody allowed weakens nothing");
     }
 
     fn id(text: &str) -> SpiffeId {

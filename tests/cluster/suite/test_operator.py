@@ -34,7 +34,7 @@ def user(name, *verbs_and_resources):
 
 
 # What `strict --plan` and `explain pod` read of objects, and what they need to ask a sidecar.
-LOOKS = ("get,list pods,services,namespaces", "list endpointslices.discovery.k8s.io", "get deployments.apps",
+LOOKS = ("get,list pods,services,namespaces", "get endpointslices.discovery.k8s.io", "get deployments.apps",
          "get spiffeids.spiffeid.spiffe.io")
 ASKS = "get,create pods/portforward"
 

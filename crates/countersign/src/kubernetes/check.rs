@@ -455,20 +455,23 @@ async fn past_sidecars(client: &Client, namespace: &str) -> Outcome {
     let leave = leave(client, namespace).await.map_err(absent)?;
     let api: Api<Pod> = Api::all(client.clone());
     let all = api.list(&ListParams::default()).await.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
-    let (mut allowed, mut not) = (0, vec![]);
+    let (mut allowed, mut not) = (vec![], vec![]);
     for pod in all.items.iter().filter(|p| is_meshed(p)) {
         let (of, which) = (pod.namespace().unwrap_or_default(), exceptions(pod));
         if which.is_empty() {
             continue;
         }
-        if leave.is_given(&of) {
-            allowed += 1;
-        } else {
-            not.push(format!("{of}/{} ({})", pod.name_any(), which.join(" ")));
-        }
+        let list = if leave.is_given(&of) { &mut allowed } else { &mut not };
+        list.push(format!("{of}/{} ({})", pod.name_any(), which.join(" ")));
     }
     match not.as_slice() {
-        [] => Ok(format!("{allowed} pods let traffic past their sidecars by your leave")),
+        [] if allowed.is_empty() => Ok("no pod lets traffic past its sidecar".into()),
+        [] => {
+            let count = allowed.len();
+            allowed.truncate(MISTAKES_SHOWN);
+            let more = if count > allowed.len() { ", …" } else { "" };
+            Ok(format!("{count} pods let traffic past their sidecars by your leave: {}{more}", allowed.join(", ")))
+        }
         some => Err((
             format!("{} pods let traffic past their sidecars: {}", some.len(), some.join(", ")),
             "remove the annotations, or allow them by mesh.allowExceptions",
