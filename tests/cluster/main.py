@@ -3,8 +3,8 @@ import pathlib, sys, tempfile, unittest
 
 import cluster, images, mesh
 
-SUITE = [f"suite.test_{name}" for name in ("bootstrap", "injection", "identity", "traffic", "operator", "faults",
-                                           "rotation", "plain", "uninstall", "helm", "guide")]
+SUITE = [f"suite.test_{name}" for name in ("bootstrap", "injection", "identity", "tenants", "traffic", "operator",
+                                           "faults", "rotation", "plain", "uninstall", "helm", "guide")]
 
 
 def up():

@@ -31,7 +31,7 @@ def binary():
 def manifests(*settings):
     args = [a for s in (f"image.name={images.COUNTERSIGN}", "image.pullPolicy=Never", "clusterName=test",
                         "server.persistence.storageClass=local", "mesh.mode=strict",
-                        "mesh.allowExceptions=lists,excepted", *settings) for a in ("--set", s)]
+                        "mesh.allowExceptions=lists,excepted,tenant-opened", *settings) for a in ("--set", s)]
     return sp.check_output([binary(), "install", *args], text=True)
 
 

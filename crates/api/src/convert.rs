@@ -1,11 +1,12 @@
 //! Conversions between wire messages and domain types. Wire to domain parses and may fail; domain to wire cannot.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use countersign_identity::directory::{Answer, Endpoint, Service, Workload};
 use countersign_identity::entry::EntryError;
-use countersign_identity::policy::{Mode, Policy};
+use countersign_identity::policy::{Egress, Mode, Policy};
 use countersign_identity::selector::{SelectorError, SelectorSet};
 use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::{IdError, parse_id, parse_trust_domain, parse_workload_id};
@@ -199,28 +200,37 @@ fn port(name: &'static str, port: u32) -> Result<u16, ParseError> {
     u16::try_from(port).ok().filter(|p| *p != 0).ok_or_else(|| field(name)(format!("{port} is no port")))
 }
 
+fn port_modes_from_wire(name: &'static str, all: &[push::PortMode]) -> Result<BTreeMap<u16, Mode>, ParseError> {
+    all.iter().map(|m| Ok((port(name, m.port)?, mode_from_wire(m.mode)?))).collect()
+}
+
+fn port_modes_to_wire(all: &BTreeMap<u16, Mode>) -> Vec<push::PortMode> {
+    all.iter().map(|(port, mode)| push::PortMode { port: (*port).into(), mode: mode_to_wire(*mode) }).collect()
+}
+
+fn egress_from_wire(every_port: &[String], one_port: &[push::EgressPort]) -> Result<Vec<Egress>, ParseError> {
+    let net = |text: &str| text.parse().map_err(|_| field("egress")(format!("`{}` is no CIDR", shown(text))));
+    let whole = every_port.iter().map(|text| Ok(Egress { net: net(text)?, port: None }));
+    let single =
+        one_port.iter().map(|e| Ok(Egress { net: net(&e.network)?, port: Some(port("egress_ports", e.port)?) }));
+    whole.chain(single).collect()
+}
+
 /// Parses a workload of the directory.
 pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
     let p = w.policy.ok_or(ParseError::Missing("policy"))?;
     let ids = |ids: Vec<String>| ids.iter().map(|id| Ok(parse_id(id)?.to_string())).collect::<Result<_, ParseError>>();
     let policy = Policy {
         mode: mode_from_wire(p.mode)?,
-        port_modes: p
-            .port_modes
-            .iter()
-            .map(|m| Ok((port("port_modes", m.port)?, mode_from_wire(m.mode)?)))
-            .collect::<Result<_, ParseError>>()?,
+        port_modes: port_modes_from_wire("port_modes", &p.port_modes)?,
+        port_exceptions: port_modes_from_wire("port_exceptions", &p.port_exceptions)?,
         allow: (p.has_allow || !p.allow.is_empty()).then(|| ids(p.allow)).transpose()?,
         port_allow: p
             .port_allow
             .into_iter()
             .map(|a| Ok((port("port_allow", a.port)?, ids(a.allow)?)))
             .collect::<Result<_, ParseError>>()?,
-        egress: p
-            .egress
-            .iter()
-            .map(|e| e.parse().map_err(|_| field("egress")(format!("`{}` is no CIDR", shown(e)))))
-            .collect::<Result<_, ParseError>>()?,
+        egress: egress_from_wire(&p.egress, &p.egress_ports)?,
     };
     Ok(Workload {
         uid: w.uid,
@@ -243,11 +253,8 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
         mesh_port: w.mesh_port.into(),
         policy: Some(push::Policy {
             mode: mode_to_wire(p.mode),
-            port_modes: p
-                .port_modes
-                .iter()
-                .map(|(port, m)| push::PortMode { port: (*port).into(), mode: mode_to_wire(*m) })
-                .collect(),
+            port_modes: port_modes_to_wire(&p.port_modes),
+            port_exceptions: port_modes_to_wire(&p.port_exceptions),
             allow: p.allow.iter().flatten().cloned().collect(),
             has_allow: p.allow.is_some(),
             port_allow: p
@@ -255,7 +262,13 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
                 .iter()
                 .map(|(port, a)| push::PortAllow { port: (*port).into(), allow: a.iter().cloned().collect() })
                 .collect(),
-            egress: p.egress.iter().map(ToString::to_string).collect(),
+            // What holds for one port must not be in the field that older readers apply to every port.
+            egress: p.egress.iter().filter(|e| e.port.is_none()).map(|e| e.net.to_string()).collect(),
+            egress_ports: p
+                .egress
+                .iter()
+                .filter_map(|e| Some(push::EgressPort { network: e.net.to_string(), port: e.port?.into() }))
+                .collect(),
         }),
     }
 }
@@ -341,12 +354,23 @@ mod tests {
             policy: Policy {
                 mode: Mode::Strict,
                 port_modes: [(80, Mode::Off)].into(),
+                port_exceptions: [(9443, Mode::Permissive)].into(),
                 allow: Some(["spiffe://td/b".to_owned()].into()),
                 port_allow: [(81, ["spiffe://td/c".to_owned()].into())].into(),
-                egress: vec!["192.0.2.0/24".parse().unwrap()],
+                egress: vec![
+                    Egress { net: "192.0.2.0/24".parse().unwrap(), port: None },
+                    Egress { net: "192.0.2.7/32".parse().unwrap(), port: Some(6443) },
+                ],
             },
         };
-        assert_eq!(workload_from_wire(workload_to_wire(&w)).unwrap(), w);
+        let wire = workload_to_wire(&w);
+        assert_eq!(wire.policy.as_ref().unwrap().egress, ["192.0.2.0/24"], "an older reader lets out less, not more");
+        assert_eq!(workload_from_wire(wire).unwrap(), w);
+        let wire = workload_to_wire(&w).policy.unwrap();
+        assert!(wire.port_modes.iter().all(|m| m.port == 80), "an older reader stays strict: {wire:?}");
+        let mut portless = workload_to_wire(&w);
+        portless.policy.as_mut().unwrap().egress_ports[0].port = 0;
+        assert_eq!(workload_from_wire(portless).unwrap_err().to_string(), "egress_ports: 0 is no port");
         // The wire format distinguishes no list from an empty list, too.
         for allow in [None, Some(std::collections::BTreeSet::new())] {
             let policy = Policy { allow, port_allow: [(81, [].into())].into(), ..w.policy.clone() };

@@ -77,6 +77,8 @@ pub struct Asked {
     pub path: String,
     /// Local address and port that the client connected to.
     pub local: SocketAddr,
+    /// Whether the client is this node itself, as its kubelet is ([`Near`]).
+    pub near: bool,
 }
 
 /// A response in preparation; `None` gives 404.
@@ -109,16 +111,21 @@ async fn serve_within(deadlines: Deadlines, listener: TcpListener, handler: Arc<
         // A connection that has no address of ours any more is over already.
         let Ok(local) = stream.local_addr() else { continue };
         let source = peer.ip().to_canonical();
-        let seat = if near.holds(source, local.ip()) { seats.admit_near(source) } else { seats.admit(source) };
-        connections.spawn(serve_one(deadlines, stream, local, seat, handler.clone()));
+        let near = near.holds(source, local.ip());
+        let seat = if near { seats.admit_near(source) } else { seats.admit(source) };
+        let handler = handler.clone();
+        let handler: Arc<OnePath> = Arc::new(move |path| handler(Asked { path, local, near }));
+        connections.spawn(serve_one(deadlines, stream, seat, handler));
     }
 }
 
-async fn serve_one(deadlines: Deadlines, stream: TcpStream, local: SocketAddr, seat: Seat, handler: Arc<Handler>) {
+/// Answers a path on one connection, whose ends are known.
+type OnePath = dyn Fn(String) -> Answering + Send + Sync;
+
+async fn serve_one(deadlines: Deadlines, stream: TcpStream, seat: Seat, handler: Arc<OnePath>) {
     let taken_away = seat.taken_away();
     let service = service_fn(move |request: Request<Incoming>| {
-        let answering = (request.method() == hyper::Method::GET)
-            .then(|| handler(Asked { path: request.uri().path().to_owned(), local }));
+        let answering = (request.method() == hyper::Method::GET).then(|| handler(request.uri().path().to_owned()));
         let busy = seat.busy();
         async move {
             let response = respond(answering).await;

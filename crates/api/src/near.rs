@@ -3,7 +3,7 @@
 //! The kubelet asks from the node: over loopback where the role shares its network, and else from the node's address, or from
 //! that of the bridge, which is the pod's way out.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use tracing::warn;
 
@@ -11,6 +11,8 @@ use tracing::warn;
 const NODE: &str = "HOST_IP";
 /// The kernel's table of IPv4 routes (proc(5)).
 const ROUTES: &str = "/proc/net/route";
+/// The kernel's table of IPv6 routes.
+const ROUTES_6: &str = "/proc/net/ipv6_route";
 
 /// The addresses of this process's node, as far as they are known.
 #[derive(Debug, Clone, Default)]
@@ -26,9 +28,11 @@ impl Near {
             }
             address
         });
-        // Where there is no such table, there is no IPv4 network.
-        let routes = std::fs::read_to_string(ROUTES).unwrap_or_default();
-        Self(node.into_iter().chain(gateways(&routes).map(IpAddr::V4)).collect())
+        // Where there is no such table, there is no such network.
+        let table = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let four = gateways(&table(ROUTES)).map(IpAddr::V4).collect::<Vec<_>>();
+        let six = gateways_6(&table(ROUTES_6)).map(IpAddr::V6).collect::<Vec<_>>();
+        Self(node.into_iter().chain(four).chain(six).collect())
     }
 
     /// Whether a connection from `peer` to our address `local` comes from this node.
@@ -45,6 +49,16 @@ fn gateways(routes: &str) -> impl Iterator<Item = Ipv4Addr> {
         let (destination, gateway) = (columns.next()?, columns.next()?);
         let gateway = u32::from_str_radix(gateway, 16).ok().filter(|g| *g != 0)?;
         (destination == "00000000").then(|| Ipv4Addr::from(gateway.to_ne_bytes()))
+    })
+}
+
+/// The gateways of the default routes: destination, length of its prefix, source, length, next hop; in hexadecimal.
+fn gateways_6(routes: &str) -> impl Iterator<Item = Ipv6Addr> {
+    routes.lines().filter_map(|line| {
+        let mut columns = line.split_ascii_whitespace();
+        let (destination, length, gateway) = (columns.next()?, columns.next()?, columns.nth(2)?);
+        let gateway = u128::from_str_radix(gateway, 16).ok().filter(|g| *g != 0)?;
+        (length == "00" && u128::from_str_radix(destination, 16) == Ok(0)).then(|| Ipv6Addr::from(gateway))
     })
 }
 
@@ -65,5 +79,11 @@ mod tests {
             assert!(near.holds(peer.parse().unwrap(), own), "{peer}");
         }
         assert!(!near.holds("10.244.1.8".parse().unwrap(), own));
+        let zero = "0".repeat(32);
+        let gateway = "fd000000000000000000000000000001";
+        let routes = format!("{zero} 00 {zero} 00 {gateway} 00000400 00000001 00000000 00000003 eth0\n")
+            + &format!("fd{} 40 {zero} 00 {zero} 00000100 00000001 00000000 00000001 eth0\n", "0".repeat(30))
+            + &format!("{zero} 00 {zero} 00 {zero} ffffffff 00000001 00000000 00200200 lo\nbroken\n");
+        assert_eq!(gateways_6(&routes).collect::<Vec<_>>(), ["fd00::1".parse::<Ipv6Addr>().unwrap()]);
     }
 }

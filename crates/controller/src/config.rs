@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use countersign_identity::TrustDomain;
 use countersign_identity::policy::Mode;
 
-use crate::injector::Sidecar;
+use crate::injector::{Leave, Sidecar};
 use crate::template::Template;
 
 /// Largest `mode` file that is read, in bytes.
@@ -54,6 +54,10 @@ pub struct DirectoryConfig {
     pub template: Template,
     /// Mode of the mesh, used where namespace and pod set none.
     pub mode: Mode,
+    /// Namespaces whose pods may weaken strict mode for single ports.
+    pub leave: Leave,
+    /// Whether strict sidecars answer strangers on port 15020: `/metrics`, `/ready`, `/live`, `/mode`.
+    pub open_metrics: bool,
     /// ConfigMap (namespace and name) whose settings override these while the mesh runs; `None` follows none.
     pub mesh_configmap: Option<(String, String)>,
 }

@@ -9,6 +9,7 @@ pub mod crd;
 pub mod injector;
 mod leader;
 pub mod metrics;
+pub mod port_modes;
 pub mod publisher;
 pub mod registrar;
 mod server_link;

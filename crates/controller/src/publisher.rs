@@ -9,11 +9,11 @@ use countersign_api::backoff::Backoff;
 use countersign_api::convert::{service_to_wire, workload_to_wire};
 use countersign_identity::TrustDomain;
 use countersign_identity::directory::{Endpoint, Service, Workload};
-use countersign_identity::policy::Policy;
-use ipnet::IpNet;
+use countersign_identity::policy::{Egress, Mode, Policy};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::DirectoryConfig;
+use crate::injector::Leave;
 use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
 use crate::store::{Key, Pod, Store};
@@ -21,6 +21,8 @@ use crate::watch::Cluster;
 
 /// TCP port of every sidecar in a cluster for mesh traffic.
 const MESH_PORT: u16 = 15008;
+/// TCP port of every sidecar in a cluster for its pages.
+const PAGES_PORT: u16 = 15020;
 /// Changes within this time are published together.
 const TOGETHER: Duration = Duration::from_millis(20);
 /// Building the directory is followed by a pause of this many times its duration, so that a busy cluster does not
@@ -141,7 +143,7 @@ fn directory(store: &Store, config: &DirectoryConfig, trust_domain: &TrustDomain
             addresses: pod.addresses.clone(),
             spiffe_ids: [id.to_string()].into(),
             mesh_port: MESH_PORT,
-            policy: Policy { mode: store.mode_of(pod, config.mode), egress: egress.clone(), ..Policy::default() },
+            policy: policy(pod, store, config, &egress),
         })
     };
     let workloads: HashMap<String, Workload> = meshed.filter_map(workload).map(|w| (w.uid.clone(), w)).collect();
@@ -165,6 +167,29 @@ fn directory(store: &Store, config: &DirectoryConfig, trust_domain: &TrustDomain
     Directory { services: services.collect(), workloads }
 }
 
+fn policy(pod: &Pod, store: &Store, config: &DirectoryConfig, egress: &[Egress]) -> Policy {
+    let mode = store.mode_of(pod, config.mode);
+    if store.is_transparent() {
+        return Policy { mode, egress: egress.to_vec(), ..Policy::default() };
+    }
+    let mut policy = policy_in(mode, pod, &config.leave, egress);
+    if config.open_metrics {
+        policy.port_exceptions.insert(PAGES_PORT, Mode::Permissive);
+    }
+    policy
+}
+
+/// The policy of a pod's sidecar in a mode. The modes of its ports weaken strict only where the administrator allows it: an
+/// annotation on a running pod has passed no webhook.
+pub fn policy_in(mode: Mode, pod: &Pod, leave: &Leave, egress: &[Egress]) -> Policy {
+    let policy = Policy { mode, egress: egress.to_vec(), ..Policy::default() };
+    if leave.is_given(&pod.namespace) {
+        Policy { port_exceptions: pod.port_modes(), ..policy }
+    } else {
+        Policy { port_modes: pod.port_modes(), ..policy }
+    }
+}
+
 /// Endpoints of a service port with this name.
 fn endpoints(slices: &[&crate::store::Slice], name: &str, in_mesh: &HashSet<IpAddr>) -> Vec<Endpoint> {
     let mut all: Vec<Endpoint> = slices
@@ -181,16 +206,28 @@ fn endpoints(slices: &[&crate::store::Slice], name: &str, in_mesh: &HashSet<IpAd
     all
 }
 
-/// Addresses of the Kubernetes API server, which strict mode never blocks.
-pub fn api_server(store: &Store) -> Vec<IpNet> {
-    let key = ("default".to_owned(), "kubernetes".to_owned());
-    let service = store.services.get(&key).into_iter().flat_map(|s| s.addresses.iter().copied());
-    let slices = store.slices.iter().filter(|((ns, _), s)| ns == "default" && s.service == "kubernetes");
-    let mut all: Vec<IpNet> =
-        service.chain(slices.flat_map(|(_, s)| s.addresses.iter().map(|(ip, _)| *ip))).map(IpNet::from).collect();
+/// Namespace of the API server's own Service.
+pub const API_SERVER_NAMESPACE: &str = "default";
+/// Name of the API server's own Service, and of the one `EndpointSlice` that the API server itself maintains for it.
+pub const API_SERVER: &str = "kubernetes";
+
+/// The Kubernetes API server, which strict mode never blocks: addresses and ports of its Service and of the endpoints
+/// behind it.
+///
+/// Only the Service and the slice named `kubernetes` in namespace `default` count. The API server creates both by these
+/// names and restores them when they are changed. A label makes no slice its own: anybody can set it.
+pub fn api_server(store: &Store) -> Vec<Egress> {
+    let key = (API_SERVER_NAMESPACE.to_owned(), API_SERVER.to_owned());
+    let Some(service) = store.services.get(&key) else { return vec![] };
+    let slice: Vec<_> = store.slices.get(&key).filter(|slice| slice.service == API_SERVER).into_iter().collect();
+    let mut all = vec![];
+    for (port, name) in &service.ports {
+        all.extend(service.addresses.iter().map(|ip| SocketAddr::new(*ip, *port)));
+        all.extend(endpoints(&slice, name, &HashSet::new()).into_iter().map(|endpoint| endpoint.address));
+    }
     all.sort_unstable();
     all.dedup();
-    all
+    all.into_iter().map(Egress::from).collect()
 }
 
 #[cfg(test)]
@@ -204,6 +241,10 @@ mod tests {
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
+    }
+
+    fn egress(all: &[&str]) -> Vec<Egress> {
+        all.iter().map(|at| at.parse::<SocketAddr>().unwrap().into()).collect()
     }
 
     fn pod(name: &str, address: &str, meshed: bool) -> (Key, Pod) {
@@ -257,6 +298,8 @@ mod tests {
             server_socket: "/x".into(),
             template: crate::template::DEFAULT.parse().unwrap(),
             mode,
+            leave: Leave::of(["monitored".to_owned()]),
+            open_metrics: false,
             mesh_configmap: None,
         };
         directory(store, &config, &TrustDomain::new("td").unwrap())
@@ -269,11 +312,32 @@ mod tests {
         let a = &made.workloads["u-a"];
         assert_eq!(a.spiffe_ids, ["spiffe://td/ns/shop/sa/web".to_owned()].into());
         assert_eq!(a.policy.mode, Mode::Strict);
-        assert_eq!(a.policy.egress, ["10.89.0.1/32".parse().unwrap(), "10.91.0.1/32".parse().unwrap()]);
+        assert_eq!(a.policy.egress, egress(&["10.89.0.1:6443", "10.91.0.1:80"]));
         let web = &made.services["s-web"].ports[&80];
         let seen: Vec<_> = web.iter().map(|e| (e.address.to_string(), e.meshed)).collect();
         assert_eq!(seen, [("10.0.0.1:8080".to_owned(), true), ("10.0.0.2:8080".to_owned(), false)]);
         assert!(!made.services.contains_key("s-headless"), "its endpoints are reached by their own addresses");
+    }
+
+    #[test]
+    fn only_the_api_servers_own_service_and_slice_make_an_exception() {
+        let mut store = store();
+        let slice = |address: &str, port| crate::store::Slice {
+            service: "kubernetes".into(),
+            addresses: vec![(ip(address), true)],
+            ports: vec![("http".into(), port)],
+        };
+        let mut put = |namespace: &str, name: &str, made| store.slices.insert(key(namespace, name), made);
+        put("evil", "kubernetes", slice("10.0.0.66", 80));
+        put("evil", "kubernetes-1", slice("10.0.0.66", 80));
+        put("default", "kubernetes-1", slice("10.0.0.66", 80));
+        assert_eq!(api_server(&store), egress(&["10.89.0.1:6443", "10.91.0.1:80"]));
+        // A port that the Service does not have is no way to the API server.
+        let own = store.slices.get_mut(&key("default", "kubernetes")).unwrap();
+        own.ports.push(("kubelet".into(), 10250));
+        assert_eq!(api_server(&store), egress(&["10.89.0.1:6443", "10.91.0.1:80"]));
+        store.services.remove(&key("default", "kubernetes"));
+        assert_eq!(api_server(&store), []);
     }
 
     #[test]
@@ -283,6 +347,23 @@ mod tests {
         assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
         store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: true });
         assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode, Mode::Off);
+    }
+
+    #[test]
+    fn modes_of_ports_weaken_strict_where_the_administrator_allows_it_alone() {
+        let mut store = store();
+        let annotation = || (crate::port_modes::PORT_MODES.to_owned(), "9443=permissive, 80=stict".to_owned());
+        let a = store.pods.get_mut(&key("shop", "a")).unwrap();
+        a.annotations.extend([annotation()]);
+        let strict = made(&store, Mode::Strict).workloads["u-a"].policy.clone();
+        assert_eq!((strict.mode_of(9443), strict.mode_of(80)), (Mode::Strict, Mode::Strict), "nobody allowed it");
+        let permissive = made(&store, Mode::Permissive).workloads["u-a"].policy.clone();
+        assert_eq!((permissive.mode_of(80), permissive.mode_of(81)), (Mode::Strict, Mode::Permissive));
+        store.pods.get_mut(&key("shop", "a")).unwrap().namespace = "monitored".into();
+        let strict = made(&store, Mode::Strict).workloads["u-a"].policy.clone();
+        assert_eq!((strict.mode_of(9443), strict.mode_of(80)), (Mode::Permissive, Mode::Strict));
+        store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: true });
+        assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode_of(80), Mode::Off, "the mesh is going");
     }
 
     #[test]
@@ -304,5 +385,11 @@ mod tests {
         store.namespaces.clear();
         assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Off);
         assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode, Mode::Strict);
+        let mut labelled = |word: &str| {
+            store.pods.get_mut(&key("shop", "a")).unwrap().labels.insert(crate::store::MODE.into(), word.into());
+            made(&store, Mode::Permissive).workloads["u-a"].policy.mode
+        };
+        assert_eq!(labelled("permissive"), Mode::Permissive, "the stricter of annotation and label");
+        assert_eq!(labelled("stict"), Mode::Strict, "a word that means nothing opens nothing");
     }
 }

@@ -11,6 +11,7 @@ use kube::ResourceExt;
 
 use crate::crd::SpiffeID;
 use crate::injector::SIDECAR;
+use crate::port_modes::{self, PORT_MODES};
 
 /// Prefix of our annotations and labels.
 pub const OURS: &str = "countersign.dev/";
@@ -132,7 +133,7 @@ impl Store {
         }
         let mesh = followed.mode.unwrap_or(default);
         let namespace = self.namespaces.get(&(String::new(), pod.namespace.clone())).and_then(|n| n.mode);
-        mesh.narrowed_by(namespace).narrowed_by(pod.annotations.get(MODE).map(|m| mode_word(m)))
+        mesh.narrowed_by(namespace).narrowed_by(pod.mode())
     }
 }
 
@@ -152,7 +153,24 @@ fn port(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|p| *p != 0)
 }
 
+impl Store {
+    /// Whether the mesh is being removed, so that every sidecar forwards as if it were not there.
+    pub fn is_transparent(&self) -> bool {
+        self.mesh.values().next().is_some_and(|mesh| mesh.transparent)
+    }
+}
+
 impl Pod {
+    /// Modes of its single ports.
+    pub fn port_modes(&self) -> BTreeMap<u16, Mode> {
+        self.annotations.get(PORT_MODES).map(|text| port_modes::read(text)).unwrap_or_default()
+    }
+
+    /// The pod's own mode: the stricter one of annotation and label.
+    fn mode(&self) -> Option<Mode> {
+        [self.annotations.get(MODE), self.labels.get(MODE)].into_iter().flatten().map(|text| mode_word(text)).max()
+    }
+
     /// Reads a pod; `None` if it has no spec.
     pub fn read(pod: &v1::Pod) -> Option<Self> {
         let spec = pod.spec.as_ref()?;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::str::FromStr;
 
 use ipnet::IpNet;
@@ -62,6 +62,36 @@ impl Mode {
     }
 }
 
+/// A destination outside the mesh that strict mode allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Egress {
+    /// Network of the destination.
+    pub net: IpNet,
+    /// TCP port of the destination; `None` allows every port.
+    pub port: Option<u16>,
+}
+
+impl Egress {
+    /// Whether a destination is this one.
+    pub fn covers(&self, destination: SocketAddr) -> bool {
+        self.net.contains(&destination.ip().to_canonical()) && self.port.is_none_or(|port| port == destination.port())
+    }
+}
+
+impl From<IpNet> for Egress {
+    /// Every port of a network.
+    fn from(net: IpNet) -> Self {
+        Self { net, port: None }
+    }
+}
+
+impl From<SocketAddr> for Egress {
+    /// One port of one address.
+    fn from(at: SocketAddr) -> Self {
+        Self { net: at.ip().to_canonical().into(), port: Some(at.port()) }
+    }
+}
+
 /// The policy of one workload's sidecar.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Policy {
@@ -69,19 +99,32 @@ pub struct Policy {
     pub mode: Mode,
     /// Modes of single ports; they override `mode` by [`Mode::narrowed_by`].
     pub port_modes: BTreeMap<u16, Mode>,
+    /// Modes of single ports that hold even where `mode` is strict: exceptions that the mesh's administrator allowed. They
+    /// replace every other mode of the port.
+    pub port_exceptions: BTreeMap<u16, Mode>,
     /// SPIFFE IDs that may call. `None`: no list is set, and every ID of the own trust domain may. An empty list admits
     /// none.
     pub allow: Option<BTreeSet<String>>,
     /// SPIFFE IDs that may call a single port; replaces `allow` for that port. An empty list admits none.
     pub port_allow: BTreeMap<u16, BTreeSet<String>>,
     /// Destinations outside the mesh that strict mode allows.
-    pub egress: Vec<IpNet>,
+    pub egress: Vec<Egress>,
 }
 
 impl Policy {
     /// The mode that applies to a port.
     pub fn mode_of(&self, port: u16) -> Mode {
-        self.mode.narrowed_by(self.port_modes.get(&port).copied())
+        let excepted = self.port_exceptions.get(&port).copied();
+        excepted.unwrap_or_else(|| self.mode.narrowed_by(self.port_modes.get(&port).copied()))
+    }
+
+    /// Whether plaintext may reach a port. It proves no identity: strict mode rejects it, and so does a list.
+    pub fn admits_plaintext(&self, port: u16) -> bool {
+        match self.mode_of(port) {
+            Mode::Strict => false,
+            Mode::Permissive => !self.has_allow_list(port),
+            Mode::Off => true,
+        }
     }
 
     /// Checks whether an authenticated caller may call a port. Errors: [`Refusal::NotAllowed`].
@@ -105,9 +148,9 @@ impl Policy {
         self.port_allow.get(&port).or(self.allow.as_ref())
     }
 
-    /// Whether strict mode allows traffic to this address outside the mesh.
-    pub fn lets_out(&self, destination: IpAddr) -> bool {
-        self.egress.iter().any(|net| net.contains(&destination))
+    /// Whether strict mode allows traffic to this destination outside the mesh.
+    pub fn lets_out(&self, destination: SocketAddr) -> bool {
+        self.egress.iter().any(|egress| egress.covers(destination))
     }
 }
 
@@ -124,6 +167,18 @@ mod tests {
         assert_eq!(Off.narrowed_by(None), Off);
         let p = Policy { mode: Permissive, port_modes: [(80, Strict), (81, Off)].into(), ..Policy::default() };
         assert_eq!((p.mode_of(80), p.mode_of(81), p.mode_of(82)), (Strict, Off, Permissive));
+    }
+
+    #[test]
+    fn an_allowed_exception_opens_its_port_under_strict_and_no_other() {
+        let excepted = [(9443, Mode::Permissive)].into();
+        let policy = Policy { mode: Mode::Strict, port_exceptions: excepted, ..Policy::default() };
+        assert_eq!((policy.mode_of(9443), policy.mode_of(9444)), (Mode::Permissive, Mode::Strict));
+        assert!(policy.admits_plaintext(9443) && !policy.admits_plaintext(9444));
+        let listed = Policy { allow: Some(list(&["spiffe://td/a"])), ..policy };
+        assert!(!listed.admits_plaintext(9443), "who must be on a list has to prove it");
+        let alone = Policy { mode: Mode::Strict, port_modes: [(9443, Mode::Off)].into(), ..Policy::default() };
+        assert!(!alone.admits_plaintext(9443), "what nobody allowed weakens nothing");
     }
 
     fn id(text: &str) -> SpiffeId {
@@ -163,6 +218,23 @@ mod tests {
         assert!(p.admits(&id("spiffe://td/b"), "td", 80).is_err());
         assert!(p.admits(&id("spiffe://td/b"), "td", 81).is_ok());
         assert!(p.admits(&id("spiffe://td/a"), "td", 81).is_err());
+    }
+
+    #[test]
+    fn an_exception_for_one_port_lets_out_to_no_other_port_of_the_machine() {
+        let api_server: SocketAddr = "192.0.2.7:6443".parse().unwrap();
+        let net: IpNet = "10.0.0.0/8".parse().unwrap();
+        let policy = Policy { egress: vec![api_server.into(), net.into()], ..Policy::default() };
+        for (to, out) in [
+            ("192.0.2.7:6443", true),
+            ("[::ffff:192.0.2.7]:6443", true),
+            ("192.0.2.7:10250", false),
+            ("192.0.2.7:80", false),
+            ("192.0.2.8:6443", false),
+            ("10.1.2.3:1", true),
+        ] {
+            assert_eq!(policy.lets_out(to.parse().unwrap()), out, "{to}");
+        }
     }
 
     proptest::proptest! {

@@ -36,7 +36,7 @@ pub struct Config {
     pub balance: Balance,
     /// The app's ports where each connection starts with a PROXY protocol header.
     pub proxy_protocol: BTreeSet<u16>,
-    /// The app's health checks that `/probe/NAME` runs, by name (`CONTAINER/KIND`).
+    /// The app's health checks that `/probe/NAME` runs, by name (`SECRET/CONTAINER/KIND`).
     pub probes: BTreeMap<String, Probe>,
     /// Signals that the access log is to be reopened (SIGHUP, after logrotate).
     pub reopen: Reopen,

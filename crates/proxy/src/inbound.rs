@@ -204,9 +204,9 @@ async fn carry_plain(sidecar: &Sidecar, caller: &mut TcpStream, access: &mut Acc
 
 /// Plaintext proves no identity: strict mode rejects it, and so does a port with an allow-list.
 fn admits_plaintext(policy: &Policy, port: u16) -> Result<(), Refused> {
-    match policy.mode_of(port) {
-        Mode::Strict => Err(Refused::Plaintext(port)),
-        Mode::Permissive if policy.has_allow_list(port) => Err(Refused::PlaintextUnproven(port)),
-        Mode::Permissive | Mode::Off => Ok(()),
+    if policy.admits_plaintext(port) {
+        return Ok(());
     }
+    let strict = policy.mode_of(port) == Mode::Strict;
+    Err(if strict { Refused::Plaintext(port) } else { Refused::PlaintextUnproven(port) })
 }

@@ -43,6 +43,7 @@ use countersign_api::graceful::take_leave;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::transport::{accept_unix, bind_unix, unix_channel};
 use countersign_api::{grpc, http};
+use countersign_identity::policy::Mode;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -330,6 +331,10 @@ fn serve_status(
 fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handler> {
     let prober = Arc::new(Prober::new(sidecar.config.probes.clone()));
     Arc::new(move |asked| {
+        if !asked.near && is_closed(&sidecar, asked.local.port()) {
+            let refused = http::Answer::text(403, STRANGERS_REFUSED);
+            return Box::pin(std::future::ready(Some(refused)));
+        }
         if let Some(name) = asked.path.strip_prefix(probes::PREFIX) {
             let (prober, name, app) = (prober.clone(), name.to_owned(), asked.local.ip().to_canonical());
             return Box::pin(async move { prober.ask(&name, app).await });
@@ -355,6 +360,19 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
         };
         Box::pin(std::future::ready(answer))
     })
+}
+
+/// What a stranger is told under strict.
+const STRANGERS_REFUSED: &str = "this workload is strict: only its own node is answered here\n";
+
+/// Whether strangers are refused the pages, which are plaintext: as on any port under strict, unless its mode was excepted. Until
+/// the mode is known it may be strict. Without a redirect there is none, and whoever set the pages' address decides.
+fn is_closed(sidecar: &Sidecar, port: u16) -> bool {
+    matches!(sidecar.config.routing, Routing::Redirected(_)) && may_be_strict(sidecar.mode_of(port))
+}
+
+fn may_be_strict(mode: Option<Mode>) -> bool {
+    mode.is_none_or(|mode| mode == Mode::Strict)
 }
 
 /// Whether a question comes from inside the pod: the kernel takes nothing for a loopback address from a network.
@@ -443,6 +461,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn strangers_are_answered_nothing_where_the_workload_is_or_may_be_strict() {
+        let status = |sidecar: Sidecar, path: &'static str, near| async move {
+            let pages = pages(Arc::new(sidecar), CancellationToken::new());
+            let answer = pages(http::Asked { path: path.into(), local: "10.0.0.1:15020".parse().unwrap(), near });
+            answer.await.map(|answer| answer.status)
+        };
+        for path in ["/ready", "/live", "/mode", "/metrics", "/probe/s3cret/app/liveness", "/status", "/nothing"] {
+            assert_eq!(status(sidecar(), path, false).await, Some(403), "{path}");
+            assert_ne!(status(sidecar(), path, true).await, Some(403), "{path}");
+        }
+        let mut fixed = sidecar();
+        fixed.config.routing = Routing::Fixed { outbound: None, inbound: None };
+        assert_eq!(status(fixed, "/metrics", false).await, Some(200), "who set the address decides");
+        let modes = [None, Some(Mode::Strict), Some(Mode::Permissive), Some(Mode::Off)];
+        assert_eq!(modes.map(may_be_strict), [true, true, false, false]);
+    }
+
+    #[tokio::test]
     async fn the_pages_of_who_talks_to_whom_are_for_those_inside_the_pod_alone() {
         let sidecar = Arc::new(sidecar());
         let key = plaintext::Key {
@@ -454,7 +490,9 @@ mod tests {
         let _open = sidecar.plaintext.admitted(key, time::OffsetDateTime::UNIX_EPOCH);
         sidecar.current.refused_by_agent("PermissionDenied", "no identity issued\n\u{1b}[31m");
         let pages = pages(sidecar.clone(), CancellationToken::new());
-        let ask = |path: &str, local: &str| pages(http::Asked { path: path.into(), local: local.parse().unwrap() });
+        let ask = |path: &str, local: &str| {
+            pages(http::Asked { path: path.into(), local: local.parse().unwrap(), near: true })
+        };
         for path in ["/status", "/plaintext"] {
             for outside in ["10.0.0.1:15020", "[fd00::1]:15020", "[::ffff:10.0.0.1]:15020"] {
                 assert!(ask(path, outside).await.is_none(), "{path} at {outside}");

@@ -233,7 +233,7 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
     }
     if is_link_local(destination.ip()) {
         // The address means another machine on each link: the directory cannot know it, so mTLS is not possible.
-        let may = own.policy.mode != Mode::Strict || own.policy.lets_out(destination.ip());
+        let may = own.policy.mode != Mode::Strict || own.policy.lets_out(destination);
         return if may { Ok(Route::Plain) } else { Err(Refused::NotMeshed(destination)) };
     }
     let known = match sidecar.directory.peek(destination.ip()) {
@@ -250,14 +250,14 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
             Ok(Route::Mesh { to: SocketAddr::new(destination.ip(), workload.mesh_port), workload })
         }
         // A destination on the egress list is forwarded as it is.
-        Answer::Service(_) if own.policy.lets_out(destination.ip()) => Ok(Route::Plain),
+        Answer::Service(_) if own.policy.lets_out(destination) => Ok(Route::Plain),
         Answer::Service(service) => {
             let strict = own.policy.mode == Mode::Strict;
             // A service without a meshed endpoint, ready or not, is left to the network's own load balancing.
             let meshed = service.endpoints(destination.port()).iter().any(|e| e.meshed);
             if strict || meshed { Ok(Route::Service { service, strict }) } else { Ok(Route::Plain) }
         }
-        Answer::NotMeshed if own.policy.mode == Mode::Strict && !own.policy.lets_out(destination.ip()) => {
+        Answer::NotMeshed if own.policy.mode == Mode::Strict && !own.policy.lets_out(destination) => {
             Err(Refused::NotMeshed(destination))
         }
         Answer::NotMeshed => Ok(Route::Plain),

@@ -1,8 +1,8 @@
 //! The kubelet's health checks, run against the app from inside: in strict mode nothing else may reach the app in
 //! plaintext.
 //!
-//! The kubelet requests `/probe/CONTAINER/KIND` from the sidecar. Only checks that the injector configured exist, and
-//! only the app's own address is called.
+//! The kubelet requests `/probe/SECRET/CONTAINER/KIND` from the sidecar. Only checks that the injector configured exist, and
+//! only the app's own address is called. The secret is in the pod's specification: who cannot read that cannot ask.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -81,6 +81,11 @@ impl Sidecar {
         self.current.peek().and_then(|identity| self.local.workload(&identity)).map(|w| w.policy.mode)
     }
 
+    /// Mode of one of our ports; `None` until the agent has told.
+    pub fn mode_of(&self, port: u16) -> Option<Mode> {
+        self.current.peek().and_then(|identity| self.local.workload(&identity)).map(|w| w.policy.mode_of(port))
+    }
+
     /// Whether the mode is off, so that traffic is forwarded without an identity. Holds even if the agent is gone by
     /// now.
     pub fn is_transparent(&self) -> bool {

@@ -35,6 +35,14 @@ pub struct Surroundings {
     pub asks: Asks,
     /// Mode of the mesh, narrowed by the namespace's.
     pub mode: Mode,
+    /// Part of the paths of this pod's health checks that nobody can guess ([`new_probe_secret`]).
+    pub probe_secret: String,
+}
+
+/// A new secret for the health checks of a pod: 128 random bits in hexadecimal. The checks make the sidecar call the app.
+/// Their source address alone proves little, because a node's own address stands for everybody who comes by a node port.
+pub fn new_probe_secret() -> String {
+    format!("{:032x}", rand::random::<u128>())
 }
 
 /// The request in a namespace's label.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::namespace::WORDS;
 use super::nearest::did_you_mean;
-use super::settings::{Mistake, Settings, joined};
+use super::settings::{self, Mistake, Settings, joined};
 use super::{Asks, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
 use crate::store::MODE;
 
@@ -101,9 +101,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     }
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();
     let settings = Settings::read(annotations.iter().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?))))?;
-    // Validated above, so this is a mode.
-    let own = annotations.get(MODE).and_then(|m| m.as_str()).and_then(|m| m.parse().ok());
-    let mode = around.mode.narrowed_by(own);
+    let mode = around.mode.narrowed_by(own_mode(pod)?);
     refuse_exceptions(&settings, mode, sidecar, &around.namespace)?;
     if let Some(policy) = pod["spec"]["restartPolicy"].as_str().filter(|p| *p != "Always" && !sidecar.native) {
         return Err(Refused::NeverEnds(policy.to_owned()));
@@ -114,7 +112,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     let mut written = before;
     for list in ["initContainers", "containers"] {
         let all = pod["spec"][list].as_array_mut().into_iter().flatten();
-        all.for_each(|container| probes::rewrite(container, &mut written));
+        all.for_each(|container| probes::rewrite(container, &around.probe_secret, &mut written));
     }
     let spec = &mut pod["spec"];
     let proxy = proxy(sidecar, &settings, &written);
@@ -128,6 +126,13 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     }
     pod["metadata"]["annotations"][INJECTED] = env!("CARGO_PKG_VERSION").into();
     Ok(Verdict::Injected)
+}
+
+/// The pod's own mode: the stricter one of annotation and label. Errors: one of them is no mode.
+fn own_mode(pod: &Value) -> Result<Option<Mode>, Refused> {
+    let said = ["annotations", "labels"].into_iter().filter_map(|place| pod["metadata"][place][MODE].as_str());
+    let modes = said.map(|text| settings::mode(MODE, text)).collect::<Result<Vec<Mode>, _>>()?;
+    Ok(modes.into_iter().max())
 }
 
 fn volume(sidecar: &Sidecar) -> Value {
@@ -303,6 +308,7 @@ fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>) -
 
 #[cfg(test)]
 mod tests {
+    use super::super::new_probe_secret;
     use super::*;
 
     fn sidecar() -> Sidecar {
@@ -322,7 +328,12 @@ mod tests {
 
     /// A namespace that requests injection, in a permissive mesh.
     fn asks() -> Surroundings {
-        Surroundings { namespace: "shop".into(), asks: Asks::Yes, mode: Mode::Permissive }
+        Surroundings {
+            namespace: "shop".into(),
+            asks: Asks::Yes,
+            mode: Mode::Permissive,
+            probe_secret: "s3cret".into(),
+        }
     }
 
     fn asks_not() -> Surroundings {
@@ -397,6 +408,25 @@ mod tests {
     fn injecting_again_changes_nothing() {
         let once = injected(pod());
         assert_eq!(injected(once.clone()), once);
+        // A reinvocation brings a new secret; the probes keep the first one, which the sidecar knows.
+        let mut again = once.clone();
+        let other = Surroundings { probe_secret: new_probe_secret(), ..asks() };
+        assert_eq!(inject(&mut again, &sidecar(), &other), Ok(Verdict::Injected));
+        assert_eq!(again, once);
+        assert_eq!(once["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"], "/probe/s3cret/app/readiness");
+        assert!(new_probe_secret().len() == 32 && new_probe_secret() != new_probe_secret());
+    }
+
+    #[test]
+    fn the_stricter_of_a_pods_two_modes_counts_and_one_that_is_none_is_refused() {
+        let moded = |label: &str| {
+            let mut pod = annotated(MODE, "permissive");
+            pod["metadata"]["labels"] = json!({ MODE: label });
+            let injected = inject(&mut pod, &sidecar(), &asks());
+            injected.map(|_| pod["spec"]["initContainers"][0]["args"].to_string().contains("--other-protocols=drop"))
+        };
+        assert_eq!((moded("strict"), moded("off")), (Ok(true), Ok(false)));
+        assert!(moded("stict").unwrap_err().to_string().ends_with("did you mean `strict`?"));
     }
 
     #[test]

@@ -18,8 +18,9 @@ const ASKED: [(&str, &str); 5] = [
 /// default.
 const HOOK_SECONDS: u64 = 30;
 
-/// Rewrites the probes and hooks of one container. The checks that the sidecar has to run are added to `written`.
-pub fn rewrite(container: &mut Value, written: &mut Map<String, Value>) {
+/// Rewrites the probes and hooks of one container. The checks that the sidecar has to run are added to `written`, below
+/// `secret`: whoever cannot read the pod cannot ask for them.
+pub fn rewrite(container: &mut Value, secret: &str, written: &mut Map<String, Value>) {
     let Some(name) = container["name"].as_str().map(ToOwned::to_owned) else { return };
     let ports = container["ports"].clone();
     for (place, kind) in ASKED {
@@ -28,7 +29,7 @@ pub fn rewrite(container: &mut Value, written: &mut Map<String, Value>) {
         let timeout = probe.get("timeoutSeconds").and_then(Value::as_u64).unwrap_or(unless_set);
         let Some(mut asked) = app_side(probe, &ports) else { continue };
         asked["timeout_seconds"] = timeout.into();
-        let asked_as = format!("{name}/{kind}");
+        let asked_as = format!("{secret}/{name}/{kind}");
         for handler in ["httpGet", "tcpSocket", "grpc"] {
             probe.remove(handler);
         }
@@ -87,7 +88,7 @@ mod tests {
 
     fn rewritten(container: Value) -> (Value, Value) {
         let (mut container, mut written) = (container, Map::new());
-        rewrite(&mut container, &mut written);
+        rewrite(&mut container, "s3cret", &mut written);
         (container, Value::Object(written))
     }
 
@@ -102,17 +103,20 @@ mod tests {
         }));
         assert_eq!(
             container["livenessProbe"],
-            json!({"httpGet": {"path": "/probe/app/liveness", "port": 15020}, "timeoutSeconds": 3, "periodSeconds": 7})
+            json!({"httpGet": {"path": "/probe/s3cret/app/liveness", "port": 15020}, "timeoutSeconds": 3, "periodSeconds": 7})
         );
-        assert_eq!(container["readinessProbe"], json!({"httpGet": {"path": "/probe/app/readiness", "port": 15020}}));
+        assert_eq!(
+            container["readinessProbe"],
+            json!({"httpGet": {"path": "/probe/s3cret/app/readiness", "port": 15020}})
+        );
         assert_eq!(container["startupProbe"]["failureThreshold"], 30);
         assert_eq!(
             written,
             json!({
-                "app/liveness": {"port": 8080, "timeout_seconds": 3,
+                "s3cret/app/liveness": {"port": 8080, "timeout_seconds": 3,
                                  "http": {"tls": true, "path": "/live?x=1", "headers": [["A", "b"]]}},
-                "app/readiness": {"port": 5432, "timeout_seconds": 1, "tcp": {}},
-                "app/startup": {"port": 9000, "timeout_seconds": 1, "grpc": {"service": "db"}},
+                "s3cret/app/readiness": {"port": 5432, "timeout_seconds": 1, "tcp": {}},
+                "s3cret/app/startup": {"port": 9000, "timeout_seconds": 1, "grpc": {"service": "db"}},
             })
         );
     }
@@ -123,10 +127,10 @@ mod tests {
             "name": "app",
             "lifecycle": {"preStop": {"httpGet": {"path": "/drain", "port": 8080}}, "postStart": {"exec": {"command": ["true"]}}},
         }));
-        let asked = json!({"httpGet": {"path": "/probe/app/pre-stop", "port": 15020}});
+        let asked = json!({"httpGet": {"path": "/probe/s3cret/app/pre-stop", "port": 15020}});
         assert_eq!(container["lifecycle"], json!({"preStop": asked, "postStart": {"exec": {"command": ["true"]}}}));
-        assert_eq!(written["app/pre-stop"]["timeout_seconds"], 30);
-        assert_eq!(written["app/pre-stop"]["http"]["path"], "/drain");
+        assert_eq!(written["s3cret/app/pre-stop"]["timeout_seconds"], 30);
+        assert_eq!(written["s3cret/app/pre-stop"]["http"]["path"], "/drain");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use countersign_identity::policy::Mode;
 use ipnet::IpNet;
 
 use super::nearest::did_you_mean;
+use crate::port_modes;
 
 /// Most ports or networks per annotation. Each is a rule that every new connection passes.
 const MAX_LISTED: usize = 64;
@@ -36,6 +37,8 @@ pub struct Settings {
     pub udp_ports: Vec<u16>,
     /// Networks with which strict mode allows every protocol except TCP.
     pub other_cidrs: Vec<IpNet>,
+    /// Modes of single ports.
+    pub port_modes: BTreeMap<u16, Mode>,
     /// Log filter of the sidecar; `None` for the default.
     pub log_level: Option<String>,
     /// Resource requests and limits that replace the defaults: `requests` or `limits`, then `cpu` or `memory`.
@@ -43,8 +46,9 @@ pub struct Settings {
 }
 
 /// The known annotations. `mode` is used by the directory publisher and only validated here, like `inject` elsewhere.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 15] = [
     "mode",
+    "port-modes",
     "inject",
     "injected",
     "ignore-inbound-ports",
@@ -96,8 +100,13 @@ impl Settings {
             };
             match key {
                 "mode" => {
-                    value.parse::<Mode>().map_err(|_| {
-                        wrong(&format!("is no mode: use off, permissive or strict{}", did_you_mean(value, &MODES)))
+                    mode(full, value)?;
+                }
+                "port-modes" => {
+                    settings.port_modes = port_modes::parse(value).map_err(|wrong| Mistake {
+                        key: full.to_owned(),
+                        value: wrong.item,
+                        why: wrong.why,
                     })?;
                 }
                 "allow-udp-ports" => settings.udp_ports = ports(full, value)?,
@@ -139,6 +148,7 @@ impl Settings {
             ("ignore-outbound-cidrs", joined(&self.outbound_cidrs)),
             ("allow-udp-ports", joined(&self.udp_ports)),
             ("allow-other-cidrs", joined(&self.other_cidrs)),
+            ("port-modes", port_modes::weakening(&self.port_modes)),
         ];
         all.into_iter().filter(|(_, value)| !value.is_empty()).collect()
     }
@@ -150,6 +160,15 @@ impl Settings {
         let lists = [("ignore-inbound-cidrs", &self.inbound_cidrs), ("ignore-outbound-cidrs", &self.outbound_cidrs)];
         lists.into_iter().find(|(_, nets)| everything(nets)).map(|(key, nets)| (key, joined(nets)))
     }
+}
+
+/// Parses the mode that a label or annotation `key` names.
+pub(super) fn mode(key: &str, value: &str) -> Result<Mode, Mistake> {
+    value.parse().map_err(|_| Mistake {
+        key: key.to_owned(),
+        value: value.to_owned(),
+        why: format!("is no mode: use off, permissive or strict{}", did_you_mean(value, &MODES)),
+    })
 }
 
 /// Joins items with commas, as a flag takes them.
@@ -259,5 +278,9 @@ mod tests {
             assert_eq!(read(key, value).unwrap().exceptions(), [(key, value.to_owned())]);
         }
         assert!(read("memory-limit", "64Mi").unwrap().exceptions().is_empty());
+        let modes = read("port-modes", "80=strict, 9443=permissive").unwrap();
+        assert_eq!(modes.exceptions(), [("port-modes", "9443=permissive".to_owned())]);
+        let why = read("port-modes", "80=open").unwrap_err();
+        assert!(why.starts_with("annotation countersign.dev/port-modes: `80=open` names no mode"), "{why}");
     }
 }

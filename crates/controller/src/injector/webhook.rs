@@ -29,7 +29,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Asks, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace, mark_strict};
+use super::{Asks, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace, mark_strict, new_probe_secret};
 use countersign_identity::policy::Mode;
 use countersign_identity::shown::{sentence, shown_up_to};
 
@@ -343,7 +343,8 @@ impl Hook {
             }
             Asked::Pod { asks, strict } => {
                 let mode = if strict { Mode::Strict } else { self.config.mesh_mode() };
-                let around = Surroundings { namespace: namespace.to_owned(), asks, mode };
+                let around =
+                    Surroundings { namespace: namespace.to_owned(), asks, mode, probe_secret: new_probe_secret() };
                 inject(&mut object, &self.config.sidecar, &around).map(Some).map_err(|e| e.to_string())
             }
         };

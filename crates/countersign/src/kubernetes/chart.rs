@@ -8,10 +8,11 @@ pub const VALUES: &str = include_str!("../../../../charts/countersign/values.yam
 /// JSON schema of the settings.
 pub const SCHEMA: &str = include_str!("../../../../charts/countersign/values.schema.json");
 /// Name and text of each template, in the order of applying.
-pub const TEMPLATES: [(&str, &str); 3] = [
+pub const TEMPLATES: [(&str, &str); 4] = [
     ("server.yaml", include_str!("../../../../charts/countersign/templates/server.yaml")),
     ("agent.yaml", include_str!("../../../../charts/countersign/templates/agent.yaml")),
     ("injector.yaml", include_str!("../../../../charts/countersign/templates/injector.yaml")),
+    ("admission.yaml", include_str!("../../../../charts/countersign/templates/admission.yaml")),
 ];
 
 /// A template that uses more than the subset. A bug of ours, which a test finds.

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use countersign_controller::injector::INJECT;
+use countersign_controller::store::MODE;
 use countersign_identity::X509Authority;
 use countersign_identity::bundle::certificates_from_pem;
 use countersign_identity::policy::Mode;
@@ -14,6 +15,7 @@ use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessR
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::json;
@@ -30,6 +32,8 @@ use crate::settings::MeshSettings;
 const OLDEST: (u32, u32) = (1, 24);
 /// The first version with native sidecars.
 const NATIVE_SIDECARS: (u32, u32) = (1, 29);
+/// The first version in which the API server evaluates admission policies.
+const ADMISSION_POLICY: (u32, u32) = (1, 30);
 /// The first version whose kubelets support `nodes/pods`.
 const NARROW_KUBELET: (u32, u32) = (1, 33);
 /// Largest tolerated difference between clocks, in seconds: SVIDs are backdated by as much.
@@ -129,8 +133,11 @@ fn api_version(version: (u32, u32), native: Option<bool>) -> Outcome {
         Some(true) if version < NATIVE_SIDECARS => {
             Err((format!("{found} has no native sidecars"), "install with injector.nativeSidecars=false"))
         }
-        None if version < NATIVE_SIDECARS => {
-            Ok(format!("{found}; install with injector.nativeSidecars=false, agent.nodesProxyPermission=true"))
+        None if version < NATIVE_SIDECARS => Ok(format!(
+            "{found}; install with injector.nativeSidecars=false, agent.nodesProxyPermission=true, admissionPolicy=false"
+        )),
+        None if version < ADMISSION_POLICY => {
+            Ok(format!("{found}; install with agent.nodesProxyPermission=true, admissionPolicy=false"))
         }
         None if version < NARROW_KUBELET => Ok(format!("{found}; install with agent.nodesProxyPermission=true")),
         _ => Ok(found),
@@ -155,6 +162,7 @@ async fn permissions(client: &Client, namespace: &str) -> Outcome {
         ("rbac.authorization.k8s.io", "clusterroles", ""),
         ("rbac.authorization.k8s.io", "clusterrolebindings", ""),
         ("admissionregistration.k8s.io", "mutatingwebhookconfigurations", ""),
+        ("admissionregistration.k8s.io", "validatingadmissionpolicies", ""),
         ("apps", "daemonsets", namespace),
         ("apps", "statefulsets", namespace),
         ("apps", "deployments", namespace),
@@ -392,30 +400,50 @@ async fn webhook_bundle(client: &Client, map: Result<&str, &String>) -> Outcome 
     }
 }
 
-/// Checks labels and annotations of namespaces for invalid or incomplete values.
+/// Most mistakes that are named; of others their number is.
+const MISTAKES_SHOWN: usize = 20;
+
+/// Checks labels and annotations of namespaces and pods for invalid or incomplete values.
 async fn labels(client: &Client) -> Outcome {
     let api: Api<Namespace> = Api::all(client.clone());
     let all = api.list(&ListParams::default()).await.map_err(absent)?;
     // In one that is being deleted nothing is created any more, and nothing can be corrected.
     let live = all.items.iter().filter(|n| n.metadata.deletion_timestamp.is_none());
-    let wrong: Vec<String> = live.filter_map(label_mistake).collect();
-    match wrong.as_slice() {
-        [] => Ok(format!("{} namespaces, each with words that mean something", all.items.len())),
-        some => Err((some.join("; "), "correct them: `kubectl label namespace`, `kubectl annotate namespace`")),
+    let mut wrong: Vec<String> = live.filter_map(label_mistake).collect();
+    let api: Api<Pod> = Api::all(client.clone());
+    let pods = api.list(&ListParams::default()).await.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
+    let called = |pod: &Pod| format!("pod {}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
+    wrong.extend(pods.items.iter().filter_map(|pod| word_mistake(&called(pod), &pod.metadata)));
+    if wrong.is_empty() {
+        let (namespaces, pods) = (all.items.len(), pods.items.len());
+        return Ok(format!("{namespaces} namespaces and {pods} pods, each with words that mean something"));
     }
+    let more = wrong.len().saturating_sub(MISTAKES_SHOWN);
+    wrong.truncate(MISTAKES_SHOWN);
+    if more > 0 {
+        wrong.push(format!("and {more} more"));
+    }
+    Err((wrong.join("; "), "correct them: `kubectl label`, `kubectl annotate` with --overwrite"))
+}
+
+/// A word that means nothing in one of our labels or annotations.
+fn word_mistake(object: &str, metadata: &ObjectMeta) -> Option<String> {
+    let places = [&metadata.annotations, &metadata.labels];
+    let said = |key: &str| places.into_iter().flatten().filter_map(|words| words.get(key)).collect::<Vec<_>>();
+    if let Some(value) = said(INJECT).iter().find(|v| !["enabled", "disabled"].contains(&v.as_str())) {
+        return Some(format!("{object}: {INJECT} is `{value}`, neither enabled nor disabled"));
+    }
+    let modes = said(MODE);
+    let value = modes.iter().find(|v| v.parse::<Mode>().is_err())?;
+    Some(format!("{object}: {MODE} is `{value}`, no mode, so it is strict"))
 }
 
 fn label_mistake(namespace: &Namespace) -> Option<String> {
-    const MODE: &str = "countersign.dev/mode";
     let name = namespace.name_any();
-    let inject = namespace.labels().get(INJECT).or_else(|| namespace.annotations().get(INJECT));
-    if let Some(value) = inject.filter(|v| !["enabled", "disabled"].contains(&v.as_str())) {
-        return Some(format!("namespace {name}: {INJECT} is `{value}`, neither enabled nor disabled"));
+    if let Some(mistake) = word_mistake(&format!("namespace {name}"), &namespace.metadata) {
+        return Some(mistake);
     }
     let modes = [namespace.annotations().get(MODE), namespace.labels().get(MODE)];
-    if let Some(value) = modes.into_iter().flatten().find(|v| v.parse::<Mode>().is_err()) {
-        return Some(format!("namespace {name}: {MODE} is `{value}`, no mode, so it is strict"));
-    }
     let is_strict = |said: Option<&String>| said.and_then(|m| m.parse().ok()) == Some(Mode::Strict);
     (is_strict(modes[0]) && !is_strict(modes[1])).then(|| {
         format!("namespace {name}: strict by annotation and not by label, so new pods do not drop what is not TCP")
@@ -427,20 +455,23 @@ async fn past_sidecars(client: &Client, namespace: &str) -> Outcome {
     let leave = leave(client, namespace).await.map_err(absent)?;
     let api: Api<Pod> = Api::all(client.clone());
     let all = api.list(&ListParams::default()).await.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
-    let (mut allowed, mut not) = (0, vec![]);
+    let (mut allowed, mut not) = (vec![], vec![]);
     for pod in all.items.iter().filter(|p| is_meshed(p)) {
         let (of, which) = (pod.namespace().unwrap_or_default(), exceptions(pod));
         if which.is_empty() {
             continue;
         }
-        if leave.is_given(&of) {
-            allowed += 1;
-        } else {
-            not.push(format!("{of}/{} ({})", pod.name_any(), which.join(" ")));
-        }
+        let list = if leave.is_given(&of) { &mut allowed } else { &mut not };
+        list.push(format!("{of}/{} ({})", pod.name_any(), which.join(" ")));
     }
     match not.as_slice() {
-        [] => Ok(format!("{allowed} pods let traffic past their sidecars by your leave")),
+        [] if allowed.is_empty() => Ok("no pod lets traffic past its sidecar".into()),
+        [] => {
+            let count = allowed.len();
+            allowed.truncate(MISTAKES_SHOWN);
+            let more = if count > allowed.len() { ", …" } else { "" };
+            Ok(format!("{count} pods let traffic past their sidecars by your leave: {}{more}", allowed.join(", ")))
+        }
         some => Err((
             format!("{} pods let traffic past their sidecars: {}", some.len(), some.join(", ")),
             "remove the annotations, or allow them by mesh.allowExceptions",
@@ -475,6 +506,8 @@ mod tests {
     fn an_old_cluster_and_an_authority_without_time_are_found() {
         assert_eq!(api_version((1, 34), None), Ok("Kubernetes 1.34".into()));
         assert!(api_version((1, 30), None).unwrap().contains("nodesProxyPermission"));
+        assert!(!api_version((1, 30), None).unwrap().contains("admissionPolicy"));
+        assert!(api_version((1, 29), None).unwrap().contains("admissionPolicy=false"));
         assert!(api_version((1, 28), None).unwrap().contains("nativeSidecars=false"));
         assert!(api_version((1, 28), Some(true)).unwrap_err().1.contains("nativeSidecars=false"));
         assert!(api_version((1, 28), Some(false)).is_ok());
@@ -521,6 +554,17 @@ mod tests {
         assert!(judged(&[("other", 1)], false, &pem).unwrap_err().0.contains("0 of 1"), "somebody else's certificate");
         assert!(judged(&[("other", 1)], true, &pem).unwrap().contains("1 roots above"));
         assert!(judged(&[(made.id(), 1)], false, "garbage").is_err());
+    }
+
+    #[test]
+    fn a_word_that_means_nothing_on_a_pod_is_found() {
+        let said = |metadata: serde_json::Value| word_mistake("pod a/b", &serde_json::from_value(metadata).unwrap());
+        assert_eq!(said(json!({ "labels": { INJECT: "disabled", MODE: "strict" } })), None);
+        assert!(said(json!({ "labels": { INJECT: "true" } })).unwrap().starts_with("pod a/b: "));
+        // The annotation is fine; the label beside it counts too.
+        let both = json!({ "annotations": { INJECT: "enabled" }, "labels": { INJECT: "yes" } });
+        assert!(said(both).unwrap().contains("`yes`"));
+        assert!(said(json!({ "labels": { MODE: "stict" } })).unwrap().contains("`stict`, no mode"));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Finds what a pod's redirect, as injected, lets bypass the sidecar.
 
 use countersign_controller::injector::{Leave, REDIRECT};
+use countersign_controller::port_modes::{self, PORT_MODES};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
-use kube::Client;
 use kube::api::Api;
+use kube::{Client, ResourceExt};
 
 /// Flags of the redirect that make exceptions, with the values that every injection sets.
 const FLAGS: [(&str, &[&str]); 6] = [
@@ -21,7 +22,7 @@ fn redirect_args(pod: &Pod) -> Option<&[String]> {
     containers.iter().find(|c| c.name == REDIRECT)?.args.as_deref()
 }
 
-/// The pod's exceptions as flags, such as `exclude-inbound-ports=8080`.
+/// The pod's exceptions as flags, such as `exclude-inbound-ports=8080`, and the ports that its annotation opens.
 pub fn exceptions(pod: &Pod) -> Vec<String> {
     let args = redirect_args(pod).unwrap_or_default();
     let of = |(flag, always): &(&str, &[&str])| {
@@ -29,7 +30,9 @@ pub fn exceptions(pod: &Pod) -> Vec<String> {
         let own: Vec<&str> = value.split(',').filter(|v| !v.is_empty() && !always.contains(v)).collect();
         (!own.is_empty()).then(|| format!("{}{}", flag.trim_start_matches('-'), own.join(",")))
     };
-    FLAGS.iter().filter_map(of).collect()
+    let modes = pod.annotations().get(PORT_MODES).map(|text| port_modes::weakening(&port_modes::read(text)));
+    let opened = modes.filter(|open| !open.is_empty()).map(|open| format!("port-modes={open}"));
+    FLAGS.iter().filter_map(of).chain(opened).collect()
 }
 
 /// Whether the redirect drops protocols other than TCP, which is fixed when a pod is created.
@@ -66,6 +69,9 @@ mod tests {
         ]);
         assert_eq!(exceptions(&open), ["exclude-inbound-ports=8080", "exclude-outbound-cidrs=10.0.0.0/8"]);
         assert!(drops_others(&open));
+        let mut modes = plain.clone();
+        modes.annotations_mut().insert(PORT_MODES.into(), "80=strict, 9443=permissive".into());
+        assert_eq!(exceptions(&modes), ["port-modes=9443=permissive"]);
         assert!(exceptions(&Pod::default()).is_empty() && !drops_others(&Pod::default()));
     }
 }

@@ -14,6 +14,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use super::cluster::{client, is_meshed, is_ready, pods};
+use super::exceptions::exceptions;
 use super::sidecars::{Unasked, ask};
 use crate::operator::output::{Output, Table};
 use crate::operator::{block, when};
@@ -129,7 +130,9 @@ fn told(asked: &Result<SidecarStatus, Unasked>, now: i64) -> Vec<Step> {
 
 async fn injection(client: &Client, pod: &Pod, namespace: &str) -> Result<String, String> {
     if is_meshed(pod) {
-        return Ok(format!("it has container {SIDECAR}"));
+        let past = exceptions(pod);
+        let past = if past.is_empty() { String::new() } else { format!("; exceptions: {}", past.join(" ")) };
+        return Ok(format!("it has container {SIDECAR}{past}"));
     }
     let own = pod.labels().get(INJECT).map(String::as_str);
     let spaces: Api<Namespace> = Api::all(client.clone());

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use countersign_controller::injector::{self, Asks, Sidecar, Surroundings, Verdict};
+use countersign_controller::injector::{self, Asks, Sidecar, Surroundings, Verdict, new_probe_secret};
 use countersign_identity::policy::Mode;
 use serde_json::Value;
 
@@ -49,7 +49,7 @@ pub fn inject(args: InjectArgs) -> Result<()> {
     let documents: Vec<Value> =
         serde_saphyr::from_multiple(&text).map_err(|e| Mistake(format!("{name}: {}", e.without_snippet())))?;
     let mode: Mode = args.mode.parse().map_err(|e| Mistake::flag("--mode", &format!("{e}")))?;
-    let around = Surroundings { namespace: args.namespace, asks: Asks::Yes, mode };
+    let around = Surroundings { namespace: args.namespace, asks: Asks::Yes, mode, probe_secret: new_probe_secret() };
     let sidecar = args.sidecar.sidecar();
     let mut out = vec![];
     for mut document in documents.into_iter().filter(|d| !d.is_null()) {
@@ -76,7 +76,7 @@ fn document_in(document: &mut Value, sidecar: &Sidecar, around: &Surroundings) -
     };
     let name = document["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let namespace = document["metadata"]["namespace"].as_str().unwrap_or(&around.namespace).to_owned();
-    let around = Surroundings { namespace, ..around.clone() };
+    let around = Surroundings { namespace, probe_secret: new_probe_secret(), ..around.clone() };
     let pod = document.pointer_mut(place).with_context(|| format!("{kind} {name} has no pod template"))?;
     match injector::inject(pod, sidecar, &around).map_err(|e| Mistake(format!("{kind} {name}: {e}")))? {
         Verdict::Injected => eprintln!("{kind} {name}: injected"),
@@ -95,7 +95,12 @@ mod tests {
         let pod = json!({ "spec": { "containers": [{ "name": "a", "image": "i" }] } });
         let sidecar = Sidecar::new("cs:1".into());
         let with = |mut document: Value| {
-            let around = Surroundings { namespace: "n".into(), asks: Asks::Yes, mode: Mode::Permissive };
+            let around = Surroundings {
+                namespace: "n".into(),
+                asks: Asks::Yes,
+                mode: Mode::Permissive,
+                probe_secret: "s3cret".into(),
+            };
             document_in(&mut document, &sidecar, &around).unwrap();
             document.to_string().contains("countersign-proxy")
         };

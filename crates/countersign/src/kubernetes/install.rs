@@ -64,6 +64,8 @@ pub fn yaml(value: &serde_json::Value) -> Result<String> {
 mod tests {
     use super::*;
     use clap::Parser;
+    use countersign_controller::injector::{INJECT, PROXY_UID, SIDECAR};
+    use countersign_controller::store::MODE;
     use serde_json::Value;
 
     #[derive(Parser)]
@@ -119,6 +121,28 @@ mod tests {
                 assert!(container["readinessProbe"].is_object() && container["livenessProbe"].is_object(), "{name}");
             }
         }
+    }
+
+    #[test]
+    fn the_api_servers_policies_name_what_the_code_names_and_can_be_left_out() {
+        let policies = |args: &[&str]| {
+            let all = objects(args).into_iter().filter(|o| o["kind"] == "ValidatingAdmissionPolicy");
+            all.map(|o| o["spec"].to_string()).collect::<Vec<_>>()
+        };
+        let [words, pods] = policies(&["-n", "mesh"]).try_into().unwrap();
+        for key in [INJECT, MODE] {
+            assert!(words.contains(&format!("labels[?'{key}']")) && words.contains(&format!("annotations[?'{key}']")));
+        }
+        for part in [
+            format!("'{SIDECAR}'").as_str(),
+            format!("== {PROXY_UID}").as_str(),
+            INJECT,
+            "ephemeralContainers",
+            "[\"mesh\"]",
+        ] {
+            assert!(pods.contains(part), "{part}");
+        }
+        assert!(policies(&["--set", "admissionPolicy=false"]).is_empty());
     }
 
     #[test]

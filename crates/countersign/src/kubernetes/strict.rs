@@ -7,9 +7,9 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use countersign_controller::publisher::api_server;
+use countersign_controller::publisher::{API_SERVER, API_SERVER_NAMESPACE, api_server, policy_in};
 use countersign_controller::store::{self, Store};
-use countersign_identity::policy::Policy;
+use countersign_identity::policy::{Egress, Mode};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, ListParams, Patch, PatchParams};
@@ -98,7 +98,7 @@ async fn plan(client: &Client, namespace: Option<&str>, mesh: &str) -> Result<Pl
     let everywhere: Api<Pod> = Api::all(client.clone());
     let all = everywhere.list(&ListParams::default()).await.context("cannot list pods")?.items;
     let leave = leave(client, mesh).await.context("cannot read the injector's settings")?;
-    let strict = strict_policy(client).await?;
+    let egress = strict_egress(client).await?;
     let services: Api<Service> = Api::all(client.clone());
     // Names only: who may not list Services reads addresses.
     let services = services.list(&ListParams::default()).await.map(|list| list.items).unwrap_or_default();
@@ -107,16 +107,19 @@ async fn plan(client: &Client, namespace: Option<&str>, mesh: &str) -> Result<Pl
     let pods: Vec<&Pod> = all.iter().filter(here).collect();
     let mut plan = Plan::default();
     for pod in &pods {
-        if !leave.is_given(&pod.namespace().unwrap_or_default()) {
-            plan.exceptions.extend(exceptions(pod).into_iter().map(|which| (name_of(pod), which)));
-        }
+        let given = leave.is_given(&pod.namespace().unwrap_or_default());
+        let list = if given { &mut plan.allowed } else { &mut plan.exceptions };
+        list.extend(exceptions(pod).into_iter().map(|which| (name_of(pod), which)));
         if !drops_others(pod) {
             plan.unguarded.push(name_of(pod));
         }
     }
     for (pod, answer) in pods.iter().zip(ask_each(client, &pods).await) {
         match answer {
-            Ok(status) => plan.take(&name_of(pod), status, &names, &strict),
+            Ok(status) => {
+                let own = store::Pod::read(pod).unwrap_or_default();
+                plan.take(&name_of(pod), status, &names, &policy_in(Mode::Strict, &own, &leave, &egress));
+            }
             Err(why) => plan.unknown.push((name_of(pod), why)),
         }
     }
@@ -158,19 +161,18 @@ fn is_over(pod: &Pod) -> bool {
 }
 
 /// What strict lets out of every pod, by the code that tells the sidecars.
-async fn strict_policy(client: &Client) -> Result<Policy> {
-    let services: Api<Service> = Api::namespaced(client.clone(), "default");
-    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
-    let service = services.get("kubernetes").await.context("cannot read Service default/kubernetes")?;
-    let of_it = ListParams::default().labels("kubernetes.io/service-name=kubernetes");
-    let found = slices.list(&of_it).await.context("cannot read the API server's EndpointSlices")?;
-    let key = |name: String| ("default".to_owned(), name);
+async fn strict_egress(client: &Client) -> Result<Vec<Egress>> {
+    let services: Api<Service> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
+    let service = services.get(API_SERVER).await.context("cannot read Service default/kubernetes")?;
+    let slice = slices.get_opt(API_SERVER).await.context("cannot read EndpointSlice default/kubernetes")?;
+    let key = || (API_SERVER_NAMESPACE.to_owned(), API_SERVER.to_owned());
     let store = Store {
-        services: store::Service::read(&service).map(|s| (key(s.name.clone()), s)).into_iter().collect(),
-        slices: found.items.iter().filter_map(|s| Some((key(s.name_any()), store::Slice::read(s)?))).collect(),
+        services: store::Service::read(&service).map(|s| (key(), s)).into_iter().collect(),
+        slices: slice.as_ref().and_then(store::Slice::read).map(|s| (key(), s)).into_iter().collect(),
         ..Store::default()
     };
-    Ok(Policy { egress: api_server(&store), ..Policy::default() })
+    Ok(api_server(&store))
 }
 
 fn name_of(pod: &Pod) -> String {

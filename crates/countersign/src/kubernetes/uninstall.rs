@@ -112,6 +112,7 @@ async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
 fn plural(kind: &str) -> String {
     match kind {
         "NetworkPolicy" => "networkpolicies".to_owned(),
+        "ValidatingAdmissionPolicy" => "validatingadmissionpolicies".to_owned(),
         other => format!("{}s", other.to_lowercase()),
     }
 }

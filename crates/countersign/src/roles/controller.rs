@@ -51,6 +51,10 @@ pub struct ControllerArgs {
     /// Directory: ConfigMap, NAMESPACE/NAME, whose `mode` overrides --mode; changes take effect while the mesh runs.
     #[arg(long, value_name = "NAMESPACE/NAME")]
     mesh_configmap: Option<String>,
+    /// Directory: strict sidecars answer strangers on port 15020 (/metrics, /ready, /live, /mode), for a Prometheus that has no
+    /// sidecar. Otherwise only their own node is answered.
+    #[arg(long, value_name = "BOOL", default_value_t = false, action = clap::ArgAction::Set)]
+    open_metrics: bool,
     /// Injector: listening address for the API server.
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:9443")]
     bind: SocketAddr,
@@ -91,8 +95,8 @@ pub struct SidecarArgs {
     /// Log level of sidecars whose pod sets none.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = ["error", "warn", "info", "debug", "trace"])]
     sidecar_log: String,
-    /// Namespaces whose pods may weaken strict mode by annotations (`ignore-*`, `allow-*`), comma separated; `*` stands
-    /// for all.
+    /// Namespaces whose pods may weaken strict mode by annotations (`ignore-*`, `allow-*`, `port-modes`), comma separated;
+    /// `*` stands for all. Injector and directory.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     allow_exceptions: Vec<String>,
 }
@@ -134,6 +138,7 @@ impl ControllerArgs {
         // The namespace of our own installation: `SpiffeID` objects made by hand may not use its names.
         let control_namespace =
             self.lease_namespace.clone().or_else(|| mesh_configmap.as_ref().map(|(namespace, _)| namespace.clone()));
+        let sidecar = self.sidecar.sidecar();
         Ok(Config {
             trust_domain: parse_trust_domain(&self.trust_domain)
                 .map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
@@ -149,12 +154,14 @@ impl ControllerArgs {
                 server_socket: self.server_socket,
                 template,
                 mode,
+                leave: sidecar.leave.clone(),
+                open_metrics: self.open_metrics,
                 mesh_configmap,
             }),
-            injector: only.contains("injector").then(|| InjectorConfig {
+            injector: only.contains("injector").then_some(InjectorConfig {
                 bind: self.bind,
                 agent_socket: self.agent_socket,
-                sidecar: self.sidecar.sidecar(),
+                sidecar,
                 live_settings: self.live_settings,
                 mode,
             }),

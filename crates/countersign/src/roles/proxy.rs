@@ -95,7 +95,7 @@ pub struct ProxySettings {
     /// [default: least-connections].
     #[arg(long, value_name = "HOW")]
     balance: Option<String>,
-    /// The app's probes that this sidecar runs, as the injector writes them: a JSON object from CONTAINER/KIND to
+    /// The app's probes that this sidecar runs, as the injector writes them: a JSON object from SECRET/CONTAINER/KIND to
     /// `{port, timeout_seconds, http|tcp|grpc}`.
     #[arg(long, env = "COUNTERSIGN_PROBES", value_name = "JSON")]
     probes: Option<String>,

@@ -1,7 +1,7 @@
 //! What is known before a move to strict, and how it is shown.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use countersign_identity::policy::Policy;
 use countersign_proxy::plaintext::{Key, Row};
@@ -25,6 +25,8 @@ pub struct Plan {
     pub asked: Vec<Asked>,
     /// Pods with exceptions that nobody gave leave for, and which.
     pub exceptions: Vec<(String, String)>,
+    /// Pods with exceptions that the administrator gave leave for, and which. They stand under strict.
+    pub allowed: Vec<(String, String)>,
     /// Pods whose other protocols go on in the clear until they are made anew.
     pub unguarded: Vec<String>,
 }
@@ -47,17 +49,19 @@ impl Plan {
         self.found.is_empty() && self.unknown.is_empty() && self.exceptions.is_empty() && whole
     }
 
-    /// Sorts a sidecar's rows in. `strict` says what strict lets out of every pod.
+    /// Sorts a sidecar's rows in. `strict` is the policy that its pod has after the move.
     pub fn take(&mut self, workload: &str, status: SidecarStatus, names: &HashMap<IpAddr, String>, strict: &Policy) {
         let since = status.started_at;
         let forgotten = status.plaintext.forgotten;
         self.asked.push(Asked { workload: workload.to_owned(), since, forgotten });
         for row in status.plaintext.peers {
-            let Key { peer, direction, mode, .. } = row.key;
+            let Key { peer, direction, mode, port } = row.key;
+            let at = SocketAddr::new(peer, port);
             let name = names.get(&peer.to_canonical()).cloned().unwrap_or_else(|| peer.to_string());
             let peer = Peer { workload: workload.to_owned(), name, row, since };
             match mode {
-                Carried::Plain if direction == Direction::Outbound && strict.lets_out(peer.row.key.peer) => {}
+                Carried::Plain if direction == Direction::Outbound && strict.lets_out(at) => {}
+                Carried::Plain if direction == Direction::Inbound && strict.admits_plaintext(port) => {}
                 Carried::Plain => self.found.push(peer),
                 Carried::Refused => self.refused.push(peer),
                 Carried::Mtls => {}
@@ -92,6 +96,9 @@ impl Plan {
         for (pod, which) in &self.exceptions {
             other(pod, "past", format!("exception: {which}"));
         }
+        for (pod, which) in &self.allowed {
+            other(pod, "past", format!("allowed exception: {which}"));
+        }
         table
     }
 
@@ -101,13 +108,15 @@ impl Plan {
         let unknown = self.unknown.iter().map(
             |(pod, why)| json!({ "workload": pod, "reason": why.code(), "why": why.to_string(), "mend": why.mend() }),
         );
-        let exceptions = self.exceptions.iter().map(|(pod, what)| json!({ "workload": pod, "what": what }));
+        let past = |all: &[(String, String)]| {
+            all.iter().map(|(pod, what)| json!({ "workload": pod, "what": what })).collect::<Vec<_>>()
+        };
         let asked = self.asked.iter();
         let asked = asked.map(|a| json!({ "workload": a.workload, "since": a.since, "forgotten": a.forgotten }));
         json!({
             "moved": moved, "plaintext": peers(&self.found), "refused": peers(&self.refused),
             "sidecars": asked.collect::<Vec<_>>(), "unknown": unknown.collect::<Vec<_>>(),
-            "exceptions": exceptions.collect::<Vec<_>>(), "other_protocols_in_clear": self.unguarded,
+            "exceptions": past(&self.exceptions), "allowed_exceptions": past(&self.allowed), "other_protocols_in_clear": self.unguarded,
         })
     }
 }
@@ -160,12 +169,18 @@ fn way(direction: Direction) -> &'static str {
 mod tests {
     use super::*;
     use crate::kubernetes::sidecars::tests::page;
+    use countersign_identity::policy::Mode;
 
     fn planned(peers: &Value, forgotten: u64) -> Plan {
         let mut page = page();
         page["plaintext"] = json!({ "peers": peers, "forgotten": forgotten });
         let names = [("10.0.0.9".parse().unwrap(), "pod old/cron".to_owned())].into();
-        let strict = Policy { egress: vec!["10.96.0.1/32".parse().unwrap()], ..Policy::default() };
+        let strict = Policy {
+            egress: vec!["10.96.0.1:443".parse::<SocketAddr>().unwrap().into()],
+            port_exceptions: [(9443, Mode::Permissive)].into(),
+            mode: Mode::Strict,
+            ..Policy::default()
+        };
         let mut plan = Plan::default();
         plan.take("shop/web", serde_json::from_value(page).unwrap(), &names, &strict);
         plan
@@ -208,6 +223,19 @@ mod tests {
         let row = |direction: &str| json!([row("10.96.0.1", 443, direction, "plain", 1)]);
         assert!(planned(&row("outbound"), 0).is_clear(), "the API server");
         assert!(!planned(&row("inbound"), 0).is_clear(), "out is not in");
+        let another_port = planned(&json!([super::tests::row("10.96.0.1", 80, "outbound", "plain", 1)]), 0);
+        assert!(!another_port.is_clear(), "the API server's other ports");
+    }
+
+    #[test]
+    fn who_comes_in_by_an_allowed_port_goes_on_doing_so() {
+        let row = |port| json!([row("10.0.0.9", port, "inbound", "plain", 1)]);
+        assert!(planned(&row(9443), 0).is_clear());
+        assert!(!planned(&row(9444), 0).is_clear());
+        let allowed = Plan { allowed: vec![("a/b".into(), "port-modes=9443=permissive".into())], ..Plan::default() };
+        assert!(allowed.is_clear());
+        assert!(allowed.table().render().contains("allowed exception: port-modes=9443=permissive"));
+        assert_eq!(allowed.json(false)["allowed_exceptions"][0]["workload"], "a/b");
     }
 
     #[test]

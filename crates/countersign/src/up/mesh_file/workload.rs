@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use countersign_identity::policy::{Mode, Policy};
+use countersign_identity::policy::{Egress, Mode, Policy};
 use countersign_identity::trust_domain::{parse_workload_id, service_account_id};
 use countersign_identity::{SpiffeId, TrustDomain};
 use ipnet::IpNet;
@@ -129,7 +129,7 @@ pub fn read(reader: Reader<'_>, node: &Node, known: &Known<'_>) -> Result<Worklo
     let exclude_inbound_cidrs = networks_of("exclude_inbound_cidrs")?;
     let allow_other_cidrs = networks_of("allow_other_cidrs")?;
     let env = fields.optional("env").map(|at| environment(reader, at)).transpose()?.unwrap_or_default();
-    let mut policy = Policy { egress: egress.into_iter().collect(), ..Policy::default() };
+    let mut policy = Policy { egress: egress.into_iter().map(Egress::from).collect(), ..Policy::default() };
     if let Some(at) = fields.optional("allow") {
         // An empty list would admit none, as everywhere; a workload that none may call is more likely a mistake.
         if at.value == Value::List(vec![]) {
