@@ -25,8 +25,8 @@ class Uninstall(unittest.TestCase):
         self.assertGreater(made, 100)
         left = kubectl("get", "all,configmaps,secrets,serviceaccounts,roles,rolebindings,pvc,pdb,leases", "-A", "-l",
                        "app.kubernetes.io/name=countersign", "-o", "name")
-        left += kubectl("get", "clusterroles,clusterrolebindings,mutatingwebhookconfigurations,crds,namespaces", "-o",
-                        "name")
+        left += kubectl("get", "clusterroles,clusterrolebindings,mutatingwebhookconfigurations,crds,namespaces,"
+                        "validatingadmissionpolicies,validatingadmissionpolicybindings", "-o", "name")
         self.assertEqual([line for line in left.splitlines() if "countersign" in line or "spiffeid" in line], [])
         kubectl("-n", "stays", "rollout", "restart", "deployment/web", "deployment/client")
         for name in ("web", "client"):
