@@ -92,6 +92,12 @@ def agent_status(node):
     return json.loads(told)
 
 
+def pod_page(pod, port, path):
+    """A page of a pod of ours, by the API server; with what an error page says."""
+    done = kubectl("get", "--raw", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}:{port}/proxy{path}", check=False)
+    return done.stdout or done.stderr
+
+
 def server(*command):
     """An operator's command against the server, over its Unix socket."""
     return run_in(NAMESPACE, "countersign-server-0", "/countersign", *command,

@@ -38,8 +38,11 @@ impl Cluster {
     /// What is missing of the view, in words; `None` if it is complete and up to date. A watch that fails is tolerated
     /// for a moment.
     pub fn missing(&self) -> Option<String> {
-        let unheard = || "the API server has not been heard whole yet".to_owned();
-        self.watches.lasting().or_else(|| self.store().is_none().then(unheard))
+        let unheard = || {
+            let why = self.watches.troubles().map(|t| format!(": {t}")).unwrap_or_default();
+            format!("the API server has not been heard whole yet{why}")
+        };
+        if self.store().is_none() { Some(unheard()) } else { self.watches.lasting() }
     }
 
     /// The current view; `None` until every kind was listed completely once.

@@ -52,8 +52,17 @@ impl Watches {
 
     /// What has failed for [`GRACE`], in words; `None` if nothing has.
     pub fn lasting(&self) -> Option<String> {
+        self.told(Health::lasting)
+    }
+
+    /// What fails now, in words; `None` if nothing does.
+    pub fn troubles(&self) -> Option<String> {
+        self.told(|health| health.trouble().map(|t| t.words))
+    }
+
+    fn told(&self, words: impl Fn(&Health) -> Option<String>) -> Option<String> {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let told: Vec<String> = all.iter().filter_map(|health| health.lasting()).collect();
+        let told: Vec<String> = all.iter().filter_map(|health| words(health)).collect();
         (!told.is_empty()).then(|| told.join("; "))
     }
 }
