@@ -1,8 +1,8 @@
 """A real Kubernetes of two nodes on this machine.
 
 Each node is a set of namespaces (network, mount, PID) with its own containerd, kubelet and kube-proxy; the first one
-also runs etcd, the control plane and DNS. The first one's kubelet has a certificate of the cluster's CA, the second one's
-signs its own. The nodes' links meet in a bridge in a network namespace of its own: nothing listens on the machine
+also runs etcd, the control plane and DNS. The first one's kubelet has a certificate of the cluster's CA, the second
+one's signs its own. The nodes' links meet in a bridge in a network namespace of its own: nothing listens on the machine
 itself. One state folder holds everything; `down` ends what `up` started and leaves nothing.
 """
 import json, os, pathlib, shutil, signal, subprocess as sp, time

@@ -111,18 +111,23 @@ class Faults(unittest.TestCase):
                 tasks = server.run("ctr", "-n", "k8s.io", "task", "ls", stdout=sp.PIPE, check=True).stdout
                 server.run("kill", next(line.split()[1] for line in tasks.splitlines() if line.startswith(registrar)))
                 kubectl("-n", NAMESPACE, "delete", "pod", mesh.agent_on("node2"))
+                agents = lambda: mesh.pods(NAMESPACE, "app.kubernetes.io/component=agent")
+                agent = wait("the next agent", lambda: next((p["metadata"]["name"] for p in agents()
+                                                             if p["spec"].get("nodeName") == "node2"), None), 20)
                 forbidden = lambda *page: "pods is forbidden" in (text := mesh.pod_page(*page)) and text
                 wait("the registrar to name the permission",
                      lambda: forbidden("countersign-server-0", 9465, "/ready"), 30)
-                said = wait("the agent to name the permission", lambda: forbidden(mesh.agent_on("node2"), 9464, "/ready"), 30)
+                said = wait("the agent to name the permission",
+                            lambda: forbidden(agent, 9464, "/ready"), 30)
                 self.assertIn("cannot list resource", said)
-                checked = lambda: {c["check"]: c for c in json.loads(countersign("check", "--output", "json").stdout)["checks"]}
-                found = wait("check to name it", lambda: not (c := checked()["pod source"])["ok"] and c, 10)
+                checks = lambda: json.loads(countersign("check", "--output", "json").stdout)["checks"]
+                source = lambda: next(c for c in checks() if c["check"] == "pod source")
+                found = wait("check to name it", lambda: not (c := source())["ok"] and c, 10)
                 self.assertIn("on node2 no source of pods works", found["found"])
                 self.assertIn("pods is forbidden", found["found"])
                 # The server's pod is not ready, and agents still reach it.
                 wait("the agent to hear the server", lambda: "the server has not been heard" not in
-                     mesh.pod_page(mesh.agent_on("node2"), 9464, "/ready"), 20)
+                     mesh.pod_page(agent, 9464, "/ready"), 20)
                 run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://web:8080/")
             finally:
                 mesh.install()

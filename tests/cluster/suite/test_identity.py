@@ -149,8 +149,9 @@ class Identity(unittest.TestCase):
                               for n in cluster.NODES))
             for node in cluster.NODES:
                 page = mesh.pod_page(mesh.agent_on(node.name), 9464, "/metrics")
-                value = lambda name, source: next((int(line.split()[-1]) for line in page.splitlines() if line.startswith(
-                    f'countersign_agent_pod_source_{name}{{source="{source}"}}')), 0)
+                line = lambda name, source: f'countersign_agent_pod_source_{name}{{source="{source}"}} '
+                value = lambda *which: next((int(told.removeprefix(line(*which))) for told in page.splitlines()
+                                             if told.startswith(line(*which))), 0)
                 self.assertEqual((value("up", "api_server"), value("up", "kubelet")), (1, int(node.verified)), page)
                 served = {source: value("served_total", source) for source in ("api_server", "kubelet")}
                 print(f"{node.name}: served {served}", flush=True)

@@ -211,9 +211,9 @@ impl Core {
             Ok(found) => Ok(found),
             Err(NoIdentity::NotSynced) => Err(Status::unavailable("the agent has not heard from the server yet")),
             // A selector that is not known yet may be the one that an entry requires.
-            Err(NoIdentity::NoEntry(why)) if attested.in_part => Err(Status::unavailable(format!(
-                "no identity issued yet, for the container is not known yet: {why}"
-            ))),
+            Err(NoIdentity::NoEntry(why)) if attested.in_part => {
+                Err(Status::unavailable(format!("no identity issued yet, for the container is not known yet: {why}")))
+            }
             Err(NoIdentity::NoEntry(why)) => {
                 self.metrics.refused("no_identity");
                 if let Some(unsaid) = self.said.next(Follower::of(attested), "no identity issued", Instant::now()) {

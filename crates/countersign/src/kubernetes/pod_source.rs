@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use super::check::Outcome;
-use super::cluster::{page, pods, words};
+use super::cluster::{client_without_retries, page, pods, words};
 use crate::metrics_page::{label, metric};
 
 /// TCP port of an agent's pages.
@@ -31,13 +31,16 @@ const AT_ONCE: usize = 16;
 /// Most nodes that are named in a finding.
 const MAX_NAMED: usize = 3;
 
-const MEND: &str =
-    "may service account countersign-agent list and watch pods (ClusterRole and binding countersign-agent)? See the agent's log";
+const MEND: &str = "may service account countersign-agent list and watch pods? Apply the manifests of `countersign \
+                    install`, and see the agent's log";
 
 /// Which sources each agent has, by what it says itself.
 pub async fn installed(client: &Client, namespace: &str) -> Outcome {
     let running = pods(client, namespace, "app.kubernetes.io/component=agent").await;
     let running = running.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
+    // An agent that is not ready answers 503, with its reason.
+    let client = client_without_retries().await.map_err(|e| (e.to_string(), "set KUBECONFIG"))?;
+    let client = &client;
     let agents = stream::iter(running).map(|pod| async move {
         let node = pod.spec.as_ref().and_then(|s| s.node_name.clone()).unwrap_or_default();
         let metrics = page(client, &pod, AGENT_PAGES, "/metrics").await.map_err(|e| e.to_string());
@@ -64,7 +67,11 @@ impl Sources {
                 Some("kubelet") => "kubelet",
                 _ => continue,
             };
-            if value > 0.0 { works.insert(name) } else { fails.insert(name) };
+            if value > 0.0 {
+                works.insert(name)
+            } else {
+                fails.insert(name)
+            };
         }
         Self { works, fails }
     }
@@ -102,7 +109,11 @@ fn judge(agents: Vec<(String, Result<Sources, String>, Result<(), String>)>) -> 
         }
     }
     if bad.is_empty() {
-        return Ok(good.into_iter().map(|(which, on)| format!("{}: {which}", named(on))).collect::<Vec<_>>().join("; "));
+        return Ok(good
+            .into_iter()
+            .map(|(which, on)| format!("{}: {which}", named(on)))
+            .collect::<Vec<_>>()
+            .join("; "));
     }
     Err((bad.join("; "), MEND))
 }
@@ -221,8 +232,12 @@ mod tests {
     #[test]
     fn an_agent_whose_watch_fails_is_named_with_the_permission() {
         let why = || Err("not ready: the API server refuses pods: pods is forbidden".to_owned());
-        let (found, mend) = judge(vec![("a".into(), agent(0, 1), why()), ("b".into(), agent(1, 0), Ok(()))]).unwrap_err();
-        assert!(found.contains("on a the watch on the API server fails: not ready: the API server refuses pods"), "{found}");
+        let (found, mend) =
+            judge(vec![("a".into(), agent(0, 1), why()), ("b".into(), agent(1, 0), Ok(()))]).unwrap_err();
+        assert!(
+            found.contains("on a the watch on the API server fails: not ready: the API server refuses pods"),
+            "{found}"
+        );
         assert!(!found.contains("on b") && mend.contains("list and watch pods"));
         let (found, _) = judge(vec![("a".into(), agent(0, 0), why())]).unwrap_err();
         assert!(found.contains("on a no source of pods works: not ready"), "{found}");

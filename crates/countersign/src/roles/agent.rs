@@ -217,11 +217,7 @@ fn join_token(content: &[u8]) -> Result<Zeroizing<String>, String> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-fn pods(
-    node: Option<String>,
-    kubelet: Option<Kubelet>,
-    namespace_labels: bool,
-) -> Result<Option<PodSources>, Mistake> {
+fn pods(node: Option<String>, kubelet: Option<Kubelet>, namespace_labels: bool) -> Result<Option<PodSources>, Mistake> {
     let node: Option<NodeName> =
         node.map(|name| name.parse().map_err(|e: String| Mistake::flag("--node-name", &e))).transpose()?;
     let sources = match (node, kubelet) {

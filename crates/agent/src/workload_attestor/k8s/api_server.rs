@@ -1,5 +1,5 @@
-//! The pods of this node from a watch on the API server: a peer that every cluster lets us verify, whereas most kubelets
-//! sign their own certificates.
+//! The pods of this node from a watch on the API server: a peer that every cluster lets us verify, whereas most
+//! kubelets sign their own certificates.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -80,7 +80,11 @@ impl ApiServer {
     /// Whether what is stored still counts.
     fn remembers(&self, store: &Store) -> Result<(), String> {
         let Some(trouble) = self.health.unheard() else {
-            return if store.listed { Ok(()) } else { Err("the API server has not listed this node's pods yet".into()) };
+            return if store.listed {
+                Ok(())
+            } else {
+                Err("the API server has not listed this node's pods yet".into())
+            };
         };
         let memory = if trouble.refused { MEMORY_REFUSED } else { MEMORY };
         if store.listed && trouble.since.elapsed() < memory { Ok(()) } else { Err(trouble.words) }
@@ -152,8 +156,8 @@ impl Store {
     }
 }
 
-/// UIDs of deleted pods, the latest [`MAX_DELETED`]. Neither a list from the memory of an API server that is behind, nor
-/// a kubelet that has not heard of the deletion, brings such a pod back.
+/// UIDs of deleted pods, the latest [`MAX_DELETED`]. Neither a list from the memory of an API server that is behind,
+/// nor a kubelet that has not heard of the deletion, brings such a pod back.
 #[derive(Default)]
 struct Deleted {
     order: VecDeque<String>,
@@ -309,7 +313,9 @@ pub mod tests {
         assert!(finds(&source, "u1", "c1"), "a moment is nothing");
         tokio::time::sleep(Duration::from_secs(31)).await;
         assert!(matches!(source.look("u1"), Known::No(why) if why.contains("pods is forbidden")));
-        assert!(matches!(source.standing(), Standing::Fails { lasting: true, why } if why.contains("pods is forbidden")));
+        assert!(
+            matches!(source.standing(), Standing::Fails { lasting: true, why } if why.contains("pods is forbidden"))
+        );
         list(&source, &[pod("u1", "a", "c1")]);
         assert!(finds(&source, "u1", "c1"));
         tokio::time::sleep(Duration::from_secs(11)).await;

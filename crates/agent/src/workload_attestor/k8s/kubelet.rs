@@ -153,7 +153,9 @@ impl Client {
         };
         match (&*state, &next) {
             (State::Works, State::Works) | (State::Failed { .. }, State::Failed { .. }) => {}
-            (_, State::Failed { why, .. }) if self.rest.is_zero() => tracing::warn!(why, "the kubelet is not available"),
+            (_, State::Failed { why, .. }) if self.rest.is_zero() => {
+                tracing::warn!(why, "the kubelet is not available")
+            }
             (_, State::Failed { why, .. }) => {
                 tracing::info!(why, "the kubelet is no source of pods; the API server alone is");
             }
@@ -213,7 +215,9 @@ impl Client {
         if status != 200 {
             let mend = match status {
                 401 => "does it accept service account tokens (authentication.webhook)?",
-                403 => "give the agent's service account `get` on nodes/pods (nodes/proxy before Kubernetes 1.33: agent.nodesProxyPermission)",
+                403 => {
+                    "give the agent `get` on nodes/pods (before Kubernetes 1.33 on nodes/proxy: agent.nodesProxyPermission)"
+                }
                 _ => "see the kubelet's log",
             };
             return Err(QueryError::Refused { address: address.clone(), status, mend });

@@ -45,8 +45,8 @@ pub struct K8s {
 }
 
 impl K8s {
-    /// Reads the CA of the kubelet's certificate, and sets up a client of the API server if it is asked. Nobody is asked
-    /// yet: [`WorkloadAttestor::keep`] does.
+    /// Reads the CA of the kubelet's certificate, and sets up a client of the API server if it is asked. Nobody is
+    /// asked yet: [`WorkloadAttestor::keep`] does.
     pub async fn new(settings: config::PodSources, metrics: &Arc<Metrics>) -> Result<Self, SetupError> {
         let (node, kubelet) = match settings.sources {
             Sources::ApiServer(node) => (Some(node), None),

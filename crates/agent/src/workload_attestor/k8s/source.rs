@@ -57,8 +57,8 @@ impl PodSources {
         Self { api_server, kubelet, metrics }
     }
 
-    /// What is known about a container now: by a source that knows the container if there is one, else by one that knows
-    /// its pod.
+    /// What is known about a container now: by a source that knows the container if there is one, else by one that
+    /// knows its pod.
     pub async fn find(&self, Container { pod_uid, id }: &Container) -> Result<Found, Missing> {
         let (mut part, mut why) = (None, vec![]);
         if let Some(api_server) = &self.api_server {
@@ -138,8 +138,8 @@ impl PodSources {
         api_server.into_iter().chain(kubelet).collect()
     }
 
-    /// Why callers cannot be attested, or soon cannot be; `None` if a source works. A kubelet is the second source where
-    /// there is a watch: that it fails is told by metrics, and is nothing that keeps the agent from being ready.
+    /// Why callers cannot be attested, or soon cannot be; `None` if a source works. A kubelet is the second source
+    /// where there is a watch: that it fails is told by metrics, and does not keep the agent from being ready.
     pub fn missing(&self) -> Option<String> {
         let standings = self.standings();
         let works = standings.iter().any(|(_, s)| *s == Standing::Works);

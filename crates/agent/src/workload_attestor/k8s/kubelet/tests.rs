@@ -69,7 +69,8 @@ impl FakeKubelet {
     /// A client of it; `second`: beside a watch.
     pub fn client(&self, second: bool) -> Client {
         let file = |name: &str| self.dir.path().join(name);
-        Client::new(Kubelet { address: self.address.clone(), ca: file("ca.crt"), token: file("token") }, second).unwrap()
+        Client::new(Kubelet { address: self.address.clone(), ca: file("ca.crt"), token: file("token") }, second)
+            .unwrap()
     }
 }
 

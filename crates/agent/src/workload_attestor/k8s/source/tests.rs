@@ -94,7 +94,10 @@ async fn where_the_kubelet_signs_itself_the_watch_alone_serves_and_the_agent_is_
     sources.api_server.as_ref().unwrap().hears(Event::InitDone);
     assert_eq!(sources.missing(), None);
     assert!(sources.find(&container("a")).await.unwrap().container.is_some());
-    assert!(sources.find(&container("f")).await.unwrap().container.is_none(), "what an unverified peer says is nothing");
+    assert!(
+        sources.find(&container("f")).await.unwrap().container.is_none(),
+        "what an unverified peer says is nothing"
+    );
     sources.observe();
     let page = page(&metrics);
     assert!(page.contains(r#"pod_source_up{source="api_server"} 1"#), "{page}");
@@ -127,7 +130,10 @@ async fn a_pod_that_is_not_known_yet_is_attested_as_soon_as_it_is_and_never_as_a
     let proof = asked.await.unwrap().unwrap();
     assert!(heard.elapsed() < Duration::from_millis(5), "it is told of the change, and need not ask");
     let found: Vec<String> = proof.selectors.iter().map(ToString::to_string).collect();
-    assert!(found.contains(&format!("k8s:pod-uid:{UID}")) && found.contains(&"k8s:container-name:app".into()), "{found:?}");
+    assert!(
+        found.contains(&format!("k8s:pod-uid:{UID}")) && found.contains(&"k8s:container-name:app".into()),
+        "{found:?}"
+    );
     assert!(!found.iter().any(|s| s.contains("neighbour")), "{found:?}");
     assert!(!proof.in_part);
 }
