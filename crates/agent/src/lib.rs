@@ -165,8 +165,8 @@ fn start_tasks(core: &Arc<Core>) {
         metrics: core.metrics.clone(),
     };
     core.tasks.spawn(signing.run(shutdown.clone()));
-    for attestor in core.attestors.iter().cloned() {
-        let shutdown = shutdown.clone();
+    for attestor in &core.attestors {
+        let (attestor, shutdown) = (attestor.clone(), shutdown.clone());
         core.tasks.spawn(async move { attestor.keep(shutdown).await });
     }
     core.tasks.spawn(follow_directory(core.clone()));

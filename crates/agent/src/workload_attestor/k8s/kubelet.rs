@@ -154,7 +154,7 @@ impl Client {
         match (&*state, &next) {
             (State::Works, State::Works) | (State::Failed { .. }, State::Failed { .. }) => {}
             (_, State::Failed { why, .. }) if self.rest.is_zero() => {
-                tracing::warn!(why, "the kubelet is not available")
+                tracing::warn!(why, "the kubelet is not available");
             }
             (_, State::Failed { why, .. }) => {
                 tracing::info!(why, "the kubelet is no source of pods; the API server alone is");

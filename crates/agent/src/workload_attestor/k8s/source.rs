@@ -143,14 +143,11 @@ impl PodSources {
     pub fn missing(&self) -> Option<String> {
         let standings = self.standings();
         let works = standings.iter().any(|(_, s)| *s == Standing::Works);
-        let counts = |source: &PodSource, lasting: bool| match source {
-            PodSource::ApiServer => lasting,
-            PodSource::Kubelet => false,
-        };
+        let counts = |source, lasting| lasting && source == PodSource::ApiServer;
         let why: Vec<String> = standings
             .into_iter()
             .filter_map(|(source, standing)| match standing {
-                Standing::Fails { why, lasting } if !works || counts(&source, lasting) => Some(why),
+                Standing::Fails { why, lasting } if !works || counts(source, lasting) => Some(why),
                 _ => None,
             })
             .collect();
