@@ -105,6 +105,8 @@ class Faults(unittest.TestCase):
             registrar = next(c["containerID"].split("//")[1] for c in pod["status"]["containerStatuses"]
                              if c["name"] == "registrar")
             server = mesh.node_of(pod["spec"]["nodeName"])
+            ask = lambda: run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://web:8080/")
+            ask()
             kubectl("delete", *roles)
             try:
                 # Both start anew, so that nobody waits for the end of a watch that was allowed.
@@ -128,7 +130,8 @@ class Faults(unittest.TestCase):
                 # The server's pod is not ready, and agents still reach it.
                 wait("the agent to hear the server", lambda: "the server has not been heard" not in
                      mesh.pod_page(agent, 9464, "/ready"), 20)
-                run_in(ns, pod_of(ns, "client"), "curl", "-sSf", "-m", "5", "http://web:8080/")
+                # Who knew each other goes on.
+                ask()
             finally:
                 mesh.install()
             self.new_pod_works(ns)

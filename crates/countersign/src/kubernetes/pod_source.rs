@@ -45,10 +45,17 @@ pub async fn installed(client: &Client, namespace: &str) -> Outcome {
         let node = pod.spec.as_ref().and_then(|s| s.node_name.clone()).unwrap_or_default();
         let metrics = page(client, &pod, AGENT_PAGES, "/metrics").await.map_err(|e| e.to_string());
         let ready = page(client, &pod, AGENT_PAGES, "/ready").await.map(drop).map_err(|e| e.to_string());
-        (node, metrics, ready)
+        Agent { node, sources: metrics.map(|m| Sources::read(&m)), ready }
     });
-    let told: Vec<_> = agents.buffer_unordered(AT_ONCE).collect().await;
-    judge(told.into_iter().map(|(node, metrics, ready)| (node, metrics.map(|m| Sources::read(&m)), ready)).collect())
+    judge(agents.buffer_unordered(AT_ONCE).collect().await)
+}
+
+/// What an agent says of itself, or why it says nothing.
+struct Agent {
+    node: String,
+    sources: Result<Sources, String>,
+    /// Whether it is ready; else its reason.
+    ready: Result<(), String>,
 }
 
 /// The sources of one agent.
@@ -77,13 +84,12 @@ impl Sources {
     }
 }
 
-/// Judges node, sources and readiness of each agent.
-fn judge(agents: Vec<(String, Result<Sources, String>, Result<(), String>)>) -> Outcome {
+fn judge(agents: Vec<Agent>) -> Outcome {
     if agents.is_empty() {
         return Err(("no agent runs".into(), "apply the manifests of `countersign install`"));
     }
     let (mut good, mut bad) = (BTreeMap::<String, Vec<String>>::new(), vec![]);
-    for (node, sources, ready) in agents {
+    for Agent { node, sources, ready } in agents {
         let sources = match sources {
             Ok(sources) => sources,
             Err(why) => {
@@ -214,17 +220,18 @@ async fn try_kubelet(node: &Node, tls: Arc<ClientConfig>) -> Kubelet {
 mod tests {
     use super::*;
 
-    fn agent(api_server: u8, kubelet: u8) -> Result<Sources, String> {
-        Ok(Sources::read(&format!(
+    fn agent(node: &str, api_server: u8, kubelet: u8, ready: Result<(), String>) -> Agent {
+        let sources = Sources::read(&format!(
             "# TYPE x gauge\ncountersign_agent_pod_source_up{{source=\"api_server\"}} {api_server}\n\
              countersign_agent_pod_source_up{{source=\"kubelet\"}} {kubelet}\n"
-        )))
+        ));
+        Agent { node: node.into(), sources: Ok(sources), ready }
     }
 
     #[test]
     fn each_nodes_sources_are_named_and_a_kubelet_that_signs_itself_is_no_fault() {
-        let nodes = [("a", agent(1, 1)), ("c", agent(1, 0)), ("b", agent(1, 1))];
-        let found = judge(nodes.into_iter().map(|(n, s)| (n.to_owned(), s, Ok(()))).collect()).unwrap();
+        let agents = vec![agent("a", 1, 1, Ok(())), agent("c", 1, 0, Ok(())), agent("b", 1, 1, Ok(()))];
+        let found = judge(agents).unwrap();
         assert_eq!(found, "c: API server (the kubelet does not verify or answer); a, b: API server and kubelet");
         assert_eq!(named(["e", "d", "c", "b", "a"].map(str::to_owned).to_vec()), "a, b, c and 2 more");
     }
@@ -232,17 +239,13 @@ mod tests {
     #[test]
     fn an_agent_whose_watch_fails_is_named_with_the_permission() {
         let why = || Err("not ready: the API server refuses pods: pods is forbidden".to_owned());
-        let (found, mend) =
-            judge(vec![("a".into(), agent(0, 1), why()), ("b".into(), agent(1, 0), Ok(()))]).unwrap_err();
-        assert!(
-            found.contains("on a the watch on the API server fails: not ready: the API server refuses pods"),
-            "{found}"
-        );
+        let (found, mend) = judge(vec![agent("a", 0, 1, why()), agent("b", 1, 0, Ok(()))]).unwrap_err();
+        assert!(found.contains("on a the watch on the API server fails: not ready: the API server refuses"), "{found}");
         assert!(!found.contains("on b") && mend.contains("list and watch pods"));
-        let (found, _) = judge(vec![("a".into(), agent(0, 0), why())]).unwrap_err();
+        let (found, _) = judge(vec![agent("a", 0, 0, why())]).unwrap_err();
         assert!(found.contains("on a no source of pods works: not ready"), "{found}");
         assert!(judge(vec![]).is_err());
-        assert!(judge(vec![("a".into(), Err("it does not answer".into()), Ok(()))]).is_err());
+        assert!(judge(vec![Agent { sources: Err("silent".into()), ..agent("a", 1, 1, Ok(())) }]).is_err());
     }
 
     #[test]
