@@ -1,8 +1,9 @@
 """A real Kubernetes of two nodes on this machine.
 
 Each node is a set of namespaces (network, mount, PID) with its own containerd, kubelet and kube-proxy; the first one
-also runs etcd, the control plane and DNS. The nodes' links meet in a bridge in a network namespace of its own: nothing
-listens on the machine itself. One state folder holds everything; `down` ends what `up` started and leaves nothing.
+also runs etcd, the control plane and DNS. The first one's kubelet has a certificate of the cluster's CA, the second
+one's signs its own. The nodes' links meet in a bridge in a network namespace of its own: nothing listens on the machine
+itself. One state folder holds everything; `down` ends what `up` started and leaves nothing.
 """
 import json, os, pathlib, shutil, signal, subprocess as sp, time
 
@@ -21,6 +22,8 @@ class Node:
         self.number, self.name = number, f"node{number}"
         self.netns, self.ip, self.pods = f"csk-node{number}", f"10.89.0.{number}", f"10.90.{number}.0/24"
         self.dir = STATE / self.name
+        # As kubeadm, kind and minikube leave it: the second node's kubelet signs its own serving certificate.
+        self.verified = number == 1
 
     def run(self, *command, **options):
         """Runs a command inside all of the node's namespaces."""
@@ -123,7 +126,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         "authentication": {"anonymous": {"enabled": False}, "webhook": {"enabled": True, "cacheTTL": "2s"},
                            "x509": {"clientCAFile": f"{p}/ca.crt"}},
         "authorization": {"mode": "Webhook", "webhook": {"cacheAuthorizedTTL": "2s", "cacheUnauthorizedTTL": "2s"}},
-        "tlsCertFile": f"{p}/{n.name}.crt", "tlsPrivateKeyFile": f"{p}/{n.name}.key",
+        **({"tlsCertFile": f"{p}/{n.name}.crt", "tlsPrivateKeyFile": f"{p}/{n.name}.key"} if n.verified else {}),
         "cgroupDriver": "cgroupfs", "cgroupRoot": cgroup, "cgroupsPerQOS": True, "enforceNodeAllocatable": [],
         "failCgroupV1": False,
         "failSwapOn": False, "clusterDomain": DNS_DOMAIN, "clusterDNS": ["10.89.0.1"],
@@ -156,7 +159,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
              f"--service-account-key-file={p}/sa.key", f"--service-account-signing-key-file={p}/sa.key",
              "--service-account-issuer=https://kubernetes.default.svc", "--authorization-mode=Node,RBAC",
              f"--service-cluster-ip-range={SERVICES}", f"--kubelet-client-certificate={p}/apiserver-kubelet.crt",
-             f"--kubelet-client-key={p}/apiserver-kubelet.key", f"--kubelet-certificate-authority={p}/ca.crt",
+             # Without --kubelet-certificate-authority, as kubeadm has it: it would refuse the second node's kubelet.
+             f"--kubelet-client-key={p}/apiserver-kubelet.key",
              "--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP",
              "--enable-admission-plugins=NodeRestriction"],
             ["kube-controller-manager", f"{bins}/kube-controller-manager", f"--kubeconfig={p}/controller-manager.conf",

@@ -92,6 +92,13 @@ def agent_status(node):
     return json.loads(told)
 
 
+def pod_page(name, port, path):
+    """A page of a pod of ours, whatever its status, asked from its node; nothing while it does not answer."""
+    pod = get("-n", NAMESPACE, "pod", name)
+    url = f"http://{pod['status'].get('podIP')}:{port}{path}"
+    return node_of(pod["spec"]["nodeName"]).run("curl", "-s", "-m", "5", url, stdout=sp.PIPE).stdout
+
+
 def server(*command):
     """An operator's command against the server, over its Unix socket."""
     return run_in(NAMESPACE, "countersign-server-0", "/countersign", *command,

@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
+use countersign_identity::shown::shown;
 use countersign_identity::{KeyType, TrustDomain};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
@@ -35,8 +37,8 @@ pub struct Config {
     /// Whether callers in other PID and user namespaces are attested by uid. Off by default, because a container
     /// chooses its uids.
     pub foreign_namespaces: bool,
-    /// This node's kubelet; `None` disables attestation by pod.
-    pub kubelet: Option<Kubelet>,
+    /// Where this node's pods are learnt from; `None` disables attestation by pod.
+    pub pods: Option<PodSources>,
     /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
     pub metrics: Option<SocketAddr>,
 }
@@ -62,6 +64,49 @@ pub enum Evidence {
     },
 }
 
+/// Where an agent learns which pods its node has. Every source is a peer whose certificate is verified.
+#[derive(Debug, Clone)]
+pub struct PodSources {
+    /// A watch on the API server, or this node's kubelet, or both.
+    pub sources: Sources,
+    /// Whether labels of pods' namespaces are read from the API server.
+    pub namespace_labels: bool,
+}
+
+/// At least one source of pods.
+#[derive(Debug, Clone)]
+pub enum Sources {
+    /// A watch on the API server, for the pods of this node.
+    ApiServer(NodeName),
+    /// This node's kubelet.
+    Kubelet(Kubelet),
+    /// Whichever knows a container first.
+    Both(NodeName, Kubelet),
+}
+
+/// Name of a node: a DNS subdomain (RFC 1123), so that it cannot add to a field selector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeName(String);
+
+impl NodeName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for NodeName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let valid = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
+        if text.is_empty() || text.len() > 253 || !text.bytes().all(valid) {
+            return Err(format!("`{}` is no node's name: lowercase letters, digits, `-` and `.`", shown(text)));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
 /// The kubelet of this node.
 #[derive(Debug, Clone)]
 pub struct Kubelet {
@@ -71,6 +116,4 @@ pub struct Kubelet {
     pub ca: PathBuf,
     /// Path of our service account's token, read for each query.
     pub token: PathBuf,
-    /// Whether labels of pods' namespaces are read from the API server.
-    pub namespace_labels: bool,
 }

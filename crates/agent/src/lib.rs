@@ -42,6 +42,7 @@ pub use link::LinkError;
 
 use crate::endpoints::Core;
 use crate::link::Link;
+use crate::metrics::Metrics;
 
 /// Why an agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +60,7 @@ pub enum AgentError {
     Link(#[from] LinkError),
     /// The pod attestor cannot be set up.
     #[error(transparent)]
-    Kubelet(#[from] workload_attestor::SetupError),
+    Pods(#[from] workload_attestor::SetupError),
     /// There is no bundle to authenticate the server with.
     #[error(
         "no trust bundle to know the server by; fetch it with `countersign bundle show > bundle.pem` on the server and name the file as --trust-bundle"
@@ -92,10 +93,11 @@ pub async fn run(
     if link.identity().borrow().is_none() && config.evidence.is_none() {
         return Err(LinkError::NoEvidence.into());
     }
-    let mut attestors: Vec<Box<dyn workload_attestor::WorkloadAttestor>> =
-        vec![Box::new(workload_attestor::Unix::new(config.discover_path, config.hash_limit))];
-    if let Some(kubelet) = config.kubelet.clone() {
-        attestors.push(Box::new(workload_attestor::K8s::new(kubelet).await?));
+    let metrics = Arc::new(Metrics::default());
+    let mut attestors: Vec<Arc<dyn workload_attestor::WorkloadAttestor>> =
+        vec![Arc::new(workload_attestor::Unix::new(config.discover_path, config.hash_limit))];
+    if let Some(pods) = config.pods.clone() {
+        attestors.push(Arc::new(workload_attestor::K8s::new(pods, &metrics).await?));
     }
     let unix = bind_unix(&config.socket, 0o666);
     let unix = unix.map_err(|source| AgentError::Listen { name: config.socket.display().to_string(), source })?;
@@ -113,7 +115,7 @@ pub async fn run(
         cache: Arc::default(),
         directory: Subscriptions::with_room_for(MAX_ADDRESSES),
         followers: Quota::new(MAX_ADDRESSES, MAX_ADDRESSES_PER_CALLER),
-        metrics: Arc::default(),
+        metrics,
         said: Default::default(),
         tasks: TaskTracker::new(),
         shutdown: shutdown.clone(),
@@ -163,6 +165,10 @@ fn start_tasks(core: &Arc<Core>) {
         metrics: core.metrics.clone(),
     };
     core.tasks.spawn(signing.run(shutdown.clone()));
+    for attestor in &core.attestors {
+        let (attestor, shutdown) = (attestor.clone(), shutdown.clone());
+        core.tasks.spawn(async move { attestor.keep(shutdown).await });
+    }
     core.tasks.spawn(follow_directory(core.clone()));
     core.tasks.spawn(observe(core.clone()));
 }
@@ -195,6 +201,7 @@ async fn observe(core: Arc<Core>) {
                 let own = core.link.identity().borrow().as_ref().map(|svid| svid.facts().not_after);
                 core.tell_unsaid(std::time::Instant::now());
                 core.metrics.observe(&core.cache.read(), own, core.link.keeper().unsaved().is_some());
+                core.attestors.iter().for_each(|a| a.observe());
             }
             () = core.shutdown.cancelled() => return,
         }
@@ -206,8 +213,10 @@ fn pages(core: Arc<Core>) -> Arc<http::Handler> {
         "/metrics" => Some(http::Answer::metrics(&core.metrics.registry)),
         "/live" => Some(http::Answer::ready(None)),
         "/ready" => {
-            let missing = (!core.cache.read().synced).then(|| "the server has not been heard yet".to_owned());
-            Some(http::Answer::ready(missing))
+            let unsynced = (!core.cache.read().synced).then(|| "the server has not been heard yet".to_owned());
+            let missing: Vec<_> =
+                unsynced.into_iter().chain(core.attestors.iter().filter_map(|a| a.missing())).collect();
+            Some(http::Answer::ready((!missing.is_empty()).then(|| missing.join("; "))))
         }
         _ => None,
     })

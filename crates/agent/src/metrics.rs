@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
+use countersign_watch::Kind;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -23,6 +24,31 @@ pub struct Identity {
     entry: String,
 }
 
+/// Where a node's pods are learnt from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodSource {
+    /// A watch on the API server.
+    ApiServer,
+    /// The node's kubelet.
+    Kubelet,
+}
+
+impl PodSource {
+    /// Its name in metrics and `status`, stable between releases.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ApiServer => "api_server",
+            Self::Kubelet => "kubelet",
+        }
+    }
+}
+
+/// The label `source` of the metrics about sources of pods.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct BySource {
+    source: &'static str,
+}
+
 /// The agent's metrics.
 pub struct Metrics {
     /// All metrics, rendered by `/metrics`.
@@ -35,6 +61,10 @@ pub struct Metrics {
     pub attestations: Counter,
     /// Number of open streams of workloads and sidecars.
     pub streams: Gauge,
+    /// Number of watches of the API server that failed, by kind.
+    pub watch_errors: Family<Kind, Counter>,
+    source_up: Family<BySource, Gauge>,
+    served_by: Family<BySource, Counter>,
     refused: Family<Reason, Counter>,
     expiry: Family<Identity, Gauge>,
     own_expiry: Gauge,
@@ -77,8 +107,16 @@ impl Default for Metrics {
             "1 while the agent's own identity or bundle cannot be written to its folder",
             unsaved.clone(),
         );
+        let watch_errors = Family::default();
+        registry.register("watch_errors", "Watches of the API server that failed, by kind", watch_errors.clone());
+        let (source_up, served_by) = (Family::default(), Family::default());
+        registry.register("pod_source_up", "1 while this source of pods works, by source", source_up.clone());
+        registry.register("pod_source_served", "Containers that were looked up, by source", served_by.clone());
         Self {
             registry,
+            watch_errors,
+            source_up,
+            served_by,
             svids_signed,
             signing_failures,
             attestations,
@@ -97,6 +135,16 @@ impl Metrics {
     pub fn refused(&self, reason: &'static str) {
         self.refused.get_or_create(&Reason { reason }).inc();
         *self.refused_counts.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
+    }
+
+    /// Counts a container that was found by this source.
+    pub fn served_by(&self, source: PodSource) {
+        self.served_by.get_or_create(&BySource { source: source.name() }).inc();
+    }
+
+    /// Sets whether this source works.
+    pub fn source_up(&self, source: PodSource, up: bool) {
+        self.source_up.get_or_create(&BySource { source: source.name() }).set(i64::from(up));
     }
 
     /// Number of rejected callers since start, by reason.

@@ -116,7 +116,7 @@ pub fn config(dir: &Path, server: String, bundle: &X509Bundle, evidence: Evidenc
         discover_path: false,
         hash_limit: 0,
         foreign_namespaces: true,
-        kubelet: None,
+        pods: None,
         metrics: None,
     }
 }

@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use countersign_api::graceful::{GRACE, take_leave};
 use countersign_api::http;
+use countersign_watch::Watches;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -59,13 +60,13 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
     let tasks = TaskTracker::new();
     let metrics = Arc::new(Metrics::default());
     let serving = injector::Serving::default();
-    let cluster = Arc::new(Cluster::new(mesh_configmap(&config).is_some()));
+    let cluster = Arc::new(Cluster::new(mesh_configmap(&config).is_some(), Watches::of(metrics.watch_errors.clone())));
     if let Some(settings) = config.injector.clone() {
         injector::serve(settings, serving.clone(), metrics.clone(), &tasks, shutdown.clone()).await?;
     }
     let watches = config.registrar.is_some() || config.directory.is_some();
     if watches {
-        let client = kube::Client::try_default().await?;
+        let client = countersign_watch::client().await?;
         start_watchers(&config, &client, &cluster, &metrics, &tasks, &shutdown);
     }
     if let Some(address) = config.metrics {
@@ -78,10 +79,9 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
                 "/metrics" => Some(http::Answer::metrics(&metrics.registry)),
                 "/live" => Some(http::Answer::ready(None)),
                 "/ready" => {
-                    let unheard = || "the API server has not been heard whole yet";
-                    let missing = injects.then(|| serving.missing()).flatten();
-                    let missing = missing.or_else(|| (watches && cluster.store().is_none()).then(unheard));
-                    Some(http::Answer::ready(missing.map(ToOwned::to_owned)))
+                    let missing = injects.then(|| serving.missing()).flatten().map(ToOwned::to_owned);
+                    let missing = missing.or_else(|| watches.then(|| cluster.missing()).flatten());
+                    Some(http::Answer::ready(missing))
                 }
                 _ => None,
             }

@@ -1,5 +1,6 @@
 //! The controller's metrics.
 
+use countersign_watch::Kind;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -29,6 +30,8 @@ pub struct Metrics {
     pub directory_errors: Counter,
     /// Number of pods that the webhook reviewed, by outcome.
     pub admissions: Family<Outcome, Counter>,
+    /// Number of watches of the API server that failed, by kind.
+    pub watch_errors: Family<Kind, Counter>,
     /// When the webhook's certificate expires, Unix seconds.
     pub webhook_expiry: Gauge,
 }
@@ -48,6 +51,7 @@ impl Default for Metrics {
             services: Gauge::default(),
             directory_errors: Counter::default(),
             admissions: Family::default(),
+            watch_errors: Family::default(),
             webhook_expiry: Gauge::default(),
             registry: Registry::default(),
         };
@@ -61,6 +65,11 @@ impl Default for Metrics {
             metrics.directory_errors.clone(),
         );
         registry.register("admissions", "Pods that came by the webhook", metrics.admissions.clone());
+        registry.register(
+            "watch_errors",
+            "Watches of the API server that failed, by kind",
+            metrics.watch_errors.clone(),
+        );
         registry.register(
             "webhook_certificate_expiry_timestamp_seconds",
             "End of the webhook's certificate, Unix time",

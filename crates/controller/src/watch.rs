@@ -5,11 +5,10 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use futures::StreamExt;
+use countersign_watch::{Health, Watches};
 use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::watcher::{self, Event};
-use kube::runtime::{WatchStreamExt, watcher as watch_objects};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -23,6 +22,7 @@ pub struct Cluster {
     version: watch::Sender<u64>,
     /// Number of kinds whose first complete list has not arrived yet.
     missing: AtomicUsize,
+    watches: Watches,
 }
 
 /// Number of kinds that are always watched.
@@ -30,9 +30,19 @@ const KINDS: usize = 6;
 
 impl Cluster {
     /// Nothing is known yet. `with_mesh`: the mesh's ConfigMap will be watched too.
-    pub fn new(with_mesh: bool) -> Self {
+    pub fn new(with_mesh: bool, watches: Watches) -> Self {
         let missing = AtomicUsize::new(KINDS + usize::from(with_mesh));
-        Self { store: RwLock::default(), version: watch::Sender::new(0), missing }
+        Self { store: RwLock::default(), version: watch::Sender::new(0), missing, watches }
+    }
+
+    /// What is missing of the view, in words; `None` if it is complete and up to date. A watch that fails is tolerated
+    /// for a moment.
+    pub fn missing(&self) -> Option<String> {
+        let unheard = || {
+            let why = self.watches.troubles().map(|t| format!(": {t}")).unwrap_or_default();
+            format!("the API server has not been heard whole yet{why}")
+        };
+        if self.store().is_none() { Some(unheard()) } else { self.watches.lasting() }
     }
 
     /// The current view; `None` until every kind was listed completely once.
@@ -55,37 +65,45 @@ impl Cluster {
     pub async fn follow(self: Arc<Self>, client: Client, mesh: Option<(String, String)>) {
         let all = |client: &Client| client.clone();
         let everything = watcher::Config::default().page_size(500);
+        let health = |kind| self.watches.health(kind);
         let follow_mesh = async {
             let Some((namespace, name)) = &mesh else { return };
             let api = Api::<v1::ConfigMap>::namespaced(all(&client), namespace);
             let one = watcher::Config::default().fields(&format!("metadata.name={name}"));
-            self.kind(api, one, |f| &mut f.mesh, |m| Mesh::read(&m)).await;
+            self.kind(api, one, &health("configmaps"), |f| &mut f.mesh, |m| Mesh::read(&m)).await;
         };
+        let (pods, nodes, namespaces) = (health("pods"), health("nodes"), health("namespaces"));
+        let (services, slices, spiffe_ids) = (health("services"), health("endpointslices"), health("spiffeids"));
+        let pods_api = Api::<v1::Pod>::all(all(&client));
         tokio::join!(
             follow_mesh,
-            self.kind(Api::<v1::Pod>::all(all(&client)), everything.clone(), |f| &mut f.pods, |p| Pod::read(&p)),
-            self.kind(Api::<v1::Node>::all(all(&client)), everything.clone(), |f| &mut f.nodes, |n| n.uid()),
+            self.kind(pods_api, everything.clone(), &pods, |f| &mut f.pods, |p| Pod::read(&p)),
+            self.kind(Api::<v1::Node>::all(all(&client)), everything.clone(), &nodes, |f| &mut f.nodes, |n| n.uid()),
             self.kind(
                 Api::<v1::Namespace>::all(all(&client)),
                 everything.clone(),
+                &namespaces,
                 |f| &mut f.namespaces,
                 |n| Namespace::read(&n)
             ),
             self.kind(
                 Api::<v1::Service>::all(all(&client)),
                 everything.clone(),
+                &services,
                 |f| &mut f.services,
                 |s| Service::read(&s)
             ),
             self.kind(
                 Api::<EndpointSlice>::all(all(&client)),
                 everything.clone(),
+                &slices,
                 |f| &mut f.slices,
                 |s| Slice::read(&s)
             ),
             self.kind(
                 Api::<SpiffeID>::all(all(&client)),
                 everything.clone(),
+                &spiffe_ids,
                 |f| &mut f.spiffe_ids,
                 |mut s| {
                     s.metadata.managed_fields = None;
@@ -99,6 +117,7 @@ impl Cluster {
         &self,
         api: Api<K>,
         config: watcher::Config,
+        health: &Health,
         place: fn(&mut Store) -> &mut HashMap<Key, V>,
         read: impl Fn(K) -> Option<V>,
     ) where
@@ -108,8 +127,7 @@ impl Cluster {
         let key = |o: &K| (o.namespace().unwrap_or_default(), o.name_any());
         let mut fresh: HashMap<Key, V> = HashMap::new();
         let mut first = true;
-        let mut events = watch_objects(api, config).default_backoff().boxed();
-        while let Some(event) = events.next().await {
+        countersign_watch::follow(api, config, health, |event| {
             let put = |key: Key, value: Option<V>| {
                 let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
                 let known = place(&mut store);
@@ -124,14 +142,14 @@ impl Cluster {
                 }
             };
             match event {
-                Ok(Event::Init) => fresh.clear(),
-                Ok(Event::InitApply(object)) => {
+                Event::Init => fresh.clear(),
+                Event::InitApply(object) => {
                     let key = key(&object);
                     if let Some(value) = read(object) {
                         fresh.insert(key, value);
                     }
                 }
-                Ok(Event::InitDone) => {
+                Event::InitDone => {
                     let whole = std::mem::take(&mut fresh);
                     self.change(|store| *place(store) = whole);
                     if std::mem::take(&mut first) {
@@ -139,13 +157,10 @@ impl Cluster {
                         self.version.send_modify(|v| *v += 1);
                     }
                 }
-                Ok(Event::Apply(object)) => put(key(&object), read(object)),
-                Ok(Event::Delete(object)) => put(key(&object), None),
-                Err(error) => {
-                    let kind = K::kind(&K::DynamicType::default()).into_owned();
-                    tracing::warn!(kind, %error, "the API server does not let us watch; trying again");
-                }
+                Event::Apply(object) => put(key(&object), read(object)),
+                Event::Delete(object) => put(key(&object), None),
             }
-        }
+        })
+        .await;
     }
 }

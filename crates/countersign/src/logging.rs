@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use countersign_api::log_writer::{LogWriter, Sink};
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt;
 use tracing_subscriber::prelude::*;
 
@@ -40,6 +40,12 @@ impl LogArgs {
     pub fn start(&self) -> Result<(), Mistake> {
         let filter =
             Targets::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
+        // Our own watches say the same in one line of words; this logs the whole structure of an answer.
+        let filter = if self.log.contains("kube_runtime") {
+            filter
+        } else {
+            filter.with_target("kube_runtime::watcher", LevelFilter::ERROR)
+        };
         if LOG.get().is_none()
             && let Ok(log) = stderr().and_then(|file| LogWriter::start(Sink::Stream(file), Duration::ZERO))
         {

@@ -4,6 +4,7 @@ import json, subprocess as sp, time, unittest
 
 import cluster, mesh
 from mesh import NAMESPACE, deploy, deployment, kubectl, pod_of, run_in, wait, web
+from suite.test_operator import countersign
 from suite.test_traffic import Load
 
 # A request after the other, each over a connection of its own; one line each.
@@ -95,6 +96,41 @@ class Faults(unittest.TestCase):
         finally:
             change({"op": "remove", "path": f"/spec/template/spec/containers/{len(server)}"})
             mesh.ready()
+
+    def test_a_permission_that_was_taken_away_is_named_and_given_back_all_works(self):
+        roles = ("clusterrolebinding/countersign-agent", "clusterrolebinding/countersign-server")
+        with mesh.namespace("no-permission") as ns:
+            deploy(ns, web(replicas=2), deployment("client", ["sleep", "infinity"]))
+            pod = mesh.get("-n", NAMESPACE, "pod", "countersign-server-0")
+            registrar = next(c["containerID"].split("//")[1] for c in pod["status"]["containerStatuses"]
+                             if c["name"] == "registrar")
+            server = mesh.node_of(pod["spec"]["nodeName"])
+            kubectl("delete", *roles)
+            try:
+                # Both start anew, so that nobody waits for the end of a watch that was allowed.
+                tasks = server.run("ctr", "-n", "k8s.io", "task", "ls", stdout=sp.PIPE, check=True).stdout
+                server.run("kill", next(line.split()[1] for line in tasks.splitlines() if line.startswith(registrar)))
+                kubectl("-n", NAMESPACE, "delete", "pod", mesh.agent_on("node2"))
+                agents = lambda: mesh.pods(NAMESPACE, "app.kubernetes.io/component=agent")
+                agent = wait("the next agent", lambda: next((p["metadata"]["name"] for p in agents()
+                                                             if p["spec"].get("nodeName") == "node2"), None), 20)
+                forbidden = lambda *page: "pods is forbidden" in (text := mesh.pod_page(*page)) and text
+                wait("the registrar to name the permission",
+                     lambda: forbidden("countersign-server-0", 9465, "/ready"), 30)
+                said = wait("the agent to name the permission",
+                            lambda: forbidden(agent, 9464, "/ready"), 30)
+                self.assertIn("cannot list resource", said)
+                checks = lambda: json.loads(countersign("check", "--output", "json").stdout)["checks"]
+                source = lambda: next(c for c in checks() if c["check"] == "pod source")
+                found = wait("check to name it", lambda: not (c := source())["ok"] and c, 10)
+                self.assertIn("on node2 no source of pods works", found["found"])
+                self.assertIn("pods is forbidden", found["found"])
+                # The server's pod is not ready, and agents still reach it.
+                wait("the agent to hear the server", lambda: "the server has not been heard" not in
+                     mesh.pod_page(agent, 9464, "/ready"), 20)
+            finally:
+                mesh.install()
+            self.new_pod_works(ns)
 
     def test_injectors_deleted(self):
         with mesh.namespace("no-injector") as ns:

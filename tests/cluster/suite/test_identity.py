@@ -143,6 +143,23 @@ class Identity(unittest.TestCase):
                            check=True).stdout
             self.assertNotIn(f"pid={caller},", tcp, "and no other way to anybody")
 
+    def test_a_pod_gets_its_identity_whether_its_kubelet_signs_itself_or_not(self):
+        with mesh.namespace("both-kubelets") as ns:
+            mesh.deploy(ns, *(mesh.deployment(f"on-{n.name}", ["sleep", "infinity"], spec=f"nodeName: {n.name}")
+                              for n in cluster.NODES))
+            for node in cluster.NODES:
+                page = mesh.pod_page(mesh.agent_on(node.name), 9464, "/metrics")
+                line = lambda name, source: f'countersign_agent_pod_source_{name}{{source="{source}"}} '
+                value = lambda *which: next((int(told.removeprefix(line(*which))) for told in page.splitlines()
+                                             if told.startswith(line(*which))), 0)
+                self.assertEqual((value("up", "api_server"), value("up", "kubelet")), (1, int(node.verified)), page)
+                served = {source: value("served_total", source) for source in ("api_server", "kubelet")}
+                print(f"{node.name}: served {served}", flush=True)
+                self.assertGreater(served["api_server"], 0)
+                if not node.verified:
+                    self.assertEqual(served["kubelet"], 0, "what cannot be verified is not asked")
+                    self.assertIn("certificate", mesh.agent_status(node.name)["facts"]["pods by kubelet"])
+
     def granted(self, ns, wanted):
         """Which of some SpiffeID objects, made by hand by name and selectors, a pod of node1 in the reference's shape
         is granted."""

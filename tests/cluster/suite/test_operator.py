@@ -125,8 +125,13 @@ class Operator(unittest.TestCase):
 
     def test_check_is_green_on_a_mesh_that_is_well_and_names_what_is_not(self):
         found = wait("a green check", lambda: (c := self.check()) and all(x["ok"] for x in c.values()) and c, 30)
-        self.assertEqual(len(found), 15)
-        self.assertEqual(set(self.check("--before")), {"API version", "permissions", "clocks"})
+        self.assertEqual(len(found), 16)
+        self.assertEqual(found["pod source"]["found"], "node2: API server (the kubelet does not verify or answer);"
+                         " node1: API server and kubelet")
+        before = self.check("--before")
+        self.assertEqual(set(before), {"API version", "permissions", "clocks", "pod source"})
+        self.assertIn("verify: node1; kubelets that sign themselves, and are not asked: node2",
+                      before["pod source"]["found"])
         # An agent that is away is named with its node, and what mends it.
         kubectl("label", "node", "node2", "test/no-agent=true")
         terms = [{"matchExpressions": [{"key": "test/no-agent", "operator": "DoesNotExist"}]}]

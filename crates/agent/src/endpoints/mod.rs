@@ -45,7 +45,7 @@ pub struct Core {
     pub clock: Clock,
     pub link: Arc<Link>,
     pub cache: Arc<Cache>,
-    pub attestors: Vec<Box<dyn WorkloadAttestor>>,
+    pub attestors: Vec<Arc<dyn WorkloadAttestor>>,
     pub directory: Subscriptions,
     /// Bounds the number of addresses that each caller follows.
     pub followers: Quota<directory::Follower>,
@@ -199,7 +199,7 @@ impl Core {
         tokio::select! {
             status = self.caller_changed(attested) => status,
             () = whole_now => Status::unavailable(
-                "attested by its pod alone, for the kubelet did not know its container yet; ask again",
+                "attested by its pod alone, for its container was not known yet; ask again",
             ),
         }
     }
@@ -211,9 +211,9 @@ impl Core {
             Ok(found) => Ok(found),
             Err(NoIdentity::NotSynced) => Err(Status::unavailable("the agent has not heard from the server yet")),
             // A selector that is not known yet may be the one that an entry requires.
-            Err(NoIdentity::NoEntry(why)) if attested.in_part => Err(Status::unavailable(format!(
-                "no identity issued yet, for the kubelet does not know the container: {why}"
-            ))),
+            Err(NoIdentity::NoEntry(why)) if attested.in_part => {
+                Err(Status::unavailable(format!("no identity issued yet, for the container is not known yet: {why}")))
+            }
             Err(NoIdentity::NoEntry(why)) => {
                 self.metrics.refused("no_identity");
                 if let Some(unsaid) = self.said.next(Follower::of(attested), "no identity issued", Instant::now()) {

@@ -29,6 +29,7 @@ impl StatusService for Endpoint {
             ("directory addresses followed".to_owned(), core.directory.len().to_string()),
             ("open streams".to_owned(), core.metrics.streams.get().to_string()),
         ];
+        facts.extend(core.attestors.iter().flat_map(|a| a.facts()));
         if let Some(svid) = agent {
             facts.push(("agent SVID expires".to_owned(), svid.facts().not_after.to_string()));
         }

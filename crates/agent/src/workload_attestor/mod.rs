@@ -6,6 +6,7 @@ mod unix;
 
 use async_trait::async_trait;
 use countersign_identity::selector::SelectorSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::peer::Process;
 
@@ -31,4 +32,20 @@ pub struct Proof {
 pub trait WorkloadAttestor: Send + Sync {
     /// The proven facts about a process. The caller has verified which process it is, and verifies it again afterwards.
     async fn attest(&self, process: &Process) -> Result<Proof, AttestorError>;
+
+    /// Its work in the background, until `shutdown`.
+    async fn keep(&self, _shutdown: CancellationToken) {}
+
+    /// Why it cannot attest callers now, for `/ready`; `None` if it can.
+    fn missing(&self) -> Option<String> {
+        None
+    }
+
+    /// Its facts for `status`, name and value.
+    fn facts(&self) -> Vec<(String, String)> {
+        vec![]
+    }
+
+    /// Sets its metrics that are looked up rather than counted.
+    fn observe(&self) {}
 }

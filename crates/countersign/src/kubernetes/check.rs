@@ -23,6 +23,7 @@ use time::OffsetDateTime;
 
 use super::cluster::{client, is_meshed, is_ready, page, pods, words};
 use super::exceptions::{exceptions, leave};
+use super::pod_source;
 use crate::metrics_page::{label, metric};
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
@@ -61,8 +62,7 @@ pub struct CheckArgs {
 /// Result of one check.
 struct Finding {
     check: &'static str,
-    /// What is fine; or what is wrong, and how to fix it.
-    outcome: Result<String, (String, &'static str)>,
+    outcome: Outcome,
 }
 
 /// Runs all checks and prints the findings.
@@ -97,6 +97,7 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
         Finding { check: "clocks", outcome: clocks(&client).await },
     ];
     if args.before {
+        findings.push(Finding { check: "pod source", outcome: pod_source::before(&client).await });
         return Ok(findings);
     }
     let (server, map) = (server(&client, namespace).await, configmap(&client, namespace).await);
@@ -104,6 +105,7 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
         Finding { check: "SpiffeID resource", outcome: resource(&client).await },
         Finding { check: "server", outcome: server_ready(&client, namespace).await },
         Finding { check: "agents", outcome: agents(&client, namespace, version).await },
+        Finding { check: "pod source", outcome: pod_source::installed(&client, namespace).await },
         Finding { check: "injector", outcome: injector(&client, namespace).await },
         Finding { check: "settings", outcome: settings(&client, namespace).await },
         Finding { check: "authorities", outcome: authorities(server.as_ref()) },
@@ -117,7 +119,8 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-type Outcome = Result<String, (String, &'static str)>;
+/// What is fine; or what is wrong, and how to fix it.
+pub type Outcome = Result<String, (String, &'static str)>;
 
 /// A part of an installation is missing.
 #[allow(clippy::needless_pass_by_value)] // taken by `map_err`

@@ -20,6 +20,14 @@ pub async fn client() -> Result<Client> {
     Ok(client.map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {e}; set KUBECONFIG")))?)
 }
 
+/// A way to the API server that takes 503 for an answer: a page that is not ready says why, and a client that asks again
+/// until it is would not read it.
+pub async fn client_without_retries() -> Result<Client> {
+    let mut config = kube::Config::infer().await.map_err(|e| Mistake(format!("{e}; set KUBECONFIG")))?;
+    config.default_retry = false;
+    Ok(Client::try_from(config)?)
+}
+
 /// Fetches a page of a pod through the API server's proxy.
 pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String> {
     let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());

@@ -7,6 +7,7 @@ mod exceptions;
 mod explain;
 mod inject;
 mod install;
+mod pod_source;
 mod sidecars;
 mod strict;
 mod uninstall;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
+use countersign_agent::config::{Kubelet, NodeName, PodSources, Sources};
 use countersign_agent::{Config, Evidence};
 use countersign_api::clock::system_clock;
 use countersign_api::files::read_bounded;
@@ -71,8 +72,11 @@ pub struct AgentSettings {
     /// Projected service account token to attest with [default: /var/run/secrets/tokens/countersign-agent].
     #[arg(long, value_name = "FILE")]
     k8s_psat_token: Option<PathBuf>,
-    /// Attest callers by their pods: address of this node's kubelet, HOST:PORT. The kubelet's certificate must name the
-    /// host.
+    /// Attest callers by their pods, watched on the API server: name of this node. Needs `list` and `watch` on pods.
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
+    /// Attest callers by their pods, as listed by this node's kubelet: its address, HOST:PORT. The kubelet's certificate
+    /// must name the host. With --node-name it is the second source, used where its certificate verifies.
     #[arg(long, value_name = "ADDRESS")]
     kubelet: Option<String>,
     /// PEM CAs of the kubelet's certificate [default: the service account's ca.crt].
@@ -113,7 +117,7 @@ impl AgentSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
             trust_domain, server, socket, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, k8s_psat_cluster,
-            k8s_psat_token, kubelet, kubelet_ca, kubelet_token, namespace_labels, workload_key_type, live_settings,
+            k8s_psat_token, node_name, kubelet, kubelet_ca, kubelet_token, namespace_labels, workload_key_type, live_settings,
             sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, metrics,
         })
     }
@@ -151,7 +155,11 @@ impl AgentSettings {
             discover_path: self.discover_workload_path.unwrap_or(false),
             hash_limit: self.workload_size_limit.unwrap_or(100 * 1024 * 1024),
             foreign_namespaces: self.foreign_namespaces.unwrap_or(false),
-            kubelet: kubelet(self.kubelet, self.kubelet_ca, self.kubelet_token, self.namespace_labels)?,
+            pods: pods(
+                self.node_name,
+                kubelet(self.kubelet, self.kubelet_ca, self.kubelet_token)?,
+                self.namespace_labels.unwrap_or(false),
+            )?,
             metrics: self.metrics,
         };
         Ok((config, follow))
@@ -209,18 +217,24 @@ fn join_token(content: &[u8]) -> Result<Zeroizing<String>, String> {
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-fn kubelet(
-    address: Option<String>,
-    ca: Option<PathBuf>,
-    token: Option<PathBuf>,
-    namespace_labels: Option<bool>,
-) -> Result<Option<countersign_agent::config::Kubelet>, Mistake> {
+fn pods(node: Option<String>, kubelet: Option<Kubelet>, namespace_labels: bool) -> Result<Option<PodSources>, Mistake> {
+    let node: Option<NodeName> =
+        node.map(|name| name.parse().map_err(|e: String| Mistake::flag("--node-name", &e))).transpose()?;
+    let sources = match (node, kubelet) {
+        (Some(node), Some(kubelet)) => Sources::Both(node, kubelet),
+        (Some(node), None) => Sources::ApiServer(node),
+        (None, Some(kubelet)) => Sources::Kubelet(kubelet),
+        (None, None) if namespace_labels => {
+            return Err(Mistake::flag("--namespace-labels", "has no effect without --node-name or --kubelet"));
+        }
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(PodSources { sources, namespace_labels }))
+}
+
+fn kubelet(address: Option<String>, ca: Option<PathBuf>, token: Option<PathBuf>) -> Result<Option<Kubelet>, Mistake> {
     let Some(address) = address else {
-        let given = [
-            ("--kubelet-ca", ca.is_some()),
-            ("--kubelet-token", token.is_some()),
-            ("--namespace-labels", namespace_labels == Some(true)),
-        ];
+        let given = [("--kubelet-ca", ca.is_some()), ("--kubelet-token", token.is_some())];
         return match given.iter().find(|(_, given)| *given) {
             None => Ok(None),
             Some((flag, _)) => Err(Mistake::flag(flag, "has no effect without --kubelet")),
@@ -231,12 +245,7 @@ fn kubelet(
     }
     let account = |file: &str| PathBuf::from("/var/run/secrets/kubernetes.io/serviceaccount").join(file);
     let (ca, token) = (ca.unwrap_or_else(|| account("ca.crt")), token.unwrap_or_else(|| account("token")));
-    Ok(Some(countersign_agent::config::Kubelet {
-        address,
-        ca,
-        token,
-        namespace_labels: namespace_labels.unwrap_or(false),
-    }))
+    Ok(Some(Kubelet { address, ca, token }))
 }
 
 /// Runs an agent until it is stopped.
@@ -297,6 +306,7 @@ mod tests {
             "x509pop_key",
             "k8s_psat_cluster",
             "k8s_psat_token",
+            "node_name",
             "kubelet",
             "kubelet_ca",
             "kubelet_token",

@@ -1,7 +1,8 @@
-//! Queries the kubelet's pod list (`GET /pods` on port 10250) on demand; callers that wait share one query.
+//! Queries the kubelet's pod list (`GET /pods` on port 10250) on demand; callers that wait share one query. A kubelet
+//! whose certificate does not verify is asked nothing.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use countersign_api::files::read_bounded;
@@ -16,10 +17,16 @@ use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
 use super::pods::Pods;
+use super::source::Standing;
 use crate::config::Kubelet;
 
 /// Longest query.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a kubelet that failed is left alone where there is another source. Most fail for good, and each attempt is a
+/// line in a kubelet's log.
+const REST: Duration = Duration::from_secs(30);
+/// Interval between two attempts of the only source while it fails.
+const PROBE: Duration = Duration::from_secs(5);
 /// Largest pod list that is read, in bytes.
 const MAX_LIST_BYTES: usize = 64 * 1024 * 1024;
 /// Largest token or CA file that is read, in bytes.
@@ -36,7 +43,7 @@ pub enum SetupError {
         /// What is wrong with it.
         why: String,
     },
-    /// The API server, which provides labels of namespaces, cannot be reached.
+    /// There is no way to the API server, which provides pods and labels of namespaces.
     #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
     Api(#[from] kube::Error),
 }
@@ -73,6 +80,9 @@ pub enum QueryError {
     /// The kubelet's answer cannot be parsed, or is too long.
     #[error("the kubelet's pod list cannot be read: {0}")]
     Answer(String),
+    /// It failed a moment ago, and is left alone.
+    #[error("{0}")]
+    Resting(String),
 }
 
 /// Queries a kubelet; concurrent callers share the answer.
@@ -80,11 +90,23 @@ pub struct Client {
     settings: Kubelet,
     tls: Arc<ClientConfig>,
     latest: Mutex<Option<(Instant, Arc<Pods>)>>,
+    /// Time between two attempts while it fails.
+    rest: Duration,
+    state: StdMutex<State>,
+}
+
+/// What became of the latest query.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Unasked,
+    Works,
+    Failed { at: Instant, why: String },
 }
 
 impl Client {
-    /// Reads the CA that the kubelet's certificate must chain to.
-    pub fn new(settings: Kubelet) -> Result<Self, SetupError> {
+    /// Reads the CA that the kubelet's certificate must chain to. `second`: there is another source, so a kubelet that
+    /// fails is left alone for [`REST`].
+    pub fn new(settings: Kubelet, second: bool) -> Result<Self, SetupError> {
         let wrong = |why: String| SetupError::Ca { path: settings.ca.clone(), why };
         let pem = read_bounded(&settings.ca, MAX_FILE_BYTES).map_err(|e| wrong(e.to_string()))?;
         let mut roots = RootCertStore::empty();
@@ -94,7 +116,52 @@ impl Client {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let tls = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let tls = tls.map_err(|e| wrong(e.to_string()))?.with_root_certificates(roots).with_no_client_auth();
-        Ok(Self { settings, tls: Arc::new(tls), latest: Mutex::default() })
+        let rest = if second { REST } else { Duration::ZERO };
+        let state = StdMutex::new(State::Unasked);
+        Ok(Self { settings, tls: Arc::new(tls), latest: Mutex::default(), rest, state })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it answers, by the latest query.
+    pub fn standing(&self) -> Standing {
+        match &*self.state() {
+            State::Works => Standing::Works,
+            State::Unasked => Standing::Fails { why: "the kubelet has not answered yet".into(), lasting: false },
+            State::Failed { why, .. } => Standing::Fails { why: why.clone(), lasting: true },
+        }
+    }
+
+    /// Asks at the start, and now and then while it fails, without end.
+    pub async fn keep(&self) {
+        loop {
+            if *self.state() != State::Works {
+                let _ = self.pods().await;
+            }
+            tokio::time::sleep(REST.min(self.rest.max(PROBE))).await;
+        }
+    }
+
+    /// Keeps what became of a query, and logs what is new about it.
+    fn note(&self, outcome: Result<(), &QueryError>) {
+        let mut state = self.state();
+        let next = match outcome {
+            Ok(()) => State::Works,
+            Err(error) => State::Failed { at: Instant::now(), why: error.to_string() },
+        };
+        match (&*state, &next) {
+            (State::Works, State::Works) | (State::Failed { .. }, State::Failed { .. }) => {}
+            (_, State::Failed { why, .. }) if self.rest.is_zero() => {
+                tracing::warn!(why, "the kubelet is not available");
+            }
+            (_, State::Failed { why, .. }) => {
+                tracing::info!(why, "the kubelet is no source of pods; the API server alone is");
+            }
+            _ => tracing::info!(address = self.settings.address, "the kubelet is a source of pods"),
+        }
+        *state = next;
     }
 
     /// A pod list that is no older than this call. Callers that wait for the same list share one query.
@@ -108,9 +175,15 @@ impl Client {
             return Ok(pods.clone());
         }
         let asked = Instant::now();
+        if let State::Failed { at, why } = &*self.state()
+            && at.elapsed() < self.rest
+        {
+            return Err(QueryError::Resting(why.clone()));
+        }
         let answer = tokio::time::timeout(QUERY_TIMEOUT, self.query()).await;
-        let pods = answer.map_err(|_| self.unreachable("no answer in time".into()))??;
-        let pods = Arc::new(pods);
+        let answer = answer.unwrap_or_else(|_| Err(self.unreachable("no answer in time".into())));
+        self.note(answer.as_ref().map(drop));
+        let pods = Arc::new(answer?);
         *latest = Some((asked, pods.clone()));
         Ok(pods)
     }
@@ -142,7 +215,9 @@ impl Client {
         if status != 200 {
             let mend = match status {
                 401 => "does it accept service account tokens (authentication.webhook)?",
-                403 => "give the agent's service account `get` on nodes/pods (nodes/proxy before Kubernetes 1.33)",
+                403 => {
+                    "give the agent `get` on nodes/pods (before Kubernetes 1.33 on nodes/proxy: agent.nodesProxyPermission)"
+                }
                 _ => "see the kubelet's log",
             };
             return Err(QueryError::Refused { address: address.clone(), status, mend });
@@ -151,3 +226,6 @@ impl Client {
         Pods::parse(&pods.body).map_err(|e| QueryError::Answer(e.to_string()))
     }
 }
+
+#[cfg(test)]
+pub mod tests;

@@ -1,61 +1,81 @@
-//! `k8s:…`: from the process to its cgroup, to its pod and container, to what this node's kubelet says about them.
+//! `k8s:…`: from the process to its cgroup, to its pod and container, to what a verified source says about them.
 
+mod api_server;
 mod cgroup;
 mod kubelet;
 mod namespaces;
 mod pods;
+mod source;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_api::backoff::Backoff;
 use countersign_identity::selector::SelectorSet;
+use countersign_watch::Watches;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
+use self::api_server::ApiServer;
 use self::cgroup::Container;
 pub use self::cgroup::container_of;
 use self::kubelet::Client;
 use self::namespaces::Namespaces;
+use self::source::{Found, Missing, PodSources};
 use super::{AttestorError, Proof, WorkloadAttestor};
-use crate::config::Kubelet;
+use crate::config::{self, Sources};
+use crate::metrics::Metrics;
 use crate::peer::Process;
 
 pub use kubelet::SetupError;
 
-/// How long a process may be ahead of the kubelet's knowledge of its container.
+/// How long a process may be ahead of what the sources know of its container.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Time after which a process is attested by its pod alone, if the kubelet does not know its container. The kubelet
-/// reports a container only once its postStart hook has ended, and such a hook may wait for the identity. An entry that
-/// requires the container applies once it is known.
+/// Time after which a process is attested by its pod alone, if no source knows its container. The kubelet reports a
+/// container only once its postStart hook has ended, and such a hook may wait for the identity. An entry that requires
+/// the container applies once it is known.
 const POD_ALONE: Duration = Duration::from_secs(3);
 
 /// Attests processes by their pod.
 pub struct K8s {
-    kubelet: Client,
+    sources: PodSources,
     namespaces: Option<Namespaces>,
 }
 
 impl K8s {
-    /// Reads the CA of the kubelet's certificate, and connects to the API server if labels of namespaces are wanted.
-    pub async fn new(settings: Kubelet) -> Result<Self, SetupError> {
-        let namespaces = if settings.namespace_labels { Some(Namespaces::new().await?) } else { None };
-        Ok(Self { kubelet: Client::new(settings)?, namespaces })
+    /// Reads the CA of the kubelet's certificate, and sets up a client of the API server if it is asked. Nobody is
+    /// asked yet: [`WorkloadAttestor::keep`] does.
+    pub async fn new(settings: config::PodSources, metrics: &Arc<Metrics>) -> Result<Self, SetupError> {
+        let (node, kubelet) = match settings.sources {
+            Sources::ApiServer(node) => (Some(node), None),
+            Sources::Kubelet(kubelet) => (None, Some(kubelet)),
+            Sources::Both(node, kubelet) => (Some(node), Some(kubelet)),
+        };
+        let client = match (&node, settings.namespace_labels) {
+            (None, false) => None,
+            _ => Some(countersign_watch::client().await?),
+        };
+        let namespaces = client.clone().filter(|_| settings.namespace_labels).map(Namespaces::new);
+        let watches = Watches::of(metrics.watch_errors.clone());
+        let api_server = node.zip(client).map(|(node, client)| ApiServer::new(node, client, watches.health("pods")));
+        let kubelet = kubelet.map(|kubelet| Client::new(kubelet, api_server.is_some())).transpose()?;
+        Ok(Self { sources: PodSources::new(api_server, kubelet, metrics.clone()), namespaces })
     }
 
     /// All facts about a process in this container; with `in_part`, its pod alone is enough.
-    async fn look(&self, Container { pod_uid, id }: &Container, in_part: bool) -> Result<Proof, String> {
-        let pods = self.kubelet.pods().await.map_err(|e| e.to_string())?;
-        let pod = pods.get(pod_uid).ok_or_else(|| format!("the kubelet does not know pod {pod_uid}"))?;
-        let container = pod.container(id);
+    async fn look(&self, of: &Container, in_part: bool) -> Result<Proof, Missing> {
+        let Found { pod, container } = self.sources.find(of).await?;
         if container.is_none() && !in_part {
-            return Err(format!("the kubelet does not know container {id} of pod {pod_uid}"));
+            return Err(Missing::Yet(format!("container {} of pod {} is not known yet", of.id, of.pod_uid)));
         }
-        let mut selectors: SelectorSet = pod.selectors.iter().chain(container.into_iter().flatten()).cloned().collect();
+        let in_part = container.is_none();
+        let mut selectors: SelectorSet = pod.selectors.iter().cloned().chain(container.into_iter().flatten()).collect();
         if let Some(namespaces) = &self.namespaces {
-            selectors.extend(namespaces.labels(&pod.namespace).await?);
+            selectors.extend(namespaces.labels(&pod.namespace).await.map_err(Missing::Yet)?);
         }
-        Ok(Proof { selectors, in_part: container.is_none() })
+        Ok(Proof { selectors, in_part })
     }
 }
 
@@ -70,14 +90,33 @@ impl WorkloadAttestor for K8s {
         loop {
             let why = match self.look(&container, Instant::now() >= alone).await {
                 Ok(proof) => return Ok(proof),
-                Err(why) => why,
+                Err(Missing::Deleted) => {
+                    return Err(AttestorError(format!("pod {} has been deleted", container.pod_uid)));
+                }
+                Err(Missing::Yet(why)) => why,
             };
             let delay = backoff.next_delay();
             if Instant::now() + delay > end {
                 return Err(AttestorError(why));
             }
             tracing::debug!(pid = process.pid, why, "not attested by pod yet; asking again in {delay:.1?}");
-            tokio::time::sleep(delay).await;
+            let _ = tokio::time::timeout(delay, self.sources.known(&container)).await;
         }
+    }
+
+    async fn keep(&self, shutdown: CancellationToken) {
+        self.sources.keep(shutdown).await;
+    }
+
+    fn missing(&self) -> Option<String> {
+        self.sources.missing()
+    }
+
+    fn facts(&self) -> Vec<(String, String)> {
+        self.sources.facts()
+    }
+
+    fn observe(&self) {
+        self.sources.observe();
     }
 }

@@ -1,5 +1,5 @@
-//! `k8s:ns-label:KEY:VALUE`: labels of a pod's namespace. The kubelet does not know them, so they are read from the API
-//! server if the operator enables it.
+//! `k8s:ns-label:KEY:VALUE`: labels of a pod's namespace. A pod does not hold them, so they are read from the API server
+//! if the operator enables it.
 
 use std::time::Duration;
 
@@ -15,9 +15,9 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Namespaces(Api<Namespace>);
 
 impl Namespaces {
-    /// Connects as the agent's service account, which must be allowed `get` on namespaces.
-    pub async fn new() -> Result<Self, kube::Error> {
-        Ok(Self(Api::all(Client::try_default().await?)))
+    /// By a client as the agent's service account, which must be allowed `get` on namespaces.
+    pub fn new(client: Client) -> Self {
+        Self(Api::all(client))
     }
 
     /// The current labels of a namespace.

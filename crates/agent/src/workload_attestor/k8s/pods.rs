@@ -1,17 +1,22 @@
-//! A kubelet's pod list, converted to selectors.
+//! A node's pods, converted to selectors: what is kept of them, whichever source they come from.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use countersign_identity::Selector;
 use countersign_identity::selector::SelectorSet;
 use k8s_openapi::List;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
+/// Most pods of a node that are kept. A kubelet runs 110 unless it is told otherwise.
+const MAX_PODS: usize = 4_096;
+
 /// A node's pods by UID.
 #[derive(Default)]
-pub struct Pods(HashMap<String, KnownPod>);
+pub struct Pods(HashMap<String, Arc<KnownPod>>);
 
-/// A pod, as reported by the kubelet.
+/// What is known about a pod.
+#[derive(Debug, PartialEq, Eq)]
 pub struct KnownPod {
     /// Namespace of the pod.
     pub namespace: String,
@@ -25,17 +30,39 @@ impl Pods {
     /// Parses a `PodList` in JSON.
     pub fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
         let list: List<Pod> = serde_json::from_slice(json)?;
-        Ok(Self(list.items.iter().filter_map(|p| Some((p.metadata.uid.clone()?, known(p)))).collect()))
+        let mut pods = Self::default();
+        list.items.iter().for_each(|pod| pods.insert(pod));
+        Ok(pods)
     }
 
-    /// The pod with this UID; `None` if the kubelet does not list it.
-    pub fn get(&self, uid: &str) -> Option<&KnownPod> {
+    /// Adds or replaces a pod. One without a UID, or beyond [`MAX_PODS`], is left out.
+    pub fn insert(&mut self, pod: &Pod) {
+        let Some(uid) = &pod.metadata.uid else { return };
+        if self.0.len() >= MAX_PODS && !self.0.contains_key(uid) {
+            tracing::warn!(uid, "more than {MAX_PODS} pods on this node; this one is left out");
+            return;
+        }
+        self.0.insert(uid.clone(), Arc::new(known(pod)));
+    }
+
+    /// Removes a pod.
+    pub fn remove(&mut self, uid: &str) {
+        self.0.remove(uid);
+    }
+
+    /// The pod with this UID; `None` if it is not known.
+    pub fn get(&self, uid: &str) -> Option<&Arc<KnownPod>> {
         self.0.get(uid)
+    }
+
+    /// Number of pods.
+    pub fn len(&self) -> usize {
+        self.0.len()
     }
 }
 
 impl KnownPod {
-    /// Additional selectors of a container's processes; `None` while the kubelet does not know the container.
+    /// Additional selectors of a container's processes; `None` while the container is not known.
     pub fn container(&self, id: &str) -> Option<&SelectorSet> {
         self.containers.get(id)
     }
@@ -126,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_that_the_kubelet_does_not_know_has_none() {
+    fn a_container_that_is_not_known_has_none() {
         let pods = Pods::parse(LIST.as_bytes()).unwrap();
         assert!(pods.get("u1").unwrap().container("c3").is_none());
         assert!(pods.get("u2").unwrap().container("c1").is_none());
