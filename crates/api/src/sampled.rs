@@ -136,7 +136,9 @@ mod tests {
     #[test]
     fn a_storm_that_ends_is_told_of_once() {
         let (sampled, now) = (Sampled::default(), Instant::now());
-        (0..50).for_each(|_| drop(sampled.next(1, "tls", now)));
+        for _ in 0..50 {
+            let _ = sampled.next(1, "tls", now);
+        }
         sampled.next(2, "tls", now);
         assert_eq!(sampled.over(now), []);
         assert_eq!(sampled.over(now + WINDOW), [Unsaid { source: Some(1), kind: "tls", count: 30 }]);

@@ -105,8 +105,9 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
         Match::Net(of) => net(of)?,
         Match::TcpNet(of) => format!("{} -p tcp", net(of)?),
         Match::TcpInvalid => "-p tcp -m conntrack --ctstate INVALID".into(),
-        Match::TcpNotSyn => "-p tcp -m tcp ! --tcp-flags SYN SYN".into(),
-        Match::SynFrom(port) => format!("-p tcp -m tcp --sport {port} --tcp-flags SYN SYN"),
+        Match::ForeignFrom(port, uid) => {
+            format!("-p tcp -m tcp --sport {port} -m owner --socket-exists ! --uid-owner {uid}")
+        }
         Match::Icmp if !v6 => "-p icmp".into(),
         Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),
         Match::Icmp | Match::Icmpv6 => return None,

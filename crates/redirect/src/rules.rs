@@ -99,10 +99,8 @@ pub enum Match {
     Tcp,
     /// TCP that belongs to no connection that the kernel follows: NAT leaves it as it is.
     TcpInvalid,
-    /// TCP without the SYN flag: it opens no connection.
-    TcpNotSyn,
-    /// TCP with the SYN flag from this source port.
-    SynFrom(u16),
+    /// TCP from this source port, sent by a socket of another user ID than this.
+    ForeignFrom(u16, u32),
     /// ICMP over IPv4.
     Icmp,
     /// `ICMPv6` over IPv6, including neighbour discovery.
@@ -158,8 +156,7 @@ impl Rule {
             Match::TcpNet(net) => format!("TCP with net {net}"),
             Match::Tcp => "TCP".into(),
             Match::TcpInvalid => "TCP of no connection".into(),
-            Match::TcpNotSyn => "TCP without SYN".into(),
-            Match::SynFrom(port) => format!("SYN from port {port}"),
+            Match::ForeignFrom(port, _) => format!("port {port} of another user"),
             Match::Icmp => "ICMP".into(),
             Match::Icmpv6 => "ICMPv6".into(),
             Match::Reply => "replies".into(),
@@ -210,11 +207,13 @@ impl Redirect {
         rules.extend(nets(Hook::Prerouting, &self.exempt_inbound_cidrs));
         rules.push(rest(Hook::Prerouting, self.inbound_port));
         // Any user may listen on these ports while the sidecar is away, and would get what is redirected to it, in plaintext.
-        // Without a SYN-ACK no connection is established. One without an owner is a SYN cookie, dropped as well: the
-        // listener behind it may be anybody's. Resets carry no SYN, so a port that nobody listens on is refused at once.
-        rules.push(exempt(Hook::OwnPorts, Match::TcpNotSyn));
-        rules.push(exempt(Hook::OwnPorts, Match::Uid(self.proxy_uid)));
-        let foreign = |port| Rule { hook: Hook::OwnPorts, matches: Match::SynFrom(port), verdict: Verdict::Drop };
+        // What no socket sends passes: resets, and SYN cookies, without which a flood of SYN would keep callers out. A
+        // connection that comes about by a cookie is silent: no segment of its socket passes.
+        let foreign = |port| Rule {
+            hook: Hook::OwnPorts,
+            matches: Match::ForeignFrom(port, self.proxy_uid),
+            verdict: Verdict::Drop,
+        };
         rules.extend(self.own_ports().into_iter().map(foreign));
         if let Some(guard) = &self.guard {
             rules.extend(guard.rules(&self.exempt_outbound_cidrs, &self.exempt_inbound_cidrs));

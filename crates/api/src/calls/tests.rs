@@ -60,6 +60,7 @@ fn request(path: &str, from: &str) -> (mpsc::Sender<Piece>, Request<Body>) {
     (sender, request)
 }
 
+#[allow(clippy::unnecessary_wraps)] // what a body yields
 fn piece(bytes: &[u8]) -> Piece {
     Ok(Frame::data(Bytes::copy_from_slice(bytes)))
 }

@@ -34,8 +34,6 @@ const DSTNAT: i32 = -100;
 const FILTER: i32 = 0;
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
-/// The SYN flag in byte 13 of a TCP header (RFC 9293 3.1).
-const SYN: u8 = 0x02;
 const IPPROTO_UDP: u8 = 17;
 const IPPROTO_ICMPV6: u8 = 58;
 /// Largest answer that is received at once, in bytes.
@@ -174,11 +172,10 @@ fn expressions(rule: &Rule) -> Expressions {
         Match::TcpInvalid => {
             e.protocol(IPPROTO_TCP).invalid();
         }
-        Match::TcpNotSyn => {
-            syn_flag(e).equals(&[0]);
-        }
-        Match::SynFrom(port) => {
-            syn_flag(e).equals(&[SYN]).transport_header(0, 2).equals(&port.to_be_bytes());
+        Match::ForeignFrom(port, uid) => {
+            // The last expression ends the rule where there is no socket.
+            let from = e.protocol(IPPROTO_TCP).transport_header(0, 2).equals(&port.to_be_bytes());
+            from.meta(attributes::META_SKUID).differs(&uid.to_ne_bytes());
         }
         Match::Icmp => {
             e.family(attributes::NFPROTO_IPV4).protocol(IPPROTO_ICMP);
@@ -208,11 +205,6 @@ fn expressions(rule: &Rule) -> Expressions {
         Verdict::Drop => e.drops(),
     };
     all
-}
-
-/// Loads the SYN flag of a TCP header (RFC 9293 3.1); continues for TCP.
-fn syn_flag(e: &mut Expressions) -> &mut Expressions {
-    e.protocol(IPPROTO_TCP).transport_header(13, 1).mask(&[SYN])
 }
 
 /// Continues for this destination port, which is at the same place in TCP and UDP.

@@ -226,6 +226,12 @@ impl Expressions {
         self.step("cmp", |a| a.u32(1, REGISTER_1).u32(2, 0).nested(3, &data))
     }
 
+    /// Continues if the register holds another value than this.
+    pub fn differs(&mut self, value: &[u8]) -> &mut Self {
+        let data = Attributes::with(|a| a.put(1, value));
+        self.step("cmp", |a| a.u32(1, REGISTER_1).u32(2, 1).nested(3, &data))
+    }
+
     /// Continues for this protocol above IP.
     pub fn protocol(&mut self, number: u8) -> &mut Self {
         self.meta(attributes::META_L4PROTO).equals(&[number])
