@@ -24,6 +24,11 @@ use crate::operator;
 /// Longest start of a part of the mesh.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Log of the server, in the mesh's folder of logs.
+pub const SERVER_LOG: &str = "countersign-server.log";
+/// Log of the agent, there too.
+pub const AGENT_LOG: &str = "countersign-agent.log";
+
 /// Path of a mesh's server socket, for operators.
 pub fn server_socket(dir: &Path) -> PathBuf {
     dir.join("server").join("server.sock")
@@ -83,7 +88,7 @@ pub async fn start_server(
             set("--upstream-bundle", &copy(bundle, "upstream-roots.crt")?);
         }
     }
-    let log = logs.join("countersign-server.log");
+    let log = logs.join(SERVER_LOG);
     let program = Program {
         name: "server".into(),
         netns: None,
@@ -143,7 +148,7 @@ pub async fn start_agent(spec: &MeshSpec, run_dir: &RunDirectory, node: &NodeIde
         "--x509pop-key",
         &shown("node.key"),
     ];
-    let log = logs.join("countersign-agent.log");
+    let log = logs.join(AGENT_LOG);
     let command = command.map(String::from).to_vec();
     let program = Program {
         name: "agent".into(),
