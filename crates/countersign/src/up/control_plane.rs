@@ -9,7 +9,6 @@ use anyhow::{Context, Result};
 use countersign_api::convert::{id_to_wire, selectors_to_wire};
 use countersign_api::files::{read_pem, write_secret};
 use countersign_api::spire::types;
-use countersign_api::transport::unix_channel;
 use countersign_identity::trust_domain::{parse_workload_id, server_id};
 use countersign_identity::{Selector, SpiffeId};
 
@@ -18,6 +17,7 @@ use super::children::{Process, Program, cause_of_end};
 use super::mesh_file::{MeshSpec, Restart};
 use super::node_identity::{NodeIdentity, SELECTOR};
 use super::run_directory::RunDirectory;
+use crate::clients::Asking;
 use crate::launch::OWN_PROGRAM;
 use crate::operator;
 
@@ -117,7 +117,7 @@ pub async fn start_server(
 pub async fn start_agent(spec: &MeshSpec, run_dir: &RunDirectory, node: &NodeIdentity, logs: &Path) -> Result<Process> {
     let home = run_dir.folder("agent", 0)?;
     let shown = |file: &str| home.join(file).display().to_string();
-    let channel = unix_channel(server_socket(&run_dir.dir));
+    let channel = Asking::at(&server_socket(&run_dir.dir), "server");
     node.write(&home.join("node.pem"), &home.join("node.key"))?;
     let (kind, value) = SELECTOR;
     let alias = types::Entry {
