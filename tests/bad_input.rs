@@ -251,6 +251,7 @@ fn up_and_run_say_what_to_mend() {
         &mut as_nobody(&["redirect", "--proxy-uid", "2102", "--host-namespace"]),
         "changing the redirect needs CAP_NET_ADMIN in this network namespace; run as root",
     );
+    one_line(&mut countersign(&["run", "--name", "events", "--", "true"]), "--name: `events` is not a workload's name");
     one_line(&mut countersign(&["run", "--name", "A b", "--", "true"]), "--name: `A b` is not a name");
     one_line(
         &mut countersign(&["run", "--mesh", "no-such-mesh", "--name", "a", "--", "true"]),

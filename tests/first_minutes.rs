@@ -187,6 +187,9 @@ fn run_takes_only_what_a_mesh_file_may_say() {
         (["--port", "0"], "--port"),
         (["--port", "15001"], "port 15001 is the sidecar's own"),
         (["--namespace", "a/b"], "is not one segment of a SPIFFE ID"),
+        (["--mode", "stric"], "--mode: `stric` is not a mode: use off, permissive or strict"),
+        (["--allow", "idel"], "--allow: `idel` is not a SPIFFE ID: scheme is missing or invalid, nor is it a workload"),
+        (["--allow", "idel"], "did you mean `idle`?"),
         (["--service-account", "a/b"], "is not one segment of a SPIFFE ID"),
     ] {
         let (code, said) = outcome(&mut mesh.join("me", &flags, &["true"]));

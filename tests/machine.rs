@@ -89,6 +89,16 @@ fn a_mesh_is_listed_read_asked_and_taken_down_from_another_terminal() {
     assert!(before.elapsed() < Duration::from_secs(8), "{:?}", before.elapsed());
     kill(frozen, Signal::SIGCONT).unwrap();
 
+    // A stopped server is seen as such, and who asks it is told so and where it is.
+    let stopped = Pid::from_raw(mesh.process("countersign server"));
+    kill(stopped, Signal::SIGSTOP).unwrap();
+    let (code, said) = outcome(&mut mesh.operator(&["authority", "show"]));
+    let state = ps(&mesh)[0]["roles"][0]["state"].clone();
+    kill(stopped, Signal::SIGCONT).unwrap();
+    let expected = format!("the server at {}/server/server.sock does not answer, for 9 s", mesh.dir().display());
+    assert_eq!((code, said.contains(&expected)), (1, true), "{said}");
+    assert_eq!(state, "no answer for 2 s");
+
     // Down: one way, and the programs that failed are told.
     run(&mut countersign(&["down", &name]));
     assert_eq!(mesh.exit_code(), 1, "{}", mesh.said());

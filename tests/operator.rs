@@ -247,6 +247,11 @@ fn foreign_bundles_are_set_and_shown() {
     let shown = run(&mut server.operator(&["bundle", "show", "--trust-domain", "other.local"]));
     assert_eq!(shown, std::fs::read_to_string(path).unwrap());
     assert_ne!(run(&mut server.operator(&["bundle", "show"])), shown);
+
+    // Its own is not set: what is to be done instead is a command.
+    let path = server.bundle().display().to_string();
+    let (code, said) = outcome(&mut server.operator(&["bundle", "set", "--trust-domain", TD, "--path", &path]));
+    assert!(code == 2 && said.contains("come from `countersign authority prepare`"), "{code} {said}");
 }
 
 #[test]

@@ -1,12 +1,17 @@
 //! Connections to a running server or agent, with errors that name the next step.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
 use crate::settings::Mistake;
 use crate::up;
 use anyhow::{Context, anyhow};
 use countersign_api::transport::{MAX_MESSAGE_BYTES, connect_unix, unix_channel};
+use tonic::body::Body;
+use tonic::client::GrpcService;
+use tonic::codegen::BoxFuture;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -16,6 +21,50 @@ pub const SERVER_SOCKET: &str = "/run/countersign/server.sock";
 pub const AGENT_SOCKET: &str = "/run/countersign/agent.sock";
 /// Longest wait for a socket to take a connection.
 pub const CONNECT: Duration = Duration::from_secs(5);
+
+/// Longest wait for an answer. The longest work of a server is an RSA key, of some seconds on a slow machine.
+const ANSWER: Duration = Duration::from_secs(9);
+
+/// A channel to a role behind a Unix socket, whose calls fail after [`ANSWER`], with words that name the socket. A process that
+/// is stopped, or waits for its disk, still takes connections: its kernel does that.
+#[derive(Clone)]
+pub struct Asking {
+    channel: Channel,
+    late: Arc<str>,
+}
+
+impl Asking {
+    /// The role behind this socket, connected when it is first asked.
+    pub fn at(socket: &Path, role: &str) -> Self {
+        let late = format!(
+            "the {role} at {} does not answer, for {} s: is it stopped, or its disk full or stuck? Look at its log, or \
+             restart it",
+            socket.display(),
+            ANSWER.as_secs()
+        );
+        Self { channel: unix_channel(socket), late: late.into() }
+    }
+}
+
+impl GrpcService<Body> for Asking {
+    type ResponseBody = Body;
+    type Error = tonic::codegen::StdError;
+    type Future = BoxFuture<http::Response<Body>, Self::Error>;
+
+    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), Self::Error>> {
+        GrpcService::poll_ready(&mut self.channel, cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let (answer, late) = (GrpcService::call(&mut self.channel, request), self.late.clone());
+        Box::pin(async move {
+            match tokio::time::timeout(ANSWER, answer).await {
+                Ok(answered) => Ok(answered?),
+                Err(_) => Err(Status::deadline_exceeded(&*late).into()),
+            }
+        })
+    }
+}
 
 /// The argument that selects the server.
 #[derive(Debug, Clone, clap::Args)]
@@ -28,7 +77,7 @@ pub struct ServerArg {
 
 impl ServerArg {
     /// A channel to the selected server.
-    pub fn channel(&self) -> anyhow::Result<Channel> {
+    pub fn channel(&self) -> anyhow::Result<Asking> {
         channel(&server_socket(self.socket.clone())?, "server")
     }
 }
@@ -58,7 +107,7 @@ pub fn server_socket(named: Option<PathBuf>) -> Result<PathBuf, Mistake> {
 }
 
 /// A channel to a socket. Errors if the socket does not exist or may not be used.
-pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Channel> {
+pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Asking> {
     let shown = socket.display();
     match std::fs::metadata(socket) {
         Ok(_) => {}
@@ -75,7 +124,7 @@ pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Channel> {
         Err(e) => return Err(anyhow!("cannot reach {shown}: {e}")),
     }
     connect_unix(socket, CONNECT).with_context(|| format!("cannot reach the {role} at {}", socket.display()))?;
-    Ok(unix_channel(socket))
+    Ok(Asking::at(socket, role))
 }
 
 /// A client of a service with our bound on message sizes.

@@ -10,11 +10,10 @@ use countersign_api::spire::bundle::{BatchSetFederatedBundleRequest, GetBundleRe
 use countersign_identity::X509Bundle;
 use countersign_identity::trust_domain::parse_trust_domain;
 use serde_json::json;
-use tonic::transport::Channel;
 
 use super::ok;
 use super::output::Output;
-use crate::clients::{ServerArg, client, refused};
+use crate::clients::{Asking, ServerArg, client, refused};
 use crate::settings::{Mistake, read_file};
 
 /// Show trust bundles, and set those of foreign trust domains.
@@ -44,7 +43,7 @@ pub enum BundleCommand {
 }
 
 /// The server's own bundle.
-pub async fn own(channel: Channel) -> Result<X509Bundle> {
+pub async fn own(channel: Asking) -> Result<X509Bundle> {
     let bundle = client!(BundleClient, channel).get_bundle(GetBundleRequest::default()).await.map_err(refused)?;
     Ok(bundle_from_wire(bundle.into_inner())?)
 }
@@ -78,9 +77,16 @@ pub async fn run(command: BundleCommand) -> Result<()> {
             let wrong = |why: String| Mistake::flag("--path", &format!("{}: {why}", path.display()));
             let pem = read_file(&path).map_err(|e| Mistake::flag("--path", &e.0))?;
             let bundle = X509Bundle::from_pem(td, &pem).map_err(|e| wrong(e.to_string()))?;
+            let channel = server.channel()?;
+            let home = own(channel.clone()).await?.trust_domain;
+            if home == bundle.trust_domain {
+                let why = format!(
+                    "`{home}` is this server's own trust domain; its authorities come from `countersign authority prepare` and `activate`"
+                );
+                return Err(Mistake::flag("--trust-domain", &why).into());
+            }
             let request = BatchSetFederatedBundleRequest { bundle: vec![bundle_to_wire(&bundle)], output_mask: None };
-            let response =
-                client!(BundleClient, server.channel()?).batch_set_federated_bundle(request).await.map_err(refused)?;
+            let response = client!(BundleClient, channel).batch_set_federated_bundle(request).await.map_err(refused)?;
             response.into_inner().results.into_iter().try_for_each(|r| ok(r.status))?;
             eprintln!("bundle of {trust_domain} set: {} authorities", bundle.authorities.len());
         }

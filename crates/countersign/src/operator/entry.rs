@@ -9,11 +9,10 @@ use countersign_api::spire::entry::{
 };
 use countersign_api::spire::types::{self, EntryMask};
 use serde_json::{Value, json};
-use tonic::transport::Channel;
 
 use super::output::{Output, Table};
 use super::{ok, selectors, shown, when, workload_id};
-use crate::clients::{ServerArg, client, refused};
+use crate::clients::{Asking, ServerArg, client, refused};
 use crate::settings::Ttl;
 
 /// Manage registration entries: which workload gets which identity.
@@ -162,7 +161,7 @@ fn print(output: &Output, entries: &[types::Entry]) -> Result<()> {
 }
 
 /// All entries that match a filter, from all pages.
-pub async fn list(channel: Channel, filter: list_entries_request::Filter) -> Result<Vec<types::Entry>> {
+pub async fn list(channel: Asking, filter: list_entries_request::Filter) -> Result<Vec<types::Entry>> {
     let mut client = client!(EntryClient, channel);
     let (mut all, mut page_token) = (vec![], String::new());
     loop {
@@ -178,7 +177,7 @@ pub async fn list(channel: Channel, filter: list_entries_request::Filter) -> Res
 }
 
 /// Creates one entry; fails with the server's reason.
-pub async fn create(channel: Channel, entry: types::Entry) -> Result<types::Entry> {
+pub async fn create(channel: Asking, entry: types::Entry) -> Result<types::Entry> {
     let request = BatchCreateEntryRequest { entries: vec![entry], output_mask: None };
     let response = client!(EntryClient, channel).batch_create_entry(request).await.map_err(refused)?.into_inner();
     let result = response.results.into_iter().next().unwrap_or_default();
@@ -187,7 +186,7 @@ pub async fn create(channel: Channel, entry: types::Entry) -> Result<types::Entr
 }
 
 /// Deletes entries; fails with the first reason.
-pub async fn delete(channel: Channel, ids: Vec<String>) -> Result<Vec<String>> {
+pub async fn delete(channel: Asking, ids: Vec<String>) -> Result<Vec<String>> {
     let response = client!(EntryClient, channel)
         .batch_delete_entry(BatchDeleteEntryRequest { ids })
         .await
@@ -197,7 +196,7 @@ pub async fn delete(channel: Channel, ids: Vec<String>) -> Result<Vec<String>> {
 }
 
 /// Deletes entries, of which some may not be there; fails with the first reason.
-pub async fn delete_if_there(channel: Channel, ids: Vec<String>) -> Result<()> {
+pub async fn delete_if_there(channel: Asking, ids: Vec<String>) -> Result<()> {
     let request = BatchDeleteEntryRequest { ids };
     let response = client!(EntryClient, channel).batch_delete_entry(request).await.map_err(refused)?.into_inner();
     let not_found = i32::from(tonic::Code::NotFound);

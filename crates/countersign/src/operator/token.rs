@@ -5,11 +5,10 @@ use clap::Subcommand;
 use countersign_api::spire::agent::CreateJoinTokenRequest;
 use countersign_api::spire::agent::agent_client::AgentClient;
 use serde_json::json;
-use tonic::transport::Channel;
 
 use super::output::{Output, Table};
 use super::{when, workload_id};
-use crate::clients::{ServerArg, client, refused};
+use crate::clients::{Asking, ServerArg, client, refused};
 use crate::settings::Ttl;
 
 /// Generate join tokens, with which agents attest.
@@ -34,7 +33,7 @@ pub enum TokenCommand {
 }
 
 /// Generates a token, optionally with an alias for the agent. Returns the token and its expiry in Unix seconds.
-pub async fn generate(channel: Channel, ttl: Ttl, alias: Option<&str>) -> Result<(String, i64)> {
+pub async fn generate(channel: Asking, ttl: Ttl, alias: Option<&str>) -> Result<(String, i64)> {
     let agent_id = alias.map(|id| workload_id("--spiffe-id", id)).transpose()?;
     let ttl = ttl.0.as_secs().try_into().unwrap_or(i32::MAX);
     let request = CreateJoinTokenRequest { ttl, token: String::new(), agent_id };

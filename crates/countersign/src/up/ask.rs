@@ -1,26 +1,30 @@
 //! Questions of `ps`, `logs`, `status NAME` and `down` to a running mesh, over the socket that `run` uses to join.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use countersign_api::transport::connect_unix;
+use countersign_api::push::GetStatusRequest;
+use countersign_api::push::status_client::StatusClient;
+use countersign_api::transport::{connect_unix, unix_channel};
 use nix::sys::signal::{Signal, raise};
 use serde::{Deserialize, Serialize};
 
-use super::children::State;
+use super::children::{Process, State};
 use super::control::socket_of;
 use super::mesh::Mesh;
 use super::run_directory::RUN_DIR;
 use super::table::{Row, ask_once};
-use crate::clients::CONNECT;
+use crate::clients::{CONNECT, client};
 use crate::settings::Mistake;
 use crate::settings::words::{did_you_mean, shown};
 
 /// Longest wait for an answer: the mesh asks its sidecars, each of which may take a second.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait for the server's or the agent's answer.
+const ROLE: Duration = Duration::from_secs(2);
 /// Longest answer that is read, in bytes.
 const MAX_ANSWER: u64 = 4 * 1024 * 1024;
 
@@ -81,24 +85,35 @@ pub async fn answer(mesh: &Rc<Mesh>, line: &str) -> Option<String> {
 }
 
 async fn overview(mesh: &Rc<Mesh>) -> Overview {
-    let role = |(name, process): (&str, &super::children::Process)| Role {
-        name: name.into(),
-        state: match process.state() {
-            State::Running(_) => "running".into(),
-            State::Ended(end) => end.to_string(),
-        },
-        restarts: process.restarts(),
-    };
+    let (server_socket, agent_socket) = (mesh.server_socket(), super::control_plane::agent_socket(mesh.dir()));
+    let [server, agent] = mesh.roles();
+    let roles = tokio::join!(role(server, &server_socket), role(agent, &agent_socket));
     Overview {
         mesh: mesh.spec.name.clone(),
         trust_domain: mesh.spec.trust_domain.to_string(),
         pid: std::process::id(),
         logs: mesh.logs().to_owned(),
-        server_socket: mesh.server_socket(),
-        agent_socket: super::control_plane::agent_socket(mesh.dir()),
-        roles: mesh.roles().map(role).into(),
+        server_socket,
+        agent_socket,
+        roles: vec![roles.0, roles.1],
         workloads: ask_once(mesh).await,
     }
+}
+
+/// The state of a role, which is asked: one that is stopped is a process as any other.
+async fn role((name, process): (&str, &Process), socket: &Path) -> Role {
+    let state = match process.state() {
+        State::Ended(end) => end.to_string(),
+        State::Running(_) => {
+            let mut client = client!(StatusClient, unix_channel(socket));
+            match tokio::time::timeout(ROLE, client.get_status(GetStatusRequest {})).await {
+                Err(_) => format!("no answer for {} s", ROLE.as_secs()),
+                // One that refuses to tell runs as well, or is restarted this moment.
+                Ok(_) => "running".into(),
+            }
+        }
+    };
+    Role { name: name.into(), state, restarts: process.restarts() }
 }
 
 /// Names of the meshes that are up on this machine.

@@ -7,19 +7,21 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use countersign_api::transport::{bind_unix, peer_credentials};
 use countersign_identity::policy::Policy;
+use countersign_identity::trust_domain::parse_workload_id;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::account::Account;
 use super::mesh::Mesh;
-use super::mesh_file::{WorkloadSpec, check_name, check_port, check_segment, check_user};
+use super::mesh_file::{WorkloadSpec, check_port, check_segment, check_user, check_workload_name};
 use super::refusals;
 use super::run_directory::RUN_DIR;
-use crate::settings::parse_mode;
+use crate::settings::words::did_you_mean;
+use crate::settings::{Mistake, parse_mode};
 
 /// Longest request, in bytes.
 const MAX_LINE: u64 = 64 * 1024;
@@ -117,7 +119,11 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
     let joined = join(mesh, &line).await;
     let answer = match &joined {
         Ok((_, joined)) => serde_json::to_string(joined),
-        Err(error) => serde_json::to_string(&serde_json::json!({ "error": format!("{error:#}") })),
+        Err(error) => {
+            // Whether the command line has to be corrected, which `run` tells by its exit code.
+            let mistake = error.downcast_ref::<Mistake>().is_some();
+            serde_json::to_string(&serde_json::json!({ "error": format!("{error:#}"), "mistake": mistake }))
+        }
     };
     let told = tell(&mut write, answer.unwrap_or_default()).await;
     if let Ok((name, _)) = joined {
@@ -147,32 +153,40 @@ async fn tell(write: &mut (impl AsyncWrite + Unpin), line: String) -> io::Result
     tokio::time::timeout(REQUEST, write.write_all((line + "\n").as_bytes())).await?
 }
 
+/// The error for a caller that is neither a SPIFFE ID nor a workload of the mesh.
+fn stranger<T>(caller: &str, why: &str, known: &BTreeMap<String, T>) -> Mistake {
+    let names = known.keys().map(String::as_str);
+    let hint = match did_you_mean(caller, names.clone()) {
+        hint if hint.is_empty() => format!("; there is {}", names.collect::<Vec<_>>().join(", ")),
+        hint => hint,
+    };
+    Mistake::flag("--allow", &format!("{why}, nor is it a workload of the mesh{hint}"))
+}
+
 async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
     let join: Join = serde_json::from_str(line).context("the request cannot be read")?;
     // The rules of mesh files apply, whoever wrote the request.
-    check_name(&join.name).map_err(|e| anyhow!("--name: {e}"))?;
-    check_segment(&join.namespace).map_err(|e| anyhow!("--namespace: {e}"))?;
-    check_segment(&join.service_account).map_err(|e| anyhow!("--service-account: {e}"))?;
+    check_workload_name(&join.name).map_err(|e| Mistake::flag("--name", &e))?;
+    check_segment(&join.namespace).map_err(|e| Mistake::flag("--namespace", &e))?;
+    check_segment(&join.service_account).map_err(|e| Mistake::flag("--service-account", &e))?;
     for port in &join.ports {
-        check_port(*port).map_err(|e| anyhow!("--port: {e}"))?;
+        check_port(*port).map_err(|e| Mistake::flag("--port", &e))?;
     }
-    let user = join.user.as_deref().map(Account::find).transpose().map_err(|e| anyhow!("--user: {e}"))?;
+    let user = join.user.as_deref().map(Account::find).transpose().map_err(|e| Mistake::flag("--user", &e))?;
     if let Some(user) = &user {
-        check_user(user).map_err(|e| anyhow!("--user: {e}"))?;
+        check_user(user).map_err(|e| Mistake::flag("--user", &e))?;
     }
-    let mode = join.mode.as_deref().map(parse_mode).transpose().map_err(|e| anyhow!(e))?;
+    let mode = join.mode.as_deref().map(parse_mode).transpose().map_err(|e| Mistake::flag("--mode", &e))?;
     let known = mesh.workloads();
     let allow = join.allow.iter().map(|a| match known.get(a) {
         Some(w) => Ok(w.spiffe_id.to_string()),
-        None => countersign_identity::trust_domain::parse_workload_id(a)
-            .map(|id| id.to_string())
-            .map_err(|e| anyhow!("--allow: {e}")),
+        None => parse_workload_id(a).map(|id| id.to_string()).map_err(|e| stranger(a, &e.to_string(), &known)),
     });
     let spec = WorkloadSpec {
         policy: Policy {
             mode: mesh.spec.mode.narrowed_by(mode),
             // Without `--allow`, `run` sends an empty list, which means no list.
-            allow: (!join.allow.is_empty()).then(|| allow.collect::<Result<_>>()).transpose()?,
+            allow: (!join.allow.is_empty()).then(|| allow.collect::<Result<_, _>>()).transpose()?,
             ..Policy::default()
         },
         name: join.name.clone(),

@@ -9,7 +9,6 @@ use anyhow::{Context, Result};
 use countersign_api::convert::{id_to_wire, selectors_to_wire};
 use countersign_api::files::{read_pem, write_secret};
 use countersign_api::spire::types;
-use countersign_api::transport::unix_channel;
 use countersign_identity::trust_domain::{parse_workload_id, server_id};
 use countersign_identity::{Selector, SpiffeId};
 
@@ -18,11 +17,17 @@ use super::children::{Process, Program, cause_of_end};
 use super::mesh_file::{MeshSpec, Restart};
 use super::node_identity::{NodeIdentity, SELECTOR};
 use super::run_directory::RunDirectory;
+use crate::clients::Asking;
 use crate::launch::OWN_PROGRAM;
 use crate::operator;
 
 /// Longest start of a part of the mesh.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Log of the server, in the mesh's folder of logs.
+pub const SERVER_LOG: &str = "countersign-server.log";
+/// Log of the agent, there too.
+pub const AGENT_LOG: &str = "countersign-agent.log";
 
 /// Path of a mesh's server socket, for operators.
 pub fn server_socket(dir: &Path) -> PathBuf {
@@ -83,7 +88,7 @@ pub async fn start_server(
             set("--upstream-bundle", &copy(bundle, "upstream-roots.crt")?);
         }
     }
-    let log = logs.join("countersign-server.log");
+    let log = logs.join(SERVER_LOG);
     let program = Program {
         name: "server".into(),
         netns: None,
@@ -112,7 +117,7 @@ pub async fn start_server(
 pub async fn start_agent(spec: &MeshSpec, run_dir: &RunDirectory, node: &NodeIdentity, logs: &Path) -> Result<Process> {
     let home = run_dir.folder("agent", 0)?;
     let shown = |file: &str| home.join(file).display().to_string();
-    let channel = unix_channel(server_socket(&run_dir.dir));
+    let channel = Asking::at(&server_socket(&run_dir.dir), "server");
     node.write(&home.join("node.pem"), &home.join("node.key"))?;
     let (kind, value) = SELECTOR;
     let alias = types::Entry {
@@ -143,7 +148,7 @@ pub async fn start_agent(spec: &MeshSpec, run_dir: &RunDirectory, node: &NodeIde
         "--x509pop-key",
         &shown("node.key"),
     ];
-    let log = logs.join("countersign-agent.log");
+    let log = logs.join(AGENT_LOG);
     let command = command.map(String::from).to_vec();
     let program = Program {
         name: "agent".into(),

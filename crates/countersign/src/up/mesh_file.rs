@@ -17,6 +17,8 @@ use countersign_identity::policy::{Mode, Policy};
 use ipnet::IpNet;
 
 use super::account::Account;
+use super::control_plane::{AGENT_LOG, SERVER_LOG};
+use super::events;
 use super::users;
 use crate::settings::words::shown;
 use crate::settings::yaml::Node;
@@ -124,7 +126,7 @@ impl fmt::Display for Restart {
     }
 }
 
-/// Checks a name of a mesh or workload: it must fit into host names and paths.
+/// Checks a name of a mesh or a workload: it must fit into host names and paths.
 pub fn check_name(text: &str) -> Result<(), String> {
     let ok = (1..=40).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
@@ -135,6 +137,16 @@ pub fn check_name(text: &str) -> Result<(), String> {
     } else {
         Err(format!("`{}` is not a name: use 1 to 40 of a-z, 0-9 and `-`, not at the ends", shown(text)))
     }
+}
+
+/// Checks a workload's name: as [`check_name`], and not that of another log in the mesh's folder of logs.
+pub fn check_workload_name(text: &str) -> Result<(), String> {
+    check_name(text)?;
+    let log = format!("{text}.log");
+    if [SERVER_LOG, AGENT_LOG, events::FILE].contains(&log.as_str()) {
+        return Err(format!("`{text}` is not a workload's name: {log} is a log of the mesh itself; use another name"));
+    }
+    Ok(())
 }
 
 /// Checks a namespace or service account: one segment of a SPIFFE ID (SPIFFE-ID §2.2), so that `/ns/a/sa/b` is

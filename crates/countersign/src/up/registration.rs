@@ -9,13 +9,12 @@ use anyhow::{Context, Result};
 use countersign_api::backoff::Backoff;
 use countersign_api::convert::{id_to_wire, selectors_to_wire};
 use countersign_api::spire::types;
-use countersign_api::transport::unix_channel;
 use countersign_identity::{Selector, SpiffeId};
 use tokio::task::JoinSet;
-use tonic::transport::Channel;
 
 use super::mesh_file::WorkloadSpec;
 use super::numbers::Numbers;
+use crate::clients::Asking;
 use crate::operator;
 
 /// How long the server may take to delete entries.
@@ -86,13 +85,13 @@ impl Registration {
         self.deleting.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
     }
 
-    fn channel(&self) -> Channel {
-        unix_channel(self.server.clone())
+    fn channel(&self) -> Asking {
+        Asking::at(&self.server, "server")
     }
 }
 
 /// Deletes entries; those that are not there are deleted.
-async fn delete(channel: Channel, ids: &[String]) -> Result<()> {
+async fn delete(channel: Asking, ids: &[String]) -> Result<()> {
     if ids.is_empty() {
         return Ok(());
     }

@@ -17,12 +17,12 @@ use super::account::Account;
 use super::ask::the_mesh;
 use super::children::GRACE;
 use super::control::{Farewell, Join, Joined, socket_of};
-use super::mesh_file::{check_name, check_port, check_segment, check_user, find_program};
+use super::mesh_file::{check_port, check_segment, check_user, check_workload_name, find_program};
 use super::signals::Signals;
 use crate::clients::CONNECT;
 use crate::launch::OWN_PROGRAM;
 use crate::operator::output::told;
-use crate::settings::{Mistake, need_root};
+use crate::settings::{Mistake, need_root, parse_mode};
 
 /// How long a mesh may take to make room: others may be joining, and a sidecar has 30 s to come up.
 const JOINING: Duration = Duration::from_secs(90);
@@ -101,10 +101,12 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
         _ => anyhow!("the mesh went away: {e}"),
     })?;
     let joined: Joined = serde_json::from_str(&answer).map_err(|_| {
-        let said = serde_json::from_str::<serde_json::Value>(&answer)
-            .ok()
-            .and_then(|v| v["error"].as_str().map(str::to_owned));
-        anyhow!(said.unwrap_or_else(|| "the mesh went away".into()))
+        let said: serde_json::Value = serde_json::from_str(&answer).unwrap_or_default();
+        match said["error"].as_str() {
+            Some(error) if said["mistake"] == true => Mistake(error.into()).into(),
+            Some(error) => anyhow!("{error}"),
+            None => anyhow!("the mesh went away"),
+        }
     })?;
     eprintln!("joined {mesh} as {} at {}", joined.spiffe_id, joined.address);
     let mut command = launch(&joined, program, &args.command[1..]);
@@ -128,7 +130,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
 
 /// Validates the flags by the rules of mesh files, before the mesh, which validates them again, is asked.
 fn check(args: &RunArgs) -> Result<PathBuf, Mistake> {
-    check_name(&args.name).map_err(|e| Mistake::flag("--name", &e))?;
+    check_workload_name(&args.name).map_err(|e| Mistake::flag("--name", &e))?;
     check_segment(&args.namespace).map_err(|e| Mistake::flag("--namespace", &e))?;
     if let Some(account) = &args.service_account {
         check_segment(account).map_err(|e| Mistake::flag("--service-account", &e))?;
@@ -139,6 +141,9 @@ fn check(args: &RunArgs) -> Result<PathBuf, Mistake> {
     if let Some(user) = &args.user {
         let checked = Account::find(user).and_then(|account| check_user(&account));
         checked.map_err(|e| Mistake::flag("--user", &e))?;
+    }
+    if let Some(mode) = &args.mode {
+        parse_mode(mode).map_err(|e| Mistake::flag("--mode", &e))?;
     }
     for set in &args.env {
         if set.starts_with('=') || set.is_empty() || set.contains('\0') {

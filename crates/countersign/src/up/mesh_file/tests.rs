@@ -146,6 +146,9 @@ fn mistakes() -> Vec<(String, &'static str)> {
         ("workloads: [sleep]\n".into(), "mesh.yaml:1: workloads: expected keys of a workload such as `name: …`, found `sleep`"),
         // A workload's identity.
         ("workloads:\n  - name: A\n    command: [sleep]\n".into(), "mesh.yaml:2: name: `A` is not a name: use 1 to 40 of a-z, 0-9 and `-`, not at the ends"),
+        ("workloads:\n  - name: events\n    command: [sleep]\n".into(), "mesh.yaml:2: name: `events` is not a workload's name: events.log is a log of the mesh itself; use another name"),
+        ("workloads:\n  - name: countersign-agent\n    command: [sleep]\n".into(), "mesh.yaml:2: name: `countersign-agent` is not a workload's name: countersign-agent.log is a log of the mesh itself; use another name"),
+        ("workloads:\n  - name: countersign-server\n    command: [sleep]\n".into(), "mesh.yaml:2: name: `countersign-server` is not a workload's name: countersign-server.log is a log of the mesh itself; use another name"),
         ("workloads:\n  - name: a\n    command: [sleep]\n  - name: a\n    command: [sleep]\n".into(), "mesh.yaml:4: name: `a` is already the name of the workload on line 2; names are unique in a mesh"),
         (with("namespace: a/b"), "mesh.yaml:4: namespace: `a/b` is not one segment of a SPIFFE ID: use 1 to 63 of a-z, A-Z, 0-9, `.`, `_` and `-`"),
         (with("service_account: ''"), "mesh.yaml:4: service_account: `` is not one segment of a SPIFFE ID: use 1 to 63 of a-z, A-Z, 0-9, `.`, `_` and `-`"),

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use super::mesh::{MODES, distinct};
 use super::program::find_program;
-use super::{Account, Restart, WorkloadSpec, check_name, check_port, check_segment, check_user};
+use super::{Account, Restart, WorkloadSpec, check_port, check_segment, check_user, check_workload_name};
 use crate::settings::words::{did_you_mean, shown};
 use crate::settings::yaml::{Fields, Node, Reader, Value};
 use crate::settings::{Mistake, parse_mode};
@@ -65,7 +65,7 @@ fn fields<'a>(reader: Reader<'a>, node: &'a Node) -> Result<Fields<'a>, Mistake>
 pub fn identity(reader: Reader<'_>, node: &Node, td: &TrustDomain) -> Result<(String, usize, SpiffeId), Mistake> {
     let mut fields = fields(reader, node)?;
     let at = fields.required("name")?;
-    let name = reader.parse(at, "name", "a name", |n| check_name(n).map(|()| n.to_owned()))?;
+    let name = reader.parse(at, "name", "a name", |n| check_workload_name(n).map(|()| n.to_owned()))?;
     let (namespace, account) = segments(reader, &mut fields, &name)?;
     let id = service_account_id(td, &namespace, &account).map_err(|e| reader.wrong(at.line, "name", &e.to_string()))?;
     Ok((name, at.line, id))
