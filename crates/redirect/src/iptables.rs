@@ -106,7 +106,8 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
         Match::TcpNet(of) => format!("{} -p tcp", net(of)?),
         Match::TcpInvalid => "-p tcp -m conntrack --ctstate INVALID".into(),
         Match::ForeignFrom(port, uid) => {
-            format!("-p tcp -m tcp --sport {port} -m owner --socket-exists ! --uid-owner {uid}")
+            // The kernel's own resets have a socket here, and no user.
+            format!("-p tcp -m tcp --sport {port} ! --tcp-flags RST RST -m owner --socket-exists ! --uid-owner {uid}")
         }
         Match::Icmp if !v6 => "-p icmp".into(),
         Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),

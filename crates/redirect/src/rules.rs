@@ -244,12 +244,10 @@ mod tests {
                 "countersign in: port 15008 exempt",
                 "countersign in: port 15020 exempt",
                 "countersign in: rest to 15006",
-                "countersign own ports: TCP without SYN exempt",
-                "countersign own ports: sidecar uid 2102 exempt",
-                "countersign own ports: SYN from port 15001 dropped",
-                "countersign own ports: SYN from port 15006 dropped",
-                "countersign own ports: SYN from port 15008 dropped",
-                "countersign own ports: SYN from port 15020 dropped",
+                "countersign own ports: port 15001 of another user dropped",
+                "countersign own ports: port 15006 of another user dropped",
+                "countersign own ports: port 15008 of another user dropped",
+                "countersign own ports: port 15020 of another user dropped",
             ]
         );
     }

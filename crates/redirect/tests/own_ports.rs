@@ -85,6 +85,7 @@ fn keeps_own_ports(backend: Backend, test: &str, guard: Option<Guard>) {
         dial(there, ip, port, PATIENCE).unwrap_or_else(|e| panic!("the sidecar at {ip} port {port}: {e}"));
     }
     dial(here, THERE.0, 80, PATIENCE).unwrap();
+    sidecar[2].accept().unwrap();
     listen(&sidecar[2], Backlog::new(0).unwrap()).unwrap();
     dial(there, HERE.0, 15008, PATIENCE).expect("by a SYN cookie: a flood does not keep callers out");
     drop(sidecar);
