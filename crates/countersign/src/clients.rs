@@ -94,7 +94,7 @@ pub fn server_socket(named: Option<PathBuf>) -> Result<PathBuf, Mistake> {
         return Ok(usual);
     }
     let socket = |mesh: &str| Path::new(up::RUN_DIR).join(mesh).join("server").join("server.sock");
-    let meshes = up::meshes().unwrap_or_default();
+    let meshes = up::meshes().unwrap_or_default().up;
     match &meshes[..] {
         [] => Ok(usual),
         [one] => Ok(socket(one)),

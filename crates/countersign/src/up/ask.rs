@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, raise};
 use serde::{Deserialize, Serialize};
 
 use super::children::{Process, State};
-use super::control::socket_of;
+use super::control::{SOCKET, socket_of};
 use super::mesh::Mesh;
 use super::run_directory::RUN_DIR;
 use super::table::{Row, ask_once};
@@ -116,39 +116,75 @@ async fn role((name, process): (&str, &Process), socket: &Path) -> Role {
     Role { name: name.into(), state, restarts: process.restarts() }
 }
 
-/// Names of the meshes that are up on this machine.
-pub fn meshes() -> Result<Vec<String>, Mistake> {
-    let entries = match std::fs::read_dir(RUN_DIR) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-        Err(e) => return Err(Mistake(format!("{RUN_DIR} cannot be read: {e}; run this as root"))),
-    };
-    let mut up: Vec<String> = entries
-        .flatten()
-        .filter(|e| e.path().join("up.sock").exists())
-        .filter_map(|e| e.file_name().into_string().ok())
-        .collect();
-    up.sort();
-    Ok(up)
+/// The meshes of this machine, by name.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Meshes {
+    /// Those that are up.
+    pub up: Vec<String>,
+    /// Those whose `up` was killed: nobody answers at their socket any more.
+    pub killed: Vec<String>,
 }
 
-/// The mesh to use: the given one, or the only one.
+/// Looks which meshes this machine has.
+///
+/// # Errors
+/// The run directory cannot be read.
+pub fn meshes() -> Result<Meshes, Mistake> {
+    meshes_in(Path::new(RUN_DIR))
+}
+
+fn meshes_in(run_dir: &Path) -> Result<Meshes, Mistake> {
+    let entries = match std::fs::read_dir(run_dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Meshes::default()),
+        Err(e) => return Err(Mistake(format!("{} cannot be read: {e}; run this as root", run_dir.display()))),
+    };
+    let mut found = Meshes::default();
+    for entry in entries.flatten() {
+        let (socket, Ok(name)) = (entry.path().join(SOCKET), entry.file_name().into_string()) else { continue };
+        match connect_unix(&socket, CONNECT) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => found.killed.push(name),
+            // One that is asked and cannot answer says why then.
+            _ => found.up.push(name),
+        }
+    }
+    found.up.sort();
+    found.killed.sort();
+    Ok(found)
+}
+
+/// What to do about a mesh whose `up` was killed.
+pub fn killed(name: &str) -> String {
+    format!("the `up` of mesh `{name}` was killed; `countersign down {name}` removes what it left")
+}
+
+/// The mesh to use: the given one, or the only one that is up.
 pub fn the_mesh(named: Option<&str>, flag: &str) -> Result<String, Mistake> {
-    let up = meshes()?;
-    match (named, &up[..]) {
-        (Some(name), _) if up.iter().any(|m| m == name) => Ok(name.to_owned()),
-        (Some(name), []) => {
-            Err(Mistake(format!("no mesh `{}` is up here; start one with `countersign up`", shown(name))))
-        }
-        (Some(name), several) => {
-            let hint = did_you_mean(name, several.iter().map(String::as_str));
-            let hint = if hint.is_empty() { format!("; there is {}", several.join(", ")) } else { hint };
-            Err(Mistake(format!("no mesh `{}` is up here{hint}", shown(name))))
-        }
-        (None, [one]) => Ok(one.clone()),
-        (None, []) => Err(Mistake("no mesh is up on this machine; start one with `countersign up`".into())),
-        (None, several) => {
-            Err(Mistake(format!("several meshes are up ({}); choose one with {flag}", several.join(", "))))
+    meshes()?.choose(named, flag)
+}
+
+impl Meshes {
+    fn choose(&self, named: Option<&str>, flag: &str) -> Result<String, Mistake> {
+        match (named, &self.up[..]) {
+            (Some(name), _) if self.up.iter().any(|m| m == name) => Ok(name.to_owned()),
+            (Some(name), _) if self.killed.iter().any(|m| m == name) => Err(Mistake(killed(name))),
+            (Some(name), []) => {
+                Err(Mistake(format!("no mesh `{}` is up here; start one with `countersign up`", shown(name))))
+            }
+            (Some(name), several) => {
+                let hint = did_you_mean(name, several.iter().map(String::as_str));
+                let hint = if hint.is_empty() { format!("; there is {}", several.join(", ")) } else { hint };
+                Err(Mistake(format!("no mesh `{}` is up here{hint}", shown(name))))
+            }
+            (None, [one]) => Ok(one.clone()),
+            (None, []) => match &self.killed[..] {
+                [] => Err(Mistake("no mesh is up on this machine; start one with `countersign up`".into())),
+                [first, ..] => Err(Mistake(format!("no mesh is up on this machine: {}", killed(first)))),
+            },
+            (None, several) => {
+                Err(Mistake(format!("several meshes are up ({}); choose one with {flag}", several.join(", "))))
+            }
         }
     }
 }
@@ -170,4 +206,29 @@ pub fn ask(mesh: &str, question: &Question) -> Result<Overview> {
         }
     };
     talk().with_context(|| format!("cannot ask the mesh `{mesh}` ({})", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mesh_whose_up_was_killed_is_told_apart_and_named_with_what_to_do() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let listen = |mesh: &str| {
+            let folder = run_dir.path().join(mesh);
+            std::fs::create_dir(&folder).unwrap();
+            std::os::unix::net::UnixListener::bind(folder.join(SOCKET)).unwrap()
+        };
+        let (_shop, night) = (listen("shop"), listen("night"));
+        std::fs::create_dir(run_dir.path().join("other")).unwrap();
+        drop(night);
+        let found = meshes_in(run_dir.path()).unwrap();
+        assert_eq!(found, Meshes { up: vec!["shop".into()], killed: vec!["night".into()] });
+        assert_eq!(found.choose(None, "--mesh").unwrap(), "shop", "the other one is no choice");
+        let why = found.choose(Some("night"), "--mesh").unwrap_err().0;
+        assert!(why.contains("was killed") && why.contains("countersign down night"), "{why}");
+        let alone = Meshes { up: vec![], ..found };
+        assert!(alone.choose(None, "--mesh").unwrap_err().0.contains("countersign down night"));
+    }
 }

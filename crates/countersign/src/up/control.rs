@@ -23,6 +23,8 @@ use super::run_directory::RUN_DIR;
 use crate::settings::words::did_you_mean;
 use crate::settings::{Mistake, parse_mode};
 
+/// Name of the socket in a mesh's run directory over which `run` joins and other commands ask.
+pub const SOCKET: &str = "up.sock";
 /// Longest request, in bytes.
 const MAX_LINE: u64 = 64 * 1024;
 
@@ -81,7 +83,7 @@ pub struct Farewell {
 
 /// Path of a mesh's socket.
 pub fn socket_of(mesh: &str) -> PathBuf {
-    Path::new(RUN_DIR).join(mesh).join("up.sock")
+    Path::new(RUN_DIR).join(mesh).join(SOCKET)
 }
 
 /// Serves the socket until the runtime ends.

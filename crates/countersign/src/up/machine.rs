@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::ask::{Overview, Question, ask, meshes, the_mesh};
+use super::ask::{Meshes, Overview, Question, ask, killed, meshes, the_mesh};
 use super::control::socket_of;
 use super::events;
-use super::run_directory::RUN_DIR;
+use super::run_directory::{RUN_DIR, RunDirectory};
 use crate::operator::output::{Output, Table};
 use crate::settings::words::{did_you_mean, shown};
 use crate::settings::{Mistake, need_root_because};
@@ -64,10 +64,14 @@ pub struct DownArgs {
 /// Prints the table.
 pub fn ps(args: &PsArgs) -> Result<()> {
     need_root_because("ps", SOCKET_IS_ROOTS)?;
-    let up = match &args.mesh {
-        Some(mesh) => vec![the_mesh(Some(mesh), "--mesh")?],
+    let Meshes { up, killed: dead } = match &args.mesh {
+        Some(mesh) => Meshes { up: vec![the_mesh(Some(mesh), "--mesh")?], killed: vec![] },
         None => meshes()?,
     };
+    // A mesh that is dead keeps nobody from those that live.
+    for mesh in &dead {
+        eprintln!("{}", killed(mesh));
+    }
     let all = up.iter().map(|mesh| ask(mesh, &Question::Ps)).collect::<Result<Vec<Overview>>>()?;
     let mut table = Table::new(&["mesh", "name", "state", "restarts", "refused", "svid ends in", "spiffe id"]);
     for overview in &all {
@@ -95,7 +99,7 @@ pub fn ps(args: &PsArgs) -> Result<()> {
             ]);
         }
     }
-    if all.is_empty() && !args.output.is_json() {
+    if all.is_empty() && dead.is_empty() && !args.output.is_json() {
         eprintln!("no mesh is up on this machine; start one with `countersign up`");
         return Ok(());
     }
@@ -205,9 +209,14 @@ fn reopened(file: &mut File, path: &Path) {
     }
 }
 
-/// Asks a mesh to stop, and waits until it has.
+/// Asks a mesh to stop, and waits until it has. Of one whose `up` was killed it removes what is left.
 pub fn down(args: &DownArgs) -> Result<()> {
     need_root_because("down", SOCKET_IS_ROOTS)?;
+    if let Some(mesh) = &args.mesh
+        && meshes()?.killed.contains(mesh)
+    {
+        return remove(mesh);
+    }
     let mesh = the_mesh(args.mesh.as_deref(), "its name, as in `countersign down NAME`")?;
     let overview = ask(&mesh, &Question::Down)?;
     let folder = Path::new(RUN_DIR).join(&mesh);
@@ -230,6 +239,18 @@ pub fn down(args: &DownArgs) -> Result<()> {
     }
     eprintln!("mesh {mesh} is down");
     Ok(())
+}
+
+/// Removes what a killed `up` has left of a mesh.
+fn remove(mesh: &str) -> Result<()> {
+    let run_dir = RunDirectory::take(mesh)?;
+    run_dir.tidy();
+    let left = run_dir.leftovers();
+    if left.is_empty() {
+        eprintln!("mesh {mesh} is down; its `up` had been killed");
+        return Ok(());
+    }
+    Err(anyhow!("of mesh `{mesh}` these are left: {}", left.join(", ")))
 }
 
 /// Whether a process runs. One that has ended but was not waited for is still listed (proc(5)).
