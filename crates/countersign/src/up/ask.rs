@@ -143,7 +143,8 @@ fn meshes_in(run_dir: &Path) -> Result<Meshes, Mistake> {
     for entry in entries.flatten() {
         let (socket, Ok(name)) = (entry.path().join(SOCKET), entry.file_name().into_string()) else { continue };
         match connect_unix(&socket, CONNECT) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            // A mesh without a socket, and files that are no mesh.
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {}
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => found.killed.push(name),
             // One that is asked and cannot answer says why then.
             _ => found.up.push(name),
@@ -222,6 +223,7 @@ mod tests {
         };
         let (_shop, night) = (listen("shop"), listen("night"));
         std::fs::create_dir(run_dir.path().join("other")).unwrap();
+        std::fs::write(run_dir.path().join("shop.lock"), "").unwrap();
         drop(night);
         let found = meshes_in(run_dir.path()).unwrap();
         assert_eq!(found, Meshes { up: vec!["shop".into()], killed: vec!["night".into()] });
