@@ -83,7 +83,7 @@ impl DirectoryPublisher {
                             tracing::warn!(
                                 server = self.server.name(),
                                 status = status.message(),
-                                "cannot publisher the directory; trying again in {delay:.1?}"
+                                "cannot publish the directory; trying again in {delay:.1?}"
                             );
                             tokio::time::sleep(delay).await;
                             continue;
@@ -182,12 +182,9 @@ fn policy(pod: &Pod, store: &Store, config: &DirectoryConfig, egress: &[Egress])
 /// The policy of a pod's sidecar in a mode. The modes of its ports weaken strict only where the administrator allows it: an
 /// annotation on a running pod has passed no webhook.
 pub fn policy_in(mode: Mode, pod: &Pod, leave: &Leave, egress: &[Egress]) -> Policy {
-    let policy = Policy { mode, egress: egress.to_vec(), ..Policy::default() };
-    if leave.is_given(&pod.namespace) {
-        Policy { port_exceptions: pod.port_modes(), ..policy }
-    } else {
-        Policy { port_modes: pod.port_modes(), ..policy }
-    }
+    // Those too where exceptions have leave: a sidecar that does not know exceptions still narrows by them.
+    let policy = Policy { mode, egress: egress.to_vec(), port_modes: pod.port_modes(), ..Policy::default() };
+    if leave.is_given(&pod.namespace) { Policy { port_exceptions: pod.port_modes(), ..policy } } else { policy }
 }
 
 /// Endpoints of a service port with this name.

@@ -23,7 +23,7 @@ pub const FEDERATES_WITH: &str = "spiffe.io/federatesWith";
 /// Key of an object: namespace and name.
 pub type Key = (String, String);
 
-/// Store about a pod.
+/// What is kept of a pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pod {
     /// Namespace of the pod.
@@ -50,14 +50,14 @@ pub struct Pod {
     pub meshed: bool,
 }
 
-/// Store about a namespace.
+/// What is kept of a namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Namespace {
     /// Mode of the namespace; `None` if it sets none.
     pub mode: Option<Mode>,
 }
 
-/// Store about a service.
+/// What is kept of a service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Service {
     /// UID of the service.

@@ -107,7 +107,8 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
         Match::TcpInvalid => "-p tcp -m conntrack --ctstate INVALID".into(),
         Match::ForeignFrom(port, uid) => {
             // The kernel's own resets have a socket here, and no user.
-            format!("-p tcp -m tcp --sport {port} ! --tcp-flags RST RST -m owner --socket-exists ! --uid-owner {uid}")
+            let from = format!("-p tcp -m tcp --sport {port} ! --tcp-flags RST RST -m conntrack --ctdir REPLY");
+            format!("{from} -m owner --socket-exists ! --uid-owner {uid}")
         }
         Match::Icmp if !v6 => "-p icmp".into(),
         Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),

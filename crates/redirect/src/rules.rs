@@ -99,7 +99,7 @@ pub enum Match {
     Tcp,
     /// TCP that belongs to no connection that the kernel follows: NAT leaves it as it is.
     TcpInvalid,
-    /// TCP from this source port, sent by a socket of another user ID than this.
+    /// TCP from this source port in a connection that somebody else opened, sent by a socket of another user ID than this.
     ForeignFrom(u16, u32),
     /// ICMP over IPv4.
     Icmp,

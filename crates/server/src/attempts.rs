@@ -53,8 +53,9 @@ impl Attempts {
 
     /// Waits for a place in a line. Cancel safe.
     async fn place(&self, line: Line, most: usize) -> Place {
-        let mut place = Place { attempts: self.clone(), line, semaphore: self.line(line, most), permit: None };
-        place.permit = place.semaphore.clone().acquire_owned().await.ok();
+        let semaphore = self.line(line, most);
+        let mut place = Place { attempts: self.clone(), line, semaphore: Some(semaphore.clone()), permit: None };
+        place.permit = semaphore.acquire_owned().await.ok();
         place
     }
 }
@@ -112,7 +113,8 @@ impl Drop for Attempt {
 struct Place {
     attempts: Attempts,
     line: Line,
-    semaphore: Arc<Semaphore>,
+    /// `None` only while it is dropped.
+    semaphore: Option<Arc<Semaphore>>,
     /// `None` while it waits.
     permit: Option<OwnedSemaphorePermit>,
 }
@@ -121,8 +123,9 @@ impl Drop for Place {
     fn drop(&mut self) {
         self.permit = None;
         let mut state = self.attempts.state();
-        // The map's and ours: whoever joins needs the lock that we hold.
-        if Arc::strong_count(&self.semaphore) == 2 {
+        // Given up under the lock, and whoever joins needs the lock: what is left is the map's and others' who wait.
+        self.semaphore = None;
+        if state.lines.get(&self.line).is_some_and(|line| Arc::strong_count(line) == 1) {
             state.lines.remove(&self.line);
         }
     }

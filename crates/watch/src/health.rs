@@ -86,8 +86,8 @@ struct State {
 pub struct Trouble {
     /// The first error of those without a pause.
     pub since: Instant,
-    /// Whether the API server answered and refused, in contrast to one that cannot be reached.
-    pub refused: bool,
+    /// When the API server first answered and refused, in contrast to one that cannot be reached; `None` if it has not.
+    pub refused_since: Option<Instant>,
     /// The latest error, in words.
     pub words: String,
 }
@@ -120,8 +120,11 @@ impl Health {
         tracing::warn!(kind = self.kind, error = words, "a watch failed; trying again");
         let mut state = self.state();
         let before = if state.is_over() { None } else { state.trouble.take() };
-        let since = before.map_or_else(Instant::now, |t| t.since);
-        *state = State { trouble: Some(Trouble { since, refused, words }), listed: None };
+        let now = Instant::now();
+        let since = before.as_ref().map_or(now, |t| t.since);
+        // What it has refused it has not permitted since, only because it cannot be reached now.
+        let refused_since = before.and_then(|t| t.refused_since).or(refused.then_some(now));
+        *state = State { trouble: Some(Trouble { since, refused_since, words }), listed: None };
     }
 
     /// What is wrong, or was a moment ago; `None` while the watch works.

@@ -63,7 +63,7 @@ async fn a_permission_that_is_taken_away_is_named_in_stated_time_and_its_return_
     assert!(taken.elapsed() >= Duration::from_secs(30), "a moment's failure is nobody's business");
     let told = watches.lasting().unwrap();
     assert!(told.contains(r#"cannot list resource "pods""#), "{told}");
-    assert!(health.unheard().unwrap().refused);
+    assert!(health.unheard().unwrap().refused_since.is_some());
     assert!(watches.errors().get_or_create(&Kind { kind: "pods" }).get() > 1);
     *behaviour.lock().unwrap() = Server::Works;
     sleep(Duration::from_secs(30)).await;

@@ -18,10 +18,10 @@ const KEPT: usize = 1_024;
 pub struct Hashes {
     /// Largest executable that is hashed, in bytes.
     limit: u64,
-    known: Mutex<HashMap<Version, String>>,
+    known: Arc<Mutex<HashMap<Version, String>>>,
     /// Whose turn it is, per user.
     users: Mutex<HashMap<u32, Weak<Semaphore>>>,
-    at_once: Semaphore,
+    at_once: Arc<Semaphore>,
 }
 
 /// A file with its content. No user can set a file's change time, and a file that runs cannot be written to.
@@ -47,7 +47,7 @@ impl Version {
 impl Hashes {
     /// Of executables of at most `limit` bytes.
     pub fn new(limit: u64) -> Self {
-        Self { limit, known: Mutex::default(), users: Mutex::default(), at_once: Semaphore::new(AT_ONCE) }
+        Self { limit, known: Arc::default(), users: Mutex::default(), at_once: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
     /// SHA-256 of a process's executable in hex, opened through `/proc` so that a file that replaced it is never hashed.
@@ -62,22 +62,27 @@ impl Hashes {
         if let Some(known) = self.known(&version) {
             return Some(known);
         }
-        let turn = self.turn_of(uid);
-        let _turn = turn.acquire().await.ok()?;
+        let turn = self.turn_of(uid).acquire_owned().await.ok()?;
         // Whoever had the turn before may have asked for the same file.
         if let Some(known) = self.known(&version) {
             return Some(known);
         }
-        let _at_once = self.at_once.acquire().await.ok()?;
-        let (hash, after) = tokio::task::spawn_blocking(move || digest(file)).await.ok()??;
-        if after == version {
-            let mut known = lock(&self.known);
-            if known.len() >= KEPT {
-                known.clear();
+        let at_once = self.at_once.clone().acquire_owned().await.ok()?;
+        let known = self.known.clone();
+        // A caller that is gone does not end the read: the read keeps the turn, and its result.
+        let read = tokio::task::spawn_blocking(move || {
+            let _held = (turn, at_once);
+            let (hash, after) = digest(file)?;
+            if after == version {
+                let mut known = lock(&known);
+                if known.len() >= KEPT {
+                    known.clear();
+                }
+                known.insert(version, hash.clone());
             }
-            known.insert(version, hash.clone());
-        }
-        Some(hash)
+            Some(hash)
+        });
+        read.await.ok()?
     }
 
     fn known(&self, version: &Version) -> Option<String> {
@@ -123,8 +128,7 @@ mod tests {
         let here = std::fs::metadata("/proc/self/exe").unwrap();
         let file = (here.dev(), here.ino());
         // As while a large file of this user is read.
-        let turn = hashes.turn_of(1);
-        let reading = turn.acquire().await.unwrap();
+        let reading = hashes.turn_of(1).acquire_owned().await.unwrap();
         let waiting = tokio::spawn({
             let hashes = hashes.clone();
             async move { hashes.of(1, pid, file).await }
@@ -137,6 +141,21 @@ mod tests {
         assert_eq!(waiting.await.unwrap(), Some(other.clone()));
         assert_eq!(lock(&hashes.known).len(), 1, "one read is enough for both");
         assert!(lock(&hashes.known).values().all(|kept| *kept == other));
+        let left = Arc::new(Hashes::new(u64::MAX));
+        let asked = tokio::spawn({
+            let left = left.clone();
+            async move { left.of(1, pid, file).await }
+        });
+        let turn = left.turn_of(1);
+        while turn.available_permits() > 0 && lock(&left.known).is_empty() {
+            tokio::task::yield_now().await;
+        }
+        // The caller goes while its executable is read.
+        asked.abort();
+        while lock(&left.known).is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        assert_eq!(left.of(1, pid, file).await, Some(other), "the read went on, and kept its turn");
         assert_eq!(Hashes::new(here.len() - 1).of(1, pid, file).await, None, "too large");
         assert_eq!(hashes.of(1, pid, (0, 0)).await, None, "another program than the one that connected");
     }

@@ -26,7 +26,7 @@ pub const INJECTED: &str = "countersign.dev/injected";
 /// User ID of the sidecar in a pod.
 pub const PROXY_UID: u32 = 2102;
 
-/// Store about a pod that are not in the pod itself.
+/// What counts for a pod and is not in the pod itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Surroundings {
     /// Namespace of the pod.

@@ -175,7 +175,7 @@ fn expressions(rule: &Rule) -> Expressions {
         Match::ForeignFrom(port, uid) => {
             // The last expression ends the rule where there is no socket.
             let from = e.protocol(IPPROTO_TCP).transport_header(0, 2).equals(&port.to_be_bytes());
-            from.meta(attributes::META_SKUID).differs(&uid.to_ne_bytes());
+            from.reply().meta(attributes::META_SKUID).differs(&uid.to_ne_bytes());
         }
         Match::Icmp => {
             e.family(attributes::NFPROTO_IPV4).protocol(IPPROTO_ICMP);

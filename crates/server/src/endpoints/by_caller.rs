@@ -23,8 +23,11 @@ use crate::node_attestor::MAX_PAYLOAD_BYTES;
 const MAX_STRANGER_BYTES: usize = 2 * MAX_PAYLOAD_BYTES;
 
 /// Methods with a stream of requests.
-const STREAMS: [&str; 2] =
-    ["/spire.api.server.agent.v1.Agent/AttestAgent", "/spire.api.server.entry.v1.Entry/SyncAuthorizedEntries"];
+const STREAMS: [&str; 3] = [
+    "/countersign.v1.Directory/Resolve",
+    "/spire.api.server.agent.v1.Agent/AttestAgent",
+    "/spire.api.server.entry.v1.Entry/SyncAuthorizedEntries",
+];
 
 /// The services twice, with either bound.
 #[derive(Clone)]
@@ -134,6 +137,34 @@ mod tests {
     async fn code(service: &mut ByCaller, request: Request<Body>) -> Code {
         let answer = service.call(request).await.unwrap();
         answer.headers().get("grpc-status").map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
+    }
+
+    /// Every `rpc NAME(stream …` below a folder of definitions, as a path of HTTP/2.
+    fn streams_below(folder: &std::path::Path, found: &mut Vec<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                streams_below(&path, found);
+                continue;
+            }
+            let (mut package, mut service) = (String::new(), String::new());
+            for line in std::fs::read_to_string(&path).unwrap().lines().map(str::trim) {
+                match line.split([' ', '(', ';']).collect::<Vec<_>>()[..] {
+                    ["package", name, ..] => package = name.to_owned(),
+                    ["service", name, ..] => service = name.to_owned(),
+                    ["rpc", name, "stream", ..] => found.push(format!("/{package}.{service}/{name}")),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_method_with_a_stream_of_requests_may_pause() {
+        let mut defined = vec![];
+        streams_below(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../api/proto"), &mut defined);
+        defined.sort();
+        assert_eq!(defined, STREAMS);
     }
 
     #[tokio::test]

@@ -86,8 +86,8 @@ impl ApiServer {
                 Err("the API server has not listed this node's pods yet".into())
             };
         };
-        let memory = if trouble.refused { MEMORY_REFUSED } else { MEMORY };
-        if store.listed && trouble.since.elapsed() < memory { Ok(()) } else { Err(trouble.words) }
+        let refused = trouble.refused_since.is_some_and(|since| since.elapsed() >= MEMORY_REFUSED);
+        if store.listed && !refused && trouble.since.elapsed() < MEMORY { Ok(()) } else { Err(trouble.words) }
     }
 
     /// Resolves once the container is known, or its pod is known to be deleted.
