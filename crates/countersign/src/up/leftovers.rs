@@ -77,7 +77,7 @@ impl Belonging {
     }
 
     /// The processes that are left. The sidecar is none of them: it has another user, and our mounts. Neither is what an
-    /// operator runs in the namespace.
+    /// operator runs in the namespace as root.
     fn left(&self, mounts: Option<&Mounts>) -> Vec<i32> {
         let (mounts, netns) = (mounts.and_then(|m| identity_of(&m.0)), identity(self.netns.path()));
         let is_left = |pid: &i32| {

@@ -113,10 +113,14 @@ fn pod_in(parts: &[&str]) -> Option<Container> {
         return plain(rest);
     }
     if let Some((slice, id)) = root.split_once(".slice:") {
-        let (pod_uid, _) = pod_of_slice(&format!("{slice}.slice"))?;
+        let slice = format!("{slice}.slice");
+        let (pod_uid, above) = pod_of_slice(&slice)?;
+        if !is_kubepods(without_qos(&above)) {
+            return None;
+        }
         return Some(Container { pod_uid, id: container_id(id.rsplit(':').next()?)? });
     }
-    let base = root.strip_suffix(".slice").filter(|base| *base == "kubepods" || base.ends_with("-kubepods"))?;
+    let base = root.strip_suffix(".slice").filter(|base| is_kubepods(base))?;
     let rest = match rest.split_first()? {
         (qos, rest) if QOS.iter().any(|q| *qos == format!("{base}{q}.slice")) => rest,
         _ => rest,
@@ -127,6 +131,16 @@ fn pod_in(parts: &[&str]) -> Option<Container> {
     of_this_root.then_some(Container { pod_uid, id: container_id(rest.first()?)? })
 }
 
+/// Whether a slice's name without its end is that of the kubelet's pods.
+fn is_kubepods(base: &str) -> bool {
+    base == "kubepods" || base.ends_with("-kubepods")
+}
+
+/// The name of a slice without the quality of service at its end.
+fn without_qos(above: &str) -> &str {
+    QOS.iter().find_map(|q| above.strip_suffix(q)).unwrap_or(above)
+}
+
 /// Quality of service in names of slices; the one of guaranteed pods is not named.
 const QOS: [&str; 2] = ["-burstable", "-besteffort"];
 
@@ -134,8 +148,7 @@ const QOS: [&str; 2] = ["-burstable", "-besteffort"];
 fn pod_below_common(parts: &[&str]) -> Option<Container> {
     let (first, rest) = parts.split_first()?;
     if let Some((pod_uid, above)) = pod_of_slice(first) {
-        let kubelets = QOS.iter().find_map(|q| above.strip_suffix(q)).unwrap_or(&above);
-        let of_kubelet = kubelets == "kubepods" || kubelets.ends_with("-kubepods");
+        let of_kubelet = is_kubepods(without_qos(&above));
         return of_kubelet.then_some(Container { pod_uid, id: container_id(rest.first()?)? });
     }
     match *first {
@@ -266,6 +279,18 @@ mod tests {
         ] {
             let found = container_of(&format!("0::{path}\n"));
             assert_eq!(found, Err(CgroupError::OutsideOfKubelet(shown_up_to(&path, 200).to_string())), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_slice_of_another_name_is_no_pods_in_any_form() {
+        let (id, under) = (id(), UID.replace('-', "_"));
+        let found = |above: &str| container_of(&format!("0::/{above}-pod{under}.slice:cri-containerd:{id}\n"));
+        for above in ["kubepods", "kubepods-burstable", "kubelet-kubepods-besteffort"] {
+            assert!(matches!(found(above), Ok(Some(_))), "{above}");
+        }
+        for above in ["kable", "nokubepods", "kubepods-other", "kubepods-burstable-x"] {
+            assert_eq!(found(above), Ok(None), "{above}");
         }
     }
 

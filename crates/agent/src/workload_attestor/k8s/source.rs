@@ -59,7 +59,8 @@ impl PodSources {
 
     /// What is known about a container now: by a source that knows the container if there is one, else by one that
     /// knows its pod.
-    pub async fn find(&self, Container { pod_uid, id }: &Container) -> Result<Found, Missing> {
+    pub async fn find(&self, container: &Container) -> Result<Found, Missing> {
+        let Container { pod_uid, id } = container;
         let (mut part, mut why) = (None, vec![]);
         if let Some(api_server) = &self.api_server {
             match api_server.look(pod_uid) {
@@ -72,7 +73,12 @@ impl PodSources {
             }
         }
         if let Some(kubelet) = &self.kubelet {
-            match kubelet.pods().await {
+            let asked = tokio::select! {
+                // Where packets to the kubelet are dropped, the watch has long learnt of it before the kubelet is given up.
+                () = self.known(container) => return Box::pin(self.find(container)).await,
+                pods = kubelet.pods() => pods,
+            };
+            match asked {
                 Ok(pods) => match pods.get(pod_uid) {
                     Some(pod) => {
                         // It may have been deleted while the kubelet was asked, and the kubelet not know yet.
