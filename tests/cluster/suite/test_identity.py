@@ -11,7 +11,8 @@ def proxy_log(ns, pod):
 
 
 def reference_pod(ns):
-    """A pod in the shape of the reference's: container `proxy`, uid 2102, gid 1000, the agent's socket mounted."""
+    """A pod in the shape of the reference's: container `proxy`, a uid of its own (2102 is refused in a meshed namespace: it
+    is our sidecar's), gid 1000, the agent's socket mounted."""
     return f"""
 apiVersion: v1
 kind: ServiceAccount
@@ -31,7 +32,7 @@ spec:
       image: {images.COUNTERSIGN}
       imagePullPolicy: Never
       args: [x509, watch, --socket=/agent/agent.sock]
-      securityContext: {{runAsUser: 2102, runAsGroup: 1000}}
+      securityContext: {{runAsUser: 2103, runAsGroup: 1000}}
       volumeMounts: [{{name: agent, mountPath: /agent, readOnly: true}}]
     - name: idle
       image: {images.BOX}
@@ -101,7 +102,7 @@ class Identity(unittest.TestCase):
             self.assertRegex(lines[0], r"pid=\d+")
             found = re.search(r'selectors="([^"]+)"', lines[0]).group(1).split()
             expected = {
-                "unix:uid:2102", "unix:gid:1000", "unix:supplementary_gid:1000", "k8s:sa:web-sa", f"k8s:ns:{ns}",
+                "unix:uid:2103", "unix:gid:1000", "unix:supplementary_gid:1000", "k8s:sa:web-sa", f"k8s:ns:{ns}",
                 f"k8s:pod-uid:{uid}", "k8s:pod-name:shaped",
                 "k8s:container-name:proxy", f"k8s:node-name:{node}", "k8s:pod-image-count:2",
                 "k8s:pod-init-image-count:0",
@@ -178,7 +179,7 @@ class Identity(unittest.TestCase):
     def test_32_a_certificate_needs_every_selector_of_its_entry(self):
         with mesh.namespace("subset") as ns:
             has = {"containerName": "proxy", "podLabel": {"app": "shaped", "version": "v1"},
-                   "arbitrary": ["unix:uid:2102"]}
+                   "arbitrary": ["unix:uid:2103"]}
             lacks = {**has, "podLabel": {"app": "shaped", "version": "v2"}}
             self.assertEqual(self.granted(ns, {"all-of-them": has, "one-too-many": lacks}), {"all-of-them"})
 
