@@ -11,8 +11,8 @@ def proxy_log(ns, pod):
 
 
 def reference_pod(ns):
-    """A pod in the shape of the reference's: container `proxy`, gid 1000, the agent's socket mounted. Its uid is not 2102,
-    which is our sidecar's and refused in a meshed namespace."""
+    """A pod in the shape of the reference's: container `proxy`, gid 1000, the agent's socket mounted. Its uid is not
+    2102, which is our sidecar's and refused in a meshed namespace."""
     return f"""
 apiVersion: v1
 kind: ServiceAccount
