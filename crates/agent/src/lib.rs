@@ -201,7 +201,6 @@ async fn observe(core: Arc<Core>) {
                 let own = core.link.identity().borrow().as_ref().map(|svid| svid.facts().not_after);
                 core.tell_unsaid(std::time::Instant::now());
                 core.metrics.observe(&core.cache.read(), own, core.link.keeper().unsaved().is_some());
-                core.attestors.iter().for_each(|a| a.observe());
             }
             () = core.shutdown.cancelled() => return,
         }

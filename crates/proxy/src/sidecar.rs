@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
 
 use countersign_api::admission::{self, Admission};
 use countersign_api::clock::Clock;
@@ -114,20 +113,7 @@ pub struct AccessRecord<'a> {
 impl<'a> AccessRecord<'a> {
     /// Starts the record of a new connection.
     pub fn begin(sidecar: &'a Sidecar, direction: Direction, source: SocketAddr) -> Self {
-        let record = Record {
-            direction,
-            mode: Carried::Refused,
-            began: Instant::now(),
-            began_at: sidecar.current.now(),
-            source,
-            destination: None,
-            peer: None,
-            own: None,
-            bytes_sent: 0,
-            bytes_received: 0,
-            end: "",
-        };
-        Self { sidecar, record }
+        Self { sidecar, record: Record::begin(direction, source, sidecar.current.now()) }
     }
 
     /// Enters the connection into the plaintext table; open until the guard is dropped.

@@ -312,6 +312,25 @@ pub struct Record {
     pub end: &'static str,
 }
 
+impl Record {
+    /// A connection that has just begun, and counts as refused until it is carried.
+    pub fn begin(direction: Direction, source: SocketAddr, began_at: OffsetDateTime) -> Self {
+        Self {
+            direction,
+            mode: Carried::Refused,
+            began: Instant::now(),
+            began_at,
+            source,
+            destination: None,
+            peer: None,
+            own: None,
+            bytes_sent: 0,
+            bytes_received: 0,
+            end: "",
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct Line<'a> {
     time: String,
@@ -415,19 +434,8 @@ mod tests {
     #[test]
     fn a_stranger_does_not_fill_the_access_log() {
         let telemetry = Telemetry::new(None).unwrap();
-        let record = |direction, last: u8| Record {
-            direction,
-            mode: Carried::Refused,
-            began: Instant::now(),
-            began_at: OffsetDateTime::now_utc(),
-            source: ([10, 0, 0, last], 1).into(),
-            destination: None,
-            peer: None,
-            own: None,
-            bytes_sent: 0,
-            bytes_received: 0,
-            end: "",
-        };
+        let record =
+            |direction, last: u8| Record::begin(direction, ([10, 0, 0, last], 1).into(), OffsetDateTime::now_utc());
         let (refused, now) = (Refused::Tls("no TLS".into()), Instant::now());
         let lines = |direction, last| {
             (0..1_000).filter_map(|_| telemetry.is_logged(&record(direction, last), Some(&refused), now)).count()

@@ -304,7 +304,7 @@ async fn agents(client: &Client, namespace: &str, version: (u32, u32)) -> Outcom
     let lacking: Vec<String> =
         nodes.items.iter().map(ResourceExt::name_any).filter(|n| !ready.contains(n.as_str())).collect();
     if lacking.is_empty() {
-        return Ok(format!("{} agents ready, one a node", ready.len()));
+        return Ok(format!("{} agents ready, one per node", ready.len()));
     }
     let mend = if version < NARROW_KUBELET {
         "see the agent's log; before Kubernetes 1.33 install with agent.nodesProxyPermission=true"

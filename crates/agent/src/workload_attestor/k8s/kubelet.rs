@@ -138,6 +138,7 @@ impl Client {
     pub async fn keep(&self) {
         loop {
             if *self.state() != State::Works {
+                // What became of it is noted, and told from there.
                 let _ = self.pods().await;
             }
             tokio::time::sleep(REST.min(self.rest.max(PROBE))).await;
