@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::policy::Policy;
 
@@ -21,6 +22,17 @@ pub struct Workload {
     pub mesh_port: u16,
     /// Policy of its sidecar for incoming traffic.
     pub policy: Policy,
+    /// Where it runs.
+    pub place: Place,
+}
+
+/// Where a workload runs. An empty text means that it is not known; it then matches nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Name of its node.
+    pub node: String,
+    /// Zone of its node (label `topology.kubernetes.io/zone`).
+    pub zone: String,
 }
 
 /// A virtual address that stands for several endpoints.
@@ -32,25 +44,63 @@ pub struct Service {
     pub name: String,
     /// Virtual IP addresses of the service.
     pub addresses: Vec<IpAddr>,
-    /// The endpoints behind each service port.
-    pub ports: BTreeMap<u16, Vec<Endpoint>>,
+    /// What is behind each service port.
+    pub ports: BTreeMap<u16, ServicePort>,
+    /// Whether the addresses are a mere claim: whoever made the service chose them (`externalIPs`). A strict caller does
+    /// not follow it.
+    pub claimed: bool,
+}
+
+/// What is behind one port of a service, and how a client chooses.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServicePort {
+    /// The endpoints, ready or not.
+    pub endpoints: Vec<Endpoint>,
+    /// How long a client stays with an endpoint after its last new connection; `None` if each connection chooses anew.
+    pub affinity: Option<Duration>,
+    /// Whether clients use endpoints of their own node only.
+    pub local: bool,
 }
 
 /// One endpoint behind a service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     /// IP address and port that the endpoint listens on.
     pub address: SocketAddr,
     /// Whether a meshed workload is at this address.
     pub meshed: bool,
-    /// Whether the endpoint accepts new connections.
-    pub ready: bool,
+    /// Whether the endpoint takes new connections.
+    pub readiness: Readiness,
+    /// Name of its node; empty if it is not known or nobody needs it.
+    pub node: String,
+    /// Whose clients should prefer it.
+    pub hints: Hints,
+}
+
+/// Whether an endpoint takes new connections, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Readiness {
+    /// It takes them.
+    Ready,
+    /// It is terminating and still serves: it takes them where no other endpoint is ready.
+    Draining,
+    /// It takes none.
+    NotReady,
+}
+
+/// Whose clients should prefer an endpoint. Empty lists mean that nobody said.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hints {
+    /// Names of nodes.
+    pub nodes: Vec<String>,
+    /// Names of zones.
+    pub zones: Vec<String>,
 }
 
 impl Service {
     /// The endpoints behind a service port, ready or not; empty for a port that the service does not have.
     pub fn endpoints(&self, port: u16) -> &[Endpoint] {
-        self.ports.get(&port).map_or(&[], Vec::as_slice)
+        self.ports.get(&port).map_or(&[], |port| &port.endpoints)
     }
 }
 

@@ -97,6 +97,12 @@ pub fn request(key: &PrivateKey, id: Option<&SpiffeId>) -> Result<Vec<u8>, Issue
     Ok(csr.der().to_vec())
 }
 
+/// A PKCS#10 request in DER for an intermediate CA of `td`, signed by `key`. As in SPIRE, its URI name is the trust
+/// domain's ID.
+pub fn request_intermediate(td: &TrustDomain, key: &PrivateKey) -> Result<Vec<u8>, IssueError> {
+    request(key, Some(&id_of(td)?))
+}
+
 /// A CA certificate with its key, ready to sign.
 pub struct SigningAuthority {
     certificate: CertificateDer<'static>,
@@ -164,9 +170,10 @@ pub fn issue_root(
 }
 
 /// Issues an intermediate CA for a trust domain under an upstream authority, valid no longer than that authority.
+/// Errors: [`IssueError::Csr`] if `key` was requested for anything but this trust domain.
 pub fn issue_intermediate(
     td: &TrustDomain,
-    key: &PrivateKey,
+    key: &RequestedKey,
     ttl: Duration,
     now: OffsetDateTime,
     upstream: &SigningAuthority,
@@ -174,10 +181,14 @@ pub fn issue_intermediate(
     if upstream.not_after <= now {
         return Err(IssueError::AuthorityExpired(upstream.not_after));
     }
-    let pair = key.key_pair().map_err(|e| IssueError::Sign(e.to_string()))?;
+    let expected = id_of(td)?.to_string();
+    if key.uri() != Some(expected.as_str()) {
+        let found = key.uri().map_or_else(|| "no URI name".into(), |uri| format!("`{}`", shown(uri)));
+        return Err(IssueError::Csr(format!("expected a request for `{expected}`, found {found}")));
+    }
     let mut params = ca_params(td, ttl, now, Some(upstream.not_after))?;
     params.use_authority_key_identifier_extension = true;
-    let cert = params.signed_by(&pair, &upstream.issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let cert = params.signed_by(&key.key, &upstream.issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
     let (_, parsed) = X509Certificate::from_der(cert.der()).map_err(|e| IssueError::Sign(e.to_string()))?;
     let (_, above) =
         X509Certificate::from_der(&upstream.certificate).map_err(|e| IssueError::Authority(e.to_string()))?;
@@ -260,17 +271,20 @@ fn ca_params(
     let decimal = u128::from_be_bytes(serial.to_bytes().try_into().unwrap_or([0; 16])).to_string();
     let printable = decimal.as_str().try_into().map_err(|e: rcgen::Error| IssueError::Sign(e.to_string()))?;
     subject.push(DnType::CustomDnType(vec![2, 5, 4, 5]), DnValue::PrintableString(printable));
-    let own: SpiffeId = SpiffeId::new(format!("spiffe://{td}"))
-        .map_err(|e| IssueError::Name { name: td.to_string(), why: e.to_string() })?;
     let mut params = CertificateParams::default();
     params.not_before = not_before;
     params.not_after = not_after;
     params.serial_number = Some(serial);
-    params.subject_alt_names = vec![uri_san(&own)?];
+    params.subject_alt_names = vec![uri_san(&id_of(td)?)?];
     params.distinguished_name = subject;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     Ok(params)
+}
+
+/// The ID of the trust domain itself, which its CA certificates carry (X509-SVID 3.1).
+fn id_of(td: &TrustDomain) -> Result<SpiffeId, IssueError> {
+    SpiffeId::new(format!("spiffe://{td}")).map_err(|e| IssueError::Name { name: td.to_string(), why: e.to_string() })
 }
 
 fn subject() -> DistinguishedName {

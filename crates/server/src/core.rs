@@ -28,6 +28,7 @@ use crate::metrics::Metrics;
 use crate::node_attestor::NodeAttestor;
 use crate::rate_limit::RateLimit;
 use crate::refusals::{Group, Refusals, Refused};
+use crate::upstream_authority::UpstreamError;
 
 /// The reason in metrics and the audit log for calls over a rate limit.
 const RATE_LIMIT: &str = "rate_limit";
@@ -261,10 +262,13 @@ pub fn status_of(error: &AuthorityError) -> Status {
             Status::failed_precondition(text)
         }
         AuthorityError::NoId | AuthorityError::Issue(_) | AuthorityError::Bundle(_) => Status::invalid_argument(text),
-        AuthorityError::NotReady | AuthorityError::Store(_) | AuthorityError::UpstreamTimeout(_) => {
+        AuthorityError::NotReady
+        | AuthorityError::Store(_)
+        | AuthorityError::Unsigned(UpstreamError::Timeout(_) | UpstreamError::Unreachable { .. }) => {
             Status::unavailable(text)
         }
-        AuthorityError::Key(_) | AuthorityError::UpstreamRefused(_) => Status::internal(text),
+        AuthorityError::Changed => Status::aborted(text),
+        AuthorityError::Key(_) | AuthorityError::Unsigned(_) => Status::internal(text),
     }
 }
 

@@ -3,7 +3,8 @@
 //! Until the whole directory was published once, every address is unknown: an address that is not in it yet must not
 //! count as outside the mesh.
 
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{PoisonError, RwLock};
 
@@ -30,7 +31,9 @@ pub struct Directory {
 struct State {
     complete: bool,
     by_uid: HashMap<String, Answer>,
-    by_address: HashMap<IpAddr, Answer>,
+    /// All that have an address, in the order in which they got it. Pods of a restarted node may for a moment have the
+    /// address of another one.
+    by_address: HashMap<IpAddr, Vec<Answer>>,
 }
 
 impl Default for Directory {
@@ -44,7 +47,7 @@ impl Directory {
     /// The answer for an address; `None` while the directory is incomplete.
     pub fn lookup(&self, address: IpAddr) -> Option<Answer> {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        match state.by_address.get(&address.to_canonical()) {
+        match state.by_address.get(&address.to_canonical()).and_then(|holders| holders.last()) {
             Some(known) => Some(known.clone()),
             None => state.complete.then_some(Answer::NotMeshed),
         }
@@ -69,7 +72,7 @@ impl Directory {
         let mut changed = replace && !state.complete;
         state.complete |= replace;
         if replace {
-            let named: std::collections::HashSet<&str> = upserted.iter().map(|a| facts(a).0).collect();
+            let named: HashSet<&str> = upserted.iter().map(|a| facts(a).0).collect();
             let gone: Vec<String> = state.by_uid.keys().filter(|uid| !named.contains(uid.as_str())).cloned().collect();
             gone.iter().for_each(|uid| changed |= state.remove(uid));
         }
@@ -109,27 +112,37 @@ fn facts(known: &Answer) -> (&str, &[IpAddr]) {
 impl State {
     fn remove(&mut self, uid: &str) -> bool {
         let Some(known) = self.by_uid.remove(uid) else { return false };
-        for address in facts(&known).1 {
-            // An address that another workload has taken over meanwhile must stay.
-            let address = address.to_canonical();
-            if self.by_address.get(&address).is_some_and(|now| facts(now).0 == uid) {
-                self.by_address.remove(&address);
-            }
-        }
+        facts(&known).1.iter().for_each(|address| self.release(address.to_canonical(), uid));
         true
     }
 
     fn insert(&mut self, fresh: Answer) -> bool {
         let (uid, addresses) = facts(&fresh);
-        if self.by_uid.get(uid).is_some_and(|before| *before == fresh) {
+        let before = self.by_uid.insert(uid.to_owned(), fresh.clone());
+        if before.as_ref() == Some(&fresh) {
             return false;
         }
-        self.remove(uid);
+        let addresses: HashSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
+        let had = before.iter().flat_map(|before| facts(before).1).map(IpAddr::to_canonical);
+        had.filter(|address| !addresses.contains(address)).for_each(|address| self.release(address, uid));
         for address in addresses {
-            self.by_address.insert(address.to_canonical(), fresh.clone());
+            let holders = self.by_address.entry(address).or_default();
+            // Whoever changes otherwise does not take the address from one that got it later.
+            match holders.iter_mut().find(|holder| facts(holder).0 == uid) {
+                Some(holder) => *holder = fresh.clone(),
+                None => holders.push(fresh.clone()),
+            }
         }
-        self.by_uid.insert(uid.to_owned(), fresh);
         true
+    }
+
+    /// Gives an address back. Another holder has it from then on.
+    fn release(&mut self, address: IpAddr, uid: &str) {
+        let Entry::Occupied(mut held) = self.by_address.entry(address) else { return };
+        held.get_mut().retain(|holder| facts(holder).0 != uid);
+        if held.get().is_empty() {
+            held.remove();
+        }
     }
 }
 
@@ -146,6 +159,7 @@ mod tests {
             spiffe_ids: [format!("spiffe://td/{uid}")].into(),
             mesh_port: 15008,
             policy: Policy::default(),
+            place: Default::default(),
         }
     }
 
@@ -177,6 +191,33 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_two_have_is_the_others_when_one_goes_or_moves() {
+        let d = Directory::default();
+        d.publish(true, vec![workload("new", "10.0.0.1"), workload("old", "10.0.0.1")], vec![], &[]);
+        d.publish(false, vec![], vec![], &["old".into()]);
+        assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("new"));
+        d.publish(false, vec![workload("old", "10.0.0.1")], vec![], &[]);
+        d.publish(false, vec![workload("old", "10.0.0.2")], vec![], &[]);
+        assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("new"));
+        assert_eq!(who(&d, "10.0.0.2").as_deref(), Some("old"));
+        d.publish(true, vec![workload("old", "10.0.0.2")], vec![], &[]);
+        assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("-"));
+    }
+
+    #[test]
+    fn a_change_of_the_old_one_does_not_take_the_address_from_the_new_one() {
+        let d = Directory::default();
+        d.publish(true, vec![workload("old", "10.0.0.1")], vec![], &[]);
+        d.publish(false, vec![workload("new", "10.0.0.1")], vec![], &[]);
+        let changed = Workload { mesh_port: 15009, ..workload("old", "::ffff:10.0.0.1") };
+        d.publish(false, vec![changed], vec![], &[]);
+        assert_eq!(who(&d, "10.0.0.1").as_deref(), Some("new"));
+        d.publish(false, vec![], vec![], &["new".into()]);
+        let port = |answer| if let Some(Answer::Meshed(w)) = answer { w.mesh_port } else { 0 };
+        assert_eq!(port(d.lookup("10.0.0.1".parse().unwrap())), 15009, "as it is now");
+    }
+
+    #[test]
     fn publishing_the_same_again_is_no_change() {
         let d = Directory::default();
         let first = d.publish(true, vec![workload("a", "10.0.0.1")], vec![], &[]);
@@ -196,6 +237,7 @@ mod tests {
             name: "s".into(),
             addresses: vec!["10.91.0.1".parse().unwrap()],
             ports: Default::default(),
+            claimed: false,
         };
         let d = Directory::default();
         d.publish(true, vec![workload("a", "10.0.0.1")], vec![service], &[]);

@@ -194,7 +194,8 @@ async fn assemble_on(
     }
     let mut publishers: Vec<Arc<dyn bundle_publisher::BundlePublisher>> = vec![];
     if config.k8s_psat.is_some() || config.k8s_bundle.is_some() || config.k8s_webhook_label.is_some() {
-        let client = kube::Client::try_default().await.map_err(|e| ServerError::Kubernetes(e.to_string()))?;
+        let client =
+            kube::Client::try_default().await.map_err(|e| ServerError::Kubernetes(countersign_watch::in_words(&e)))?;
         if let Some(cluster) = config.k8s_psat.clone() {
             let (client, trust_domain) = (client.clone(), td.clone());
             attestors.push(Box::new(node_attestor::K8sPsat { cluster, trust_domain, client }));

@@ -20,6 +20,15 @@ pub fn td() -> TrustDomain {
     TrustDomain::new("td").unwrap()
 }
 
+/// A trust bundle with one root.
+pub fn bundle() -> X509Bundle {
+    let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let now = time::OffsetDateTime::now_utc();
+    let root = countersign_identity::profile::issue_root(&td(), &key, Duration::from_secs(3_600), now).unwrap();
+    let pem = countersign_identity::bundle::certificates_to_pem([root.as_ref()]);
+    X509Bundle::from_pem(td(), pem.as_bytes()).unwrap()
+}
+
 /// The store of one.
 pub async fn store(dir: &tempfile::TempDir) -> Arc<Sqlite> {
     Arc::new(Sqlite::open(&dir.path().join("server.sqlite"), &td()).await.unwrap())

@@ -163,7 +163,8 @@ fn leaves_that_break_one_rule_are_refused_for_that_rule() {
 fn an_intermediates_leaf_verifies_up_to_the_upstream_root() {
     let (upstream, bundles) = root(3600);
     let key = PrivateKey::generate(KeyType::EcP384).unwrap();
-    let cert = issue_intermediate(&td(), &key, Duration::from_secs(7200), now(), &upstream).unwrap();
+    let requested = RequestedKey::from_csr(&request_intermediate(&td(), &key).unwrap()).unwrap();
+    let cert = issue_intermediate(&td(), &requested, Duration::from_secs(7200), now(), &upstream).unwrap();
     let ca = SigningAuthority::new(cert.clone(), vec![cert], &key).unwrap();
     assert_eq!(ca.not_after(), upstream.not_after(), "it never outlives its upstream");
     let chain = leaf(&ca, "spiffe://example.org/a", 60).chain;
@@ -171,6 +172,18 @@ fn an_intermediates_leaf_verifies_up_to_the_upstream_root() {
     assert!(verify_chain(&chain, &bundles, now(), PeerRole::Client).is_ok());
     let alone = verify_chain(&chain[..1], &bundles, now(), PeerRole::Client);
     assert!(matches!(alone, Err(Refusal::Untrusted { .. })));
+}
+
+#[test]
+fn an_intermediate_is_issued_only_to_a_request_for_the_same_trust_domain() {
+    let (upstream, _) = root(3600);
+    let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let elsewhere = request_intermediate(&TrustDomain::new("elsewhere.org").unwrap(), &key).unwrap();
+    for (csr, found) in [(elsewhere, "`spiffe://elsewhere.org`"), (request(&key, None).unwrap(), "no URI name")] {
+        let requested = RequestedKey::from_csr(&csr).unwrap();
+        let refused = issue_intermediate(&td(), &requested, Duration::from_secs(60), now(), &upstream).unwrap_err();
+        assert!(refused.to_string().ends_with(&format!("for `spiffe://example.org`, found {found}")), "{refused}");
+    }
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! Errors of authorities.
 
-use std::time::Duration;
-
 use countersign_identity::profile::IssueError;
 
 use super::Status;
@@ -41,18 +39,21 @@ pub enum AuthorityError {
          and would be cut off; run `countersign authority taint --id {0}` first and give agents a minute to renew"
     )]
     Untainted(String),
-    /// The upstream authority did not answer within this time.
-    #[error("the upstream authority has not answered for {} seconds; trying again", .0.as_secs())]
-    UpstreamTimeout(Duration),
+    /// Another authority was prepared or activated while this one was being signed, so it was dropped.
+    #[error(
+        "the authorities changed while the next one was being signed, so it was dropped; look at them (`countersign \
+         authority show`), then try again"
+    )]
+    Changed,
     /// The store rejected the change, so it was not made.
     #[error(transparent)]
     Store(#[from] DataStoreError),
     /// The key manager could not store or find the key.
     #[error(transparent)]
     Key(#[from] KeyManagerError),
-    /// The upstream authority refused to sign.
+    /// The upstream authority has not signed.
     #[error(transparent)]
-    UpstreamRefused(#[from] UpstreamError),
+    Unsigned(#[from] UpstreamError),
     /// Issuing a certificate failed.
     #[error(transparent)]
     Issue(#[from] IssueError),

@@ -7,9 +7,10 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use countersign_api::clock::Clock;
 use countersign_identity::profile::{IssueError, Issued, LeafRequest, SigningAuthority, issue_leaf, issue_root};
-use countersign_identity::{PrivateKey, TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{KeyType, TrustDomain, X509Authority, X509Bundle};
+use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
-use tokio::sync::{Mutex, MutexGuard, watch};
+use tokio::sync::{Mutex, watch};
 
 use super::lifecycle::{Due, is_forgotten, is_usable, validity_of};
 use super::stored::{Stored, retire_intermediates, roots_of, take_up_keys};
@@ -45,11 +46,24 @@ pub struct Settings {
 pub struct Authorities {
     settings: Settings,
     upstream: Option<UpstreamCall>,
-    /// Locked while authorities change, including calls to the upstream. Readers use `journal` instead and never wait.
+    /// Locked while an authority is made, before `writer` if both are: the upstream may take its time to sign.
+    making: Mutex<Making>,
+    /// Locked while authorities change, never during a call to the upstream. Readers use `journal` instead and never wait.
     writer: Mutex<Journal>,
     journal: ArcSwap<Vec<Record>>,
     active: ArcSwapOption<SigningAuthority>,
     bundle: watch::Sender<Arc<X509Bundle>>,
+}
+
+/// The right to make an authority. Whoever holds it knows that no key is waiting for its record.
+struct Making;
+
+/// A CA certificate for a new key, not published yet.
+struct Made {
+    key_name: String,
+    certificate: CertificateDer<'static>,
+    chain: Vec<CertificateDer<'static>>,
+    roots: Vec<X509Authority>,
 }
 
 /// The journal as it is in the store.
@@ -84,6 +98,7 @@ impl Authorities {
             settings,
             journal: ArcSwap::from_pointee(records.clone()),
             // A crash between generating a key and storing its record leaves a key without a record.
+            making: Mutex::new(Making),
             writer: Mutex::new(Journal { records, version, unswept: true }),
             active: ArcSwapOption::new(active),
             bundle: watch::Sender::new(Arc::new(bundle)),
@@ -140,29 +155,32 @@ impl Authorities {
 
     /// Does what is due now: prepares, activates, deletes expired authorities and keys without a record.
     pub async fn rotate(&self) -> Result<(), AuthorityError> {
+        let making = self.making.lock().await;
         let now = self.now();
         let mut journal = self.writer.lock().await;
         if journal.unswept {
-            self.sweep(&mut journal);
+            self.sweep(&mut journal, &making);
         }
-        let due = Due::at(now, journal.find(Status::Active));
+        let due = |journal: &Journal| Due::at(now, journal.find(Status::Active));
         let ready = |journal: &Journal| journal.find(Status::Prepared).filter(|r| is_usable(r, now)).cloned();
-        if due.prepare && ready(&journal).is_none() {
-            self.prepare_in(&mut journal, now).await?;
+        if due(&journal).prepare && ready(&journal).is_none() {
+            drop(journal);
+            self.make(&making, now).await?;
+            journal = self.writer.lock().await;
         }
-        if due.activate
+        if due(&journal).activate
             && let Some(prepared) = ready(&journal)
         {
             self.activate_in(&mut journal, &prepared.id).await?;
         }
         // Last: the bundle now holds the new authority and cannot become empty.
-        self.forget_ended(&mut journal, now).await
+        self.forget_ended(&mut journal, &making, now).await
     }
 
     /// Prepares a new authority now. It replaces one that was prepared before.
     pub async fn prepare(&self) -> Result<Record, AuthorityError> {
-        let mut journal = self.writer.lock().await;
-        self.prepare_in(&mut journal, self.now()).await
+        let making = self.making.lock().await;
+        self.make(&making, self.now()).await
     }
 
     /// Makes this prepared authority the signing one.
@@ -221,7 +239,11 @@ impl Authorities {
         }
         let next = journal.records.iter().filter(|r| r.id != id).cloned().collect();
         self.commit(&mut journal, next, |bundle| bundle.authorities.retain(|a| a.id() != id)).await?;
-        self.sweep(&mut journal);
+        // A key that is being made has no record yet. The rotation that is due next sweeps instead.
+        match self.making.try_lock() {
+            Ok(making) => self.sweep(&mut journal, &making),
+            Err(_) => journal.unswept = true,
+        }
         tracing::warn!(authority = id, "authority revoked; nothing under it is trusted any more");
         Ok(record)
     }
@@ -233,45 +255,61 @@ impl Authorities {
         self.commit(&mut journal, next, |bundle| add_missing(bundle, more)).await
     }
 
-    async fn prepare_in(
-        &self,
-        journal: &mut MutexGuard<'_, Journal>,
-        now: OffsetDateTime,
-    ) -> Result<Record, AuthorityError> {
+    /// Makes an authority and publishes it as the prepared one. Between the two the journal is free.
+    async fn make(&self, making: &Making, now: OffsetDateTime) -> Result<Record, AuthorityError> {
         let Issuance { ca_ttl, ca_key_type, .. } = *self.settings.issuance.borrow();
-        let key_name = random_name()?;
-        let key = self.settings.keys.generate(&key_name, ca_key_type)?;
-        // From here on, an error leaves a key without a record, which the sweep removes: the new key if its record was
-        // not stored, the replaced one if it was.
-        journal.unswept = true;
-        let made = self.publish_prepared(journal, &key_name, &key, ca_ttl, now).await;
-        self.sweep(journal);
-        let record = made?;
+        let before = {
+            let mut journal = self.writer.lock().await;
+            // From here on, an error leaves a key without a record, which the sweep removes: the new key if its record
+            // was not stored, the replaced one if it was.
+            journal.unswept = true;
+            journal.in_use()
+        };
+        let signed = self.have_signed(random_name()?, ca_key_type, ca_ttl, now).await;
+        let mut journal = self.writer.lock().await;
+        let published = match signed {
+            // Made as a successor of what was there; what is there now may need none, or another.
+            Ok(_) if journal.in_use() != before => Err(AuthorityError::Changed),
+            Ok(made) => self.publish_prepared(&mut journal, made, ca_ttl, now).await,
+            Err(error) => Err(error),
+        };
+        self.sweep(&mut journal, making);
+        let record = published?;
         let until = validity_of(&record.certificate).1;
         tracing::info!(authority = record.id, %until, "authority prepared and published");
         Ok(record)
     }
 
+    /// A new key, with the certificate that the upstream signs for it or that it signs itself.
+    async fn have_signed(
+        &self,
+        key_name: String,
+        key_type: KeyType,
+        ttl: Duration,
+        now: OffsetDateTime,
+    ) -> Result<Made, AuthorityError> {
+        let td = &self.settings.trust_domain;
+        let key = self.settings.keys.generate(&key_name, key_type)?;
+        if let Some(upstream) = &self.upstream {
+            let signed = upstream.sign_intermediate(td, &key, ttl, now).await?;
+            let own = signed.chain.first().ok_or_else(|| IssueError::Sign("the upstream signed nothing".into()))?;
+            return Ok(Made { key_name, certificate: own.clone(), chain: signed.chain, roots: signed.roots });
+        }
+        let certificate = issue_root(td, &key, ttl, now)?;
+        let roots = vec![X509Authority::from_der(certificate.to_vec())?];
+        Ok(Made { key_name, certificate, chain: vec![], roots })
+    }
+
     async fn publish_prepared(
         &self,
         journal: &mut Journal,
-        key_name: &str,
-        key: &PrivateKey,
+        made: Made,
         ca_ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<Record, AuthorityError> {
-        let td = &self.settings.trust_domain;
-        let (certificate, chain, roots) = if let Some(upstream) = &self.upstream {
-            let signed = upstream.sign_intermediate(td, key, ca_ttl, now).await?;
-            let own = signed.chain.first().ok_or_else(|| IssueError::Sign("the upstream signed nothing".into()))?;
-            (own.clone(), signed.chain, signed.roots)
-        } else {
-            let root = issue_root(td, key, ca_ttl, now)?;
-            let authority = X509Authority::from_der(root.to_vec())?;
-            (root, vec![], vec![authority])
-        };
+        let Made { key_name, certificate, chain, roots } = made;
         let id = X509Authority::from_der(certificate.to_vec())?.id().to_owned();
-        let record = Record { id, status: Status::Prepared, key_name: key_name.to_owned(), certificate, chain };
+        let record = Record { id, status: Status::Prepared, key_name, certificate, chain };
         let is_prepared = |r: &&Record| r.status == Status::Prepared;
         let dropped: Vec<String> = journal.records.iter().filter(is_prepared).map(|r| r.id.clone()).collect();
         let mut next: Vec<_> = journal.records.iter().filter(|r| !is_prepared(r)).cloned().collect();
@@ -302,7 +340,12 @@ impl Authorities {
     }
 
     /// Deletes authorities and roots that expired long enough ago, and their keys.
-    async fn forget_ended(&self, journal: &mut Journal, now: OffsetDateTime) -> Result<(), AuthorityError> {
+    async fn forget_ended(
+        &self,
+        journal: &mut Journal,
+        making: &Making,
+        now: OffsetDateTime,
+    ) -> Result<(), AuthorityError> {
         let over = |r: &Record| r.status != Status::Active && is_forgotten(&r.certificate, now);
         let root_over = |a: &X509Authority| is_forgotten(a.der(), now);
         if !journal.records.iter().any(over) && !self.bundle.borrow().authorities.iter().any(root_over) {
@@ -313,12 +356,12 @@ impl Authorities {
         for record in ended {
             tracing::info!(authority = record.id, "authority ended and forgotten");
         }
-        self.sweep(journal);
+        self.sweep(journal, making);
         Ok(())
     }
 
     /// Removes keys without a record. A failure is tried again with the next rotation.
-    fn sweep(&self, journal: &mut Journal) {
+    fn sweep(&self, journal: &mut Journal, _: &Making) {
         let named = |name: &String| journal.records.iter().any(|r| r.key_name == *name);
         let swept = self.settings.keys.names().and_then(|names| {
             names.iter().filter(|name| !named(name)).try_for_each(|name| self.settings.keys.remove(name))
@@ -378,6 +421,12 @@ impl Authorities {
 impl Journal {
     fn find(&self, status: Status) -> Option<&Record> {
         self.records.iter().find(|r| r.status == status)
+    }
+
+    /// Names of the keys of the active and the prepared authority: what a new authority is made to follow or replace.
+    fn in_use(&self) -> Vec<String> {
+        let in_use = |r: &&Record| matches!(r.status, Status::Active | Status::Prepared);
+        self.records.iter().filter(in_use).map(|r| r.key_name.clone()).collect()
     }
 
     fn named(&self, id: &str) -> Result<&Record, AuthorityError> {

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use countersign_identity::profile::request_intermediate;
 use countersign_identity::{PrivateKey, TrustDomain};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
 use super::AuthorityError;
-use crate::upstream_authority::{UpstreamAuthority, UpstreamSigned};
+use crate::upstream_authority::{UpstreamAuthority, UpstreamError, UpstreamSigned};
 
 /// Longest call to the upstream for one signature.
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -35,7 +36,8 @@ impl UpstreamCall {
         Self { upstream, busy: Arc::default(), deadline }
     }
 
-    /// Signs a CA certificate for `key`. Errors: the upstream's, or [`AuthorityError::UpstreamTimeout`].
+    /// Has a CA certificate signed for `key`, of which the upstream gets a request only, and checks the answer. Errors:
+    /// the upstream's, with [`UpstreamError::Timeout`] after the deadline.
     ///
     /// Runs on its own thread: reading from a file system that hangs blocks the thread, which the runtime would miss,
     /// even at shutdown. While a call has not returned, no other one is started.
@@ -47,24 +49,25 @@ impl UpstreamCall {
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, AuthorityError> {
         if self.busy.swap(true, Ordering::SeqCst) {
-            return Err(AuthorityError::UpstreamTimeout(self.deadline));
+            return Err(UpstreamError::Timeout(self.deadline).into());
         }
+        // A request that cannot be made must not leave it busy.
+        let busy = Busy(self.busy.clone());
+        let csr = request_intermediate(trust_domain, key)?;
         let (answer, answered) = oneshot::channel();
-        let (upstream, busy) = (self.upstream.clone(), self.busy.clone());
-        let (trust_domain, key) = (trust_domain.clone(), key.clone());
+        let (upstream, asked_for) = (self.upstream.clone(), trust_domain.clone());
         let runtime = tokio::runtime::Handle::current();
         std::thread::spawn(move || {
             // Cleared even if the call panics.
-            let busy = Busy(busy);
-            let signed = runtime.block_on(upstream.sign_intermediate(&trust_domain, &key, ttl, now));
+            let signed = runtime.block_on(upstream.sign_intermediate(&asked_for, &csr, ttl, now));
             drop(busy);
             // The caller may have given up already.
             let _ = answer.send(signed);
         });
         match tokio::time::timeout(self.deadline, answered).await {
-            Ok(Ok(signed)) => Ok(signed?),
+            Ok(Ok(signed)) => Ok(signed?.checked(trust_domain, key, now)?),
             // The thread ended without an answer, or is still running.
-            Ok(Err(_)) | Err(_) => Err(AuthorityError::UpstreamTimeout(self.deadline)),
+            Ok(Err(_)) | Err(_) => Err(UpstreamError::Timeout(self.deadline).into()),
         }
     }
 }
@@ -72,7 +75,6 @@ impl UpstreamCall {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::upstream_authority::UpstreamError;
     use countersign_identity::KeyType;
     use std::sync::atomic::AtomicUsize;
 
@@ -83,7 +85,7 @@ mod tests {
         async fn sign_intermediate(
             &self,
             _: &TrustDomain,
-            _: &PrivateKey,
+            _: &[u8],
             _: Duration,
             _: OffsetDateTime,
         ) -> Result<UpstreamSigned, UpstreamError> {
@@ -99,7 +101,7 @@ mod tests {
         let (td, key) = (TrustDomain::new("td").unwrap(), PrivateKey::generate(KeyType::EcP256).unwrap());
         for _ in 0..3 {
             let signed = call.sign_intermediate(&td, &key, Duration::from_secs(60), OffsetDateTime::UNIX_EPOCH).await;
-            assert!(matches!(signed, Err(AuthorityError::UpstreamTimeout(_))));
+            assert!(matches!(signed, Err(AuthorityError::Unsigned(UpstreamError::Timeout(_)))));
         }
         assert!(hangs.0.load(Ordering::SeqCst) <= 1);
     }

@@ -4,6 +4,7 @@
 use async_trait::async_trait;
 use base64::Engine;
 use countersign_identity::X509Bundle;
+use countersign_watch::in_words;
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
 use kube::api::{Api, ListParams, Patch, PatchParams, WatchEvent, WatchParams};
@@ -31,8 +32,9 @@ impl K8sWebhook {
     }
 }
 
+#[allow(clippy::needless_pass_by_value)] // taken by `map_err`
 fn failed(error: kube::Error) -> PublishError {
-    PublishError(error.to_string())
+    PublishError(in_words(&error))
 }
 
 #[async_trait]
@@ -44,6 +46,13 @@ impl BundlePublisher for K8sWebhook {
     async fn publish(&self, bundle: &X509Bundle) -> Result<(), PublishError> {
         let wanted = base64::engine::general_purpose::STANDARD.encode(bundle.to_pem());
         let listed = self.api().list(&ListParams::default().labels(&self.label)).await.map_err(failed)?;
+        if listed.items.is_empty() {
+            // Not made again: whoever uninstalls by Helm removes it first, and one without an injector refuses pods.
+            tracing::warn!(
+                label = self.label,
+                "no webhook configuration has this label, so new pods get no sidecar; apply the manifests of `countersign install`"
+            );
+        }
         for found in listed.items {
             let differs = |hook: &k8s_openapi::api::admissionregistration::v1::MutatingWebhook| {
                 hook.client_config.ca_bundle.as_ref().is_none_or(|b| b.0 != bundle.to_pem().as_bytes())

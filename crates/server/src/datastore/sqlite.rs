@@ -1,5 +1,6 @@
 //! SQLite, embedded: WAL mode, synced on each commit, migrated at start.
 
+mod migrations;
 mod owner;
 
 use std::path::Path;
@@ -43,7 +44,7 @@ impl Sqlite {
             .connect_with(options)
             .await?;
         owner::check(&pool, trust_domain).await?;
-        sqlx::migrate!("migrations/sqlite").run(&pool).await?;
+        migrations::migrator().run(&pool).await?;
         owner::claim(&pool, trust_domain).await?;
         Ok(Self(pool))
     }

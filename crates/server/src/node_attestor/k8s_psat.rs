@@ -8,6 +8,7 @@ use countersign_identity::TrustDomain;
 use countersign_identity::selector::{Selector, SelectorSet};
 use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::agent_id;
+use countersign_watch::in_words;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, PostParams};
@@ -143,8 +144,9 @@ impl K8sPsat {
 }
 
 /// A failure of the API server itself is not the agent's fault, so the agent may try again.
+#[allow(clippy::needless_pass_by_value)] // taken by `map_err`
 fn asked(error: kube::Error) -> AttestError {
-    AttestError::Unavailable(format!("the Kubernetes API server did not answer for the token: {error}"))
+    AttestError::Unavailable(format!("the Kubernetes API server did not answer for the token: {}", in_words(&error)))
 }
 
 fn token_pod(user: &UserInfo) -> Result<TokenPod, AttestError> {

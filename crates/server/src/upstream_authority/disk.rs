@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_identity::profile::{IssueError, SigningAuthority, issue_intermediate};
+use countersign_identity::profile::{
+    IssueError, RequestedKey, SigningAuthority, issue_intermediate, request_intermediate,
+};
 use countersign_identity::{KeyType, PrivateKey, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
@@ -29,32 +31,35 @@ impl Disk {
     /// Loads the files once, signs and verifies below them, so that mistakes show now and not in the first handshake.
     pub fn new(files: UpstreamDisk, trust_domain: &TrustDomain, now: OffsetDateTime) -> Result<Self, UpstreamError> {
         let disk = Self(files);
-        let key =
-            PrivateKey::generate(KeyType::EcP256).map_err(|e| UpstreamError::Issue(IssueError::Sign(e.to_string())))?;
-        disk.sign(trust_domain, &key, PROBE_CA_TTL, now)?;
+        let failed = |why: &dyn std::fmt::Display| UpstreamError::in_file(&disk.0.certificate, why.to_string());
+        let key = PrivateKey::generate(KeyType::EcP256).map_err(|e| failed(&e))?;
+        let csr = request_intermediate(trust_domain, &key).map_err(|e| failed(&e))?;
+        let signed = disk.sign(trust_domain, &csr, PROBE_CA_TTL, now)?;
+        probe(trust_domain, &signed, &key, now).map_err(|e| failed(&e))?;
         Ok(disk)
     }
 
-    /// Signs a CA certificate for `key`, after checking that peers accept what is issued below it.
+    /// Signs the CA certificate that `csr` asks for, once its signature has proved that the sender holds the key.
     fn sign(
         &self,
         trust_domain: &TrustDomain,
-        key: &PrivateKey,
+        csr: &[u8],
         ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError> {
         let loaded = self.load(now)?;
-        let own = issue_intermediate(trust_domain, key, ttl, now, &loaded.signer)?;
-        let signed = UpstreamSigned { chain: std::iter::once(own).chain(loaded.above).collect(), roots: loaded.roots };
-        match probe(trust_domain, &signed, key, now) {
-            Ok(()) => Ok(signed),
-            Err(why) => Err(UpstreamError::Content { path: self.0.certificate.clone(), why: why.to_string() }),
-        }
+        let refused = |why: IssueError| UpstreamError::Refused {
+            upstream: self.0.certificate.display().to_string(),
+            why: why.to_string(),
+        };
+        let key = RequestedKey::from_csr(csr).map_err(refused)?;
+        let own = issue_intermediate(trust_domain, &key, ttl, now, &loaded.signer).map_err(refused)?;
+        Ok(UpstreamSigned { chain: std::iter::once(own).chain(loaded.above).collect(), roots: loaded.roots })
     }
 
     fn load(&self, now: OffsetDateTime) -> Result<Loaded, UpstreamError> {
         let path = &self.0.certificate;
-        let wrong = |why: String| UpstreamError::Content { path: path.clone(), why };
+        let wrong = |why: String| UpstreamError::in_file(path, why);
         let mut chain = pem::certificates(path)?;
         check_chain(&chain, now).map_err(wrong)?;
         let key = pem::key(&self.0.key)?;
@@ -73,8 +78,8 @@ impl Disk {
         let roots = roots
             .iter()
             .map(|der| {
-                let path = self.0.bundle.as_ref().unwrap_or(path).clone();
-                X509Authority::from_der(der.to_vec()).map_err(|e| UpstreamError::Content { path, why: e.to_string() })
+                let path = self.0.bundle.as_ref().unwrap_or(path);
+                X509Authority::from_der(der.to_vec()).map_err(|e| UpstreamError::in_file(path, e.to_string()))
             })
             .collect::<Result<Vec<_>, _>>()?;
         // A peer's path ends at the first certificate that it trusts. That one and those above it are not sent, because
@@ -126,11 +131,11 @@ impl UpstreamAuthority for Disk {
     async fn sign_intermediate(
         &self,
         trust_domain: &TrustDomain,
-        key: &PrivateKey,
+        csr: &[u8],
         ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError> {
-        self.sign(trust_domain, key, ttl, now)
+        self.sign(trust_domain, csr, ttl, now)
     }
 }
 

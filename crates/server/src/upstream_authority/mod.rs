@@ -4,39 +4,71 @@ mod disk;
 mod pem;
 mod probe;
 
-use std::path::PathBuf;
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_identity::profile::IssueError;
 use countersign_identity::{PrivateKey, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 
 pub use disk::Disk;
 
-/// Why the upstream authority cannot sign.
+/// Why the upstream authority has not signed. `upstream` names the file or address that was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
-    /// A file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
-    Io {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the operating system.
-        source: std::io::Error,
+    /// Nothing can be learned from it now: a file is missing, an address does not answer. Trying again may help.
+    #[error("cannot read {upstream}: {why}")]
+    Unreachable {
+        /// What was asked.
+        upstream: String,
+        /// The reason of the system below.
+        why: String,
     },
-    /// A file has unexpected content.
-    #[error("{}: {why}", path.display())]
-    Content {
-        /// Path of the file.
-        path: PathBuf,
+    /// It does not let this server in.
+    #[error("cannot read {upstream}: {why}; give the server's user access to it")]
+    Denied {
+        /// What was asked.
+        upstream: String,
+        /// The reason of the system below.
+        why: String,
+    },
+    /// It understood the request and does not sign it.
+    #[error("{upstream} does not sign: {why}")]
+    Refused {
+        /// What was asked.
+        upstream: String,
+        /// Its reason, and how to fix it.
+        why: String,
+    },
+    /// What it has or answered cannot be used.
+    #[error("{upstream}: {why}")]
+    Malformed {
+        /// What was asked.
+        upstream: String,
         /// What is wrong, and how to fix it.
         why: String,
     },
-    /// Issuing the CA certificate failed.
-    #[error(transparent)]
-    Issue(#[from] IssueError),
+    /// It has not answered within this time.
+    #[error("the upstream authority has not answered for {} seconds; trying again", .0.as_secs())]
+    Timeout(Duration),
+}
+
+impl UpstreamError {
+    /// A file with unexpected content. `why` says what is wrong and how to fix it.
+    fn in_file(path: &Path, why: String) -> Self {
+        Self::Malformed { upstream: path.display().to_string(), why }
+    }
+
+    /// A file that cannot be read.
+    fn of_reading(path: &Path, source: &io::Error) -> Self {
+        let (upstream, why) = (path.display().to_string(), source.to_string());
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => Self::Denied { upstream, why },
+            _ => Self::Unreachable { upstream, why },
+        }
+    }
 }
 
 /// An intermediate CA with the certificates above it.
@@ -48,14 +80,35 @@ pub struct UpstreamSigned {
     pub roots: Vec<X509Authority>,
 }
 
+impl UpstreamSigned {
+    /// Takes an answer only if its first certificate is for `key` and peers accept what is issued below it, whichever
+    /// upstream gave it. Errors: [`UpstreamError::Malformed`].
+    pub fn checked(
+        self,
+        trust_domain: &TrustDomain,
+        key: &PrivateKey,
+        now: OffsetDateTime,
+    ) -> Result<Self, UpstreamError> {
+        match probe::probe(trust_domain, &self, key, now) {
+            Ok(()) => Ok(self),
+            Err(why) => Err(UpstreamError::Malformed {
+                upstream: "answer of the upstream authority".into(),
+                why: why.to_string(),
+            }),
+        }
+    }
+}
+
 /// Signs our authorities.
 #[async_trait]
 pub trait UpstreamAuthority: Send + Sync {
-    /// Signs a CA certificate for `key`, valid for at most `ttl` from `now`.
+    /// Signs the CA certificate that `csr` asks for (PKCS#10 in DER, with the URI name `spiffe://TRUST_DOMAIN`), valid
+    /// for at most `ttl` from `now`. The private key stays with the caller, who checks the answer
+    /// ([`UpstreamSigned::checked`]) and gives up after a deadline.
     async fn sign_intermediate(
         &self,
         trust_domain: &TrustDomain,
-        key: &PrivateKey,
+        csr: &[u8],
         ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError>;

@@ -24,7 +24,7 @@ const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// All certificates of a file, in order. Errors: unreadable, or no certificate.
 pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, UpstreamError> {
-    let wrong = |why: String| UpstreamError::Content { path: path.to_owned(), why };
+    let wrong = |why: String| UpstreamError::in_file(path, why);
     let content = read(path)?;
     let sections =
         sections(&content, "a certificate", "`openssl x509 -inform der -in FILE -out FILE.pem`").map_err(wrong)?;
@@ -43,7 +43,7 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Upstrea
 
 /// The private key of a file: PKCS#8, SEC1 (also after its EC PARAMETERS) or PKCS#1.
 pub fn key(path: &Path) -> Result<PrivateKey, UpstreamError> {
-    let wrong = |why: String| UpstreamError::Content { path: path.to_owned(), why };
+    let wrong = |why: String| UpstreamError::in_file(path, why);
     let content = Zeroizing::new(read(path)?);
     if has(&content, b"ENCRYPTED") {
         return Err(wrong("the key is encrypted; decrypt it with `openssl pkey -in FILE -out PLAIN`".into()));
@@ -115,7 +115,7 @@ pub fn check_order(chain: &[CertificateDer<'_>]) -> Result<(), String> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, UpstreamError> {
-    read_pem(path).map_err(|source| UpstreamError::Io { path: path.to_owned(), source })
+    read_pem(path).map_err(|source| UpstreamError::of_reading(path, &source))
 }
 
 type Section = (SectionKind, Zeroizing<Vec<u8>>);

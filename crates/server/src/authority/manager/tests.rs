@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use super::*;
 use crate::datastore::Sqlite;
 use crate::key_manager::{KeyManagerError, Memory};
-use countersign_identity::KeyType;
+use countersign_identity::PrivateKey;
 
 struct World {
     now: Arc<AtomicI64>,
@@ -295,7 +295,7 @@ impl UpstreamAuthority for Hangs {
     async fn sign_intermediate(
         &self,
         _: &TrustDomain,
-        _: &PrivateKey,
+        _: &[u8],
         _: Duration,
         _: OffsetDateTime,
     ) -> Result<crate::upstream_authority::UpstreamSigned, crate::upstream_authority::UpstreamError> {
@@ -305,20 +305,81 @@ impl UpstreamAuthority for Hangs {
 }
 
 #[tokio::test]
-async fn an_upstream_that_hangs_holds_up_nobody_who_only_looks_or_signs() {
+async fn an_upstream_that_hangs_holds_up_nobody_who_looks_or_changes_something_else() {
     let world = World::new().await;
     drop(world.authorities().await);
     let hangs = Arc::new(Hangs(Default::default()));
     let a = Authorities::load(world.settings(world.keys.clone(), Some(hangs.clone()))).await.unwrap();
-    let preparing = tokio::time::timeout(Duration::from_millis(200), a.prepare());
+    let (told, done) = tokio::sync::oneshot::channel::<()>();
+    let preparing = async {
+        tokio::select! {
+            made = a.prepare() => Some(made.map(|_| ())),
+            _ = done => None,
+        }
+    };
     let looking = async {
         while hangs.0.load(Ordering::SeqCst) == 0 {
             tokio::task::yield_now().await;
         }
         assert_eq!(a.journal().len(), 1, "while the upstream is asked");
+        let elsewhere = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let root = issue_root(&TrustDomain::new("td").unwrap(), &elsewhere, Duration::from_secs(60), a.now()).unwrap();
+        let appended = a.append(vec![X509Authority::from_der(root.to_vec()).unwrap()]);
+        tokio::time::timeout(Duration::from_secs(5), appended).await.expect("the journal is free").unwrap();
+        assert_eq!(a.bundle().borrow().authorities.len(), 2);
+        told.send(()).unwrap();
     };
     let (given_up, ()) = tokio::join!(preparing, looking);
-    assert!(given_up.is_err());
+    assert!(given_up.is_none(), "the upstream was still being asked");
     a.rotate().await.unwrap();
     assert_eq!(world.keys.names().unwrap().len(), 1, "no key is left behind");
+}
+
+/// An upstream that signs with a CA of its own once it is released.
+struct Waits {
+    asked: tokio::sync::Notify,
+    released: tokio::sync::Notify,
+}
+
+#[async_trait::async_trait]
+impl UpstreamAuthority for Waits {
+    async fn sign_intermediate(
+        &self,
+        td: &TrustDomain,
+        csr: &[u8],
+        ttl: Duration,
+        now: OffsetDateTime,
+    ) -> Result<crate::upstream_authority::UpstreamSigned, crate::upstream_authority::UpstreamError> {
+        self.asked.notify_one();
+        self.released.notified().await;
+        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let root = issue_root(td, &key, ttl, now).unwrap();
+        let signer = SigningAuthority::new(root.clone(), vec![], &key).unwrap();
+        let requested = countersign_identity::profile::RequestedKey::from_csr(csr).unwrap();
+        let own = countersign_identity::profile::issue_intermediate(td, &requested, ttl, now, &signer).unwrap();
+        let roots = vec![X509Authority::from_der(root.to_vec()).unwrap()];
+        Ok(crate::upstream_authority::UpstreamSigned { chain: vec![own], roots })
+    }
+}
+
+#[tokio::test]
+async fn what_was_made_for_a_journal_that_has_changed_meanwhile_is_dropped() {
+    let world = World::new().await;
+    let before = world.authorities().await;
+    let prepared = before.prepare().await.unwrap();
+    drop(before);
+    let waits = Arc::new(Waits { asked: Default::default(), released: Default::default() });
+    let a = Authorities::load(world.settings(world.keys.clone(), Some(waits.clone()))).await.unwrap();
+    let meanwhile = async {
+        waits.asked.notified().await;
+        a.activate(&prepared.id).await.unwrap();
+        waits.released.notify_one();
+    };
+    let (made, ()) = tokio::join!(a.prepare(), meanwhile);
+    assert!(matches!(made, Err(AuthorityError::Changed)), "{made:?}");
+    assert_eq!(statuses(&a), ["old", "active"]);
+    assert_eq!(world.keys.names().unwrap().len(), 2, "no key is left behind");
+    waits.released.notify_one();
+    a.prepare().await.unwrap();
+    assert_eq!(statuses(&a), ["old", "active", "prepared"]);
 }

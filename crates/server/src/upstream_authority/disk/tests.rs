@@ -1,5 +1,7 @@
 //! Upstreams whose SVIDs no peer would accept are rejected at start.
 
+use std::path::Path;
+
 use super::*;
 use rcgen::{BasicConstraints, CertificateParams, CustomExtension, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 
@@ -60,13 +62,14 @@ async fn an_upstream_that_peers_would_believe_is_taken_and_sends_nothing_beyond_
     let disk = pki.load("root.pem").unwrap_or_else(|e| panic!("{e}"));
     let key = PrivateKey::generate(KeyType::EcP256).unwrap();
     let td = TrustDomain::new("example.org").unwrap();
-    let signed = disk.sign_intermediate(&td, &key, Duration::from_secs(60), OffsetDateTime::now_utc()).await.unwrap();
+    let csr = request_intermediate(&td, &key).unwrap();
+    let signed = disk.sign_intermediate(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).await.unwrap();
     assert_eq!(signed.chain.len(), 2, "our CA and the issuing one");
     // The issuing CA is a trusted root itself: nothing above our CA is sent.
     let both = ["issuing.pem", "root.pem"].map(|n| std::fs::read_to_string(pki.dir.path().join(n)).unwrap());
     pki.write("both.pem", &both.concat());
     let disk = pki.load("both.pem").unwrap_or_else(|e| panic!("{e}"));
-    let signed = disk.sign_intermediate(&td, &key, Duration::from_secs(60), OffsetDateTime::now_utc()).await.unwrap();
+    let signed = disk.sign_intermediate(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).await.unwrap();
     assert_eq!(signed.chain.len(), 1);
 }
 
@@ -89,4 +92,47 @@ fn name_constraints_that_leave_our_trust_domain_out_are_refused_at_start() {
 fn an_issuing_ca_that_may_not_sign_is_refused_at_start() {
     let why = Pki::new(|ca| ca.key_usages = vec![KeyUsagePurpose::DigitalSignature]).load("root.pem").err().unwrap();
     assert!(why.contains("keyUsage lacks keyCertSign"), "{why}");
+}
+
+/// A disk upstream that works, and a request for it.
+fn ready() -> (Pki, Disk, TrustDomain, PrivateKey, Vec<u8>) {
+    let pki = Pki::new(|_| {});
+    let disk = pki.load("root.pem").unwrap_or_else(|e| panic!("{e}"));
+    let (td, key) = (TrustDomain::new("example.org").unwrap(), PrivateKey::generate(KeyType::EcP256).unwrap());
+    let csr = request_intermediate(&td, &key).unwrap();
+    (pki, disk, td, key, csr)
+}
+
+#[test]
+fn a_chain_for_another_key_is_refused_whichever_upstream_gave_it() {
+    let (_pki, disk, td, key, csr) = ready();
+    let now = OffsetDateTime::now_utc();
+    let signed = disk.sign(&td, &csr, Duration::from_secs(60), now).unwrap();
+    assert!(signed.clone().checked(&td, &key, now).is_ok());
+    let another = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let refused = signed.clone().checked(&td, &another, now).unwrap_err();
+    assert!(matches!(&refused, UpstreamError::Malformed { .. }), "{refused}");
+    assert!(refused.to_string().contains("the private key does not belong to the certificate"), "{refused}");
+    let nothing = UpstreamSigned { chain: vec![], roots: signed.roots };
+    assert!(matches!(nothing.checked(&td, &key, now), Err(UpstreamError::Malformed { .. })));
+}
+
+#[test]
+fn a_request_without_proof_of_its_key_is_refused() {
+    let (_pki, disk, td, _, mut csr) = ready();
+    *csr.last_mut().unwrap() ^= 1;
+    let refused = disk.sign(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).unwrap_err();
+    assert!(matches!(&refused, UpstreamError::Refused { why, .. } if why.contains("malformed CSR")), "{refused}");
+}
+
+#[test]
+fn a_file_that_is_gone_and_one_that_is_damaged_are_told_apart() {
+    let (pki, disk, td, _, csr) = ready();
+    let sign = || disk.sign(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).unwrap_err();
+    pki.write("issuing.key", "damaged");
+    assert!(matches!(sign(), UpstreamError::Malformed { .. }));
+    std::fs::remove_file(pki.dir.path().join("issuing.key")).unwrap();
+    assert!(matches!(sign(), UpstreamError::Unreachable { upstream, .. } if upstream.ends_with("issuing.key")));
+    let denied = UpstreamError::of_reading(Path::new("ca.key"), &std::io::ErrorKind::PermissionDenied.into());
+    assert!(denied.to_string().ends_with("give the server's user access to it"), "{denied}");
 }
