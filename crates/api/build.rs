@@ -9,6 +9,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "spire/bundle.proto",
         "spire/localauthority.proto",
         "countersign/v1.proto",
+        "csi/v1.proto",
+        "csi/registration.proto",
     ];
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

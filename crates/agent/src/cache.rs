@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use countersign_identity::selector::{SelectorSet, missing};
 use countersign_identity::shown::shown_up_to;
-use countersign_identity::{Entry, EntryId, SpiffeId, X509Bundle, X509Svid};
+use countersign_identity::{Entry, EntryId, Selector, SpiffeId, X509Bundle, X509Svid};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -130,6 +130,23 @@ impl Cache {
         let applies = |c: &&Cached| c.entry.applies_to(attested) && !c.entry.is_expired(now);
         let found: Vec<Cached> = state.entries.values().filter(applies).cloned().collect();
         if found.is_empty() { Err(NoIdentity::NoEntry(closest_miss(&state, attested))) } else { Ok(found) }
+    }
+
+    /// Whether the identities of a caller with these selectors are settled although others may follow: it has one, and no other
+    /// entry lacks nothing but selectors that may follow. What matches already goes on to match, because selectors are only
+    /// added.
+    pub fn is_settled(&self, attested: &SelectorSet, may_follow: fn(&Selector) -> bool, now: OffsetDateTime) -> bool {
+        let state = self.read();
+        let mut has_one = false;
+        for entry in state.entries.values().map(|c| &c.entry).filter(|e| !e.is_expired(now)) {
+            let lacking = missing(&entry.selectors, attested);
+            if lacking.is_empty() {
+                has_one = true;
+            } else if lacking.into_iter().all(may_follow) {
+                return false;
+            }
+        }
+        state.synced && has_one
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
-use countersign_identity::shown::shown;
 use countersign_identity::{KeyType, TrustDomain};
+pub use countersign_watch::node::NodeName;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
+
+use crate::socket_link::LinkName;
 
 /// Settings of an agent. Every combination of valid fields is a valid agent.
 #[derive(Clone)]
@@ -19,6 +20,8 @@ pub struct Config {
     pub server: String,
     /// Unix socket for workloads and sidecars, mode 0666.
     pub socket: PathBuf,
+    /// A second name of the socket: a symbolic link beside it. `None` makes none.
+    pub socket_link: Option<LinkName>,
     /// Folder of the agent's own identity and the last bundle.
     pub data_dir: PathBuf,
     /// PEM file with the trust domain's bundle, which authenticates the server until a bundle was received from it;
@@ -82,29 +85,6 @@ pub enum Sources {
     Kubelet(Kubelet),
     /// Whichever knows a container first.
     Both(NodeName, Kubelet),
-}
-
-/// Name of a node: a DNS subdomain (RFC 1123), so that it cannot add to a field selector.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeName(String);
-
-impl NodeName {
-    /// The name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for NodeName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let valid = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
-        if text.is_empty() || text.len() > 253 || !text.bytes().all(valid) {
-            return Err(format!("`{}` is no node's name: lowercase letters, digits, `-` and `.`", shown(text)));
-        }
-        Ok(Self(text.to_owned()))
-    }
 }
 
 /// The kubelet of this node.

@@ -12,11 +12,13 @@ mod known;
 mod link;
 pub mod metrics;
 pub mod node_attestor;
+mod own_socket;
 pub mod peer;
 mod refusal;
 mod renewal;
 mod retries;
 mod signing;
+mod socket_link;
 pub mod store;
 mod sync;
 #[cfg(test)]
@@ -39,10 +41,13 @@ use tokio_util::task::TaskTracker;
 
 pub use config::{Config, Evidence};
 pub use link::LinkError;
+pub use socket_link::LinkName;
 
 use crate::endpoints::Core;
 use crate::link::Link;
 use crate::metrics::Metrics;
+use crate::own_socket::OwnSocket;
+use crate::socket_link::SocketLink;
 
 /// Why an agent did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +60,9 @@ pub enum AgentError {
         /// Error of the operating system.
         source: std::io::Error,
     },
+    /// The second name of the socket cannot be made.
+    #[error("cannot make the link beside the socket: {0}; is there another file of this name?")]
+    SocketLink(std::io::Error),
     /// The connection to the server cannot be set up.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -101,6 +109,9 @@ pub async fn run(
     }
     let unix = bind_unix(&config.socket, 0o666);
     let unix = unix.map_err(|source| AgentError::Listen { name: config.socket.display().to_string(), source })?;
+    let second_name = config.socket_link.as_ref().map(|name| SocketLink::make(&config.socket, name)).transpose();
+    let second_name = second_name.inspect_err(|_| drop(std::fs::remove_file(&config.socket)));
+    let _second_name = second_name.map_err(AgentError::SocketLink)?;
     let metrics_listener = match config.metrics {
         Some(bind) => {
             let bound = TcpListener::bind(bind).await;
@@ -114,6 +125,7 @@ pub async fn run(
         started_at: clock(),
         cache: Arc::default(),
         directory: Subscriptions::with_room_for(MAX_ADDRESSES),
+        own_socket: OwnSocket::at(config.socket.clone()),
         followers: Quota::new(MAX_ADDRESSES, MAX_ADDRESSES_PER_CALLER),
         metrics,
         said: Default::default(),
@@ -201,6 +213,7 @@ async fn observe(core: Arc<Core>) {
                 let own = core.link.identity().borrow().as_ref().map(|svid| svid.facts().not_after);
                 core.tell_unsaid(std::time::Instant::now());
                 core.metrics.observe(&core.cache.read(), own, core.link.keeper().unsaved().is_some());
+                core.metrics.socket_own.set(i64::from(core.own_socket.look().await));
             }
             () = core.shutdown.cancelled() => return,
         }
@@ -217,8 +230,9 @@ fn pages(core: Arc<Core>) -> Arc<http::Handler> {
         "/live" => Some(http::Answer::ready(None)),
         "/ready" => {
             let unsynced = (!core.cache.read().synced).then(|| "the server has not been heard yet".to_owned());
+            let socket = core.own_socket.trouble();
             let missing: Vec<_> =
-                unsynced.into_iter().chain(core.attestors.iter().filter_map(|a| a.missing())).collect();
+                unsynced.into_iter().chain(socket).chain(core.attestors.iter().filter_map(|a| a.missing())).collect();
             Some(http::Answer::ready((!missing.is_empty()).then(|| missing.join("; "))))
         }
         _ => None,

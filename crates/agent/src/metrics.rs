@@ -69,6 +69,8 @@ pub struct Metrics {
     expiry: Family<Identity, Gauge>,
     own_expiry: Gauge,
     unsaved: Gauge,
+    /// Whether callers reach this agent by its socket's path.
+    pub socket_own: Gauge,
     refused_counts: Mutex<BTreeMap<&'static str, u64>>,
 }
 
@@ -107,11 +109,17 @@ impl Default for Metrics {
             "1 while the agent's own identity or bundle cannot be written to its folder",
             unsaved.clone(),
         );
+        let socket_own = Gauge::default();
+        registry.register("socket_own", "1 while the agent itself answers at its socket's path", socket_own.clone());
         let watch_errors = Family::default();
         registry.register("watch_errors", "Watches of the API server that failed, by kind", watch_errors.clone());
         let (source_up, served_by) = (Family::default(), Family::default());
         registry.register("pod_source_up", "1 while this source of pods works, by source", source_up.clone());
-        registry.register("pod_source_served", "Containers that were looked up, by source", served_by.clone());
+        registry.register(
+            "pod_source_served",
+            "Callers that were attested by their pod, by the source that knew it",
+            served_by.clone(),
+        );
         Self {
             registry,
             watch_errors,
@@ -125,6 +133,7 @@ impl Default for Metrics {
             expiry,
             own_expiry,
             unsaved,
+            socket_own,
             refused_counts: Mutex::default(),
         }
     }

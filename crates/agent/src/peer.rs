@@ -1,13 +1,10 @@
 //! The calling process behind a connection, verified before and after anything is read about it.
 
 use std::collections::BTreeSet;
-use std::os::fd::AsFd;
 
 use countersign_api::peer::UnixPeer;
-use countersign_api::process::{Executable, Snapshot, start_time};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-
-use crate::workload_attestor::container_of;
+use countersign_api::process::{Executable, Snapshot};
+use countersign_watch::cgroup::container_of;
 
 /// Why a caller is not attested.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -137,15 +134,7 @@ pub fn unchanged(peer: &UnixPeer) -> Result<(&Snapshot, Snapshot), PeerError> {
 
 /// Checks that the connecting process is alive. Errors: [`PeerError::Gone`].
 pub fn still_there(peer: &UnixPeer) -> Result<(), PeerError> {
-    let gone = || PeerError::Gone(peer.pid);
-    if let Some(pidfd) = &peer.pidfd {
-        // A pidfd becomes readable when its process ends (pidfd_open(2)).
-        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-        let ended = poll(&mut fds, PollTimeout::ZERO).map_err(|_| gone())? != 0;
-        return if ended { Err(gone()) } else { Ok(()) };
-    }
-    // Kernels before 6.5: the same ID with the same start time is the same process.
-    if peer.started.is_some() && start_time(peer.pid) == peer.started { Ok(()) } else { Err(gone()) }
+    if peer.is_there() { Ok(()) } else { Err(PeerError::Gone(peer.pid)) }
 }
 
 fn shares_namespace(pid: i32, namespace: &str) -> Result<bool, PeerError> {

@@ -108,6 +108,7 @@ pub fn config(dir: &Path, server: String, bundle: &X509Bundle, evidence: Evidenc
         trust_domain: td(),
         server,
         socket: dir.join("agent.sock"),
+        socket_link: None,
         data_dir: dir.join("agent"),
         trust_bundle: Some(trust_bundle),
         evidence: Some(evidence),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use countersign_identity::directory::{Answer, Endpoint, Service, Workload};
+use countersign_identity::directory::{Answer, Endpoint, Hints, Place, Readiness, Service, ServicePort, Workload};
 use countersign_identity::entry::EntryError;
 use countersign_identity::policy::{Egress, Mode, Policy};
 use countersign_identity::selector::{SelectorError, SelectorSet};
@@ -239,6 +239,7 @@ pub fn workload_from_wire(w: push::Workload) -> Result<Workload, ParseError> {
         spiffe_ids: ids(w.spiffe_ids)?,
         mesh_port: port("mesh_port", w.mesh_port)?,
         policy,
+        place: Place { node: w.node, zone: w.zone },
     })
 }
 
@@ -251,6 +252,8 @@ pub fn workload_to_wire(w: &Workload) -> push::Workload {
         addresses: w.addresses.iter().map(|a| address_to_wire(*a)).collect(),
         spiffe_ids: w.spiffe_ids.iter().cloned().collect(),
         mesh_port: w.mesh_port.into(),
+        node: w.place.node.clone(),
+        zone: w.place.zone.clone(),
         policy: Some(push::Policy {
             mode: mode_to_wire(p.mode),
             port_modes: port_modes_to_wire(&p.port_modes),
@@ -296,19 +299,34 @@ pub fn answer_to_wire(address: IpAddr, answer: &Answer) -> push::Answer {
 
 /// Parses a service of the directory.
 pub fn service_from_wire(s: push::Service) -> Result<Service, ParseError> {
-    let endpoint = |e: &push::Endpoint| {
-        let address = SocketAddr::new(address_from_wire(&e.address)?, port("endpoint", e.port)?);
-        Ok::<_, ParseError>(Endpoint { address, meshed: e.meshed, ready: e.ready })
+    let endpoint = |e: push::Endpoint| {
+        let readiness = match (e.ready, e.draining) {
+            (true, _) => Readiness::Ready,
+            (false, true) => Readiness::Draining,
+            (false, false) => Readiness::NotReady,
+        };
+        Ok::<_, ParseError>(Endpoint {
+            address: SocketAddr::new(address_from_wire(&e.address)?, port("endpoint", e.port)?),
+            meshed: e.meshed,
+            readiness,
+            node: e.node,
+            hints: Hints { nodes: e.for_nodes, zones: e.for_zones },
+        })
     };
     let one_port = |p: push::ServicePort| {
-        let endpoints = p.endpoints.iter().map(endpoint).collect::<Result<_, ParseError>>()?;
-        Ok::<_, ParseError>((port("ports", p.port)?, endpoints))
+        let made = ServicePort {
+            endpoints: p.endpoints.into_iter().map(endpoint).collect::<Result<_, ParseError>>()?,
+            affinity: (p.affinity_seconds > 0).then(|| Duration::from_secs(p.affinity_seconds.into())),
+            local: p.local,
+        };
+        Ok::<_, ParseError>((port("ports", p.port)?, made))
     };
     Ok(Service {
         uid: s.uid,
         name: s.name,
         addresses: s.addresses.iter().map(|a| address_from_wire(a)).collect::<Result<_, _>>()?,
-        ports: s.ports.into_iter().map(one_port).collect::<Result<_, _>>()?,
+        claimed: !s.claimed_ports.is_empty(),
+        ports: s.ports.into_iter().chain(s.claimed_ports).map(one_port).collect::<Result<_, _>>()?,
     })
 }
 
@@ -318,19 +336,25 @@ pub fn service_to_wire(s: &Service) -> push::Service {
         address: address_to_wire(e.address.ip()),
         port: e.address.port().into(),
         meshed: e.meshed,
-        ready: e.ready,
+        ready: e.readiness == Readiness::Ready,
+        draining: e.readiness == Readiness::Draining,
+        node: e.node.clone(),
+        for_nodes: e.hints.nodes.clone(),
+        for_zones: e.hints.zones.clone(),
     };
-    let ports = s.ports.iter();
+    let ports = s.ports.iter().map(|(port, behind)| push::ServicePort {
+        port: (*port).into(),
+        endpoints: behind.endpoints.iter().map(endpoint).collect(),
+        affinity_seconds: behind.affinity.map_or(0, |a| u32::try_from(a.as_secs()).unwrap_or(u32::MAX)),
+        local: behind.local,
+    });
+    let (claimed_ports, ports) = if s.claimed { (ports.collect(), vec![]) } else { (vec![], ports.collect()) };
     push::Service {
         uid: s.uid.clone(),
         name: s.name.clone(),
         addresses: s.addresses.iter().copied().map(address_to_wire).collect(),
-        ports: ports
-            .map(|(port, all)| push::ServicePort {
-                port: (*port).into(),
-                endpoints: all.iter().map(endpoint).collect(),
-            })
-            .collect(),
+        ports,
+        claimed_ports,
     }
 }
 
@@ -351,6 +375,7 @@ mod tests {
             addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
             spiffe_ids: ["spiffe://td/a".to_owned()].into(),
             mesh_port: 15008,
+            place: Place { node: "n1".into(), zone: "z1".into() },
             policy: Policy {
                 mode: Mode::Strict,
                 port_modes: [(80, Mode::Off)].into(),
@@ -381,15 +406,33 @@ mod tests {
 
     #[test]
     fn a_service_comes_back_from_the_wire_as_it_went() {
-        let endpoint = |address: &str, meshed| Endpoint { address: address.parse().unwrap(), meshed, ready: !meshed };
+        let endpoint = |address: &str, meshed, readiness| Endpoint {
+            address: address.parse().unwrap(),
+            meshed,
+            readiness,
+            node: "n1".into(),
+            hints: Hints { nodes: vec!["n1".into()], zones: vec!["z1".into(), "z2".into()] },
+        };
+        let endpoints = vec![
+            endpoint("10.0.0.1:8080", true, Readiness::NotReady),
+            endpoint("[fd00::1]:8080", false, Readiness::Ready),
+            endpoint("10.0.0.2:8080", false, Readiness::Draining),
+        ];
+        let http = ServicePort { endpoints, affinity: Some(Duration::from_secs(10_800)), local: true };
         let s = Service {
             uid: "s1".into(),
             name: "shop/web".into(),
             addresses: vec!["10.91.0.7".parse().unwrap()],
-            ports: [(80, vec![endpoint("10.0.0.1:8080", true), endpoint("[fd00::1]:8080", false)]), (443, vec![])]
-                .into(),
+            ports: [(80, http), (443, ServicePort::default())].into(),
+            claimed: false,
         };
         assert_eq!(service_from_wire(service_to_wire(&s)).unwrap(), s);
+        let claimed = Service { claimed: true, ..s.clone() };
+        assert_eq!(service_from_wire(service_to_wire(&claimed)).unwrap(), claimed);
+        assert!(service_to_wire(&claimed).ports.is_empty(), "a reader that knows no claims finds nobody there");
+        // Whatever the endpoint is besides, a reader that knows `ready` alone sees who takes connections.
+        let ready: Vec<bool> = service_to_wire(&s).ports[0].endpoints.iter().map(|e| e.ready).collect();
+        assert_eq!(ready, [false, true, false]);
         let mut wrong = service_to_wire(&s);
         wrong.ports[0].endpoints[0].port = 0;
         assert_eq!(service_from_wire(wrong).unwrap_err().to_string(), "endpoint: 0 is no port");

@@ -70,14 +70,24 @@ pub fn write_secret(path: &Path, content: &[u8]) -> io::Result<()> {
 
 /// Writes a file with this mode atomically, see [`write_secret`].
 pub fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    let dir = path.parent().ok_or_else(|| io::Error::other("the path has no folder"))?;
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = Path::new(&temporary);
+    replace(path, Path::new(&temporary), mode, |file| file.write_all(content))
+}
+
+/// Replaces a file atomically by what `write` writes, with this mode less the umask. `temporary` is a path in the same
+/// folder; a file there, left by a crash, is removed.
+pub fn replace(
+    path: &Path,
+    temporary: &Path,
+    mode: u32,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> io::Result<()> {
+    let dir = path.parent().ok_or_else(|| io::Error::other("the path has no folder"))?;
     let _ = std::fs::remove_file(temporary);
     let written = (|| {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(temporary)?;
-        file.write_all(content)?;
+        write(&mut file)?;
         file.sync_all()?;
         std::fs::rename(temporary, path)
     })();

@@ -75,10 +75,19 @@ impl Answer {
 pub struct Asked {
     /// Path of the request, without the query.
     pub path: String,
+    /// Query of the request, without the question mark; empty if there is none.
+    pub query: String,
     /// Local address and port that the client connected to.
     pub local: SocketAddr,
     /// Whether the client is this node itself, as its kubelet is ([`Near`]).
     pub near: bool,
+}
+
+impl Asked {
+    /// Value of a parameter of the query, as it is written there.
+    pub fn parameter(&self, name: &str) -> Option<&str> {
+        self.query.split('&').filter_map(|pair| pair.split_once('=')).find_map(|(k, v)| (k == name).then_some(v))
+    }
 }
 
 /// A response in preparation; `None` gives 404.
@@ -114,18 +123,21 @@ async fn serve_within(deadlines: Deadlines, listener: TcpListener, handler: Arc<
         let near = near.holds(source, local.ip());
         let seat = if near { seats.admit_near(source) } else { seats.admit(source) };
         let handler = handler.clone();
-        let handler: Arc<OnePath> = Arc::new(move |path| handler(Asked { path, local, near }));
+        let handler: Arc<OneUri> = Arc::new(move |uri| {
+            let (path, query) = (uri.path().to_owned(), uri.query().unwrap_or_default().to_owned());
+            handler(Asked { path, query, local, near })
+        });
         connections.spawn(serve_one(deadlines, stream, seat, handler));
     }
 }
 
-/// Answers a path on one connection, whose ends are known.
-type OnePath = dyn Fn(String) -> Answering + Send + Sync;
+/// Answers a request on one connection, whose ends are known.
+type OneUri = dyn Fn(&hyper::Uri) -> Answering + Send + Sync;
 
-async fn serve_one(deadlines: Deadlines, stream: TcpStream, seat: Seat, handler: Arc<OnePath>) {
+async fn serve_one(deadlines: Deadlines, stream: TcpStream, seat: Seat, handler: Arc<OneUri>) {
     let taken_away = seat.taken_away();
     let service = service_fn(move |request: Request<Incoming>| {
-        let answering = (request.method() == hyper::Method::GET).then(|| handler(request.uri().path().to_owned()));
+        let answering = (request.method() == hyper::Method::GET).then(|| handler(request.uri()));
         let busy = seat.busy();
         async move {
             let response = respond(answering).await;

@@ -1,4 +1,4 @@
-//! Wire formats and transports: generated code for the SPIFFE Workload API, the SPIRE server API and `countersign.v1`,
+//! Wire formats and transports: generated code for the SPIFFE Workload API, the SPIRE server API, `countersign.v1` and CSI,
 //! parsing conversions ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
 
 pub mod accept;
@@ -111,3 +111,15 @@ pub mod countersign {
 }
 
 pub use countersign::v1 as push;
+
+/// Generated code of the Container Storage Interface, as far as a driver of inline volumes needs it.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod csi {
+    tonic::include_proto!("csi.v1");
+}
+
+/// Generated code of the service by which the kubelet learns of a plugin.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod plugin_registration {
+    tonic::include_proto!("pluginregistration");
+}

@@ -1,11 +1,13 @@
 //! The other end of a connection, as request extensions carry it to gRPC services.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use countersign_identity::verify::VerifiedPeer;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::process::Snapshot;
+use crate::process::{Snapshot, start_time};
 
 /// A caller over TLS.
 #[derive(Debug, Clone)]
@@ -31,4 +33,18 @@ pub struct UnixPeer {
     pub started: Option<u64>,
     /// What `/proc` said about the process when the connection was accepted; `None` if the process is not visible.
     pub at_accept: Option<Arc<Snapshot>>,
+}
+
+impl UnixPeer {
+    /// Whether the process that connected is still alive: until then its ID is its own, and what `/proc` shows of that ID
+    /// is about it.
+    pub fn is_there(&self) -> bool {
+        if let Some(pidfd) = &self.pidfd {
+            // A pidfd becomes readable when its process ends (pidfd_open(2)).
+            let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+            return poll(&mut fds, PollTimeout::ZERO) == Ok(0);
+        }
+        // Kernels before 6.5: the same ID with the same start time is the same process.
+        self.started.is_some() && start_time(self.pid) == self.started
+    }
 }

@@ -10,12 +10,12 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use tokio::time::Instant;
 
+use crate::words::{MAX_MESSAGE, last_cause};
+
 /// How long a watch may fail before `/ready` says so.
 const GRACE: Duration = Duration::from_secs(30);
 /// How long a list must stand before a failure is over: who may list and not watch is listed again and again.
 const SETTLED: Duration = Duration::from_secs(10);
-/// Longest message of the API server that is repeated, in characters.
-const MAX_MESSAGE: usize = 300;
 
 /// The label of [`Watches::errors`].
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -163,16 +163,17 @@ fn told(kind: &str, error: &watcher::Error) -> (bool, String) {
             let said = sentence(&status.message, MAX_MESSAGE);
             (true, format!("the API server refuses {kind}: {said}; `countersign install` has the permission"))
         }
+        // Every API server knows its own kinds: it is a resource of ours.
+        Some(status) if status.code == 404 => {
+            let words = format!("the API server does not know {kind}; apply the manifests of `countersign install`");
+            (true, words)
+        }
         Some(status) => {
             let said = sentence(&status.message, MAX_MESSAGE);
             // 410: the list comes anew; 429: later.
             let refused = (400..500).contains(&status.code) && ![410, 429].contains(&status.code);
             (refused, format!("the API server answers about {kind} with {}: {said}", status.code))
         }
-        None => {
-            let chain = std::iter::successors(Some(error as &dyn std::error::Error), |e| e.source());
-            let last = chain.last().map(ToString::to_string).unwrap_or_default();
-            (false, format!("the API server cannot be asked about {kind}: {}", sentence(&last, MAX_MESSAGE)))
-        }
+        None => (false, format!("the API server cannot be asked about {kind}: {}", last_cause(error))),
     }
 }

@@ -1,7 +1,11 @@
 //! Watches of the Kubernetes API that say when they do not work: [`follow`] keeps one up, and its [`Health`] tells
-//! `/ready` and `/metrics` since when it fails, and which permission is missing.
+//! `/ready` and `/metrics` since when it fails, and which permission is missing. [`node`] and [`cgroup`] are what the
+//! roles of a node know about its pods: which they are, and which processes are theirs.
 
+pub mod cgroup;
 mod health;
+pub mod node;
+mod words;
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -13,6 +17,7 @@ use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 
 pub use health::{Health, Kind, Trouble, Watches};
+pub use words::in_words;
 
 /// Life of one watch request, in seconds. The API server authorizes a request when it begins, so a permission that is
 /// taken away is noticed no later than this.

@@ -81,3 +81,20 @@ fn what_a_caller_is_called_forges_no_log_line() {
     };
     assert!(why.contains("path:/tmp/x\\n2026") && !why.contains(['\n', '\u{1b}']), "{why}");
 }
+
+#[test]
+fn a_caller_is_settled_once_it_has_an_identity_and_no_entry_lacks_only_what_may_follow() {
+    let now = OffsetDateTime::now_utc();
+    let settled = |entries: &[(&str, &[&str])], has: &[&str]| {
+        cache(entries).is_settled(&set(has), |s| s.value().starts_with("container-"), now)
+    };
+    let (own, app) = (("own", &["k8s:pod-uid:u"][..]), "k8s:container-name:app");
+    assert!(settled(&[own], &["k8s:pod-uid:u"]));
+    assert!(!settled(&[own], &["k8s:pod-uid:v"]), "it has none");
+    assert!(!settled(&[own, ("more", &["k8s:ns:a", app])], &["k8s:pod-uid:u", "k8s:ns:a"]));
+    assert!(!settled(&[own, ("alone", &[app])], &["k8s:pod-uid:u"]), "every pod has containers");
+    assert!(settled(&[own, ("other", &["k8s:ns:b", app])], &["k8s:pod-uid:u", "k8s:ns:a"]), "of no matter here");
+    assert!(settled(&[own, ("ended", &["k8s:ns:a", app])], &["k8s:pod-uid:u", "k8s:ns:a"]));
+    assert!(settled(&[own, ("whole", &["k8s:ns:a", app])], &["k8s:pod-uid:u", "k8s:ns:a", app]));
+    assert!(!Cache::default().is_settled(&set(&["k8s:pod-uid:u"]), |_| true, now), "the entries are not there yet");
+}

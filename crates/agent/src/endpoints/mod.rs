@@ -1,6 +1,7 @@
 //! The services on the agent's Unix socket: the SPIFFE Workload API, the directory, status and health.
 
 pub mod directory;
+pub mod identities;
 mod status;
 mod workload;
 
@@ -26,15 +27,17 @@ use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 use tonic::codegen::http;
 use tonic::service::Routes;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
 use self::directory::Follower;
+use self::identities::Identities;
 use crate::cache::{Cache, Cached, NoIdentity};
 use crate::config::Config;
 use crate::link::Link;
 use crate::metrics::Metrics;
+use crate::own_socket::OwnSocket;
 use crate::peer::{PeerError, look_up, unchanged};
-use crate::workload_attestor::WorkloadAttestor;
+use crate::workload_attestor::{EveryFact, WorkloadAttestor};
 
 /// A stream of responses.
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -50,6 +53,7 @@ pub struct Core {
     /// Bounds the number of addresses that each caller follows.
     pub followers: Quota<directory::Follower>,
     pub metrics: Arc<Metrics>,
+    pub own_socket: OwnSocket,
     /// Rate limit for log lines about callers.
     pub said: Sampled<Follower>,
     pub started_at: OffsetDateTime,
@@ -104,7 +108,7 @@ async fn last_word<T>(tx: &mpsc::Sender<Result<T, Status>>, status: Status) {
     let _ = tx.send_timeout(Err(status), LAST_WORD).await;
 }
 
-/// What was attested in part is attested anew after this time.
+/// Time between two attempts to complete what was attested in part.
 const IN_PART: Duration = Duration::from_secs(10);
 /// Interval between two checks whether a stream's caller has changed. The timer is not restarted by changes of the
 /// cache: on a busy agent the check would never run.
@@ -117,6 +121,15 @@ struct Attested {
     selectors: SelectorSet,
     /// Whether more selectors will be known later.
     in_part: bool,
+}
+
+/// Which facts about a caller are wanted.
+#[derive(Debug, Clone, Copy)]
+enum Wanted {
+    /// Those that its identities depend on.
+    Identities,
+    /// All of them.
+    EveryFact,
 }
 
 impl Core {
@@ -132,11 +145,16 @@ impl Core {
         }
     }
 
-    /// Attests the caller of a request. Errors: PermissionDenied if it cannot be verified, Unavailable if an attestor
-    /// failed.
+    /// Attests the caller of a request, as far as its identities depend on it. Errors: PermissionDenied if it cannot be
+    /// verified, Unavailable if an attestor failed.
     async fn attest<T>(&self, request: &Request<T>) -> Result<Attested, Status> {
         let peer = request.extensions().get::<UnixPeer>().cloned();
         let peer = peer.ok_or_else(|| Status::internal("the connection has no peer"))?;
+        self.prove(peer, Wanted::Identities).await
+    }
+
+    /// [`Self::attest`] of a caller that may have been attested in part before.
+    async fn prove(&self, peer: UnixPeer, wanted: Wanted) -> Result<Attested, Status> {
         let refused = |error: PeerError| {
             self.metrics.refused(error.code());
             if let Some(unsaid) = self.said.next(Follower::User(peer.uid), "caller refused", Instant::now()) {
@@ -147,7 +165,12 @@ impl Core {
         let process = look_up(&peer, self.config.foreign_namespaces).map_err(refused)?;
         let (mut selectors, mut in_part) = (SelectorSet::new(), false);
         for attestor in &self.attestors {
-            match attestor.attest(&process).await {
+            let identities = Identities { cache: &self.cache, now: self.now(), known: &selectors };
+            let proof = match wanted {
+                Wanted::Identities => attestor.attest(&process, &identities).await,
+                Wanted::EveryFact => attestor.attest(&process, &EveryFact).await,
+            };
+            match proof {
                 Ok(proof) => {
                     selectors.extend(proof.selectors);
                     in_part |= proof.in_part;
@@ -187,20 +210,20 @@ impl Core {
         }
     }
 
-    /// [`Self::caller_changed`], which also resolves when a partial attestation should be repeated; never for a
-    /// complete one.
-    async fn outgrown(&self, attested: &Attested) -> Status {
-        let whole_now = async {
-            if !attested.in_part {
-                std::future::pending::<()>().await;
-            }
+    /// Resolves once a caller that was attested in part is attested whole; never for one that was already. Errors:
+    /// PermissionDenied if it cannot be verified any more.
+    async fn completed(&self, attested: &Attested) -> Result<Attested, Status> {
+        if !attested.in_part {
+            return std::future::pending().await;
+        }
+        loop {
             tokio::time::sleep(IN_PART).await;
-        };
-        tokio::select! {
-            status = self.caller_changed(attested) => status,
-            () = whole_now => Status::unavailable(
-                "attested by its pod alone, for its container was not known yet; ask again",
-            ),
+            match self.prove(attested.peer.clone(), Wanted::EveryFact).await {
+                Ok(whole) if !whole.in_part => return Ok(whole),
+                Err(refused) if refused.code() == Code::PermissionDenied => return Err(refused),
+                // What was proven stands.
+                Ok(_) | Err(_) => {}
+            }
         }
     }
 
@@ -226,7 +249,7 @@ impl Core {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::config::Evidence;
     use crate::testing::{Ca, config};
@@ -249,12 +272,13 @@ mod tests {
         }
     }
 
-    fn core(dir: &std::path::Path) -> Core {
+    pub fn core(dir: &std::path::Path) -> Core {
         let bundle = Ca::new(OffsetDateTime::now_utc()).bundle();
         let evidence = Evidence::JoinToken(zeroize::Zeroizing::new("token".into()));
         let config = Arc::new(config(dir, "127.0.0.1:1".into(), &bundle, evidence));
         Core {
             link: Arc::new(Link::new(config.clone(), system_clock()).unwrap()),
+            own_socket: OwnSocket::at(config.socket.clone()),
             config,
             clock: system_clock(),
             cache: Arc::default(),
@@ -280,9 +304,13 @@ mod tests {
         let log = Log::default();
         let writer = log.clone();
         let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        // While there is one subscriber alone, a thread without it, such as another test's, that comes to a log statement first
+        // switches the statement off for all threads.
+        let _second = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
         let _guard = tracing::subscriber::set_default(subscriber);
         let began = Instant::now();
         for _ in 0..1_000 {
+            tracing::callsite::rebuild_interest_cache();
             let attested = core.attest(&request).await.unwrap();
             assert_eq!(core.identities(&attested).err().unwrap().code(), tonic::Code::PermissionDenied);
         }

@@ -51,7 +51,8 @@ impl Feed for Svids {
         let state = core.cache.read();
         let bundle = state.bundle.as_ref()?;
         let mut identities: Vec<&Cached> = identities.iter().collect();
-        // The oldest entry is the default and stays so, whatever is added later.
+        // The oldest entry is the default and stays so, whatever is added later. Attestation waits for facts that an older entry
+        // may lack (`Cache::is_settled`).
         identities.sort_by(|a, b| (a.entry.created_at, &a.entry.id).cmp(&(b.entry.created_at, &b.entry.id)));
         let mut hints = std::collections::HashSet::new();
         let svids: Vec<X509svid> = identities
@@ -97,15 +98,22 @@ fn federated<'a>(state: &'a crate::cache::State, identities: &[&Cached]) -> impl
 }
 
 impl Endpoint {
-    fn stream<F: Feed>(&self, attested: Attested) -> BoxStream<F::Message> {
+    fn stream<F: Feed>(&self, mut attested: Attested) -> BoxStream<F::Message> {
         let (tx, rx) = mpsc::channel(1);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {
             core.metrics.streams.inc();
-            let ended = tokio::select! {
-                ended = feed::<F>(&core, &attested, &tx) => ended,
-                status = core.outgrown(&attested) => Some(status),
-                () = core.shutdown.cancelled() => Some(Status::unavailable("the agent is shutting down")),
+            let mut sent = None;
+            let ended = loop {
+                tokio::select! {
+                    ended = feed::<F>(&core, &attested, &mut sent, &tx) => break ended,
+                    status = core.caller_changed(&attested) => break Some(status),
+                    whole = core.completed(&attested) => match whole {
+                        Ok(whole) => attested = whole,
+                        Err(status) => break Some(status),
+                    },
+                    () = core.shutdown.cancelled() => break Some(Status::unavailable("the agent is shutting down")),
+                }
             };
             core.metrics.streams.dec();
             if let Some(status) = ended {
@@ -116,14 +124,15 @@ impl Endpoint {
     }
 }
 
-/// Sends each new message until the caller disconnects (`None`) or no longer has an identity.
+/// Sends each message that differs from the one that was `sent` last, until the caller disconnects (`None`) or no longer has an
+/// identity.
 async fn feed<F: Feed>(
     core: &Core,
     attested: &Attested,
+    sent: &mut Option<F::Message>,
     tx: &mpsc::Sender<Result<F::Message, Status>>,
 ) -> Option<Status> {
     let mut versions = core.cache.versions();
-    let mut sent: Option<F::Message> = None;
     let patience = tokio::time::sleep(FIRST_SVID_PATIENCE);
     tokio::pin!(patience);
     loop {
@@ -132,9 +141,9 @@ async fn feed<F: Feed>(
             Err(status) => return Some(status),
             Ok(identities) => {
                 let message = F::message(core, &identities);
-                if message.is_some() && message != sent {
+                if message.is_some() && message != *sent {
                     tx.send(Ok(message.clone()?)).await.ok()?;
-                    sent = message;
+                    *sent = message;
                 }
             }
         }
@@ -191,5 +200,83 @@ impl SpiffeWorkloadApi for Endpoint {
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
         check_header(&request)?;
         Err(Status::unimplemented(NOT_YET))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use countersign_api::transport::peer_credentials;
+    use countersign_identity::selector::SelectorSet;
+    use futures::StreamExt;
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::endpoints::tests::core;
+    use crate::peer::Process;
+    use crate::testing::{Ca, cached};
+    use crate::workload_attestor::{AttestorError, Proof, Purpose, WorkloadAttestor};
+
+    const POD: &str = "k8s:pod-uid:u";
+    const CONTAINER: &str = "k8s:container-name:app";
+
+    /// Knows the pod at once, and the container when the test says so.
+    #[derive(Default)]
+    struct Kubelet(AtomicBool);
+
+    #[async_trait]
+    impl WorkloadAttestor for Kubelet {
+        async fn attest(&self, _: &Process, purpose: &dyn Purpose) -> Result<Proof, AttestorError> {
+            let mut selectors: SelectorSet = std::iter::once(POD.parse().unwrap()).collect();
+            if purpose.is_met_by(&selectors, |s| s.value().starts_with("container-")) {
+                return Ok(Proof { selectors, in_part: true });
+            }
+            let in_part = !self.0.load(Ordering::Relaxed);
+            selectors.extend((!in_part).then(|| CONTAINER.parse().unwrap()));
+            Ok(Proof { selectors, in_part })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_of_a_caller_attested_in_part_goes_on_and_gets_what_its_container_adds() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut core, kubelet) = (core(dir.path()), Arc::new(Kubelet::default()));
+        core.attestors = vec![kubelet.clone()];
+        let (ca, now) = (Ca::new(OffsetDateTime::now_utc()), OffsetDateTime::now_utc());
+        let signed = |name: &str, selectors: &[&str]| {
+            let mut one = cached(name, 1);
+            let entry = Arc::get_mut(&mut one.entry).unwrap();
+            entry.selectors = selectors.iter().map(|s| s.parse().unwrap()).collect();
+            one.svid = Some(Arc::new(ca.svid(&format!("/{name}"), Duration::from_secs(3_600), now)));
+            (one.entry.id.clone(), one)
+        };
+        core.cache.change(|state| {
+            state.synced = true;
+            state.bundle = Some(Arc::new(ca.bundle()));
+            state.entries.extend([signed("pod", &[POD])]);
+        });
+        let (caller, _other_end) = tokio::net::UnixStream::pair().unwrap();
+        let mut request = Request::new(X509svidRequest {});
+        request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
+        request.extensions_mut().insert(peer_credentials(&caller).unwrap());
+        let core = Arc::new(core);
+        let mut stream = Endpoint(core.clone()).fetch_x509svid(request).await.unwrap().into_inner();
+        let ids = |message: Option<Result<X509svidResponse, Status>>| {
+            message.unwrap().unwrap().svids.into_iter().map(|s| s.spiffe_id).collect::<Vec<_>>()
+        };
+        let pods = "spiffe://test.local/pod".to_owned();
+        assert_eq!(ids(stream.next().await), std::slice::from_ref(&pods));
+        // An entry that needs the container appears after the caller was attested by its pod alone.
+        core.cache.change(|state| state.entries.extend([signed("container", &[POD, CONTAINER])]));
+        let soon = tokio::time::timeout(Duration::from_secs(60), stream.next()).await;
+        assert!(soon.is_err(), "nobody knows the container yet, and the stream goes on: {:?}", soon.map(ids));
+        kubelet.0.store(true, Ordering::Relaxed);
+        let both = tokio::time::timeout(Duration::from_secs(11), stream.next()).await.unwrap();
+        let mut both = ids(both);
+        both.sort();
+        assert_eq!(both, ["spiffe://test.local/container".to_owned(), pods]);
+        let quiet = tokio::time::timeout(Duration::from_secs(120), stream.next()).await;
+        assert!(quiet.is_err(), "what is whole is left alone");
     }
 }

@@ -5,12 +5,13 @@ mod k8s;
 mod unix;
 
 use async_trait::async_trait;
+use countersign_identity::Selector;
 use countersign_identity::selector::SelectorSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::peer::Process;
 
-pub use k8s::{K8s, SetupError, container_of};
+pub use k8s::{K8s, SetupError};
 pub use unix::Unix;
 
 /// Why a caller cannot be attested now. It may try again.
@@ -27,11 +28,27 @@ pub struct Proof {
     pub in_part: bool,
 }
 
+/// What facts are wanted for. An attestor that knows a part of them asks whether it has to wait for the rest.
+pub trait Purpose: Send + Sync {
+    /// Whether these facts of the attestor's are enough, although selectors for which `may_follow` is true may be added later.
+    fn is_met_by(&self, facts: &SelectorSet, may_follow: fn(&Selector) -> bool) -> bool;
+}
+
+/// Every fact is wanted.
+pub struct EveryFact;
+
+impl Purpose for EveryFact {
+    fn is_met_by(&self, _: &SelectorSet, _: fn(&Selector) -> bool) -> bool {
+        false
+    }
+}
+
 /// A source of facts about a process.
 #[async_trait]
 pub trait WorkloadAttestor: Send + Sync {
-    /// The proven facts about a process. The caller has verified which process it is, and verifies it again afterwards.
-    async fn attest(&self, process: &Process) -> Result<Proof, AttestorError>;
+    /// The proven facts about a process: all of them, or as many as meet the purpose. The caller has verified which process it
+    /// is, and verifies it again afterwards.
+    async fn attest(&self, process: &Process, purpose: &dyn Purpose) -> Result<Proof, AttestorError>;
 
     /// Its work in the background, until `shutdown`.
     async fn keep(&self, _shutdown: CancellationToken) {}

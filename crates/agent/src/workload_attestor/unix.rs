@@ -8,7 +8,7 @@ use countersign_identity::Selector;
 use countersign_identity::selector::SelectorSet;
 
 use super::executable::Hashes;
-use super::{AttestorError, Proof, WorkloadAttestor};
+use super::{AttestorError, Proof, Purpose, WorkloadAttestor};
 use crate::peer::Process;
 
 /// Largest `/etc/passwd` or `/etc/group` that is read, in bytes.
@@ -22,7 +22,7 @@ pub struct Unix {
 
 #[async_trait]
 impl WorkloadAttestor for Unix {
-    async fn attest(&self, process: &Process) -> Result<Proof, AttestorError> {
+    async fn attest(&self, process: &Process, _: &dyn Purpose) -> Result<Proof, AttestorError> {
         Ok(Proof { selectors: self.selectors(process).await, in_part: false })
     }
 }

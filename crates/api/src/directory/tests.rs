@@ -35,6 +35,7 @@ impl Source for Everywhere {
             spiffe_ids: ["spiffe://td/w".to_owned()].into(),
             mesh_port: 15008,
             policy: Policy::default(),
+            place: Default::default(),
         };
         Some(Answer::Meshed(Arc::new(workload)))
     }

@@ -6,15 +6,15 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use countersign_watch::Health;
+use countersign_watch::cgroup::Container;
+use countersign_watch::node::{NodeName, is_on, pods_of};
 use k8s_openapi::api::core::v1::Pod;
-use kube::runtime::watcher::{Config, Event};
+use kube::runtime::watcher::Event;
 use kube::{Api, Client};
 use tokio::sync::watch;
 
-use super::cgroup::Container;
 use super::pods::{KnownPod, Pods};
 use super::source::Standing;
-use crate::config::NodeName;
 
 /// How long pods are remembered while the API server cannot be reached. Nobody can delete or change pods then, and the
 /// kubelet too goes on with those that it knows. An SVID that was issued just before lasts as long.
@@ -51,10 +51,8 @@ impl ApiServer {
 
     /// Watches the node's pods, without end.
     pub async fn follow(&self) {
-        // From the API server's own memory, which has an index by node: agents of a large cluster must not have its
-        // database searched for each of them.
-        let of_node = Config::default().fields(&format!("spec.nodeName={}", self.node.as_str())).any_semantic();
-        countersign_watch::follow(Api::<Pod>::all(self.client.clone()), of_node, &self.health, |e| self.take(e)).await;
+        let pods = Api::<Pod>::all(self.client.clone());
+        countersign_watch::follow(pods, pods_of(&self.node), &self.health, |e| self.take(e)).await;
     }
 
     fn take(&self, event: Event<Pod>) {
@@ -134,7 +132,7 @@ struct Store {
 impl Store {
     fn take(&mut self, event: Event<Pod>, node: &NodeName) {
         // The API server's answer is filtered by the node; that it is, is checked.
-        let is_ours = |pod: &Pod| pod.spec.as_ref().and_then(|s| s.node_name.as_deref()) == Some(node.as_str());
+        let is_ours = |pod: &Pod| is_on(node, pod);
         match event {
             Event::Init => self.fresh = Pods::default(),
             Event::InitApply(pod) if is_ours(&pod) && !self.deleted.has(&pod) => self.fresh.insert(&pod),

@@ -44,7 +44,7 @@ pub enum SetupError {
         why: String,
     },
     /// There is no way to the API server, which provides pods and labels of namespaces.
-    #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
+    #[error("cannot reach the Kubernetes API: {}; run in a pod, or set KUBECONFIG", countersign_watch::in_words(.0))]
     Api(#[from] kube::Error),
 }
 

@@ -1,7 +1,6 @@
 //! `k8s:…`: from the process to its cgroup, to its pod and container, to what a verified source says about them.
 
 mod api_server;
-mod cgroup;
 mod kubelet;
 mod namespaces;
 mod pods;
@@ -12,18 +11,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_api::backoff::Backoff;
-use countersign_identity::selector::SelectorSet;
 use countersign_watch::Watches;
+use countersign_watch::cgroup::{Container, container_of};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::api_server::ApiServer;
-use self::cgroup::Container;
-pub use self::cgroup::container_of;
 use self::kubelet::Client;
 use self::namespaces::Namespaces;
+use self::pods::may_follow;
 use self::source::{Found, Missing, PodSources};
-use super::{AttestorError, Proof, WorkloadAttestor};
+use super::{AttestorError, Proof, Purpose, WorkloadAttestor};
 use crate::config::{self, Sources};
 use crate::metrics::Metrics;
 use crate::peer::Process;
@@ -33,9 +31,9 @@ pub use kubelet::SetupError;
 /// How long a process may be ahead of what the sources know of its container.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Time after which a process is attested by its pod alone, if no source knows its container. The kubelet reports a
-/// container only once its postStart hook has ended, and such a hook may wait for the identity. An entry that requires
-/// the container applies once it is known.
+/// Time after which a process is attested by its pod alone, if no source knows its container, whatever entries there are. The
+/// kubelet reports a container only once its postStart hook has ended, and such a hook may wait for the identity. An entry that
+/// requires the container applies once it is known.
 const POD_ALONE: Duration = Duration::from_secs(3);
 
 /// Attests processes by their pod.
@@ -64,31 +62,51 @@ impl K8s {
         Ok(Self { sources: PodSources::new(api_server, kubelet, metrics.clone()), namespaces })
     }
 
-    /// All facts about a process in this container; with `in_part`, its pod alone is enough.
-    async fn look(&self, of: &Container, in_part: bool) -> Result<Proof, Missing> {
-        let Found { pod, container } = self.sources.find(of).await?;
-        if container.is_none() && !in_part {
+    /// All facts about a process in this container, or those of its pod if they meet the purpose; with `alone`, they are enough
+    /// in any case.
+    async fn look(&self, of: &Container, purpose: &dyn Purpose, alone: bool) -> Result<Proof, Missing> {
+        let meets = |proof: &Proof| !proof.in_part || purpose.is_met_by(&proof.selectors, may_follow);
+        // The kubelet is spared where what is at hand is enough: it learns of a container up to a second after its start.
+        if let Some(found) = self.sources.at_hand(of)? {
+            let source = found.source;
+            let proof = self.proof(found).await?;
+            if meets(&proof) {
+                self.sources.served(source);
+                return Ok(proof);
+            }
+        }
+        let found = self.sources.find(of).await?;
+        let source = found.source;
+        let proof = self.proof(found).await?;
+        if !alone && !meets(&proof) {
             return Err(Missing::Yet(format!("container {} of pod {} is not known yet", of.id, of.pod_uid)));
         }
-        let in_part = container.is_none();
-        let mut selectors: SelectorSet = pod.selectors.iter().cloned().chain(container.into_iter().flatten()).collect();
+        self.sources.served(source);
+        Ok(proof)
+    }
+
+    async fn proof(&self, found: Found) -> Result<Proof, Missing> {
+        let Found { pod, container, .. } = found;
+        let mut selectors = pod.selectors.clone();
         if let Some(namespaces) = &self.namespaces {
             selectors.extend(namespaces.labels(&pod.namespace).await.map_err(Missing::Yet)?);
         }
-        Ok(Proof { selectors, in_part })
+        let Some(container) = container else { return Ok(Proof { selectors, in_part: true }) };
+        selectors.extend(pod.images.iter().cloned().chain(container));
+        Ok(Proof { selectors, in_part: false })
     }
 }
 
 #[async_trait]
 impl WorkloadAttestor for K8s {
-    async fn attest(&self, process: &Process) -> Result<Proof, AttestorError> {
+    async fn attest(&self, process: &Process, purpose: &dyn Purpose) -> Result<Proof, AttestorError> {
         let found = container_of(&process.cgroup).map_err(|e| AttestorError(e.to_string()))?;
         // A process of the node itself is in no pod.
         let Some(container) = found else { return Ok(Proof::default()) };
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
         let (end, alone) = (Instant::now() + PATIENCE, Instant::now() + POD_ALONE);
         loop {
-            let why = match self.look(&container, Instant::now() >= alone).await {
+            let why = match self.look(&container, purpose, Instant::now() >= alone).await {
                 Ok(proof) => return Ok(proof),
                 Err(Missing::Deleted) => {
                     return Err(AttestorError(format!("pod {} has been deleted", container.pod_uid)));

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use countersign_identity::Selector;
 use countersign_identity::selector::SelectorSet;
+use countersign_watch::in_words;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::{Api, Client};
 
@@ -23,7 +24,7 @@ impl Namespaces {
     /// The current labels of a namespace.
     pub async fn labels(&self, namespace: &str) -> Result<SelectorSet, String> {
         let asked = tokio::time::timeout(QUERY_TIMEOUT, self.0.get_metadata(namespace)).await;
-        let answer = asked.map_err(|_| "no answer in time".to_owned()).and_then(|a| a.map_err(|e| e.to_string()));
+        let answer = asked.map_err(|_| "no answer in time".to_owned()).and_then(|a| a.map_err(|e| in_words(&e)));
         let found = answer.map_err(|e| format!("cannot ask the API server for namespace {namespace}: {e}"))?;
         Ok(selectors(found.metadata.labels.iter().flatten()))
     }

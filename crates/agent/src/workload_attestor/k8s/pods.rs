@@ -11,6 +11,14 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 /// Most pods of a node that are kept. A kubelet runs 110 unless it is told otherwise.
 const MAX_PODS: usize = 4_096;
 
+/// Prefixes of the selectors that come from the statuses of containers.
+const OF_STATUS: [&str; 4] = ["container-name:", "container-image:", "pod-image", "pod-init-image"];
+
+/// Whether a selector may be added to those of a pod later, because it comes from the statuses of its containers.
+pub fn may_follow(selector: &Selector) -> bool {
+    selector.kind() == "k8s" && OF_STATUS.iter().any(|prefix| selector.value().starts_with(prefix))
+}
+
 /// A node's pods by UID.
 #[derive(Default)]
 pub struct Pods(HashMap<String, Arc<KnownPod>>);
@@ -20,8 +28,11 @@ pub struct Pods(HashMap<String, Arc<KnownPod>>);
 pub struct KnownPod {
     /// Namespace of the pod.
     pub namespace: String,
-    /// Selectors of all its processes.
+    /// Selectors of all its processes, from the pod's metadata and spec: known as soon as the pod is.
     pub selectors: SelectorSet,
+    /// Further selectors of all its processes, from the statuses of its containers. They change while the pod starts, so they
+    /// count once the caller's own container is known.
+    pub images: SelectorSet,
     /// Additional selectors by container ID.
     containers: HashMap<String, SelectorSet>,
 }
@@ -89,27 +100,26 @@ fn known(pod: &Pod) -> KnownPod {
         format!("ns:{namespace}"),
         format!("pod-uid:{}", meta.uid.as_deref().unwrap_or_default()),
         format!("pod-name:{}", meta.name.as_deref().unwrap_or_default()),
-        format!("pod-image-count:{}", app.len()),
-        format!("pod-init-image-count:{}", init.len()),
     ];
     if let Some(spec) = &pod.spec {
         values.push(format!("sa:{}", spec.service_account_name.as_deref().unwrap_or("default")));
         values.extend(spec.node_name.iter().map(|n| format!("node-name:{n}")));
     }
-    values.extend(images(app.iter()).into_iter().map(|i| format!("pod-image:{i}")));
-    values.extend(images(init.iter()).into_iter().map(|i| format!("pod-init-image:{i}")));
     values.extend(meta.labels.iter().flatten().map(|(k, v)| format!("pod-label:{k}:{v}")));
     for owner in meta.owner_references.iter().flatten() {
         values.push(format!("pod-owner:{}:{}", owner.kind, owner.name));
         values.push(format!("pod-owner-uid:{}:{}", owner.kind, owner.uid));
     }
+    let mut of_images = vec![format!("pod-image-count:{}", app.len()), format!("pod-init-image-count:{}", init.len())];
+    of_images.extend(images(app.iter()).into_iter().map(|i| format!("pod-image:{i}")));
+    of_images.extend(images(init.iter()).into_iter().map(|i| format!("pod-init-image:{i}")));
     let containers = app.iter().chain(&init).chain(&ephemeral).filter_map(|c| {
         // The form is `containerd://ID`.
         let id = c.container_id.as_deref()?.rsplit('/').next()?.to_owned();
         let image = images(std::iter::once(c)).into_iter().map(|i| format!("container-image:{i}"));
         Some((id, selectors(std::iter::once(format!("container-name:{}", c.name)).chain(image))))
     });
-    KnownPod { namespace, containers: containers.collect(), selectors: selectors(values) }
+    KnownPod { namespace, containers: containers.collect(), selectors: selectors(values), images: selectors(of_images) }
 }
 
 #[cfg(test)]
@@ -129,7 +139,9 @@ mod tests {
         let pods = Pods::parse(LIST.as_bytes()).unwrap();
         let pod = pods.get("u1").unwrap();
         assert_eq!(pod.namespace, "shop");
-        let found: SelectorSet = pod.selectors.iter().chain(pod.container("c2").unwrap()).cloned().collect();
+        let later: SelectorSet = pod.images.iter().chain(pod.container("c2").unwrap()).cloned().collect();
+        assert!(later.iter().all(may_follow) && !pod.selectors.iter().any(may_follow));
+        let found: SelectorSet = pod.selectors.union(&later).cloned().collect();
         let found: Vec<String> = found.iter().map(ToString::to_string).collect();
         let expected = [
             "k8s:container-image:cs:1",

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use countersign_identity::selector::SelectorSet;
+use countersign_watch::cgroup::Container;
 use tokio_util::sync::CancellationToken;
 
 use super::api_server::{ApiServer, Known};
-use super::cgroup::Container;
 use super::kubelet::Client;
 use super::pods::KnownPod;
 use crate::metrics::{Metrics, PodSource};
@@ -29,10 +29,19 @@ pub enum Standing {
 /// What is known about a container.
 #[derive(Debug)]
 pub struct Found {
+    /// Who knows it.
+    pub source: PodSource,
     /// Its pod.
     pub pod: Arc<KnownPod>,
     /// The container's own selectors; `None` while no source knows it.
     pub container: Option<SelectorSet>,
+}
+
+impl Found {
+    fn of(source: PodSource, pod: Arc<KnownPod>, container: &Container) -> Self {
+        let container = pod.container(&container.id).cloned();
+        Self { source, pod, container }
+    }
 }
 
 /// Why a pod is not found.
@@ -57,17 +66,27 @@ impl PodSources {
         Self { api_server, kubelet, metrics }
     }
 
+    /// What the source knows that need not be asked; `None` if it does not know the pod.
+    pub fn at_hand(&self, container: &Container) -> Result<Option<Found>, Missing> {
+        let Some(api_server) = &self.api_server else { return Ok(None) };
+        match api_server.look(&container.pod_uid) {
+            Known::Deleted => Err(Missing::Deleted),
+            Known::No(_) => Ok(None),
+            Known::Pod(pod) => Ok(Some(Found::of(PodSource::ApiServer, pod, container))),
+        }
+    }
+
     /// What is known about a container now: by a source that knows the container if there is one, else by one that
     /// knows its pod.
     pub async fn find(&self, container: &Container) -> Result<Found, Missing> {
-        let Container { pod_uid, id } = container;
+        let pod_uid = &container.pod_uid;
         let (mut part, mut why) = (None, vec![]);
         if let Some(api_server) = &self.api_server {
             match api_server.look(pod_uid) {
                 Known::Deleted => return Err(Missing::Deleted),
-                Known::Pod(pod) => match pod.container(id).cloned() {
-                    Some(container) => return Ok(self.found(PodSource::ApiServer, pod, Some(container))),
-                    None => part = Some((PodSource::ApiServer, pod)),
+                Known::Pod(pod) => match Found::of(PodSource::ApiServer, pod, container) {
+                    found if found.container.is_some() => return Ok(found),
+                    found => part = Some(found),
                 },
                 Known::No(reason) => why.push(reason),
             }
@@ -85,27 +104,23 @@ impl PodSources {
                         if self.api_server.as_ref().is_some_and(|a| matches!(a.look(pod_uid), Known::Deleted)) {
                             return Err(Missing::Deleted);
                         }
-                        if let Some(container) = pod.container(id).cloned() {
-                            return Ok(self.found(PodSource::Kubelet, pod.clone(), Some(container)));
+                        let found = Found::of(PodSource::Kubelet, pod.clone(), container);
+                        if found.container.is_some() {
+                            return Ok(found);
                         }
-                        part = part.or(Some((PodSource::Kubelet, pod.clone())));
+                        part = part.or(Some(found));
                     }
                     None => why.push(format!("the kubelet does not know pod {pod_uid}")),
                 },
                 Err(error) => why.push(error.to_string()),
             }
         }
-        match part {
-            Some((source, pod)) => Ok(self.found(source, pod, None)),
-            None => Err(Missing::Yet(why.join("; "))),
-        }
+        part.ok_or_else(|| Missing::Yet(why.join("; ")))
     }
 
-    fn found(&self, source: PodSource, pod: Arc<KnownPod>, container: Option<SelectorSet>) -> Found {
-        if container.is_some() {
-            self.metrics.served_by(source);
-        }
-        Found { pod, container }
+    /// Counts what a caller was attested by.
+    pub fn served(&self, source: PodSource) {
+        self.metrics.served_by(source);
     }
 
     /// Resolves once a source that is told of changes knows the container; never without such a source.

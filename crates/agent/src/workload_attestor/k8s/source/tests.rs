@@ -10,7 +10,11 @@ use super::super::api_server::tests::{pod, source};
 use super::super::kubelet::tests::{FakeKubelet, nothing};
 use super::super::{K8s, WorkloadAttestor};
 use super::*;
+use crate::cache::Cache;
+use crate::endpoints::identities::Identities;
 use crate::peer::Process;
+use crate::testing::cached;
+use crate::workload_attestor::{AttestorError, EveryFact, Proof};
 
 const UID: &str = "7f1a6c1e-2c57-4a4f-9f3c-0d9b7f6b2a11";
 
@@ -55,11 +59,13 @@ fn page(metrics: &Metrics) -> String {
 async fn whichever_source_knows_the_container_serves_and_is_counted() {
     let kubelet = FakeKubelet::start(list(&[pod(UID, "web", &id("b"))]), true).await;
     let (sources, metrics) = both(watched(&[pod(UID, "web", &id("a"))]), &kubelet);
-    assert!(sources.find(&container("a")).await.unwrap().container.is_some());
+    let attestor = K8s { sources, namespaces: None };
+    assert!(!attestor.attest(&process("a"), &EveryFact).await.unwrap().in_part);
     assert!(page(&metrics).contains(r#"pod_source_served_total{source="api_server"} 1"#));
     assert_eq!(kubelet.seen.0.load(std::sync::atomic::Ordering::Relaxed), 0, "it need not be asked");
-    assert!(sources.find(&container("b")).await.unwrap().container.is_some());
+    assert!(!attestor.attest(&process("b"), &EveryFact).await.unwrap().in_part);
     assert!(page(&metrics).contains(r#"pod_source_served_total{source="kubelet"} 1"#));
+    let sources = &attestor.sources;
     assert!(sources.find(&container("c")).await.unwrap().container.is_none(), "its pod alone");
     let other = Container { pod_uid: UID.replace('7', "8"), id: id("a") };
     let Err(Missing::Yet(why)) = sources.find(&other).await else { panic!("a container of another pod is nobody's") };
@@ -75,7 +81,7 @@ async fn a_pod_that_was_deleted_is_not_found_by_a_kubelet_that_still_lists_it() 
     assert_eq!(sources.find(&container("a")).await.err(), Some(Missing::Deleted));
     let attestor = K8s { sources, namespaces: None };
     let began = Instant::now();
-    let why = attestor.attest(&process("a")).await.unwrap_err().to_string();
+    let why = attestor.attest(&process("a"), &EveryFact).await.unwrap_err().to_string();
     assert!(why.contains("has been deleted") && began.elapsed() < Duration::from_secs(3), "{why}");
     assert!(!page(&metrics).contains("served_total{"));
 }
@@ -123,7 +129,7 @@ fn attestor(pods: &[Pod]) -> Arc<K8s> {
 async fn a_pod_that_is_not_known_yet_is_attested_as_soon_as_it_is_and_never_as_another() {
     let attestor = attestor(&[pod("8f1a6c1e-2c57-4a4f-9f3c-0d9b7f6b2a11", "neighbour", &id("a"))]);
     let (waits, watch) = (attestor.clone(), attestor.clone());
-    let asked = tokio::spawn(async move { waits.attest(&process("a")).await });
+    let asked = tokio::spawn(async move { waits.attest(&process("a"), &EveryFact).await });
     tokio::time::sleep(Duration::from_millis(2_100)).await;
     let heard = Instant::now();
     watch.sources.api_server.as_ref().unwrap().hears(Event::Apply(pod(UID, "web", &id("a"))));
@@ -141,7 +147,7 @@ async fn a_pod_that_is_not_known_yet_is_attested_as_soon_as_it_is_and_never_as_a
 #[tokio::test(start_paused = true)]
 async fn a_pod_that_never_becomes_known_is_refused_within_the_deadline() {
     let began = Instant::now();
-    let why = attestor(&[]).attest(&process("a")).await.unwrap_err().to_string();
+    let why = attestor(&[]).attest(&process("a"), &EveryFact).await.unwrap_err().to_string();
     assert!(why.contains("does not know pod"), "{why}");
     assert!(began.elapsed() > Duration::from_secs(25) && began.elapsed() <= Duration::from_secs(30));
 }
@@ -149,7 +155,87 @@ async fn a_pod_that_never_becomes_known_is_refused_within_the_deadline() {
 #[tokio::test(start_paused = true)]
 async fn a_container_that_stays_unknown_is_attested_by_its_pod_alone() {
     let began = Instant::now();
-    let proof = attestor(&[pod(UID, "web", &id("a"))]).attest(&process("b")).await.unwrap();
+    let proof = attestor(&[pod(UID, "web", &id("a"))]).attest(&process("b"), &EveryFact).await.unwrap();
     assert!(proof.in_part && began.elapsed() >= Duration::from_secs(3));
     assert!(!proof.selectors.iter().any(|s| s.to_string().starts_with("k8s:container-")));
+}
+
+/// Entries with these selectors, in a cache that has been filled.
+fn entries(all: &[&[&str]]) -> Cache {
+    let cache = Cache::default();
+    cache.change(|state| {
+        state.synced = true;
+        for (n, selectors) in all.iter().enumerate() {
+            let mut one = cached(&format!("e{n}"), 1);
+            Arc::get_mut(&mut one.entry).unwrap().selectors = selectors.iter().map(|s| s.parse().unwrap()).collect();
+            state.entries.insert(one.entry.id.clone(), one);
+        }
+    });
+    cache
+}
+
+/// Attests a process for the identities of these entries. The caller's user is known from elsewhere.
+async fn attests(attestor: &K8s, digit: &str, cache: &Cache) -> Result<Proof, AttestorError> {
+    let known = std::iter::once("unix:uid:2102".parse().unwrap()).collect();
+    let now = time::OffsetDateTime::now_utc();
+    attestor.attest(&process(digit), &Identities { cache, now, known: &known }).await
+}
+
+const POD: &str = "k8s:pod-uid:7f1a6c1e-2c57-4a4f-9f3c-0d9b7f6b2a11";
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_no_entry_asks_for_is_not_waited_for() {
+    let (attestor, began) = (attestor(&[pod(UID, "web", &id("a"))]), Instant::now());
+    let others = ["k8s:ns:elsewhere", "k8s:container-name:app"];
+    let another_users = [POD, "k8s:container-name:app", "unix:uid:0"];
+    let proof = attests(&attestor, "b", &entries(&[&[POD], &others, &another_users])).await.unwrap();
+    assert!(proof.in_part && began.elapsed().is_zero());
+    let found: Vec<String> = proof.selectors.iter().map(ToString::to_string).collect();
+    let of_pod = ["k8s:node-name:n1", "k8s:ns:shop", "k8s:pod-label:app:web", "k8s:pod-name:web", POD, "k8s:sa:web-sa"];
+    assert_eq!(found, of_pod, "what comes from statuses may change, and gives no identity");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_an_entry_may_ask_for_is_waited_for() {
+    for needs in ["k8s:container-name:app", "k8s:container-image:img:1", "k8s:pod-image:img:1", "k8s:pod-image-count:1"]
+    {
+        let attestor = attestor(&[pod(UID, "web", &id("a"))]);
+        let cache = entries(&[&[POD], &["k8s:ns:shop", needs, "unix:uid:2102"]]);
+        let heard = async {
+            tokio::time::sleep(Duration::from_millis(1_350)).await;
+            attestor.sources.api_server.as_ref().unwrap().hears(Event::Apply(pod(UID, "web", &id("b"))));
+        };
+        let began = Instant::now();
+        let (proof, ()) = tokio::join!(attests(&attestor, "b", &cache), heard);
+        let proof = proof.unwrap();
+        assert!(!proof.in_part && began.elapsed() >= Duration::from_millis(1_350), "{needs}");
+        assert!(proof.selectors.contains(&needs.parse().unwrap()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_no_entry_matches_yet_waits_for_its_container_or_an_entry() {
+    let attestor = attestor(&[pod(UID, "web", &id("a"))]);
+    let (cache, began) = (entries(&[]), Instant::now());
+    let arrives = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let more = entries(&[&[POD]]);
+        let more = more.change(|m| std::mem::take(&mut m.entries));
+        cache.change(|state| state.entries = more);
+    };
+    let (proof, ()) = tokio::join!(attests(&attestor, "b", &cache), arrives);
+    assert!(proof.unwrap().in_part && began.elapsed() < Duration::from_millis(1_600), "{:?}", began.elapsed());
+    let (cache, began) = (Cache::default(), Instant::now());
+    assert!(attests(&attestor, "b", &cache).await.unwrap().in_part);
+    assert!(began.elapsed() >= Duration::from_secs(3), "nothing is settled before the entries are there");
+}
+
+#[tokio::test]
+async fn a_kubelet_is_not_asked_where_the_watch_knows_enough() {
+    let kubelet = FakeKubelet::start(list(&[]), true).await;
+    let (sources, metrics) = both(watched(&[pod(UID, "web", &id("a"))]), &kubelet);
+    let attestor = K8s { sources, namespaces: None };
+    assert!(attests(&attestor, "b", &entries(&[&[POD]])).await.unwrap().in_part);
+    assert_eq!(kubelet.seen.0.load(std::sync::atomic::Ordering::Relaxed), 0);
+    assert!(page(&metrics).contains(r#"pod_source_served_total{source="api_server"} 1"#));
 }

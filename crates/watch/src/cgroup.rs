@@ -45,8 +45,8 @@ pub fn container_of(text: &str) -> Result<Option<Container>, CgroupError> {
 
 fn container_below(roots: &Roots, text: &str) -> Result<Option<Container>, CgroupError> {
     let mut found: Option<Container> = None;
-    for path in text.lines().filter_map(|line| line.splitn(3, ':').nth(2)) {
-        let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+    for path in paths(text) {
+        let parts = components(path);
         let Some(here) = roots.container_in(&parts) else {
             // An error rather than "no pod": a process that imitates one must not be attested as an ordinary process
             // either.
@@ -66,6 +66,19 @@ fn container_below(roots: &Roots, text: &str) -> Result<Option<Container>, Cgrou
     Ok(found)
 }
 
+fn paths(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| line.splitn(3, ':').nth(2))
+}
+
+/// The components of a path as the kernel writes it, below the root. Empty ones stay, and a path that does not begin at
+/// the root has one in front: the kernel writes neither, and what is skipped here might not be skipped elsewhere.
+fn components(path: &str) -> Vec<&str> {
+    match path.strip_prefix('/') {
+        Some(below) => below.split('/').collect(),
+        None => std::iter::once("").chain(path.split('/')).collect(),
+    }
+}
+
 /// The path prefixes before `kubepods` under which a kubelet creates the cgroups of its pods.
 struct Roots(BTreeSet<Vec<String>>);
 
@@ -77,8 +90,8 @@ impl Roots {
         let usual: [&[&str]; 4] = [&[], &["kubelet"], &["kubelet.slice"], &["system.slice", "containerd.service"]];
         let mut roots: BTreeSet<Vec<String>> =
             usual.iter().map(|p| p.iter().map(|p| (*p).to_owned()).collect()).collect();
-        for path in own.lines().filter_map(|line| line.splitn(3, ':').nth(2)) {
-            let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+        for path in paths(own) {
+            let parts = components(path);
             let below = (0..parts.len()).find(|n| pod_in(&parts[*n..]).is_some());
             roots.extend(below.map(|n| parts[..n].iter().map(|p| (*p).to_owned()).collect()));
         }
@@ -153,12 +166,20 @@ fn pod_below_common(parts: &[&str]) -> Option<Container> {
     }
     match *first {
         "burstable" | "besteffort" => plain(rest),
-        slice if QOS.iter().any(|q| slice.ends_with(&format!("kubepods{q}.slice"))) => {
-            pod_below_common(rest).filter(|_| rest.first().is_some_and(|p| pod_of_slice(p).is_some()))
+        slice if qos_slice(slice).is_some() => {
+            let (_, above) = pod_of_slice(rest.first()?)?;
+            pod_below_common(rest).filter(|_| qos_slice(slice) == Some(above.as_str()))
         }
         _ if first.contains(".slice:") => pod_in(parts),
         _ => plain(parts),
     }
+}
+
+/// The name, without its end, of the slice that the kubelet creates for a quality of service.
+fn qos_slice(slice: &str) -> Option<&str> {
+    let base = slice.strip_suffix(".slice")?;
+    let root = without_qos(base);
+    (root.len() < base.len() && is_kubepods(root)).then_some(base)
 }
 
 /// Parses `podUID/ID`.
@@ -276,6 +297,12 @@ mod tests {
             format!("/app-kubepods.slice/kubepods-pod{under}.slice/crio-{id}.scope"),
             format!("/../../../..{user}/kubepods/pod{UID}/{id}"),
             format!("/../../../..{user}/pod{UID}/{id}"),
+            format!("/../../../nokubepods-burstable.slice/kubepods-burstable-pod{under}.slice/crio-{id}.scope"),
+            format!("/../../../kubepods-burstable.slice/kubepods-besteffort-pod{under}.slice/crio-{id}.scope"),
+            // The kernel writes no empty component, and no path that is not absolute.
+            format!("../../pod{UID}/{id}"),
+            format!("/..//../pod{UID}/{id}"),
+            format!("//kubepods/pod{UID}/{id}"),
         ] {
             let found = container_of(&format!("0::{path}\n"));
             assert_eq!(found, Err(CgroupError::OutsideOfKubelet(shown_up_to(&path, 200).to_string())), "{path}");
