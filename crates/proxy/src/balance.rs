@@ -4,13 +4,16 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use crate::affinity::{Affinities, Session};
 use crate::config::Balance;
 
 /// Counts the connections to each endpoint of the services that this sidecar's app uses.
 pub struct Balancer {
     how: Balance,
     under_way: Mutex<HashMap<SocketAddr, usize>>,
+    affinities: Mutex<Affinities>,
     turn: AtomicUsize,
 }
 
@@ -24,7 +27,27 @@ pub struct Chosen {
 impl Balancer {
     /// A balancer without connections, using one strategy.
     pub fn new(how: Balance) -> Self {
-        Self { how, under_way: Mutex::default(), turn: AtomicUsize::new(0) }
+        Self { how, under_way: Mutex::default(), affinities: Mutex::default(), turn: AtomicUsize::new(0) }
+    }
+
+    /// As [`Balancer::choose`], but the endpoint of the session's last connection is selected again if it is a candidate and was
+    /// selected within `timeout` before `now`.
+    pub fn choose_again(
+        self: &Arc<Self>,
+        candidates: &[SocketAddr],
+        session: Session,
+        timeout: Duration,
+        now: Instant,
+    ) -> Option<Chosen> {
+        // Held all the while: of two connections at once the second one goes where the first one does.
+        let mut affinities = self.affinities.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = affinities.remembered(&session, now).filter(|known| candidates.contains(known));
+        let chosen = match known {
+            Some(known) => self.choose(&[known]),
+            None => self.choose(candidates),
+        }?;
+        affinities.remember(session, chosen.address, timeout, now);
+        Some(chosen)
     }
 
     /// Selects one of `candidates` and counts a connection to it; `None` if there are none.
@@ -88,6 +111,24 @@ mod tests {
         let held: Vec<_> = (0..1_000).map(|_| balancer.choose(&all).unwrap()).collect();
         let count = |a: &SocketAddr| held.iter().filter(|c| c.address == *a).count();
         assert!(all.iter().all(|a| (85..=115).contains(&count(a))), "{:?}", all.iter().map(count).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_session_stays_until_it_is_idle_too_long_or_its_endpoint_may_not_be_used() {
+        let balancer = Arc::new(Balancer::new(Balance::RoundRobin));
+        let (all, timeout, began) = (endpoints(3), Duration::from_secs(10), Instant::now());
+        let port = |candidates: &[SocketAddr], port, seconds| {
+            let session = Session { service: "s".into(), port };
+            let now = began + Duration::from_secs(seconds);
+            balancer.choose_again(candidates, session, timeout, now).unwrap().address.port()
+        };
+        let ports: Vec<u16> = [0, 5, 14, 23].iter().map(|at| port(&all, 80, *at)).collect();
+        assert_eq!(ports, [1, 1, 1, 1], "each connection prolongs it");
+        assert_eq!(port(&all, 443, 24), 2, "another port is another session");
+        assert_eq!(port(&all, 80, 33), 3, "ten seconds without a connection");
+        assert_eq!(port(&all[..2], 80, 34), 2, "the endpoint is gone");
+        assert_eq!(port(&all, 80, 35), 2, "and the session stays with the new one");
+        assert!(balancer.choose_again(&[], Session { service: "s".into(), port: 80 }, timeout, began).is_none());
     }
 
     #[test]

@@ -4,12 +4,14 @@
 //! Top down: [`run`] opens listeners and starts workers; `outbound` and `inbound` carry one connection each; `mesh`
 //! does the handshake and preamble between sidecars; `tls` is the stream below it; `copy` moves the bytes.
 
+mod affinity;
 mod balance;
 mod buffer;
 pub mod config;
 mod connections;
 mod copy;
 mod cut;
+mod eligible;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod identity;
@@ -23,6 +25,7 @@ pub mod plaintext;
 mod preamble;
 mod probes;
 mod proxy_protocol;
+mod readiness;
 mod refusal;
 mod sidecar;
 mod silence;
@@ -48,6 +51,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::transport::Channel;
 
 pub use config::{Config, IdentitySource, Routing};
 
@@ -55,6 +59,7 @@ use crate::config::{FixedInbound, FixedOutbound};
 use crate::identity::{Files, FilesError, follow_agent, follow_files};
 use crate::inbound::Target;
 use crate::probes::Prober;
+use crate::readiness::Readiness;
 use crate::sidecar::Sidecar;
 use crate::status_page::SidecarStatus;
 use crate::telemetry::Telemetry;
@@ -120,8 +125,7 @@ pub async fn run(
         IdentitySource::Agent { socket } => {
             let channel = || unix_channel(socket.clone());
             tasks.spawn(follow_agent(sidecar.current.clone(), channel(), end.clone()));
-            let (directory, channel, end) = (sidecar.directory.clone(), channel(), end.clone());
-            tasks.spawn(async move { directory.run(channel, end).await });
+            tasks.spawn(follow_directory(sidecar.clone(), channel(), end.clone()));
         }
         IdentitySource::Files { chain, key, bundles } => {
             let files = Files { chain: chain.clone(), key: key.clone(), bundles: bundles.clone() };
@@ -259,6 +263,19 @@ async fn carry(sidecar: Arc<Sidecar>, door: Door, stream: TcpStream, source: Soc
     }
 }
 
+/// Follows the agent's directory from the first identity on: a caller without one is refused, and would try again later and
+/// later.
+async fn follow_directory(sidecar: Arc<Sidecar>, channel: Channel, end: CancellationToken) {
+    let mut changes = sidecar.current.changes();
+    while sidecar.current.peek().is_none() {
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = end.cancelled() => return,
+        }
+    }
+    sidecar.directory.run(channel, end).await;
+}
+
 /// How long after the first identity the code that only the start needs is unmapped again.
 const SETTLED: Duration = Duration::from_secs(1);
 
@@ -330,6 +347,7 @@ fn serve_status(
 
 fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handler> {
     let prober = Arc::new(Prober::new(sidecar.config.probes.clone()));
+    let readiness = Arc::new(Readiness::new(sidecar.clone(), shutdown));
     Arc::new(move |asked| {
         if !asked.near && is_closed(&sidecar, asked.local.port()) {
             let refused = http::Answer::text(403, STRANGERS_REFUSED);
@@ -338,6 +356,10 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
         if let Some(name) = asked.path.strip_prefix(probes::PREFIX) {
             let (prober, name, app) = (prober.clone(), name.to_owned(), asked.local.ip().to_canonical());
             return Box::pin(async move { prober.ask(&name, app).await });
+        }
+        if asked.path == "/ready" {
+            let (readiness, wait) = (readiness.clone(), readiness::wait_of(&asked));
+            return Box::pin(async move { Some(readiness.answer(wait).await) });
         }
         let answer = match asked.path.as_str() {
             "/metrics" => {
@@ -352,10 +374,6 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
             // Only from inside, which a port-forward is too: who talks to whom is nothing for strangers.
             "/plaintext" if is_inside(&asked) => Some(json(&sidecar.plaintext.shown())),
             "/status" if is_inside(&asked) => Some(json(&SidecarStatus::of(&sidecar))),
-            "/ready" => {
-                let draining = shutdown.is_cancelled().then(|| "shutting down".to_owned());
-                Some(http::Answer::ready(draining.or_else(|| sidecar.missing())))
-            }
             _ => None,
         };
         Box::pin(std::future::ready(answer))
@@ -394,7 +412,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(25);
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::io::Write;
 
@@ -439,7 +457,7 @@ mod tests {
         assert!(told.elapsed() < Duration::from_secs(10), "{:?}", told.elapsed());
     }
 
-    fn sidecar() -> Sidecar {
+    pub(crate) fn sidecar() -> Sidecar {
         let config = Config {
             identity: IdentitySource::Agent { socket: "/nowhere/agent.sock".into() },
             routing: Routing::Redirected(Ports::default()),
@@ -464,7 +482,8 @@ mod tests {
     async fn strangers_are_answered_nothing_where_the_workload_is_or_may_be_strict() {
         let status = |sidecar: Sidecar, path: &'static str, near| async move {
             let pages = pages(Arc::new(sidecar), CancellationToken::new());
-            let answer = pages(http::Asked { path: path.into(), local: "10.0.0.1:15020".parse().unwrap(), near });
+            let local = "10.0.0.1:15020".parse().unwrap();
+            let answer = pages(http::Asked { path: path.into(), query: String::new(), local, near });
             answer.await.map(|answer| answer.status)
         };
         for path in ["/ready", "/live", "/mode", "/metrics", "/probe/s3cret/app/liveness", "/status", "/nothing"] {
@@ -491,7 +510,8 @@ mod tests {
         sidecar.current.refused_by_agent("PermissionDenied", "no identity issued\n\u{1b}[31m");
         let pages = pages(sidecar.clone(), CancellationToken::new());
         let ask = |path: &str, local: &str| {
-            pages(http::Asked { path: path.into(), local: local.parse().unwrap(), near: true })
+            let (path, local) = (path.into(), local.parse().unwrap());
+            pages(http::Asked { path, query: String::new(), local, near: true })
         };
         for path in ["/status", "/plaintext"] {
             for outside in ["10.0.0.1:15020", "[fd00::1]:15020", "[::ffff:10.0.0.1]:15020"] {

@@ -52,6 +52,26 @@ impl LocalWorkload {
         }
     }
 
+    /// Resolves once the directory has told more of our addresses than when this was called, and after [`LOOK`] in any case:
+    /// addresses come and go without a word.
+    pub fn changed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut answers: Vec<_> = self.state().answers.values().flatten().cloned().collect();
+        answers.iter_mut().for_each(watch::Receiver::mark_unchanged);
+        let told = |mut answers: watch::Receiver<_>| {
+            Box::pin(async move {
+                if answers.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            })
+        };
+        async move {
+            // `select_all` takes no empty list.
+            let never = tokio::sync::watch::channel(None).1;
+            let any = futures::future::select_all(answers.into_iter().chain([never]).map(told));
+            let _ = tokio::time::timeout(LOOK, any).await;
+        }
+    }
+
     /// Whether an address is one of this namespace's own. Rereads the interfaces if it is not known yet.
     pub fn is_own(&self, address: IpAddr) -> bool {
         let mut state = self.state();
@@ -98,7 +118,7 @@ fn ours(answer: Answer, identity: &Identity) -> Option<Arc<Workload>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::net::Ipv4Addr;
 
     use countersign_identity::directory::Workload;
@@ -111,7 +131,8 @@ mod tests {
 
     const DAY: Duration = Duration::from_secs(86_400);
 
-    fn identity(id: &str) -> Identity {
+    /// An identity with this SPIFFE ID, for an hour.
+    pub fn identity(id: &str) -> Identity {
         let (now, id) = (OffsetDateTime::now_utc(), SpiffeId::new(id).unwrap());
         let above = PrivateKey::generate(KeyType::EcP256).unwrap();
         let root = issue_root(&TrustDomain::new("td").unwrap(), &above, DAY, now).unwrap();
@@ -123,25 +144,36 @@ mod tests {
         Identity::new(X509Svid::new(issued.chain, key).unwrap(), std::iter::empty().collect()).unwrap()
     }
 
+    /// The directory's answer for the address of a meshed workload.
+    pub fn meshed(address: IpAddr, id: &str) -> Answer {
+        Answer::Meshed(Arc::new(Workload {
+            uid: "u".into(),
+            name: "web".into(),
+            addresses: vec![address],
+            spiffe_ids: [id.to_owned()].into(),
+            mesh_port: 15008,
+            policy: Policy::default(),
+            place: Default::default(),
+        }))
+    }
+
+    impl LocalWorkload {
+        /// Takes an address for one of ours, whatever the interfaces say.
+        pub fn knows(&self, address: IpAddr, answers: watch::Receiver<Option<Answer>>) {
+            let mut state = self.state();
+            state.answers.insert(address, Some(answers));
+            state.looked = Instant::now() + DAY;
+        }
+    }
+
     #[test]
     fn a_link_local_address_of_ours_is_that_of_the_workload_at_our_others() {
         let local = LocalWorkload::new(Subscriptions::default());
         let (here, link): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "fe80::1".parse().unwrap());
-        let workload = Workload {
-            uid: "u".into(),
-            name: "web".into(),
-            addresses: vec![here],
-            spiffe_ids: ["spiffe://td/web".to_owned()].into(),
-            mesh_port: 15008,
-            policy: Policy::default(),
-        };
-        let (_directory, answer) = watch::channel(Some(Answer::Meshed(Arc::new(workload))));
-        {
-            let mut state = local.state();
-            state.answers.extend([(here, Some(answer)), (link, None)]);
-            // These addresses are in no interface's list, which is not read again meanwhile.
-            state.looked = Instant::now() + DAY;
-        }
+        let (_directory, answer) = watch::channel(Some(meshed(here, "spiffe://td/web")));
+        // These addresses are in no interface's list, which is not read again meanwhile.
+        local.knows(here, answer);
+        local.state().answers.insert(link, None);
         let web = identity("spiffe://td/web");
         assert_eq!(local.at(link, &web).map(|w| w.uid.clone()), Some("u".into()), "its policy decides there too");
         assert_eq!(local.at("fe80::2".parse().unwrap(), &web), None, "somebody else's");

@@ -3,17 +3,21 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
-use countersign_identity::directory::{Answer, Service, Workload};
+use countersign_identity::directory::{Answer, Place, Service, Workload};
 use countersign_identity::policy::Mode;
 use countersign_identity::verify::VerifiedPeer;
 use prometheus_client::metrics::counter::Counter;
 use tokio::net::TcpStream;
 
+use crate::affinity::Session;
+use crate::balance::Chosen;
 use crate::config::FixedOutbound;
 use crate::connections::{Admitted, Kind};
 use crate::copy::{End, Terms, carry, reset_on_close};
 use crate::cut::Cut;
+use crate::eligible::eligible;
 use crate::identity::Identity;
 use crate::mesh::{self, Peer};
 use crate::preamble::Request;
@@ -33,7 +37,7 @@ const MAX_TRIES: usize = 3;
 /// How a connection is forwarded.
 enum Route {
     Mesh { to: SocketAddr, workload: Arc<Workload> },
-    Service { service: Arc<Service>, strict: bool },
+    Service { service: Arc<Service>, strict: bool, own: Arc<Workload> },
     Plain,
 }
 
@@ -124,8 +128,9 @@ async fn carry_redirected(
                 reach(sidecar, app, &admitted, &identity, to, &workload.spiffe_ids, &request, &mut early).await?;
             over_mesh(sidecar, app, access, &admitted, reached, early).await
         }
-        Route::Service { service, strict } => {
-            through_service(sidecar, app, access, &admitted, &identity, destination, &service, strict).await
+        Route::Service { service, strict, own } => {
+            let asked = Asked { at: destination, service: &service, own: &own.place, strict };
+            through_service(sidecar, app, access, &admitted, &identity, &asked).await
         }
         Route::Plain => in_clear(sidecar, app, access, &admitted, destination).await,
     }
@@ -154,26 +159,51 @@ fn terms<'a>(sidecar: &Sidecar, first_ended: bool, counters: (&'a Counter, &'a C
     Terms { first_ended, counters, cut, network, under_way: false }
 }
 
+/// A connection to a service.
+struct Asked<'a> {
+    /// The address and port that the app dialled.
+    at: SocketAddr,
+    service: &'a Service,
+    /// Where this workload runs.
+    own: &'a Place,
+    /// Whether only meshed endpoints count.
+    strict: bool,
+}
+
+impl Asked<'_> {
+    /// The endpoints that may be used, by what the directory says of the service now.
+    fn endpoints(&self, service: &Service) -> Vec<SocketAddr> {
+        service.ports.get(&self.at.port()).map_or(vec![], |port| eligible(port, self.own, self.strict))
+    }
+
+    fn choose(&self, sidecar: &Sidecar, candidates: &[SocketAddr]) -> Option<Chosen> {
+        match self.service.ports.get(&self.at.port()).and_then(|port| port.affinity) {
+            Some(timeout) => {
+                let session = Session { service: self.service.uid.clone(), port: self.at.port() };
+                sidecar.balancer.choose_again(candidates, session, timeout, Instant::now())
+            }
+            None => sidecar.balancer.choose(candidates),
+        }
+    }
+}
+
 /// Forwards to one of a service's endpoints, and to another one as long as no endpoint has accepted the connection.
-#[allow(clippy::too_many_arguments)] // the facts of one connection
 async fn through_service(
     sidecar: &Sidecar,
     app: &mut TcpStream,
     access: &mut AccessRecord<'_>,
     admitted: &Admitted,
     identity: &Identity,
-    asked: SocketAddr,
-    service: &Service,
-    strict: bool,
+    asked: &Asked<'_>,
 ) -> Result<(), Refused> {
-    let mut left = endpoints(service, asked.port(), strict);
+    let mut left = asked.endpoints(asked.service);
     if left.is_empty() {
-        left = wait_for_endpoint(sidecar, asked, strict).await;
+        left = wait_for_endpoint(sidecar, asked).await;
     }
     let mut early = Early::default();
-    let mut last = Refused::NoEndpoint { service: service.name.clone(), to: asked, strict };
+    let mut last = Refused::NoEndpoint { service: asked.service.name.clone(), to: asked.at, strict: asked.strict };
     for _ in 0..MAX_TRIES {
-        let Some(chosen) = sidecar.balancer.choose(&left) else { break };
+        let Some(chosen) = asked.choose(sidecar, &left) else { break };
         let to = chosen.address;
         left.retain(|a| *a != to);
         // What is revoked from now on is the authority of the endpoint that takes the connection, not of one that did not.
@@ -204,18 +234,12 @@ async fn through_service(
     Err(last)
 }
 
-/// Endpoints that a new connection may use: ready ones, and only meshed ones in strict mode.
-fn endpoints(service: &Service, port: u16, strict: bool) -> Vec<SocketAddr> {
-    let usable = service.endpoints(port).iter().filter(|e| e.ready && (e.meshed || !strict));
-    usable.map(|e| e.address).collect()
-}
-
 /// Waits, up to the lookup timeout, for an endpoint of the service: a kubelet that restarts reports all its pods as not
 /// ready for a moment, though nothing about them has changed.
-async fn wait_for_endpoint(sidecar: &Sidecar, asked: SocketAddr, strict: bool) -> Vec<SocketAddr> {
-    let mut answers = sidecar.directory.follow(asked.ip());
+async fn wait_for_endpoint(sidecar: &Sidecar, asked: &Asked<'_>) -> Vec<SocketAddr> {
+    let mut answers = sidecar.directory.follow(asked.at.ip());
     let usable = |answer: &Option<Answer>| match answer {
-        Some(Answer::Service(service)) => endpoints(service, asked.port(), strict),
+        Some(Answer::Service(service)) if !(asked.strict && service.claimed) => asked.endpoints(service),
         _ => vec![],
     };
     let there = answers.wait_for(|answer| !usable(answer).is_empty());
@@ -253,9 +277,14 @@ async fn route(sidecar: &Sidecar, identity: &Identity, destination: SocketAddr) 
         Answer::Service(_) if own.policy.lets_out(destination) => Ok(Route::Plain),
         Answer::Service(service) => {
             let strict = own.policy.mode == Mode::Strict;
+            // Behind a port that the service does not have is nobody of the mesh. Nor does a claim let a strict caller out to
+            // an address that it would not reach without.
+            if strict && (service.claimed || !service.ports.contains_key(&destination.port())) {
+                return Err(Refused::NotMeshed(destination));
+            }
             // A service without a meshed endpoint, ready or not, is left to the network's own load balancing.
             let meshed = service.endpoints(destination.port()).iter().any(|e| e.meshed);
-            if strict || meshed { Ok(Route::Service { service, strict }) } else { Ok(Route::Plain) }
+            if strict || meshed { Ok(Route::Service { service, strict, own }) } else { Ok(Route::Plain) }
         }
         Answer::NotMeshed if own.policy.mode == Mode::Strict && !own.policy.lets_out(destination) => {
             Err(Refused::NotMeshed(destination))

@@ -1,8 +1,9 @@
 //! The NAT redirect that sends a workload's traffic to its sidecar, and the network namespaces of workloads.
 //!
 //! [`rules`] defines what is redirected and what is not; [`nftables`] installs it over netlink, [`iptables`] through
-//! the binary if the kernel lacks nf_tables. [`guard`] defines what happens to protocols other than TCP. [`here`]
-//! determines the current namespace. [`netns`] creates and enters network namespaces, [`bridge`] connects them.
+//! the binary if the kernel lacks nf_tables. [`validate`] proves without privileges that it is in force. [`guard`] defines
+//! what happens to protocols other than TCP. [`here`] determines the current namespace. [`netns`] creates and enters
+//! network namespaces, [`bridge`] connects them.
 
 pub mod bridge;
 pub mod conntrack;
@@ -12,6 +13,7 @@ pub mod iptables;
 pub mod netns;
 pub mod nftables;
 pub mod rules;
+pub mod validate;
 
 use std::fmt;
 use std::str::FromStr;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -101,11 +102,7 @@ impl NetNs {
 
     /// Runs `work` in the namespace, on its own thread.
     pub fn run<T: Send + 'static>(&self, work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-        let file = self.open()?;
-        on_own_thread(move || {
-            setns(&file, CloneFlags::CLONE_NEWNET)?;
-            work()
-        })
+        run_in(self.open()?.as_fd(), work)
     }
 
     /// Names of all namespaces with this prefix.
@@ -114,6 +111,18 @@ impl NetNs {
         let names = entries.filter_map(|e| e.file_name().into_string().ok());
         names.filter(|n| n.starts_with(prefix)).collect()
     }
+}
+
+/// Runs `work` in the network namespace of this descriptor, on its own thread, which ends there.
+pub fn run_in<T: Send + 'static>(
+    namespace: BorrowedFd<'_>,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let namespace = namespace.try_clone_to_owned()?;
+    on_own_thread(move || {
+        setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+        work()
+    })
 }
 
 /// Makes the folder of namespaces a shared mount point, as ip-netns(8) does before its first namespace. Otherwise a

@@ -1,0 +1,75 @@
+//! Installs redirects, a bounded number at a time and each in bounded time.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use countersign_redirect::guard::RESOLV_CONF;
+use tokio::sync::Semaphore;
+
+use crate::namespace::{Do, Found, apply};
+use crate::pod::{DnsPolicy, MeshedPod, Validators};
+use crate::resolvers::by_policy;
+
+/// Most redirects that are installed at once.
+const AT_ONCE: usize = 4;
+/// Longest work on one, including the wait for its turn. It takes milliseconds.
+const WORK: Duration = Duration::from_secs(3);
+
+/// Installs redirects as pods ask for them.
+#[derive(Clone)]
+pub struct Installer {
+    validators: Validators,
+    /// Our own `resolv.conf`.
+    own: PathBuf,
+    turns: Arc<Semaphore>,
+}
+
+impl Installer {
+    /// An installer for these validators.
+    pub fn new(validators: Validators) -> Self {
+        Self { validators, own: RESOLV_CONF.into(), turns: Arc::new(Semaphore::new(AT_ONCE)) }
+    }
+
+    /// Name of the validators' container.
+    pub fn container(&self) -> &'static str {
+        self.validators.container
+    }
+
+    /// Whether a pod's redirect depends on its node's resolvers, which are known only once its containers run.
+    pub fn needs_nodes_resolvers(&self, pod: &MeshedPod) -> bool {
+        let order = pod.order(&self.validators, &by_policy(pod, &self.own));
+        let guard = order.ok().and_then(|order| order.redirect.guard);
+        pod.dns == DnsPolicy::Node && guard.is_some_and(|guard| guard.resolvers.is_empty())
+    }
+
+    /// Brings a pod's redirect into force in its namespace, or looks whether it is. `resolvers`: the pod's, if they are
+    /// known.
+    ///
+    /// # Errors
+    /// The reason, in words.
+    pub async fn apply(
+        &self,
+        pod: &MeshedPod,
+        netns: OwnedFd,
+        resolvers: Option<BTreeSet<IpAddr>>,
+        what: Do,
+    ) -> Result<Found, String> {
+        let resolvers = resolvers.unwrap_or_else(|| by_policy(pod, &self.own));
+        let order = pod.order(&self.validators, &resolvers)?;
+        let work = async {
+            let turn = self.turns.clone().acquire_owned().await.map_err(|e| e.to_string())?;
+            let applied = tokio::task::spawn_blocking(move || {
+                // Given back by the work itself, so that work which hangs keeps its turn.
+                let _turn = turn;
+                apply(netns, order, what).map_err(|e| e.to_string())
+            });
+            applied.await.map_err(|e| e.to_string())?
+        };
+        let late = || format!("it took longer than {} s", WORK.as_secs());
+        tokio::time::timeout(WORK, work).await.unwrap_or_else(|_| Err(late()))
+    }
+}

@@ -1,0 +1,153 @@
+//! The redirect without a privilege in any pod: a chained CNI plugin, which the container runtime starts for each pod,
+//! and its node's component, one per node.
+//!
+//! [`plugin`] is the plugin. The component ([`run`]) installs it and keeps it installed (`keeper`: `binary`, `conf`),
+//! answers it over a Unix socket (`wire`, `requests`), and installs the redirect of pods that the plugin was not called
+//! for (`repair`, `processes`). What a pod asks for is what the API server says of it (`pod`): the arguments of an init
+//! container, which validates the redirect and keeps the pod from starting anything without it.
+
+mod binary;
+mod conf;
+pub mod config;
+#[cfg(fuzzing)]
+pub mod fuzzing;
+mod installer;
+mod keeper;
+mod kernel;
+mod leave;
+mod metrics;
+mod namespace;
+pub mod plugin;
+mod pod;
+mod processes;
+mod repair;
+mod requests;
+mod resolvers;
+#[cfg(test)]
+mod testing;
+mod wire;
+
+use std::future::pending;
+use std::io;
+use std::sync::Arc;
+
+use countersign_api::http;
+use countersign_api::transport::bind_unix;
+use countersign_watch::Watches;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use config::{Config, DaemonSetName};
+pub use pod::{Order, Validators};
+
+use crate::binary::Binary;
+use crate::conf::ConfDir;
+use crate::installer::Installer;
+use crate::keeper::Keeper;
+use crate::metrics::Metrics;
+use crate::repair::Repair;
+use crate::requests::Service;
+
+/// Why a component did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum CniError {
+    /// The socket or the metrics address cannot be opened.
+    #[error("cannot listen on {name}: {source}")]
+    Listen {
+        /// Path or address.
+        name: String,
+        /// Error of the operating system.
+        source: io::Error,
+    },
+    /// There is no way to the API server.
+    #[error("cannot ask the API server: {0}")]
+    ApiServer(#[from] kube::Error),
+}
+
+/// This program.
+const PROGRAM: &str = "/proc/self/exe";
+/// Mode of the socket: root's alone, who runs the container runtime.
+const SOCKET_MODE: u32 = 0o600;
+/// Name of the component's container in its DaemonSet.
+pub const CONTAINER: &str = "cni";
+
+/// Runs a node's component until `shutdown`. `ready` is called once its socket serves.
+pub async fn run(
+    config: Config,
+    validators: Validators,
+    shutdown: CancellationToken,
+    ready: impl FnOnce(),
+) -> Result<(), CniError> {
+    let client = countersign_watch::client().await?;
+    run_with(client, config, validators, shutdown, ready).await
+}
+
+async fn run_with(
+    client: kube::Client,
+    config: Config,
+    validators: Validators,
+    shutdown: CancellationToken,
+    ready: impl FnOnce(),
+) -> Result<(), CniError> {
+    let metrics = Arc::new(Metrics::default());
+    let watches = Arc::new(Watches::of(metrics.watch_errors.clone()));
+    let conf = ConfDir::new(config.conf_dir.clone(), config.bin_dir.clone(), entry(&config));
+    let keeper = Arc::new(Keeper::new(Binary::new(PROGRAM.into(), &config.bin_dir), conf, metrics.clone()));
+    let tasks = TaskTracker::new();
+    if let Some(address) = config.metrics {
+        let bound = TcpListener::bind(address).await;
+        let listener = bound.map_err(|source| CniError::Listen { name: address.to_string(), source })?;
+        let pages = pages(metrics.clone(), keeper.clone(), watches.clone());
+        tasks.spawn(http::serve(listener, pages, shutdown.clone()));
+    }
+    let listener = bind_unix(&config.socket, SOCKET_MODE)
+        .map_err(|source| CniError::Listen { name: config.socket.display().to_string(), source })?;
+    let installer = Installer::new(validators);
+    let service = Service::new(client.clone(), config.node.clone(), installer.clone(), metrics.clone(), config.repair);
+    tasks.spawn(service.serve(listener, shutdown.clone()));
+    let repair = Repair::new(config.node, installer, metrics);
+    let repairing = async {
+        if config.repair {
+            repair.run(client.clone(), &watches.health("pods")).await;
+        }
+        pending::<()>().await;
+    };
+    tracing::info!(socket = %config.socket.display(), "ready for the plugin");
+    ready();
+    // The plugin calls us as soon as it is installed.
+    tokio::select! {
+        () = keeper.run(shutdown.clone()) => {}
+        () = repairing => {}
+    }
+    tasks.close();
+    tasks.wait().await;
+    if let Some(set) = &config.daemon_set
+        && leave::is_for_good(client, set, CONTAINER).await
+    {
+        keeper.remove().await;
+    }
+    Ok(())
+}
+
+/// The plugin's object in the node's network configuration.
+fn entry(config: &Config) -> Value {
+    json!({ "type": plugin::NAME, "capabilities": { "dns": true }, "socket": config.plugin_socket })
+}
+
+/// The pages of the `metrics` address.
+fn pages(metrics: Arc<Metrics>, keeper: Arc<Keeper>, watches: Arc<Watches>) -> Arc<http::Handler> {
+    http::pages(move |path| match path {
+        "/metrics" => Some(http::Answer::metrics(&metrics.registry)),
+        "/live" => Some(http::Answer::ready(None)),
+        "/ready" => {
+            let missing: Vec<String> = keeper.missing().into_iter().chain(watches.lasting()).collect();
+            Some(http::Answer::ready((!missing.is_empty()).then(|| missing.join("; "))))
+        }
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests;
