@@ -1,9 +1,13 @@
 //! Leader election among replicas by a Lease (coordination.k8s.io/v1): the holder renews it, and once it has expired
 //! another replica takes it. The API server's version check lets only one of two candidates succeed.
+//!
+//! No machine's clock counts but the own one, and of it only how much time passes: a lease expires when this replica
+//! has not seen it change for its life, as in client-go. Its times are for people.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use countersign_watch::in_words;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
@@ -14,6 +18,8 @@ use tokio::time::Instant;
 const LEASE: Duration = Duration::from_secs(15);
 /// Interval at which the holder renews the lease and others check it.
 const RENEW: Duration = Duration::from_secs(3);
+/// Longest life of a lease that is respected, whatever it says of itself.
+const MAX_LIFE: Duration = Duration::from_secs(60);
 /// A holder that could not renew for this long stops working, before another replica may start.
 const GIVE_UP: Duration = Duration::from_secs(10);
 
@@ -25,22 +31,58 @@ pub struct Leader {
     seen: Mutex<Option<Seen>>,
 }
 
-/// A lease as we saw it last. Two machines' clocks are never compared: how old a renewal is, counts from when we saw it.
+/// A version of the lease, and since when we see it.
 struct Seen {
-    holder: String,
-    renewed: Option<Timestamp>,
+    version: Option<String>,
     since: Instant,
 }
 
 impl Seen {
-    /// Takes a look at who holds the lease and when that one renewed it by its own clock; for how long it has been so.
-    fn look(seen: &mut Option<Self>, holder: &str, renewed: Option<Timestamp>, now: Instant) -> Duration {
+    /// Takes a look at a version of the lease; returns for how long it has been this one.
+    fn look(seen: &mut Option<Self>, version: Option<&str>, now: Instant) -> Duration {
         match seen {
-            Some(seen) if seen.holder == holder && seen.renewed == renewed => now.saturating_duration_since(seen.since),
+            Some(seen) if seen.version.as_deref() == version => now.saturating_duration_since(seen.since),
             _ => {
-                *seen = Some(Self { holder: holder.to_owned(), renewed, since: now });
+                *seen = Some(Self { version: version.map(ToOwned::to_owned), since: now });
                 Duration::ZERO
             }
+        }
+    }
+}
+
+/// A candidate at a moment: its name, its clock, and how far its time has come.
+struct Candidate<'a> {
+    me: &'a str,
+    /// For people, who read it in the lease. Nothing is decided by it.
+    clock: Timestamp,
+    now: Instant,
+}
+
+impl Candidate<'_> {
+    /// What it writes into the lease to hold it; `None` while the lease is another's.
+    fn bid(&self, found: &Lease, seen: &mut Option<Seen>) -> Option<LeaseSpec> {
+        let unchanged = Seen::look(seen, found.metadata.resource_version.as_deref(), self.now);
+        let held = found.spec.clone().unwrap_or_default();
+        let holder = held.holder_identity.as_deref().unwrap_or_default();
+        let life = held.lease_duration_seconds.and_then(|s| s.try_into().ok()).unwrap_or(1).max(1);
+        let life = Duration::from_secs(life).min(MAX_LIFE);
+        let mine = holder == self.me;
+        if !mine && !holder.is_empty() && unchanged <= life {
+            return None;
+        }
+        let transitions = held.lease_transitions.unwrap_or_default().saturating_add(i32::from(!mine));
+        Some(self.spec(transitions, held.acquire_time.filter(|_| mine)))
+    }
+
+    fn spec(&self, transitions: i32, acquired: Option<MicroTime>) -> LeaseSpec {
+        let now = MicroTime(self.clock);
+        LeaseSpec {
+            holder_identity: Some(self.me.to_owned()),
+            lease_duration_seconds: Some(i32::try_from(LEASE.as_secs()).unwrap_or(i32::MAX)),
+            acquire_time: Some(acquired.unwrap_or_else(|| now.clone())),
+            renew_time: Some(now),
+            lease_transitions: Some(transitions),
+            ..LeaseSpec::default()
         }
     }
 }
@@ -61,7 +103,11 @@ impl Leader {
                     return began;
                 }
                 Ok(Ok(false)) => {}
-                Ok(Err(error)) => tracing::warn!(lease = self.name, %error, "cannot look at the lease; trying again"),
+                Ok(Err(error)) => tracing::warn!(
+                    lease = self.name,
+                    error = in_words(&error),
+                    "cannot look at the lease; trying again"
+                ),
                 Err(_) => tracing::warn!(lease = self.name, "the lease was not answered for in time; trying again"),
             }
             tokio::time::sleep(RENEW).await;
@@ -70,7 +116,7 @@ impl Leader {
 
     /// Renews the lease, which counts from `since`, until it is lost.
     pub async fn hold(&self, since: Instant) {
-        keep(since, || self.try_hold(), self.name).await;
+        keep(since, || async { self.try_hold().await.map_err(|e| in_words(&e)) }, self.name).await;
         tracing::warn!(lease = self.name, holder = self.me, "the lease is lost");
     }
 
@@ -86,41 +132,24 @@ impl Leader {
         };
         match tokio::time::timeout(RENEW, give).await {
             Ok(Ok(())) => tracing::info!(lease = self.name, holder = self.me, "the lease is given back"),
-            Ok(Err(error)) => tracing::warn!(lease = self.name, %error, "cannot give the lease back; it runs out"),
+            Ok(Err(error)) => {
+                tracing::warn!(lease = self.name, error = in_words(&error), "cannot give the lease back; it runs out");
+            }
             Err(_) => tracing::warn!(lease = self.name, "the lease was not given back in time; it runs out"),
         }
     }
 
     async fn try_hold(&self) -> Result<bool, kube::Error> {
-        let now = Timestamp::now();
-        let spec = |transitions, acquired| LeaseSpec {
-            holder_identity: Some(self.me.clone()),
-            lease_duration_seconds: Some(i32::try_from(LEASE.as_secs()).unwrap_or(i32::MAX)),
-            acquire_time: Some(acquired),
-            renew_time: Some(MicroTime(now)),
-            lease_transitions: Some(transitions),
-            ..LeaseSpec::default()
-        };
-        let Some(mut found) = self.api.get_opt(self.name).await? else {
+        let found = self.api.get_opt(self.name).await?;
+        let candidate = Candidate { me: &self.me, clock: Timestamp::now(), now: Instant::now() };
+        let Some(mut found) = found else {
             let metadata = ObjectMeta { name: Some(self.name.to_owned()), ..ObjectMeta::default() };
-            let lease = Lease { metadata, spec: Some(spec(0, MicroTime(now))) };
+            let lease = Lease { metadata, spec: Some(candidate.spec(0, None)) };
             return won(self.api.create(&PostParams::default(), &lease).await);
         };
-        let held = found.spec.take().unwrap_or_default();
-        let mine = held.holder_identity.as_deref() == Some(&self.me);
-        let life = Duration::from_secs(held.lease_duration_seconds.and_then(|s| s.try_into().ok()).unwrap_or(1).max(1));
-        let holder = held.holder_identity.as_deref().unwrap_or_default();
-        let unchanged = {
-            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-            Seen::look(&mut seen, holder, held.renew_time.as_ref().map(|t| t.0), Instant::now())
-        };
-        let free = holder.is_empty() || unchanged > life;
-        if !mine && !free {
-            return Ok(false);
-        }
-        let transitions = held.lease_transitions.unwrap_or_default() + i32::from(!mine);
-        let acquired = held.acquire_time.filter(|_| mine).unwrap_or(MicroTime(now));
-        found.spec = Some(spec(transitions, acquired));
+        let bid = candidate.bid(&found, &mut self.seen.lock().unwrap_or_else(PoisonError::into_inner));
+        let Some(bid) = bid else { return Ok(false) };
+        found.spec = Some(bid);
         won(self.api.replace(self.name, &PostParams::default(), &found).await)
     }
 }
@@ -161,20 +190,98 @@ mod tests {
     use super::*;
     use std::convert::Infallible;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_lease_is_free_when_nobody_has_renewed_it_for_its_life_whatever_the_holders_clock_says() {
-        let mut seen = None;
-        let by_its_clock = |second: i64| Some(Timestamp::from_second(second).unwrap());
-        let mut look = |holder: &str, renewed| Seen::look(&mut seen, holder, renewed, Instant::now());
-        // The holder's clock is hours behind ours; it renews all the same.
-        for second in 0..10 {
-            assert_eq!(look("a", by_its_clock(second)), Duration::ZERO, "somebody new, or renewed");
-            tokio::time::advance(RENEW).await;
+    /// The lease at an API server: every write makes a new version.
+    struct Server {
+        lease: Lease,
+        version: u64,
+    }
+
+    impl Server {
+        fn write(&mut self, spec: LeaseSpec) {
+            self.version += 1;
+            self.lease.metadata.resource_version = Some(self.version.to_string());
+            self.lease.spec = Some(spec);
         }
-        assert_eq!(look("a", by_its_clock(9)), RENEW);
-        tokio::time::advance(LEASE).await;
-        assert!(look("a", by_its_clock(9)) > LEASE);
-        assert_eq!(look("b", by_its_clock(9)), Duration::ZERO, "another one has taken it");
+
+        fn holder(&self) -> &str {
+            self.lease.spec.as_ref().and_then(|s| s.holder_identity.as_deref()).unwrap_or_default()
+        }
+    }
+
+    /// A replica whose clock is this many hours off.
+    struct Replica {
+        me: &'static str,
+        hours: i64,
+        seen: Option<Seen>,
+    }
+
+    impl Replica {
+        fn new(me: &'static str, hours: i64) -> Self {
+            Self { me, hours, seen: None }
+        }
+
+        /// Tries to hold the lease; whether it does.
+        fn tries(&mut self, server: &mut Server, start: Instant) -> bool {
+            let now = Instant::now();
+            let seconds = self.hours * 3_600 + i64::try_from(now.duration_since(start).as_secs()).unwrap();
+            let clock = Timestamp::from_second(1_700_000_000 + seconds).unwrap();
+            let bid = Candidate { me: self.me, clock, now }.bid(&server.lease, &mut self.seen);
+            bid.map(|spec| server.write(spec)).is_some()
+        }
+    }
+
+    fn free() -> Server {
+        Server { lease: Lease::default(), version: 0 }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_is_hours_off_neither_loses_nor_takes_a_lease_that_is_renewed() {
+        for hours in [-5, 0, 5] {
+            let (mut server, start) = (free(), Instant::now());
+            let (mut holder, mut other) = (Replica::new("holder", hours), Replica::new("other", 0));
+            assert!(holder.tries(&mut server, start));
+            for _ in 0..1_000 {
+                tokio::time::advance(RENEW).await;
+                assert!(holder.tries(&mut server, start), "{hours} h");
+                assert!(!other.tries(&mut server, start), "{hours} h");
+                assert!(!Replica::new("new", -hours).tries(&mut server, start), "one that has just started");
+            }
+            assert_eq!(server.lease.spec.unwrap().lease_transitions, Some(1));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_nobody_renews_is_taken_after_its_life_whatever_the_clocks_say() {
+        for (hours, others) in [(-5, 5), (5, -5)] {
+            let (mut server, start) = (free(), Instant::now());
+            let (mut holder, mut other) = (Replica::new("holder", hours), Replica::new("other", others));
+            assert!(holder.tries(&mut server, start) && !other.tries(&mut server, start));
+            let seen = Instant::now();
+            while !other.tries(&mut server, start) {
+                tokio::time::advance(RENEW).await;
+                assert!(seen.elapsed() <= LEASE + RENEW, "{:?}", seen.elapsed());
+            }
+            assert!(seen.elapsed() > LEASE, "{:?}", seen.elapsed());
+            assert!(!holder.tries(&mut server, start), "it is the other one's now");
+            assert_eq!(server.holder(), "other");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_write_counts_as_a_renewal_even_if_it_says_the_same_and_a_life_has_a_bound() {
+        let (mut server, start) = (free(), Instant::now());
+        let mut holder = Replica::new("holder", 0);
+        assert!(holder.tries(&mut server, start));
+        let mut same = server.lease.spec.clone().unwrap();
+        same.lease_duration_seconds = Some(i32::MAX);
+        let mut other = Replica::new("other", 0);
+        for _ in 0..100 {
+            tokio::time::advance(LEASE).await;
+            server.write(same.clone());
+            assert!(!other.tries(&mut server, start), "the holder's clock stands still");
+        }
+        tokio::time::advance(MAX_LIFE + RENEW).await;
+        assert!(other.tries(&mut server, start));
     }
 
     #[tokio::test(start_paused = true)]

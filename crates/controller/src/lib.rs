@@ -4,15 +4,19 @@
 //! [`registrar`] and [`publisher`] run next to a server, whose Unix socket they use, and share one view of the cluster
 //! ([`watch`], [`store`]).
 
+pub mod changed;
 pub mod config;
 pub mod crd;
+mod directory;
 pub mod injector;
 mod leader;
 pub mod metrics;
 pub mod port_modes;
 pub mod publisher;
+pub mod quantity;
 pub mod registrar;
 mod server_link;
+mod services;
 pub mod store;
 pub mod template;
 pub mod watch;
@@ -40,7 +44,7 @@ use crate::watch::Cluster;
 #[derive(Debug, thiserror::Error)]
 pub enum ControllerError {
     /// The Kubernetes API cannot be reached.
-    #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
+    #[error("cannot reach the Kubernetes API: {}; run in a pod, or set KUBECONFIG", countersign_watch::in_words(.0))]
     Kubernetes(#[from] kube::Error),
     /// The webhook cannot serve.
     #[error(transparent)]

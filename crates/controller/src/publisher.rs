@@ -1,36 +1,34 @@
 //! Publishes the directory: the workload at each pod's address, and the endpoints behind each service.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
 use countersign_api::convert::{service_to_wire, workload_to_wire};
 use countersign_identity::TrustDomain;
-use countersign_identity::directory::{Endpoint, Service, Workload};
 use countersign_identity::policy::{Egress, Mode, Policy};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::changed::Reader;
 use crate::config::DirectoryConfig;
+use crate::directory::{Directory, Source};
 use crate::injector::Leave;
 use crate::metrics::Metrics;
 use crate::server_link::ServerLink;
-use crate::store::{Key, Pod, Store};
+use crate::services::endpoints;
+use crate::store::{Pod, Store};
 use crate::watch::Cluster;
 
-/// TCP port of every sidecar in a cluster for mesh traffic.
-const MESH_PORT: u16 = 15008;
-/// TCP port of every sidecar in a cluster for its pages.
-const PAGES_PORT: u16 = 15020;
 /// Changes within this time are published together.
 const TOGETHER: Duration = Duration::from_millis(20);
-/// Building the directory is followed by a pause of this many times its duration, so that a busy cluster does not
+/// Following changes is followed by a pause of this many times its duration, so that a busy cluster does not
 /// occupy a core.
 const REST: u32 = 3;
-/// Longest pause after building the directory.
+/// Longest such pause.
 const MAX_REST: Duration = Duration::from_millis(500);
-/// Interval after which everything is published again, because the server may have lost it unnoticed.
+/// Interval after which everything is built and published again, because the server may have lost it unnoticed.
 const PUBLISH_AGAIN: Duration = Duration::from_secs(300);
 
 /// Keeps the server's directory up to date.
@@ -47,38 +45,38 @@ pub struct DirectoryPublisher {
     pub metrics: Arc<Metrics>,
 }
 
-/// The intended content of the directory, by UID.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Directory {
-    workloads: HashMap<String, Workload>,
-    services: HashMap<String, Service>,
-}
-
 impl DirectoryPublisher {
     /// Publishes changes until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut versions = self.cluster.versions();
-        let mut published: Option<Directory> = None;
+        let mut reader = self.cluster.reader();
+        let mut directory: Option<Directory> = None;
+        // Whether the server may lack more than what has changed.
+        let mut whole = true;
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let mut anew = Instant::now() + PUBLISH_AGAIN;
         let work = async {
             let gone = self.server.gone();
             tokio::pin!(gone);
             loop {
-                versions.mark_unchanged();
-                let began = tokio::time::Instant::now();
-                let now = self.cluster.store().map(|store| directory(&store, &self.config, &self.trust_domain));
+                let began = Instant::now();
+                if anew <= began {
+                    anew = began + PUBLISH_AGAIN;
+                    whole = true;
+                }
+                self.follow(&mut reader, &mut directory, whole);
                 let rest = (began.elapsed() * REST).clamp(TOGETHER, MAX_REST);
-                if let Some(now) = now {
-                    self.metrics.workloads.set(i64::try_from(now.workloads.len()).unwrap_or(i64::MAX));
-                    self.metrics.services.set(i64::try_from(now.services.len()).unwrap_or(i64::MAX));
-                    match self.publish(published.as_ref(), &now).await {
+                if let Some(directory) = &mut directory {
+                    self.metrics.workloads.set(i64::try_from(directory.workloads.len()).unwrap_or(i64::MAX));
+                    self.metrics.services.set(i64::try_from(directory.services.len()).unwrap_or(i64::MAX));
+                    match self.publish(whole, directory).await {
                         Ok(()) => {
                             backoff.reset();
-                            published = Some(now);
+                            directory.unpublished.clear();
+                            whole = false;
                         }
                         Err(status) => {
                             let delay = backoff.next_delay();
-                            published = None;
+                            whole = true;
                             self.metrics.directory_errors.inc();
                             tracing::warn!(
                                 server = self.server.name(),
@@ -91,16 +89,16 @@ impl DirectoryPublisher {
                     }
                 }
                 tokio::select! {
-                    changed = versions.changed() => {
+                    changed = reader.changed() => {
                         if changed.is_err() {
                             return;
                         }
                         tokio::time::sleep(rest).await;
                     }
-                    () = tokio::time::sleep(PUBLISH_AGAIN) => published = None,
-                    _ = gone.as_mut(), if published.is_some() => {
+                    () = tokio::time::sleep_until(anew) => {}
+                    _ = gone.as_mut(), if !whole => {
                         gone.set(self.server.gone());
-                        published = None;
+                        whole = true;
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 }
@@ -112,71 +110,44 @@ impl DirectoryPublisher {
         }
     }
 
-    /// Publishes the difference to `before`, or everything if there is none.
-    async fn publish(&self, before: Option<&Directory>, now: &Directory) -> Result<(), tonic::Status> {
-        let empty = Directory::default();
-        let old = before.unwrap_or(&empty);
-        let workloads: Vec<_> =
-            now.workloads.iter().filter(|(uid, w)| old.workloads.get(*uid) != Some(*w)).map(|(_, w)| w).collect();
-        let services: Vec<_> =
-            now.services.iter().filter(|(uid, s)| old.services.get(*uid) != Some(*s)).map(|(_, s)| s).collect();
-        let gone = old.workloads.keys().filter(|uid| !now.workloads.contains_key(*uid));
-        let gone: Vec<String> =
-            gone.chain(old.services.keys().filter(|uid| !now.services.contains_key(*uid))).cloned().collect();
-        if before.is_some() && workloads.is_empty() && services.is_empty() && gone.is_empty() {
+    /// Brings the directory up to the view of the cluster: by what has changed, or `anew`.
+    fn follow(&self, reader: &mut Reader, directory: &mut Option<Directory>, anew: bool) {
+        let Some((store, changed)) = self.cluster.look(reader) else { return };
+        let source = Source { store: &store, config: &self.config, trust_domain: &self.trust_domain };
+        let Some(kept) = directory else {
+            *directory = Some(Directory::of(source));
+            return;
+        };
+        kept.update(source, &changed);
+        if anew {
+            let fresh = Directory::of(source);
+            if !kept.says_the_same_as(&fresh) {
+                tracing::error!(
+                    "the directory that changes were followed in is not what the cluster says; it is built anew"
+                );
+            }
+            kept.replace(fresh);
+        }
+    }
+
+    /// Publishes what has changed, or everything.
+    async fn publish(&self, whole: bool, directory: &Directory) -> Result<(), tonic::Status> {
+        let Directory { workloads, services, unpublished, .. } = directory;
+        if whole {
+            let workloads = workloads.values().map(workload_to_wire).collect();
+            let services = services.values().map(service_to_wire).collect();
+            return self.server.publish(true, workloads, services, vec![]).await;
+        }
+        if unpublished.is_empty() {
             return Ok(());
         }
-        let workloads = workloads.into_iter().map(workload_to_wire).collect();
-        let services = services.into_iter().map(service_to_wire).collect();
-        self.server.publish(before.is_none(), workloads, services, gone).await
+        let changed = || unpublished.iter();
+        let gone = changed().filter(|uid| !workloads.contains_key(*uid) && !services.contains_key(*uid)).cloned();
+        let gone = gone.collect();
+        let workloads = changed().filter_map(|uid| workloads.get(uid)).map(workload_to_wire).collect();
+        let services = changed().filter_map(|uid| services.get(uid)).map(service_to_wire).collect();
+        self.server.publish(false, workloads, services, gone).await
     }
-}
-
-fn directory(store: &Store, config: &DirectoryConfig, trust_domain: &TrustDomain) -> Directory {
-    let egress = api_server(store);
-    let meshed = store.pods.values().filter(|p| p.meshed && !p.over && !p.host_network && !p.addresses.is_empty());
-    let workload = |pod: &Pod| {
-        let id = config.template.id_of(pod, trust_domain)?.ok()?;
-        Some(Workload {
-            uid: pod.uid.clone(),
-            name: format!("{}/{}", pod.namespace, pod.name),
-            addresses: pod.addresses.clone(),
-            spiffe_ids: [id.to_string()].into(),
-            mesh_port: MESH_PORT,
-            policy: policy(pod, store, config, &egress),
-        })
-    };
-    let workloads: HashMap<String, Workload> = meshed.filter_map(workload).map(|w| (w.uid.clone(), w)).collect();
-    let in_mesh: HashSet<IpAddr> = workloads.values().flat_map(|w| w.addresses.iter().copied()).collect();
-    let mut slices: HashMap<Key, Vec<&crate::store::Slice>> = HashMap::new();
-    for ((namespace, _), slice) in &store.slices {
-        slices.entry((namespace.clone(), slice.service.clone())).or_default().push(slice);
-    }
-    let services = store.services.values().filter(|s| !s.addresses.is_empty()).map(|service| {
-        let key = (service.namespace.clone(), service.name.clone());
-        let behind = slices.get(&key).map_or(&[][..], Vec::as_slice);
-        let ports = service.ports.iter().map(|(number, name)| (*number, endpoints(behind, name, &in_mesh)));
-        let service = Service {
-            uid: service.uid.clone(),
-            name: format!("{}/{}", service.namespace, service.name),
-            addresses: service.addresses.clone(),
-            ports: ports.collect::<BTreeMap<_, _>>(),
-        };
-        (service.uid.clone(), service)
-    });
-    Directory { services: services.collect(), workloads }
-}
-
-fn policy(pod: &Pod, store: &Store, config: &DirectoryConfig, egress: &[Egress]) -> Policy {
-    let mode = store.mode_of(pod, config.mode);
-    if store.is_transparent() {
-        return Policy { mode, egress: egress.to_vec(), ..Policy::default() };
-    }
-    let mut policy = policy_in(mode, pod, &config.leave, egress);
-    if config.open_metrics {
-        policy.port_exceptions.insert(PAGES_PORT, Mode::Permissive);
-    }
-    policy
 }
 
 /// The policy of a pod's sidecar in a mode. The modes of its ports weaken strict only where the administrator allows it: an
@@ -185,22 +156,6 @@ pub fn policy_in(mode: Mode, pod: &Pod, leave: &Leave, egress: &[Egress]) -> Pol
     // Those too where exceptions have leave: a sidecar that does not know exceptions still narrows by them.
     let policy = Policy { mode, egress: egress.to_vec(), port_modes: pod.port_modes(), ..Policy::default() };
     if leave.is_given(&pod.namespace) { Policy { port_exceptions: pod.port_modes(), ..policy } } else { policy }
-}
-
-/// Endpoints of a service port with this name.
-fn endpoints(slices: &[&crate::store::Slice], name: &str, in_mesh: &HashSet<IpAddr>) -> Vec<Endpoint> {
-    let mut all: Vec<Endpoint> = slices
-        .iter()
-        .flat_map(|slice| {
-            let ports = slice.ports.iter().filter(move |(n, _)| n == name).map(|(_, p)| *p);
-            ports.flat_map(|port| slice.addresses.iter().map(move |(ip, ready)| (SocketAddr::new(*ip, port), *ready)))
-        })
-        .map(|(address, ready)| Endpoint { address, meshed: in_mesh.contains(&address.ip()), ready })
-        .collect();
-    // An endpoint that is listed twice while it moves between slices is ready if either slice says so.
-    all.sort_unstable_by_key(|e| (e.address, !e.ready));
-    all.dedup_by_key(|e| e.address);
-    all
 }
 
 /// Namespace of the API server's own Service.
@@ -220,7 +175,7 @@ pub fn api_server(store: &Store) -> Vec<Egress> {
     let mut all = vec![];
     for (port, name) in &service.ports {
         all.extend(service.addresses.iter().map(|ip| SocketAddr::new(*ip, *port)));
-        all.extend(endpoints(&slice, name, &HashSet::new()).into_iter().map(|endpoint| endpoint.address));
+        all.extend(endpoints(&slice, name, |_| false).into_iter().map(|endpoint| endpoint.address));
     }
     all.sort_unstable();
     all.dedup();
@@ -230,7 +185,12 @@ pub fn api_server(store: &Store) -> Vec<Egress> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use countersign_identity::policy::Mode;
+    use countersign_identity::directory::{Hints, Readiness};
+    use std::net::IpAddr;
+
+    use countersign_identity::directory::Place;
+
+    use crate::store::{Key, Mesh, SliceEndpoint, Transparency};
 
     fn key(namespace: &str, name: &str) -> Key {
         (namespace.to_owned(), name.to_owned())
@@ -238,6 +198,11 @@ mod tests {
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
+    }
+
+    fn ready(address: &str) -> SliceEndpoint {
+        let (node, hints) = (String::new(), Hints::default());
+        SliceEndpoint { address: ip(address), readiness: Readiness::Ready, node, hints }
     }
 
     fn egress(all: &[&str]) -> Vec<Egress> {
@@ -260,7 +225,7 @@ mod tests {
     fn store() -> Store {
         let slice = |service: &str, addresses: &[&str], port| crate::store::Slice {
             service: service.into(),
-            addresses: addresses.iter().map(|a| (ip(a), true)).collect(),
+            endpoints: addresses.iter().map(|a| ready(a)).collect(),
             ports: vec![("http".into(), port)],
         };
         let service = |uid: &str, namespace: &str, name: &str, address: &[&str]| crate::store::Service {
@@ -269,7 +234,7 @@ mod tests {
             name: name.into(),
             addresses: address.iter().map(|a| ip(a)).collect(),
             ports: vec![(80, "http".into())],
-            selector: BTreeMap::new(),
+            ..crate::store::Service::default()
         };
         Store {
             pods: [pod("a", "10.0.0.1", true), pod("b", "10.0.0.2", false)].into(),
@@ -299,7 +264,7 @@ mod tests {
             open_metrics: false,
             mesh_configmap: None,
         };
-        directory(store, &config, &TrustDomain::new("td").unwrap())
+        Directory::of(Source { store, config: &config, trust_domain: &TrustDomain::new("td").unwrap() })
     }
 
     #[test]
@@ -310,10 +275,21 @@ mod tests {
         assert_eq!(a.spiffe_ids, ["spiffe://td/ns/shop/sa/web".to_owned()].into());
         assert_eq!(a.policy.mode, Mode::Strict);
         assert_eq!(a.policy.egress, egress(&["10.89.0.1:6443", "10.91.0.1:80"]));
-        let web = &made.services["s-web"].ports[&80];
+        let web = &made.services["s-web"].ports[&80].endpoints;
         let seen: Vec<_> = web.iter().map(|e| (e.address.to_string(), e.meshed)).collect();
         assert_eq!(seen, [("10.0.0.1:8080".to_owned(), true), ("10.0.0.2:8080".to_owned(), false)]);
         assert!(!made.services.contains_key("s-headless"), "its endpoints are reached by their own addresses");
+    }
+
+    #[test]
+    fn a_workload_is_where_its_node_is() {
+        let mut store = store();
+        store.pods.get_mut(&key("shop", "a")).unwrap().node = Some("node1".into());
+        let place = |store: &Store| made(store, Mode::Strict).workloads["u-a"].place.clone();
+        assert_eq!(place(&store), Place { node: "node1".into(), zone: String::new() });
+        let node = crate::store::Node { zone: "z1".into(), ..Default::default() };
+        store.nodes.insert(key("", "node1"), node);
+        assert_eq!(place(&store), Place { node: "node1".into(), zone: "z1".into() });
     }
 
     #[test]
@@ -321,7 +297,7 @@ mod tests {
         let mut store = store();
         let slice = |address: &str, port| crate::store::Slice {
             service: "kubernetes".into(),
-            addresses: vec![(ip(address), true)],
+            endpoints: vec![ready(address)],
             ports: vec![("http".into(), port)],
         };
         let mut put = |namespace: &str, name: &str, made| store.slices.insert(key(namespace, name), made);
@@ -338,12 +314,18 @@ mod tests {
     }
 
     #[test]
-    fn a_mesh_that_is_being_removed_is_transparent_even_where_it_was_strict() {
+    fn a_mesh_that_is_being_removed_first_accepts_plaintext_and_then_sends_it_even_where_it_was_strict() {
         let mut store = store();
-        store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: false });
-        assert_eq!(made(&store, Mode::Permissive).workloads["u-a"].policy.mode, Mode::Strict);
-        store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: true });
-        assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode, Mode::Off);
+        let mut modes = |transparent| {
+            let mesh = |mode| Mesh { mode: Some(mode), transparent };
+            [Mode::Strict, Mode::Off].map(|mode| {
+                store.mesh.insert(key("m", "m"), mesh(mode));
+                made(&store, Mode::Strict).workloads["u-a"].policy.mode
+            })
+        };
+        assert_eq!(modes(Transparency::No), [Mode::Strict, Mode::Off]);
+        assert_eq!(modes(Transparency::Inbound), [Mode::Permissive, Mode::Off]);
+        assert_eq!(modes(Transparency::Full), [Mode::Off, Mode::Off]);
     }
 
     #[test]
@@ -359,8 +341,11 @@ mod tests {
         store.pods.get_mut(&key("shop", "a")).unwrap().namespace = "monitored".into();
         let strict = made(&store, Mode::Strict).workloads["u-a"].policy.clone();
         assert_eq!((strict.mode_of(9443), strict.mode_of(80)), (Mode::Permissive, Mode::Strict));
-        store.mesh.insert(key("m", "m"), crate::store::Mesh { mode: Some(Mode::Strict), transparent: true });
-        assert_eq!(made(&store, Mode::Strict).workloads["u-a"].policy.mode_of(80), Mode::Off, "the mesh is going");
+        let mut going = |transparent| {
+            store.mesh.insert(key("m", "m"), Mesh { mode: Some(Mode::Strict), transparent });
+            made(&store, Mode::Strict).workloads["u-a"].policy.mode_of(80)
+        };
+        assert_eq!([Transparency::Inbound, Transparency::Full].map(&mut going), [Mode::Permissive, Mode::Off]);
     }
 
     #[test]

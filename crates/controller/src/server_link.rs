@@ -89,6 +89,18 @@ fn request<T>(message: T) -> tonic::Request<T> {
     request
 }
 
+/// The registration entries of a server.
+pub trait Entries {
+    /// All of them.
+    fn list(&self) -> impl Future<Output = Result<Vec<Entry>, tonic::Status>> + Send;
+    /// Creates entries.
+    fn create(&self, entries: &[Entry]) -> impl Future<Output = Answers> + Send;
+    /// Replaces entries.
+    fn update(&self, entries: &[Entry]) -> impl Future<Output = Answers> + Send;
+    /// Deletes entries; one that is gone already is answered with `NOT_FOUND`.
+    fn delete(&self, ids: &[String]) -> impl Future<Output = Answers> + Send;
+}
+
 impl ServerLink {
     /// A connection to the server on this socket, opened at the first call.
     pub fn new(socket: &Path) -> Self {
@@ -125,8 +137,23 @@ impl ServerLink {
         }
     }
 
-    /// All registration entries.
-    pub async fn list(&self) -> Result<Vec<Entry>, tonic::Status> {
+    /// Publishes changes of the directory; with `replace`, everything else is removed.
+    pub async fn publish(
+        &self,
+        replace: bool,
+        upserted: Vec<Workload>,
+        upserted_services: Vec<Service>,
+        removed: Vec<String>,
+    ) -> Result<(), tonic::Status> {
+        let mut client = DirectoryClient::new(self.channel.clone()).max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let request = request(PublishRequest { replace, upserted, removed, upserted_services });
+        client.publish(request).await?;
+        Ok(())
+    }
+}
+
+impl Entries for ServerLink {
+    async fn list(&self) -> Result<Vec<Entry>, tonic::Status> {
         let (mut all, mut token) = (vec![], String::new());
         loop {
             let request = request(ListEntriesRequest { page_size: 1_000, page_token: token, ..Default::default() });
@@ -139,8 +166,7 @@ impl ServerLink {
         }
     }
 
-    /// Creates entries.
-    pub async fn create(&self, entries: &[Entry]) -> Answers {
+    async fn create(&self, entries: &[Entry]) -> Answers {
         let mut answers = Answers::default();
         for batch in portions(entries, BATCH) {
             let request = request(BatchCreateEntryRequest { entries: batch.to_vec(), output_mask: None });
@@ -154,8 +180,7 @@ impl ServerLink {
         answers.of(entries.len())
     }
 
-    /// Replaces entries.
-    pub async fn update(&self, entries: &[Entry]) -> Answers {
+    async fn update(&self, entries: &[Entry]) -> Answers {
         let mut answers = Answers::default();
         for batch in portions(entries, BATCH) {
             let message = BatchUpdateEntryRequest { entries: batch.to_vec(), input_mask: None, output_mask: None };
@@ -169,8 +194,7 @@ impl ServerLink {
         answers.of(entries.len())
     }
 
-    /// Deletes entries; one that is gone already is answered with `NOT_FOUND`.
-    pub async fn delete(&self, ids: &[String]) -> Answers {
+    async fn delete(&self, ids: &[String]) -> Answers {
         let mut answers = Answers::default();
         for batch in ids.chunks(BATCH) {
             let request = request(BatchDeleteEntryRequest { ids: batch.to_vec() });
@@ -181,20 +205,6 @@ impl ServerLink {
             }
         }
         answers.of(ids.len())
-    }
-
-    /// Publishes changes of the directory; with `replace`, everything else is removed.
-    pub async fn publish(
-        &self,
-        replace: bool,
-        upserted: Vec<Workload>,
-        upserted_services: Vec<Service>,
-        removed: Vec<String>,
-    ) -> Result<(), tonic::Status> {
-        let mut client = DirectoryClient::new(self.channel.clone()).max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let request = request(PublishRequest { replace, upserted, removed, upserted_services });
-        client.publish(request).await?;
-        Ok(())
     }
 }
 

@@ -30,9 +30,12 @@ mod up;
 
 use std::process::ExitCode;
 
-/// Runs the command on the process's command line. Exit codes: 0 success, 1 the attempt failed, 2 the command line or a
+/// Runs the command on the process's command line, or the CNI plugin if that is the program's name. Exit codes: 0 success, 1 the attempt failed, 2 the command line or a
 /// file has to be corrected first, 141 the reader of standard output has closed it.
 pub fn main() -> ExitCode {
+    if let Some(code) = roles::cni::as_plugin() {
+        return code;
+    }
     let cli = cli::Cli::read();
     let ran = cli.run();
     logging::finish();
@@ -54,11 +57,16 @@ pub fn main() -> ExitCode {
 pub(crate) fn one_line(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain() {
-        let cause = cause.to_string();
+        let kubernetes = cause.downcast_ref::<kube::Error>();
+        let cause = kubernetes.map_or_else(|| cause.to_string(), countersign_watch::in_words);
         if text.is_empty() {
             text = cause;
         } else if !text.contains(&cause) {
             text = format!("{text}: {cause}");
+        }
+        if kubernetes.is_some() {
+            // What it comes from is in its words already.
+            break;
         }
     }
     // Whatever text it quotes, the message stays one line of bounded length.
@@ -67,5 +75,18 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
     match line.char_indices().nth(MOST) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_of_the_api_server_is_told_in_words_and_once() {
+        let status = serde_json::json!({ "message": "pods \"web\" is forbidden", "reason": "Forbidden", "code": 403 });
+        let error = kube::Error::Api(serde_json::from_value(status).unwrap_or_default());
+        let error = anyhow::Error::new(error).context("cannot list pods");
+        assert_eq!(one_line(&error), "cannot list pods: pods \"web\" is forbidden");
     }
 }

@@ -1,14 +1,21 @@
 //! The mutating webhook: adds redirect and sidecar to a pod before the API server stores it.
 
+mod containers;
 mod namespace;
 mod nearest;
 mod pod;
+mod pod_security;
 mod probes;
+mod resources;
 mod settings;
 mod webhook;
 
 pub use namespace::{judge_namespace, mark_strict};
-pub use pod::{Refused, Verdict, inject, judge_ephemeral};
+pub use nearest::did_you_mean;
+pub use pod::{Refused, VOLUME, Verdict, inject, judge_ephemeral};
+pub use pod_security::{ENFORCE, Privileges, warn_of_level};
+pub use resources::{Amount, Amounts, ContainerResources, Resources};
+pub use settings::{Mistake, Settings};
 pub use webhook::{Serving, WebhookError, serve};
 
 use std::collections::BTreeSet;
@@ -25,6 +32,9 @@ pub const INJECT: &str = "countersign.dev/inject";
 pub const INJECTED: &str = "countersign.dev/injected";
 /// User ID of the sidecar in a pod.
 pub const PROXY_UID: u32 = 2102;
+/// User ID of the init container that waits for the CNI plugin's redirect. It differs from the sidecar's, whose connections are
+/// never redirected.
+const VALIDATOR_UID: u32 = 2103;
 
 /// What counts for a pod and is not in the pod itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,6 +91,10 @@ pub struct Sidecar {
     pub pull_policy: String,
     /// Folder on each node that holds its agent's socket.
     pub agent_dir: String,
+    /// CSI driver that mounts this folder into pods; `None` mounts it by `hostPath`.
+    pub csi_driver: Option<String>,
+    /// Whether the CNI plugin installs the redirect. The init container then needs no privilege: it waits until it is in force.
+    pub cni: bool,
     /// Log filter of sidecars whose pod sets none.
     pub log_level: String,
     /// Whether the sidecar is an init container that keeps running (Kubernetes 1.29 and newer), or the first of the
@@ -88,6 +102,8 @@ pub struct Sidecar {
     pub native: bool,
     /// Namespaces whose pods may weaken strict mode.
     pub leave: Leave,
+    /// Requests and limits of both containers where a pod sets none.
+    pub resources: Resources,
 }
 
 impl Sidecar {
@@ -97,9 +113,12 @@ impl Sidecar {
             image,
             pull_policy: "IfNotPresent".into(),
             agent_dir: "/run/countersign/agent".into(),
+            csi_driver: None,
+            cni: false,
             log_level: "info".into(),
             native: true,
             leave: Leave::default(),
+            resources: Resources::default(),
         }
     }
 }

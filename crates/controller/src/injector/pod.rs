@@ -3,16 +3,15 @@
 use countersign_identity::policy::Mode;
 use serde_json::{Map, Value, json};
 
+use super::containers::{proxy, redirect};
 use super::namespace::WORDS;
 use super::nearest::did_you_mean;
-use super::settings::{self, Mistake, Settings, joined};
+use super::settings::{self, Mistake, Settings};
 use super::{Asks, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
 use crate::store::MODE;
 
 /// Name of the volume with the agent's socket.
-const VOLUME: &str = "countersign-agent";
-/// Folder of the agent's socket in the sidecar.
-const SOCKET_DIR: &str = "/run/countersign/agent";
+pub const VOLUME: &str = "countersign-agent";
 
 /// Why a pod is rejected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -106,21 +105,23 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     if let Some(policy) = pod["spec"]["restartPolicy"].as_str().filter(|p| *p != "Always" && !sidecar.native) {
         return Err(Refused::NeverEnds(policy.to_owned()));
     }
-    let before = take_ours(pod, &volume(sidecar))?;
+    let resources = sidecar.resources.narrowed_by(&settings.resources)?;
+    let earlier = take_ours(pod, &volumes(sidecar))?;
     refuse_proxy_uid(&pod["spec"], &["initContainers", "containers"])?;
     refuse_mounts(&pod["spec"], &["initContainers", "containers"])?;
-    let mut written = before;
+    let mut written = earlier.probes;
     for list in ["initContainers", "containers"] {
         let all = pod["spec"][list].as_array_mut().into_iter().flatten();
         all.for_each(|container| probes::rewrite(container, &around.probe_secret, &mut written));
     }
     let spec = &mut pod["spec"];
-    let proxy = proxy(sidecar, &settings, &written);
+    let proxy = proxy(sidecar, &settings, &written, resources.sidecar.manifest(earlier.sidecar.as_ref()));
     put_first(spec, if sidecar.native { "initContainers" } else { "containers" }, proxy);
-    put_first(spec, "initContainers", redirect(sidecar, &settings, mode));
-    let mut volumes = spec["volumes"].as_array().cloned().unwrap_or_default();
-    volumes.push(volume(sidecar));
-    spec["volumes"] = Value::Array(volumes);
+    let redirect = redirect(sidecar, &settings, mode, resources.redirect.manifest(earlier.redirect.as_ref()));
+    put_first(spec, "initContainers", redirect);
+    let mut all = spec["volumes"].as_array().cloned().unwrap_or_default();
+    all.extend(volumes(sidecar).into_iter().next());
+    spec["volumes"] = Value::Array(all);
     if !pod["metadata"]["annotations"].is_object() {
         pod["metadata"]["annotations"] = json!({});
     }
@@ -135,8 +136,12 @@ fn own_mode(pod: &Value) -> Result<Option<Mode>, Refused> {
     Ok(modes.into_iter().max())
 }
 
-fn volume(sidecar: &Sidecar) -> Value {
-    json!({ "name": VOLUME, "hostPath": { "path": sidecar.agent_dir, "type": "DirectoryOrCreate" } })
+/// The volumes by which an injection gives the sidecar the agent's folder: first the one that is used now, then those of
+/// earlier settings.
+fn volumes(sidecar: &Sidecar) -> Vec<Value> {
+    let by_driver = |driver: &String| json!({ "name": VOLUME, "csi": { "driver": driver, "readOnly": true } });
+    let by_path = json!({ "name": VOLUME, "hostPath": { "path": sidecar.agent_dir, "type": "DirectoryOrCreate" } });
+    sidecar.csi_driver.iter().map(by_driver).chain([by_path]).collect()
 }
 
 /// Rejects exceptions to strict mode unless the namespace has permission: who may only create pods must not weaken it.
@@ -155,14 +160,25 @@ fn refuse_exceptions(settings: &Settings, mode: Mode, sidecar: &Sidecar, namespa
     }
 }
 
-/// Removes what an earlier injection added; returns the health checks that it recorded. An object with one of our names
-/// that is not from an injection belongs to the app and is rejected: it would be replaced, or would give access to our
-/// own files.
-fn take_ours(pod: &mut Value, ours: &Value) -> Result<Map<String, Value>, Refused> {
+/// What an earlier injection left in a pod.
+#[derive(Default)]
+struct Earlier {
+    /// The health checks that it recorded.
+    probes: Map<String, Value>,
+    /// `resources` of its sidecar.
+    sidecar: Option<Value>,
+    /// `resources` of its redirect.
+    redirect: Option<Value>,
+}
+
+/// Removes what an earlier injection added, and returns what has to be kept of it. An object with one of our names that
+/// is not from an injection belongs to the app and is rejected: it would be replaced, or would give access to our own
+/// files.
+fn take_ours(pod: &mut Value, ours: &[Value]) -> Result<Earlier, Refused> {
     let injected = pod["metadata"]["annotations"][INJECTED].is_string();
     let reserved = |what: &str, name: &str| Refused::Reserved { what: what.to_owned(), name: name.to_owned() };
     let spec = &mut pod["spec"];
-    let mut written = Map::new();
+    let mut earlier = Earlier::default();
     for list in ["initContainers", "containers"] {
         let Some(all) = spec[list].as_array_mut() else { continue };
         let is_ours = |c: &Value| [SIDECAR, REDIRECT].contains(&c["name"].as_str().unwrap_or_default());
@@ -175,18 +191,21 @@ fn take_ours(pod: &mut Value, ours: &Value) -> Result<Map<String, Value>, Refuse
                 let env = container["env"].as_array().into_iter().flatten();
                 let probes = env.filter(|e| e["name"] == "COUNTERSIGN_PROBES").filter_map(|e| e["value"].as_str());
                 let read = probes.filter_map(|p| serde_json::from_str::<Map<String, Value>>(p).ok());
-                read.for_each(|p| written.extend(p));
+                read.for_each(|p| earlier.probes.extend(p));
+                earlier.sidecar = container.get("resources").cloned();
+            } else {
+                earlier.redirect = container.get("resources").cloned();
             }
         }
         all.retain(|c| !is_ours(c));
     }
     if let Some(volumes) = spec["volumes"].as_array_mut() {
-        if volumes.iter().any(|v| v["name"] == VOLUME && !(injected && v == ours)) {
+        if volumes.iter().any(|v| v["name"] == VOLUME && !(injected && ours.contains(v))) {
             return Err(reserved("volume", VOLUME));
         }
         volumes.retain(|v| v["name"] != VOLUME);
     }
-    Ok(written)
+    Ok(earlier)
 }
 
 /// Rejects mounts of our volume: it is the node's agent folder, which would be writable in an app's container.
@@ -230,80 +249,6 @@ fn refuse_proxy_uid(spec: &Value, lists: &[&str]) -> Result<(), Refused> {
         }
     }
     Ok(())
-}
-
-/// The init container that installs the redirect before anything else in the pod runs. It also decides about other
-/// protocols for the pod's life, because the sidecar, which learns of changes of the mode, may not change rules.
-fn redirect(sidecar: &Sidecar, settings: &Settings, mode: Mode) -> Value {
-    let mut args = vec!["redirect".to_owned(), format!("--proxy-uid={PROXY_UID}"), "--in-pod".to_owned()];
-    let mut list = |flag: &str, value: String| {
-        if !value.is_empty() {
-            args.push(format!("{flag}={value}"));
-        }
-    };
-    let ports = |always: u16, more: &[u16]| joined(&[&[always], more].concat());
-    list("--exclude-inbound-ports", ports(15020, &settings.inbound_ports));
-    list("--exclude-outbound-ports", ports(53, &settings.outbound_ports));
-    list("--exclude-inbound-cidrs", joined(&settings.inbound_cidrs));
-    list("--exclude-outbound-cidrs", joined(&settings.outbound_cidrs));
-    if mode == Mode::Strict {
-        list("--other-protocols", "drop".to_owned());
-        list("--allow-udp-ports", joined(&settings.udp_ports));
-        list("--allow-other-cidrs", joined(&settings.other_cidrs));
-    }
-    json!({
-        "name": REDIRECT, "image": sidecar.image, "imagePullPolicy": sidecar.pull_policy, "args": args,
-        "securityContext": {
-            "runAsUser": 0, "runAsGroup": 0, "runAsNonRoot": false, "privileged": false, "allowPrivilegeEscalation": false,
-            "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"], "add": ["NET_ADMIN"] },
-            "seccompProfile": { "type": "RuntimeDefault" },
-        },
-        "resources": { "requests": { "cpu": "10m", "memory": "16Mi" }, "limits": { "memory": "64Mi" } },
-    })
-}
-
-/// The sidecar's container. A native one is an init container that keeps running: it starts before the app's init
-/// containers and ends after the app. A plain one blocks the containers after it until it is ready, and ends once they
-/// have ended.
-fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>) -> Value {
-    let from = |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
-    let mut env = vec![
-        from("POD_NAME", "metadata.name"),
-        from("POD_NAMESPACE", "metadata.namespace"),
-        from("POD_UID", "metadata.uid"),
-        from("NODE_NAME", "spec.nodeName"),
-        // Whose probes strangers do not crowd out.
-        from("HOST_IP", "status.hostIP"),
-    ];
-    if !written.is_empty() {
-        env.push(json!({ "name": "COUNTERSIGN_PROBES", "value": Value::Object(written.clone()).to_string() }));
-    }
-    let mut resources = json!({ "requests": { "cpu": "10m", "memory": "16Mi" }, "limits": { "memory": "256Mi" } });
-    for ((kind, what), value) in &settings.resources {
-        resources[*kind][*what] = value.as_str().into();
-    }
-    let level = settings.log_level.as_ref().unwrap_or(&sidecar.log_level);
-    let get = |path: &str| json!({ "path": path, "port": 15020 });
-    let hook = |what: &str| json!({ "exec": { "command": ["/countersign", "sidecar-hook", what] } });
-    let (key, kind) = if sidecar.native {
-        ("restartPolicy", "Always".into())
-    } else {
-        ("lifecycle", json!({ "postStart": hook("gate"), "preStop": hook("drain") }))
-    };
-    json!({
-        "name": SIDECAR, "image": sidecar.image, "imagePullPolicy": sidecar.pull_policy, key: kind,
-        "args": ["proxy", format!("--agent-socket={SOCKET_DIR}/agent.sock"), format!("--log={level}")],
-        "env": env,
-        "ports": [{ "name": "countersign", "containerPort": 15008 }, { "name": "cs-http", "containerPort": 15020 }],
-        "startupProbe": { "httpGet": get("/ready"), "periodSeconds": 1, "timeoutSeconds": 3, "failureThreshold": 300 },
-        "securityContext": {
-            "runAsUser": PROXY_UID, "runAsGroup": PROXY_UID, "runAsNonRoot": true, "privileged": false,
-            "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"] },
-            "seccompProfile": { "type": "RuntimeDefault" },
-        },
-        "resources": resources,
-        "volumeMounts": [{ "name": VOLUME, "mountPath": SOCKET_DIR, "readOnly": true }],
-    })
 }
 
 #[cfg(test)]
@@ -405,6 +350,60 @@ mod tests {
     }
 
     #[test]
+    fn with_the_cni_plugin_no_container_needs_a_privilege() {
+        let by_plugin = Sidecar { cni: true, csi_driver: Some("csi.countersign.dev".into()), ..sidecar() };
+        let with = |mut pod: Value| {
+            assert_eq!(inject(&mut pod, &by_plugin, &strict()), Ok(Verdict::Injected));
+            pod
+        };
+        let once = with(pod());
+        let (redirect, proxy) = (&once["spec"]["initContainers"][0], &once["spec"]["initContainers"][1]);
+        assert_eq!(redirect["args"][1], "--validate");
+        for container in [redirect, proxy] {
+            assert_eq!(container["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }));
+            assert_eq!(container["securityContext"]["runAsNonRoot"], true);
+            assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+        }
+        assert_ne!(redirect["securityContext"]["runAsUser"], proxy["securityContext"]["runAsUser"]);
+        let mut without = pod();
+        inject(&mut without, &Sidecar { cni: false, ..by_plugin.clone() }, &strict()).unwrap();
+        let flags = |pod: &Value| {
+            let args = pod["spec"]["initContainers"][0]["args"].as_array().unwrap().clone();
+            args.into_iter().filter(|a| a != "--validate").collect::<Vec<_>>()
+        };
+        assert_eq!(flags(&once), flags(&without), "the plugin reads the same rules");
+        assert_eq!(with(once.clone()), once);
+        assert_eq!(with(without), once, "a template that was injected before the plugin is changed");
+    }
+
+    #[test]
+    fn the_sidecars_probe_gets_its_answer_before_it_gives_up() {
+        let probe = injected(pod())["spec"]["initContainers"][1]["startupProbe"].clone();
+        let path = probe["httpGet"]["path"].as_str().unwrap();
+        let wait: u64 = path.strip_prefix("/ready?wait=").unwrap().parse().unwrap();
+        assert!(wait > 0 && wait < probe["timeoutSeconds"].as_u64().unwrap(), "{probe}");
+    }
+
+    #[test]
+    fn a_driver_mounts_the_agents_folder_and_no_host_path_is_left() {
+        let by_driver = Sidecar { csi_driver: Some("csi.countersign.dev".into()), ..sidecar() };
+        let volume = json!({ "name": VOLUME, "csi": { "driver": "csi.countersign.dev", "readOnly": true } });
+        let with = |mut pod: Value| {
+            assert_eq!(inject(&mut pod, &by_driver, &asks()), Ok(Verdict::Injected));
+            pod
+        };
+        let once = with(pod());
+        assert_eq!(once["spec"]["volumes"][1], volume);
+        assert!(!once.to_string().contains("hostPath"));
+        assert_eq!(with(once.clone()), once, "twice is as once");
+        assert_eq!(with(injected(pod())), once, "an injection of before the driver is replaced");
+        // Another driver's volume of this name is not ours, whatever the pod claims.
+        let mut foreign = once;
+        foreign["spec"]["volumes"][1]["csi"]["driver"] = "csi.example.org".into();
+        assert!(matches!(inject(&mut foreign, &by_driver, &asks()), Err(Refused::Reserved { .. })));
+    }
+
+    #[test]
     fn injecting_again_changes_nothing() {
         let once = injected(pod());
         assert_eq!(injected(once.clone()), once);
@@ -415,6 +414,24 @@ mod tests {
         assert_eq!(again, once);
         assert_eq!(once["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"], "/probe/s3cret/app/readiness");
         assert!(new_probe_secret().len() == 32 && new_probe_secret() != new_probe_secret());
+    }
+
+    #[test]
+    fn a_limit_ranges_defaults_survive_a_reinvocation_and_no_annotation_is_passed_over() {
+        let mut limited = injected(annotated("countersign.dev/memory-limit", "64Mi"));
+        // What the API server adds between two calls of the webhook.
+        let defaults = json!({ "limits": { "cpu": "1", "memory": "64Mi" }, "requests": { "cpu": "1" } });
+        for n in [0, 1] {
+            limited["spec"]["initContainers"][n]["resources"] = defaults.clone();
+        }
+        assert_eq!(injected(limited.clone()), limited);
+        limited["metadata"]["annotations"]["countersign.dev/redirect-cpu-limit"] = "2".into();
+        let again = injected(limited);
+        assert_eq!(again["spec"]["initContainers"][0]["resources"]["limits"]["cpu"], "2");
+        assert_eq!(again["spec"]["initContainers"][1]["resources"]["limits"]["cpu"], "1");
+        let lots = annotated("countersign.dev/redirect-memory-limit", "lots");
+        let said = inject(&mut lots.clone(), &sidecar(), &asks()).unwrap_err().to_string();
+        assert!(said.starts_with("annotation countersign.dev/redirect-memory-limit: `lots` is no quantity"), "{said}");
     }
 
     #[test]
@@ -481,6 +498,7 @@ mod tests {
         let proxy = &asked["spec"]["initContainers"][1];
         assert!(proxy["args"].to_string().contains("--log=debug"));
         assert_eq!(proxy["resources"]["limits"]["memory"], "64Mi");
+        assert_eq!(asked["spec"]["initContainers"][0]["resources"], json!({}), "each container has its own");
         let mut wrong = pod();
         wrong["metadata"]["annotations"] = json!({ "countersign.dev/mode": "tight" });
         let said = inject(&mut wrong, &sidecar(), &asks()).unwrap_err().to_string();
@@ -496,7 +514,7 @@ mod tests {
         assert!(said(own_volume.clone()).starts_with("volume `countersign-agent`"));
         own_volume["metadata"]["annotations"] = json!({ INJECTED: "0.1.0" });
         assert!(said(own_volume.clone()).starts_with("volume `countersign-agent`"), "an annotation is easily written");
-        own_volume["spec"]["volumes"] = json!([volume(&sidecar())]);
+        own_volume["spec"]["volumes"] = json!(volumes(&sidecar()));
         assert!(said(own_volume).starts_with("the mount of container `app` `countersign-agent`"));
         for list in ["containers", "initContainers"] {
             let mut mount = pod();

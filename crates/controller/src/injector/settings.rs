@@ -6,7 +6,9 @@ use countersign_identity::policy::Mode;
 use ipnet::IpNet;
 
 use super::nearest::did_you_mean;
+use super::resources::{Amount, Resources};
 use crate::port_modes;
+use crate::quantity::NoQuantity;
 
 /// Most ports or networks per annotation. Each is a rule that every new connection passes.
 const MAX_LISTED: usize = 64;
@@ -17,9 +19,9 @@ pub(super) const MODES: [&str; 3] = ["off", "permissive", "strict"];
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("annotation {key}: `{value}` {why}")]
 pub struct Mistake {
-    key: String,
-    value: String,
-    why: String,
+    pub(super) key: String,
+    pub(super) value: String,
+    pub(super) why: String,
 }
 
 /// The settings of a pod's annotations.
@@ -41,12 +43,12 @@ pub struct Settings {
     pub port_modes: BTreeMap<u16, Mode>,
     /// Log filter of the sidecar; `None` for the default.
     pub log_level: Option<String>,
-    /// Resource requests and limits that replace the defaults: `requests` or `limits`, then `cpu` or `memory`.
-    pub resources: BTreeMap<(&'static str, &'static str), String>,
+    /// Requests and limits that replace the defaults.
+    pub resources: Resources,
 }
 
 /// The known annotations. `mode` is used by the directory publisher and only validated here, like `inject` elsewhere.
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 19] = [
     "mode",
     "port-modes",
     "inject",
@@ -62,6 +64,10 @@ const KEYS: [&str; 15] = [
     "memory-request",
     "cpu-limit",
     "memory-limit",
+    "redirect-cpu-request",
+    "redirect-memory-request",
+    "redirect-cpu-limit",
+    "redirect-memory-limit",
 ];
 
 /// Parses a comma-separated list. Spaces around items and empty items are ignored.
@@ -76,14 +82,6 @@ fn list<T: std::str::FromStr>(key: &str, text: &str, why: &str) -> Result<Vec<T>
     Ok(all)
 }
 
-/// Whether a text is a Kubernetes quantity: digits, an optional fraction, an optional suffix.
-fn is_quantity(text: &str) -> bool {
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, suffix) = text.split_at(split);
-    let suffixes = ["", "m", "k", "M", "G", "T", "Ki", "Mi", "Gi", "Ti"];
-    number.parse::<f64>().is_ok_and(|n| n > 0.0) && suffixes.contains(&suffix)
-}
-
 impl Settings {
     /// Parses a pod's annotations. Errors: an unknown annotation of ours, or an invalid value.
     pub fn read<'a>(annotations: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Self, Mistake> {
@@ -91,13 +89,10 @@ impl Settings {
         for (full, value) in annotations {
             let Some(key) = full.strip_prefix(crate::store::OURS) else { continue };
             let wrong = |why: &str| Mistake { key: full.to_owned(), value: value.to_owned(), why: why.to_owned() };
-            let mut resource = |kind, what| {
-                if !is_quantity(value) {
-                    return Err(wrong("is no quantity, such as 100m or 64Mi"));
-                }
-                settings.resources.insert((kind, what), value.to_owned());
-                Ok(())
-            };
+            if let Some(amount) = settings.resources.amount(key) {
+                *amount = Amount(Some(value.parse().map_err(|e: NoQuantity| wrong(&e.to_string()))?));
+                continue;
+            }
             match key {
                 "mode" => {
                     mode(full, value)?;
@@ -123,10 +118,6 @@ impl Settings {
                     }
                     settings.log_level = Some(value.to_owned());
                 }
-                "cpu-request" => resource("requests", "cpu")?,
-                "memory-request" => resource("requests", "memory")?,
-                "cpu-limit" => resource("limits", "cpu")?,
-                "memory-limit" => resource("limits", "memory")?,
                 known if KEYS.contains(&known) => {}
                 _ => {
                     return Err(wrong(&format!(
@@ -223,7 +214,17 @@ mod tests {
             ("allow-udp-ports", "0", "annotation countersign.dev/allow-udp-ports: `0` is no port"),
             ("log-level", "loud", "annotation countersign.dev/log-level: `loud` is no level"),
             ("memory-limit", "much", "annotation countersign.dev/memory-limit: `much` is no quantity"),
-            ("cpu-request", "-1", "annotation countersign.dev/cpu-request: `-1` is no quantity"),
+            (
+                "cpu-request",
+                "-1",
+                "annotation countersign.dev/cpu-request: `-1` is no quantity of a resource: it is negative",
+            ),
+            ("redirect-memory-limit", "", "annotation countersign.dev/redirect-memory-limit: `` is no quantity"),
+            (
+                "redirect-cpu-limits",
+                "1",
+                "annotation countersign.dev/redirect-cpu-limits: `1` is set on an annotation that does not exist",
+            ),
             ("mod", "strict", "annotation countersign.dev/mod: `strict` is set on an annotation that does not exist"),
         ] {
             let why = read(key, value).unwrap_err();
@@ -234,7 +235,12 @@ mod tests {
     #[test]
     fn resources_and_level_are_taken() {
         let settings = read("memory-limit", "64Mi").unwrap();
-        assert_eq!(settings.resources[&("limits", "memory")], "64Mi");
+        assert_eq!(settings.resources.sidecar.memory.limit, "64Mi".parse().unwrap());
+        let settings = read("redirect-cpu-request", "1e-1").unwrap();
+        assert_eq!(settings.resources.redirect.cpu.request, "100m".parse().unwrap());
+        for key in KEYS.iter().filter(|k| k.ends_with("-request") || k.ends_with("-limit")) {
+            assert!(Resources::default().amount(key).is_some(), "{key}");
+        }
         assert_eq!(read("log-level", "debug").unwrap().log_level.as_deref(), Some("debug"));
         assert!(read("mode", "strict").is_ok());
     }

@@ -9,7 +9,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use base64::Engine;
 use countersign_api::accept::Door;
 use countersign_api::admission::{Admission, Limits, Seat, Source};
 use countersign_api::sampled::Sampled;
@@ -21,15 +20,19 @@ use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use kube::core::admission::{AdmissionRequest, AdmissionResponse, AdmissionReview, META_API_VERSION_V1, META_KIND};
+use kube::core::{DynamicObject, Status};
 use rustls::ServerConfig;
-use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Asks, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace, mark_strict, new_probe_secret};
+use super::{
+    Asks, Privileges, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace, mark_strict, new_probe_secret,
+    warn_of_level,
+};
 use countersign_identity::policy::Mode;
 use countersign_identity::shown::{sentence, shown_up_to};
 
@@ -247,11 +250,18 @@ enum Unread {
     TooMany,
 }
 
-/// Answers with what turns the one object into the other.
-fn put_patch(response: &mut Value, before: &Value, after: &Value) {
-    let patch = serde_json::to_vec(&json_patch::diff(before, after)).unwrap_or_default();
-    response["patchType"] = "JSONPatch".into();
-    response["patch"] = base64::engine::general_purpose::STANDARD.encode(patch).into();
+/// A request as the API server sends it; `None` if it is no review of an object in the version that we answer in.
+fn request_in(body: &[u8]) -> Option<AdmissionRequest<DynamicObject>> {
+    let review: AdmissionReview<DynamicObject> = serde_json::from_slice(body).ok()?;
+    let known = review.types.kind == META_KIND && review.types.api_version == META_API_VERSION_V1;
+    review.try_into().ok().filter(|request: &AdmissionRequest<_>| known && request.object.is_some())
+}
+
+/// A refusal with its reason, which the API server shows to whoever asked.
+fn refusal(request: &AdmissionRequest<DynamicObject>, why: &str) -> AdmissionResponse {
+    let mut response = AdmissionResponse::from(request).deny(why);
+    response.result = Status { code: 422, ..Status::failure(why, "Invalid") };
+    response
 }
 
 fn plain(status: StatusCode, text: &str) -> Response<String> {
@@ -279,12 +289,12 @@ impl Hook {
         };
         let _busy = seat.busy();
         // Answered and counted as malformed; the API server, which wrote it, keeps the record.
-        let review: Option<Value> = serde_json::from_slice(&body).ok();
-        let Some(answer) = review.as_ref().and_then(|review| self.review(review, asked, peer)) else {
+        let answer = request_in(&body).and_then(|request| self.review(&request, asked, peer));
+        let Some(answer) = answer.and_then(|answer| serde_json::to_string(&answer.into_review()).ok()) else {
             self.count("malformed");
             return plain(StatusCode::BAD_REQUEST, "the body is no admission.k8s.io/v1 AdmissionReview of a pod\n");
         };
-        let mut response = Response::new(answer.to_string());
+        let mut response = Response::new(answer);
         response.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
         response
     }
@@ -322,23 +332,27 @@ impl Hook {
         self.metrics.admissions.get_or_create(&Outcome { outcome }).inc();
     }
 
-    /// Judges one review; `None` if the object is not a review.
-    fn review(&self, review: &Value, asked: Asked, peer: IpAddr) -> Option<Value> {
-        let request = review.get("request").filter(|_| review["kind"] == "AdmissionReview")?;
-        let uid = request["uid"].as_str()?;
-        let mut object = request.get("object").filter(|o| o.is_object())?.clone();
-        let before = object.clone();
-        let namespace = request["namespace"].as_str().unwrap_or_default();
+    /// Judges one review; `None` if it cannot be answered.
+    fn review(
+        &self,
+        request: &AdmissionRequest<DynamicObject>,
+        asked: Asked,
+        peer: IpAddr,
+    ) -> Option<AdmissionResponse> {
+        let before = serde_json::to_value(request.object.as_ref()?).ok()?;
+        let old = request.old_object.as_ref().and_then(|old| serde_json::to_value(old).ok());
+        let mut object = before.clone();
+        let namespace = request.namespace.as_deref().unwrap_or_default();
         let name = ["name", "generateName"].iter().find_map(|k| before["metadata"][*k].as_str()).unwrap_or_default();
-        let mut response = json!({ "uid": uid, "allowed": true });
+        let mut response = AdmissionResponse::from(request);
         let (shown_namespace, name) = (shown_up_to(namespace, MAX_NAME), shown_up_to(name, MAX_NAME));
         let say = |kind| self.said.next((peer.group(), shown_namespace.to_string()), kind, Instant::now());
         let verdict = match asked {
-            Asked::Namespace => judge_namespace(&object, request.get("oldObject")).map(|()| {
+            Asked::Namespace => judge_namespace(&object, old.as_ref()).map(|()| {
                 mark_strict(&mut object);
                 None
             }),
-            Asked::Pod { .. } if request["subResource"] == "ephemeralcontainers" => {
+            Asked::Pod { .. } if request.sub_resource.as_deref() == Some("ephemeralcontainers") => {
                 judge_ephemeral(&object).map(|()| None).map_err(|e| e.to_string())
             }
             Asked::Pod { asks, strict } => {
@@ -351,8 +365,11 @@ impl Hook {
         match verdict {
             Ok(None) => {
                 self.count("kept");
+                let warning = (asked == Asked::Namespace)
+                    .then(|| warn_of_level(Privileges::of(&self.config.sidecar), &object, old.as_ref()));
+                response.warnings = warning.flatten().map(|warning| vec![warning]);
                 if object != before {
-                    put_patch(&mut response, &before, &object);
+                    response = response.with_patch(json_patch::diff(&before, &object)).ok()?;
                 }
             }
             Ok(Some(Verdict::Injected)) => {
@@ -360,14 +377,14 @@ impl Hook {
                 if let Some(unsaid) = say("injected") {
                     tracing::info!(namespace = %shown_namespace, pod = %name, unsaid, "injected");
                 }
-                put_patch(&mut response, &before, &object);
+                response = response.with_patch(json_patch::diff(&before, &object)).ok()?;
             }
             Ok(Some(Verdict::Left(why))) => {
                 self.count("left");
                 if let Some(unsaid) = say("left as it is") {
                     tracing::info!(namespace = %shown_namespace, pod = %name, why, unsaid, "left as it is");
                 }
-                response["warnings"] = json!([format!("countersign: not injected: {why}")]);
+                response.warnings = Some(vec![format!("countersign: not injected: {why}")]);
             }
             Err(why) => {
                 self.count("refused");
@@ -375,11 +392,10 @@ impl Hook {
                     let why = sentence(&why, MAX_WHY);
                     tracing::warn!(namespace = %shown_namespace, object = %name, %why, unsaid, "refused");
                 }
-                response["allowed"] = false.into();
-                response["status"] = json!({ "code": 422, "reason": "Invalid", "message": why });
+                response = refusal(request, &why);
             }
         }
-        Some(json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response }))
+        Some(response)
     }
 }
 

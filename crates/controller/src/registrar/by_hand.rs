@@ -62,7 +62,7 @@ pub fn entry_by_hand(
     let mut agents = store
         .nodes
         .values()
-        .filter_map(|uid| agent_id(trust_domain, "k8s_psat", &format!("{}/{uid}", config.cluster)).ok());
+        .filter_map(|node| agent_id(trust_domain, "k8s_psat", &format!("{}/{}", config.cluster, node.uid)).ok());
     if !agents.any(|agent| agent.to_string() == spec.parent_id) {
         return Err(format!(
             "parentId: `{}` is not the agent of a node of this cluster (spiffe://{trust_domain}/spire/agent/k8s_psat/{}/NODE-UID)",
@@ -131,8 +131,9 @@ mod tests {
             let service = Service { namespace: namespace.into(), name: name.into(), ..Service::default() };
             ((namespace.to_owned(), name.to_owned()), service)
         };
+        let node = crate::store::Node { uid: "node-uid".into(), ..Default::default() };
         Store {
-            nodes: [((String::new(), "node1".to_owned()), "node-uid".to_owned())].into(),
+            nodes: [((String::new(), "node1".to_owned()), node)].into(),
             services: [
                 service("evil", "web"),
                 service("victim", "web"),

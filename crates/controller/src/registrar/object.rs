@@ -29,7 +29,16 @@ pub struct Wanted {
     federates_with: Vec<String>,
 }
 
+/// Whose entry one is: SPIFFE ID, parent and selectors, of which the server has one entry at most.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Subject(String, String, BTreeSet<(String, String)>);
+
 impl Wanted {
+    /// Whose entry this is.
+    pub fn subject(&self) -> Subject {
+        Subject(self.spiffe_id.clone(), self.parent_id.clone(), self.selectors.clone())
+    }
+
     /// Reads an entry from the server.
     pub fn read(entry: &Entry) -> Self {
         let id = |id: &Option<Spiffeid>| {
@@ -108,12 +117,12 @@ fn fitting(names: BTreeSet<String>) -> Vec<String> {
 pub fn object_of(
     pod: &Pod,
     store: &Store,
-    services: &ServiceIndex<'_>,
+    services: &ServiceIndex,
     config: &RegistrarConfig,
     trust_domain: &TrustDomain,
 ) -> Option<SpiffeID> {
     let node = pod.node.clone()?;
-    let node_uid = store.nodes.get(&(String::new(), node.clone()))?;
+    let node_uid = &store.nodes.get(&(String::new(), node.clone()))?.uid;
     let id = match config.template.id_of(pod, trust_domain)? {
         Ok(id) => id,
         Err(error) => {
@@ -123,7 +132,8 @@ pub fn object_of(
     };
     let parent = agent_id(trust_domain, "k8s_psat", &format!("{}/{node_uid}", config.cluster)).ok()?;
     // No pod gets the API server's name, whatever the selector of its Service says.
-    let services = services.before(pod).into_iter().filter(|s| !is_reserved(&s.namespace, &s.name, config, true));
+    let services =
+        services.before(pod, store).into_iter().filter(|s| !is_reserved(&s.namespace, &s.name, config, true));
     let dns_names: BTreeSet<String> = services.map(|s| format!("{}.{}.svc", s.name, s.namespace)).collect();
     let spec = SpiffeIdSpec {
         spiffe_id: id.to_string(),
@@ -229,8 +239,9 @@ mod tests {
             let service = Service { namespace: "shop".into(), name: name.clone(), selector, ..Service::default() };
             (("shop".to_owned(), name), service)
         };
+        let node = crate::store::Node { uid: "node-uid".into(), ..Default::default() };
         let store = Store {
-            nodes: [((String::new(), "node1".to_owned()), "node-uid".to_owned())].into(),
+            nodes: [((String::new(), "node1".to_owned()), node)].into(),
             services: (0..services).map(service).collect(),
             ..Store::default()
         };

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use countersign_watch::in_words;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::Api;
 use kube::{Client, ResourceExt};
@@ -17,7 +18,7 @@ pub const SIDECAR_PORT: u16 = 15020;
 /// A way to the API server.
 pub async fn client() -> Result<Client> {
     let client = Client::try_default().await;
-    Ok(client.map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {e}; set KUBECONFIG")))?)
+    Ok(client.map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {}; set KUBECONFIG", in_words(&e))))?)
 }
 
 /// A way to the API server that takes 503 for an answer: a page that is not ready says why, and a client that asks again
@@ -28,12 +29,15 @@ pub async fn client_without_retries() -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-/// Fetches a page of a pod through the API server's proxy.
-pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String> {
+/// Fetches a page of a pod through the API server's proxy. Error: why there is none, in words.
+pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String, String> {
     let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
     let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy{path}");
-    let asked = client.request_text(http::Request::get(path).body(vec![])?);
-    Ok(tokio::time::timeout(PAGE_TIMEOUT, asked).await.context("it does not answer")??)
+    let request = http::Request::get(path).body(vec![]).map_err(|e| e.to_string())?;
+    match tokio::time::timeout(PAGE_TIMEOUT, client.request_text(request)).await {
+        Ok(answer) => answer.map_err(|e| in_words(&e)),
+        Err(_) => Err(format!("no answer within {} s", PAGE_TIMEOUT.as_secs())),
+    }
 }
 
 /// Whether a pod has our sidecar.
@@ -43,10 +47,11 @@ pub fn is_meshed(pod: &Pod) -> bool {
     all.any(|c| c.name == countersign_controller::injector::SIDECAR)
 }
 
-/// Pods of a namespace with these labels that are not being deleted.
-pub async fn pods(client: &Client, namespace: &str, labels: &str) -> Result<Vec<Pod>> {
+/// Pods of a namespace with these labels that are not being deleted. Error: why they cannot be listed, in words.
+pub async fn pods(client: &Client, namespace: &str, labels: &str) -> Result<Vec<Pod>, String> {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let listed = api.list(&kube::api::ListParams::default().labels(labels)).await.context("cannot list pods")?;
+    let listed = api.list(&kube::api::ListParams::default().labels(labels)).await;
+    let listed = listed.map_err(|e| format!("cannot list pods: {}", in_words(&e)))?;
     Ok(listed.items.into_iter().filter(|p| p.metadata.deletion_timestamp.is_none()).collect())
 }
 
@@ -56,17 +61,42 @@ pub fn is_ready(pod: &Pod) -> bool {
     conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
 }
 
-/// The longest finding, in characters: a table has one line for it.
-const MAX_WORDS: usize = 200;
+/// Name of the node that a pod was bound to.
+pub fn node_of(pod: &Pod) -> Option<&str> {
+    pod.spec.as_ref()?.node_name.as_deref()
+}
 
-/// An error's text as one line. The Kubernetes client appends the whole structure of an answer to its message.
+/// Longest text of others within a line, and longest line, in characters.
+const MAX_WORDS: usize = 200;
+const MAX_LINE: usize = 1_000;
+
+/// A text as a part of a line.
 pub fn words(text: &str) -> String {
-    // For example `ApiError: MESSAGE: REASON (Status { … })`.
-    let text = text.split(" (Status {").next().unwrap_or(text).split(" (ErrorResponse {").next().unwrap_or(text);
-    let line = text.replace("ApiError: ", "").split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(MAX_WORDS) {
+    joined(text, MAX_WORDS)
+}
+
+/// A text as one line, for a cell of a table.
+pub fn one_line(text: &str) -> String {
+    joined(text, MAX_LINE)
+}
+
+fn joined(text: &str, most: usize) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(most) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line,
+    }
+}
+
+/// Most names in a list that is shown.
+const MAX_NAMED: usize = 5;
+
+/// Some names, and the number of the rest.
+pub fn listed(names: &[String]) -> String {
+    let shown = names.iter().take(MAX_NAMED).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(MAX_NAMED) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
     }
 }
 
@@ -75,10 +105,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_is_one_line_of_words() {
-        let long = "ApiError: namespaces \"nosuch\" not found: NotFound (Status { status: Some(Failure), code: 404 })";
-        assert_eq!(words(long), "namespaces \"nosuch\" not found: NotFound");
+    fn a_text_of_others_is_a_part_of_a_line() {
         assert_eq!(words("a\n  b"), "a b");
         assert_eq!(words(&"é".repeat(300)).chars().count(), MAX_WORDS + 1);
+        assert_eq!(one_line(&"é".repeat(300)).chars().count(), 300);
+    }
+
+    #[test]
+    fn of_many_names_some_are_shown() {
+        let many: Vec<String> = (0..7).map(|n| n.to_string()).collect();
+        assert_eq!(listed(&many), "0, 1, 2, 3, 4 and 2 more");
+        assert_eq!(listed(&many[..2]), "0, 1");
     }
 }

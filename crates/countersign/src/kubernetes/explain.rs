@@ -1,278 +1,241 @@
-//! `countersign explain pod NAME`: the way of a pod into the mesh, step by step, and where it stops.
+//! `countersign explain KIND/NAME`: the way of a pod into the mesh, step by step, where it stops, and what is wrong with the mesh
+//! that may be the cause. Objects, conditions, events and the sidecar's own page are read, and no log.
+
+mod events;
+mod objects;
+mod owner;
+mod sidecar;
+mod target;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
-use countersign_controller::crd::SpiffeID;
-use countersign_controller::injector::{INJECT, SIDECAR};
+use anyhow::{Result, anyhow};
 use countersign_proxy::plaintext::Row;
-use countersign_proxy::status_page::{Carried, Direction, SidecarStatus};
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use countersign_proxy::status_page::SidecarStatus;
+use countersign_watch::in_words;
+use k8s_openapi::api::core::v1::Pod;
+use kube::Client;
 use kube::api::Api;
-use kube::{Client, ResourceExt};
-use serde_json::json;
+use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::cluster::{client, is_meshed, is_ready, pods};
-use super::exceptions::exceptions;
-use super::sidecars::{Unasked, ask};
+use self::events::{About, Warning};
+use self::target::{Kind, Target};
+use super::check::{self, Affected, Finding};
+use super::cluster::{client, is_meshed, node_of};
+use super::pod_state;
+use super::sidecars::ask;
+use crate::one_line;
+use crate::operator::block;
 use crate::operator::output::{Output, Table};
-use crate::operator::{block, when};
 
 /// Plaintext peers that the table shows: those that came last. JSON has all.
 const SHOWN: usize = 5;
 
 /// Kubernetes: explain how a pod came into the mesh, or why it is not in it.
 ///
-/// Step by step: injection, entry, agent, sidecar, attestation, SVID, mode, handshakes; then what the sidecar refused, and its
-/// plaintext peers. Exit 1 when a step is missing.
+/// Step by step: the pod, injection, entry, agent, sidecar, attestation, SVID, mode, handshakes; then what the sidecar refused, its
+/// plaintext peers, and the last warnings among the pod's events. Of a workload whose pods are not made: its conditions and events.
+/// Where a step is missing, what `check` finds wrong with the mesh is added. Exit code 1 when a step is missing.
 #[derive(Debug, clap::Args)]
 pub struct ExplainArgs {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum What {
-    /// One pod.
-    Pod {
-        /// Its name.
-        name: String,
-        /// Its namespace.
-        #[arg(long, short, value_name = "NAMESPACE", default_value = "default")]
-        namespace: String,
-        /// Namespace of the installation.
-        #[arg(long, value_name = "NAMESPACE", default_value = "countersign")]
-        mesh_namespace: String,
-        #[command(flatten)]
-        output: Output,
-    },
+    /// Kind and name, also as KIND/NAME. Kinds are pod, deployment, replicaset, statefulset, daemonset and job.
+    #[arg(required = true, num_args = 1..=2, value_names = ["KIND", "NAME"])]
+    what: Vec<String>,
+    /// Its namespace.
+    #[arg(long, short, value_name = "NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// Namespace of the installation.
+    #[arg(long, value_name = "NAMESPACE", default_value = "countersign")]
+    mesh_namespace: String,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// A step: what was found, or what is missing.
+#[derive(Debug)]
 struct Step {
     name: &'static str,
     outcome: Result<String, String>,
 }
 
-/// Explains; exit 1 when a step fails.
-pub fn explain(args: &ExplainArgs) -> Result<ExitCode> {
-    let What::Pod { name, namespace, mesh_namespace, output } = &args.what;
-    let (steps, status) = block(find(name, namespace, mesh_namespace))?;
-    let mut table = Table::new(&["step", "result", "found"]);
-    let mut all = vec![];
-    for Step { name, outcome } in &steps {
-        let (ok, found) = match outcome {
+impl Step {
+    /// Whether it is there, and what was found.
+    fn parts(&self) -> (bool, &str) {
+        match &self.outcome {
             Ok(found) => (true, found),
             Err(found) => (false, found),
-        };
-        table.row(vec![(*name).to_owned(), if ok { "ok" } else { "MISSING" }.to_owned(), found.clone()]);
-        all.push(json!({ "step": name, "ok": ok, "found": found }));
-    }
-    if let Some(status) = &status {
-        for refused in &status.refused {
-            let found = format!("{} {}, {} times", refused.direction.as_str(), refused.reason, refused.count);
-            table.row(vec!["refused".into(), String::new(), found]);
         }
-        let mut latest: Vec<&Row> = status.plaintext.peers.iter().collect();
-        latest.sort_by_key(|row| std::cmp::Reverse((row.open > 0, row.last_seen)));
-        latest.iter().take(SHOWN).for_each(|row| table.row(vec!["plaintext".into(), String::new(), sentence(row)]));
     }
-    let good = steps.iter().all(|s| s.outcome.is_ok());
-    output.print(&table, &json!({ "ok": good, "steps": all, "sidecar": status }))?;
-    Ok(ExitCode::from(u8::from(!good)))
 }
 
-/// A plaintext peer in words.
-fn sentence(row: &Row) -> String {
-    let how = if row.key.mode == Carried::Refused { "refused" } else { "carried" };
-    let (key, last) = (&row.key, when(row.last_seen));
-    format!(
-        "{} {}, port {}: {how}, {} open, {} in all, last {last}",
-        key.direction.as_str(),
-        key.peer,
-        key.port,
-        row.open,
-        row.total
-    )
+/// Everything that is known of a pod, or of what makes pods.
+#[derive(Debug, Default)]
+struct Explained {
+    steps: Vec<Step>,
+    /// What the sidecar knows of itself.
+    sidecar: Option<SidecarStatus>,
+    /// The last warnings among the events.
+    warnings: Vec<Warning>,
+    /// What could not be read.
+    notes: Vec<String>,
+    /// What is wrong with the mesh.
+    causes: Vec<Finding>,
+    /// Whether it should be in the mesh.
+    is_wanted: bool,
+    /// The pod's node.
+    node: Option<String>,
 }
 
-async fn find(name: &str, namespace: &str, mesh: &str) -> Result<(Vec<Step>, Option<SidecarStatus>)> {
+/// Explains; exit code 1 when a step fails.
+pub fn explain(args: &ExplainArgs) -> Result<ExitCode> {
+    let target = Target::read(&args.what)?;
+    let explained = block(find(&target, &args.namespace, &args.mesh_namespace))?;
+    args.output.print(&explained.table(), &explained.json())?;
+    Ok(ExitCode::from(u8::from(!explained.is_good())))
+}
+
+/// The JSON of [`explain`] for one pod.
+pub async fn as_json(name: &str, namespace: &str, mesh: &str) -> Result<Value> {
+    let target = Target { kind: Kind::Pod, name: name.to_owned() };
+    Ok(find(&target, namespace, mesh).await?.json())
+}
+
+impl Explained {
+    fn is_good(&self) -> bool {
+        self.steps.iter().all(|s| s.outcome.is_ok())
+    }
+
+    fn json(&self) -> Value {
+        let all = self.steps.iter().map(|step| {
+            let (ok, found) = step.parts();
+            json!({ "step": step.name, "ok": ok, "found": found })
+        });
+        let causes = check::json_of(&self.causes)["checks"].clone();
+        json!({
+            "ok": self.is_good(), "steps": all.collect::<Vec<_>>(), "sidecar": self.sidecar, "events": self.warnings,
+            "notRead": self.notes, "causes": causes,
+        })
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new(&["step", "result", "found"]);
+        let mut row = |name: &str, result: &str, found: String| table.row(vec![name.into(), result.into(), found]);
+        for step in &self.steps {
+            let (ok, found) = step.parts();
+            row(step.name, if ok { "ok" } else { "MISSING" }, found.to_owned());
+        }
+        if let Some(status) = &self.sidecar {
+            for refused in &status.refused {
+                row(
+                    "refused",
+                    "",
+                    format!("{} {}, {} times", refused.direction.as_str(), refused.reason, refused.count),
+                );
+            }
+            let mut latest: Vec<&Row> = status.plaintext.peers.iter().collect();
+            latest.sort_by_key(|row| std::cmp::Reverse((row.open > 0, row.last_seen)));
+            latest.iter().take(SHOWN).for_each(|peer| row("plaintext", "", sidecar::sentence(peer)));
+        }
+        self.warnings.iter().for_each(|warning| row("event", "", warning.sentence()));
+        self.notes.iter().for_each(|note| row("not read", "", note.clone()));
+        for cause in &self.causes {
+            let [check, result, found, mend] = cause.row();
+            row(&check, &result, format!("{found}; {mend}"));
+        }
+        table
+    }
+}
+
+async fn find(target: &Target, namespace: &str, mesh: &str) -> Result<Explained> {
     let client = client().await?;
-    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let pod = api.get(name).await.with_context(|| format!("cannot read pod {namespace}/{name}"))?;
-    let mut steps = vec![Step { name: "injection", outcome: injection(&client, &pod, namespace).await }];
-    steps.push(Step { name: "registration", outcome: registration(&client, name, namespace).await });
-    steps.push(Step { name: "agent", outcome: agent(&client, &pod, mesh).await });
-    if !is_meshed(&pod) {
-        return Ok((steps, None));
-    }
-    let asked = ask(&client, &pod).await;
-    steps.extend(told(&asked, OffsetDateTime::now_utc().unix_timestamp()));
-    Ok((steps, asked.ok()))
-}
-
-/// The steps that the sidecar itself tells of. `now`: seconds since 1970.
-fn told(asked: &Result<SidecarStatus, Unasked>, now: i64) -> Vec<Step> {
-    let status = match asked {
-        Ok(status) => status,
-        Err(why) => return vec![Step { name: "sidecar", outcome: Err(format!("{why}; {}", why.mend())) }],
+    let mut explained = if target.kind == Kind::Pod {
+        of_pod(&client, &target.name, namespace, mesh).await?
+    } else {
+        owner::explain(&client, namespace, target).await?
     };
-    let since = format!("version {}, started {}", status.version, when(status.started_at));
-    vec![
-        Step { name: "sidecar", outcome: Ok(since) },
-        Step { name: "attestation", outcome: attestation(status) },
-        Step { name: "SVID", outcome: svid(status, now) },
-        Step { name: "mode", outcome: mode(status) },
-        Step { name: "handshakes", outcome: Ok(handshakes(status)) },
-    ]
-}
-
-async fn injection(client: &Client, pod: &Pod, namespace: &str) -> Result<String, String> {
-    if is_meshed(pod) {
-        let past = exceptions(pod);
-        let past = if past.is_empty() { String::new() } else { format!("; exceptions: {}", past.join(" ")) };
-        return Ok(format!("it has container {SIDECAR}{past}"));
-    }
-    let own = pod.labels().get(INJECT).map(String::as_str);
-    let spaces: Api<Namespace> = Api::all(client.clone());
-    let theirs = spaces.get(namespace).await.ok().and_then(|n| n.labels().get(INJECT).cloned());
-    let host = pod.spec.as_ref().and_then(|s| s.host_network) == Some(true);
-    Err(match (own, theirs.as_deref()) {
-        _ if host => "it uses its node's network, where a redirect would catch the node's traffic".into(),
-        (Some("disabled"), _) => format!("its label {INJECT} is disabled"),
-        (Some("enabled"), _) | (_, Some("enabled")) => {
-            "it asks for a sidecar and has none: it is older than the label; delete it, or restart what it belongs to"
-                .into()
+    if !explained.is_good() && explained.is_wanted {
+        let affected = Affected { namespace, node: explained.node.as_deref() };
+        match check::causes(mesh, affected).await {
+            Ok(causes) => explained.causes = causes,
+            Err(error) => explained.notes.push(format!("the mesh was not checked: {}", one_line(&error))),
         }
-        _ => format!("neither the pod nor its namespace is labelled {INJECT}=enabled"),
-    })
-}
-
-async fn registration(client: &Client, name: &str, namespace: &str) -> Result<String, String> {
-    let api: Api<SpiffeID> = Api::namespaced(client.clone(), namespace);
-    let object = api.get_opt(name).await.map_err(|e| e.to_string())?;
-    let object = object.ok_or("it has no SpiffeID object: is its namespace left out, and is the registrar running?")?;
-    let status = object.status.unwrap_or_default();
-    match (status.entry_id, status.conditions.first()) {
-        (Some(entry), Some(c)) if c.status == "True" => Ok(format!("{} by entry {entry}", object.spec.spiffe_id)),
-        (_, Some(c)) => Err(format!("{}: {}", object.spec.spiffe_id, c.message)),
-        _ => Err(format!("{}: the registrar has not registered it yet", object.spec.spiffe_id)),
     }
+    Ok(explained)
 }
 
-async fn agent(client: &Client, pod: &Pod, mesh: &str) -> Result<String, String> {
-    let node = pod.spec.as_ref().and_then(|s| s.node_name.clone()).ok_or("it is on no node yet")?;
-    let agents = pods(client, mesh, "app.kubernetes.io/component=agent").await.map_err(|e| e.to_string())?;
-    let here = agents.iter().find(|a| a.spec.as_ref().and_then(|s| s.node_name.as_ref()) == Some(&node));
-    match here {
-        Some(agent) if is_ready(agent) => Ok(format!("{} on node {node} is ready", agent.name_any())),
-        Some(agent) => Err(format!("{} on node {node} is not ready; see its log", agent.name_any())),
-        None => Err(format!("there is none on node {node}")),
+async fn of_pod(client: &Client, name: &str, namespace: &str, mesh: &str) -> Result<Explained> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let pod = api.get_opt(name).await.map_err(|e| anyhow!("cannot read pod {namespace}/{name}: {}", in_words(&e)))?;
+    let Some(pod) = pod else { return of_missing_pod(client, name, namespace).await };
+    let injection = objects::injection(client, &pod, namespace).await;
+    let mut steps = vec![
+        Step { name: "pod", outcome: pod_state::state(&pod) },
+        Step { name: "injection", outcome: injection.outcome },
+        Step { name: "registration", outcome: objects::registration(client, &pod, namespace).await },
+        Step { name: "agent", outcome: objects::agent(client, &pod, mesh).await },
+    ];
+    let mut sidecar = None;
+    if is_meshed(&pod) {
+        let asked = ask(client, &pod).await;
+        steps.extend(sidecar::told(&asked, OffsetDateTime::now_utc().unix_timestamp()));
+        sidecar = asked.ok();
     }
-}
-
-/// What the agent last answered the sidecar.
-fn attestation(status: &SidecarStatus) -> Result<String, String> {
-    match &status.agent_refusal {
-        Some(refusal) => Err(format!("{} ({}, {})", refusal.message, refusal.code, when(refusal.at))),
-        None if status.identity.is_some() => Ok("the agent's last answer was an identity".into()),
-        None => Err("the agent has not answered the sidecar yet".into()),
-    }
-}
-
-fn svid(status: &SidecarStatus, now: i64) -> Result<String, String> {
-    let identity = status.identity.as_ref().ok_or("the sidecar has none")?;
-    match identity.expires_at - now {
-        left @ 1.. => Ok(format!("{}, serial {}, {left} s left", identity.spiffe_id, identity.serial)),
-        over => Err(format!("it ended {} s ago; is the agent connected to its server?", -over)),
-    }
-}
-
-fn mode(status: &SidecarStatus) -> Result<String, String> {
-    let missing = || format!(" ({})", status.missing.as_deref().unwrap_or("the directory has not answered"));
-    status.mode.clone().ok_or_else(|| format!("the sidecar does not know its policy yet{}", missing()))
-}
-
-fn handshakes(status: &SidecarStatus) -> String {
-    let count = |direction, mode| {
-        let of = status.connections.iter().filter(|c| (c.direction, c.mode) == (direction, mode));
-        of.map(|c| c.count).sum::<u64>()
+    let (warnings, notes) = match events::about(client, namespace, About { kind: Kind::Pod, name }).await {
+        Ok(warnings) => (warnings, vec![]),
+        Err(why) => (vec![], vec![format!("events were not read: {why}")]),
     };
-    let one = |direction: Direction| {
-        format!(
-            "{}: {} over mTLS, {} in the clear, {} refused",
-            direction.as_str(),
-            count(direction, Carried::Mtls),
-            count(direction, Carried::Plain),
-            count(direction, Carried::Refused)
+    let node = node_of(&pod).map(ToOwned::to_owned);
+    Ok(Explained { steps, sidecar, warnings, notes, causes: vec![], is_wanted: injection.is_wanted, node })
+}
+
+/// A pod that is not there: perhaps it was refused, which its controller's events tell.
+async fn of_missing_pod(client: &Client, name: &str, namespace: &str) -> Result<Explained> {
+    let missing = || format!("there is no pod {namespace}/{name}");
+    let maker = owner::of_missing_pod(client, namespace, name).await;
+    let maker = maker.map_err(|why| anyhow!("{}, and events were not read: {why}", missing()))?;
+    let maker = maker.ok_or_else(|| {
+        anyhow!(
+            "{}, and no event tells of one that could not be made; see `countersign explain deployment/NAME`",
+            missing()
         )
-    };
-    format!("{}; {}; {} open", one(Direction::Inbound), one(Direction::Outbound), status.open)
+    })?;
+    let mut explained = owner::explain(client, namespace, &maker).await?;
+    let found = format!("{}; {} {} makes pods of such a name", missing(), maker.kind.name(), maker.name);
+    explained.steps.insert(0, Step { name: "pod", outcome: Err(found) });
+    Ok(explained)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::sidecars::tests::page;
-    use serde_json::Value;
-
-    fn status(change: impl FnOnce(&mut Value)) -> SidecarStatus {
-        let mut page = page();
-        change(&mut page);
-        serde_json::from_value(page).unwrap()
-    }
+    use crate::kubernetes::check::Fault;
 
     #[test]
-    fn a_sidecar_that_is_well_passes_each_step() {
-        let steps = told(&Ok(status(|_| {})), 1_000);
-        let names: Vec<_> = steps.iter().map(|s| s.name).collect();
-        assert_eq!(names, ["sidecar", "attestation", "SVID", "mode", "handshakes"]);
-        assert!(steps.iter().all(|s| s.outcome.is_ok()));
-        assert_eq!(steps[2].outcome.as_ref().unwrap(), "spiffe://a.org/ns/shop/sa/web, serial 0a, 3999999000 s left");
-        let said = steps[4].outcome.as_ref().unwrap();
-        let expected =
-            "inbound: 7 over mTLS, 0 in the clear, 0 refused; outbound: 0 over mTLS, 0 in the clear, 0 refused; 1 open";
-        assert_eq!(said, expected);
-    }
-
-    #[test]
-    fn the_agents_last_word_counts() {
-        let refusal = json!({ "at": 60, "code": "PermissionDenied", "message": "no identity issued: it also needs y" });
-        let refused = status(|page| page["agent_refusal"] = refusal);
-        let why = attestation(&refused).unwrap_err();
-        assert_eq!(why, "no identity issued: it also needs y (PermissionDenied, 1970-01-01T00:01:00Z)");
-        assert!(attestation(&status(|_| {})).is_ok());
-        let silent = status(|page| page["identity"] = Value::Null);
-        assert!(attestation(&silent).unwrap_err().contains("not answered"));
-    }
-
-    #[test]
-    fn an_svid_that_is_over_is_none() {
-        let ends = |end: i64| status(|page| page["identity"]["expires_at"] = json!(end));
-        assert!(svid(&ends(61), 60).is_ok());
-        assert!(svid(&ends(60), 60).unwrap_err().contains("ended 0 s ago"));
-        assert!(svid(&status(|page| page["identity"] = Value::Null), 60).unwrap_err().contains("none"));
-    }
-
-    #[test]
-    fn a_mode_that_is_not_known_says_what_is_missing() {
-        let waiting = status(|page| (page["mode"], page["missing"]) = (Value::Null, json!("no SVID yet")));
-        assert!(mode(&waiting).unwrap_err().contains("no SVID yet"));
-    }
-
-    #[test]
-    fn a_sidecar_that_cannot_be_asked_is_one_step_with_what_to_do() {
-        let steps = told(&Err(Unasked::Forbidden("no".into())), 0);
-        assert_eq!((steps.len(), steps[0].name), (1, "sidecar"));
-        let why = steps[0].outcome.as_ref().unwrap_err();
-        assert!(why.contains("get and create on pods/portforward"), "{why}");
-    }
-
-    #[test]
-    fn a_plaintext_peer_is_a_sentence() {
-        let row = &status(|_| {}).plaintext.peers[0];
-        let said = "inbound 10.0.0.9, port 8080: carried, 1 open, 3 in all, last 1970-01-01T00:02:00Z";
-        assert_eq!(sentence(row), said);
+    fn steps_events_and_causes_are_rows_and_json() {
+        let step = |name, outcome| Step { name, outcome };
+        let warning =
+            Warning { object: "Pod web".into(), reason: "BackOff".into(), message: "m".into(), count: 2, last: 60 };
+        let cause = Finding { check: "RBAC", outcome: Err(Fault::new("no binding", "apply")) };
+        let explained = Explained {
+            steps: vec![step("pod", Ok("Running".into())), step("agent", Err("there is none".into()))],
+            warnings: vec![warning],
+            notes: vec!["n".into()],
+            causes: vec![cause],
+            ..Explained::default()
+        };
+        let table = explained.table().render();
+        for row in
+            ["pod       ok       Running", "agent     MISSING  there is none", "RBAC      FAILED   no binding; apply"]
+        {
+            assert!(table.contains(row), "{row} in\n{table}");
+        }
+        assert!(
+            table.contains("event              Pod web BackOff: m (2 times, last 1970-01-01T00:01:00Z)"),
+            "{table}"
+        );
+        let json = explained.json();
+        assert_eq!((&json["ok"], &json["causes"][0]["mend"]), (&json!(false), &json!("apply")));
+        assert_eq!((&json["events"][0]["count"], &json["notRead"][0]), (&json!(2), &json!("n")));
     }
 }

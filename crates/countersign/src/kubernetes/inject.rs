@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use countersign_controller::injector::{self, Asks, Sidecar, Surroundings, Verdict, new_probe_secret};
+use countersign_csi::DriverName;
 use countersign_identity::policy::Mode;
 use serde_json::Value;
 
@@ -32,6 +33,12 @@ pub struct InjectArgs {
     /// Namespace of objects that name none.
     #[arg(long, short, value_name = "NAMESPACE", default_value = "default")]
     namespace: String,
+    /// CSI driver that mounts the agent's folder into pods (the chart's agent.csi.driverName).
+    #[arg(long, value_name = "NAME", default_value = "csi.countersign.dev", conflicts_with = "host_path")]
+    csi_driver: DriverName,
+    /// Mount the agent's folder by `hostPath`, for a mesh without the CSI driver (agent.csi.enabled=false).
+    #[arg(long)]
+    host_path: bool,
     #[command(flatten)]
     sidecar: SidecarArgs,
 }
@@ -50,7 +57,7 @@ pub fn inject(args: InjectArgs) -> Result<()> {
         serde_saphyr::from_multiple(&text).map_err(|e| Mistake(format!("{name}: {}", e.without_snippet())))?;
     let mode: Mode = args.mode.parse().map_err(|e| Mistake::flag("--mode", &format!("{e}")))?;
     let around = Surroundings { namespace: args.namespace, asks: Asks::Yes, mode, probe_secret: new_probe_secret() };
-    let sidecar = args.sidecar.sidecar();
+    let sidecar = args.sidecar.sidecar((!args.host_path).then_some(args.csi_driver));
     let mut out = vec![];
     for mut document in documents.into_iter().filter(|d| !d.is_null()) {
         document_in(&mut document, &sidecar, &around).with_context(|| name.clone())?;

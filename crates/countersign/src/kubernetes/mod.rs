@@ -1,15 +1,26 @@
 //! Commands for Kubernetes: manifests of an installation, injection into files, and inspection of a running mesh.
 
+mod changes;
 mod chart;
 mod check;
 mod cluster;
+mod csi_volumes;
 mod exceptions;
+mod existing;
 mod explain;
+mod former;
+mod given;
 mod inject;
 mod install;
+mod limits;
+mod memory;
+mod namespaces;
 mod pod_source;
+mod pod_state;
+mod schema;
 mod sidecars;
 mod strict;
+mod support;
 mod uninstall;
 mod values;
 mod verify;
@@ -22,5 +33,6 @@ pub use explain::{ExplainArgs, explain};
 pub use inject::{InjectArgs, inject};
 pub use install::{InstallArgs, install};
 pub use strict::{StrictArgs, strict};
+pub use support::{SupportArgs, support};
 pub use uninstall::{UninstallArgs, uninstall};
 pub use verify::{VerifyArgs, verify};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_identity::bundle::certificates_from_pem;
+use countersign_watch::in_words;
 use futures::{StreamExt, stream};
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use kube::api::{Api, ListParams};
@@ -15,12 +16,11 @@ use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use super::check::Outcome;
-use super::cluster::{client_without_retries, page, pods, words};
+use super::check::nodes::{self, Nodes};
+use super::check::{Fault, Outcome};
+use super::cluster::words;
 use crate::metrics_page::{label, metric};
 
-/// TCP port of an agent's pages.
-const AGENT_PAGES: u16 = 9464;
 /// Port of a kubelet that does not say another.
 const KUBELET_PORT: i32 = 10_250;
 /// Longest attempt to reach a kubelet.
@@ -33,21 +33,17 @@ const MAX_NAMED: usize = 3;
 
 const MEND: &str = "may service account countersign-agent list and watch pods? Apply the manifests of `countersign \
                     install`, and see the agent's log";
+const KUBELET_MEND: &str = "set agent.watchPods=true, or have the kubelet's certificate signed by the cluster's CA or by that of \
+                            agent.kubeletCA (docs/kubernetes.md, where agents learn of pods)";
 
 /// Which sources each agent has, by what it says itself.
-pub async fn installed(client: &Client, namespace: &str) -> Outcome {
-    let running = pods(client, namespace, "app.kubernetes.io/component=agent").await;
-    let running = running.map_err(|e| (e.to_string(), "see whether you may list pods"))?;
-    // An agent that is not ready answers 503, with its reason.
-    let client = client_without_retries().await.map_err(|e| (e.to_string(), "set KUBECONFIG"))?;
-    let client = &client;
-    let agents = stream::iter(running).map(|pod| async move {
-        let node = pod.spec.as_ref().and_then(|s| s.node_name.clone()).unwrap_or_default();
-        let metrics = page(client, &pod, AGENT_PAGES, "/metrics").await.map_err(|e| e.to_string());
-        let ready = page(client, &pod, AGENT_PAGES, "/ready").await.map(drop).map_err(|e| e.to_string());
-        Agent { node, sources: metrics.map(|m| Sources::read(&m)), ready }
-    });
-    judge(agents.buffer_unordered(AT_ONCE).collect().await)
+pub fn installed(nodes: &Nodes) -> Outcome {
+    let told = |agent: &nodes::Agent| Agent {
+        node: agent.node.clone(),
+        sources: agent.metrics.as_deref().map(Sources::read).map_err(Clone::clone),
+        ready: agent.ready.clone(),
+    };
+    judge(nodes.agents.iter().map(told).collect())
 }
 
 /// What an agent says of itself, or why it says nothing.
@@ -86,14 +82,17 @@ impl Sources {
 
 fn judge(agents: Vec<Agent>) -> Outcome {
     if agents.is_empty() {
-        return Err(("no agent runs".into(), "apply the manifests of `countersign install`"));
+        return Err(Fault::new("no agent runs", "apply the manifests of `countersign install`"));
     }
     let (mut good, mut bad) = (BTreeMap::<String, Vec<String>>::new(), vec![]);
+    // A kubelet that cannot be verified is mended otherwise than a permission that is missing.
+    let mut mends = BTreeSet::new();
     for Agent { node, sources, ready } in agents {
         let sources = match sources {
             Ok(sources) => sources,
             Err(why) => {
                 bad.push(format!("the agent of {node} does not say: {}", words(&why)));
+                mends.insert(MEND);
                 continue;
             }
         };
@@ -105,6 +104,7 @@ fn judge(agents: Vec<Agent>) -> Outcome {
             None
         };
         if let Some(lacks) = lacks {
+            mends.insert(if sources.fails.contains("API server") { MEND } else { KUBELET_MEND });
             // Its own words name the permission.
             let why = ready.err().map(|e| format!(": {}", words(&e))).unwrap_or_default();
             bad.push(format!("on {node} {lacks}{why}"));
@@ -121,7 +121,7 @@ fn judge(agents: Vec<Agent>) -> Outcome {
             .collect::<Vec<_>>()
             .join("; "));
     }
-    Err((bad.join("; "), MEND))
+    Err(Fault::new(bad.join("; "), mends.into_iter().collect::<Vec<_>>().join("; ")))
 }
 
 /// Some nodes by name, the rest by number.
@@ -150,7 +150,7 @@ pub async fn before(client: &Client) -> Outcome {
     };
     let nodes = match Api::<Node>::all(client.clone()).list(&ListParams::default()).await {
         Ok(nodes) => nodes.items,
-        Err(why) => return told(format!("kubelets were not tried: {}", words(&why.to_string()))),
+        Err(why) => return told(format!("kubelets were not tried: {}", in_words(&why))),
     };
     let tries = stream::iter(nodes.into_iter().take(MAX_TRIES)).map(|node| {
         let tls = tls.clone();
@@ -181,7 +181,7 @@ fn kubelets(found: BTreeMap<Kubelet, Vec<String>>) -> String {
 /// Trusts the CA that pods verify the cluster by.
 async fn trusting_cluster(client: &Client) -> Result<Arc<ClientConfig>, String> {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "default");
-    let map = maps.get("kube-root-ca.crt").await.map_err(|e| e.to_string())?;
+    let map = maps.get("kube-root-ca.crt").await.map_err(|e| in_words(&e))?;
     let pem = map.data.unwrap_or_default().remove("ca.crt").ok_or("ConfigMap kube-root-ca.crt has no ca.crt")?;
     let mut roots = RootCertStore::empty();
     for certificate in certificates_from_pem(pem.as_bytes()).map_err(|e| e.to_string())? {
@@ -239,12 +239,15 @@ mod tests {
     #[test]
     fn an_agent_whose_watch_fails_is_named_with_the_permission() {
         let why = || Err("not ready: the API server refuses pods: pods is forbidden".to_owned());
-        let (found, mend) = judge(vec![agent("a", 0, 1, why()), agent("b", 1, 0, Ok(()))]).unwrap_err();
+        let Fault { found, mend, .. } = judge(vec![agent("a", 0, 1, why()), agent("b", 1, 0, Ok(()))]).unwrap_err();
         assert!(found.contains("on a the watch on the API server fails: not ready: the API server refuses"), "{found}");
         assert!(!found.contains("on b") && mend.contains("list and watch pods"));
-        let (found, _) = judge(vec![agent("a", 0, 0, why())]).unwrap_err();
+        let Fault { found, .. } = judge(vec![agent("a", 0, 0, why())]).unwrap_err();
         assert!(found.contains("on a no source of pods works: not ready"), "{found}");
         assert!(judge(vec![]).is_err());
+        let kubelet = Sources { works: BTreeSet::new(), fails: ["kubelet"].into() };
+        let alone = Agent { sources: Ok(kubelet), ..agent("a", 0, 0, why()) };
+        assert!(judge(vec![alone]).unwrap_err().mend.starts_with("set agent.watchPods=true"));
         assert!(judge(vec![Agent { sources: Err("silent".into()), ..agent("a", 1, 1, Ok(())) }]).is_err());
     }
 

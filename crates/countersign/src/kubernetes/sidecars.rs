@@ -10,6 +10,7 @@ use countersign_controller::injector::SIDECAR;
 use countersign_identity::policy::Mode;
 use countersign_identity::shown::{sentence, shown};
 use countersign_proxy::status_page::SidecarStatus;
+use countersign_watch::in_words;
 use futures::future::{FusedFuture, FutureExt};
 use futures::stream::{self, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
@@ -89,9 +90,9 @@ impl Unasked {
 
     fn of(error: &kube::Error) -> Self {
         match error {
-            kube::Error::Api(status) if status.code == 403 => Self::Forbidden(words(&status.message)),
+            kube::Error::Api(status) if status.code == 403 => Self::Forbidden(in_words(error)),
             kube::Error::Api(status) if status.code == 404 => Self::Gone,
-            other => Self::Unreachable(words(&other.to_string())),
+            other => Self::Unreachable(in_words(other)),
         }
     }
 }

@@ -1,26 +1,38 @@
 //! `countersign uninstall`: makes every sidecar forward plaintext, then removes everything that was installed.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::cluster::{SIDECAR_PORT, client, is_meshed, page};
+use super::csi_volumes::{self, Holders};
+use super::given::Given;
 use super::install::manifests;
-use super::values::ValuesArgs;
+use super::memory::Memory;
 use crate::settings::Mistake;
 
 /// Interval between two polls.
 const LOOK: Duration = Duration::from_millis(500);
+/// Interval between two looks at all pods of the cluster, which may be many.
+const LOOK_AT_PODS: Duration = Duration::from_secs(2);
+/// How long an object may take to be gone after its deletion.
+const GONE: Duration = Duration::from_secs(300);
+/// Time after which it is told what is waited for.
+const TELL: Duration = Duration::from_secs(10);
 
 /// Kubernetes: remove an installation from the cluster of the current KUBECONFIG, without failing a request.
 ///
-/// First the mesh becomes transparent: every sidecar forwards plaintext, whatever the modes are. Once all do, webhook,
-/// control plane, identities and the namespace are removed. Pods keep their idle sidecars until they are restarted.
+/// First the mesh becomes transparent, whatever the modes are: every sidecar accepts plaintext, and once all do, every sidecar
+/// sends it. Then webhook, control plane, identities and the namespace are removed. Pods with a volume of the CSI driver, which are
+/// all meshed ones unless they mount the agent's folder by `hostPath`, are waited for: restart them meanwhile, because without the
+/// driver they could never end. Other pods keep their idle sidecars until they are restarted.
 #[derive(Debug, clap::Args)]
 pub struct UninstallArgs {
     /// Namespace of the installation.
@@ -29,7 +41,12 @@ pub struct UninstallArgs {
     /// Confirm that traffic will no longer be encrypted.
     #[arg(long)]
     yes: bool,
-    /// How long to wait until every sidecar is transparent, in seconds.
+    /// Only make the mesh transparent and stop the injection, so that the pods can be restarted before anything else goes. Tells which
+    /// ones have a volume of the CSI driver.
+    #[arg(long)]
+    prepare: bool,
+    /// How long to wait until every sidecar is transparent, and then each time until one pod less has a volume of the CSI driver, in
+    /// seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     patience: u64,
 }
@@ -43,18 +60,98 @@ pub async fn uninstall(args: UninstallArgs) -> Result<()> {
         .into());
     }
     let client = client().await?;
-    let until = Instant::now() + Duration::from_secs(args.patience);
-    make_transparent(&client, &args.namespace).await?;
-    wait_for_sidecars(&client, until).await?;
+    let patience = Duration::from_secs(args.patience);
+    let until = Instant::now() + patience;
+    // What sends plaintext before all accept it is refused.
+    for step in [INBOUND, FULL] {
+        make_transparent(&client, &args.namespace, &step).await?;
+        wait_for_sidecars(&client, until, &step).await?;
+    }
+    // Restarted pods must not get a volume again.
+    stop_injection(&client).await?;
+    let drivers = csi_volumes::drivers(&client).await?;
+    let holders = async || csi_volumes::holders(&client, &drivers).await;
+    if args.prepare {
+        eprintln!("{}", prepared(&holders().await?));
+        return Ok(());
+    }
+    if !drivers.is_empty() {
+        wait_for_volumes(holders, patience).await?;
+        csi_volumes::remove(&client, &drivers).await?;
+    }
     remove(&client, &args.namespace).await
 }
 
-async fn make_transparent(client: &Client, namespace: &str) -> Result<()> {
+/// What is to be done before the rest is removed.
+fn prepared(held: &Holders) -> String {
+    if held.count() == 0 {
+        return "nothing is injected any more, and no pod needs the CSI driver to end: uninstall without --prepare"
+            .to_owned();
+    }
+    format!("nothing is injected any more. There are {held}: {RESTART}; then uninstall without --prepare")
+}
+
+async fn stop_injection(client: &Client) -> Result<()> {
+    let webhooks: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
+    match webhooks.delete("countersign-injector", &DeleteParams::default()).await {
+        Ok(_) => eprintln!("MutatingWebhookConfiguration countersign-injector is removed"),
+        Err(kube::Error::Api(e)) if e.code == 404 => {}
+        Err(error) => return Err(error).context("cannot remove the webhook"),
+    }
+    Ok(())
+}
+
+/// What makes an end of pods with a volume.
+const RESTART: &str = "restart them (kubectl -n NAMESPACE rollout restart deployment,statefulset,daemonset), delete those that nothing \
+                       makes anew, and take the volume out of specifications that name it";
+
+/// Waits until no pod has a volume of the driver, as long as their number falls.
+async fn wait_for_volumes(holders: impl AsyncFn() -> Result<Holders>, patience: Duration) -> Result<()> {
+    let (mut least, mut since, mut said) = (usize::MAX, Instant::now(), None::<Instant>);
+    loop {
+        let held = holders().await?;
+        if held.count() == 0 {
+            return Ok(());
+        }
+        if held.count() < least {
+            (least, since) = (held.count(), Instant::now());
+            if said.is_none() {
+                eprintln!("there are {held}. They could never end without it, so they come first: {RESTART}");
+                said = Some(since);
+            } else if said.is_some_and(|said| said.elapsed() > TELL) {
+                eprintln!("waiting for {held}");
+                said = Some(since);
+            }
+        }
+        if since.elapsed() > patience {
+            return Err(anyhow!(
+                "there are still {held}. The mesh is transparent and nothing is injected any more, but the control plane stays, \
+                 because these pods could never end without the driver: {RESTART}; then run it again"
+            ));
+        }
+        tokio::time::sleep(LOOK_AT_PODS).await;
+    }
+}
+
+/// One step on the way to a transparent mesh.
+struct Step {
+    /// Value of `transparent` in the mesh's ConfigMap.
+    setting: &'static str,
+    /// What every sidecar then does.
+    does: &'static str,
+    /// The modes that a sidecar may have once it does.
+    modes: &'static [&'static str],
+}
+
+const INBOUND: Step = Step { setting: "inbound", does: "accept plaintext", modes: &["permissive", "off"] };
+const FULL: Step = Step { setting: "true", does: "send plaintext", modes: &["off"] };
+
+async fn make_transparent(client: &Client, namespace: &str, step: &Step) -> Result<()> {
     let api = Api::<ConfigMap>::namespaced(client.clone(), namespace);
-    let patch = json!({ "data": { "transparent": "true" } });
+    let patch = json!({ "data": { "transparent": step.setting } });
     match api.patch("countersign-mesh", &PatchParams::default(), &Patch::Merge(patch)).await {
         Ok(_) => {
-            eprintln!("the mesh is told to be transparent");
+            eprintln!("the sidecars are told to {}", step.does);
             Ok(())
         }
         Err(kube::Error::Api(e)) if e.code == 404 => {
@@ -65,8 +162,8 @@ async fn make_transparent(client: &Client, namespace: &str) -> Result<()> {
     }
 }
 
-/// Waits until every running sidecar reports mode off.
-async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
+/// Waits until every running sidecar reports a mode of this step.
+async fn wait_for_sidecars(client: &Client, until: Instant, step: &Step) -> Result<()> {
     let mut said = usize::MAX;
     loop {
         let (mut waiting, mut why) = (vec![], String::new());
@@ -78,19 +175,19 @@ async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
             }
             let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
             match page(client, &pod, SIDECAR_PORT, "/mode").await {
-                Ok(mode) if mode.trim() == "off" => {}
+                Ok(mode) if step.modes.contains(&mode.trim()) => {}
                 Ok(mode) => {
                     why = format!("its mode is {}", mode.trim());
                     waiting.push(name);
                 }
                 Err(error) => {
-                    why = error.to_string();
+                    why = error;
                     waiting.push(name);
                 }
             }
         }
         if waiting.is_empty() {
-            eprintln!("every sidecar is transparent");
+            eprintln!("all sidecars {}", step.does);
             return Ok(());
         }
         if waiting.len() != said {
@@ -99,8 +196,9 @@ async fn wait_for_sidecars(client: &Client, until: Instant) -> Result<()> {
         }
         if Instant::now() > until {
             return Err(anyhow!(
-                "{} sidecars are not transparent yet, {} among them ({why}); nothing was removed. Restart or delete these pods, or give more --patience",
+                "{} sidecars do not {} yet, {} among them ({why}); nothing was removed. Restart or delete these pods, or give more --patience",
                 waiting.len(),
+                step.does,
                 waiting[0]
             ));
         }
@@ -117,10 +215,30 @@ fn plural(kind: &str) -> String {
     }
 }
 
+/// Waits until an object is gone. On a node that is not ready, its pods never end.
+async fn wait_until_gone(what: &str, is_gone: impl AsyncFn() -> Result<bool, kube::Error>) -> Result<()> {
+    let (began, mut said) = (Instant::now(), false);
+    while !is_gone().await? {
+        if began.elapsed() > GONE {
+            return Err(Mistake(format!(
+                "{what} is still there after {} s: see `kubectl get nodes` and what its pods and finalizers wait for, delete pods on lost nodes with --force, and run this again",
+                GONE.as_secs()
+            ))
+            .into());
+        }
+        if !said && began.elapsed() > TELL {
+            said = true;
+            eprintln!("waiting until {what} is gone");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
 /// Removes what `install` prints in reverse order: first injection stops, then nothing requests identities any more,
 /// then the identities are removed.
 async fn remove(client: &Client, namespace: &str) -> Result<()> {
-    let printed = manifests(namespace, &ValuesArgs::default())?;
+    let printed = manifests(namespace, &Memory::new(Given::default()))?;
     let objects: Vec<Value> = serde_saphyr::from_multiple(&printed)?;
     for object in objects.iter().rev() {
         let (version, kind) =
@@ -139,15 +257,62 @@ async fn remove(client: &Client, namespace: &str) -> Result<()> {
         }
         // The issuers of identities must be gone before the identities: a sidecar keeps the one it has.
         if matches!(kind, "DaemonSet" | "StatefulSet" | "Deployment") {
-            while api.get_opt(name).await?.is_some() {
-                tokio::time::sleep(LOOK).await;
-            }
+            wait_until_gone(&format!("{kind} {name}"), async || Ok(api.get_opt(name).await?.is_none())).await?;
         }
     }
     let namespaces: Api<Namespace> = Api::all(client.clone());
-    while namespaces.get_opt(namespace).await?.is_some() {
-        tokio::time::sleep(LOOK).await;
-    }
+    let what = format!("Namespace {namespace}");
+    wait_until_gone(&what, async || Ok(namespaces.get_opt(namespace).await?.is_none())).await?;
     eprintln!("nothing of Countersign is left; pods lose their idle sidecars when they are restarted");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn the_agents_end_while_they_may_still_ask_whether_it_is_for_good() {
+        // Of what is only there with the CNI plugin, the namespace's end makes an end.
+        let printed = manifests("mesh", &Memory::new(Given::default())).unwrap();
+        let objects: Vec<Value> = serde_saphyr::from_multiple(&printed).unwrap();
+        let place = |kind: &str, name: &str| {
+            let found = objects.iter().rev().position(|o| o["kind"] == kind && o["metadata"]["name"] == name);
+            found.unwrap_or_else(|| panic!("no {kind} {name}"))
+        };
+        let agents = place("DaemonSet", "countersign-agent");
+        for kind in ["ClusterRoleBinding", "ServiceAccount"] {
+            assert!(agents < place(kind, "countersign-agent"), "{kind}");
+        }
+        assert!(agents < place("Namespace", "mesh"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pods_with_a_volume_are_waited_for_as_long_as_they_become_fewer() {
+        let patience = Duration::from_secs(120);
+        let pods = |count: usize| Holders { injected: vec!["shop/web".to_owned(); count], ..Holders::default() };
+        let began = Instant::now();
+        // One less each 100 s.
+        let fewer = async || Ok(pods(9 - usize::try_from(began.elapsed().as_secs() / 100).unwrap()));
+        wait_for_volumes(fewer, patience).await.unwrap();
+        assert!(began.elapsed() >= Duration::from_secs(900));
+        let began = Instant::now();
+        assert!(prepared(&pods(2)).contains("shop 2"));
+        assert!(prepared(&pods(0)).contains("no pod needs the CSI driver"));
+        let why = wait_for_volumes(async || Ok(pods(2)), patience).await.unwrap_err().to_string();
+        assert!(began.elapsed() < patience * 2, "{:?}", began.elapsed());
+        assert!(
+            why.starts_with("there are still 2 pods") && why.contains("shop 2") && why.contains("run it again"),
+            "{why}"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_never_goes_is_named_and_what_goes_is_waited_for() {
+        let stuck = wait_until_gone("DaemonSet x", async || Ok(false)).await.unwrap_err().to_string();
+        assert!(stuck.starts_with("DaemonSet x is still there after 300 s"), "{stuck}");
+        let looks = AtomicUsize::new(0);
+        wait_until_gone("Namespace y", async || Ok(looks.fetch_add(1, Ordering::Relaxed) > 100)).await.unwrap();
+    }
 }

@@ -1,17 +1,20 @@
 //! Settings of an installation: the chart's defaults, overridden by a file and by `--set`, validated by the chart's
 //! schema.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::chart;
+use super::given::Given;
+use super::schema::{self, Schema};
 use crate::settings::{Mistake, load};
 
 /// Settings from a file and from the command line.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ValuesArgs {
-    /// One setting, KEY=VALUE, such as `mesh.mode=strict`; may be repeated. `--show-values` lists all settings.
+    /// One setting, KEY=VALUE, such as `mesh.mode=strict`; may be repeated. Lists and objects are JSON:
+    /// `agent.tolerations=[{"operator":"Exists"}]`. `--show-values` lists all settings.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// YAML file with settings, in the form of the chart's values.yaml.
@@ -20,135 +23,93 @@ pub struct ValuesArgs {
 }
 
 impl ValuesArgs {
+    /// Whether any setting was named.
+    pub fn is_given(&self) -> bool {
+        !self.set.is_empty() || self.values.is_some()
+    }
+
     /// All settings, merged and validated.
     pub fn read(&self) -> Result<Value, Mistake> {
-        let mut values = defaults()?;
+        self.given()?.whole("the settings")
+    }
+
+    /// The settings that are named, without the defaults of the others. Errors: one is no setting, or does not fit.
+    pub fn given(&self) -> Result<Given, Mistake> {
+        // A setting's type decides how its text on the command line is read, so the defaults go along.
+        let (mut values, schema) = (defaults()?, schema::read()?);
+        let schema = Schema::new(&schema);
+        let mut given = Given::default();
         if let Some(path) = &self.values {
-            let (given, _): (Value, String) = load(path)?;
-            merge(&mut values, given, "", path)?;
+            let (tree, _): (Value, String) = load(path)?;
+            merge(&mut values, tree.clone(), schema, "", &path.display().to_string())?;
+            given = Given::of(tree).map_err(|why| Mistake(format!("{}: {why}", path.display())))?;
         }
         for set in &self.set {
             let (key, text) =
                 set.split_once('=').ok_or_else(|| Mistake::flag("--set", &format!("`{set}` is no KEY=VALUE")))?;
-            put(&mut values, key, text)?;
+            let named = named(&values, schema, key, text);
+            merge(&mut values, named.clone(), schema, "", "--set")?;
+            given = Given::of(named).map_err(|why| Mistake::flag("--set", &why))?.over(given);
         }
-        judge(&values)?;
-        Ok(values)
+        schema.judge(&values, "")?;
+        Ok(given)
     }
 }
 
 /// The chart's default settings.
-fn defaults() -> Result<Value, Mistake> {
+pub fn defaults() -> Result<Value, Mistake> {
     serde_saphyr::from_str(chart::VALUES).map_err(|e| Mistake(format!("the chart's values.yaml: {e}")))
 }
 
-fn merge(into: &mut Value, given: Value, at: &str, path: &Path) -> Result<(), Mistake> {
-    let Value::Object(given) = given else {
-        *into = given;
-        return Ok(());
+/// What an installation whose sidecars mount the agent's folder by `hostPath` gives away, and by which setting; `None` if they have
+/// it by the CSI driver.
+pub fn host_path(values: &Value) -> Option<String> {
+    let setting = match (&values["agent"]["csi"]["enabled"], &values["injector"]["csiVolumes"]) {
+        (Value::Bool(false), _) => "agent.csi.enabled",
+        (_, Value::Bool(false)) => "injector.csiVolumes",
+        _ => return None,
+    };
+    Some(format!(
+        "{setting}=false: meshed pods mount the agent's folder by hostPath, so their namespaces must allow hostPath, by which whoever \
+         creates pods there can become root on a node (docs/kubernetes.md, without the CSI driver)"
+    ))
+}
+
+/// Merges as Helm does: objects key by key, everything else as a whole. A free-form object, such as a nodeSelector, takes
+/// any key, and null removes one from it. `whose` is the file or flag that gives the settings.
+pub fn merge(into: &mut Value, given: Value, schema: Schema<'_>, at: &str, whose: &str) -> Result<(), Mistake> {
+    let unknown = |at: &str| Err(Mistake(format!("{whose}: `{at}` is no setting; --show-values lists them")));
+    let (known, given) = match (into, given) {
+        (Value::Object(known), Value::Object(given)) => (known, given),
+        (Value::Object(_), _) if !schema.is_free() => return unknown(at),
+        (into, given) => {
+            *into = given;
+            return Ok(());
+        }
     };
     for (key, value) in given {
-        let full = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
-        match into.get_mut(&key) {
-            Some(known) => merge(known, value, &full, path)?,
-            None => {
-                return Err(Mistake(format!("{}: `{full}` is no setting; --show-values lists them", path.display())));
-            }
+        let full = schema::joined(at, &key);
+        match known.get_mut(&key) {
+            _ if schema.is_free() && value.is_null() => drop(known.remove(&key)),
+            Some(known) => merge(known, value, schema.of(&key), &full, whose)?,
+            None if schema.is_free() => drop(known.insert(key, value)),
+            None => return unknown(&full),
         }
     }
     Ok(())
 }
 
-fn put(values: &mut Value, key: &str, text: &str) -> Result<(), Mistake> {
-    let known = key.split('.').try_fold(&mut *values, |value, part| value.get_mut(part));
-    let Some(known) = known.filter(|k| !k.is_object()) else {
-        return Err(Mistake::flag("--set", &format!("`{key}` is no setting; --show-values lists them")));
-    };
-    *known = match known {
-        Value::String(_) => text.into(),
-        // Numbers and booleans keep their type; the schema rejects wrong ones.
+/// One setting by its path, as a tree. A dot that is part of a name is written `\.`, as for Helm.
+fn named(values: &Value, schema: Schema<'_>, key: &str, text: &str) -> Value {
+    let path: Vec<String> = key.replace("\\.", "\0").split('.').map(|name| name.replace('\0', ".")).collect();
+    let known = path.iter().try_fold(values, |value, name| value.get(name));
+    let may_go = path.iter().take(path.len() - 1).fold(schema, |schema, name| schema.of(name)).is_free();
+    let given = match known {
+        Some(Value::String(_)) if !(may_go && text == "null") => text.into(),
+        // Lists and objects are JSON. Numbers and booleans keep their type; the schema rejects wrong ones.
         _ => serde_json::from_str(text).unwrap_or_else(|_| text.into()),
     };
-    Ok(())
-}
-
-/// Validates by the part of JSON schema that the chart uses: `type`, `enum`, `pattern`, `minimum`, `maximum`,
-/// `minLength`.
-fn judge(values: &Value) -> Result<(), Mistake> {
-    let schema: Value = serde_json::from_str(chart::SCHEMA).map_err(|e| Mistake(format!("the chart's schema: {e}")))?;
-    judge_one(values, &schema, "")
-}
-
-fn judge_one(value: &Value, schema: &Value, at: &str) -> Result<(), Mistake> {
-    if let Some(properties) = value.as_object() {
-        for (key, value) in properties {
-            let full = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
-            judge_one(value, &schema["properties"][key], &full)?;
-        }
-        return Ok(());
-    }
-    let wrong = |what: String| {
-        Err(Mistake(format!(
-            "setting {at}: `{}` {what}",
-            value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned)
-        )))
-    };
-    if let Some(allowed) = schema["enum"].as_array()
-        && !allowed.contains(value)
-    {
-        let listed: Vec<&str> = allowed.iter().filter_map(Value::as_str).collect();
-        return wrong(format!("is not one of {}", listed.join(", ")));
-    }
-    match schema["type"].as_str() {
-        Some("string") if !value.is_string() => return wrong("is no text".into()),
-        Some("integer") if !value.is_u64() => return wrong("is no whole number".into()),
-        Some("boolean") if !value.is_boolean() => return wrong("is neither true nor false".into()),
-        _ => {}
-    }
-    let number = value.as_u64();
-    if let (Some(n), Some(least)) = (number, schema["minimum"].as_u64())
-        && n < least
-    {
-        return wrong(format!("is less than {least}"));
-    }
-    if let (Some(n), Some(most)) = (number, schema["maximum"].as_u64())
-        && n > most
-    {
-        return wrong(format!("is more than {most}"));
-    }
-    if schema["minLength"].as_u64().is_some_and(|least| value.as_str().is_some_and(|s| (s.len() as u64) < least)) {
-        return wrong("is empty".into());
-    }
-    if let (Some(text), Some(_)) = (value.as_str(), schema["pattern"].as_str()) {
-        return judge_form(at, text);
-    }
-    Ok(())
-}
-
-/// Validates what the schema expresses as patterns, with the parsers that the roles use.
-fn judge_form(at: &str, text: &str) -> Result<(), Mistake> {
-    let wrong = |why: String| Mistake(format!("setting {at}: {why}"));
-    match at {
-        "trustDomain" => {
-            countersign_identity::trust_domain::parse_trust_domain(text).map_err(|e| wrong(e.to_string()))?;
-        }
-        "mesh.allowExceptions" => {
-            let form = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-*, ".contains(&b);
-            if !text.bytes().all(form) {
-                return Err(wrong(format!("`{text}` is no list of namespaces, comma separated, nor `*`")));
-            }
-        }
-        _ if at.ends_with("TTL") => {
-            text.parse::<crate::settings::Ttl>().map_err(wrong)?;
-        }
-        _ => {
-            let ok = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-            if !ok {
-                return Err(wrong(format!("`{text}` may have letters, digits, `.`, `_`, `-` only")));
-            }
-        }
-    }
-    Ok(())
+    path.into_iter().rev().fold(given, |value, name| json!({ name: value }))
 }
 
 #[cfg(test)]
@@ -192,9 +153,94 @@ mod tests {
             ("clusterName=a/b", "setting clusterName:"),
             ("mesh.allowExceptions=a\"b", "setting mesh.allowExceptions:"),
             ("image.name=", "setting image.name: `` is empty"),
+            ("agent.csi.driverName=CSI", "setting agent.csi.driverName: `CSI` is no driver's name"),
+            ("agent.csi.kubeletDir=kubelet", "setting agent.csi.kubeletDir: `kubelet` is no folder of a kubelet"),
+            ("agent.csi.kubeletDir=/a\"b", "setting agent.csi.kubeletDir:"),
+            ("agent.csi.kubeletDir=/a/", "setting agent.csi.kubeletDir:"),
+            ("cni.binDir=opt/cni", "setting cni.binDir: `opt/cni` is no folder"),
+            ("cni.confDir=/etc/../net.d", "setting cni.confDir: `/etc/../net.d` is no folder"),
+            ("cni.confDir=/", "setting cni.confDir: `/` is no folder"),
+            ("agent.socketLink=a/b", "setting agent.socketLink: `a/b` is no name of a file"),
+            ("sidecar.resources.limits.cpu=lots", "setting sidecar.resources.limits.cpu: `lots` is no quantity"),
+            (
+                "redirect.resources.requests.memory=-1",
+                "setting redirect.resources.requests.memory: `-1` is no quantity",
+            ),
+            ("server.persistence.size=large", "setting server.persistence.size: `large` is no quantity"),
+            (
+                "agent.serviceAccount.name=a:b",
+                "setting agent.serviceAccount.name: `a:b` is no name of a service account",
+            ),
+            (
+                "injector.webhook.failurePolicy=Open",
+                "setting injector.webhook.failurePolicy: `Open` is not one of Fail, Ignore",
+            ),
+            ("podMonitor.interval=often", "setting podMonitor.interval: `often` is no interval, such as 30s"),
+            ("sidecar.resources.limits={\"disk\":1}", "--set: `sidecar.resources.limits.disk` is no setting"),
         ] {
             let why = read(&[set]).unwrap_err();
             assert!(why.starts_with(said), "{why}");
+        }
+    }
+
+    #[test]
+    fn lists_and_objects_are_json_and_free_ones_take_any_key() {
+        let values = read(&[
+            r#"agent.tolerations=[{"key":"gpu","operator":"Exists"}]"#,
+            r#"agent.nodeSelector={"disk":"ssd"}"#,
+            r"agent.nodeSelector.kubernetes\.io/os=linux",
+            "server.resources.limits.memory=1Gi",
+            "server.resources.limits.cpu=2",
+            "injector.resources.limits.memory=null",
+            r#"injector.affinity.podAntiAffinity={"x":[]}"#,
+            r#"imagePullSecrets=[{"name":"registry"}]"#,
+        ])
+        .unwrap();
+        assert_eq!(values["agent"]["tolerations"], json!([{ "key": "gpu", "operator": "Exists" }]));
+        assert_eq!(values["agent"]["nodeSelector"], json!({ "disk": "ssd", "kubernetes.io/os": "linux" }));
+        let resources =
+            json!({ "requests": { "cpu": "50m", "memory": "32Mi" }, "limits": { "memory": "1Gi", "cpu": 2 } });
+        assert_eq!(values["server"]["resources"], resources, "the rest stays");
+        assert_eq!(values["injector"]["resources"]["limits"], json!({}));
+        assert_eq!(values["injector"]["affinity"], json!({ "podAntiAffinity": { "x": [] } }));
+        assert_eq!(values["imagePullSecrets"][0]["name"], "registry");
+        for (set, said) in [
+            ("agent.tolerations=Exists", "setting agent.tolerations: `Exists` is no list"),
+            (r#"agent.tolerations=["x"]"#, "setting agent.tolerations[0]: `x` is no object"),
+            ("agent.nodeSelector=ssd", "setting agent.nodeSelector: `ssd` is no object"),
+            ("agent.nodeSelector.disk=1", "setting agent.nodeSelector.disk: `1` is no text"),
+            ("server.resources.limits.memory=lots", "setting server.resources.limits.memory: `lots` is no quantity"),
+            ("server.resources.limits.cpu=-1", "setting server.resources.limits.cpu: `-1` is less than 0"),
+            ("server.resources.limit.cpu=1", "--set: `server.resources.limit` is no setting"),
+            ("server.resources=1", "--set: `server.resources` is no setting"),
+        ] {
+            let why = read(&[set]).unwrap_err();
+            assert!(why.starts_with(said), "{why}");
+        }
+    }
+
+    #[test]
+    fn an_installation_by_host_path_says_so_and_by_which_setting() {
+        let said = |set: &[&str]| host_path(&read(set).unwrap());
+        assert_eq!(said(&[]), None, "the driver is the default");
+        for setting in ["agent.csi.enabled", "injector.csiVolumes"] {
+            let line = said(&[&format!("{setting}=false")]).unwrap();
+            assert!(line.starts_with(&format!("{setting}=false: ")) && line.contains("root on a node"), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_pages_examples_are_settings() {
+        let page = include_str!("../../../../docs/kubernetes.md");
+        let folder = tempfile::tempdir().unwrap();
+        let examples = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next());
+        // The third is a part of a pod.
+        let examples: Vec<&str> = examples.filter(|text| !text.starts_with("volumes:")).collect();
+        assert_eq!(examples.len(), 2);
+        for text in examples {
+            let path = folder.path().join("values.yaml");
+            std::fs::write(&path, text).unwrap();
+            ValuesArgs { set: vec![], values: Some(path) }.read().unwrap();
         }
     }
 
@@ -208,6 +254,11 @@ mod tests {
         };
         assert_eq!(with("mesh: {mode: strict}").unwrap()["mesh"]["mode"], "strict");
         assert!(with("mesh: {made: strict}").unwrap_err().contains("`mesh.made` is no setting"));
+        assert!(with("mesh: strict").unwrap_err().contains("`mesh` is no setting"));
+        let tolerations = "agent: {tolerations: [{operator: Exists, effect: NoSchedule}], podLabels: {team: a}}";
+        let given = with(tolerations).unwrap();
+        assert_eq!(given["agent"]["tolerations"][0]["effect"], "NoSchedule");
+        assert_eq!((&given["agent"]["podLabels"]["team"], &given["agent"]["watchPods"]), (&json!("a"), &json!(true)));
         assert!(with("mesh: [").unwrap_err().contains("values.yaml:1"), "where the mistake is");
     }
 }

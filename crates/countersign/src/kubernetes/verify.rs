@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use countersign_controller::injector::SIDECAR;
+use countersign_identity::shown::sentence;
+use countersign_watch::in_words;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::api::{Api, DeleteParams, LogParams, PostParams};
@@ -26,6 +28,8 @@ use crate::stop::on_signal;
 const LOOK: Duration = Duration::from_millis(500);
 /// Most of a sidecar's log that is read, in bytes.
 const MAX_LOG_BYTES: i64 = 16 * 1024 * 1024;
+/// Longest text of a pod that is repeated, in characters.
+const MAX_SAID: usize = 400;
 /// The port that sidecars meet on.
 const MESH_PORT: u16 = 15008;
 /// User ID of the pods' apps; any except the sidecar's.
@@ -154,7 +158,7 @@ async fn run(args: &VerifyArgs) -> Result<Found> {
         () = stop.cancelled() => Err(anyhow!("interrupted")),
     };
     if let Err(error) = namespaces.delete(&stage.namespace, &DeleteParams::default()).await {
-        eprintln!("cannot remove namespace {}: {error}; remove it by hand", stage.namespace);
+        eprintln!("cannot remove namespace {}: {}; remove it by hand", stage.namespace, in_words(&error));
     }
     found
 }
@@ -205,17 +209,17 @@ impl Stage {
     /// Creates a pod and waits until `there` accepts it.
     async fn start(&self, pod: &Pod, there: impl Fn(&Pod) -> bool) -> Result<Pod, String> {
         let name = pod.name_any();
-        self.pods().create(&PostParams::default(), pod).await.map_err(|e| format!("pod {name}: {e}"))?;
+        self.pods().create(&PostParams::default(), pod).await.map_err(|e| format!("pod {name}: {}", in_words(&e)))?;
         let until = Instant::now() + self.patience;
         loop {
-            let now = self.pods().get(&name).await.map_err(|e| format!("pod {name}: {e}"))?;
+            let now = self.pods().get(&name).await.map_err(|e| format!("pod {name}: {}", in_words(&e)))?;
             if there(&now) {
                 return Ok(now);
             }
             if Instant::now() > until {
                 return Err(format!(
-                    "pod {name} is not there after {:?}: {}; see `countersign check`",
-                    self.patience,
+                    "pod {name} is not there after {} s: {}; see `countersign check`",
+                    self.patience.as_secs(),
                     waiting_for(&now)
                 ));
             }
@@ -225,7 +229,7 @@ impl Stage {
 
     async fn log(&self, pod: &str, container: &str) -> Result<String, String> {
         let params = LogParams { container: Some(container.into()), ..LogParams::default() };
-        self.pods().logs(pod, &params).await.map_err(|e| format!("log of {pod}: {e}"))
+        self.pods().logs(pod, &params).await.map_err(|e| format!("log of {pod}: {}", in_words(&e)))
     }
 
     /// The connections that a pod's sidecar has logged last.
@@ -301,7 +305,8 @@ impl Stage {
         let until = Instant::now() + self.patience;
         while !self.log("callee", "capture").await.is_ok_and(|text| text.starts_with("\"listening\"")) {
             if Instant::now() > until {
-                return Err(anyhow!("the capture does not listen: {:?}", self.log("callee", "capture").await));
+                let said = self.log("callee", "capture").await.unwrap_or_else(|why| why);
+                return Err(anyhow!("the capture does not listen: {}", sentence(said.trim(), MAX_SAID)));
             }
             tokio::time::sleep(LOOK).await;
         }

@@ -117,6 +117,9 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
                 .map_err(refused)?
                 .into_inner();
             print(&output, &[("tainted", s.tainted_authority)])?;
+            eprintln!(
+                "agents renew what it signed now. Revoke it once `countersign status` shows its ID at no agent and sidecar: that cuts each connection which still depends on it"
+            );
         }
         AuthorityCommand::Revoke { server, id, force, output } => {
             let mut client = client!(LocalAuthorityClient, server.channel()?);

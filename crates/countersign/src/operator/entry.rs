@@ -1,5 +1,7 @@
 //! `countersign entry`: manages registration entries.
 
+mod doubts;
+
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::entry::entry_client::EntryClient;
@@ -219,7 +221,11 @@ pub async fn run(command: EntryCommand) -> Result<()> {
                 ..types::Entry::default()
             };
             fields.fill(&mut entry)?;
-            let created = create(server.channel()?, entry).await?;
+            let channel = server.channel()?;
+            let created = create(channel.clone(), entry).await?;
+            for doubt in doubts::about(channel, &created).await {
+                eprintln!("warning: {doubt}");
+            }
             print(&output, &[created])?;
         }
         EntryCommand::Show { server, id, spiffe_id, parent_id, selector, output } => {

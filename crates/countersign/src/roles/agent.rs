@@ -51,6 +51,10 @@ pub struct AgentSettings {
     /// Unix socket for workloads and sidecars [default: /run/countersign/agent.sock].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// Also offer the socket under this name, by a symbolic link beside it, for programs that look for SPIRE's
+    /// `spire-agent.sock`.
+    #[arg(long, value_name = "NAME")]
+    socket_link: Option<String>,
     /// Folder for the agent's own identity [default: /var/lib/countersign/agent].
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -116,7 +120,7 @@ pub struct AgentSettings {
 impl AgentSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
-            trust_domain, server, socket, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, k8s_psat_cluster,
+            trust_domain, server, socket, socket_link, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, k8s_psat_cluster,
             k8s_psat_token, node_name, kubelet, kubelet_ca, kubelet_token, namespace_labels, workload_key_type, live_settings,
             sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, metrics,
         })
@@ -143,6 +147,10 @@ impl AgentSettings {
             trust_domain: parse_trust_domain(&domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
             server,
             socket: self.socket.unwrap_or_else(|| AGENT_SOCKET.into()),
+            socket_link: self
+                .socket_link
+                .map(|name| name.parse().map_err(|e: String| Mistake::flag("--socket-link", &e)))
+                .transpose()?,
             data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/countersign/agent".into()),
             trust_bundle: self.trust_bundle,
             evidence: evidence(
@@ -299,6 +307,7 @@ mod tests {
             "trust_domain",
             "server",
             "socket",
+            "socket_link",
             "data_dir",
             "trust_bundle",
             "join_token_file",

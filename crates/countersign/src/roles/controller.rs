@@ -8,13 +8,15 @@ use anyhow::Result;
 use countersign_controller::injector::{Leave, Sidecar};
 use countersign_controller::template::{DEFAULT, Template};
 use countersign_controller::{Config, DirectoryConfig, InjectorConfig, RegistrarConfig};
+use countersign_csi::DriverName;
 use countersign_identity::policy::Mode;
 use countersign_identity::trust_domain::parse_trust_domain;
 
+use super::SupervisorArgs;
+use super::resources::ResourceArgs;
 use crate::clients::{AGENT_SOCKET, SERVER_SOCKET};
-use crate::logging::LogArgs;
 use crate::settings::Mistake;
-use crate::stop::{ReadyFile, for_role};
+use crate::stop::for_role;
 
 /// Run the Kubernetes controller: injector, registrar, directory publisher.
 ///
@@ -65,15 +67,14 @@ pub struct ControllerArgs {
     /// strict if it cannot be read.
     #[arg(long, value_name = "DIR")]
     live_settings: Option<PathBuf>,
+    /// Injector: CSI driver that mounts the agent's folder into pods (`countersign csi`) [default: none, the pods mount it by
+    /// `hostPath`].
+    #[arg(long, value_name = "NAME")]
+    csi_driver: Option<DriverName>,
     #[command(flatten)]
     sidecar: SidecarArgs,
-    /// Serve /metrics, /ready and /live on this address [default: off].
-    #[arg(long, value_name = "ADDRESS")]
-    metrics: Option<SocketAddr>,
     #[command(flatten)]
-    ready: ReadyFile,
-    #[command(flatten)]
-    log: LogArgs,
+    supervisor: SupervisorArgs,
 }
 
 /// Arguments for the injected sidecar.
@@ -88,6 +89,9 @@ pub struct SidecarArgs {
     /// Folder on each node that holds its agent's socket.
     #[arg(long, value_name = "DIR", default_value = "/run/countersign/agent")]
     agent_dir: String,
+    /// The CNI plugin (`countersign cni`) installs the redirect: the init container needs no privilege and waits for it.
+    #[arg(long)]
+    cni: bool,
     /// Inject native sidecars (Kubernetes 1.29 and newer). `false` injects plain containers; a pod's init containers
     /// have no network before them.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
@@ -99,18 +103,23 @@ pub struct SidecarArgs {
     /// `*` stands for all. Injector and directory.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     allow_exceptions: Vec<String>,
+    #[command(flatten)]
+    resources: ResourceArgs,
 }
 
 impl SidecarArgs {
-    /// Converts the arguments to the injector's settings.
-    pub fn sidecar(self) -> Sidecar {
+    /// Converts the arguments to the injector's settings. `csi_driver`: mounts the agent's folder into pods; `None` for `hostPath`.
+    pub fn sidecar(self, csi_driver: Option<DriverName>) -> Sidecar {
         Sidecar {
             image: self.image,
             pull_policy: self.image_pull_policy,
             agent_dir: self.agent_dir,
+            csi_driver: csi_driver.map(|name| name.as_str().to_owned()),
+            cni: self.cni,
             log_level: self.sidecar_log,
             native: self.native_sidecars,
             leave: Leave::of(self.allow_exceptions),
+            resources: self.resources.resources(),
         }
     }
 }
@@ -138,7 +147,7 @@ impl ControllerArgs {
         // The namespace of our own installation: `SpiffeID` objects made by hand may not use its names.
         let control_namespace =
             self.lease_namespace.clone().or_else(|| mesh_configmap.as_ref().map(|(namespace, _)| namespace.clone()));
-        let sidecar = self.sidecar.sidecar();
+        let sidecar = self.sidecar.sidecar(self.csi_driver);
         Ok(Config {
             trust_domain: parse_trust_domain(&self.trust_domain)
                 .map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
@@ -165,7 +174,7 @@ impl ControllerArgs {
                 live_settings: self.live_settings,
                 mode,
             }),
-            metrics: self.metrics,
+            metrics: self.supervisor.metrics,
         })
     }
 }
@@ -173,8 +182,8 @@ impl ControllerArgs {
 /// Runs a controller until it is stopped.
 pub fn run(args: ControllerArgs) -> Result<()> {
     super::write_privately();
-    args.log.start()?;
-    let ready = args.ready.clone();
+    args.supervisor.log.start()?;
+    let ready = args.supervisor.ready.clone();
     let config = args.config()?;
     super::runtime()?.block_on(async {
         // A controller writes no files that would have to be reopened.

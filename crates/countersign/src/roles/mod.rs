@@ -1,13 +1,21 @@
 //! The long-running roles: converts flags and settings file to a role's config, and runs the role until it is stopped.
 
 pub mod agent;
+pub mod cni;
+pub mod cni_node;
 pub mod controller;
+pub mod csi;
 pub mod proxy;
 pub mod redirect;
+pub mod resources;
 pub mod server;
 pub mod sidecar_hook;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+
+use crate::logging::LogArgs;
+use crate::stop::ReadyFile;
 
 /// Takes each field from the flags, otherwise from the file.
 macro_rules! merge {
@@ -34,6 +42,20 @@ impl ConfigFile {
             None => Ok(T::default()),
         }
     }
+}
+
+/// The arguments of a role without a settings file by which a supervisor follows it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SupervisorArgs {
+    /// Serve /metrics, /ready and /live on this address [default: off].
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<SocketAddr>,
+    /// Where it says that it is ready.
+    #[command(flatten)]
+    pub ready: ReadyFile,
+    /// What it logs.
+    #[command(flatten)]
+    pub log: LogArgs,
 }
 
 /// Sets the umask so that files of a role are private unless it decides otherwise: keys, databases and sockets start as

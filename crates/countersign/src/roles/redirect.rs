@@ -1,12 +1,17 @@
 //! `countersign redirect`: flags of the redirect.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use clap::Parser;
+use countersign_cni::Order;
 use countersign_redirect::guard::RESOLV_CONF;
+use countersign_redirect::validate::{NotProved, wait_until_in_force};
 use countersign_redirect::{Backend, Guard, Redirect, RedirectError, here, in_force, install, installed, remove};
 use ipnet::IpNet;
 
@@ -27,8 +32,15 @@ pub struct RedirectArgs {
     /// Remove the redirect, and print the rules that were removed.
     #[arg(long)]
     remove: bool,
+    /// Wait until somebody else has installed the redirect; exit code 1 if nobody has. Needs no privilege: it listens on
+    /// --outbound-port, where the sidecar must not run yet, and dials an address that is nobody's.
+    #[arg(long, conflicts_with_all = ["check", "remove"])]
+    validate: bool,
+    /// With --validate: how long to wait, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "60", requires = "validate")]
+    patience: u64,
     /// User ID of the sidecar, whose own connections are never redirected.
-    #[arg(long, value_name = "UID", required_unless_present = "remove")]
+    #[arg(long, value_name = "UID", required_unless_present = "remove", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
     proxy_uid: Option<u32>,
     /// Port of the sidecar for outgoing connections.
     #[arg(long, value_name = "PORT", default_value = "15001")]
@@ -86,8 +98,44 @@ fn list<T: std::str::FromStr, C: FromIterator<T>>(flag: &str, what: &str, items:
     items.map(|i| i.parse().map_err(|_| Mistake::flag(flag, &format!("`{i}` is no {what}")))).collect()
 }
 
+/// The command line of a pod's validator, without the command.
+#[derive(Parser)]
+#[command(name = "redirect", no_binary_name = true)]
+struct Validator {
+    #[command(flatten)]
+    args: RedirectArgs,
+}
+
+/// Reads the arguments of a pod's validator (`redirect --validate …`), for whoever installs its redirect. `resolvers`
+/// are the pod's, for arguments that name none.
+///
+/// # Errors
+/// They are wrong, or are no validator's, in words.
+pub fn order(arguments: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
+    let args = Validator::try_parse_from(arguments).map_err(|error| what_is_wrong(&error))?.args;
+    if !args.validate {
+        return Err("the arguments have no --validate".into());
+    }
+    let proxy_uid = args.proxy_uid.ok_or("the arguments have no --proxy-uid")?;
+    let redirect = args.redirect(proxy_uid, || resolvers.clone()).map_err(|e| e.to_string())?;
+    Ok(Order { redirect, backend: args.backend })
+}
+
+/// What is wrong with a command line, in one line. How the command is used comes behind it, after an empty line.
+fn what_is_wrong(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join(" ").trim_start_matches("error: ").to_owned()
+}
+
+/// The resolvers of this process's own file.
+fn own_resolvers() -> BTreeSet<IpAddr> {
+    Guard::with_resolvers_of(Path::new(RESOLV_CONF)).resolvers
+}
+
 impl RedirectArgs {
-    fn redirect(&self, proxy_uid: u32) -> Result<Redirect, Mistake> {
+    /// The rules. `resolvers`: those that DNS may go to unless the arguments name some.
+    fn redirect(&self, proxy_uid: u32, resolvers: impl FnOnce() -> BTreeSet<IpAddr>) -> Result<Redirect, Mistake> {
         let cidrs = |flag: &str, items: &[String]| list::<IpNet, _>(flag, "CIDR, such as 10.0.0.0/8", items);
         let ports = |flag: &str, items: &[String]| {
             let ports: Vec<NonZeroU16> = list(flag, "port", items)?;
@@ -110,11 +158,11 @@ impl RedirectArgs {
             exempt_outbound_ports: ports("--exclude-outbound-ports", &self.exclude_outbound_ports)?,
             exempt_inbound_cidrs: cidrs("--exclude-inbound-cidrs", &self.exclude_inbound_cidrs)?,
             exempt_outbound_cidrs: cidrs("--exclude-outbound-cidrs", &self.exclude_outbound_cidrs)?,
-            guard: self.guard()?,
+            guard: self.guard(resolvers)?,
         })
     }
 
-    fn guard(&self) -> Result<Option<Guard>, Mistake> {
+    fn guard(&self, resolvers: impl FnOnce() -> BTreeSet<IpAddr>) -> Result<Option<Guard>, Mistake> {
         let named = Guard {
             resolvers: list("--resolvers", "address", self.resolvers.as_deref().unwrap_or_default())?,
             udp_ports: list::<NonZeroU16, Vec<_>>("--allow-udp-ports", "port", &self.allow_udp_ports)?
@@ -136,7 +184,7 @@ impl RedirectArgs {
         }
         Ok(Some(match self.resolvers {
             Some(_) => named,
-            None => Guard { resolvers: Guard::with_resolvers_of(Path::new(RESOLV_CONF)).resolvers, ..named },
+            None => Guard { resolvers: resolvers(), ..named },
         }))
     }
 
@@ -168,7 +216,10 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
     }
     // clap requires it unless --remove is given.
     let proxy_uid = args.proxy_uid.ok_or_else(|| Mistake::flag("--proxy-uid", "is missing"))?;
-    let redirect = args.redirect(proxy_uid)?;
+    let redirect = args.redirect(proxy_uid, own_resolvers)?;
+    if args.validate {
+        return validate(&redirect, Duration::from_secs(args.patience));
+    }
     if !args.check {
         args.refuse_shared()?;
         let backend = install(&redirect, args.backend).map_err(mendable)?;
@@ -188,6 +239,21 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
         (true, _) => Err(anyhow!("no redirect is installed in network namespace {}", here::name())),
         (false, false) => Err(anyhow!("the redirect in force differs from the one asked for; install it again")),
         (false, true) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Waits for a redirect that the CNI plugin, or whoever else has the privilege, installs.
+fn validate(redirect: &Redirect, patience: Duration) -> Result<ExitCode> {
+    match wait_until_in_force(redirect, patience) {
+        Ok(()) => {
+            eprintln!("the redirect is in force in network namespace {}", here::name());
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error @ NotProved::SidecarsUser(_)) => Err(Mistake::flag("--validate", &error.to_string()).into()),
+        Err(error @ NotProved::NotInForce(_)) => Err(anyhow!(
+            "{error}; in a pod the CNI plugin installs it: `countersign check` tells whether it runs on this node"
+        )),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -230,12 +296,14 @@ mod tests {
     fn read(args: &[&str]) -> Result<Redirect, String> {
         let all = ["redirect"].iter().chain(args);
         let args = Cli::try_parse_from(all).map_err(|e| e.to_string())?.args;
-        args.redirect(args.proxy_uid.unwrap()).map_err(|e| e.to_string())
+        args.redirect(args.proxy_uid.unwrap(), own_resolvers).map_err(|e| e.to_string())
     }
 
     #[test]
     fn the_sidecars_user_is_asked_for_and_no_port_is_0() {
         assert!(read(&[]).unwrap_err().contains("--proxy-uid"));
+        // It stands for no user: the sidecar's own connections would come back to it.
+        assert!(read(&["--proxy-uid=4294967295"]).unwrap_err().contains("--proxy-uid"));
         for flag in
             ["--outbound-port", "--inbound-port", "--mesh-port", "--exclude-inbound-ports", "--exclude-outbound-ports"]
         {
@@ -265,5 +333,28 @@ mod tests {
         assert!(read(&["--proxy-uid=1", "--other-protocols=drop", "--allow-udp-ports=0"]).unwrap_err().contains("`0`"));
         let none = read(&["--proxy-uid=1", "--other-protocols=drop", "--resolvers="]).unwrap().guard.unwrap();
         assert_eq!(none.resolvers, [].into(), "an empty list is nobody, not everybody");
+    }
+
+    #[test]
+    fn a_validators_arguments_are_read_as_the_command_reads_them() {
+        let resolvers = ["10.96.0.10".parse().unwrap()].into();
+        let order = |args: &[&str]| order(&args.iter().map(ToString::to_string).collect::<Vec<_>>(), &resolvers);
+        let plain = ["--validate", "--proxy-uid=2102", "--in-pod", "--exclude-outbound-ports=53"];
+        assert_eq!(order(&plain).unwrap().redirect, Redirect::for_proxy(2102));
+        let guard = |args: &[&str]| order(&[&plain, args].concat()).unwrap().redirect.guard.unwrap();
+        assert_eq!(guard(&["--other-protocols=drop"]).resolvers, resolvers);
+        assert_eq!(guard(&["--other-protocols=drop", "--resolvers="]).resolvers, [].into());
+        for (args, said) in [
+            (&[][..], "--proxy-uid"),
+            (&["--proxy-uid=2102"], "no --validate"),
+            (&["--proxy-uid=2102", "--check"], "no --validate"),
+            (&["--validate", "--proxy-uid=2102", "--remove"], "--remove"),
+            (&["--validate", "--proxy-uid=2102", "--nonsense"], "--nonsense"),
+            (&["--validate", "--proxy-uid=2102", "extra"], "extra"),
+            (&["--help"], ""),
+        ] {
+            let why = order(args).unwrap_err();
+            assert!(why.contains(said) && why.lines().count() <= 1, "{args:?}: {why}");
+        }
     }
 }

@@ -43,7 +43,8 @@ pub fn run(hook: &SidecarHook) -> Result<()> {
 async fn gate() -> Result<()> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match probe::get(&format!("{PAGES}/ready")).await {
+        // The sidecar holds its answer until it is ready, within what the client waits.
+        match probe::get(&format!("{PAGES}/ready?wait=10")).await {
             Ok(_) => return Ok(()),
             Err(why) if Instant::now() > until => return Err(anyhow!("the sidecar is not ready: {why:#}")),
             Err(_) => tokio::time::sleep(LOOK).await,

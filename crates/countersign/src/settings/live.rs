@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use countersign_api::files::read_bounded;
+use countersign_controller::store::Transparency;
 use countersign_identity::KeyType;
 use countersign_identity::policy::Mode;
 use tokio::sync::watch;
@@ -25,8 +26,8 @@ const LOOK: Duration = Duration::from_secs(1);
 pub struct MeshSettings {
     /// `mode`: mode of the mesh, used where namespace and pod set none.
     pub mode: Option<Mode>,
-    /// `transparent`: every sidecar forwards plaintext, because the mesh is being removed.
-    pub transparent: Option<bool>,
+    /// `transparent`: how far the mesh is on its way out.
+    pub transparent: Option<Transparency>,
     /// `caTTL`: lifetime of new authorities.
     pub ca_ttl: Option<Ttl>,
     /// `svidTTL`: lifetime of new SVIDs.
@@ -51,10 +52,9 @@ impl MeshSettings {
         }
         let key_type =
             |text: &str| text.parse::<KeyType>().map_err(|e: countersign_identity::key::KeyError| e.to_string());
-        let truth = |text: &str| text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"));
         Ok(Self {
             mode: one(found, "mode", super::parse_mode)?,
-            transparent: one(found, "transparent", truth)?,
+            transparent: one(found, "transparent", str::parse)?,
             ca_ttl: one(found, "caTTL", str::parse)?,
             svid_ttl: one(found, "svidTTL", str::parse)?,
             ca_key_type: one(found, "caKeyType", key_type)?,
@@ -76,7 +76,8 @@ pub struct Live<T> {
 
 /// A role's part of the settings: its current value, and a follower if there is a folder. Without a folder, `take`
 /// builds it from no settings; the same happens if a setting is invalid, because a typing error must not keep a role
-/// from restarting. A missing folder is an error.
+/// from restarting. A missing folder is an error. An empty one has no settings; one that becomes empty changes none, because it
+/// is the mount of a ConfigMap that was deleted.
 pub fn live<T>(
     folder: Option<PathBuf>,
     take: impl Fn(&MeshSettings) -> Result<T, Mistake> + Send + 'static,
@@ -118,7 +119,12 @@ impl<T: PartialEq + std::fmt::Debug + Send + Sync + 'static> Live<T> {
                 continue;
             }
             judged.clone_from(&now);
-            let found = now.map_err(Mistake).and_then(|found| MeshSettings::read(&found));
+            let found = now.map_err(Mistake).and_then(|found| {
+                if found.is_empty() {
+                    return Err(Mistake("it is empty; is ConfigMap countersign-mesh gone?".into()));
+                }
+                MeshSettings::read(&found)
+            });
             match found.and_then(|settings| (self.take)(&settings)) {
                 Ok(new) if *self.to.borrow() != new => {
                     tracing::info!(settings = ?new, "settings have changed");
@@ -170,12 +176,12 @@ mod tests {
             ("transparent", "true"),
         ]);
         let all = all.unwrap();
-        assert_eq!((all.mode, all.transparent), (Some(Mode::Strict), Some(true)));
+        assert_eq!((all.mode, all.transparent), (Some(Mode::Strict), Some(Transparency::Full)));
         assert_eq!(all.svid_ttl, Some(Ttl(Duration::from_secs(600))));
         assert_eq!(all.workload_key_type, Some(KeyType::Rsa2048));
         assert!(settings(&[("svidTTL", "soon")]).unwrap_err().starts_with("svidTTL: `soon` is not a length of time"));
         assert!(settings(&[("caKeyType", "dsa")]).unwrap_err().starts_with("caKeyType: "));
-        assert!(settings(&[("transparent", "1")]).unwrap_err().contains("neither true nor false"));
+        assert!(settings(&[("transparent", "1")]).unwrap_err().contains("none of false, inbound and true"));
     }
 
     #[tokio::test(start_paused = true)]
@@ -197,6 +203,12 @@ mod tests {
         put("7m");
         receiver.changed().await.unwrap();
         assert_eq!(*receiver.borrow_and_update(), Some(420));
+        std::fs::remove_file(folder.path().join("svidTTL")).unwrap();
+        tokio::time::sleep(LOOK * 5).await;
+        assert!(!receiver.has_changed().unwrap(), "a ConfigMap that was deleted changes nothing");
+        put("8m");
+        receiver.changed().await.unwrap();
+        assert_eq!(*receiver.borrow_and_update(), Some(480));
         following.abort();
         assert!(live(Some(folder.path().join("none")), take).is_err(), "a folder that is not there");
         put("soon");

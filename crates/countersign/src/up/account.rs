@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 const PASSWD: &str = "/etc/passwd";
 const GROUP: &str = "/etc/group";
 
+/// The ID that no user and no group can have: system calls take it for "leave as it is" (setresuid(2)).
+const NOBODY_AT_ALL: u32 = u32::MAX;
+
 /// A user and its groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {
@@ -38,10 +41,13 @@ impl Account {
         Self { uid, gid: uid, groups: vec![] }
     }
 
-    /// Looks a user up by name or ID. An ID that is in no table is valid too.
+    /// Looks a user up by name or ID. An ID that is in no table is valid too, except the one that stands for no user.
     pub fn find(text: &str) -> Result<Self, String> {
         let passwd = read(PASSWD)?;
         let name = match text.parse::<u32>() {
+            Ok(NOBODY_AT_ALL) => {
+                return Err(format!("{NOBODY_AT_ALL} is no user ID: the kernel takes it for \"no change\""));
+            }
             Ok(uid) => match Login::in_table(uid, &passwd) {
                 Some(login) => login.name,
                 None => return Ok(Self::of_uid(uid)),
@@ -157,6 +163,12 @@ mod tests {
         assert_eq!(web, Account { uid: 33, gid: 34, groups: vec![34, 40] });
         assert_eq!(Account::in_tables("half", passwd, group), None);
         assert_eq!(Account::in_tables("nobody", passwd, group), None);
+    }
+
+    #[test]
+    fn the_id_that_stands_for_no_user_is_refused() {
+        assert!(Account::find("4294967295").unwrap_err().starts_with("4294967295 is no user ID"));
+        assert_eq!(Account::find("4294967294").unwrap(), Account::of_uid(4_294_967_294));
     }
 
     #[test]

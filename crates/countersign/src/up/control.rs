@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use countersign_api::transport::{bind_unix, peer_credentials};
 use countersign_identity::policy::Policy;
 use countersign_identity::trust_domain::parse_workload_id;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::account::Account;
@@ -118,7 +118,7 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
         let _ = tell(&mut write, answer).await;
         return;
     }
-    let joined = join(mesh, &line).await;
+    let joined = join(mesh, &line, &mut read).await;
     let answer = match &joined {
         Ok((_, joined)) => serde_json::to_string(joined),
         Err(error) => {
@@ -131,8 +131,7 @@ async fn talk(mesh: &Rc<Mesh>, stream: UnixStream) {
     if let Ok((name, _)) = joined {
         if told.is_ok() {
             // Stays until the client closes the connection, for whatever reason.
-            let mut rest = [0; 1];
-            while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
+            gone(&mut read).await;
             if let Some(running) = mesh.workload(&name) {
                 let farewell = Farewell { refused: refusals::told(mesh, &running).await };
                 // Nobody may be there any more.
@@ -150,6 +149,12 @@ async fn request(read: &mut (impl AsyncBufRead + Unpin)) -> Option<String> {
     matches!(read, Ok(Ok(_))).then_some(line)
 }
 
+/// Resolves once the client has closed the connection. What it says meanwhile means nothing.
+async fn gone(read: &mut (impl AsyncRead + Unpin)) {
+    let mut rest = [0; 1];
+    while matches!(read.read(&mut rest).await, Ok(n) if n > 0) {}
+}
+
 /// Writes a line. A client that does not read it in time is as one that is gone.
 async fn tell(write: &mut (impl AsyncWrite + Unpin), line: String) -> io::Result<()> {
     tokio::time::timeout(REQUEST, write.write_all((line + "\n").as_bytes())).await?
@@ -165,7 +170,8 @@ fn stranger<T>(caller: &str, why: &str, known: &BTreeMap<String, T>) -> Mistake 
     Mistake::flag("--allow", &format!("{why}, nor is it a workload of the mesh{hint}"))
 }
 
-async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
+/// Adds the workload that a client asks for. A client that goes away before its sidecar is ready leaves at once.
+async fn join(mesh: &Rc<Mesh>, line: &str, client: &mut (impl AsyncRead + Unpin)) -> Result<(String, Joined)> {
     let join: Join = serde_json::from_str(line).context("the request cannot be read")?;
     // The rules of mesh files apply, whoever wrote the request.
     check_workload_name(&join.name).map_err(|e| Mistake::flag("--name", &e))?;
@@ -209,7 +215,11 @@ async fn join(mesh: &Rc<Mesh>, line: &str) -> Result<(String, Joined)> {
         allow_other_cidrs: [].into(),
     };
     let running = mesh.join(spec).await?;
-    if let Err(error) = mesh.wait_for_sidecar(&running).await {
+    let ready = tokio::select! {
+        ready = mesh.wait_for_sidecar(&running) => ready,
+        () = gone(client) => Err(anyhow!("the client has gone away")),
+    };
+    if let Err(error) = ready {
         mesh.remove(&join.name).await;
         return Err(error);
     }

@@ -15,8 +15,10 @@ use super::users::uids_of;
 
 /// How long what is left may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(2);
-/// Interval between two looks at what is left.
-const LOOK: Duration = Duration::from_millis(20);
+/// Interval before the second look at what is left; it doubles, because each look reads about every process.
+const FIRST_LOOK: Duration = Duration::from_millis(20);
+/// Longest interval between two looks.
+const LAST_LOOK: Duration = Duration::from_millis(320);
 
 /// How to tell a workload's processes from all others.
 #[derive(Clone)]
@@ -55,6 +57,7 @@ impl Belonging {
     pub async fn end(&self, mounts: Option<&Mounts>) -> usize {
         let mut told = vec![];
         let began = Instant::now();
+        let mut interval = FIRST_LOOK;
         loop {
             let left = self.left(mounts);
             if left.is_empty() || began.elapsed() > GRACE + GONE {
@@ -72,7 +75,8 @@ impl Belonging {
                     let _ = kill(Pid::from_raw(pid), signal);
                 }
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(interval).await;
+            interval = (interval * 2).min(LAST_LOOK);
         }
     }
 

@@ -27,7 +27,7 @@ use super::published::Published;
 use super::registration::Registration;
 use super::rotate::Log;
 use super::run_directory::{RunDirectory, end_all_of, fresh, kill_inside};
-use super::running::{Parts, Running};
+use super::running::{Parts, Running, is_ready};
 use super::sidecar;
 use super::users::{Users, users_with_processes};
 
@@ -329,10 +329,7 @@ impl Mesh {
     /// Waits until a sidecar has its identity and policy.
     pub async fn wait_for_sidecar(&self, running: &Running) -> Result<()> {
         let name = &running.spec.name;
-        let ready = async || {
-            let status = running.status().await;
-            status.is_ok_and(|s| s.facts.get("ready").is_some_and(|r| r == "yes"))
-        };
+        let ready = async || running.status().await.is_ok_and(|status| is_ready(&status));
         let waited = running.sidecar.wait_until("it had an identity", PATIENCE, ready).await;
         waited.with_context(|| {
             format!("the sidecar of {name} did not come up: {}", cause_of_end(&self.log(&format!("{name}.sidecar"))))

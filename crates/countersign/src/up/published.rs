@@ -9,7 +9,7 @@ use countersign_api::convert::workload_to_wire;
 use countersign_api::push::PublishRequest;
 use countersign_api::push::directory_client::DirectoryClient;
 use countersign_api::transport::unix_channel;
-use countersign_identity::directory::Workload;
+use countersign_identity::directory::{Place, Workload};
 use countersign_identity::policy::Mode;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -64,6 +64,7 @@ impl Published {
                 spiffe_ids: [w.spiffe_id.to_string()].into(),
                 mesh_port: MESH_PORT,
                 policy,
+                place: Place::default(),
             }
         };
         *self.workloads.lock().unwrap_or_else(PoisonError::into_inner) = workloads.map(one).collect();

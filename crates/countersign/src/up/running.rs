@@ -59,6 +59,11 @@ pub struct Parts {
     pub sidecar: Option<Rc<Process>>,
 }
 
+/// Whether a sidecar has its identity and policy, by its status.
+pub fn is_ready(status: &GetStatusResponse) -> bool {
+    status.facts.get("ready").is_some_and(|ready| ready == "yes")
+}
+
 impl Running {
     /// Fetches the status of its sidecar.
     pub async fn status(&self) -> Result<GetStatusResponse> {

@@ -9,6 +9,8 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_util::task::AbortOnDropHandle;
 
+use serde_json::{Value, json};
+
 use super::*;
 use crate::injector::Sidecar;
 
@@ -30,6 +32,25 @@ fn hook(bind: SocketAddr) -> Hook {
         live_settings: None,
     };
     Hook { config, metrics: Arc::default(), parts: Admission::new(PARTS), said: Sampled::default() }
+}
+
+/// A review as an API server sends it, with these fields in its request.
+fn review_of(fields: Value) -> Value {
+    let pod = json!({ "group": "", "version": "v1", "kind": "Pod" });
+    let pods = json!({ "group": "", "version": "v1", "resource": "pods" });
+    let mut request = json!({
+        "uid": "u", "kind": pod, "resource": pods, "operation": "CREATE", "userInfo": { "username": "kubelet" },
+        "object": null, "oldObject": null, "dryRun": false,
+    });
+    request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request })
+}
+
+/// What the hook answers to a review, as JSON; `None` if it takes it for none.
+fn answer(hook: &Hook, review: &Value, path: &str, from: [u8; 4]) -> Option<Value> {
+    let request = request_in(review.to_string().as_bytes())?;
+    let answer = hook.review(&request, Asked::by(path).unwrap(), from.into())?;
+    Some(serde_json::to_value(answer.into_review()).unwrap())
 }
 
 async fn served() -> Served {
@@ -74,8 +95,8 @@ impl Served {
         let asked = async {
             let mut stream = self.shake_hands(from).await.ok()?;
             let pod = json!({ "metadata": { "name": "p", "annotations": { "x": "y".repeat(padding) } }, "spec": {} });
-            let request = json!({ "uid": "u", "namespace": "n", "subResource": "ephemeralcontainers", "object": pod });
-            let body = json!({ "kind": "AdmissionReview", "request": request }).to_string();
+            let more = json!({ "namespace": "n", "subResource": "ephemeralcontainers", "object": pod });
+            let body = review_of(more).to_string();
             let head = format!(
                 "POST /inject/pod HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
                 body.len()
@@ -156,10 +177,8 @@ fn a_flood_of_reviews_leaves_a_few_log_lines_and_a_count_for_each_sender() {
     let review = |namespace: String, from: [u8; 4]| {
         let pod =
             json!({ "metadata": { "name": "p", "labels": { "countersign.dev/inject": "disabled" } }, "spec": {} });
-        let request = json!({ "uid": "u", "namespace": namespace, "object": pod });
-        let review = json!({ "kind": "AdmissionReview", "request": request });
-        let asked = Asked::by("/inject/namespace").unwrap();
-        hook.review(&review, asked, from.into()).unwrap();
+        let review = review_of(json!({ "namespace": namespace, "object": pod }));
+        answer(&hook, &review, "/inject/namespace", from).unwrap();
     };
     (0..1_000).for_each(|_| review("noisy".into(), STRANGER));
     review("n".into(), API_SERVER);
@@ -169,4 +188,82 @@ fn a_flood_of_reviews_leaves_a_few_log_lines_and_a_count_for_each_sender() {
     assert_eq!((one.kind, one.source.as_ref().unwrap().1.as_str()), ("left as it is", "noisy"));
     // Twenty lines in each window of ten seconds.
     assert!((1..=980).contains(&one.count) && one.count % 20 == 0, "{}", one.count);
+}
+
+#[test]
+fn a_namespace_that_refuses_its_meshed_pods_is_admitted_with_a_warning() {
+    let hook = hook(SocketAddr::from((API_SERVER, 0)));
+    let labels = |level: &str| json!({ "countersign.dev/inject": "enabled", crate::injector::ENFORCE: level });
+    let judged = |level: &str, before: Value| {
+        let object = json!({ "metadata": { "name": "n", "labels": labels(level) } });
+        let review = review_of(json!({ "object": object, "oldObject": before }));
+        let answer = answer(&hook, &review, "/judge/namespace", API_SERVER).unwrap();
+        assert_eq!(answer["response"]["allowed"], true);
+        answer["response"]["warnings"][0].as_str().unwrap_or_default().to_owned()
+    };
+    assert!(judged("restricted", Value::Null).contains("Pod Security `restricted` refuses"));
+    assert_eq!(judged("restricted", json!({ "metadata": { "labels": labels("restricted") } })), "");
+    assert_eq!(judged("privileged", Value::Null), "");
+}
+
+/// The patch of an answer, applied to the object that was sent.
+fn patched(answer: &Value, object: &Value) -> Value {
+    assert_eq!(answer["response"]["patchType"], "JSONPatch");
+    let bytes: Vec<u8> = serde_json::from_value(answer["response"]["patch"].clone()).unwrap();
+    let patch: json_patch::Patch = serde_json::from_slice(&bytes).unwrap();
+    let mut object = object.clone();
+    json_patch::patch(&mut object, &patch).unwrap();
+    object
+}
+
+#[test]
+fn a_pod_is_injected_by_a_patch_that_fits_what_the_api_server_sent_fields_unknown_to_us_included() {
+    let hook = hook(SocketAddr::from((API_SERVER, 0)));
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "status": {}, "fieldOfTomorrow": [1, { "x": null }],
+        "metadata": { "generateName": "web-", "creationTimestamp": null, "managedFields": [] },
+        "spec": { "containers": [{ "name": "app", "image": "x", "tomorrow": { "a": 1.5 } }] },
+    });
+    let answered =
+        answer(&hook, &review_of(json!({ "namespace": "n", "object": pod })), "/inject/namespace", API_SERVER);
+    let answered = answered.unwrap();
+    assert_eq!(
+        (&answered["kind"], &answered["apiVersion"]),
+        (&json!("AdmissionReview"), &json!("admission.k8s.io/v1"))
+    );
+    assert_eq!((&answered["response"]["uid"], &answered["response"]["allowed"]), (&json!("u"), &json!(true)));
+    let meshed = patched(&answered, &pod);
+    let names: Vec<&str> =
+        meshed["spec"]["initContainers"].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
+    assert!(names.contains(&crate::injector::SIDECAR) && names.contains(&crate::injector::REDIRECT), "{names:?}");
+    for kept in ["fieldOfTomorrow", "kind"] {
+        assert_eq!(meshed[kept], pod[kept]);
+    }
+    assert_eq!(meshed["spec"]["containers"][0]["tomorrow"], json!({ "a": 1.5 }));
+}
+
+#[test]
+fn a_refusal_has_its_reason_and_what_is_no_review_of_ours_is_malformed() {
+    let hook = hook(SocketAddr::from((API_SERVER, 0)));
+    let pod = json!({ "metadata": { "name": "p", "labels": { "countersign.dev/inject": "enabeld" } },
+                      "spec": { "containers": [] } });
+    let good = review_of(json!({ "namespace": "n", "object": pod }));
+    let refused = answer(&hook, &good, "/inject/pod", API_SERVER).unwrap();
+    assert_eq!(refused["response"]["allowed"], false);
+    let status = &refused["response"]["status"];
+    assert_eq!((&status["code"], &status["reason"]), (&json!(422), &json!("Invalid")));
+    assert!(status["message"].as_str().unwrap().contains("enabeld"), "{status}");
+    for (key, value) in [
+        ("/kind", json!("Pod")),
+        ("/apiVersion", json!("admission.k8s.io/v1beta1")),
+        ("/request", Value::Null),
+        ("/request/object", Value::Null),
+        ("/request/object", json!([])),
+        ("/request/uid", json!(7)),
+        ("/request/operation", json!("BREW")),
+    ] {
+        let mut bad = good.clone();
+        *bad.pointer_mut(key).unwrap() = value;
+        assert!(answer(&hook, &bad, "/inject/pod", API_SERVER).is_none(), "{key}");
+    }
 }

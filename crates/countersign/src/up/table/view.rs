@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use super::super::children::State;
 use super::super::mesh::Mesh;
 use super::super::mesh_file::MeshSpec;
-use super::super::running::Running;
+use super::super::running::{Running, is_ready};
 use super::answers::Answers;
 use crate::operator::output::told;
 use crate::settings::words::{bytes, count, duration};
@@ -133,6 +133,7 @@ fn row(name: &str, running: &Running, answers: &Answers) -> Row {
         }
         _ if status.is_none() => (1, "asking".into()),
         (_, Some(State::Running(_))) => (0, "running".into()),
+        (_, None) if !status.is_some_and(is_ready) => (1, "joining".into()),
         (_, None) => (0, "joined".into()),
     };
     Row {

@@ -1,0 +1,247 @@
+//! What makes pods and cannot: a Deployment, a Job and so on, by its status, its pods and its events. A pod that the API server
+//! refuses is never there to be looked at.
+
+use std::collections::BTreeSet;
+
+use countersign_identity::shown::sentence;
+use countersign_watch::in_words;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{Event, Pod};
+use kube::api::{Api, ApiResource, DynamicObject, ListParams};
+use kube::{Client, ResourceExt};
+use serde_json::Value;
+
+use super::events::{self, About, Warning};
+use super::target::{Kind, Target};
+use super::{Explained, Step};
+use crate::kubernetes::cluster::is_ready;
+use crate::kubernetes::pod_state;
+
+/// Longest message of a condition that is repeated, in characters.
+const MAX_MESSAGE: usize = 400;
+/// Most pods that are told of one by one, and most of a Deployment's older `ReplicaSet`s whose events are read.
+const MAX_PODS: usize = 3;
+const MAX_SETS: usize = 3;
+
+/// Explains what makes pods. Error: it is not there, or cannot be read.
+pub async fn explain(client: &Client, namespace: &str, target: &Target) -> anyhow::Result<Explained> {
+    let (kind, name) = (target.kind, &target.name);
+    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &resource(kind));
+    let found = api.get_opt(name).await;
+    let found =
+        found.map_err(|e| anyhow::anyhow!("cannot read {} {namespace}/{name}: {}", kind.word(), in_words(&e)))?;
+    let found = found.ok_or_else(|| anyhow::anyhow!("there is no {} {namespace}/{name}", kind.word()))?;
+    let (makers, mut notes) = makers(client, namespace, kind, &found).await;
+    let mut steps = vec![Step { name: kind.word(), outcome: counted(kind, &found.data) }];
+    match pods_of(client, namespace, &makers).await {
+        Ok(pods) => steps.push(Step { name: "pods", outcome: judged(&pods, wanted(kind, &found.data), namespace) }),
+        Err(why) => notes.push(format!("pods were not read: {why}")),
+    }
+    let mut warnings = vec![];
+    for Maker { kind, name, .. } in &makers {
+        match events::about(client, namespace, About { kind: *kind, name }).await {
+            Ok(more) => warnings.extend(more),
+            Err(why) => notes.push(format!("events of {} {name} were not read: {why}", kind.word())),
+        }
+    }
+    warnings.sort_by_key(|warning: &Warning| std::cmp::Reverse(warning.last));
+    Ok(Explained { steps, warnings, notes, is_wanted: true, ..Explained::default() })
+}
+
+/// The controller that could not make a pod of this name; `None` if no event tells of one.
+pub async fn of_missing_pod(client: &Client, namespace: &str, pod: &str) -> Result<Option<Target>, String> {
+    let failed = events::failed_creations(client, namespace).await?;
+    Ok(maker_of(pod, &failed))
+}
+
+/// By names: `web-5d8f` makes `web-5d8f-x7k2p`, and `web` is what one says who never saw a pod's name. The closest name counts.
+fn maker_of(pod: &str, failed: &[Event]) -> Option<Target> {
+    let related = |name: &str| {
+        let below = |long: &str, short: &str| long.strip_prefix(short).is_some_and(|rest| rest.starts_with('-'));
+        name == pod || below(pod, name) || below(name, pod)
+    };
+    let objects = failed.iter().map(|e| &e.involved_object);
+    let named = objects.filter_map(|o| Some((Kind::of_api(o.kind.as_deref()?)?, o.name.clone()?)));
+    let closest = named.filter(|(kind, name)| *kind != Kind::Pod && related(name)).max_by_key(|(_, name)| name.len());
+    closest.map(|(kind, name)| Target { kind, name })
+}
+
+fn resource(kind: Kind) -> ApiResource {
+    match kind {
+        Kind::Pod => ApiResource::erase::<Pod>(&()),
+        Kind::Deployment => ApiResource::erase::<Deployment>(&()),
+        Kind::ReplicaSet => ApiResource::erase::<ReplicaSet>(&()),
+        Kind::StatefulSet => ApiResource::erase::<StatefulSet>(&()),
+        Kind::DaemonSet => ApiResource::erase::<DaemonSet>(&()),
+        Kind::Job => ApiResource::erase::<Job>(&()),
+    }
+}
+
+/// An object that owns pods, or owns what owns them.
+struct Maker {
+    kind: Kind,
+    name: String,
+    uid: String,
+}
+
+/// The object itself, and for a Deployment its `ReplicaSet`s, the newest first; and what could not be read.
+async fn makers(client: &Client, namespace: &str, kind: Kind, found: &DynamicObject) -> (Vec<Maker>, Vec<String>) {
+    let own = Maker { kind, name: found.name_any(), uid: found.uid().unwrap_or_default() };
+    if kind != Kind::Deployment {
+        return (vec![own], vec![]);
+    }
+    let sets: Api<ReplicaSet> = Api::namespaced(client.clone(), namespace);
+    let mut sets = match sets.list(&ListParams::default()).await {
+        Ok(sets) => sets.items,
+        Err(error) => return (vec![own], vec![format!("replicasets were not read: {}", in_words(&error))]),
+    };
+    sets.retain(|set| set.owner_references().iter().any(|o| o.uid == own.uid));
+    sets.sort_by_key(|set| std::cmp::Reverse(set.creation_timestamp().map(|t| t.0)));
+    let sets = sets.into_iter().take(MAX_SETS);
+    let sets =
+        sets.map(|set| Maker { kind: Kind::ReplicaSet, name: set.name_any(), uid: set.uid().unwrap_or_default() });
+    ([own].into_iter().chain(sets).collect(), vec![])
+}
+
+async fn pods_of(client: &Client, namespace: &str, makers: &[Maker]) -> Result<Vec<Pod>, String> {
+    let uids: BTreeSet<&str> = makers.iter().map(|maker| maker.uid.as_str()).collect();
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let pods = api.list(&ListParams::default()).await.map_err(|e| in_words(&e))?.items;
+    Ok(pods.into_iter().filter(|pod| pod.owner_references().iter().any(|o| uids.contains(o.uid.as_str()))).collect())
+}
+
+/// How many pods it wants.
+fn wanted(kind: Kind, object: &Value) -> i64 {
+    match kind {
+        Kind::DaemonSet => object["status"]["desiredNumberScheduled"].as_i64().unwrap_or(0),
+        Kind::Job => object["spec"]["completions"].as_i64().unwrap_or(1),
+        _ => object["spec"]["replicas"].as_i64().unwrap_or(1),
+    }
+}
+
+/// How many pods it has, and what its conditions say.
+fn counted(kind: Kind, object: &Value) -> Result<String, String> {
+    let status = &object["status"];
+    let of = |field: &str| status[field].as_i64().unwrap_or(0);
+    let (wanted, what, has) = match kind {
+        Kind::DaemonSet => (wanted(kind, object), "ready", of("numberReady")),
+        Kind::Job => (wanted(kind, object), "completed", of("succeeded")),
+        _ => (wanted(kind, object), "ready", of("readyReplicas")),
+    };
+    let mut said = vec![format!("{has} of {wanted} pods {what}")];
+    let bad: Vec<String> = status["conditions"].as_array().into_iter().flatten().filter_map(trouble).collect();
+    let is_well = has >= wanted || kind == Kind::Job && of("ready") > 0;
+    let is_good = is_well && bad.is_empty();
+    said.extend(bad);
+    let said = said.join("; ");
+    if is_good { Ok(said) } else { Err(said) }
+}
+
+/// A condition that says what is wrong.
+fn trouble(condition: &Value) -> Option<String> {
+    let is_bad = match (condition["type"].as_str()?, condition["status"].as_str()?) {
+        ("ReplicaFailure" | "Failed", status) => status == "True",
+        ("Available" | "Progressing", status) => status == "False",
+        _ => false,
+    };
+    let text = |field: &str| sentence(condition[field].as_str().unwrap_or_default(), MAX_MESSAGE).to_string();
+    is_bad.then(|| format!("{} {}: {}: {}", text("type"), text("status"), text("reason"), text("message")))
+}
+
+fn is_leftover(pod: &Pod) -> bool {
+    let failed = pod.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Failed");
+    failed || pod.metadata.deletion_timestamp.is_some()
+}
+
+fn judged(pods: &[Pod], wanted: i64, namespace: &str) -> Result<String, String> {
+    let done = |pod: &&Pod| pod.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Succeeded");
+    let is_well = |pod: &&Pod| (is_ready(pod) || done(pod)) && pod.metadata.deletion_timestamp.is_none();
+    let well = pods.iter().filter(is_well).count();
+    // Where as many as wanted are well, one that failed before them, or is on its way out, is a leftover.
+    let enough = i64::try_from(well).is_ok_and(|well| well >= wanted);
+    let ill: Vec<&Pod> = pods.iter().filter(|pod| !(is_well(pod) || enough && is_leftover(pod))).collect();
+    match (ill.as_slice(), pods) {
+        ([], []) if wanted > 0 => Err("none was made".into()),
+        ([], _) => Ok(format!("{well} as they should be")),
+        ([first, ..], _) => {
+            let told = ill
+                .iter()
+                .take(MAX_PODS)
+                .map(|pod| format!("{}: {}", pod.name_any(), pod_state::state(pod).unwrap_or_else(|why| why)));
+            let told = told.collect::<Vec<_>>().join("; ");
+            let next = format!("`countersign explain pod {} -n {namespace}` tells more", first.name_any());
+            Err(format!("{} of {} not ready: {told}; {next}", ill.len(), pods.len()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn failed(kind: &str, name: &str) -> Event {
+        let object = json!({ "kind": kind, "name": name });
+        serde_json::from_value(json!({ "metadata": { "name": "x" }, "involvedObject": object })).unwrap()
+    }
+
+    #[test]
+    fn a_pod_that_was_never_made_is_found_by_its_controllers_name() {
+        let events = [
+            failed("ReplicaSet", "web-5d8f"),
+            failed("ReplicaSet", "webshop-77"),
+            failed("Job", "once"),
+            failed("StatefulSet", "web"),
+        ];
+        let maker = |pod: &str| maker_of(pod, &events).map(|t| (t.kind, t.name));
+        assert_eq!(maker("web-5d8f-x7k2p"), Some((Kind::ReplicaSet, "web-5d8f".into())));
+        assert_eq!(maker("once-x7k2p"), Some((Kind::Job, "once".into())));
+        assert_eq!(maker("web-0"), Some((Kind::StatefulSet, "web".into())));
+        assert_eq!(maker("web"), Some((Kind::ReplicaSet, "web-5d8f".into())), "the name that one knows");
+        assert_eq!(maker("we"), None);
+        assert_eq!(maker_of("x", &[failed("Pod", "x"), failed("Queue", "x")]), None, "of kinds that make pods");
+    }
+
+    #[test]
+    fn a_replica_failure_is_told_with_its_message() {
+        let condition = json!({
+            "type": "ReplicaFailure", "status": "True", "reason": "FailedCreate",
+            "message": "pods \"web-\" is forbidden: exceeded quota\u{1b}",
+        });
+        let progressing = json!({ "type": "Progressing", "status": "True", "reason": "x", "message": "y" });
+        let object = json!({ "spec": { "replicas": 2 }, "status": { "conditions": [progressing, condition] } });
+        assert_eq!(
+            counted(Kind::Deployment, &object).unwrap_err(),
+            "0 of 2 pods ready; ReplicaFailure True: FailedCreate: pods \"web-\" is forbidden: exceeded quota\\u{1b}"
+        );
+        assert!(counted(Kind::Deployment, &json!({ "spec": { "replicas": 0 } })).is_ok());
+        assert!(
+            counted(Kind::DaemonSet, &json!({ "status": { "desiredNumberScheduled": 2, "numberReady": 2 } })).is_ok()
+        );
+        assert!(counted(Kind::Job, &json!({ "status": { "active": 1, "ready": 1 } })).is_ok());
+        assert!(counted(Kind::Job, &json!({ "status": { "active": 1 } })).is_err());
+    }
+
+    #[test]
+    fn pods_that_are_not_ready_are_named_with_their_state() {
+        let pod = |name: &str, ready: &str| -> Pod {
+            let status = json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": ready }] });
+            let metadata = json!({ "name": name });
+            serde_json::from_value(json!({ "metadata": metadata, "spec": { "containers": [] }, "status": status }))
+                .unwrap()
+        };
+        assert_eq!(judged(&[], 1, "shop").unwrap_err(), "none was made");
+        assert!(judged(&[], 0, "shop").is_ok() && judged(&[pod("a", "True")], 1, "shop").is_ok());
+        let mut evicted = pod("c", "False");
+        evicted.status.as_mut().unwrap().phase = Some("Failed".into());
+        assert!(judged(&[pod("a", "True"), evicted.clone()], 1, "shop").is_ok(), "what failed before is over");
+        assert!(judged(&[pod("a", "True"), evicted], 2, "shop").is_err());
+        let mut leaving = pod("d", "True");
+        leaving.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+        assert_eq!(judged(&[pod("a", "True"), leaving.clone()], 1, "shop").unwrap(), "1 as they should be");
+        assert!(judged(&[pod("a", "True"), leaving], 2, "shop").is_err(), "one that is leaving is not as it should be");
+        let said = judged(&[pod("a", "True"), pod("b", "False")], 2, "shop").unwrap_err();
+        assert_eq!(said, "1 of 2 not ready: b: Running; `countersign explain pod b -n shop` tells more");
+    }
+}

@@ -1,0 +1,144 @@
+//! What a pod's sidecar knows of itself, as steps of the pod's way into the mesh.
+
+use countersign_proxy::plaintext::Row;
+use countersign_proxy::status_page::{Carried, Direction, SidecarStatus};
+
+use super::Step;
+use crate::kubernetes::sidecars::Unasked;
+use crate::operator::when;
+
+/// The steps that the sidecar itself tells of. `now`: seconds since 1970.
+pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64) -> Vec<Step> {
+    let status = match asked {
+        Ok(status) => status,
+        Err(why) => return vec![Step { name: "sidecar", outcome: Err(format!("{why}; {}", why.mend())) }],
+    };
+    let since = format!("version {}, started {}", status.version, when(status.started_at));
+    vec![
+        Step { name: "sidecar", outcome: Ok(since) },
+        Step { name: "attestation", outcome: attestation(status) },
+        Step { name: "SVID", outcome: svid(status, now) },
+        Step { name: "mode", outcome: mode(status) },
+        Step { name: "handshakes", outcome: Ok(handshakes(status)) },
+    ]
+}
+
+/// A plaintext peer in words.
+pub fn sentence(row: &Row) -> String {
+    let how = if row.key.mode == Carried::Refused { "refused" } else { "carried" };
+    let (key, last) = (&row.key, when(row.last_seen));
+    format!(
+        "{} {}, port {}: {how}, {} open, {} in all, last {last}",
+        key.direction.as_str(),
+        key.peer,
+        key.port,
+        row.open,
+        row.total
+    )
+}
+
+/// What the agent last answered the sidecar.
+fn attestation(status: &SidecarStatus) -> Result<String, String> {
+    match &status.agent_refusal {
+        Some(refusal) => Err(format!("{} ({}, {})", refusal.message, refusal.code, when(refusal.at))),
+        None if status.identity.is_some() => Ok("the agent's last answer was an identity".into()),
+        None => Err("the agent has not answered the sidecar yet".into()),
+    }
+}
+
+fn svid(status: &SidecarStatus, now: i64) -> Result<String, String> {
+    let identity = status.identity.as_ref().ok_or("the sidecar has none")?;
+    match identity.expires_at - now {
+        left @ 1.. => Ok(format!("{}, serial {}, {left} s left", identity.spiffe_id, identity.serial)),
+        over => Err(format!("it ended {} s ago; is the agent connected to its server?", -over)),
+    }
+}
+
+fn mode(status: &SidecarStatus) -> Result<String, String> {
+    let missing = || format!(" ({})", status.missing.as_deref().unwrap_or("the directory has not answered"));
+    status.mode.clone().ok_or_else(|| format!("the sidecar does not know its policy yet{}", missing()))
+}
+
+fn handshakes(status: &SidecarStatus) -> String {
+    let count = |direction, mode| {
+        let of = status.connections.iter().filter(|c| (c.direction, c.mode) == (direction, mode));
+        of.map(|c| c.count).sum::<u64>()
+    };
+    let one = |direction: Direction| {
+        format!(
+            "{}: {} over mTLS, {} in the clear, {} refused",
+            direction.as_str(),
+            count(direction, Carried::Mtls),
+            count(direction, Carried::Plain),
+            count(direction, Carried::Refused)
+        )
+    };
+    format!("{}; {}; {} open", one(Direction::Inbound), one(Direction::Outbound), status.open)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    use crate::kubernetes::sidecars::tests::page;
+
+    fn status(change: impl FnOnce(&mut Value)) -> SidecarStatus {
+        let mut page = page();
+        change(&mut page);
+        serde_json::from_value(page).unwrap()
+    }
+
+    #[test]
+    fn a_sidecar_that_is_well_passes_each_step() {
+        let steps = told(&Ok(status(|_| {})), 1_000);
+        let names: Vec<_> = steps.iter().map(|s| s.name).collect();
+        assert_eq!(names, ["sidecar", "attestation", "SVID", "mode", "handshakes"]);
+        assert!(steps.iter().all(|s| s.outcome.is_ok()));
+        assert_eq!(steps[2].outcome.as_ref().unwrap(), "spiffe://a.org/ns/shop/sa/web, serial 0a, 3999999000 s left");
+        let said = steps[4].outcome.as_ref().unwrap();
+        let expected =
+            "inbound: 7 over mTLS, 0 in the clear, 0 refused; outbound: 0 over mTLS, 0 in the clear, 0 refused; 1 open";
+        assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn the_agents_last_word_counts() {
+        let refusal = json!({ "at": 60, "code": "PermissionDenied", "message": "no identity issued: it also needs y" });
+        let refused = status(|page| page["agent_refusal"] = refusal);
+        let why = attestation(&refused).unwrap_err();
+        assert_eq!(why, "no identity issued: it also needs y (PermissionDenied, 1970-01-01T00:01:00Z)");
+        assert!(attestation(&status(|_| {})).is_ok());
+        let silent = status(|page| page["identity"] = Value::Null);
+        assert!(attestation(&silent).unwrap_err().contains("not answered"));
+    }
+
+    #[test]
+    fn an_svid_that_is_over_is_none() {
+        let ends = |end: i64| status(|page| page["identity"]["expires_at"] = json!(end));
+        assert!(svid(&ends(61), 60).is_ok());
+        assert!(svid(&ends(60), 60).unwrap_err().contains("ended 0 s ago"));
+        assert!(svid(&status(|page| page["identity"] = Value::Null), 60).unwrap_err().contains("none"));
+    }
+
+    #[test]
+    fn a_mode_that_is_not_known_says_what_is_missing() {
+        let waiting = status(|page| (page["mode"], page["missing"]) = (Value::Null, json!("no SVID yet")));
+        assert!(mode(&waiting).unwrap_err().contains("no SVID yet"));
+    }
+
+    #[test]
+    fn a_sidecar_that_cannot_be_asked_is_one_step_with_what_to_do() {
+        let steps = told(&Err(Unasked::Forbidden("no".into())), 0);
+        assert_eq!((steps.len(), steps[0].name), (1, "sidecar"));
+        let why = steps[0].outcome.as_ref().unwrap_err();
+        assert!(why.contains("get and create on pods/portforward"), "{why}");
+    }
+
+    #[test]
+    fn a_plaintext_peer_is_a_sentence() {
+        let row = &status(|_| {}).plaintext.peers[0];
+        let said = "inbound 10.0.0.9, port 8080: carried, 1 open, 3 in all, last 1970-01-01T00:02:00Z";
+        assert_eq!(sentence(row), said);
+    }
+}

@@ -1,0 +1,215 @@
+//! What an installation remembers of itself: the version and the settings that were named, in ConfigMap
+//! `countersign-install` of its namespace.
+//!
+//! It is no part of the chart, because Helm keeps its own. A ConfigMap and no Secret, because settings hold no secrets:
+//! of Secrets they have the names alone. Nothing in the cluster reads it, so no role needs a permission for it.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
+use kube::api::{Api, ObjectMeta, PostParams};
+use kube::{Client, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+
+use super::former::Revision;
+use super::given::Given;
+use crate::settings::Mistake;
+
+/// Name of the ConfigMap.
+const NAME: &str = "countersign-install";
+/// Key of the version that was installed.
+const VERSION: &str = "version";
+/// Key of the settings that were named, in the form of the chart's values.yaml.
+const VALUES: &str = "values.yaml";
+/// Key of the revision of the chart's defaults that all other settings had.
+const DEFAULTS: &str = "defaults";
+/// Annotation of objects that belong to a Helm release: its name.
+const HELM: &str = "meta.helm.sh/release-name";
+/// Longest call to the API server.
+const CALL: Duration = Duration::from_secs(10);
+
+/// The version of this binary.
+pub const OURS: &str = env!("CARGO_PKG_VERSION");
+
+/// What an installation remembers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Memory {
+    /// The version that was installed.
+    pub version: String,
+    /// The settings that were named, without the defaults of the others.
+    pub given: Given,
+    /// Which defaults the others had.
+    pub defaults: Revision,
+}
+
+impl Memory {
+    /// Of an installation by this binary with these settings.
+    pub fn new(given: Given) -> Self {
+        Self { version: OURS.to_owned(), given, defaults: Revision::NOW }
+    }
+
+    /// As an object of a namespace.
+    pub fn object(&self, namespace: &str) -> Result<ConfigMap> {
+        let labels = [("app.kubernetes.io/name", "countersign"), ("app.kubernetes.io/component", "install")];
+        let data = [
+            (VERSION, self.version.clone()),
+            (VALUES, super::install::yaml(&self.given.tree())?),
+            (DEFAULTS, self.defaults.to_string()),
+        ];
+        Ok(ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(NAME.to_owned()),
+                namespace: Some(namespace.to_owned()),
+                labels: Some(labels.map(|(k, v)| (k.to_owned(), v.to_owned())).into()),
+                ..ObjectMeta::default()
+            },
+            data: Some(data.map(|(k, v)| (k.to_owned(), v)).into()),
+            ..ConfigMap::default()
+        })
+    }
+
+    /// Reads an object. Error: what is wrong with it.
+    fn read(object: &ConfigMap) -> Result<Self, String> {
+        let empty = BTreeMap::new();
+        let data = object.data.as_ref().unwrap_or(&empty);
+        let key = |key: &str| data.get(key).ok_or_else(|| format!("it has no key `{key}`"));
+        let tree = serde_saphyr::from_str(key(VALUES)?).map_err(|e| format!("key `{VALUES}`: {e}"))?;
+        let given = Given::of(tree).map_err(|e| format!("key `{VALUES}`: {e}"))?;
+        let defaults = data.get(DEFAULTS).map_or(Ok(Revision::FIRST), |text| text.parse());
+        let defaults = defaults.map_err(|why| format!("key `{DEFAULTS}`: {why}"))?;
+        Ok(Self { version: key(VERSION)?.clone(), given, defaults })
+    }
+}
+
+/// An earlier installation as it was seen: what it remembers, and the version of the object that says so.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// `None` if nothing is remembered: there is no installation, or it was made by a version that remembered nothing.
+    pub memory: Option<Memory>,
+    object: Option<ConfigMap>,
+}
+
+/// Looks at the installation in a namespace. `despite_damage`: what cannot be read counts as nothing. Errors: the
+/// namespace holds a Helm release, the memory cannot be read, the API server does not answer.
+pub async fn look(client: &Client, namespace: &str, despite_damage: bool) -> Result<Seen> {
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    if let Some(mesh) = get(&api, "countersign-mesh").await?
+        && let Some(release) = mesh.annotations().get(HELM)
+    {
+        return Err(Mistake(format!(
+            "namespace `{namespace}` has an installation by Helm (release `{release}`): change it by `helm upgrade`"
+        ))
+        .into());
+    }
+    let Some(object) = get(&api, NAME).await? else { return Ok(Seen::default()) };
+    let memory = match Memory::read(&object) {
+        Ok(memory) => Some(memory),
+        Err(_) if despite_damage => None,
+        Err(why) => {
+            return Err(Mistake(format!(
+                "ConfigMap {namespace}/{NAME}, which remembers the settings of the installation, cannot be read: \
+                 {why}; mend or delete it, or install with --force"
+            ))
+            .into());
+        }
+    };
+    Ok(Seen { memory, object: Some(object) })
+}
+
+/// An object that an earlier installation has made; `None` if there is none. Error: the API server does not show it.
+pub async fn get<K>(api: &Api<K>, name: &str) -> Result<Option<K>>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
+{
+    let found = tokio::time::timeout(CALL, api.get_opt(name)).await;
+    let found = found.map_err(|_| anyhow!("the API server gave no answer within {} s", CALL.as_secs()))?;
+    let what = || {
+        format!(
+            "cannot read {} {name} to compare with an earlier installation; --ignore-cluster leaves that out",
+            K::kind(&())
+        )
+    };
+    found.with_context(what)
+}
+
+/// Remembers new settings if nobody has remembered any since `seen` (compare-and-set by the object's resource version),
+/// in the namespace, which is created if it is missing. Error: another installation was faster, or the API server
+/// rejects it.
+pub async fn remember(client: &Client, namespace: &Namespace, seen: Seen, memory: &Memory) -> Result<()> {
+    let write = async {
+        let post = PostParams::default();
+        match Api::<Namespace>::all(client.clone()).create(&post, namespace).await {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            Err(error) => return Err(error),
+        }
+        let name = namespace.name_any();
+        let api: Api<ConfigMap> = Api::namespaced(client.clone(), &name);
+        let mut wanted = memory.object(&name).map_err(|e| kube::Error::Service(e.into()))?;
+        match seen.object {
+            None => api.create(&post, &wanted).await.map(drop),
+            Some(object) => {
+                wanted.metadata.resource_version = object.metadata.resource_version.clone();
+                wanted.metadata.annotations = object.metadata.annotations.clone();
+                api.replace(NAME, &post, &wanted).await.map(drop)
+            }
+        }
+    };
+    match tokio::time::timeout(CALL, write).await {
+        Ok(Ok(())) => Ok(()),
+        // 404: the one that was seen has been deleted.
+        Ok(Err(kube::Error::Api(status))) if status.code == 409 || status.code == 404 => Err(anyhow!(
+            "somebody else has installed or removed Countersign in namespace `{}` meanwhile; nothing was applied. \
+             Run it again to compare with what is there now",
+            namespace.name_any()
+        )),
+        Ok(Err(error)) => Err(error).context("cannot remember the settings; nothing was applied"),
+        Err(_) => Err(anyhow!("the API server gave no answer within {} s; nothing was applied", CALL.as_secs())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_is_remembered_is_what_was_named_and_it_is_read_again() {
+        let given = json!({ "trustDomain": "td", "agent": { "podAnnotations": { "note": "a: \"b\"\n# c" } } });
+        let memory = Memory::new(Given::of(given).unwrap());
+        let object = memory.object("mesh").unwrap();
+        assert_eq!(Memory::read(&object), Ok(memory));
+        let text = &object.data.as_ref().unwrap()[VALUES];
+        assert!(!text.contains("clusterName"), "no defaults: {text}");
+        let nothing = Memory::new(Given::default());
+        assert_eq!(Memory::read(&nothing.object("mesh").unwrap()), Ok(nothing));
+    }
+
+    #[test]
+    fn a_memory_that_does_not_say_which_defaults_it_had_has_the_first_ones() {
+        let with = |said: Option<&str>| {
+            let mut object = Memory::new(Given::default()).object("mesh").unwrap();
+            let data = object.data.as_mut().unwrap();
+            assert_eq!(data.remove(DEFAULTS).unwrap(), Revision::NOW.to_string());
+            data.extend(said.map(|said| (DEFAULTS.to_owned(), said.to_owned())));
+            Memory::read(&object).map(|memory| memory.defaults)
+        };
+        assert_eq!((with(None), with(Some("1"))), (Ok(Revision::FIRST), Ok(Revision::FIRST)));
+        assert_eq!(with(Some("x")).unwrap_err(), "key `defaults`: `x` is no number");
+    }
+
+    #[test]
+    fn a_memory_that_somebody_has_damaged_says_where() {
+        let with = |values: &str| {
+            let mut object = Memory::new(Given::default()).object("mesh").unwrap();
+            object.data.as_mut().unwrap().insert(VALUES.into(), values.into());
+            Memory::read(&object).unwrap_err()
+        };
+        assert!(with("[").starts_with("key `values.yaml`"));
+        assert_eq!(with("- a"), "key `values.yaml`: `[\"a\"]` is no object");
+        assert_eq!(Memory::read(&ConfigMap::default()).unwrap_err(), "it has no key `values.yaml`");
+    }
+}
