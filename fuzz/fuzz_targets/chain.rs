@@ -5,7 +5,7 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use countersign_identity::profile::{LeafRequest, RequestedKey, SigningAuthority, issue_intermediate, issue_leaf, issue_root, request};
+use countersign_identity::profile::{LeafRequest, RequestedKey, SigningAuthority, issue_intermediate, issue_leaf, issue_root, request, request_intermediate};
 use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
 use countersign_identity::verify::{PeerRole, verify_chain};
 use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Authority, X509Bundle};
@@ -26,7 +26,8 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     let (root_key, ca_key, leaf_key) = (key(), key(), key());
     let root = issue_root(&td, &root_key, hour * 3, now).unwrap();
     let upper = SigningAuthority::new(root.clone(), vec![], &root_key).unwrap();
-    let ca = issue_intermediate(&td, &ca_key, hour * 2, now, &upper).unwrap();
+    let ca_requested = RequestedKey::from_csr(&request_intermediate(&td, &ca_key).unwrap()).unwrap();
+    let ca = issue_intermediate(&td, &ca_requested, hour * 2, now, &upper).unwrap();
     let authority = SigningAuthority::new(ca.clone(), vec![ca], &ca_key).unwrap();
     let id = parse_workload_id("spiffe://fuzz.test/ns/a/sa/b").unwrap();
     let csr = RequestedKey::from_csr(&request(&leaf_key, Some(&id)).unwrap()).unwrap();
