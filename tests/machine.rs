@@ -187,6 +187,16 @@ fn a_workload_leaves_neither_its_identity_nor_its_processes_to_the_next() {
     mesh.run("d", &["true"]);
     wait_for("the entries of both to be deleted", patience, || (!registered("c") && !registered("d")).then_some(()));
 
+    // A client that goes away before its sidecar has an identity leaves at once too.
+    let agent = Pid::from_raw(mesh.process("countersign agent"));
+    kill(agent, Signal::SIGSTOP).unwrap();
+    let mut joining = mesh.join("f", &[], &["true"]);
+    let mut joining = Ended(joining.stdin(std::process::Stdio::null()).spawn().unwrap());
+    wait_for("f to be joining", patience, || (row(&mesh, "f")["state"] == "joining").then_some(()));
+    joining.0.kill().unwrap();
+    wait_for("f to leave", Duration::from_secs(15), || (!has_namespace("f") && !registered("f")).then_some(()));
+    kill(agent, Signal::SIGCONT).unwrap();
+
     // A start that fails after the sidecar has come up leaves neither entries nor the sidecar.
     let home = mesh.dir().join("homes/e");
     std::fs::write(&home, "no folder").unwrap();

@@ -6,6 +6,7 @@
 
 mod backup;
 mod bad_input;
+mod cni;
 mod docs;
 mod faults;
 mod fidelity;

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use crate::cni::no_api_server;
 use crate::support::roles::{Role, Server, free_port};
 use crate::support::{able, wait_for};
 
@@ -33,7 +34,7 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let ports = [free_port(), free_port(), free_port(), free_port()];
+    let ports = [free_port(), free_port(), free_port(), free_port(), free_port(), free_port()];
     let at = |n: usize| format!("127.0.0.1:{}", ports[n]);
     let server = Server::start(dir.path(), &["--metrics", &at(0)]);
     let mut args = server.agent_args(&server.token(&[]));
@@ -68,6 +69,28 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         &format!("--metrics={}", at(3)),
     ];
     let _controller = Role::start(dir.path(), "controller", &controller.map(str::to_owned));
+    // No kubelet registers this driver, so that it is not ready either.
+    let csi = [
+        "csi",
+        "--node-name=here",
+        &format!("--kubelet-dir={}", dir.path().join("kubelet").display()),
+        &format!("--agent-dir={}", dir.path().display()),
+        &format!("--metrics={}", at(4)),
+    ];
+    let _csi = Role::start(dir.path(), "csi", &csi.map(str::to_owned));
+    // Nobody has written a network configuration here.
+    let place = |n: &str| dir.path().join(n).display().to_string();
+    let cni = [
+        "cni-node",
+        "--node-name=here",
+        &format!("--bin-dir={}", dir.path().display()),
+        &format!("--conf-dir={}", dir.path().display()),
+        &format!("--socket={}", place("cni.sock")),
+        "--repair",
+        &format!("--metrics={}", at(5)),
+    ];
+    let nowhere = no_api_server(dir.path());
+    let _cni = Role::start_with(dir.path(), "cni", &cni.map(str::to_owned), ("KUBECONFIG", &nowhere));
     let mut served = BTreeSet::new();
     for port in ports {
         let page = wait_for("the metrics", Duration::from_secs(10), || {
@@ -76,8 +99,13 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
         assert!(page.contains("openmetrics-text") && page.trim_end().ends_with("# EOF"), "{page}");
         served.extend(names(&page));
         assert!(http_get(port, "/live").unwrap().starts_with("HTTP/1.1 200"));
-        if port == ports[3] {
-            assert!(http_get(port, "/ready").unwrap().contains("the agent has given us no certificate yet"));
+        let lacking = [
+            (ports[3], "the agent has given us no certificate yet"),
+            (ports[4], "the kubelet has not registered the driver"),
+            (ports[5], "no network configuration yet"),
+        ];
+        if let Some((_, why)) = lacking.into_iter().find(|(lacks, _)| *lacks == port) {
+            wait_for(why, Duration::from_secs(10), || http_get(port, "/ready").filter(|page| page.contains(why)));
             continue;
         }
         wait_for("readiness", Duration::from_secs(10), || {
@@ -104,11 +132,17 @@ fn the_table_in_the_docs_is_what_the_roles_serve() {
     let unknown: Vec<_> = served.difference(&documented).collect();
     assert!(unknown.is_empty(), "not documented: {unknown:?}");
     // A family shows once it has a value; that the others exist is read from where they are registered.
-    let sources =
-        ["server/src/metrics.rs", "agent/src/metrics.rs", "proxy/src/telemetry.rs", "controller/src/metrics.rs"]
-            .map(|f| std::fs::read_to_string(format!("{}/../{f}", env!("CARGO_MANIFEST_DIR"))).unwrap());
+    let files = [
+        "server/src/metrics",
+        "agent/src/metrics",
+        "proxy/src/telemetry",
+        "controller/src/metrics",
+        "csi/src/metrics",
+        "cni/src/metrics",
+    ];
+    let sources = files.map(|f| std::fs::read_to_string(format!("{}/../{f}.rs", env!("CARGO_MANIFEST_DIR"))).unwrap());
     for name in &documented {
-        let role = ["server", "agent", "proxy", "controller"]
+        let role = ["server", "agent", "proxy", "controller", "csi", "cni"]
             .iter()
             .position(|r| name.starts_with(&format!("countersign_{r}_")))
             .unwrap();

@@ -43,6 +43,25 @@ fn entries_are_created_shown_updated_and_deleted() {
         "unix:gid:1",
     ]));
     assert_eq!((code, said.contains("an entry with this SPIFFE ID, parent and selectors exists")), (1, true), "{said}");
+    // What serves nobody is taken, with a word: its node may come later.
+    let doubted =
+        ["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unx:uid:1", "--id", "odd"];
+    let (code, said) = outcome(&mut server.operator(&doubted));
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains(&format!("warning: no node has the parent ID {parent} yet")), "{said}");
+    assert!(said.contains("warning: no attestor makes selectors of type `unx`"), "{said}");
+    let alias =
+        ["--parent-id", "spiffe://test.local/spire/server", "--selector", "x509pop:subject:cn:a", "--id", "alias"];
+    let (code, said) =
+        outcome(&mut server.operator(&[&["entry", "create", "--spiffe-id", &parent], &alias[..]].concat()));
+    assert!(code == 0 && !said.contains("warning"), "{said}");
+    let known =
+        ["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unix:uid:7", "--id", "served"];
+    let (code, said) = outcome(&mut server.operator(&known));
+    assert!(code == 0 && !said.contains("warning"), "{said}");
+    for made in ["odd", "alias", "served"] {
+        server.json(&["entry", "delete", "--id", made]);
+    }
     assert_eq!(server.json(&["entry", "show", "--spiffe-id", &id])[0]["x509_svid_ttl_seconds"], 300);
     assert_eq!(
         server.json(&["entry", "show", "--selector", "unix:uid:1"]),

@@ -1,5 +1,5 @@
 """The cluster's programs, built from their Go modules and kept in the cache by version."""
-import hashlib, os, pathlib, shutil, subprocess as sp, sys, urllib.request, zipfile
+import contextlib, fcntl, hashlib, os, pathlib, shutil, subprocess as sp, sys, urllib.request, zipfile
 
 HERE = pathlib.Path(__file__).parent
 CACHE = pathlib.Path(os.environ.get("COUNTERSIGN_CACHE", "/var/cache/countersign"))
@@ -19,6 +19,19 @@ def key():
     """Names one set of binaries: what they are made of."""
     made_of = b"".join((HERE / "programs" / m / "go.sum").read_bytes() for m in ("kubernetes", "etcd"))
     return hashlib.sha256(made_of + COREDNS.encode() + GO.encode() + b"1").hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def alone():
+    """Nobody else builds into the cache meanwhile: two runs would remove each other's unfinished work."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting until another run has built what it lacks in {CACHE}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def go():
@@ -52,13 +65,25 @@ def go():
 def build():
     """The folder with all programs; builds what is missing, about 20 minutes on two cores the first time."""
     out = CACHE / f"cluster-{key()}"
+    if missing_in(out):
+        with alone():
+            build_into(out)
+    return out
+
+
+def missing_in(out):
+    return [p for p in [*KUBERNETES, "etcd", "coredns"] if not (out / p).exists()]
+
+
+def build_into(out):
     for old in CACHE.glob("cluster-*"):
         if old != out:
             shutil.rmtree(old, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    missing = [p for p in [*KUBERNETES, "etcd", "coredns"] if not (out / p).exists()]
+    missing = missing_in(out)
+    # Another run may have built them while this one waited.
     if not missing:
-        return out
+        return
     cache = out / "go-build"
     env = {**os.environ, "CGO_ENABLED": "0", "GOCACHE": str(cache), "GOFLAGS": "-trimpath -buildvcs=false",
            "GOTOOLCHAIN": "local", "GOBIN": str(out / "bin")}
@@ -93,12 +118,18 @@ def build():
     fresh.rmdir()
     sp.run([go_, "clean", "-cache"], env=env, check=False)
     shutil.rmtree(cache, ignore_errors=True)
-    return out
 
 
 def helm(version):
     """Helm of this version, built the first time it is asked for."""
     out = CACHE / f"helm-{version}"
+    if not (out / "helm").exists():
+        with alone():
+            build_helm(version, out)
+    return out / "helm"
+
+
+def build_helm(version, out):
     for old in CACHE.glob("helm-*"):
         if old.name.removeprefix("helm-") not in HELM:
             shutil.rmtree(old, ignore_errors=True)
@@ -110,9 +141,11 @@ def helm(version):
                 f"helm.sh/helm/{version.split('.')[0]}/cmd/helm@{version}"], env=env, check=True)
         shutil.rmtree(out / "go-build", ignore_errors=True)
         (out / "bin" / "helm").rename(out / "helm")
-    return out / "helm"
 
 
 if __name__ == "__main__":
+    # Everything that the suite needs and that takes long, ahead of it.
     print(build())
+    for each in HELM:
+        print(helm(each))
     sys.exit(0)

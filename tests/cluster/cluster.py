@@ -15,6 +15,13 @@ FABRIC = "csk-fabric"
 SERVICES, DNS_DOMAIN = "10.91.0.0/16", "cluster.local"
 API = "https://10.89.0.1:6443"
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
+# What the roles of Countersign did at the API server, and what kubelets asked about them: lines of JSON.
+AUDIT = STATE / "audit.log"
+AUDITED = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"], "rules": [
+    {"level": "Metadata", "userGroups": ["system:serviceaccounts:countersign"]},
+    {"level": "Request", "userGroups": ["system:nodes"], "verbs": ["create"],
+     "resources": [{"group": "authorization.k8s.io", "resources": ["subjectaccessreviews"]}]},
+    {"level": "None"}]}
 
 
 class Node:
@@ -99,6 +106,10 @@ def programs(n, bins, p):
     cgroup = f"/csk-{n.name}"
     n.dir.mkdir(parents=True)
     (n.dir / "cni.d").mkdir()
+    # Of the node's own, where a plugin may be added; the machine's plugins are shown in it.
+    (n.dir / "cni-bin").mkdir()
+    for plugin in pathlib.Path("/usr/lib/cni").iterdir():
+        (n.dir / "cni-bin" / plugin.name).symlink_to(plugin)
     (n.dir / "cni.d" / "10-bridge.conflist").write_text(json.dumps({
         "cniVersion": "0.4.0", "name": "pods", "plugins": [
             {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipMasq": False, "hairpinMode": True,
@@ -118,8 +129,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "{n.dir}/cni.d"
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/etc/cni/net.d"
 """)
     (n.dir / "kubelet.yaml").write_text(json.dumps({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
@@ -161,6 +172,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
              f"--service-cluster-ip-range={SERVICES}", f"--kubelet-client-certificate={p}/apiserver-kubelet.crt",
              # Without --kubelet-certificate-authority, as kubeadm has it: it would refuse the second node's kubelet.
              f"--kubelet-client-key={p}/apiserver-kubelet.key",
+             f"--audit-policy-file={STATE}/audit-policy.json", f"--audit-log-path={AUDIT}", "--audit-log-maxsize=1000",
              "--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP",
              "--enable-admission-plugins=NodeRestriction"],
             ["kube-controller-manager", f"{bins}/kube-controller-manager", f"--kubeconfig={p}/controller-manager.conf",
@@ -218,6 +230,7 @@ def up(images):
     bins = binaries.build()
     STATE.mkdir(parents=True)
     (STATE / "resolv.conf").write_text("")
+    (STATE / "audit-policy.json").write_text(json.dumps(AUDITED))
     p = pki()
     network()
     for n in NODES:

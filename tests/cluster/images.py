@@ -1,6 +1,6 @@
 """The images that the suite runs: Countersign's own, a pause container, and a box of this machine's own unmodified
 programs."""
-import pathlib, shutil, subprocess as sp, sys, tempfile
+import os, pathlib, shutil, subprocess as sp, sys, tempfile
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -68,10 +68,12 @@ def box(out):
 
 
 def build(folder):
-    """All images as archives in a folder."""
+    """All images as archives in a folder. Countersign's holds $COUNTERSIGN_BINARY, a static one, or a release build."""
     folder.mkdir(parents=True, exist_ok=True)
     out = [folder / f"{name}.tar" for name in ("pause", "box", "countersign")]
     pause(out[0])
     box(out[1])
-    sp.run([str(ROOT / "images" / "build"), "--name", COUNTERSIGN, str(out[2])], check=True)
+    built = os.environ.get("COUNTERSIGN_BINARY")
+    sp.run([str(ROOT / "images" / "build"), *(["--binary", built] if built else []), "--name", COUNTERSIGN,
+            str(out[2])], check=True)
     return out

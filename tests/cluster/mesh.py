@@ -21,18 +21,27 @@ spec:
 """
 
 
+def alone(test):
+    """Marks a test that changes the mesh for all, in a module whose others run beside other modules."""
+    test.alone = True
+    return test
+
+
 def binary():
-    """The release binary, as the image has it."""
+    """The binary that the image has."""
+    if "COUNTERSIGN_BINARY" in os.environ:
+        return pathlib.Path(os.environ["COUNTERSIGN_BINARY"])
     host = next(l[6:] for l in sp.check_output(["rustc", "-vV"], text=True).splitlines() if l.startswith("host: "))
     target = os.environ.get("CARGO_TARGET_DIR", str(images.ROOT / "target"))
     return pathlib.Path(target) / host / "release" / "countersign"
 
 
 def manifests(*settings):
+    """What `install` prints. Each test names its own settings, whatever those of the test before it were."""
     args = [a for s in (f"image.name={images.COUNTERSIGN}", "image.pullPolicy=Never", "clusterName=test",
                         "server.persistence.storageClass=local", "mesh.mode=strict",
                         "mesh.allowExceptions=lists,excepted,tenant-opened", *settings) for a in ("--set", s)]
-    return sp.check_output([binary(), "install", *args], text=True)
+    return sp.check_output(cluster.operators(binary(), "install", "--force", *args), text=True)
 
 
 def install(*settings):
@@ -123,6 +132,12 @@ def namespace(name, inject=True, mode=None):
         kubectl("delete", "namespace", name, "--wait=false")
 
 
+def gone(name, seconds=90):
+    """Waits until a namespace that is being deleted is gone."""
+    wait(f"the end of namespace {name}",
+         lambda: kubectl("get", "namespace", name, check=False).returncode != 0, seconds)
+
+
 def deployment(name, command, image=images.BOX, replicas=1, port=None, labels="", spec="", container="",
                account="default", grace=1):
     """A Deployment and, with a port, its Service: nothing in it knows of the mesh."""
@@ -177,6 +192,12 @@ def deploy(ns, *texts, timeout=90):
 
 def pod_of(ns, app):
     return pods(ns, f"app={app}")[0]["metadata"]["name"]
+
+
+def reached(ns, client, url):
+    """Waits until a pod has its answer of a new Service: DNS and kube-proxy learn of it after the pods are ready."""
+    ask = ["curl", "-sSf", "-m", "5", url]
+    wait(f"{client} to reach {url}", lambda: run_in(ns, client, *ask, check=False).stdout == "ok", 30)
 
 
 @contextlib.contextmanager

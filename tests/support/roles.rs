@@ -37,6 +37,11 @@ impl Role {
         Self::start_command(dir, name, countersign(&[]).args(args))
     }
 
+    /// The same with a variable in its environment.
+    pub fn start_with(dir: &Path, name: &str, args: &[String], (variable, value): (&str, &Path)) -> Self {
+        Self::start_command(dir, name, countersign(&[]).args(args).env(variable, value))
+    }
+
     /// The same with a clock that is off: `shift` is `libfaketime`'s, as in `-30s`. (Its wrapper `faketime` would leave
     /// its child behind when killed.)
     pub fn start_shifted(dir: &Path, name: &str, shift: &str, args: &[String]) -> Self {

@@ -33,9 +33,18 @@ class Faults(unittest.TestCase):
 
     def new_pod_works(self, ns):
         deploy(ns, web("fresh"))
-        client = pod_of(ns, "client")
-        ask = ["curl", "-sSf", "-m", "5", "http://fresh:8080/"]
-        wait("a new pod to be reached", lambda: run_in(ns, client, *ask, check=False).stdout == "ok", 30)
+        mesh.reached(ns, pod_of(ns, "client"), "http://fresh:8080/")
+
+    def cluster_follows(self, client):
+        """Waits until DNS and every kube-proxy have a new namespace's Service. After an outage each of their watches
+        comes back in its own time, of up to a minute, and what runs next must not have to wait for that."""
+        with mesh.namespace("since") as ns:
+            kubectl("-n", ns, "create", "service", "clusterip", "since", "--tcp=8080")
+            resolve = ["python3", "-c", f"import socket; socket.gethostbyname('since.{ns}.svc.cluster.local')"]
+            wait("the cluster's DNS", lambda: run_in(*client, *resolve, check=False).returncode == 0, 90)
+            for node in cluster.NODES:
+                rules = lambda: node.run("iptables-save", stdout=sp.PIPE, check=True).stdout
+                wait(f"{node.name}'s kube-proxy", lambda: f"{ns}/since:" in rules(), 90)
 
     def test_agent_pods_deleted(self):
         with mesh.namespace("no-agent") as ns:
@@ -159,6 +168,7 @@ class Faults(unittest.TestCase):
                 finally:
                     cluster.NODES[0].start("kube-apiserver")
                 wait("the API server", lambda: kubectl("get", "--raw", "/readyz", check=False).returncode == 0, 60)
+                self.cluster_follows((ns, pod_of(ns, "client")))
             # The cluster's DNS answers from memory meanwhile; the mesh must not add a failure.
             self.inside_load(ns, break_it, 600)
             self.new_pod_works(ns)

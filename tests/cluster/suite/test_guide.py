@@ -1,5 +1,5 @@
 """docs/kubernetes.md, followed as it is written: every command of its console blocks, in order, on a bare cluster."""
-import pathlib, re, subprocess as sp, tempfile, unittest
+import os, pathlib, re, subprocess as sp, tempfile, unittest
 
 import binaries, cluster, images, mesh
 from mesh import deploy, deployment, kubectl
@@ -31,7 +31,8 @@ class Guide(unittest.TestCase):
             for command in commands:
                 # The registry is the reader's own; here the image is on the nodes already.
                 here = command.replace("registry.example.org/countersign:0.1.0", images.COUNTERSIGN)
-                here = here.replace("images/build", str(images.ROOT / "images" / "build"))
+                built = f" --binary {os.environ['COUNTERSIGN_BINARY']}" if "COUNTERSIGN_BINARY" in os.environ else ""
+                here = here.replace("images/build", f"{images.ROOT / 'images' / 'build'}{built}")
                 script = f"export PATH={folder}:$PATH; cd {folder}; set -eo pipefail; {here}"
                 done = sp.run(cluster.operators("bash", "-c", script), text=True, capture_output=True, timeout=180)
                 self.assertEqual(done.returncode, 0, f"{command}\n{done.stdout}\n{done.stderr}")

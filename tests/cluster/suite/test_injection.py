@@ -40,6 +40,21 @@ class Injection(unittest.TestCase):
             self.assertLessEqual(proxy["state"]["running"]["startedAt"],
                                  status["containerStatuses"][0]["state"]["running"]["startedAt"])
 
+    def test_a_pod_becomes_ready_without_a_warning_and_before_the_kubelet_knows_its_sidecar(self):
+        with mesh.namespace("no-warning") as ns:
+            mesh.wait("the namespace's CA", lambda: kubectl("-n", ns, "get", "configmap", "kube-root-ca.crt",
+                                                            check=False).returncode == 0)
+            for name in ("first", "second", "third"):
+                self.submit(ns, plain(name=name))
+                kubectl("-n", ns, "wait", f"pod/{name}", "--for=condition=Ready", "--timeout=60s")
+            warnings = get("-n", ns, "events", "--field-selector=type=Warning")["items"]
+            self.assertEqual([f"{e['involvedObject']['name']}: {e['reason']}: {e['message']}" for e in warnings], [])
+            for pod in get("-n", ns, "pods")["items"]:
+                log = mesh.logs(mesh.NAMESPACE, mesh.agent_on(pod["spec"]["nodeName"]), "agent")
+                lines = [l for l in log.splitlines() if "caller attested" in l and pod["metadata"]["uid"] in l]
+                self.assertIn("in_part=true", lines[0], "no entry asks for the container")
+                self.assertNotIn("k8s:container-", lines[0])
+
     def test_the_pods_label_wins_over_its_namespace(self):
         with mesh.namespace("label-wins") as ns:
             self.submit(ns, plain(extra=", labels: {countersign.dev/inject: disabled}"))
@@ -150,9 +165,11 @@ class Injection(unittest.TestCase):
         self.assertIn("Pod web: injected", made.stderr)
         with mesh.namespace("by-hand") as ns:
             self.submit(ns, plain())
-            by_webhook = get("-n", ns, "pod", "web")["spec"]["initContainers"]
+            by_webhook = get("-n", ns, "pod", "web")["spec"]
         with mesh.namespace("by-hand-2", inject=False) as ns:
             self.submit(ns, made.stdout)
-            by_hand = get("-n", ns, "pod", "web")["spec"]["initContainers"]
-        bare = lambda containers: [{k: v for k, v in c.items() if k != "volumeMounts"} for c in containers]
+            by_hand = get("-n", ns, "pod", "web")["spec"]
+        bare = lambda spec: [{k: v for k, v in c.items() if k != "volumeMounts"} for c in spec["initContainers"]]
         self.assertEqual(bare(by_hand), bare(by_webhook))
+        ours = lambda spec: [v for v in spec["volumes"] if v["name"] == "countersign-agent"]
+        self.assertEqual(ours(by_hand), ours(by_webhook))

@@ -125,11 +125,12 @@ class Operator(unittest.TestCase):
 
     def test_check_is_green_on_a_mesh_that_is_well_and_names_what_is_not(self):
         found = wait("a green check", lambda: (c := self.check()) and all(x["ok"] for x in c.values()) and c, 30)
-        self.assertEqual(len(found), 16)
+        self.assertEqual(len(found), 25)
         self.assertEqual(found["pod source"]["found"], "node2: API server (the kubelet does not verify or answer);"
                          " node1: API server and kubelet")
         before = self.check("--before")
-        self.assertEqual(set(before), {"API version", "permissions", "clocks", "pod source"})
+        self.assertEqual(set(before), {"API version", "permissions", "clocks", "volume", "pod source", "CSI driver",
+                                       "agents' pods"})
         self.assertIn("verify: node1; kubelets that sign themselves, and are not asked: node2",
                       before["pod source"]["found"])
         # An agent that is away is named with its node, and what mends it.
@@ -161,7 +162,8 @@ class Operator(unittest.TestCase):
             explained = lambda: json.loads(explain(client).stdout)
             told = wait("its connection", lambda: (t := explained()) and counts(t)["outbound", "mtls"] and t, 10)
             self.assertTrue(told["ok"], told)
-            steps = ["injection", "registration", "agent", "sidecar", "attestation", "SVID", "mode", "handshakes"]
+            steps = ["pod", "injection", "registration", "agent", "sidecar", "attestation", "SVID", "mode",
+                     "handshakes"]
             self.assertEqual([s["step"] for s in told["steps"]], steps)
             sidecar = told["sidecar"]
             self.assertEqual(sidecar["identity"]["spiffe_id"], f"spiffe://{mesh.TRUST_DOMAIN}/ns/{ns}/sa/default")
@@ -191,7 +193,7 @@ class Operator(unittest.TestCase):
             bare = explain("bare")
             self.assertEqual(bare.returncode, 1)
             self.assertIn("its label countersign.dev/inject is disabled", bare.stdout)
-            self.assertIn("cannot read pod", countersign("explain", "pod", "nobody", "-n", ns).stderr)
+            self.assertIn("there is no pod", countersign("explain", "pod", "nobody", "-n", ns).stderr)
 
     def only_inside(self, ns, client, address):
         """The pages of who talks to whom are there for those inside the pod alone."""

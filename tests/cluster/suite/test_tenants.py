@@ -104,11 +104,17 @@ class Tenants(unittest.TestCase):
             volume = {"volumes": [{"name": "v", "hostPath": {"path": path}}]}
             self.refused(self.create(BARE, pod(spec=volume, **mounted(readOnly=False))), "readOnly alone")
         self.assertEqual(self.create(BARE, pod(spec=folder, **mounted(readOnly=True))).returncode, 0, "a client may")
+        for path in ("/run/countersign/cni", "/var/run/countersign//cni/cni.sock", "/run/countersign",
+                     "/run/countersign/."):
+            volume = {"volumes": [{"name": "v", "hostPath": {"path": path}}]}
+            self.refused(self.create(BARE, pod(spec=volume, **mounted(readOnly=True))), "container runtime's")
         ours = {"volumes": [{"name": "countersign-agent", "emptyDir": {}}]}
         self.refused(self.create(MESHED, pod(spec=ours)), "volume `countersign-agent`")
         # An injection that is only claimed.
         claimed = {"countersign.dev/injected": "0.1.0"}
-        self.refused(self.create(MESHED, pod(annotations=claimed, spec=ours)), "volume `countersign-agent`")
+        of_driver = {"volumes": [{"name": "countersign-agent", "csi": {"driver": "csi.countersign.dev"}}]}
+        for spec in (ours, of_driver):
+            self.refused(self.create(MESHED, pod(annotations=claimed, spec=spec)), "volume `countersign-agent`")
         stolen = {"volumeMounts": [{"name": "countersign-agent", "mountPath": "/a"}]}
         self.refused(self.create(MESHED, pod(**stolen)), "`countersign-agent`")
 
@@ -171,6 +177,29 @@ class Tenants(unittest.TestCase):
         self.assertTrue(self.reached(BARE, "stranger", f"https://{machine}:10250/"), "the kubelet is there")
         for url in (f"http://{target}:8000/", f"http://{own}:8000/", f"https://{machine}:10250/"):
             self.assertFalse(self.reached(MESHED, "app", url), url)
+
+    def test_an_external_address_that_is_anothers(self):
+        deploy(MESHED, OPEN)
+        service = get("-n", VICTIM, "service", "web")["spec"]["clusterIP"]
+        node = get("nodes", "node1")["status"]["addresses"][0]["address"]
+        claim = lambda name, addresses: {
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
+            "spec": {"selector": {"app": "open"}, "externalIPs": addresses,
+                     "ports": [{"port": 8080, "targetPort": 8000}]}}
+        anothers = [service, self.address(VICTIM, "web")]
+        made = self.create(MESHED, claim("claim", [*anothers, node, "192.0.2.66"]), really=True)
+        self.assertEqual(made.returncode, 0, made.stderr)
+        own = get("-n", MESHED, "service", "claim")["spec"]["clusterIP"]
+        wait("the Service", lambda: self.reached(MESHED, "app", f"http://{own}:8080/"), 20)
+        for at in anothers:
+            said = run_in(MESHED, pod_of(MESHED, "app"), "curl", "-sS", "-m", "5", f"http://{at}:8080/")
+            self.assertEqual(said, "ok", at)
+        for at in (node, "192.0.2.66"):
+            self.assertFalse(self.reached(MESHED, "app", f"http://{at}:8080/"), f"{at}: strict believes no tenant")
+        # Where the administrator allows exceptions an address outside of the cluster counts.
+        deploy(OPENED, OPEN)
+        kubectl("-n", OPENED, "create", "-f", "-", input=json.dumps(claim("claim", ["192.0.2.67"])))
+        wait("its address", lambda: self.reached(MESHED, "app", "http://192.0.2.67:8080/"), 20)
 
     def test_containers_as_the_sidecars_user(self):
         sly = {"runAsUser": 2102}

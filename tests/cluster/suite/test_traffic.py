@@ -246,6 +246,7 @@ endpoints: [{{addresses: [{target}]}}]
             psql("create table t as select n, md5(n::text) m from generate_series(1, 100000) n")
             self.assertEqual(psql("select count(*), count(distinct m) from t"), "100000|100000")
 
+    @mesh.alone
     def test_permissive_takes_a_stranger_and_strict_is_not_weakened_by_a_pod(self):
         with mesh.namespace("outside-2", inject=False) as outside, mesh.namespace("weak") as ns:
             deploy(outside, deployment("stranger", ["sleep", "infinity"]))
