@@ -77,8 +77,9 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
         let listener =
             TcpListener::bind(address).await.map_err(|source| ControllerError::Listen { address, source })?;
         let injects = config.injector.is_some();
+        let follows_mesh = mesh_configmap(&config).is_some();
         let pages = http::pages({
-            let metrics = metrics.clone();
+            let (metrics, cluster) = (metrics.clone(), cluster.clone());
             move |path| match path {
                 "/metrics" => Some(http::Answer::metrics(&metrics.registry)),
                 "/live" => Some(http::Answer::ready(None)),
@@ -87,6 +88,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
                     let missing = missing.or_else(|| watches.then(|| cluster.missing()).flatten());
                     Some(http::Answer::ready(missing))
                 }
+                "/mesh" if follows_mesh => Some(mesh_page(&cluster)),
                 _ => None,
             }
         });
@@ -103,6 +105,16 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: impl FnOnce
     tasks.close();
     take_leave(tasks.wait(), &shutdown, GRACE).await;
     Ok(())
+}
+
+/// The mesh's settings as they are followed. Who sets them can see that a version knows them.
+fn mesh_page(cluster: &Cluster) -> http::Answer {
+    let Some(mesh) = cluster.store().map(|store| store.mesh.values().next().cloned().unwrap_or_default()) else {
+        return http::Answer::text(503, "not known yet\n");
+    };
+    let mode = mesh.mode.map(|mode| mode.to_string());
+    let page = serde_json::json!({ "mode": mode, "transparent": mesh.transparent.to_string() });
+    http::Answer { status: 200, kind: "application/json", text: page.to_string() }
 }
 
 fn mesh_configmap(config: &Config) -> Option<(String, String)> {

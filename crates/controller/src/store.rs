@@ -1,6 +1,7 @@
 //! What is kept of the cluster's objects, instead of whole objects, to save memory.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
@@ -152,6 +153,16 @@ pub enum Transparency {
     Inbound,
     /// Every sidecar also sends plaintext, as if it were not there; written `true`.
     Full,
+}
+
+impl fmt::Display for Transparency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::No => "false",
+            Self::Inbound => "inbound",
+            Self::Full => "true",
+        })
+    }
 }
 
 impl FromStr for Transparency {

@@ -118,6 +118,12 @@ impl Policy {
         excepted.unwrap_or_else(|| self.mode.narrowed_by(self.port_modes.get(&port).copied()))
     }
 
+    /// Ports whose mode is another one than the workload's.
+    pub fn other_ports(&self) -> BTreeMap<u16, Mode> {
+        let named = self.port_modes.keys().chain(self.port_exceptions.keys());
+        named.map(|port| (*port, self.mode_of(*port))).filter(|(_, mode)| *mode != self.mode).collect()
+    }
+
     /// Whether plaintext may reach a port. It proves no identity: strict mode rejects it, and so does a list.
     pub fn admits_plaintext(&self, port: u16) -> bool {
         match self.mode_of(port) {
@@ -167,6 +173,7 @@ mod tests {
         assert_eq!(Off.narrowed_by(None), Off);
         let p = Policy { mode: Permissive, port_modes: [(80, Strict), (81, Off)].into(), ..Policy::default() };
         assert_eq!((p.mode_of(80), p.mode_of(81), p.mode_of(82)), (Strict, Off, Permissive));
+        assert_eq!(p.other_ports(), [(80, Strict), (81, Off)].into());
     }
 
     #[test]
@@ -174,11 +181,13 @@ mod tests {
         let excepted = [(9443, Mode::Permissive)].into();
         let policy = Policy { mode: Mode::Strict, port_exceptions: excepted, ..Policy::default() };
         assert_eq!((policy.mode_of(9443), policy.mode_of(9444)), (Mode::Permissive, Mode::Strict));
+        assert_eq!(policy.other_ports(), [(9443, Mode::Permissive)].into());
         assert!(policy.admits_plaintext(9443) && !policy.admits_plaintext(9444));
         let listed = Policy { allow: Some(list(&["spiffe://td/a"])), ..policy };
         assert!(!listed.admits_plaintext(9443), "who must be on a list has to prove it");
         let alone = Policy { mode: Mode::Strict, port_modes: [(9443, Mode::Off)].into(), ..Policy::default() };
         assert!(!alone.admits_plaintext(9443), "what nobody allowed weakens nothing");
+        assert!(alone.other_ports().is_empty());
     }
 
     fn id(text: &str) -> SpiffeId {

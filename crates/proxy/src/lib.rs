@@ -46,7 +46,7 @@ use countersign_api::graceful::take_leave;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::transport::{accept_unix, bind_unix, unix_channel};
 use countersign_api::{grpc, http};
-use countersign_identity::policy::Mode;
+use countersign_identity::policy::{Mode, Policy};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -367,8 +367,8 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
                 Some(http::Answer::metrics(&sidecar.telemetry.registry))
             }
             "/live" => Some(http::Answer::ready(None)),
-            "/mode" => Some(match sidecar.mode() {
-                Some(mode) => http::Answer::text(200, format!("{mode}\n")),
+            "/mode" => Some(match sidecar.policy(modes) {
+                Some(modes) => http::Answer::text(200, modes),
                 None => http::Answer::text(503, "not known yet\n"),
             }),
             // Only from inside, which a port-forward is too: who talks to whom is nothing for strangers.
@@ -378,6 +378,12 @@ fn pages(sidecar: Arc<Sidecar>, shutdown: CancellationToken) -> Arc<http::Handle
         };
         Box::pin(std::future::ready(answer))
     })
+}
+
+/// The workload's mode on the first line, and on each further one a port with another mode: `8080 strict`.
+fn modes(policy: &Policy) -> String {
+    let ports = policy.other_ports().into_iter().map(|(port, mode)| format!("{port} {mode}\n"));
+    format!("{}\n{}", policy.mode, ports.collect::<String>())
 }
 
 /// What a stranger is told under strict.
@@ -495,6 +501,14 @@ pub(crate) mod tests {
         assert_eq!(status(fixed, "/metrics", false).await, Some(200), "who set the address decides");
         let modes = [None, Some(Mode::Strict), Some(Mode::Permissive), Some(Mode::Off)];
         assert_eq!(modes.map(may_be_strict), [true, true, false, false]);
+    }
+
+    #[test]
+    fn the_page_of_the_mode_names_the_ports_that_have_another_one() {
+        let policy = Policy { mode: Mode::Permissive, ..Policy::default() };
+        assert_eq!(modes(&policy), "permissive\n");
+        let port_modes = [(8080, Mode::Strict), (9090, Mode::Permissive), (9443, Mode::Off)].into();
+        assert_eq!(modes(&Policy { port_modes, ..policy }), "permissive\n8080 strict\n9443 off\n");
     }
 
     #[tokio::test]

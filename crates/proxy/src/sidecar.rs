@@ -6,7 +6,7 @@ use std::sync::Arc;
 use countersign_api::admission::{self, Admission};
 use countersign_api::clock::Clock;
 use countersign_api::directory::Subscriptions;
-use countersign_identity::policy::Mode;
+use countersign_identity::policy::{Mode, Policy};
 use time::OffsetDateTime;
 
 use crate::balance::Balancer;
@@ -75,14 +75,19 @@ impl Sidecar {
         }
     }
 
+    /// Takes something of our own policy; `None` until the agent has told it. Ignores whether the SVID has expired.
+    pub fn policy<T>(&self, take: impl FnOnce(&Policy) -> T) -> Option<T> {
+        self.current.peek().and_then(|identity| self.local.workload(&identity)).map(|w| take(&w.policy))
+    }
+
     /// Our own mode; `None` until the directory has named it. Ignores whether the SVID has expired.
     pub fn mode(&self) -> Option<Mode> {
-        self.current.peek().and_then(|identity| self.local.workload(&identity)).map(|w| w.policy.mode)
+        self.policy(|policy| policy.mode)
     }
 
     /// Mode of one of our ports; `None` until the agent has told.
     pub fn mode_of(&self, port: u16) -> Option<Mode> {
-        self.current.peek().and_then(|identity| self.local.workload(&identity)).map(|w| w.policy.mode_of(port))
+        self.policy(|policy| policy.mode_of(port))
     }
 
     /// Whether the mode is off, so that traffic is forwarded without an identity. Holds even if the agent is gone by

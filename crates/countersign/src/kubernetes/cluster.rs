@@ -29,15 +29,40 @@ pub async fn client_without_retries() -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
+/// Why a pod has given no page.
+#[derive(Debug, PartialEq, Eq)]
+pub enum NoPage {
+    /// The pod answered that it has none of this name.
+    Unknown,
+    /// There was no answer of its own; why, in words.
+    Unanswered(String),
+}
+
 /// Fetches a page of a pod through the API server's proxy. Error: why there is none, in words.
 pub async fn page(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String, String> {
+    match proxied(client, pod, port, path).await {
+        Ok(answer) => answer.map_err(|e| in_words(&e)),
+        Err(why) => Err(why),
+    }
+}
+
+/// As [`page`], where it counts whether the pod knows the page.
+pub async fn ask(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<String, NoPage> {
+    match proxied(client, pod, port, path).await {
+        Ok(Ok(answer)) => Ok(answer),
+        // The API server itself says `NotFound`, of a pod that is gone.
+        Ok(Err(kube::Error::Api(status))) if status.code == 404 && status.reason != "NotFound" => Err(NoPage::Unknown),
+        Ok(Err(error)) => Err(NoPage::Unanswered(in_words(&error))),
+        Err(why) => Err(NoPage::Unanswered(why)),
+    }
+}
+
+async fn proxied(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<Result<String, kube::Error>, String> {
     let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
     let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy{path}");
     let request = http::Request::get(path).body(vec![]).map_err(|e| e.to_string())?;
-    match tokio::time::timeout(PAGE_TIMEOUT, client.request_text(request)).await {
-        Ok(answer) => answer.map_err(|e| in_words(&e)),
-        Err(_) => Err(format!("no answer within {} s", PAGE_TIMEOUT.as_secs())),
-    }
+    let answer = tokio::time::timeout(PAGE_TIMEOUT, client.request_text(request)).await;
+    answer.map_err(|_| format!("no answer within {} s", PAGE_TIMEOUT.as_secs()))
 }
 
 /// Whether a pod has our sidecar.

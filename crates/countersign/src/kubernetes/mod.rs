@@ -21,6 +21,7 @@ mod schema;
 mod sidecars;
 mod strict;
 mod support;
+mod transparency;
 mod uninstall;
 mod values;
 mod verify;

@@ -4,18 +4,19 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
-use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::Client;
+use kube::api::{Api, DeleteParams, DynamicObject};
 use kube::core::{ApiResource, GroupVersionKind};
-use kube::{Client, ResourceExt};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::Instant;
 
-use super::cluster::{SIDECAR_PORT, client, is_meshed, page};
+use super::cluster::client;
 use super::csi_volumes::{self, Holders};
 use super::given::Given;
 use super::install::manifests;
 use super::memory::Memory;
+use super::transparency::Way;
 use crate::settings::Mistake;
 
 /// Interval between two polls.
@@ -45,8 +46,12 @@ pub struct UninstallArgs {
     /// ones have a volume of the CSI driver.
     #[arg(long)]
     prepare: bool,
-    /// How long to wait until every sidecar is transparent, and then each time until one pod less has a volume of the CSI driver, in
-    /// seconds.
+    /// Have every sidecar send plaintext at once, for a control plane of an older version, which does not know the step between: until
+    /// all are told, those that are still strict refuse some connections.
+    #[arg(long)]
+    at_once: bool,
+    /// How long to wait for each step, until every sidecar has taken it, and then each time until one pod less has a volume of the CSI
+    /// driver, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     patience: u64,
 }
@@ -61,25 +66,29 @@ pub async fn uninstall(args: UninstallArgs) -> Result<()> {
     }
     let client = client().await?;
     let patience = Duration::from_secs(args.patience);
-    let until = Instant::now() + patience;
-    // What sends plaintext before all accept it is refused.
-    for step in [INBOUND, FULL] {
-        make_transparent(&client, &args.namespace, &step).await?;
-        wait_for_sidecars(&client, until, &step).await?;
+    let stop = crate::stop::on_signal()?;
+    Way { namespace: args.namespace.clone(), patience, at_once: args.at_once }.go(&client, &stop).await?;
+    tokio::select! {
+        done = remove_rest(&client, &args, patience) => done,
+        () = stop.cancelled() => Err(anyhow!("interrupted; the mesh is transparent: run it again to remove the rest")),
     }
+}
+
+/// What is done once the mesh is transparent.
+async fn remove_rest(client: &Client, args: &UninstallArgs, patience: Duration) -> Result<()> {
     // Restarted pods must not get a volume again.
-    stop_injection(&client).await?;
-    let drivers = csi_volumes::drivers(&client).await?;
-    let holders = async || csi_volumes::holders(&client, &drivers).await;
+    stop_injection(client).await?;
+    let drivers = csi_volumes::drivers(client).await?;
+    let holders = async || csi_volumes::holders(client, &drivers).await;
     if args.prepare {
         eprintln!("{}", prepared(&holders().await?));
         return Ok(());
     }
     if !drivers.is_empty() {
         wait_for_volumes(holders, patience).await?;
-        csi_volumes::remove(&client, &drivers).await?;
+        csi_volumes::remove(client, &drivers).await?;
     }
-    remove(&client, &args.namespace).await
+    remove(client, &args.namespace).await
 }
 
 /// What is to be done before the rest is removed.
@@ -103,7 +112,8 @@ async fn stop_injection(client: &Client) -> Result<()> {
 
 /// What makes an end of pods with a volume.
 const RESTART: &str = "restart them (kubectl -n NAMESPACE rollout restart deployment,statefulset,daemonset), delete those that nothing \
-                       makes anew, and take the volume out of specifications that name it";
+                       makes anew, and take the volume out of specifications that name it, such as those that `countersign inject` \
+                       wrote";
 
 /// Waits until no pod has a volume of the driver, as long as their number falls.
 async fn wait_for_volumes(holders: impl AsyncFn() -> Result<Holders>, patience: Duration) -> Result<()> {
@@ -130,79 +140,6 @@ async fn wait_for_volumes(holders: impl AsyncFn() -> Result<Holders>, patience: 
             ));
         }
         tokio::time::sleep(LOOK_AT_PODS).await;
-    }
-}
-
-/// One step on the way to a transparent mesh.
-struct Step {
-    /// Value of `transparent` in the mesh's ConfigMap.
-    setting: &'static str,
-    /// What every sidecar then does.
-    does: &'static str,
-    /// The modes that a sidecar may have once it does.
-    modes: &'static [&'static str],
-}
-
-const INBOUND: Step = Step { setting: "inbound", does: "accept plaintext", modes: &["permissive", "off"] };
-const FULL: Step = Step { setting: "true", does: "send plaintext", modes: &["off"] };
-
-async fn make_transparent(client: &Client, namespace: &str, step: &Step) -> Result<()> {
-    let api = Api::<ConfigMap>::namespaced(client.clone(), namespace);
-    let patch = json!({ "data": { "transparent": step.setting } });
-    match api.patch("countersign-mesh", &PatchParams::default(), &Patch::Merge(patch)).await {
-        Ok(_) => {
-            eprintln!("the sidecars are told to {}", step.does);
-            Ok(())
-        }
-        Err(kube::Error::Api(e)) if e.code == 404 => {
-            Err(Mistake(format!("there is no installation in namespace `{namespace}` (no ConfigMap countersign-mesh)"))
-                .into())
-        }
-        Err(error) => Err(error).context("cannot change the mesh's settings"),
-    }
-}
-
-/// Waits until every running sidecar reports a mode of this step.
-async fn wait_for_sidecars(client: &Client, until: Instant, step: &Step) -> Result<()> {
-    let mut said = usize::MAX;
-    loop {
-        let (mut waiting, mut why) = (vec![], String::new());
-        let pods: Api<Pod> = Api::all(client.clone());
-        for pod in pods.list(&ListParams::default()).await.context("cannot list pods")?.items {
-            let running = pod.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Running");
-            if !running || pod.metadata.deletion_timestamp.is_some() || !is_meshed(&pod) {
-                continue;
-            }
-            let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
-            match page(client, &pod, SIDECAR_PORT, "/mode").await {
-                Ok(mode) if step.modes.contains(&mode.trim()) => {}
-                Ok(mode) => {
-                    why = format!("its mode is {}", mode.trim());
-                    waiting.push(name);
-                }
-                Err(error) => {
-                    why = error;
-                    waiting.push(name);
-                }
-            }
-        }
-        if waiting.is_empty() {
-            eprintln!("all sidecars {}", step.does);
-            return Ok(());
-        }
-        if waiting.len() != said {
-            said = waiting.len();
-            eprintln!("waiting for {said} sidecars, {} among them", waiting[0]);
-        }
-        if Instant::now() > until {
-            return Err(anyhow!(
-                "{} sidecars do not {} yet, {} among them ({why}); nothing was removed. Restart or delete these pods, or give more --patience",
-                waiting.len(),
-                step.does,
-                waiting[0]
-            ));
-        }
-        tokio::time::sleep(LOOK).await;
     }
 }
 

@@ -1,0 +1,370 @@
+//! The way of a whole mesh to plaintext, without a request that fails: what sends plaintext before all accept it is refused, so each
+//! step waits until every sidecar has taken the one before.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use countersign_controller::store::Transparency;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use kube::api::{Api, ListParams, Patch, PatchParams};
+use kube::{Client, ResourceExt};
+use serde_json::json;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{NoPage, SIDECAR_PORT, ask, is_meshed, page, pods};
+use crate::settings::Mistake;
+use crate::settings::words::count;
+
+/// Interval between two polls.
+const LOOK: Duration = Duration::from_millis(500);
+/// Port of the pages of the controller beside the server.
+const CONTROLLER_PAGES: u16 = 9465;
+/// The mesh's ConfigMap, and its key.
+const SETTINGS: &str = "countersign-mesh";
+const KEY: &str = "transparent";
+
+/// One step on the way.
+struct Step {
+    /// Value of `transparent` in the mesh's ConfigMap.
+    setting: Transparency,
+    /// What every sidecar then does.
+    does: &'static str,
+    /// The modes that a sidecar may have once it does.
+    modes: &'static [&'static str],
+}
+
+const INBOUND: Step = Step { setting: Transparency::Inbound, does: "accept plaintext", modes: &["permissive", "off"] };
+const FULL: Step = Step { setting: Transparency::Full, does: "send plaintext", modes: &["off"] };
+
+/// How the mesh becomes transparent.
+pub struct Way {
+    /// Namespace of the installation.
+    pub namespace: String,
+    /// How long each step may take.
+    pub patience: Duration,
+    /// Leave out the first step, which older control planes do not know.
+    pub at_once: bool,
+}
+
+impl Way {
+    /// Goes all of it. Errors: a step is unknown to the control plane, or some sidecars do not take it. After the first step the mesh
+    /// is what it was before; after the second it stays as transparent as it is, because sidecars that are strict again would refuse
+    /// those that are not yet.
+    ///
+    /// `stop` ends either wait, with the same outcome: whoever interrupts the command does not want to leave a strict mesh open.
+    pub async fn go(&self, client: &Client, stop: &CancellationToken) -> Result<()> {
+        let namespace = &self.namespace;
+        let before = Present::read(client, namespace).await?;
+        let mut now = before.says();
+        if now != Transparency::Full && !self.at_once {
+            knows_steps(client, namespace).await?;
+            before.change(client, namespace, Some(INBOUND.setting)).await?;
+            if let Err(why) = INBOUND.wait(client, self.patience, stop).await {
+                return Err(anyhow!("{why:#}; {}", before.restore(client, namespace).await));
+            }
+            now = INBOUND.setting;
+        }
+        let present = Present::read(client, namespace).await?;
+        if present.says() != now {
+            return Err(anyhow!(
+                "somebody else has set `{KEY}` of ConfigMap {SETTINGS} to {} meanwhile; nothing was removed",
+                present.says()
+            ));
+        }
+        present.change(client, namespace, Some(FULL.setting)).await?;
+        FULL.wait(client, self.patience, stop).await.map_err(|why| {
+            anyhow!(
+                "{why:#}; nothing was removed, and the mesh stays transparent as far as it is: run it again, or remove `{KEY}` from \
+                 ConfigMap {SETTINGS} to go back"
+            )
+        })
+    }
+}
+
+/// What the mesh's ConfigMap says now.
+struct Present {
+    value: Option<String>,
+    version: Option<String>,
+}
+
+impl Present {
+    async fn read(client: &Client, namespace: &str) -> Result<Self> {
+        let found = Api::<ConfigMap>::namespaced(client.clone(), namespace).get_opt(SETTINGS).await;
+        let Some(map) = found.context("cannot read the mesh's settings")? else {
+            let why = format!("there is no installation in namespace `{namespace}` (no ConfigMap {SETTINGS})");
+            return Err(Mistake(why).into());
+        };
+        let value = map.data.as_ref().and_then(|data| data.get(KEY)).cloned();
+        Ok(Self { value, version: map.resource_version() })
+    }
+
+    /// How far the mesh is on its way, as the control plane reads it.
+    fn says(&self) -> Transparency {
+        self.value.as_deref().and_then(|text| text.trim().parse().ok()).unwrap_or_default()
+    }
+
+    /// Writes another value, unless the ConfigMap has changed since.
+    async fn change(&self, client: &Client, namespace: &str, to: Option<Transparency>) -> Result<()> {
+        self.write(client, namespace, to.map(|to| to.to_string())).await
+    }
+
+    async fn write(&self, client: &Client, namespace: &str, to: Option<String>) -> Result<()> {
+        let patch = json!({ "metadata": { "resourceVersion": self.version }, "data": { KEY: to } });
+        let api = Api::<ConfigMap>::namespaced(client.clone(), namespace);
+        match api.patch(SETTINGS, &PatchParams::default(), &Patch::Merge(patch)).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(e)) if e.code == 409 => Err(anyhow!(
+                "ConfigMap {SETTINGS} was changed by somebody else meanwhile: look at it, and run this again"
+            )),
+            Err(error) => Err(error).context("cannot change the mesh's settings"),
+        }
+    }
+
+    /// Writes this value again, if the first step's still stands; what became of it, in words.
+    async fn restore(&self, client: &Client, namespace: &str) -> String {
+        let open = format!(
+            "nothing was removed, and every sidecar is still told to accept plaintext: remove `{KEY}` from ConfigMap {SETTINGS} to go \
+             back"
+        );
+        if self.says() == INBOUND.setting {
+            return open;
+        }
+        let back = async {
+            let now = Self::read(client, namespace).await?;
+            if now.says() != INBOUND.setting {
+                return Ok(false);
+            }
+            now.write(client, namespace, self.value.clone()).await?;
+            anyhow::Ok(true)
+        };
+        match back.await {
+            Ok(true) => "nothing was removed, and the mesh is what it was".into(),
+            Ok(false) => {
+                format!("nothing was removed; somebody else has changed `{KEY}` of ConfigMap {SETTINGS} meanwhile")
+            }
+            Err(why) => format!("{open} ({why:#})"),
+        }
+    }
+}
+
+/// Checks that every controller beside a server knows the steps, which its page on the mesh shows: an older one would take the first
+/// for a mistake, and change nothing.
+async fn knows_steps(client: &Client, namespace: &str) -> Result<()> {
+    let silent = |why: String| {
+        anyhow!(
+            "the control plane does not say whether it knows the first step, and nothing was changed: {why}; see `countersign check`, \
+             or use --at-once, with which some connections may be refused for a moment"
+        )
+    };
+    let mut servers = pods(client, namespace, "app.kubernetes.io/component=server").await.map_err(silent)?;
+    // One that was evicted stays, and answers nobody.
+    servers.retain(is_running);
+    if servers.is_empty() {
+        return Err(silent(format!("no pod of the server runs in namespace {namespace}")));
+    }
+    for pod in servers {
+        match ask(client, &pod, CONTROLLER_PAGES, "/mesh").await {
+            Ok(_) => {}
+            Err(NoPage::Unknown) => {
+                return Err(Mistake(format!(
+                    "the control plane (pod {}) is of an older version, which cannot make all sidecars accept plaintext before they send \
+                     it, and nothing was changed: install this version first, or use --at-once, with which some connections may be refused \
+                     for a moment",
+                    pod.name_any()
+                ))
+                .into());
+            }
+            Err(NoPage::Unanswered(why)) => return Err(silent(format!("pod {}: {why}", pod.name_any()))),
+        }
+    }
+    Ok(())
+}
+
+impl Step {
+    /// Waits until every running sidecar has taken it. Error: which have not until then, and why.
+    async fn wait(&self, client: &Client, patience: Duration, stop: &CancellationToken) -> Result<()> {
+        let until = Instant::now() + patience;
+        eprintln!("the sidecars are told to {}", self.does);
+        let mut said = usize::MAX;
+        loop {
+            let (mut waiting, mut why) = (vec![], String::new());
+            let pods: Api<Pod> = Api::all(client.clone());
+            for pod in pods.list(&ListParams::default()).await.context("cannot list pods")?.items {
+                if !is_running(&pod) || pod.metadata.deletion_timestamp.is_some() || !is_meshed(&pod) {
+                    continue;
+                }
+                let answer = page(client, &pod, SIDECAR_PORT, "/mode").await;
+                if let Some(lacks) = answer.map_or_else(Some, |modes| self.lacks(&modes)) {
+                    why = lacks;
+                    waiting.push(format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()));
+                }
+            }
+            if waiting.is_empty() {
+                eprintln!("all sidecars {}", self.does);
+                return Ok(());
+            }
+            if waiting.len() != said {
+                said = waiting.len();
+                eprintln!("waiting for {}, {} among them", count(said, "sidecar"), waiting[0]);
+            }
+            if Instant::now() > until {
+                return Err(anyhow!(
+                    "{} yet to {}, {} among them ({why}): restart or delete these pods, or give more --patience",
+                    have(waiting.len()),
+                    self.does,
+                    waiting[0]
+                ));
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = stop.cancelled() => return Err(anyhow!("interrupted while {} yet to {}", have(waiting.len()), self.does)),
+            }
+        }
+    }
+
+    /// What a sidecar lacks of this step by its page of modes: its own on the first line, then ports that have another one. A port
+    /// that is still strict refuses plaintext, whatever the workload's mode is.
+    fn lacks(&self, modes: &str) -> Option<String> {
+        let mut lines = modes.lines().map(str::trim);
+        let own = lines.next().unwrap_or_default();
+        if !self.modes.contains(&own) {
+            return Some(format!("its mode is {own}"));
+        }
+        let strict = |line: &str| line.strip_suffix(" strict").map(|port| format!("its port {port} is strict"));
+        lines.find_map(strict)
+    }
+}
+
+fn is_running(pod: &Pod) -> bool {
+    pod.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Running")
+}
+
+/// `1 sidecar has`, `2 sidecars have`.
+fn have(sidecars: usize) -> String {
+    format!("{} {}", count(sidecars, "sidecar"), if sidecars == 1 { "has" } else { "have" })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::kubernetes::check::fake_api::{Answer, Asked, client, list, refused};
+    use serde_json::Value;
+
+    #[test]
+    fn a_sidecar_has_taken_a_step_once_no_port_of_it_is_strict() {
+        assert_eq!(INBOUND.lacks("permissive\n"), None);
+        assert_eq!(INBOUND.lacks("off\n"), None);
+        assert_eq!(INBOUND.lacks("permissive\n9443 off\n"), None);
+        assert_eq!(INBOUND.lacks("strict\n").as_deref(), Some("its mode is strict"));
+        assert_eq!(INBOUND.lacks("permissive\n9443 off\n8080 strict\n").as_deref(), Some("its port 8080 is strict"));
+        assert_eq!(FULL.lacks("permissive\n").as_deref(), Some("its mode is permissive"));
+        assert_eq!(FULL.lacks("off\n"), None);
+        assert!(FULL.lacks("").is_some());
+    }
+
+    /// A cluster with one meshed pod, whose sidecar has one mode whatever it is told, and its ConfigMap.
+    struct World {
+        client: Client,
+        /// Each value that was written.
+        written: Arc<Mutex<Vec<Value>>>,
+    }
+
+    fn world(present: Option<&'static str>, mode: &'static str, mesh: fn() -> Answer) -> World {
+        let written = Arc::<Mutex<Vec<Value>>>::default();
+        let seen = written.clone();
+        let pod = |name: &str, container: &str| {
+            json!({ "metadata": { "namespace": "shop", "name": name }, "spec": { "containers": [{ "name": container }] },
+                    "status": { "phase": "Running" } })
+        };
+        let client = client(move |asked: &Asked| match asked.path.as_str() {
+            path if path.ends_with("/configmaps/countersign-mesh") => {
+                let mut now = json!(present);
+                let mut seen = seen.lock().unwrap();
+                if asked.body["data"].is_object() {
+                    assert_eq!(asked.body["metadata"]["resourceVersion"], "7", "what it was when it was read");
+                    seen.push(asked.body["data"][KEY].clone());
+                }
+                if let Some(last) = seen.last() {
+                    now = last.clone();
+                }
+                let data = if now.is_null() { json!({}) } else { json!({ KEY: now }) };
+                Answer::Now(200, json!({ "metadata": { "name": "m", "resourceVersion": "7" }, "data": data }))
+            }
+            "/api/v1/namespaces/mesh/pods" => list("PodList", vec![pod("countersign-server-0", "server")]),
+            "/api/v1/pods" => list("PodList", vec![pod("web", "countersign-proxy")]),
+            path if path.ends_with(":9465/proxy/mesh") => mesh(),
+            path if path.ends_with("/proxy/mode") => Answer::Now(200, json!(mode)),
+            path => panic!("{path}"),
+        });
+        World { client, written }
+    }
+
+    async fn go(world: &World, at_once: bool) -> Result<()> {
+        let stop = CancellationToken::new();
+        Way { namespace: "mesh".into(), patience: Duration::from_secs(5), at_once }.go(&world.client, &stop).await
+    }
+
+    fn new() -> Answer {
+        Answer::Now(200, json!({ "mode": "strict" }))
+    }
+
+    /// What a page that is not there says through the API server's proxy.
+    fn old() -> Answer {
+        Answer::Now(404, json!("not found\n"))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_older_control_plane_is_told_nothing_that_it_does_not_know() {
+        let world = world(None, "strict\n", old);
+        let why = go(&world, false).await.unwrap_err().to_string();
+        assert!(why.contains("pod countersign-server-0") && why.contains("--at-once"), "{why}");
+        assert!(world.written.lock().unwrap().is_empty());
+        let silent = self::world(None, "off\n", || refused(404, "pods \"countersign-server-0\" not found"));
+        let why = go(&silent, false).await.unwrap_err().to_string();
+        assert!(why.contains("does not say whether") && why.contains("--at-once") && !why.contains("older"), "{why}");
+        let asked = self::world(None, "off\n", old);
+        go(&asked, true).await.unwrap();
+        assert_eq!(*asked.written.lock().unwrap(), [json!("true")]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_mesh_whose_sidecars_do_not_take_the_first_step_is_what_it_was() {
+        let stays = world(Some("false"), "strict\n", new);
+        let why = go(&stays, false).await.unwrap_err().to_string();
+        assert!(why.contains("shop/web among them (its mode is strict)"), "{why}");
+        assert!(why.ends_with("nothing was removed, and the mesh is what it was"), "{why}");
+        assert_eq!(*stays.written.lock().unwrap(), [json!("inbound"), json!("false")]);
+        let interrupted = world(None, "strict\n", new);
+        let way = Way { namespace: "mesh".into(), patience: Duration::from_secs(60), at_once: false };
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let why = way.go(&interrupted.client, &stop).await.unwrap_err().to_string();
+        assert!(why.starts_with("interrupted while 1 sidecar has yet to accept plaintext"), "{why}");
+        assert_eq!(*interrupted.written.lock().unwrap(), [json!("inbound"), Value::Null]);
+        // Of an earlier run that was killed: nobody knows what it was before.
+        let left = world(Some("inbound"), "strict\n", new);
+        let why = go(&left, false).await.unwrap_err().to_string();
+        assert!(why.contains("still told to accept plaintext") && !why.contains("what it was"), "{why}");
+        let unset = world(None, "permissive\n8080 strict\n", new);
+        let why = go(&unset, false).await.unwrap_err().to_string();
+        assert!(why.contains("its port 8080 is strict"), "{why}");
+        assert_eq!(*unset.written.lock().unwrap(), [json!("inbound"), Value::Null]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_mesh_that_is_on_its_way_takes_no_step_back() {
+        let first = world(None, "off\n", new);
+        go(&first, false).await.unwrap();
+        assert_eq!(*first.written.lock().unwrap(), [json!("inbound"), json!("true")]);
+        let again = world(Some("true"), "off\n", old);
+        go(&again, false).await.unwrap();
+        assert_eq!(*again.written.lock().unwrap(), [json!("true")]);
+        let stuck = world(Some("inbound"), "permissive\n", new);
+        let why = go(&stuck, false).await.unwrap_err().to_string();
+        assert!(why.contains("1 sidecar has yet to send plaintext") && why.contains("to go back"), "{why}");
+        assert_eq!(*stuck.written.lock().unwrap(), [json!("inbound"), json!("true")]);
+    }
+}
