@@ -38,9 +38,8 @@ impl Given {
     /// says who named it.
     pub fn whole(&self, whose: &str) -> Result<Value, Mistake> {
         let (mut values, schema) = (defaults()?, schema::read()?);
-        let schema = Schema::new(&schema);
-        merge(&mut values, self.tree(), schema, "", whose)?;
-        schema.judge(&values, "")?;
+        merge(&mut values, self.tree(), Schema::new(&schema), "", whose)?;
+        schema::judge(&schema, &values)?;
         Ok(values)
     }
 

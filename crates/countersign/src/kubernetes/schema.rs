@@ -1,12 +1,18 @@
-//! The chart's JSON schema, and the part of JSON Schema that it uses: `type`, `enum`, `pattern`, `minimum`, `maximum`,
-//! `minLength`, `properties`, `additionalProperties`, `items`, and `$ref` within the document. Forms that it expresses as
-//! patterns are judged by the parsers that the roles use.
+//! The chart's JSON schema. Forms that it expresses as patterns are judged by the parsers that the roles use.
+//!
+//! A setting is required wherever the templates take its absence for something: `helm upgrade --reuse-values` has none of those that are
+//! new, and a `true` that is missing would be a `false`.
 
 use countersign_controller::quantity::{NoQuantity, Quantity};
+use jsonschema::error::{TypeKind, ValidationErrorKind};
+use jsonschema::paths::LocationSegment;
+use jsonschema::{JsonType, ValidationError};
 use serde_json::Value;
 
 use super::chart;
 use crate::settings::Mistake;
+
+const NO_INTEGER: &str = "is no whole number";
 
 /// Reads the schema.
 pub fn read() -> Result<Value, Mistake> {
@@ -46,68 +52,65 @@ impl<'a> Schema<'a> {
         !self.here["properties"].is_object()
     }
 
-    /// Judges a value and all that it holds. Errors: the first mistake, with the name of the setting.
-    pub fn judge(self, value: &Value, at: &str) -> Result<(), Mistake> {
-        let shown = || value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
-        let wrong = |what: String| Err(Mistake(format!("setting {at}: `{}` {what}", shown())));
-        let schema = self.here;
-        if let Some(allowed) = schema["enum"].as_array()
-            && !allowed.contains(value)
-        {
-            let listed: Vec<&str> = allowed.iter().filter_map(Value::as_str).collect();
-            return wrong(format!("is not one of {}", listed.join(", ")));
+    /// Judges what the schema expresses as patterns, and whether whole numbers are written as such: for JSON Schema `1.0` is one, for
+    /// Kubernetes it is none. In this value and all that it holds. Errors: the first mistake.
+    fn judge_details(self, value: &Value, at: &str) -> Result<(), Mistake> {
+        if self.here["type"] == "integer" && value.is_f64() {
+            return Err(Mistake(format!("setting {at}: `{value}` {NO_INTEGER}")));
         }
-        if let Some(why) = not_of_type(value, &schema["type"]) {
-            return wrong(why.to_owned());
-        }
-        let (number, bound) = (value.as_f64(), |key: &str| schema[key].as_f64());
-        if let (Some(n), Some(least)) = (number, bound("minimum"))
-            && n < least
-        {
-            return wrong(format!("is less than {least}"));
-        }
-        if let (Some(n), Some(most)) = (number, bound("maximum"))
-            && n > most
-        {
-            return wrong(format!("is more than {most}"));
-        }
-        if schema["minLength"].as_u64().is_some_and(|least| value.as_str().is_some_and(|s| (s.len() as u64) < least)) {
-            return wrong("is empty".into());
-        }
-        if let (Some(text), Some(_)) = (value.as_str(), schema["pattern"].as_str()) {
+        if let (Some(text), true) = (value.as_str(), self.here["pattern"].is_string()) {
             judge_form(at, text)?;
         }
         for (key, value) in value.as_object().into_iter().flatten() {
-            self.of(key).judge(value, &joined(at, key))?;
+            self.of(key).judge_details(value, &joined(at, key))?;
         }
         for (n, item) in value.as_array().into_iter().flatten().enumerate() {
-            self.at(&schema["items"]).judge(item, &format!("{at}[{n}]"))?;
+            self.at(&self.here["items"]).judge_details(item, &format!("{at}[{n}]"))?;
         }
         Ok(())
     }
 }
 
-/// Why a value is of none of the types that a schema allows.
-fn not_of_type(value: &Value, types: &Value) -> Option<&'static str> {
-    let is = |name: &str| match name {
-        "string" => value.is_string(),
-        "integer" => value.is_u64(),
-        "number" => value.is_number(),
-        "boolean" => value.is_boolean(),
-        "array" => value.is_array(),
-        "object" => value.is_object(),
-        _ => false,
-    };
-    let why = match types.as_str() {
-        Some("string") => "is no text",
-        Some("integer") => "is no whole number",
-        Some("boolean") => "is neither true nor false",
-        Some("array") => "is no list",
-        Some("object") => "is no object",
-        _ => "is neither text nor a number",
-    };
-    let named = types.as_array().map_or(std::slice::from_ref(types), Vec::as_slice);
-    (!types.is_null() && !named.iter().filter_map(Value::as_str).any(is)).then_some(why)
+/// Judges all settings by the schema. Errors: the first mistake, with the name of the setting.
+pub fn judge(schema: &Value, values: &Value) -> Result<(), Mistake> {
+    // Before the patterns themselves, which say nothing to people.
+    Schema::new(schema).judge_details(values, "")?;
+    let validator = jsonschema::draft7::new(schema).map_err(|e| Mistake(format!("the chart's schema: {e}")))?;
+    validator.iter_errors(values).next().map_or(Ok(()), |error| Err(in_words(&error)))
+}
+
+/// An error of the schema's library, in words that name the setting as for `--set`.
+fn in_words(error: &ValidationError<'_>) -> Mistake {
+    let at = error.instance_path().into_iter().fold(String::new(), |at, segment| match segment {
+        LocationSegment::Property(key) => joined(&at, &key),
+        LocationSegment::Index(n) => format!("{at}[{n}]"),
+    });
+    let value = error.instance();
+    let shown = value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+    let wrong = |what: &str| Mistake(format!("setting {at}: `{shown}` {what}"));
+    match error.kind() {
+        ValidationErrorKind::Required { property } => {
+            let setting = joined(&at, property.as_str().unwrap_or_default());
+            Mistake(format!("setting {setting}: is missing, and null is no value"))
+        }
+        ValidationErrorKind::Enum { options } => {
+            let listed: Vec<&str> = options.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            wrong(&format!("is not one of {}", listed.join(", ")))
+        }
+        ValidationErrorKind::Type { kind } => wrong(match kind {
+            TypeKind::Single(JsonType::String) => "is no text",
+            TypeKind::Single(JsonType::Integer) => NO_INTEGER,
+            TypeKind::Single(JsonType::Boolean) => "is neither true nor false",
+            TypeKind::Single(JsonType::Array) => "is no list",
+            TypeKind::Single(JsonType::Object) => "is no object",
+            _ => "is neither text nor a number",
+        }),
+        ValidationErrorKind::Minimum { limit } => wrong(&format!("is less than {limit}")),
+        ValidationErrorKind::Maximum { limit } => wrong(&format!("is more than {limit}")),
+        ValidationErrorKind::MinLength { .. } => wrong("is empty"),
+        ValidationErrorKind::Pattern { .. } => wrong("has not the form that the setting takes"),
+        _ => Mistake(format!("setting {at}: {error}")),
+    }
 }
 
 /// Judges the path of a folder on the nodes.
@@ -175,4 +178,52 @@ fn judge_form(at: &str, text: &str) -> Result<(), Mistake> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::values::defaults;
+    use serde_json::json;
+
+    /// Each single setting with a default that says something, by its path. A pod's own fields are left out: whoever sets one to null
+    /// means to have none, and the templates leave it out then.
+    fn told(values: &Value, at: &str, found: &mut Vec<String>) {
+        for (key, value) in values.as_object().into_iter().flatten() {
+            let name = format!("{at}/{key}");
+            let pods_own =
+                name.ends_with("/priorityClassName") || key == "resources" && !["/sidecar", "/redirect"].contains(&at);
+            match value {
+                _ if pods_own => {}
+                Value::Object(_) => told(value, &name, found),
+                Value::Bool(_) | Value::Number(_) => found.push(name),
+                Value::String(text) if !text.is_empty() => found.push(name),
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_setting_that_is_missing_is_never_taken_for_one_that_is_off() {
+        let (root, values) = (read().unwrap(), defaults().unwrap());
+        judge(&root, &values).unwrap();
+        let mut all = vec![];
+        told(&values, "", &mut all);
+        assert!(all.len() > 35 && all.contains(&"/injector/cniRedirect".to_owned()), "{all:?}");
+        for path in all {
+            let setting = path[1..].replace('/', ".");
+            for (place, _) in path.match_indices('/').skip(1).chain([(path.len(), "")]) {
+                // The setting, or a whole group that has it.
+                let gone = &path[..place];
+                let (group, key) = gone.rsplit_once('/').unwrap();
+                let mut without = values.clone();
+                without.pointer_mut(group).unwrap().as_object_mut().unwrap().remove(key);
+                let why = judge(&root, &without).unwrap_err().to_string();
+                let named = gone[1..].replace('/', ".");
+                assert_eq!(why, format!("setting {named}: is missing, and null is no value"), "{setting}");
+            }
+        }
+        let null = crate::kubernetes::given::Given::of(json!({ "injector": { "cniRedirect": null } })).unwrap();
+        assert!(null.whole("the settings").unwrap_err().to_string().contains("injector.cniRedirect"));
+    }
 }

@@ -36,8 +36,8 @@ impl ValuesArgs {
     /// The settings that are named, without the defaults of the others. Errors: one is no setting, or does not fit.
     pub fn given(&self) -> Result<Given, Mistake> {
         // A setting's type decides how its text on the command line is read, so the defaults go along.
-        let (mut values, schema) = (defaults()?, schema::read()?);
-        let schema = Schema::new(&schema);
+        let (mut values, root) = (defaults()?, schema::read()?);
+        let schema = Schema::new(&root);
         let mut given = Given::default();
         if let Some(path) = &self.values {
             let (tree, _): (Value, String) = load(path)?;
@@ -51,7 +51,7 @@ impl ValuesArgs {
             merge(&mut values, named.clone(), schema, "", "--set")?;
             given = Given::of(named).map_err(|why| Mistake::flag("--set", &why))?.over(given);
         }
-        schema.judge(&values, "")?;
+        schema::judge(&root, &values)?;
         Ok(given)
     }
 }
@@ -146,6 +146,7 @@ mod tests {
             ("mesh.mode", "--set: `mesh.mode` is no KEY=VALUE"),
             ("mesh.mode=tight", "setting mesh.mode: `tight` is not one of off, permissive, strict"),
             ("injector.replicas=0", "setting injector.replicas: `0` is less than 1"),
+            ("injector.replicas=1.0", "setting injector.replicas: `1.0` is no whole number"),
             ("injector.replicas=many", "setting injector.replicas: `many` is no whole number"),
             ("agent.nodesProxyPermission=1", "setting agent.nodesProxyPermission: `1` is neither true nor false"),
             ("server.svidTTL=soon", "setting server.svidTTL:"),
