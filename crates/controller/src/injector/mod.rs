@@ -30,6 +30,9 @@ pub const REDIRECT: &str = "countersign-redirect";
 pub const INJECT: &str = "countersign.dev/inject";
 /// Annotation of an injected pod: the version of the injector.
 pub const INJECTED: &str = "countersign.dev/injected";
+/// End of [`INJECTED`]'s value where the pod's own specification has what was injected (`countersign inject`), so that its successors
+/// have it whatever the webhook does.
+pub const IN_MANIFEST: &str = "+manifest";
 /// User ID of the sidecar in a pod.
 pub const PROXY_UID: u32 = 2102;
 /// User ID of the init container that waits for the CNI plugin's redirect. It differs from the sidecar's, whose connections are

@@ -7,7 +7,7 @@ use super::containers::{proxy, redirect};
 use super::namespace::WORDS;
 use super::nearest::did_you_mean;
 use super::settings::{self, Mistake, Settings};
-use super::{Asks, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
+use super::{Asks, IN_MANIFEST, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
 use crate::store::MODE;
 
 /// Name of the volume with the agent's socket.
@@ -99,6 +99,8 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
         return Err(Refused::Malformed);
     }
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();
+    let in_manifest = annotations.get(INJECTED).and_then(Value::as_str).is_some_and(|by| by.ends_with(IN_MANIFEST))
+        && pod["spec"]["volumes"].as_array().is_some_and(|all| all.iter().any(|v| v["name"] == VOLUME));
     let settings = Settings::read(annotations.iter().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?))))?;
     let mode = around.mode.narrowed_by(own_mode(pod)?);
     refuse_exceptions(&settings, mode, sidecar, &around.namespace)?;
@@ -125,7 +127,8 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     if !pod["metadata"]["annotations"].is_object() {
         pod["metadata"]["annotations"] = json!({});
     }
-    pod["metadata"]["annotations"][INJECTED] = env!("CARGO_PKG_VERSION").into();
+    let kept = if in_manifest { IN_MANIFEST } else { "" };
+    pod["metadata"]["annotations"][INJECTED] = format!("{}{kept}", env!("CARGO_PKG_VERSION")).into();
     Ok(Verdict::Injected)
 }
 
@@ -503,6 +506,22 @@ mod tests {
         wrong["metadata"]["annotations"] = json!({ "countersign.dev/mode": "tight" });
         let said = inject(&mut wrong, &sidecar(), &asks()).unwrap_err().to_string();
         assert!(said.contains("`tight` is no mode"), "{said}");
+    }
+
+    #[test]
+    fn what_is_in_a_pods_own_specification_stays_marked_until_it_is_taken_out() {
+        let mut pod = pod();
+        inject(&mut pod, &sidecar(), &asks()).unwrap();
+        let version = pod["metadata"]["annotations"][INJECTED].as_str().unwrap().to_owned();
+        assert!(!version.ends_with(IN_MANIFEST), "{version}");
+        let marked = format!("{version}{IN_MANIFEST}");
+        pod["metadata"]["annotations"][INJECTED] = marked.clone().into();
+        inject(&mut pod, &sidecar(), &asks()).unwrap();
+        assert_eq!(pod["metadata"]["annotations"][INJECTED], marked);
+        let mut without = self::pod();
+        without["metadata"]["annotations"] = json!({ INJECTED: marked });
+        inject(&mut without, &sidecar(), &asks()).unwrap();
+        assert_eq!(without["metadata"]["annotations"][INJECTED], version, "the annotation alone is no volume");
     }
 
     #[test]

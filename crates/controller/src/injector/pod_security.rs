@@ -27,9 +27,9 @@ impl Privileges {
     /// The settings of an installation that spare pods these.
     pub fn spared_by(self) -> &'static str {
         match (self.net_admin, self.host_path) {
-            (true, false) => "cni.enabled",
-            (false, true) => "agent.csi.enabled",
-            _ => "cni.enabled and agent.csi.enabled",
+            (true, false) => "cni.enabled and injector.cniRedirect",
+            (false, true) => "agent.csi.enabled and injector.csiVolumes",
+            _ => "cni.enabled, injector.cniRedirect, agent.csi.enabled and injector.csiVolumes",
         }
     }
 
@@ -63,8 +63,8 @@ pub fn warn_of_level(needed: Privileges, namespace: &Value, before: Option<&Valu
     let level = refusing(namespace)?;
     (before.and_then(refusing).as_ref() != Some(&level)).then(|| {
         format!(
-            "countersign: Pod Security `{level}` refuses this namespace's meshed pods, which need {needed}; label it \
-             {ENFORCE}=privileged, or have the mesh installed with {}",
+            "countersign: Pod Security `{level}` refuses meshed pods, which need {needed}; label the namespace \
+             {ENFORCE}=privileged, or install with {}",
             needed.spared_by()
         )
     })
@@ -107,9 +107,14 @@ mod tests {
             warn_of_level(Privileges::of(&sidecar), &restricted, None)
         };
         for (cni, driver, needed, by) in [
-            (false, false, "need NET_ADMIN and a hostPath;", "with cni.enabled and agent.csi.enabled"),
-            (false, true, "need NET_ADMIN;", "with cni.enabled"),
-            (true, false, "need a hostPath;", "with agent.csi.enabled"),
+            (
+                false,
+                false,
+                "need NET_ADMIN and a hostPath;",
+                "with cni.enabled, injector.cniRedirect, agent.csi.enabled and injector.csiVolumes",
+            ),
+            (false, true, "need NET_ADMIN;", "with cni.enabled and injector.cniRedirect"),
+            (true, false, "need a hostPath;", "with agent.csi.enabled and injector.csiVolumes"),
         ] {
             let said = with(cni, driver).unwrap();
             assert!(said.contains(needed) && said.ends_with(by), "{said}");

@@ -2,7 +2,7 @@
 //! checks; each subject has a file.
 
 mod admission;
-mod csi;
+pub mod csi;
 #[cfg(test)]
 pub mod fake_api;
 mod finding;

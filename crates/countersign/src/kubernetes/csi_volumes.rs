@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{Context, Result};
-use countersign_controller::injector::VOLUME;
+use countersign_controller::injector::{IN_MANIFEST, INJECTED, VOLUME};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::storage::v1::CSIDriver;
 use kube::api::{Api, DeleteParams, ListParams};
@@ -27,7 +27,7 @@ pub async fn drivers(client: &Client) -> Result<BTreeSet<String>> {
 pub struct Holders {
     /// Those that have it from the injector, and whose successors have none once nothing is injected.
     pub injected: Vec<String>,
-    /// Those whose own specification asks for it.
+    /// Those whose own specification asks for it, which their successors have too.
     pub by_themselves: Vec<String>,
 }
 
@@ -45,7 +45,7 @@ impl Holders {
             let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
             match volumes(pod, drivers).collect::<Vec<_>>().as_slice() {
                 [] => {}
-                [VOLUME] => all.injected.push(name),
+                [VOLUME] if !is_in_manifest(pod) => all.injected.push(name),
                 _ => all.by_themselves.push(name),
             }
         }
@@ -61,6 +61,11 @@ impl Holders {
     pub fn names(&self) -> Vec<String> {
         [&self.injected[..], &self.by_themselves[..]].concat()
     }
+}
+
+/// Whether `countersign inject` has written the volume into the specification that this pod is made of.
+fn is_in_manifest(pod: &Pod) -> bool {
+    pod.annotations().get(INJECTED).is_some_and(|by| by.ends_with(IN_MANIFEST))
 }
 
 /// How many there are in each namespace, and which of them a restart alone does not help.
@@ -140,5 +145,8 @@ mod tests {
         let own = holders(&[running("shop/a", VOLUME), running("spire/b", "api")]);
         assert_eq!(own.by_themselves, ["spire/b"]);
         assert!(own.to_string().ends_with(", 1 of them by their own specification: spire/b"), "{own}");
+        let mut written = running("shop/c", VOLUME);
+        written.metadata.annotations = Some([(INJECTED.to_owned(), format!("0.1.0{IN_MANIFEST}"))].into());
+        assert_eq!(holders(&[written]).by_themselves, ["shop/c"], "the webhook is not where it has it from");
     }
 }

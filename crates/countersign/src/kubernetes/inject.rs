@@ -4,7 +4,9 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use countersign_controller::injector::{self, Asks, Sidecar, Surroundings, Verdict, new_probe_secret};
+use countersign_controller::injector::{
+    self, Asks, IN_MANIFEST, INJECTED, Sidecar, Surroundings, Verdict, new_probe_secret,
+};
 use countersign_csi::DriverName;
 use countersign_identity::policy::Mode;
 use serde_json::Value;
@@ -86,7 +88,12 @@ fn document_in(document: &mut Value, sidecar: &Sidecar, around: &Surroundings) -
     let around = Surroundings { namespace, probe_secret: new_probe_secret(), ..around.clone() };
     let pod = document.pointer_mut(place).with_context(|| format!("{kind} {name} has no pod template"))?;
     match injector::inject(pod, sidecar, &around).map_err(|e| Mistake(format!("{kind} {name}: {e}")))? {
-        Verdict::Injected => eprintln!("{kind} {name}: injected"),
+        Verdict::Injected => {
+            let by = &mut pod["metadata"]["annotations"][INJECTED];
+            let version = by.as_str().unwrap_or_default().trim_end_matches(IN_MANIFEST);
+            *by = format!("{version}{IN_MANIFEST}").into();
+            eprintln!("{kind} {name}: injected");
+        }
         Verdict::Left(why) => eprintln!("{kind} {name}: left as it is: {why}"),
     }
     Ok(())
@@ -100,6 +107,7 @@ mod tests {
     #[test]
     fn every_kind_that_holds_a_pod_is_injected_and_the_rest_passes() {
         let pod = json!({ "spec": { "containers": [{ "name": "a", "image": "i" }] } });
+        let marked = format!(r#""{INJECTED}":"{}{IN_MANIFEST}""#, env!("CARGO_PKG_VERSION"));
         let sidecar = Sidecar::new("cs:1".into());
         let with = |mut document: Value| {
             let around = Surroundings {
@@ -108,8 +116,13 @@ mod tests {
                 mode: Mode::Permissive,
                 probe_secret: "s3cret".into(),
             };
-            document_in(&mut document, &sidecar, &around).unwrap();
-            document.to_string().contains("countersign-proxy")
+            // Twice is as once.
+            for _ in 0..2 {
+                document_in(&mut document, &sidecar, &around).unwrap();
+            }
+            let text = document.to_string();
+            assert_eq!(text.contains("countersign-proxy"), text.contains(&marked), "{text}");
+            text.contains("countersign-proxy")
         };
         assert!(with(json!({ "kind": "Pod", "spec": pod["spec"] })));
         for kind in ["Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"] {

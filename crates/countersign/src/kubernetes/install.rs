@@ -14,6 +14,7 @@ use tokio::process::Command;
 
 use super::changes::{self, Change, Consent};
 use super::chart;
+use super::check::csi;
 use super::existing::Existing;
 use super::former::Revision;
 use super::memory::{self, Memory, Seen};
@@ -31,7 +32,8 @@ const KUBECTL: Duration = Duration::from_secs(300);
 /// Equal to the Helm chart in charts/countersign: same templates, same values. The settings that are given are
 /// remembered in the cluster (ConfigMap countersign-install). If the cluster of the current KUBECONFIG has an
 /// installation, nothing is printed that changes its identities or its storage, or drops a setting given before,
-/// unless flags allow it. One that remembers nothing, and one in another namespace, need --force.
+/// unless flags allow it. One that remembers nothing, one in another namespace, and nodes whose Linux is too old for the CSI driver
+/// that is turned on, need --force.
 #[derive(Debug, clap::Args)]
 #[allow(clippy::struct_excessive_bools)] // each is a flag
 pub struct InstallArgs {
@@ -46,8 +48,8 @@ pub struct InstallArgs {
     /// Drop the settings of the existing installation that are not given now.
     #[arg(long)]
     reset_values: bool,
-    /// Allow everything that needs consent: other identities, other storage, dropped settings, and an installation
-    /// that remembers nothing or is in another namespace.
+    /// Allow everything that needs consent: other identities, other storage, dropped settings, an installation that
+    /// remembers nothing or is in another namespace, and a CSI driver on nodes that cannot have it.
     #[arg(long)]
     force: bool,
     /// Apply the manifests by kubectl instead of printing them. Of two that do so at once, one is rejected before it
@@ -113,6 +115,8 @@ struct Plan {
     changes: Vec<Change>,
     /// What the cluster has beside what it remembers.
     existing: Existing,
+    /// Why nodes cannot have what it turns on.
+    unfit: Option<String>,
     /// The cluster, and what it remembers; `None` if it is not asked.
     cluster: Option<(Client, Seen)>,
 }
@@ -150,7 +154,34 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
     let earlier = earlier.or(existing.unremembered.as_ref().map(|given| (given, Revision::NOW)));
     let changes =
         earlier.map_or_else(|| Ok(vec![]), |(earlier, revision)| changes::changes(earlier, revision, &given))?;
-    Ok(Plan { namespace: args.namespace.clone(), memory: Memory::new(given), changes, existing, cluster })
+    // Where a driver runs already it has shown that it can.
+    let turned_on = earlier.is_none()
+        || changes.iter().any(|change| match change.setting.as_str() {
+            "agent.csi.enabled" => change.before != Some(json!(true)),
+            setting => setting.starts_with("agent.nodeSelector"),
+        });
+    let unfit = match &cluster {
+        Some((client, _)) if turned_on => unfit(client, &given.whole("the settings")?).await,
+        _ => None,
+    };
+    Ok(Plan { namespace: args.namespace.clone(), memory: Memory::new(given), changes, existing, unfit, cluster })
+}
+
+/// Longest look at the nodes.
+const NODES: Duration = Duration::from_secs(20);
+
+/// Why some nodes cannot have the CSI driver that these settings turn on. What cannot be seen is told and is no reason.
+async fn unfit(client: &Client, values: &Value) -> Option<String> {
+    let Ok(judged) = tokio::time::timeout(NODES, csi::before(client, values)).await else {
+        eprintln!("whether the nodes can have the CSI driver was not checked: no answer within {} s", NODES.as_secs());
+        return None;
+    };
+    let fault = judged.err()?;
+    if !fault.is_checked {
+        eprintln!("whether the nodes can have the CSI driver was not checked: {}", escaped(&fault.found));
+        return None;
+    }
+    Some(format!("{}: {}, or keep agents off them by agent.nodeSelector", fault.found, fault.mend))
 }
 
 /// The cluster of the current KUBECONFIG; `None` where none is configured. Error: the configuration cannot be read.
@@ -171,8 +202,13 @@ async fn cluster() -> Result<Option<Client>> {
 
 impl Plan {
     fn is_allowed(&self, consent: Consent) -> bool {
-        let doubts = !consent.force && !self.existing.doubts().is_empty();
+        let doubts = !consent.force && !self.doubts().is_empty();
         !doubts && self.changes.iter().all(|change| change.is_allowed(consent))
+    }
+
+    /// What needs consent to everything, in words; empty if nothing does.
+    fn doubts(&self) -> Vec<String> {
+        self.existing.doubts().into_iter().chain(self.unfit.clone()).collect()
     }
 
     fn as_json(&self, consent: Consent) -> Value {
@@ -181,7 +217,7 @@ impl Plan {
         json!({
             "namespace": self.namespace, "compared": self.cluster.is_some(), "installed": before,
             "remembered": shown(&self.memory), "changes": changes::as_json(&self.changes, consent),
-            "doubts": self.existing.doubts(), "allowed": self.is_allowed(consent),
+            "doubts": self.doubts(), "allowed": self.is_allowed(consent),
         })
     }
 
@@ -191,7 +227,7 @@ impl Plan {
         let values = yaml(&self.memory.given.tree())?;
         // Escaped line by line: some of it was read from the cluster.
         let values: Vec<String> = values.lines().map(escaped).collect();
-        let doubts = self.existing.doubts().into_iter().map(|doubt| format!("\n{}\n", escaped(&doubt)));
+        let doubts = self.doubts().into_iter().map(|doubt| format!("\n{}\n", escaped(&doubt)));
         let doubts: String = doubts.collect();
         Ok(format!("{changes}{doubts}\nremembered, version {}:\n{}\n", self.memory.version, values.join("\n")))
     }
@@ -215,6 +251,7 @@ impl Plan {
         }
         if !consent.force {
             said.extend(self.existing.doubts().into_iter().map(|doubt| format!("{doubt}, which needs --force")));
+            said.extend(self.unfit.iter().map(|why| format!("{why}; --force installs it all the same")));
         }
         let said = escaped(&said.join("; "));
         if self.changes.is_empty() {
@@ -306,6 +343,7 @@ pub fn yaml(value: &Value) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubernetes::check::fake_api::{client, list, refused as refused_by_api};
     use crate::kubernetes::existing::Elsewhere;
     use crate::kubernetes::given::Given;
     use clap::Parser;
@@ -470,6 +508,7 @@ mod tests {
             memory: Memory::new(given(after)),
             changes,
             existing: Existing::default(),
+            unfit: None,
             cluster: None,
         };
         let said = plan.needs(Consent::default());
@@ -491,7 +530,7 @@ mod tests {
     fn an_installation_in_another_namespace_and_one_without_memory_need_force_even_without_changes() {
         let plan = |existing| {
             let memory = Memory::new(Given::default());
-            Plan { namespace: "n".into(), memory, changes: vec![], existing, cluster: None }
+            Plan { namespace: "n".into(), memory, changes: vec![], existing, unfit: None, cluster: None }
         };
         let elsewhere = Elsewhere { object: "ClusterRoleBinding x".into(), namespace: "mesh".into() };
         let existing = [
@@ -507,6 +546,36 @@ mod tests {
             assert_eq!(plan.as_json(consent(false))["allowed"], false);
         }
         assert!(plan(Existing::default()).is_allowed(Consent::default()));
+    }
+
+    #[tokio::test]
+    async fn a_driver_that_nodes_cannot_have_is_not_turned_on_unasked() {
+        let info = json!({
+            "architecture": "", "bootID": "", "containerRuntimeVersion": "", "kernelVersion": "5.4.0", "kubeProxyVersion": "",
+            "kubeletVersion": "", "machineID": "", "operatingSystem": "linux", "osImage": "", "systemUUID": "",
+        });
+        let node = json!({ "metadata": { "name": "old" }, "status": { "nodeInfo": info } });
+        let cluster = client(move |_| list("NodeList", vec![node.clone()]));
+        let mut values = super::super::values::defaults().unwrap();
+        let why = unfit(&cluster, &values).await.unwrap();
+        assert!(why.contains("old (5.4.0)") && why.contains("agent.csi.enabled=false"), "{why}");
+        let plan = |unfit| Plan {
+            namespace: "n".into(),
+            memory: Memory::new(Given::default()),
+            changes: vec![],
+            existing: Existing::default(),
+            unfit,
+            cluster: None,
+        };
+        let refused = plan(Some(why.clone()));
+        assert!(!refused.is_allowed(Consent::default()) && refused.is_allowed(Consent { force: true, reset: false }));
+        assert!(refused.needs(Consent::default()).ends_with("; --force installs it all the same"));
+        assert_eq!(refused.as_json(Consent::default())["doubts"], json!([why]));
+        assert!(plan(None).is_allowed(Consent::default()));
+        values["agent"]["csi"]["enabled"] = false.into();
+        assert_eq!(unfit(&cluster, &values).await, None);
+        let silent = client(|_| refused_by_api(403, "you may not list nodes"));
+        assert_eq!(unfit(&silent, &super::super::values::defaults().unwrap()).await, None, "it is told, and no reason");
     }
 
     #[test]

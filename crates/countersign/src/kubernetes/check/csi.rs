@@ -25,7 +25,7 @@ const BY_HOST_PATH: &str = "meshed pods mount the agent's directory by hostPath,
 const OLDEST: (u32, u32) = (5, 12);
 
 /// Checks whether the nodes that an installation with these settings would have agents on can have the driver.
-pub(super) async fn before(client: &Client, values: &Value) -> Outcome {
+pub async fn before(client: &Client, values: &Value) -> Outcome {
     if values["agent"]["csi"]["enabled"] == false {
         return Ok(format!("not asked for: {BY_HOST_PATH}"));
     }
@@ -59,7 +59,14 @@ fn kernels<'a>(nodes: impl Iterator<Item = &'a Node>) -> Outcome {
             mend,
         ));
     }
-    Ok(format!("{needs}, which {good} nodes have"))
+    match good {
+        0 => Err(Fault::unchecked(
+            format!("{needs}, and there is no node with the labels of agent.nodeSelector"),
+            "see `kubectl get nodes --show-labels`",
+        )),
+        1 => Ok(format!("{needs}, which 1 node has")),
+        _ => Ok(format!("{needs}, which {good} nodes have")),
+    }
 }
 
 /// The version of a kernel, of which distributions write `6.1.0-13-amd64` or `5.14.0-427.el9`.
@@ -210,7 +217,9 @@ mod tests {
         let mut values = defaults().unwrap();
         assert!(before(&api, &values).await.unwrap_err().found.ends_with("old (5.4.0)"));
         values["agent"]["nodeSelector"] = json!({ "pool": "new" });
-        assert!(before(&api, &values).await.unwrap().ends_with("1 nodes have"));
+        assert!(before(&api, &values).await.unwrap().ends_with("which 1 node has"));
+        values["agent"]["nodeSelector"] = json!({ "pool": "none" });
+        assert!(!before(&api, &values).await.unwrap_err().is_checked, "no node is none that fits");
         values["agent"]["nodeSelector"] = json!({});
         values["agent"]["csi"]["enabled"] = false.into();
         assert!(before(&api, &values).await.unwrap().contains("root on a node"));
