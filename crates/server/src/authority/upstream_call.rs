@@ -65,7 +65,7 @@ impl UpstreamCall {
             let _ = answer.send(signed);
         });
         match tokio::time::timeout(self.deadline, answered).await {
-            Ok(Ok(signed)) => Ok(signed?.checked(trust_domain, key, now)?),
+            Ok(Ok(signed)) => Ok(signed?.checked(&self.upstream.name(), trust_domain, key, now)?),
             // The thread ended without an answer, or is still running.
             Ok(Err(_)) | Err(_) => Err(UpstreamError::Timeout(self.deadline).into()),
         }
@@ -82,6 +82,10 @@ mod tests {
 
     #[async_trait::async_trait]
     impl UpstreamAuthority for Hangs {
+        fn name(&self) -> String {
+            "hangs".into()
+        }
+
         async fn sign_intermediate(
             &self,
             _: &TrustDomain,

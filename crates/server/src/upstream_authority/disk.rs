@@ -48,10 +48,7 @@ impl Disk {
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError> {
         let loaded = self.load(now)?;
-        let refused = |why: IssueError| UpstreamError::Refused {
-            upstream: self.0.certificate.display().to_string(),
-            why: why.to_string(),
-        };
+        let refused = |why: IssueError| UpstreamError::Refused { upstream: self.name(), why: why.to_string() };
         let key = RequestedKey::from_csr(csr).map_err(refused)?;
         let own = issue_intermediate(trust_domain, &key, ttl, now, &loaded.signer).map_err(refused)?;
         Ok(UpstreamSigned { chain: std::iter::once(own).chain(loaded.above).collect(), roots: loaded.roots })
@@ -128,6 +125,10 @@ fn check_chain(chain: &[CertificateDer<'_>], now: OffsetDateTime) -> Result<(), 
 
 #[async_trait]
 impl UpstreamAuthority for Disk {
+    fn name(&self) -> String {
+        self.0.certificate.display().to_string()
+    }
+
     async fn sign_intermediate(
         &self,
         trust_domain: &TrustDomain,

@@ -82,19 +82,17 @@ pub struct UpstreamSigned {
 
 impl UpstreamSigned {
     /// Takes an answer only if its first certificate is for `key` and peers accept what is issued below it, whichever
-    /// upstream gave it. Errors: [`UpstreamError::Malformed`].
+    /// upstream gave it; `upstream` is its name. Errors: [`UpstreamError::Malformed`].
     pub fn checked(
         self,
+        upstream: &str,
         trust_domain: &TrustDomain,
         key: &PrivateKey,
         now: OffsetDateTime,
     ) -> Result<Self, UpstreamError> {
         match probe::probe(trust_domain, &self, key, now) {
             Ok(()) => Ok(self),
-            Err(why) => Err(UpstreamError::Malformed {
-                upstream: "answer of the upstream authority".into(),
-                why: why.to_string(),
-            }),
+            Err(why) => Err(UpstreamError::Malformed { upstream: upstream.to_owned(), why: why.to_string() }),
         }
     }
 }
@@ -102,6 +100,9 @@ impl UpstreamSigned {
 /// Signs our authorities.
 #[async_trait]
 pub trait UpstreamAuthority: Send + Sync {
+    /// The file or address that is asked, for messages.
+    fn name(&self) -> String;
+
     /// Signs the CA certificate that `csr` asks for (PKCS#10 in DER, with the URI name `spiffe://TRUST_DOMAIN`), valid
     /// for at most `ttl` from `now`. The private key stays with the caller, who checks the answer
     /// ([`UpstreamSigned::checked`]) and gives up after a deadline.

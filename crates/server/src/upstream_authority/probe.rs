@@ -8,7 +8,7 @@ use std::time::Duration;
 use countersign_identity::profile::{IssueError, LeafRequest, RequestedKey, SigningAuthority, issue_leaf, request};
 use countersign_identity::trust_domain::parse_workload_id;
 use countersign_identity::verify::{PeerRole, Refusal, verify_chain};
-use countersign_identity::{BundleSet, KeyType, PrivateKey, TrustDomain, X509Bundle};
+use countersign_identity::{BundleSet, KeyType, PrivateKey, TrustBundle, TrustDomain};
 use time::OffsetDateTime;
 
 use super::UpstreamSigned;
@@ -51,13 +51,9 @@ pub(super) fn probe(
     let id = parse_workload_id(&format!("spiffe://{trust_domain}/probe")).map_err(|e| failed(&e))?;
     let issued =
         issue_leaf(&LeafRequest { id: &id, dns_names: &[], key: &requested, ttl: PROBE_TTL }, &authority, now)?;
-    let bundles: BundleSet = std::iter::once(X509Bundle {
-        trust_domain: trust_domain.clone(),
-        authorities: signed.roots.clone(),
-        sequence: 0,
-        refresh_hint: Duration::ZERO,
-    })
-    .collect();
+    let bundles: BundleSet =
+        std::iter::once(TrustBundle { authorities: signed.roots.clone(), ..TrustBundle::empty(trust_domain.clone()) })
+            .collect();
     for role in [PeerRole::Client, PeerRole::Server] {
         verify_chain(&issued.chain, &bundles, now, role)
             .map_err(|refusal| ProbeError::Refused { trust_domain: trust_domain.clone(), refusal })?;

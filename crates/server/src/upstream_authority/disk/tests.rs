@@ -108,13 +108,14 @@ fn a_chain_for_another_key_is_refused_whichever_upstream_gave_it() {
     let (_pki, disk, td, key, csr) = ready();
     let now = OffsetDateTime::now_utc();
     let signed = disk.sign(&td, &csr, Duration::from_secs(60), now).unwrap();
-    assert!(signed.clone().checked(&td, &key, now).is_ok());
+    assert!(signed.clone().checked("ca.pem", &td, &key, now).is_ok());
     let another = PrivateKey::generate(KeyType::EcP256).unwrap();
-    let refused = signed.clone().checked(&td, &another, now).unwrap_err();
+    let refused = signed.clone().checked("ca.pem", &td, &another, now).unwrap_err();
     assert!(matches!(&refused, UpstreamError::Malformed { .. }), "{refused}");
+    assert!(refused.to_string().starts_with("ca.pem: "), "it is named: {refused}");
     assert!(refused.to_string().contains("the private key does not belong to the certificate"), "{refused}");
     let nothing = UpstreamSigned { chain: vec![], roots: signed.roots };
-    assert!(matches!(nothing.checked(&td, &key, now), Err(UpstreamError::Malformed { .. })));
+    assert!(matches!(nothing.checked("ca.pem", &td, &key, now), Err(UpstreamError::Malformed { .. })));
 }
 
 #[test]
