@@ -101,9 +101,9 @@ def agent_status(node):
     return json.loads(told)
 
 
-def pod_page(name, port, path):
-    """A page of a pod of ours, whatever its status, asked from its node; nothing while it does not answer."""
-    pod = get("-n", NAMESPACE, "pod", name)
+def pod_page(name, port, path, namespace=NAMESPACE):
+    """A page of a pod, whatever its status, asked from its node; nothing while it does not answer."""
+    pod = get("-n", namespace, "pod", name)
     url = f"http://{pod['status'].get('podIP')}:{port}{path}"
     return node_of(pod["spec"]["nodeName"]).run("curl", "-s", "-m", "5", url, stdout=sp.PIPE).stdout
 

@@ -37,7 +37,11 @@ class Faults(unittest.TestCase):
 
     def cluster_follows(self, client):
         """Waits until DNS and every kube-proxy have a new namespace's Service. After an outage each of their watches
-        comes back in its own time, of up to a minute, and what runs next must not have to wait for that."""
+        comes back in its own time, of up to a minute. What runs next must not have to wait for that, so they begin
+        anew."""
+        cluster.NODES[0].restart("coredns")
+        for node in cluster.NODES:
+            node.restart("kube-proxy")
         with mesh.namespace("since") as ns:
             kubectl("-n", ns, "create", "service", "clusterip", "since", "--tcp=8080")
             resolve = ["python3", "-c", f"import socket; socket.gethostbyname('since.{ns}.svc.cluster.local')"]
@@ -168,9 +172,9 @@ class Faults(unittest.TestCase):
                 finally:
                     cluster.NODES[0].start("kube-apiserver")
                 wait("the API server", lambda: kubectl("get", "--raw", "/readyz", check=False).returncode == 0, 60)
-                self.cluster_follows((ns, pod_of(ns, "client")))
             # The cluster's DNS answers from memory meanwhile; the mesh must not add a failure.
             self.inside_load(ns, break_it, 600)
+            self.cluster_follows((ns, pod_of(ns, "client")))
             self.new_pod_works(ns)
 
     def test_kubelets_restarted(self):

@@ -1,6 +1,6 @@
 """The chart in the hands of Helm itself, 3 and 4: the same objects as `countersign install`, a mesh that works, and a
 clean end."""
-import json, pathlib, subprocess as sp, tempfile, unittest
+import json, pathlib, shutil, subprocess as sp, tempfile, unittest
 
 import binaries, cluster, images, mesh
 from mesh import NAMESPACE, deploy, deployment, kubectl, pod_of, run_in, web
@@ -60,6 +60,19 @@ def objects(manifests):
         found += one["items"] if one["kind"] == "List" else [one]
         text = text[end:]
     return {(o["kind"], o["metadata"]["name"]): o for o in found}
+
+
+def older(folder):
+    """A copy of the chart that does not know one setting yet."""
+    chart = pathlib.Path(folder) / "countersign"
+    shutil.copytree(CHART, chart)
+    values = (chart / "values.yaml").read_text()
+    (chart / "values.yaml").write_text(values.replace("\n  cniRedirect: true\n", "\n"))
+    schema = json.loads((chart / "values.schema.json").read_text())
+    schema["properties"]["injector"]["properties"].pop("cniRedirect")
+    schema["properties"]["injector"]["required"].remove("cniRedirect")
+    (chart / "values.schema.json").write_text(json.dumps(schema))
+    return chart
 
 
 class Helm(unittest.TestCase):
@@ -122,6 +135,10 @@ class Helm(unittest.TestCase):
                            check=False)
             self.assertNotEqual(refused.returncode, 0, "the schema judges")
             self.assertIn("mode", refused.stderr)
+            missing = helm(version, "template", "countersign", CHART, *KUBERNETES, "--set", "injector.cniRedirect=null",
+                           check=False)
+            self.assertNotEqual(missing.returncode, 0, "what is missing is not off")
+            self.assertIn("cniRedirect", missing.stderr)
             said = lambda *sets: helm(version, "install", "x", CHART, "--dry-run=client", *self.settings(*sets)).stdout
             for setting in ("agent.csi.enabled=false", "injector.csiVolumes=false"):
                 self.assertRegex(said(setting), f"(?m)^{setting}: .* root on a node")
@@ -134,7 +151,9 @@ class Helm(unittest.TestCase):
             for node in mesh.NODES:
                 node.run("bash", "-c", "rm -rf /var/lib/countersign/*")
             mesh.apply(mesh.VOLUME)
-            helm(version, "install", "countersign", CHART, "-n", NAMESPACE, "--create-namespace", *self.settings())
+            with tempfile.TemporaryDirectory() as folder:
+                helm(version, "install", "countersign", older(folder), "-n", NAMESPACE, "--create-namespace",
+                     *self.settings())
             mesh.ready()
             done = countersign("check")
             self.assertEqual(done.returncode, 0, done.stdout)
@@ -147,6 +166,9 @@ class Helm(unittest.TestCase):
             running = lambda: sorted(p["metadata"]["uid"]
                                      for p in mesh.pods(NAMESPACE, "app.kubernetes.io/name=countersign"))
             before = running()
+            reused = helm(version, "upgrade", "countersign", CHART, "-n", NAMESPACE, "--reuse-values", check=False)
+            self.assertNotEqual(reused.returncode, 0, "a setting that is missing is not one that is off")
+            self.assertIn("cniRedirect", reused.stderr)
             helm(version, "upgrade", "countersign", CHART, "-n", NAMESPACE,
                  *self.settings("mesh.mode=permissive", "server.svidTTL=30m", "agent.workloadKeyType=ec-p384"))
             self.assertEqual(mesh.get("-n", NAMESPACE, "configmap", "countersign-mesh")["data"]["svidTTL"], "30m")

@@ -132,7 +132,7 @@ class Limits(unittest.TestCase):
         with mesh.namespace("leveled") as ns:
             done = kubectl("label", "namespace", ns, f"{level}=baseline", check=False)
             self.assertEqual(done.returncode, 0)
-            self.assertIn("countersign: Pod Security `baseline` refuses this namespace's meshed pods", done.stderr)
+            self.assertIn("countersign: Pod Security `baseline` refuses meshed pods, which need", done.stderr)
             (finding,) = checked("pod security")
             self.assertFalse(finding["ok"])
             self.assertIn("leveled (baseline)", finding["found"])

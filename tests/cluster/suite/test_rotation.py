@@ -2,7 +2,7 @@
 import base64, json, subprocess as sp, tempfile, time, unittest
 
 import mesh
-from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, run_in, wait, web
+from mesh import NAMESPACE, deploy, deployment, get, kubectl, pod_of, wait, web
 from suite.test_bootstrap import certificates, configmap
 from suite.test_traffic import Load
 
@@ -62,7 +62,7 @@ class Rotation(unittest.TestCase):
         kubectl("delete", "pv", "countersign-data", "--wait=true")
         for node in mesh.NODES:
             node.run("bash", "-c", "rm -rf /var/lib/countersign/*")
-        mesh.install("server.upstreamSecret=upstream", "server.caTTL=3m", "server.svidTTL=40s")
+        mesh.install("server.upstreamSecret=upstream", "server.caTTL=2m", "server.svidTTL=40s")
         wait("the new root in the ConfigMap", lambda: certificates(configmap()) == certificates(root), 30)
         kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app.kubernetes.io/component=agent")
         kubectl("-n", NAMESPACE, "rollout", "restart", "deployment/countersign-injector")
@@ -78,8 +78,8 @@ class Rotation(unittest.TestCase):
             second = wait("an authority of its own accord", lambda: (i := show()["active"]["id"]) != first and i, 200)
             wait("every SVID to be signed by it", lambda: all(i["authority_id"] == second for i in holders()), 60)
             deploy(ns, web("fresh"))
-            self.assertEqual(run_in(ns, client, "curl", "-sSf", "-m", "5", "http://fresh:8080/"), "ok",
-                             "the webhook works with its new certificate")
+            # The webhook works with its new certificate.
+            mesh.reached(ns, client, "http://fresh:8080/")
             time.sleep(max(0, 30 - (time.monotonic() - began)))
             made, failed = load.end()
             self.assertEqual(failed, [])
