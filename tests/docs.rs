@@ -54,6 +54,22 @@ const RUNNERS: [(&str, &str, Runner); 9] = [
     ("docs/guide.md", "countersign up examples/mesh.yaml --verify", Runner::Here(Story::Mesh)),
     ("docs/guide.md", "countersign server --trust-domain example.org", Runner::Here(Story::ByHand)),
     ("docs/operations.md", "systemctl stop countersign-server", Runner::Here(Story::Backup)),
+    (
+        "docs/operations.md",
+        "countersign bundle set --trust-domain partner.example --path partner.json --format spiffe",
+        Runner::There(&[
+            (
+                "countersign bundle set --trust-domain partner.example --path partner.json --format spiffe",
+                "tests/workload_api.rs",
+                r#"["bundle", "set", "--trust-domain""#,
+            ),
+            (
+                "countersign entry update --id ID --federates-with partner.example",
+                "tests/workload_api.rs",
+                r#"["entry", "update", "--id""#,
+            ),
+        ]),
+    ),
     ("docs/proxy-protocol.md", "countersign proxy --proxy-protocol 8080 …", Runner::Here(Story::ProxyProtocol)),
 ];
 

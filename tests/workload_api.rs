@@ -163,3 +163,72 @@ fn a_workload_gets_its_svid_while_the_server_is_stopped() {
     let said = run(&mut crate::support::countersign(&["x509", "fetch", "--socket", &socket]));
     assert!(said.contains(&format!("spiffe://{TD}/me")), "{said}");
 }
+
+#[test]
+fn the_pypi_client_validates_the_tokens_of_a_federated_trust_domain() {
+    let Some(python) = std::env::var_os("COUNTERSIGN_TEST_PYTHON") else {
+        assert!(std::env::var_os("CI").is_none(), "tests/run sets COUNTERSIGN_TEST_PYTHON");
+        eprintln!("skipped: no Python with the `spiffe` client; tests/run installs one");
+        return;
+    };
+    if !able(&[]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (server, _agent) = world(dir.path());
+    // Another trust domain's key, and a token that it has signed.
+    let script = r#"
+import json, sys, time, jwt
+from cryptography.hazmat.primitives import serialization as s
+from cryptography.hazmat.primitives.asymmetric import ec
+key = ec.generate_private_key(ec.SECP256R1())
+public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
+print(json.dumps({"keys": [{**public, "use": "jwt-svid", "kid": "k1"}], "spiffe_sequence": 1}))
+claims = {"sub": "spiffe://partner.test/db", "aud": ["me"], "exp": int(time.time()) + 600, "iat": int(time.time()), "n": {"a": [1, True]}}
+for kid in ("k1", "k2"): print(jwt.encode(claims, key, algorithm="ES256", headers={"kid": kid}))
+"#;
+    let made = run(Command::new(&python).args(["-c", script]));
+    let [document, token, unknown] = made.lines().collect::<Vec<_>>()[..] else { panic!("{made}") };
+    let path = dir.path().join("partner.json");
+    std::fs::write(&path, document).unwrap();
+    let set = |format: &str| {
+        let path = path.display().to_string();
+        let set = ["bundle", "set", "--trust-domain", "partner.test", "--path", &path, "--format", format];
+        let socket = server.socket().display().to_string();
+        crate::support::outcome(&mut crate::support::countersign(&[&set[..], &["--socket", &socket]].concat()))
+    };
+    let (code, said) = set("pem");
+    assert!(code == 2 && said.contains("needs --format spiffe"), "{said}");
+    let (code, said) = set("spiffe");
+    assert!(code == 0 && said.contains("bundle of partner.test set: 0 X.509 and 1 JWT authorities"), "{said}");
+    let client = r#"
+import sys, time
+from spiffe import WorkloadApiClient, TrustDomain
+client, (token, unknown) = WorkloadApiClient(sys.argv[1]), sys.argv[2:]
+def bundle():
+    try: return client.fetch_jwt_bundles().get_bundle_for_trust_domain(TrustDomain("partner.test"))
+    except Exception as e: print(repr(e), file=sys.stderr)
+end = time.time() + 20
+while not bundle() and time.time() < end: time.sleep(0.2)
+print(*bundle().jwt_authorities)
+svid = client.validate_jwt_svid(token, "me")
+print(svid.spiffe_id, *svid.audience)
+for bad in ((token, "you"), (unknown, "me"), (token[:-4] + "AAAA", "me")):
+    try: print("accepted", client.validate_jwt_svid(*bad))
+    except Exception as e: print("refused", e)
+"#;
+    let ask = || {
+        let socket = format!("unix://{}", server.agent_socket().display());
+        run(Command::new(&python).args(["-c", client, &socket, token, unknown]))
+    };
+    // The entry does not federate with it yet.
+    let entry = &server.json(&["entry", "show"])[0];
+    server.json(&["entry", "update", "--id", entry["id"].as_str().unwrap(), "--federates-with", "partner.test"]);
+    let said = ask();
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines[..2], ["k1", "spiffe://partner.test/db me"], "{said}");
+    for (line, why) in lines[2..].iter().zip(["`aud`", "no JWT authority `k2`", "signature is wrong"]) {
+        assert!(line.starts_with("refused") && line.contains(why), "{said}");
+    }
+    assert_eq!(lines.len(), 5, "{said}");
+}

@@ -5,10 +5,13 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use countersign_identity::profile::{LeafRequest, RequestedKey, SigningAuthority, issue_intermediate, issue_leaf, issue_root, request, request_intermediate};
+use countersign_identity::profile::{
+    LeafRequest, RequestedKey, SigningAuthority, issue_intermediate, issue_leaf, issue_root, request,
+    request_intermediate,
+};
 use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
 use countersign_identity::verify::{PeerRole, verify_chain};
-use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Authority, X509Bundle};
+use countersign_identity::{BundleSet, KeyType, PrivateKey, TrustBundle, X509Authority};
 use libfuzzer_sys::fuzz_target;
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
@@ -35,7 +38,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     let good = issue_leaf(&leaf, &authority, now).unwrap().chain;
     let mut bundles = BundleSet::default();
     let authorities = vec![X509Authority::from_der(root.to_vec()).unwrap()];
-    bundles.insert(X509Bundle { trust_domain: td, authorities, sequence: 1, refresh_hint: Duration::ZERO });
+    bundles.insert(TrustBundle { authorities, sequence: 1, ..TrustBundle::empty(td) });
     let world = World { bundles, good, now: now + Duration::from_secs(60) };
     assert!(verify_chain(&world.good, &world.bundles, world.now, PeerRole::Client).is_ok());
     world

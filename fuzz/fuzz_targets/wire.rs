@@ -1,7 +1,10 @@
 //! Messages of the SPIRE API and of the directory, as bytes: what is parsed goes over the wire again and is the same.
 #![no_main]
 
-use countersign_api::convert::{answer_from_wire, bundle_from_wire, entry_from_wire, entry_to_wire, service_from_wire, workload_from_wire, workload_to_wire};
+use countersign_api::convert::{
+    answer_from_wire, bundle_from_wire, entry_from_wire, entry_to_wire, service_from_wire, workload_from_wire,
+    workload_to_wire,
+};
 use countersign_api::push;
 use countersign_api::spire::types;
 use libfuzzer_sys::fuzz_target;

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use countersign_identity::selector::{SelectorSet, missing};
 use countersign_identity::shown::shown_up_to;
-use countersign_identity::{Entry, EntryId, Selector, SpiffeId, X509Bundle, X509Svid};
+use countersign_identity::{Entry, EntryId, Selector, SpiffeId, TrustBundle, X509Svid};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -48,9 +48,9 @@ pub struct State {
     /// Entries with their SVIDs, by entry ID.
     pub entries: BTreeMap<EntryId, Cached>,
     /// Our trust domain's bundle; `None` until the server has sent it.
-    pub bundle: Option<Arc<X509Bundle>>,
+    pub bundle: Option<Arc<TrustBundle>>,
     /// Foreign bundles, by trust domain.
-    pub federated: BTreeMap<String, Arc<X509Bundle>>,
+    pub federated: BTreeMap<String, Arc<TrustBundle>>,
 }
 
 impl State {

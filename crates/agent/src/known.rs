@@ -10,7 +10,7 @@ use std::path::Path;
 use aws_lc_rs::digest::{SHA256, digest};
 use countersign_api::files::read_pem;
 use countersign_identity::bundle::X509Authority;
-use countersign_identity::{TrustDomain, X509Bundle};
+use countersign_identity::{TrustBundle, TrustDomain};
 use time::OffsetDateTime;
 
 use crate::link::LinkError;
@@ -20,7 +20,7 @@ use crate::node_attestor::EvidenceError;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Given {
     /// What the file holds.
-    pub bundle: X509Bundle,
+    pub bundle: TrustBundle,
     /// SHA-256 of the file, in hex.
     pub digest: String,
 }
@@ -29,7 +29,7 @@ pub struct Given {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Kept {
     /// What it published.
-    pub bundle: X509Bundle,
+    pub bundle: TrustBundle,
     /// Digest of the file whose place this has taken; `None`: not known, of the one that is there.
     pub replaces: Option<String>,
 }
@@ -39,13 +39,13 @@ impl Given {
     pub fn read(path: &Path, trust_domain: &TrustDomain) -> Result<Self, LinkError> {
         let wrong = |why: String| LinkError::Evidence(EvidenceError::File { path: path.to_owned(), why });
         let pem = read_pem(path).map_err(|e| wrong(e.to_string()))?;
-        let bundle = X509Bundle::from_pem(trust_domain.clone(), &pem).map_err(|e| wrong(e.to_string()))?;
+        let bundle = TrustBundle::from_pem(trust_domain.clone(), &pem).map_err(|e| wrong(e.to_string()))?;
         Ok(Self { bundle, digest: hex::encode(digest(&SHA256, &pem)) })
     }
 }
 
 /// What the server is known by when an agent starts; `None`: nothing.
-pub fn at_start(kept: Option<Kept>, given: Option<Given>, now: OffsetDateTime) -> Option<X509Bundle> {
+pub fn at_start(kept: Option<Kept>, given: Option<Given>, now: OffsetDateTime) -> Option<TrustBundle> {
     let (kept, given) = match (kept, given) {
         (None, given) => return given.map(|g| g.bundle),
         (Some(kept), None) => return Some(kept.bundle),
@@ -59,7 +59,7 @@ pub fn at_start(kept: Option<Kept>, given: Option<Given>, now: OffsetDateTime) -
 }
 
 /// What is known and what is given, as far as it has not ended.
-pub fn both(known: &X509Bundle, given: &X509Bundle, now: OffsetDateTime) -> X509Bundle {
+pub fn both(known: &TrustBundle, given: &TrustBundle, now: OffsetDateTime) -> TrustBundle {
     let lasts = |a: &&X509Authority| a.not_after() > now;
     let mut both = known.clone();
     both.authorities = known.authorities.iter().filter(lasts).cloned().collect();
@@ -79,15 +79,15 @@ mod tests {
     use super::*;
     use crate::testing::Ca;
 
-    fn given(bundle: &X509Bundle, digest: &str) -> Given {
+    fn given(bundle: &TrustBundle, digest: &str) -> Given {
         Given { bundle: bundle.clone(), digest: digest.into() }
     }
 
-    fn kept(bundle: &X509Bundle, replaces: Option<&str>) -> Kept {
+    fn kept(bundle: &TrustBundle, replaces: Option<&str>) -> Kept {
         Kept { bundle: bundle.clone(), replaces: replaces.map(ToOwned::to_owned) }
     }
 
-    fn ids(bundle: Option<X509Bundle>) -> Vec<String> {
+    fn ids(bundle: Option<TrustBundle>) -> Vec<String> {
         bundle.unwrap().authorities.iter().map(|a| a.id().to_owned()).collect()
     }
 

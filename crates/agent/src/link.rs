@@ -17,7 +17,7 @@ use countersign_api::transport::tls_channel;
 use countersign_identity::profile::{IssueError, request};
 use countersign_identity::svid::SvidError;
 use countersign_identity::trust_domain::server_id;
-use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Bundle, X509Svid};
+use countersign_identity::{BundleSet, KeyType, PrivateKey, TrustBundle, X509Svid};
 use rustls::ClientConfig;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -145,12 +145,12 @@ impl Link {
     }
 
     /// The bundle that authenticates the server; `None` if there is none yet.
-    pub fn bundle(&self) -> Option<Arc<X509Bundle>> {
+    pub fn bundle(&self) -> Option<Arc<TrustBundle>> {
         self.bundles.load().get(self.config.trust_domain.as_str()).cloned()
     }
 
     /// Uses a bundle that was received over an authenticated connection, and stores it.
-    pub fn set_bundle(&self, bundle: &X509Bundle) {
+    pub fn set_bundle(&self, bundle: &TrustBundle) {
         if self.bundle().is_some_and(|known| known.authorities == bundle.authorities) {
             return;
         }

@@ -1,7 +1,7 @@
 //! When an SVID is due for renewal, for the agent's own and its workloads' alike.
 
 use countersign_identity::rotation::is_rested;
-use countersign_identity::{X509Bundle, X509Svid};
+use countersign_identity::{TrustBundle, X509Svid};
 use time::OffsetDateTime;
 
 /// Whether a new SVID should be asked for. `obtained`: when this one came; `jitter` from -1.0 to 1.0; `bundle`: our trust
@@ -10,7 +10,7 @@ pub fn is_due(
     svid: &X509Svid,
     obtained: OffsetDateTime,
     jitter: f64,
-    bundle: Option<&X509Bundle>,
+    bundle: Option<&TrustBundle>,
     now: OffsetDateTime,
 ) -> bool {
     let of_life = svid.renew_at(jitter) <= now;
@@ -20,7 +20,7 @@ pub fn is_due(
 
 /// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed by
 /// its lifetime only, because the bundle does not show which intermediate is tainted.
-fn is_below_good_root(svid: &X509Svid, bundle: &X509Bundle) -> bool {
+fn is_below_good_root(svid: &X509Svid, bundle: &TrustBundle) -> bool {
     let id = &svid.facts().authority_id;
     svid.chain().len() > 1 || bundle.authorities.iter().any(|a| a.id() == id && !a.tainted)
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use countersign_api::files::{read_pem, write_atomically, write_secret};
 use countersign_identity::bundle::{certificates_from_pem, certificates_to_pem, pem_block};
-use countersign_identity::{PrivateKey, TrustDomain, X509Bundle, X509Svid};
+use countersign_identity::{PrivateKey, TrustBundle, TrustDomain, X509Svid};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use rustls::pki_types::PrivatePkcs8KeyDer;
@@ -97,7 +97,7 @@ impl Store {
     /// The bundle of an earlier run.
     pub fn bundle(&self, trust_domain: &TrustDomain) -> Option<Kept> {
         let pem = kept(&self.bundle)?;
-        let read = X509Bundle::from_pem(trust_domain.clone(), &pem);
+        let read = TrustBundle::from_pem(trust_domain.clone(), &pem);
         let bundle = read
             .map_err(|error| tracing::warn!(path = %self.bundle.display(), %error, "the kept bundle cannot be used"))
             .ok()?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
-use countersign_api::convert::{bundle_from_wire, entry_from_wire};
+use countersign_api::convert::{bundle_from_wire, entry_from_wire, leave_out_unknown_keys};
 use countersign_api::push::push_client::PushClient;
 use countersign_api::push::{WatchRequest, WatchResponse};
 use countersign_api::spire::bundle::bundle_client::BundleClient;
@@ -14,7 +14,7 @@ use countersign_api::spire::entry::GetAuthorizedEntriesRequest;
 use countersign_api::spire::entry::entry_client::EntryClient;
 use countersign_api::spire::types;
 use countersign_api::transport::MAX_MESSAGE_BYTES;
-use countersign_identity::{Entry, EntryId, SpiffeId, TrustDomain, X509Bundle};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle, TrustDomain};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -61,8 +61,8 @@ impl Parts {
 /// All that a poll asks for.
 struct Polled {
     entries: Vec<Entry>,
-    bundle: Option<X509Bundle>,
-    federated: BTreeMap<String, Arc<X509Bundle>>,
+    bundle: Option<TrustBundle>,
+    federated: BTreeMap<String, Arc<TrustBundle>>,
 }
 
 /// The status of a stream whose messages do not count any more.
@@ -167,7 +167,7 @@ impl Sync {
     /// was another one since.
     fn take_push(&self, message: WatchResponse, agent: &SpiffeId, withdrawals: u64) -> bool {
         let bundle = message.bundle.and_then(read_bundle);
-        let federated: Vec<X509Bundle> = message.federated_bundles.into_iter().filter_map(read_bundle).collect();
+        let federated: Vec<TrustBundle> = message.federated_bundles.into_iter().filter_map(read_bundle).collect();
         let upserted: Vec<Entry> = message.upserted.into_iter().filter_map(read_entry).collect();
         if let Some(own) = bundle.as_ref().filter(|b| b.trust_domain == self.trust_domain) {
             self.link.set_bundle(own);
@@ -306,8 +306,12 @@ fn read_entry(wire: types::Entry) -> Option<Entry> {
     .ok()
 }
 
-fn read_bundle(wire: types::Bundle) -> Option<X509Bundle> {
+fn read_bundle(mut wire: types::Bundle) -> Option<TrustBundle> {
     let td = wire.trust_domain.clone();
+    for error in leave_out_unknown_keys(&mut wire) {
+        // Each poll brings it again.
+        tracing::debug!(trust_domain = td, %error, "the server sent a key that cannot be used; it is left out");
+    }
     let read = bundle_from_wire(wire);
     read.map_err(|error| tracing::warn!(trust_domain = td, %error, "the server sent a bundle that cannot be read; it is left out")).ok()
 }

@@ -14,7 +14,7 @@ use countersign_identity::profile::{
     Issued, LeafRequest, RequestedKey, SigningAuthority, issue_leaf, issue_root, request,
 };
 use countersign_identity::trust_domain::parse_trust_domain;
-use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustDomain, X509Bundle, X509Svid};
+use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Svid};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -50,8 +50,8 @@ impl Ca {
     }
 
     /// A bundle that holds this root only.
-    pub fn bundle(&self) -> X509Bundle {
-        X509Bundle::from_pem(td(), pem_block("CERTIFICATE", self.0.certificate()).as_bytes()).unwrap()
+    pub fn bundle(&self) -> TrustBundle {
+        TrustBundle::from_pem(td(), pem_block("CERTIFICATE", self.0.certificate()).as_bytes()).unwrap()
     }
 
     /// Signs a request for `id`.
@@ -101,7 +101,7 @@ pub fn cached(name: &str, revision: i64) -> Cached {
 }
 
 /// Settings of an agent below `dir` that connects to `server` and authenticates it by `bundle`.
-pub fn config(dir: &Path, server: String, bundle: &X509Bundle, evidence: Evidence) -> Config {
+pub fn config(dir: &Path, server: String, bundle: &TrustBundle, evidence: Evidence) -> Config {
     let trust_bundle = dir.join("given.pem");
     std::fs::write(&trust_bundle, bundle.to_pem()).unwrap();
     Config {

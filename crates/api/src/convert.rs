@@ -10,7 +10,7 @@ use countersign_identity::policy::{Egress, Mode, Policy};
 use countersign_identity::selector::{SelectorError, SelectorSet};
 use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::{IdError, parse_id, parse_trust_domain, parse_workload_id};
-use countersign_identity::{Entry, EntryId, Selector, SpiffeId, TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{Entry, EntryId, JwtAuthority, Selector, SpiffeId, TrustBundle, TrustDomain, X509Authority};
 use time::OffsetDateTime;
 
 use crate::push;
@@ -134,28 +134,71 @@ pub fn entry_to_wire(e: &Entry) -> types::Entry {
     }
 }
 
-/// Parses a bundle. Fails if one of its authorities is not a valid CA certificate.
-pub fn bundle_from_wire(b: types::Bundle) -> Result<X509Bundle, ParseError> {
+/// Parses a JWT authority.
+pub fn jwt_authority_from_wire(key: types::JwtKey) -> Result<JwtAuthority, ParseError> {
+    let read = JwtAuthority::new(&key.key_id, &key.public_key);
+    let mut authority = read.map_err(|e| field("jwt_authorities")(e.to_string()))?;
+    authority.expires_at = time_from_wire("jwt_authorities: expires_at", key.expires_at)?;
+    authority.tainted = key.tainted;
+    Ok(authority)
+}
+
+/// Encodes a JWT authority.
+pub fn jwt_authority_to_wire(a: &JwtAuthority) -> types::JwtKey {
+    types::JwtKey {
+        public_key: a.der().to_vec(),
+        key_id: a.key_id().to_owned(),
+        expires_at: a.expires_at.map_or(0, OffsetDateTime::unix_timestamp),
+        tainted: a.tainted,
+    }
+}
+
+/// Takes the JWT keys out of a bundle that cannot be read, or that have another one's ID: a reader ignores kinds of keys that it does
+/// not know (SPIFFE Trust Domain and Bundle 4.2), and one bad key costs nobody the others. Why, for each.
+pub fn leave_out_unknown_keys(b: &mut types::Bundle) -> Vec<ParseError> {
+    let (mut left_out, mut ids) = (vec![], std::collections::HashSet::new());
+    b.jwt_authorities.retain(|key| {
+        let mut read = jwt_authority_from_wire(key.clone());
+        if read.is_ok() && !ids.insert(key.key_id.clone()) {
+            read = Err(field("jwt_authorities")(format!("two keys have the ID `{}`", shown(&key.key_id))));
+        }
+        let keeps = read.is_ok();
+        left_out.extend(read.err());
+        keeps
+    });
+    left_out
+}
+
+/// Parses a bundle. Fails if one of its authorities is neither a valid CA certificate nor a valid key, or two keys have one ID.
+pub fn bundle_from_wire(b: types::Bundle) -> Result<TrustBundle, ParseError> {
     let authorities = b.x509_authorities.into_iter().map(|c| {
         let mut authority = X509Authority::from_der(c.asn1).map_err(|e| field("x509_authorities")(e.to_string()))?;
         authority.tainted = c.tainted;
         Ok(authority)
     });
-    Ok(X509Bundle {
+    let authorities = authorities.collect::<Result<_, ParseError>>()?;
+    let keys = b.jwt_authorities.into_iter().map(jwt_authority_from_wire);
+    let jwt_authorities = keys.collect::<Result<Vec<_>, ParseError>>()?;
+    let mut ids = std::collections::HashSet::new();
+    if let Some(twice) = jwt_authorities.iter().find(|a| !ids.insert(a.key_id())) {
+        return Err(field("jwt_authorities")(format!("two keys have the ID `{}`", shown(twice.key_id()))));
+    }
+    Ok(TrustBundle {
         trust_domain: parse_trust_domain(&b.trust_domain)?,
-        authorities: authorities.collect::<Result<_, ParseError>>()?,
+        authorities,
+        jwt_authorities,
         sequence: b.sequence_number,
         refresh_hint: Duration::from_secs(b.refresh_hint.try_into().unwrap_or(0)),
     })
 }
 
-/// Encodes a bundle, without JWT authorities.
-pub fn bundle_to_wire(b: &X509Bundle) -> types::Bundle {
+/// Encodes a bundle.
+pub fn bundle_to_wire(b: &TrustBundle) -> types::Bundle {
     let certificate = |a: &X509Authority| types::X509Certificate { asn1: a.der().to_vec(), tainted: a.tainted };
     types::Bundle {
         trust_domain: b.trust_domain.to_string(),
         x509_authorities: b.authorities.iter().map(certificate).collect(),
-        jwt_authorities: vec![],
+        jwt_authorities: b.jwt_authorities.iter().map(jwt_authority_to_wire).collect(),
         refresh_hint: b.refresh_hint.as_secs().try_into().unwrap_or(i64::MAX),
         sequence_number: b.sequence,
     }
@@ -366,6 +409,35 @@ pub fn trust_domain_from_wire(text: &str) -> Result<TrustDomain, ParseError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn jwt_keys_of_a_bundle_come_back_and_what_cannot_be_read_is_named() {
+        let public = |id: &str| {
+            let key = countersign_identity::PrivateKey::generate(countersign_identity::KeyType::EcP256).unwrap();
+            JwtAuthority::new(id, &key.public_der().unwrap()).unwrap()
+        };
+        let mut ending = public("a");
+        ending.expires_at = Some(OffsetDateTime::from_unix_timestamp(1_900_000_000).unwrap());
+        ending.tainted = true;
+        let td = parse_trust_domain("td").unwrap();
+        let bundle = TrustBundle { jwt_authorities: vec![ending, public("b")], ..TrustBundle::empty(td) };
+        let wire = bundle_to_wire(&bundle);
+        assert_eq!(bundle_from_wire(wire.clone()).unwrap(), bundle);
+        let mut strange = wire.clone();
+        strange.jwt_authorities[0].public_key = vec![1, 2, 3];
+        assert!(bundle_from_wire(strange.clone()).is_err(), "what somebody sets has to be right");
+        assert_eq!(leave_out_unknown_keys(&mut strange).len(), 1);
+        assert_eq!(bundle_from_wire(strange).unwrap().jwt_authorities, [public_of(&bundle)]);
+        let mut twice = wire;
+        twice.jwt_authorities[1].key_id = "a".into();
+        assert!(bundle_from_wire(twice.clone()).unwrap_err().to_string().contains("two keys have the ID `a`"));
+        assert_eq!(leave_out_unknown_keys(&mut twice).len(), 1);
+        assert_eq!(bundle_from_wire(twice).unwrap().jwt_authorities, [bundle.jwt_authorities[0].clone()]);
+    }
+
+    fn public_of(bundle: &TrustBundle) -> JwtAuthority {
+        bundle.jwt_authorities[1].clone()
+    }
 
     #[test]
     fn a_workload_comes_back_from_the_wire_as_it_went() {

@@ -103,7 +103,7 @@ fn digest(chain: &[CertificateDer<'_>]) -> Digest {
 mod tests {
     use super::*;
     use countersign_identity::profile::{LeafRequest, RequestedKey, SigningAuthority, issue_leaf, issue_root, request};
-    use countersign_identity::{KeyType, PrivateKey, SpiffeId, TrustDomain, X509Authority, X509Bundle};
+    use countersign_identity::{KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Authority};
     use std::time::Duration;
 
     fn authority(td: &TrustDomain, now: OffsetDateTime) -> (SigningAuthority, X509Authority) {
@@ -128,8 +128,7 @@ mod tests {
         let now = OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap();
         let (ca, root) = authority(&td, now);
         let (stranger, _) = authority(&td, now);
-        let bundle =
-            X509Bundle { trust_domain: td, authorities: vec![root], sequence: 1, refresh_hint: Duration::ZERO };
+        let bundle = TrustBundle { authorities: vec![root], sequence: 1, ..TrustBundle::empty(td) };
         let chains = VerifiedChains::new(Arc::new([bundle].into_iter().collect()));
         let good = leaf(&ca, now);
         let at = |chain: &[CertificateDer<'_>], s: i64| {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use countersign_identity::trust_domain::{parse_trust_domain, trust_domain_of};
-use countersign_identity::{BundleSet, PrivateKey, TrustDomain, X509Authority, X509Bundle, X509Svid};
+use countersign_identity::{BundleSet, PrivateKey, TrustBundle, TrustDomain, X509Authority, X509Svid};
 use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
@@ -105,15 +105,10 @@ fn from_wire(mut message: X509svidResponse) -> Result<Update, String> {
     Ok(Update { svid, bundles })
 }
 
-fn bundle_from_der(trust_domain: TrustDomain, der: &[u8]) -> Result<X509Bundle, String> {
+fn bundle_from_der(trust_domain: TrustDomain, der: &[u8]) -> Result<TrustBundle, String> {
     let authorities =
         split_der(der)?.into_iter().map(|c| X509Authority::from_der(c.to_vec()).map_err(|e| e.to_string()));
-    Ok(X509Bundle {
-        trust_domain,
-        authorities: authorities.collect::<Result<_, _>>()?,
-        sequence: 0,
-        refresh_hint: Duration::ZERO,
-    })
+    Ok(TrustBundle { authorities: authorities.collect::<Result<_, _>>()?, ..TrustBundle::empty(trust_domain) })
 }
 
 /// Splits concatenated DER into its certificates (X.690 8.1.3: tag, length, value). Errors name the malformed one.

@@ -1,4 +1,4 @@
-//! Trust bundles: the X.509 authorities of one trust domain, and sets of bundles that are never merged.
+//! Trust bundles: the X.509 and JWT authorities of one trust domain, and sets of bundles that are never merged.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,11 +9,13 @@ use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, TrustAnchor};
+use serde_json::json;
 use spiffe::TrustDomain;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, ParsedExtension, X509Certificate};
 
 use crate::ca;
+use crate::jwt_authority::JwtAuthority;
 use crate::path::MAX_CERTIFICATE_BYTES;
 use crate::shown::shown;
 
@@ -103,6 +105,11 @@ impl X509Authority {
     /// The CA certificate in DER.
     pub fn der(&self) -> &CertificateDer<'static> {
         &self.der
+    }
+
+    /// Its key as PKIX DER.
+    pub fn public_key(&self) -> Vec<u8> {
+        X509Certificate::from_der(&self.der).map_or_else(|_| vec![], |(_, cert)| cert.public_key().raw.to_vec())
     }
 
     /// The form that webpki takes for path validation.
@@ -198,18 +205,38 @@ pub fn pem_block(label: &str, der: &[u8]) -> String {
 
 /// The trust bundle of one trust domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct X509Bundle {
+pub struct TrustBundle {
     /// The trust domain that the authorities vouch for.
     pub trust_domain: TrustDomain,
-    /// All trusted roots, tainted ones included.
+    /// All trusted roots of X.509-SVIDs, tainted ones included.
     pub authorities: Vec<X509Authority>,
+    /// All trusted keys of JWT-SVIDs, tainted ones included, each with a key ID of its own.
+    pub jwt_authorities: Vec<JwtAuthority>,
     /// Version of the bundle: changes with every update.
     pub sequence: u64,
     /// How often consumers should fetch the bundle again. Zero means no hint.
     pub refresh_hint: Duration,
 }
 
-impl X509Bundle {
+impl TrustBundle {
+    /// A bundle that vouches for nobody, with sequence 0 and no refresh hint.
+    pub fn empty(trust_domain: TrustDomain) -> Self {
+        let (authorities, jwt_authorities) = (vec![], vec![]);
+        Self { trust_domain, authorities, jwt_authorities, sequence: 0, refresh_hint: Duration::ZERO }
+    }
+
+    /// Whether it vouches for nobody.
+    pub fn is_empty(&self) -> bool {
+        self.authorities.is_empty() && self.jwt_authorities.is_empty()
+    }
+
+    /// All JWT authorities that have not ended as a set of JSON Web Keys (SPIFFE Workload API 6.2.3). As SPIRE's, its keys have no
+    /// `use`: general libraries take no key for signatures that has the standard's.
+    pub fn jwks(&self, now: OffsetDateTime) -> String {
+        let keys: Vec<_> = self.jwt_authorities.iter().filter(|a| !a.is_over(now)).map(JwtAuthority::jwk).collect();
+        json!({ "keys": keys }).to_string()
+    }
+
     /// Parses a bundle from PEM certificates, with sequence 0 and no refresh hint. Fails if one of them may not be an
     /// authority.
     pub fn from_pem(trust_domain: TrustDomain, pem: &[u8]) -> Result<Self, BundleError> {
@@ -217,7 +244,7 @@ impl X509Bundle {
             .iter()
             .map(|c| X509Authority::from_der(c.as_ref()))
             .collect::<Result<_, _>>()?;
-        Ok(Self { trust_domain, authorities, sequence: 0, refresh_hint: Duration::ZERO })
+        Ok(Self { authorities, ..Self::empty(trust_domain) })
     }
 
     /// Whether one of the authorities has this key. A peer whose path ended in it is trusted for as long as this is
@@ -239,16 +266,21 @@ impl X509Bundle {
 
 /// Bundles by trust domain. They are never merged, so a foreign authority cannot vouch for a local ID.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct BundleSet(HashMap<String, Arc<X509Bundle>>);
+pub struct BundleSet(HashMap<String, Arc<TrustBundle>>);
 
 impl BundleSet {
     /// Adds or replaces a trust domain's bundle.
-    pub fn insert(&mut self, bundle: X509Bundle) {
+    pub fn insert(&mut self, bundle: TrustBundle) {
         self.0.insert(bundle.trust_domain.as_str().to_owned(), Arc::new(bundle));
     }
 
+    /// Adds or replaces a trust domain's bundle, shared with others.
+    pub fn share(&mut self, bundle: Arc<TrustBundle>) {
+        self.0.insert(bundle.trust_domain.as_str().to_owned(), bundle);
+    }
+
     /// The bundle of a trust domain; `None` if this set has none.
-    pub fn get(&self, trust_domain: &str) -> Option<&Arc<X509Bundle>> {
+    pub fn get(&self, trust_domain: &str) -> Option<&Arc<TrustBundle>> {
         self.0.get(trust_domain)
     }
 
@@ -263,13 +295,13 @@ impl BundleSet {
     }
 
     /// All bundles, in no particular order.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<X509Bundle>> {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<TrustBundle>> {
         self.0.values()
     }
 }
 
-impl FromIterator<X509Bundle> for BundleSet {
-    fn from_iter<I: IntoIterator<Item = X509Bundle>>(bundles: I) -> Self {
+impl FromIterator<TrustBundle> for BundleSet {
+    fn from_iter<I: IntoIterator<Item = TrustBundle>>(bundles: I) -> Self {
         let mut set = Self::default();
         bundles.into_iter().for_each(|b| set.insert(b));
         set

@@ -87,6 +87,11 @@ impl PrivateKey {
         &self.0
     }
 
+    /// The public key as PKIX DER (RFC 5280, 4.1.2.7).
+    pub fn public_der(&self) -> Result<Vec<u8>, KeyError> {
+        Ok(rcgen::PublicKeyData::subject_public_key_info(&self.key_pair()?))
+    }
+
     /// The key in the form that rcgen signs with. Parses it again at each call.
     pub fn key_pair(&self) -> Result<rcgen::KeyPair, KeyError> {
         let der = rustls_pki_types::PrivatePkcs8KeyDer::from(self.0.as_slice());

@@ -5,9 +5,12 @@
 //! No I/O, no async and no clock: time is always an argument.
 
 pub mod bundle;
+pub mod bundle_document;
 mod ca;
 pub mod directory;
 pub mod entry;
+pub mod jwt_authority;
+pub mod jwt_svid;
 pub mod key;
 pub mod path;
 pub mod policy;
@@ -19,8 +22,9 @@ pub mod svid;
 pub mod trust_domain;
 pub mod verify;
 
-pub use bundle::{AuthorityKey, BundleSet, X509Authority, X509Bundle};
+pub use bundle::{AuthorityKey, BundleSet, TrustBundle, X509Authority};
 pub use entry::{Entry, EntryId};
+pub use jwt_authority::JwtAuthority;
 pub use key::{KeyType, PrivateKey};
 pub use selector::Selector;
 pub use spiffe::{SpiffeId, TrustDomain};

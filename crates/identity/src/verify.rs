@@ -9,7 +9,7 @@ use rustls_pki_types::CertificateDer;
 use spiffe::SpiffeId;
 use time::OffsetDateTime;
 
-use crate::bundle::{AuthorityKey, BundleSet, X509Bundle};
+use crate::bundle::{AuthorityKey, BundleSet, TrustBundle};
 use crate::path::{PathError, check_bounds, trusted_path};
 use crate::svid::LeafFacts;
 use crate::trust_domain::trust_domain_of;
@@ -36,7 +36,7 @@ pub struct VerifiedPeer {
     /// ID of the trusted authority in which the verified path ends, see [`crate::X509Authority::id`].
     pub authority: String,
     /// Key of that authority. Once the bundle of the peer's trust domain no longer holds it, the peer is no longer
-    /// trusted: see [`X509Bundle::holds`].
+    /// trusted: see [`TrustBundle::holds`].
     pub anchor: AuthorityKey,
 }
 
@@ -79,7 +79,7 @@ pub fn verify_chain(
 /// The authority at the end of the verified path: its ID and its key.
 fn path_end(
     chain: &[CertificateDer<'_>],
-    bundle: &X509Bundle,
+    bundle: &TrustBundle,
     at: OffsetDateTime,
     role: PeerRole,
 ) -> Result<(String, AuthorityKey), Refusal> {

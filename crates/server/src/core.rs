@@ -261,7 +261,9 @@ pub fn status_of(error: &AuthorityError) -> Status {
         AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::Untainted(_) => {
             Status::failed_precondition(text)
         }
-        AuthorityError::NoId | AuthorityError::Issue(_) | AuthorityError::Bundle(_) => Status::invalid_argument(text),
+        AuthorityError::NoId | AuthorityError::Issue(_) | AuthorityError::Bundle(_) | AuthorityError::KeyIdTaken(_) => {
+            Status::invalid_argument(text)
+        }
         AuthorityError::NotReady
         | AuthorityError::Store(_)
         | AuthorityError::Unsigned(UpstreamError::Timeout(_) | UpstreamError::Unreachable { .. }) => {

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use countersign_identity::{TrustDomain, X509Bundle};
+use countersign_identity::{TrustBundle, TrustDomain};
 use tokio::sync::{Mutex, watch};
 
 use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
 
 /// All foreign bundles by name of their trust domain.
-pub type BundleMap = BTreeMap<String, Arc<X509Bundle>>;
+pub type BundleMap = BTreeMap<String, Arc<TrustBundle>>;
 
 /// The foreign bundles of one server.
 pub struct FederatedBundles {
@@ -73,7 +73,7 @@ impl FederatedBundles {
     }
 
     /// Adds or replaces a bundle. Without a sequence number it gets the next one. An empty bundle is rejected.
-    pub async fn set(&self, mut bundle: X509Bundle, expect: Expect) -> Result<Arc<X509Bundle>, SetError> {
+    pub async fn set(&self, mut bundle: TrustBundle, expect: Expect) -> Result<Arc<TrustBundle>, SetError> {
         self.refuse_own(&bundle.trust_domain)?;
         let mut versions = self.writer.lock().await;
         let name = bundle.trust_domain.to_string();

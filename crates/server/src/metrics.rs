@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
-use countersign_identity::X509Bundle;
+use countersign_identity::TrustBundle;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -120,7 +120,7 @@ impl Metrics {
     }
 
     /// Sets the expiry of the roots that agents trust and of the server's own SVID.
-    pub fn observe_trust(&self, bundle: &X509Bundle, own_svid_ends: OffsetDateTime) {
+    pub fn observe_trust(&self, bundle: &TrustBundle, own_svid_ends: OffsetDateTime) {
         self.own_expiry.set(own_svid_ends.unix_timestamp());
         self.root_expiry.clear();
         for a in &bundle.authorities {

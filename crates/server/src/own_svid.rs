@@ -88,7 +88,7 @@ fn tls_of(core: &Arc<Core>, svid: &X509Svid) -> Result<Arc<ServerTls>, TlsError>
     let bundles = {
         let bundle = core.authorities.bundle();
         move || {
-            Arc::new(std::iter::once(countersign_identity::X509Bundle::clone(&bundle.borrow())).collect::<BundleSet>())
+            Arc::new(std::iter::once(countersign_identity::TrustBundle::clone(&bundle.borrow())).collect::<BundleSet>())
         }
     };
     let verifier = SvidVerifier::new(bundles, |_| Ok(())).client_may_be_anonymous();

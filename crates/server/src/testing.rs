@@ -7,7 +7,7 @@ use std::time::Duration;
 use countersign_api::peer::{TlsPeer, UnixPeer};
 use countersign_identity::profile::request as csr;
 use countersign_identity::verify::{PeerRole, VerifiedPeer, verify_chain};
-use countersign_identity::{BundleSet, KeyType, PrivateKey, SpiffeId, TrustDomain, X509Bundle};
+use countersign_identity::{BundleSet, KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain};
 use tonic::Request;
 
 use crate::agents::AttestedAgent;
@@ -21,12 +21,12 @@ pub fn td() -> TrustDomain {
 }
 
 /// A trust bundle with one root.
-pub fn bundle() -> X509Bundle {
+pub fn bundle() -> TrustBundle {
     let key = PrivateKey::generate(KeyType::EcP256).unwrap();
     let now = time::OffsetDateTime::now_utc();
     let root = countersign_identity::profile::issue_root(&td(), &key, Duration::from_secs(3_600), now).unwrap();
     let pem = countersign_identity::bundle::certificates_to_pem([root.as_ref()]);
-    X509Bundle::from_pem(td(), pem.as_bytes()).unwrap()
+    TrustBundle::from_pem(td(), pem.as_bytes()).unwrap()
 }
 
 /// The store of one.
@@ -81,7 +81,7 @@ fn svid(core: &Core, id: &SpiffeId) -> VerifiedPeer {
     let ttl = Duration::from_secs(600);
     let asked = SigningRequest { kind: "x509_svid", caller: "test", entry_id: "", id, dns_names: &[], ttl, csr: &csr };
     let issued = core.sign(&asked).unwrap();
-    let bundles: BundleSet = std::iter::once(X509Bundle::clone(&core.authorities.bundle().borrow())).collect();
+    let bundles: BundleSet = std::iter::once(TrustBundle::clone(&core.authorities.bundle().borrow())).collect();
     verify_chain(&issued.chain, &bundles, core.now(), PeerRole::Client).unwrap()
 }
 

@@ -1,4 +1,4 @@
-//! The X.509 calls of the SPIFFE Workload API. The JWT calls return Unimplemented.
+//! The SPIFFE Workload API: X.509-SVIDs, bundles of both kinds, and whether a JWT-SVID is one. JWT-SVIDs themselves are not issued.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use countersign_api::workload::{
     JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
     ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest, X509svidResponse,
 };
-use countersign_identity::X509Bundle;
+use countersign_identity::{BundleSet, TrustBundle, jwt_svid};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -20,8 +20,8 @@ use crate::cache::Cached;
 
 /// How long a call waits for an SVID that is not signed yet.
 const FIRST_SVID_PATIENCE: Duration = Duration::from_secs(10);
-/// The message for JWT calls.
-const NOT_YET: &str = "JWT-SVIDs are not served by this version";
+/// The message for who wants a JWT-SVID.
+const NOT_YET: &str = "JWT-SVIDs are not issued by this version";
 
 fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
     let values: Vec<_> = request.metadata().get_all("workload.spiffe.io").iter().collect();
@@ -68,7 +68,7 @@ impl Feed for Svids {
                 hint: c.entry.hint.clone(),
             })
             .collect();
-        let federated_bundles = federated(&state, &identities)
+        let federated_bundles = with_certificates(federated(&state, &identities))
             .map(|b| (format!("spiffe://{}", b.trust_domain), b.concatenated_der()))
             .collect();
         (!svids.is_empty()).then_some(X509svidResponse { svids, crl: vec![], federated_bundles })
@@ -84,17 +84,87 @@ impl Feed for Bundles {
         let state = core.cache.read();
         let own = state.bundle.as_ref()?;
         let identities: Vec<&Cached> = identities.iter().collect();
-        let all = std::iter::once(own).chain(federated(&state, &identities));
+        let all = std::iter::once(own).chain(with_certificates(federated(&state, &identities)));
         let bundles: HashMap<String, Vec<u8>> =
             all.map(|b| (format!("spiffe://{}", b.trust_domain), b.concatenated_der())).collect();
         Some(X509BundlesResponse { crl: vec![], bundles })
     }
 }
 
-fn federated<'a>(state: &'a crate::cache::State, identities: &[&Cached]) -> impl Iterator<Item = &'a Arc<X509Bundle>> {
+struct JwtBundles;
+
+impl Feed for JwtBundles {
+    type Message = JwtBundlesResponse;
+
+    fn message(core: &Core, identities: &[Cached]) -> Option<JwtBundlesResponse> {
+        let trusted = trusted(&core.cache.read(), identities)?;
+        let now = core.now();
+        let document = |b: &Arc<TrustBundle>| (format!("spiffe://{}", b.trust_domain), b.jwks(now).into_bytes());
+        Some(JwtBundlesResponse { bundles: trusted.iter().map(document).collect() })
+    }
+}
+
+/// The bundles that these identities may verify with: our own, and those that they federate with. `None` if ours is not known yet.
+fn trusted(state: &crate::cache::State, identities: &[Cached]) -> Option<BundleSet> {
+    let identities: Vec<&Cached> = identities.iter().collect();
+    let mut trusted = BundleSet::default();
+    federated(state, &identities).for_each(|bundle| trusted.share(bundle.clone()));
+    // Last, so that no other one takes its place.
+    trusted.share(state.bundle.clone()?);
+    Some(trusted)
+}
+
+/// Name of our own trust domain.
+fn bundles_own(state: &crate::cache::State) -> Option<String> {
+    state.bundle.as_ref().map(|bundle| bundle.trust_domain.to_string())
+}
+
+/// The claims that a caller is told, as SPIRE does: of a foreign token those of the standard alone, because what others mean by theirs
+/// is not known, and its audiences always as a list.
+fn told(
+    mut claims: serde_json::Map<String, serde_json::Value>,
+    is_own: bool,
+) -> serde_json::Map<String, serde_json::Value> {
+    if !is_own {
+        claims.retain(|name, _| ["sub", "exp", "aud"].contains(&name.as_str()));
+    }
+    if let Some(audience) = claims.get_mut("aud").filter(|aud| aud.is_string()) {
+        *audience = serde_json::Value::Array(vec![audience.take()]);
+    }
+    claims
+}
+
+/// Claims as gRPC has them. A number beyond a float's whole numbers loses its last digits, as everywhere in this format.
+fn to_struct(claims: serde_json::Map<String, serde_json::Value>) -> prost_types::Struct {
+    let fields = claims.into_iter().map(|(key, value)| (key, to_value(value)));
+    prost_types::Struct { fields: fields.collect() }
+}
+
+fn to_value(value: serde_json::Value) -> prost_types::Value {
+    use prost_types::value::Kind;
+    use serde_json::Value::{Array, Bool, Null, Number, Object, String};
+    let kind = match value {
+        Null => Kind::NullValue(0),
+        Bool(flag) => Kind::BoolValue(flag),
+        Number(number) => Kind::NumberValue(number.as_f64().unwrap_or_default()),
+        String(text) => Kind::StringValue(text),
+        Array(all) => Kind::ListValue(prost_types::ListValue { values: all.into_iter().map(to_value).collect() }),
+        Object(fields) => Kind::StructValue(to_struct(fields)),
+    };
+    prost_types::Value { kind: Some(kind) }
+}
+
+fn federated<'a>(state: &'a crate::cache::State, identities: &[&Cached]) -> impl Iterator<Item = &'a Arc<TrustBundle>> {
     let wanted: std::collections::BTreeSet<String> =
         identities.iter().flat_map(|c| c.entry.federates_with.iter().map(ToString::to_string)).collect();
     state.federated.iter().filter(move |(td, _)| wanted.contains(*td)).map(|(_, b)| b)
+}
+
+/// Those with X.509 authorities: an empty list of certificates is no bundle, and some clients refuse the whole message for it.
+fn with_certificates<'a>(
+    bundles: impl Iterator<Item = &'a Arc<TrustBundle>>,
+) -> impl Iterator<Item = &'a Arc<TrustBundle>> {
+    bundles.filter(|bundle| !bundle.authorities.is_empty())
 }
 
 impl Endpoint {
@@ -191,7 +261,9 @@ impl SpiffeWorkloadApi for Endpoint {
         request: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
         check_header(&request)?;
-        Err(Status::unimplemented(NOT_YET))
+        let attested = self.0.attest(&request).await?;
+        self.0.identities(&attested)?;
+        Ok(Response::new(self.stream::<JwtBundles>(attested)))
     }
 
     async fn validate_jwtsvid(
@@ -199,7 +271,17 @@ impl SpiffeWorkloadApi for Endpoint {
         request: Request<ValidateJwtsvidRequest>,
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
         check_header(&request)?;
-        Err(Status::unimplemented(NOT_YET))
+        let attested = self.0.attest(&request).await?;
+        let identities = self.0.identities(&attested)?;
+        let asked = request.into_inner();
+        let bundles = trusted(&self.0.cache.read(), &identities);
+        let bundles = bundles.ok_or_else(|| Status::unavailable("the trust bundle is not known yet"))?;
+        let verified = jwt_svid::verify(&asked.svid, &asked.audience, &bundles, self.0.now());
+        let svid = verified.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let own = bundles_own(&self.0.cache.read());
+        let is_own = own.is_some_and(|own| own == svid.id.trust_domain_name());
+        let claims = Some(to_struct(told(svid.claims, is_own)));
+        Ok(Response::new(ValidateJwtsvidResponse { spiffe_id: svid.id.to_string(), claims }))
     }
 }
 
@@ -217,6 +299,16 @@ mod tests {
     use crate::peer::Process;
     use crate::testing::{Ca, cached};
     use crate::workload_attestor::{AttestorError, Proof, Purpose, WorkloadAttestor};
+
+    #[test]
+    fn of_a_foreign_token_the_claims_of_the_standard_are_told_and_audiences_as_a_list() {
+        let claims = serde_json::json!({ "sub": "spiffe://td/a", "aud": "me", "exp": 1, "role": "admin" });
+        let told = |is_own| serde_json::Value::Object(told(claims.as_object().unwrap().clone(), is_own));
+        assert_eq!(told(true), serde_json::json!({ "sub": "spiffe://td/a", "aud": ["me"], "exp": 1, "role": "admin" }));
+        assert_eq!(told(false), serde_json::json!({ "sub": "spiffe://td/a", "aud": ["me"], "exp": 1 }));
+        let exp = to_struct(told(true).as_object().unwrap().clone()).fields.remove("exp").unwrap();
+        assert_eq!(exp.kind, Some(prost_types::value::Kind::NumberValue(1.0)));
+    }
 
     const POD: &str = "k8s:pod-uid:u";
     const CONTAINER: &str = "k8s:container-name:app";

@@ -28,7 +28,7 @@ use countersign_api::spire::types;
 use countersign_api::tls::{ServerTls, SvidVerifier, certified_key};
 use countersign_api::transport::accept_tls;
 use countersign_identity::profile::Issued;
-use countersign_identity::{BundleSet, Entry, SpiffeId, X509Bundle};
+use countersign_identity::{BundleSet, Entry, SpiffeId, TrustBundle};
 use futures::Stream;
 use time::OffsetDateTime;
 use tokio::net::TcpListener;
@@ -55,8 +55,8 @@ pub struct FakeServer {
 struct Pushed {
     revision: u64,
     entries: Vec<Entry>,
-    bundle: X509Bundle,
-    foreign: Vec<X509Bundle>,
+    bundle: TrustBundle,
+    foreign: Vec<TrustBundle>,
     /// Why it does not speak with them.
     denied: Option<Reason>,
 }
@@ -120,7 +120,7 @@ impl FakeServer {
     }
 
     /// The bundle of its authority.
-    pub fn bundle(&self) -> X509Bundle {
+    pub fn bundle(&self) -> TrustBundle {
         self.lock().ca.bundle()
     }
 
@@ -130,7 +130,7 @@ impl FakeServer {
     }
 
     /// Switches to another authority. Clients under the old one are still accepted. Returns a bundle of both.
-    pub fn next_authority(&self, ca: Ca) -> X509Bundle {
+    pub fn next_authority(&self, ca: Ca) -> TrustBundle {
         let mut inner = self.lock();
         let old = inner.ca.bundle();
         let mut both = ca.bundle();
@@ -147,7 +147,7 @@ impl FakeServer {
     }
 
     /// Pushes entries and a bundle to all agents.
-    pub fn push(&self, entries: Vec<Entry>, bundle: X509Bundle) {
+    pub fn push(&self, entries: Vec<Entry>, bundle: TrustBundle) {
         self.pushed.send_modify(|pushed| {
             *pushed = Pushed { revision: pushed.revision + 1, entries, bundle, foreign: vec![], denied: pushed.denied };
         });
@@ -173,7 +173,7 @@ impl FakeServer {
     }
 
     /// Pushes these foreign bundles, which are all there are.
-    pub fn push_foreign(&self, foreign: Vec<X509Bundle>) {
+    pub fn push_foreign(&self, foreign: Vec<TrustBundle>) {
         self.pushed.send_modify(|pushed| {
             pushed.revision += 1;
             pushed.foreign = foreign;

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
 use super::*;
-use crate::bundle::{BundleSet, X509Authority, X509Bundle, authority_key_id, subject_key_id};
+use crate::bundle::{BundleSet, TrustBundle, X509Authority, authority_key_id, subject_key_id};
 use crate::key::KeyType;
 use crate::verify::{PeerRole, Refusal, verify_chain};
 use x509_parser::prelude::GeneralName;
@@ -22,8 +22,7 @@ fn root(ttl: u64) -> (SigningAuthority, BundleSet) {
     let key = PrivateKey::generate(KeyType::EcP256).unwrap();
     let cert = issue_root(&td(), &key, Duration::from_secs(ttl), now()).unwrap();
     let authority = X509Authority::from_der(cert.to_vec()).unwrap();
-    let bundle =
-        X509Bundle { trust_domain: td(), authorities: vec![authority], sequence: 1, refresh_hint: Duration::ZERO };
+    let bundle = TrustBundle { authorities: vec![authority], sequence: 1, ..TrustBundle::empty(td()) };
     (SigningAuthority::new(cert, vec![], &key).unwrap(), [bundle].into_iter().collect())
 }
 

@@ -7,10 +7,8 @@
 
 mod forge;
 
-use std::time::Duration;
-
 use countersign_identity::verify::{PeerRole, VerifiedPeer, verify_chain};
-use countersign_identity::{BundleSet, TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{BundleSet, TrustBundle, TrustDomain, X509Authority};
 use forge::{
     ALT_NAME, AUTHORITY_KEY_ID, BASIC_CONSTRAINTS, EXTENDED_KEY_USAGE, KEY_USAGE, Key, NAME_CONSTRAINTS, NOW,
     POLICY_CONSTRAINTS, Plan, SUBJECT_KEY_ID, UNKNOWN, ca_constraints, constraints, extended_usage, key_usage, seq,
@@ -62,7 +60,7 @@ impl Pki {
 fn trusting(roots: &[Vec<u8>]) -> BundleSet {
     let authorities = roots.iter().map(|r| X509Authority::from_der(r.clone()).unwrap()).collect();
     let trust_domain = TrustDomain::new("example.org").unwrap();
-    [X509Bundle { trust_domain, authorities, sequence: 1, refresh_hint: Duration::ZERO }].into_iter().collect()
+    [TrustBundle { authorities, sequence: 1, ..TrustBundle::empty(trust_domain) }].into_iter().collect()
 }
 
 fn verify(chain: &[Vec<u8>], bundles: &BundleSet, role: PeerRole) -> Result<VerifiedPeer, (&'static str, String)> {

@@ -3,7 +3,7 @@
 use super::*;
 use countersign_identity::profile::issue_root;
 use countersign_identity::svid::LeafFacts;
-use countersign_identity::{KeyType, PrivateKey, SpiffeId, TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Authority};
 use std::time::Duration;
 
 #[test]
@@ -45,15 +45,15 @@ fn strangers_in_plaintext_leave_room_for_the_mesh_and_callers_for_the_app() {
     assert!(all.open().peers.is_empty());
 }
 
-fn authority(td: &str) -> X509Bundle {
+fn authority(td: &str) -> TrustBundle {
     let (td, now) = (TrustDomain::new(td).unwrap(), OffsetDateTime::now_utc());
     let key = PrivateKey::generate(KeyType::EcP256).unwrap();
     let root = issue_root(&td, &key, Duration::from_secs(600), now).unwrap();
     let authorities = vec![X509Authority::from_der(root.to_vec()).unwrap()];
-    X509Bundle { trust_domain: td, authorities, sequence: 1, refresh_hint: Duration::ZERO }
+    TrustBundle { authorities, sequence: 1, ..TrustBundle::empty(td) }
 }
 
-fn peer_of(bundle: &X509Bundle) -> VerifiedPeer {
+fn peer_of(bundle: &TrustBundle) -> VerifiedPeer {
     let id = SpiffeId::new(format!("spiffe://{}/a", bundle.trust_domain.as_str())).unwrap();
     let now = OffsetDateTime::now_utc();
     let facts =
@@ -67,7 +67,7 @@ fn a_revocation_cuts_who_is_entered_and_refuses_who_comes_with_an_older_handshak
     let all = Arc::new(Connections::new(Limits { connections: 9, connections_per_peer: 9 }, Gauge::default()));
     let (old, new) = (authority("td"), authority("td"));
     let before: BundleSet =
-        [X509Bundle { authorities: [old.authorities.clone(), new.authorities.clone()].concat(), ..old.clone() }]
+        [TrustBundle { authorities: [old.authorities.clone(), new.authorities.clone()].concat(), ..old.clone() }]
             .into_iter()
             .collect();
     let after: BundleSet = [new.clone()].into_iter().collect();
@@ -99,7 +99,7 @@ fn an_authority_that_ended_is_not_one_that_was_revoked() {
     assert!(open.check().is_ok());
 }
 
-fn open_to(all: &Arc<Connections>, bundle: &X509Bundle) -> Admitted {
+fn open_to(all: &Arc<Connections>, bundle: &TrustBundle) -> Admitted {
     let open = all.admit(Kind::Mesh, "10.0.0.1".parse().unwrap()).unwrap();
     open.authenticated_as(&peer_of(bundle), |_, _| true).unwrap();
     open
@@ -122,7 +122,7 @@ fn an_authority_that_came_and_went_between_two_looks_is_cut() {
 fn an_authority_that_another_trust_domain_also_has_is_cut_in_its_own() {
     let (all, now) = (nine(), OffsetDateTime::now_utc());
     let own = authority("td");
-    let federated = X509Bundle { trust_domain: TrustDomain::new("other").unwrap(), ..own.clone() };
+    let federated = TrustBundle { trust_domain: TrustDomain::new("other").unwrap(), ..own.clone() };
     let (ours, theirs) = (open_to(&all, &own), open_to(&all, &federated));
     let before: BundleSet = [own, federated.clone()].into_iter().collect();
     let after: BundleSet = [authority("td"), federated].into_iter().collect();

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use countersign_api::files::read_pem;
 use countersign_identity::bundle::certificates_from_pem;
-use countersign_identity::{PrivateKey, TrustDomain, X509Bundle, X509Svid};
+use countersign_identity::{PrivateKey, TrustBundle, TrustDomain, X509Svid};
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject;
 use tokio_util::sync::CancellationToken;
@@ -56,7 +56,7 @@ impl Files {
         let bundles = self
             .bundles
             .iter()
-            .map(|(td, path)| X509Bundle::from_pem(td.clone(), &read(path)?).map_err(|e| failed(path, e.to_string())));
+            .map(|(td, path)| TrustBundle::from_pem(td.clone(), &read(path)?).map_err(|e| failed(path, e.to_string())));
         Identity::new(svid, bundles.collect::<Result<_, _>>()?).map_err(|e| failed(&self.key, e.to_string()))
     }
 

@@ -39,6 +39,9 @@ pub enum AuthorityError {
          and would be cut off; run `countersign authority taint --id {0}` first and give agents a minute to renew"
     )]
     Untainted(String),
+    /// The bundle has another JWT authority with this key ID.
+    #[error("the trust bundle has another JWT authority with the ID `{}`", countersign_identity::shown::shown(_0))]
+    KeyIdTaken(String),
     /// Another authority was prepared or activated while this one was being signed, so it was dropped.
     #[error(
         "the authorities changed while the next one was being signed, so it was dropped; look at them (`countersign \

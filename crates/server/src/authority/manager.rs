@@ -7,7 +7,7 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use countersign_api::clock::Clock;
 use countersign_identity::profile::{IssueError, Issued, LeafRequest, SigningAuthority, issue_leaf, issue_root};
-use countersign_identity::{KeyType, TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{JwtAuthority, KeyType, TrustBundle, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use tokio::sync::{Mutex, watch};
@@ -52,7 +52,7 @@ pub struct Authorities {
     writer: Mutex<Journal>,
     journal: ArcSwap<Vec<Record>>,
     active: ArcSwapOption<SigningAuthority>,
-    bundle: watch::Sender<Arc<X509Bundle>>,
+    bundle: watch::Sender<Arc<TrustBundle>>,
 }
 
 /// The right to make an authority. Whoever holds it knows that no key is waiting for its record.
@@ -85,12 +85,10 @@ impl Authorities {
             tracing::error!("the store has authorities and no trust bundle: it is made again from their roots");
             retire_intermediates(&mut records);
         }
-        let bundle = bundle.unwrap_or_else(|| X509Bundle {
-            trust_domain: settings.trust_domain.clone(),
-            authorities: vec![],
+        let bundle = bundle.unwrap_or_else(|| TrustBundle {
             // How far a lost bundle had counted is unknown; seconds are ahead of every count of changes.
             sequence: if is_lost { (settings.clock)().unix_timestamp().unsigned_abs() } else { 0 },
-            refresh_hint: Duration::ZERO,
+            ..TrustBundle::empty(settings.trust_domain.clone())
         });
         let active = take_up_keys(settings.keys.as_ref(), &mut records)?;
         let authorities = Self {
@@ -138,7 +136,7 @@ impl Authorities {
     }
 
     /// Our trust domain's bundle, with notification of each change.
-    pub fn bundle(&self) -> watch::Receiver<Arc<X509Bundle>> {
+    pub fn bundle(&self) -> watch::Receiver<Arc<TrustBundle>> {
         self.bundle.subscribe()
     }
 
@@ -248,11 +246,25 @@ impl Authorities {
         Ok(record)
     }
 
-    /// Adds authorities that another party signs with (SPIRE: AppendBundle).
-    pub async fn append(&self, more: Vec<X509Authority>) -> Result<(), AuthorityError> {
+    /// Adds authorities that another party signs with (SPIRE: AppendBundle). Errors: a key has the ID of another one.
+    pub async fn append(&self, more: Vec<X509Authority>, keys: Vec<JwtAuthority>) -> Result<(), AuthorityError> {
         let mut journal = self.writer.lock().await;
+        let mut all = self.bundle.borrow().jwt_authorities.clone();
+        for key in keys {
+            match all.iter_mut().find(|a| a.key_id() == key.key_id()) {
+                None => all.push(key),
+                // Its end may be another one now.
+                Some(known) if known.der() == key.der() => *known = key,
+                // A token names its key by the ID alone.
+                Some(_) => return Err(AuthorityError::KeyIdTaken(key.key_id().to_owned())),
+            }
+        }
         let next = journal.records.clone();
-        self.commit(&mut journal, next, |bundle| add_missing(bundle, more)).await
+        self.commit(&mut journal, next, |bundle| {
+            add_missing(bundle, more);
+            bundle.jwt_authorities = all;
+        })
+        .await
     }
 
     /// Makes an authority and publishes it as the prepared one. Between the two the journal is free.
@@ -348,11 +360,18 @@ impl Authorities {
     ) -> Result<(), AuthorityError> {
         let over = |r: &Record| r.status != Status::Active && is_forgotten(&r.certificate, now);
         let root_over = |a: &X509Authority| is_forgotten(a.der(), now);
-        if !journal.records.iter().any(over) && !self.bundle.borrow().authorities.iter().any(root_over) {
+        let has_ended = |bundle: &TrustBundle| {
+            bundle.authorities.iter().any(root_over) || bundle.jwt_authorities.iter().any(|a| a.is_over(now))
+        };
+        if !journal.records.iter().any(over) && !has_ended(&self.bundle.borrow()) {
             return Ok(());
         }
         let (ended, next): (Vec<Record>, Vec<Record>) = journal.records.iter().cloned().partition(over);
-        self.commit(journal, next, |bundle| bundle.authorities.retain(|a| !root_over(a))).await?;
+        self.commit(journal, next, |bundle| {
+            bundle.authorities.retain(|a| !root_over(a));
+            bundle.jwt_authorities.retain(|a| !a.is_over(now));
+        })
+        .await?;
         for record in ended {
             tracing::info!(authority = record.id, "authority ended and forgotten");
         }
@@ -393,9 +412,9 @@ impl Authorities {
         &self,
         journal: &mut Journal,
         next: Vec<Record>,
-        change: impl FnOnce(&mut X509Bundle),
+        change: impl FnOnce(&mut TrustBundle),
     ) -> Result<(), AuthorityError> {
-        let mut bundle = X509Bundle::clone(&self.bundle.borrow());
+        let mut bundle = TrustBundle::clone(&self.bundle.borrow());
         change(&mut bundle);
         let changed = bundle != **self.bundle.borrow();
         if changed {
@@ -443,7 +462,7 @@ fn refresh_hint(ca_ttl: Duration) -> Duration {
 
 /// Takes the oldest records out of a journal that is too long, but none that can still sign or that something trusted hangs
 /// on: an authority that is not in the journal can be neither tainted nor revoked.
-fn shorten(records: &mut Vec<Record>, bundle: &X509Bundle, now: OffsetDateTime) {
+fn shorten(records: &mut Vec<Record>, bundle: &TrustBundle, now: OffsetDateTime) {
     let is_trusted = |r: &Record| bundle.authorities.iter().any(|a| a.id() == r.id);
     let is_done = |r: &Record| r.status != Status::Active && r.validity().1 <= now && !is_trusted(r);
     let mut excess = records.len().saturating_sub(JOURNAL_LENGTH);
@@ -460,7 +479,7 @@ fn set_status(journal: &mut [Record], id: &str, status: Status) -> Option<Record
     Some(record.clone())
 }
 
-fn add_missing(bundle: &mut X509Bundle, more: Vec<X509Authority>) {
+fn add_missing(bundle: &mut TrustBundle, more: Vec<X509Authority>) {
     for authority in more {
         if !bundle.authorities.iter().any(|a| a.der() == authority.der()) {
             bundle.authorities.push(authority);

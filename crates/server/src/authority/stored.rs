@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use countersign_identity::profile::SigningAuthority;
-use countersign_identity::{X509Authority, X509Bundle};
+use countersign_identity::{TrustBundle, X509Authority};
 
 use super::{AuthorityError, Record, Settings, Status};
 use crate::datastore::{Version, Versioned};
@@ -16,7 +16,7 @@ pub struct Stored {
     /// The state of journal and bundle together.
     pub version: Version,
     /// `None` when the store has none, or an empty one.
-    pub bundle: Option<X509Bundle>,
+    pub bundle: Option<TrustBundle>,
 }
 
 impl Stored {

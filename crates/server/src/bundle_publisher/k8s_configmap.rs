@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
-use countersign_identity::X509Bundle;
+use countersign_identity::TrustBundle;
 use countersign_watch::in_words;
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -95,7 +95,7 @@ impl BundlePublisher for K8sConfigMap {
         format!("ConfigMap {}/{}", self.place.namespace, self.place.name)
     }
 
-    async fn publish(&self, bundle: &X509Bundle) -> Result<(), PublishError> {
+    async fn publish(&self, bundle: &TrustBundle) -> Result<(), PublishError> {
         let BundleConfigMap { namespace, name, key } = &self.place;
         let pem = bundle.to_pem();
         // Applied: it makes a ConfigMap that is gone, and owns this key of one that is there.

@@ -3,7 +3,7 @@
 
 use async_trait::async_trait;
 use base64::Engine;
-use countersign_identity::X509Bundle;
+use countersign_identity::TrustBundle;
 use countersign_watch::in_words;
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
@@ -43,7 +43,7 @@ impl BundlePublisher for K8sWebhook {
         format!("webhook configurations labelled {}", self.label)
     }
 
-    async fn publish(&self, bundle: &X509Bundle) -> Result<(), PublishError> {
+    async fn publish(&self, bundle: &TrustBundle) -> Result<(), PublishError> {
         let wanted = base64::engine::general_purpose::STANDARD.encode(bundle.to_pem());
         let listed = self.api().list(&ListParams::default().labels(&self.label)).await.map_err(failed)?;
         if listed.items.is_empty() {

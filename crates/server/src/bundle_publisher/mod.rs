@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_api::backoff::Backoff;
-use countersign_identity::X509Bundle;
+use countersign_identity::TrustBundle;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -37,7 +37,7 @@ pub trait BundlePublisher: Send + Sync {
     /// Name of the place, for logs.
     fn name(&self) -> String;
     /// Writes this bundle to the place.
-    async fn publish(&self, bundle: &X509Bundle) -> Result<(), PublishError>;
+    async fn publish(&self, bundle: &TrustBundle) -> Result<(), PublishError>;
     /// Returns once others may have changed or removed the place, or after a while. It is then published again.
     async fn disturbed(&self) -> Result<(), PublishError>;
 }
@@ -55,7 +55,7 @@ enum Next {
 /// Publishes at start, after each change of the bundle, and whenever others have changed the place, until `shutdown`.
 pub async fn keep(
     publisher: Arc<dyn BundlePublisher>,
-    mut bundles: watch::Receiver<Arc<X509Bundle>>,
+    mut bundles: watch::Receiver<Arc<TrustBundle>>,
     shutdown: CancellationToken,
 ) {
     let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(30));
@@ -125,7 +125,7 @@ mod tests {
             "a place".into()
         }
 
-        async fn publish(&self, _: &X509Bundle) -> Result<(), PublishError> {
+        async fn publish(&self, _: &TrustBundle) -> Result<(), PublishError> {
             self.0.fetch_add(1, Ordering::Relaxed);
             Ok(())
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use countersign_identity::{Entry, EntryId, SpiffeId, X509Bundle};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -88,11 +88,11 @@ impl DataStore for Held {
         self.below.take_token(token).await
     }
 
-    async fn bundles(&self) -> Result<Vec<Versioned<X509Bundle>>, DataStoreError> {
+    async fn bundles(&self) -> Result<Vec<Versioned<TrustBundle>>, DataStoreError> {
         self.below.bundles().await
     }
 
-    async fn put_bundle(&self, bundle: &X509Bundle, from: Option<Version>) -> Result<Written, DataStoreError> {
+    async fn put_bundle(&self, bundle: &TrustBundle, from: Option<Version>) -> Result<Written, DataStoreError> {
         self.answer(self.below.put_bundle(bundle, from).await).await
     }
 
@@ -107,7 +107,7 @@ impl DataStore for Held {
     async fn put_authorities(
         &self,
         journal: &[Record],
-        bundle: &X509Bundle,
+        bundle: &TrustBundle,
         from: Version,
     ) -> Result<Written, DataStoreError> {
         self.answer(self.below.put_authorities(journal, bundle, from).await).await

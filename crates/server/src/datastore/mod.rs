@@ -5,7 +5,7 @@ mod held;
 mod sqlite;
 
 use async_trait::async_trait;
-use countersign_identity::{Entry, EntryId, SpiffeId, TrustDomain, X509Bundle};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle, TrustDomain};
 use time::OffsetDateTime;
 
 use crate::agents::AttestedAgent;
@@ -129,9 +129,9 @@ pub trait DataStore: Send + Sync {
     /// Removes a join token and returns it. Of two concurrent callers, one gets it.
     async fn take_token(&self, token: &str) -> Result<Option<JoinToken>, DataStoreError>;
     /// All bundles, including our own.
-    async fn bundles(&self) -> Result<Vec<Versioned<X509Bundle>>, DataStoreError>;
+    async fn bundles(&self) -> Result<Vec<Versioned<TrustBundle>>, DataStoreError>;
     /// Adds or replaces a bundle. An empty one is rejected.
-    async fn put_bundle(&self, bundle: &X509Bundle, from: Option<Version>) -> Result<Written, DataStoreError>;
+    async fn put_bundle(&self, bundle: &TrustBundle, from: Option<Version>) -> Result<Written, DataStoreError>;
     /// Deletes a trust domain's bundle, if it exists.
     async fn delete_bundle(&self, trust_domain: &str) -> Result<(), DataStoreError>;
     /// The journal of authorities, the oldest first, with the common version of journal and own bundle.
@@ -140,7 +140,7 @@ pub trait DataStore: Send + Sync {
     async fn put_authorities(
         &self,
         journal: &[Record],
-        bundle: &X509Bundle,
+        bundle: &TrustBundle,
         from: Version,
     ) -> Result<Written, DataStoreError>;
 }

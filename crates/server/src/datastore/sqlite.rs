@@ -7,10 +7,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_api::convert::{bundle_from_wire, bundle_to_wire, entry_from_wire, entry_to_wire};
+use countersign_api::convert::{
+    bundle_from_wire, bundle_to_wire, entry_from_wire, entry_to_wire, leave_out_unknown_keys,
+};
 use countersign_api::spire::types;
 use countersign_identity::trust_domain::parse_workload_id;
-use countersign_identity::{Entry, EntryId, SpiffeId, TrustDomain, X509Bundle};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle, TrustDomain};
 use prost::Message;
 use sqlx::sqlite::SqliteRow;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
@@ -73,11 +75,9 @@ fn agent_of(row: &SqliteRow) -> Result<Versioned<AttestedAgent>, DataStoreError>
     Ok(versioned(row, agent))
 }
 
-fn refuse_empty(bundle: &X509Bundle) -> Result<(), DataStoreError> {
-    if bundle.authorities.is_empty() {
-        return Err(DataStoreError::EmptyBundle(bundle.trust_domain.clone()));
-    }
-    Ok(())
+/// Refuses a bundle that vouches for nobody.
+fn refuse_empty(bundle: &TrustBundle, is_empty: bool) -> Result<(), DataStoreError> {
+    if is_empty { Err(DataStoreError::EmptyBundle(bundle.trust_domain.clone())) } else { Ok(()) }
 }
 
 async fn put_entry(
@@ -103,7 +103,7 @@ async fn put_entry(
 
 async fn put_bundle(
     tx: &mut SqliteConnection,
-    bundle: &X509Bundle,
+    bundle: &TrustBundle,
     from: Option<Version>,
     to: Version,
 ) -> Result<bool, DataStoreError> {
@@ -266,10 +266,14 @@ impl DataStore for Sqlite {
         }))
     }
 
-    async fn bundles(&self) -> Result<Vec<Versioned<X509Bundle>>, DataStoreError> {
+    async fn bundles(&self) -> Result<Vec<Versioned<TrustBundle>>, DataStoreError> {
         let rows = sqlx::query("SELECT trust_domain, body, version FROM bundles").fetch_all(&self.0).await?;
         let read = |body: &[u8]| {
-            bundle_from_wire(types::Bundle::decode(body).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
+            let mut wire = types::Bundle::decode(body).map_err(|e| e.to_string())?;
+            for error in leave_out_unknown_keys(&mut wire) {
+                tracing::warn!(trust_domain = wire.trust_domain, %error, "a stored key cannot be used; it is left out");
+            }
+            bundle_from_wire(wire).map_err(|e| e.to_string())
         };
         let read = |r: &SqliteRow| {
             let bundle = read(r.get("body")).map_err(|e| bad_row("bundle", r.get("trust_domain"), e))?;
@@ -278,8 +282,8 @@ impl DataStore for Sqlite {
         rows.iter().map(read).collect()
     }
 
-    async fn put_bundle(&self, bundle: &X509Bundle, from: Option<Version>) -> Result<Written, DataStoreError> {
-        refuse_empty(bundle)?;
+    async fn put_bundle(&self, bundle: &TrustBundle, from: Option<Version>) -> Result<Written, DataStoreError> {
+        refuse_empty(bundle, bundle.is_empty())?;
         let to = Version::fresh();
         let mut tx = self.0.begin().await?;
         if !put_bundle(&mut tx, bundle, from, to).await? {
@@ -307,10 +311,11 @@ impl DataStore for Sqlite {
     async fn put_authorities(
         &self,
         journal: &[Record],
-        bundle: &X509Bundle,
+        bundle: &TrustBundle,
         from: Version,
     ) -> Result<Written, DataStoreError> {
-        refuse_empty(bundle)?;
+        // Ours has the root of our own certificate.
+        refuse_empty(bundle, bundle.authorities.is_empty())?;
         let to = Version::fresh();
         let mut tx = self.0.begin().await?;
         if authorities_version(&mut tx).await? != from {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use countersign_api::convert::{bundle_from_wire, bundle_to_wire, trust_domain_from_wire};
+use countersign_api::convert::{bundle_from_wire, bundle_to_wire, jwt_authority_from_wire, trust_domain_from_wire};
 use countersign_api::spire::bundle::batch_delete_federated_bundle_request::Mode;
 use countersign_api::spire::bundle::bundle_server::Bundle;
 use countersign_api::spire::bundle::{
@@ -16,7 +16,7 @@ use countersign_api::spire::bundle::{
     batch_set_federated_bundle_response, batch_update_federated_bundle_response,
 };
 use countersign_api::spire::types;
-use countersign_identity::{TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{TrustBundle, TrustDomain, X509Authority};
 use tonic::{Request, Response, Status};
 
 use super::{Endpoint, invalid, item_status, masks, paging};
@@ -32,7 +32,7 @@ impl Endpoint {
         masks::bundle(bundle_to_wire(&self.0.authorities.bundle().borrow()), mask)
     }
 
-    fn parse_foreign(&self, wire: types::Bundle) -> Result<X509Bundle, Status> {
+    fn parse_foreign(&self, wire: types::Bundle) -> Result<TrustBundle, Status> {
         let bundle = bundle_from_wire(wire).map_err(invalid)?;
         if bundle.trust_domain == *self.0.trust_domain() {
             return Err(invalid(format!(
@@ -40,7 +40,7 @@ impl Endpoint {
                 bundle.trust_domain
             )));
         }
-        if bundle.authorities.is_empty() {
+        if bundle.is_empty() {
             return Err(invalid(format!(
                 "the bundle of `{}` holds no authority; delete it instead",
                 bundle.trust_domain
@@ -63,7 +63,7 @@ impl Endpoint {
             let set = async {
                 let bundle = self.parse_foreign(wire)?;
                 let set = |core: Arc<Core>| async move { core.federated.set(bundle, expect).await.map_err(set_status) };
-                let set: Arc<X509Bundle> = self.0.to_the_end(set).await?;
+                let set: Arc<TrustBundle> = self.0.to_the_end(set).await?;
                 Ok(bundle_to_wire(&set))
             };
             let set = set.await;
@@ -127,16 +127,19 @@ impl Bundle for Endpoint {
     async fn append_bundle(&self, request: Request<AppendBundleRequest>) -> Result<Response<types::Bundle>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
-        if !request.jwt_authorities.is_empty() {
-            return Err(Status::unimplemented("JWT authorities are not served by this version"));
-        }
         let more = request
             .x509_authorities
             .into_iter()
             .map(|c| X509Authority::from_der(c.asn1))
-            .collect::<Result<_, _>>()
+            .collect::<Result<Vec<_>, _>>()
             .map_err(invalid)?;
-        let append = |core: Arc<Core>| async move { core.authorities.append(more).await.map_err(|e| status_of(&e)) };
+        let keys = request.jwt_authorities.into_iter().map(jwt_authority_from_wire).collect::<Result<Vec<_>, _>>();
+        let keys = keys.map_err(invalid)?;
+        if more.is_empty() && keys.is_empty() {
+            return Err(invalid("no authority is given that could be appended"));
+        }
+        let append =
+            |core: Arc<Core>| async move { core.authorities.append(more, keys).await.map_err(|e| status_of(&e)) };
         self.0.to_the_end(append).await?;
         Ok(Response::new(self.own_bundle(request.output_mask)))
     }
@@ -145,7 +148,7 @@ impl Bundle for Endpoint {
         &self,
         _: Request<PublishJwtAuthorityRequest>,
     ) -> Result<Response<PublishJwtAuthorityResponse>, Status> {
-        Err(Status::unimplemented("JWT authorities are not served by this version"))
+        Err(Status::unimplemented("downstream servers are not served by this version"))
     }
 
     async fn list_federated_bundles(
@@ -195,7 +198,7 @@ impl Bundle for Endpoint {
     ) -> Result<Response<BatchUpdateFederatedBundleResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
-        if request.input_mask.is_some_and(|m| !m.x509_authorities) {
+        if request.input_mask.is_some_and(|m| !m.x509_authorities || !m.jwt_authorities) {
             return Err(Status::unimplemented("a bundle is updated whole: leave the input mask out"));
         }
         let results = self.set_foreign(request.bundle, Expect::Known).await?.into_iter().map(|(status, bundle)| {

@@ -184,9 +184,9 @@ mod tests {
         let (other, _) = watch(&first.epoch, first.revision).await;
         assert!(other.snapshot && other.epoch != first.epoch);
         // The stream that was open hears of it with the next change.
-        let bundle = countersign_identity::X509Bundle::clone(&core.authorities.bundle().borrow());
+        let bundle = countersign_identity::TrustBundle::clone(&core.authorities.bundle().borrow());
         let trust_domain = countersign_identity::TrustDomain::new("partner").unwrap();
-        let foreign = countersign_identity::X509Bundle { trust_domain, ..bundle };
+        let foreign = countersign_identity::TrustBundle { trust_domain, ..bundle };
         core.federated.set(foreign, crate::federated::Expect::Any).await.unwrap();
         assert!(open.next().await.unwrap().unwrap().snapshot);
     }

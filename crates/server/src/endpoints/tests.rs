@@ -18,19 +18,19 @@ use countersign_api::spire::localauthority::{
     ActivateX509AuthorityRequest, PrepareX509AuthorityRequest, RevokeX509AuthorityRequest, TaintX509AuthorityRequest,
 };
 use countersign_api::spire::types;
-use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustDomain, X509Authority, X509Bundle};
+use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Authority};
 
 use super::*;
 use crate::datastore::{DataStore, Held};
 use crate::testing::{agent_call, local, server, server_on, store, td};
 
-fn foreign_bundle() -> X509Bundle {
+fn foreign_bundle() -> TrustBundle {
     let partner = TrustDomain::new("partner").unwrap();
     let key = PrivateKey::generate(KeyType::EcP256).unwrap();
     let now = time::OffsetDateTime::now_utc();
     let root = countersign_identity::profile::issue_root(&partner, &key, Duration::from_secs(3_600), now).unwrap();
     let authorities = vec![X509Authority::from_der(root.to_vec()).unwrap()];
-    X509Bundle { trust_domain: partner, authorities, sequence: 1, refresh_hint: Duration::ZERO }
+    TrustBundle { authorities, sequence: 1, ..TrustBundle::empty(partner) }
 }
 
 fn entry() -> Entry {
@@ -62,8 +62,8 @@ async fn agree(core: &Core, store: &dyn DataStore) -> bool {
     let known: Vec<_> = core.entries.page(None, usize::MAX, |_| true).iter().map(|e| entry_to_wire(e)).collect();
     let stored = store.bundles().await.unwrap().into_iter().map(|b| b.value);
     let (own, foreign): (Vec<_>, Vec<_>) = stored.partition(|b| b.trust_domain == td());
-    let federated: Vec<_> = core.federated.all().values().map(|b| X509Bundle::clone(b)).collect();
-    let bundle = X509Bundle::clone(&core.authorities.bundle().borrow());
+    let federated: Vec<_> = core.federated.all().values().map(|b| TrustBundle::clone(b)).collect();
+    let bundle = TrustBundle::clone(&core.authorities.bundle().borrow());
     let journal = store.authorities().await.unwrap().value;
     agents == core.agents.list()
         && entries == known
@@ -161,7 +161,7 @@ async fn our_own_bundle_cannot_be_deleted_as_a_foreign_one() {
         assert_eq!(answer.results[0].status.as_ref().unwrap().code, i32::from(Code::InvalidArgument));
         assert_eq!(core.store.bundles().await.unwrap()[0].value, *own);
     }
-    let stolen = X509Bundle { trust_domain: td(), ..foreign_bundle() };
+    let stolen = TrustBundle { trust_domain: td(), ..foreign_bundle() };
     assert!(core.federated.set(stolen, crate::federated::Expect::Any).await.is_err());
     assert_eq!(core.store.bundles().await.unwrap().len(), 1);
 }

@@ -240,7 +240,7 @@ async fn another_servers_revocation_is_taken_up_and_its_signer_too() {
     two.activate(&next.id).await.unwrap();
     two.taint(&first).await.unwrap();
     two.revoke(&first).await.unwrap();
-    assert!(matches!(one.append(vec![]).await, Err(AuthorityError::Store(DataStoreError::Overtaken))));
+    assert!(matches!(one.append(vec![], vec![]).await, Err(AuthorityError::Store(DataStoreError::Overtaken))));
     assert!(one.bundle().borrow().authorities.iter().all(|a| a.id() != first), "revoked here too");
     assert_eq!(statuses(&one), ["active"]);
     one.rotate().await.unwrap();
@@ -292,6 +292,10 @@ struct Hangs(std::sync::atomic::AtomicUsize);
 
 #[async_trait::async_trait]
 impl UpstreamAuthority for Hangs {
+    fn name(&self) -> String {
+        "hangs".into()
+    }
+
     async fn sign_intermediate(
         &self,
         _: &TrustDomain,
@@ -324,7 +328,7 @@ async fn an_upstream_that_hangs_holds_up_nobody_who_looks_or_changes_something_e
         assert_eq!(a.journal().len(), 1, "while the upstream is asked");
         let elsewhere = PrivateKey::generate(KeyType::EcP256).unwrap();
         let root = issue_root(&TrustDomain::new("td").unwrap(), &elsewhere, Duration::from_secs(60), a.now()).unwrap();
-        let appended = a.append(vec![X509Authority::from_der(root.to_vec()).unwrap()]);
+        let appended = a.append(vec![X509Authority::from_der(root.to_vec()).unwrap()], vec![]);
         tokio::time::timeout(Duration::from_secs(5), appended).await.expect("the journal is free").unwrap();
         assert_eq!(a.bundle().borrow().authorities.len(), 2);
         told.send(()).unwrap();
@@ -343,6 +347,10 @@ struct Waits {
 
 #[async_trait::async_trait]
 impl UpstreamAuthority for Waits {
+    fn name(&self) -> String {
+        "waits".into()
+    }
+
     async fn sign_intermediate(
         &self,
         td: &TrustDomain,
@@ -382,4 +390,27 @@ async fn what_was_made_for_a_journal_that_has_changed_meanwhile_is_dropped() {
     waits.released.notify_one();
     a.prepare().await.unwrap();
     assert_eq!(statuses(&a), ["old", "active", "prepared"]);
+}
+
+#[tokio::test]
+async fn keys_of_others_are_published_until_they_end_and_an_id_names_one_key() {
+    let world = World::new().await;
+    let a = world.authorities().await;
+    let key = |id: &str, ends: Option<i64>| {
+        let public = PrivateKey::generate(KeyType::EcP256).unwrap().public_der().unwrap();
+        let mut key = JwtAuthority::new(id, &public).unwrap();
+        key.expires_at = ends.map(|seconds| a.now() + time::Duration::seconds(seconds));
+        key
+    };
+    let (lasting, ending) = (key("lasting", None), key("ending", Some(0)));
+    let before = a.bundle().borrow().sequence;
+    a.append(vec![], vec![lasting.clone(), ending.clone()]).await.unwrap();
+    a.append(vec![], vec![lasting.clone()]).await.unwrap();
+    assert_eq!(a.bundle().borrow().jwt_authorities, [lasting.clone(), ending]);
+    assert_eq!(a.bundle().borrow().sequence, before + 1, "the second changed nothing");
+    let other = a.append(vec![], vec![key("lasting", None)]).await.unwrap_err();
+    assert!(matches!(&other, AuthorityError::KeyIdTaken(id) if id == "lasting"), "{other}");
+    a.rotate().await.unwrap();
+    assert_eq!(a.bundle().borrow().jwt_authorities, std::slice::from_ref(&lasting));
+    assert_eq!(world.authorities().await.bundle().borrow().jwt_authorities, [lasting], "the store has it");
 }

@@ -107,7 +107,7 @@ fn merge(into: &mut Value, given: Value) {
 }
 
 /// Keeps the ConfigMap of this cluster until the returned token is cancelled.
-fn publishing(cluster: &Arc<Cluster>) -> (X509Bundle, CancellationToken, watch::Sender<Arc<X509Bundle>>) {
+fn publishing(cluster: &Arc<Cluster>) -> (TrustBundle, CancellationToken, watch::Sender<Arc<TrustBundle>>) {
     let api = cluster.clone();
     let service = tower::service_fn(move |request: Request<Body>| {
         let api = api.clone();

@@ -74,7 +74,7 @@ async fn evidence_of_a_banned_agent_is_refused_under_every_name() {
 async fn no_bundle_is_replaced_by_an_empty_one() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir, "td").await.unwrap();
-    let empty = X509Bundle { trust_domain: td("td"), authorities: vec![], sequence: 1, refresh_hint: Duration::ZERO };
+    let empty = TrustBundle { sequence: 1, ..TrustBundle::empty(td("td")) };
     assert!(matches!(store.put_bundle(&empty, None).await, Err(DataStoreError::EmptyBundle(_))));
     let own = store.put_authorities(&[], &empty, Version::FIRST).await;
     assert!(matches!(own, Err(DataStoreError::EmptyBundle(_))));
