@@ -1,21 +1,45 @@
-//! `countersign.v1.Status`: the facts that `countersign status` shows about an agent, for root and the agent's own
+//! `countersign.v1.Status`: the facts that `countersign status` shows about an agent, for root of its machine and the agent's own
 //! user.
+
+use std::sync::LazyLock;
 
 use async_trait::async_trait;
 use countersign_api::peer::UnixPeer;
 use countersign_api::push::status_server::Status as StatusService;
 use countersign_api::push::{GetStatusRequest, GetStatusResponse, Identity};
+use countersign_watch::cgroup::container_of;
 use tonic::{Request, Response, Status};
 
 use super::Endpoint;
+use crate::peer;
+
+/// Whether a caller with such a number is who it seems: root in a container has the same one.
+fn is_of_this_machine(peer: &UnixPeer) -> bool {
+    static OWN: LazyLock<String> = LazyLock::new(|| std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default());
+    // Whether its namespaces are others does not matter here.
+    peer::look_up(peer, true).is_ok_and(|process| are_neighbours(&process.cgroup, &OWN))
+}
+
+/// Whether a process is in no pod, or in the same one as the agent, by the cgroups of both (`/proc/PID/cgroup`).
+fn are_neighbours(theirs: &str, own: &str) -> bool {
+    let pod = |text: &str| container_of(text).map(|container| container.map(|c| c.pod_uid));
+    match pod(theirs) {
+        Ok(None) => true,
+        Ok(theirs) => pod(own) == Ok(theirs),
+        Err(_) => false,
+    }
+}
 
 #[async_trait]
 impl StatusService for Endpoint {
     async fn get_status(&self, request: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
         let own = nix::unistd::geteuid().as_raw();
-        let uid = request.extensions().get::<UnixPeer>().map(|p| p.uid);
-        if uid.is_none_or(|uid| uid != 0 && uid != own) {
+        let peer = request.extensions().get::<UnixPeer>();
+        if peer.is_none_or(|peer| peer.uid != 0 && peer.uid != own) {
             return Err(Status::permission_denied(format!("only root and uid {own} may ask for the agent's status")));
+        }
+        if !peer.is_some_and(is_of_this_machine) {
+            return Err(Status::permission_denied("root in a pod is not root of the node: ask in the agent's own pod"));
         }
         let core = &self.0;
         let state = core.cache.read();
@@ -53,5 +77,28 @@ impl StatusService for Endpoint {
             identities: identities.collect(),
             ..GetStatusResponse::default()
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_in_a_pod_is_not_root_of_the_node_but_for_the_agents_own_pod() {
+        let pod = |uid: &str, container: char| {
+            let id = container.to_string().repeat(64);
+            format!("0::/kubepods/burstable/pod{uid}/{id}\n")
+        };
+        let (own, theirs) = ("11111111-2222-3333-4444-555555555555", "66666666-2222-3333-4444-555555555555");
+        let agent = pod(own, 'a');
+        assert!(are_neighbours("0::/system.slice/ssh.service\n", &agent));
+        assert!(are_neighbours(&pod(own, 'b'), &agent), "a command in the agent's pod");
+        assert!(!are_neighbours(&pod(theirs, 'c'), &agent));
+        let machine = "0::/system.slice/countersign-agent.service\n";
+        assert!(are_neighbours("0::/user.slice\n", machine));
+        assert!(!are_neighbours(&pod(theirs, 'c'), machine), "an agent of the machine has no pod of its own");
+        let imitated = format!("0::/user.slice/u{}", &pod(own, 'a')[4..]);
+        assert!(!are_neighbours(&imitated, &agent), "a cgroup that anybody may have made");
     }
 }
