@@ -209,6 +209,10 @@ class Tenants(unittest.TestCase):
             self.refused(self.create(MESHED, pod(labels=labels, spec={"securityContext": sly})), "UID 2102")
             first = {"name": "first", "image": images.BOX, "securityContext": sly}
             self.refused(self.create(MESHED, pod(labels=labels, spec={"initContainers": [first]})), "UID 2102")
+        # A sidecar of one's own, in a pod that is left alone.
+        mine = {"name": "countersign-proxy", "image": images.BOX, "securityContext": sly}
+        for left in ({"labels": off}, {"annotations": off}):
+            self.refused(self.create(MESHED, pod(spec={"initContainers": [mine]}, **left)), "UID 2102")
         running = pod_of(MESHED, "app")
         self.assertEqual(self.as_user(MESHED, "label", "pod", running, "countersign.dev/inject=disabled").returncode, 0)
         debug = {"name": "sly", "image": images.BOX, "imagePullPolicy": "Never", "securityContext": sly}
@@ -219,6 +223,35 @@ class Tenants(unittest.TestCase):
         patch = json.dumps({"spec": {"ephemeralContainers": [debug]}})
         done = self.as_user(MESHED, "patch", "pod", running, "--subresource=ephemeralcontainers", "-p", patch)
         self.refused(done, "UID 2102")
+
+    def test_another_image_in_place_of_ours(self):
+        """Images may be changed as long as a pod runs, and before it has begun."""
+        path = "/spec/initContainers/{}/image"
+        changed = lambda at: json.dumps([{"op": "replace", "path": path.format(at), "value": "sly:1"}])
+        running = pod_of(MESHED, "app")
+        names = [c["name"] for c in get("-n", MESHED, "pod", running)["spec"]["initContainers"]]
+        self.assertEqual(names, ["countersign-redirect", "countersign-proxy"])
+        waiting = pod("waiting", spec={"schedulingGates": [{"name": "sly.example/wait"}]})
+        self.assertEqual(self.create(MESHED, waiting, really=True).returncode, 0)
+        for name in (running, "waiting"):
+            for at in (0, 1):
+                done = self.as_user(MESHED, "patch", "pod", name, "--type=json", "-p", changed(at))
+                self.refused(done, "stay what the injection made them")
+        # What is the user's own may change.
+        own = json.dumps([{"op": "replace", "path": "/spec/containers/0/image", "value": "own:1"}])
+        done = self.as_user(MESHED, "patch", "pod", "waiting", "--type=json", "-p", own)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_roots_number_in_a_pod_is_not_the_nodes_root(self):
+        """An agent tells root what it has; whoever is root in a pod with the volume has the same number."""
+        volume = {"name": "agent", "csi": {"driver": "csi.countersign.dev", "readOnly": True}}
+        asking = pod("asking", spec={"volumes": [volume], "restartPolicy": "Never"}, image=images.COUNTERSIGN,
+                     args=["status", "--socket=/agent/agent.sock"], securityContext={"runAsUser": 0},
+                     volumeMounts=[{"name": "agent", "mountPath": "/agent", "readOnly": True}])
+        self.assertEqual(self.create(BARE, asking, really=True).returncode, 0)
+        said = lambda: mesh.logs(BARE, "asking", "app", check=False).stdout
+        wait("its answer", lambda: "root in a pod is not root of the node" in (said() or ""), 60)
+        self.assertNotIn("spiffe://", said())
 
     def test_the_pages_of_others(self):
         victim = self.address(VICTIM, "web")
