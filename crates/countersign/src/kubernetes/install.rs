@@ -5,9 +5,10 @@ use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use k8s_openapi::api::core::v1::Namespace;
+use countersign_identity::policy::Mode;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
 use kube::Client;
-use kube::api::ObjectMeta;
+use kube::api::{Api, ObjectMeta};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
@@ -17,6 +18,7 @@ use super::chart;
 use super::check::csi;
 use super::existing::Existing;
 use super::former::Revision;
+use super::given::Given;
 use super::memory::{self, Memory, Seen};
 use super::values::{ValuesArgs, host_path};
 use crate::operator::output::{Output, json_text};
@@ -117,6 +119,8 @@ struct Plan {
     existing: Existing,
     /// Why nodes cannot have what it turns on.
     unfit: Option<String>,
+    /// How it would open the mesh unasked.
+    opened: Option<String>,
     /// The cluster, and what it remembers; `None` if it is not asked.
     cluster: Option<(Client, Seen)>,
 }
@@ -148,7 +152,22 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
             return Err(Mistake::flag("--reuse-values", &why).into());
         }
     };
-    given.whole("the settings of the existing installation and those given now")?;
+    let whole = given.whole("the settings of the existing installation and those given now")?;
+    let (mut given, mut opened) = (given, None);
+    // Who names the mode now means it.
+    if let Some((client, _)) = &cluster
+        && !args.values.given()?.leaves().contains_key("mesh.mode")
+    {
+        let maps = Api::<ConfigMap>::namespaced(client.clone(), &args.namespace);
+        let stricter = stricter(memory::get(&maps, "countersign-mesh").await?.as_ref(), &whole);
+        match stricter {
+            Some((live, _)) if args.reuse_values => {
+                let mode = json!({ "mesh": { "mode": live.to_string() } });
+                given = Given::of(mode).map_err(Mistake)?.over(given);
+            }
+            stricter => opened = stricter.map(|(live, next)| opens(live, next)),
+        }
+    }
     // What runs shows all that differs from today's defaults.
     let earlier = earlier.map(|memory| (&memory.given, memory.defaults));
     let earlier = earlier.or(existing.unremembered.as_ref().map(|given| (given, Revision::NOW)));
@@ -164,7 +183,24 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
         Some((client, _)) if turned_on => unfit(client, &given.whole("the settings")?).await,
         _ => None,
     };
-    Ok(Plan { namespace: args.namespace.clone(), memory: Memory::new(given), changes, existing, unfit, cluster })
+    let memory = Memory::new(given);
+    Ok(Plan { namespace: args.namespace.clone(), memory, changes, existing, unfit, opened, cluster })
+}
+
+/// The mode of a mesh that was made stricter since (`countersign strict --mesh`) than these settings make it, and theirs. What was
+/// changed on the running mesh is not remembered.
+fn stricter(mesh: Option<&ConfigMap>, values: &Value) -> Option<(Mode, Mode)> {
+    let live: Mode = mesh?.data.as_ref()?.get("mode")?.trim().parse().ok()?;
+    let next: Mode = values["mesh"]["mode"].as_str()?.parse().ok()?;
+    (next < live).then_some((live, next))
+}
+
+/// What is said of settings that would open it.
+fn opens(live: Mode, next: Mode) -> String {
+    format!(
+        "the mesh is {live} (ConfigMap countersign-mesh) and would become {next}: add --set mesh.mode={live}, or --set \
+         mesh.mode={next} if that is meant"
+    )
 }
 
 /// Longest look at the nodes.
@@ -208,7 +244,7 @@ impl Plan {
 
     /// What needs consent to everything, in words; empty if nothing does.
     fn doubts(&self) -> Vec<String> {
-        self.existing.doubts().into_iter().chain(self.unfit.clone()).collect()
+        self.existing.doubts().into_iter().chain(self.unfit.clone()).chain(self.opened.clone()).collect()
     }
 
     fn as_json(&self, consent: Consent) -> Value {
@@ -252,6 +288,7 @@ impl Plan {
         if !consent.force {
             said.extend(self.existing.doubts().into_iter().map(|doubt| format!("{doubt}, which needs --force")));
             said.extend(self.unfit.iter().map(|why| format!("{why}; --force installs it all the same")));
+            said.extend(self.opened.clone());
         }
         let said = escaped(&said.join("; "));
         if self.changes.is_empty() {
@@ -345,9 +382,8 @@ mod tests {
     use super::*;
     use crate::kubernetes::check::fake_api::{client, list, refused as refused_by_api};
     use crate::kubernetes::existing::Elsewhere;
-    use crate::kubernetes::given::Given;
     use clap::Parser;
-    use countersign_controller::injector::{INJECT, PROXY_UID, Resources, SIDECAR};
+    use countersign_controller::injector::{INJECT, PROXY_UID, REDIRECT, Resources, SIDECAR};
     use countersign_controller::store::MODE;
 
     use crate::roles::resources::ResourceArgs;
@@ -509,6 +545,7 @@ mod tests {
             changes,
             existing: Existing::default(),
             unfit: None,
+            opened: None,
             cluster: None,
         };
         let said = plan.needs(Consent::default());
@@ -530,7 +567,7 @@ mod tests {
     fn an_installation_in_another_namespace_and_one_without_memory_need_force_even_without_changes() {
         let plan = |existing| {
             let memory = Memory::new(Given::default());
-            Plan { namespace: "n".into(), memory, changes: vec![], existing, unfit: None, cluster: None }
+            Plan { namespace: "n".into(), memory, changes: vec![], existing, unfit: None, opened: None, cluster: None }
         };
         let elsewhere = Elsewhere { object: "ClusterRoleBinding x".into(), namespace: "mesh".into() };
         let existing = [
@@ -565,6 +602,7 @@ mod tests {
             changes: vec![],
             existing: Existing::default(),
             unfit,
+            opened: None,
             cluster: None,
         };
         let refused = plan(Some(why.clone()));
@@ -576,6 +614,33 @@ mod tests {
         assert_eq!(unfit(&cluster, &values).await, None);
         let silent = client(|_| refused_by_api(403, "you may not list nodes"));
         assert_eq!(unfit(&silent, &super::super::values::defaults().unwrap()).await, None, "it is told, and no reason");
+    }
+
+    #[test]
+    fn a_mesh_that_was_made_strict_since_is_not_opened_unasked() {
+        let mesh = |mode: &str| {
+            serde_json::from_value::<ConfigMap>(json!({ "metadata": {}, "data": { "mode": mode } })).unwrap()
+        };
+        let with = |mode: &str| json!({ "mesh": { "mode": mode } });
+        let (live, next) = stricter(Some(&mesh("strict")), &with("permissive")).unwrap();
+        let why = opens(live, next);
+        assert!(why.contains("is strict") && why.contains("--set mesh.mode=strict"), "{why}");
+        assert!(stricter(Some(&mesh("permissive")), &with("off")).is_some());
+        for (live, next) in [("strict", "strict"), ("permissive", "strict"), ("off", "permissive"), ("", "off")] {
+            assert_eq!(stricter(Some(&mesh(live)), &with(next)), None, "{live} to {next}");
+        }
+        assert_eq!(stricter(None, &with("off")), None);
+        let plan = Plan {
+            namespace: "n".into(),
+            memory: Memory::new(Given::default()),
+            changes: vec![],
+            existing: Existing::default(),
+            unfit: None,
+            opened: Some(why.clone()),
+            cluster: None,
+        };
+        assert!(!plan.is_allowed(Consent { force: false, reset: true }));
+        assert!(plan.needs(Consent::default()).ends_with(&why));
     }
 
     #[test]
@@ -783,7 +848,8 @@ mod tests {
             let all = objects(args).into_iter().filter(|o| o["kind"] == "ValidatingAdmissionPolicy");
             all.map(|o| o["spec"].to_string()).collect::<Vec<_>>()
         };
-        let [words, pods] = policies(&["-n", "mesh"]).try_into().unwrap();
+        let [words, pods, images] = policies(&["-n", "mesh"]).try_into().unwrap();
+        assert!(images.contains(&format!("'{SIDECAR}', '{REDIRECT}'")), "{images}");
         for key in [INJECT, MODE] {
             assert!(words.contains(&format!("labels[?'{key}']")) && words.contains(&format!("annotations[?'{key}']")));
         }

@@ -18,6 +18,8 @@ use crate::settings::words::count;
 
 /// Interval between two polls.
 const LOOK: Duration = Duration::from_millis(500);
+/// Most sidecars that an error names.
+const NAMED: usize = 3;
 /// Port of the pages of the controller beside the server.
 const CONTROLLER_PAGES: u16 = 9465;
 /// The mesh's ConfigMap, and its key.
@@ -183,7 +185,15 @@ async fn knows_steps(client: &Client, namespace: &str) -> Result<()> {
 
 impl Step {
     /// Waits until every running sidecar has taken it. Error: which have not until then, and why.
+    /// An interruption is answered at once, also while a sidecar that does not answer is asked.
     async fn wait(&self, client: &Client, patience: Duration, stop: &CancellationToken) -> Result<()> {
+        tokio::select! {
+            taken = self.taken(client, patience) => taken,
+            () = stop.cancelled() => Err(anyhow!("interrupted before all sidecars {}", self.does)),
+        }
+    }
+
+    async fn taken(&self, client: &Client, patience: Duration) -> Result<()> {
         let until = Instant::now() + patience;
         eprintln!("the sidecars are told to {}", self.does);
         let mut said = usize::MAX;
@@ -196,7 +206,9 @@ impl Step {
                 }
                 let answer = page(client, &pod, SIDECAR_PORT, "/mode").await;
                 if let Some(lacks) = answer.map_or_else(Some, |modes| self.lacks(&modes)) {
-                    why = lacks;
+                    if why.is_empty() {
+                        why = lacks;
+                    }
                     waiting.push(format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()));
                 }
             }
@@ -213,13 +225,10 @@ impl Step {
                     "{} yet to {}, {} among them ({why}): restart or delete these pods, or give more --patience",
                     have(waiting.len()),
                     self.does,
-                    waiting[0]
+                    waiting[..waiting.len().min(NAMED)].join(", ")
                 ));
             }
-            tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
-                () = stop.cancelled() => return Err(anyhow!("interrupted while {} yet to {}", have(waiting.len()), self.does)),
-            }
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -342,7 +351,7 @@ mod tests {
         let stop = CancellationToken::new();
         stop.cancel();
         let why = way.go(&interrupted.client, &stop).await.unwrap_err().to_string();
-        assert!(why.starts_with("interrupted while 1 sidecar has yet to accept plaintext"), "{why}");
+        assert!(why.starts_with("interrupted before all sidecars accept plaintext"), "{why}");
         assert_eq!(*interrupted.written.lock().unwrap(), [json!("inbound"), Value::Null]);
         // Of an earlier run that was killed: nobody knows what it was before.
         let left = world(Some("inbound"), "strict\n", new);
