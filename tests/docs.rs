@@ -26,7 +26,7 @@ enum Story {
     Backup,
 }
 
-const RUNNERS: [(&str, &str, Runner); 9] = [
+const RUNNERS: [(&str, &str, Runner); 10] = [
     (
         "README.md",
         "cargo run -- up --verify",

@@ -36,10 +36,11 @@ class Faults(unittest.TestCase):
         mesh.reached(ns, pod_of(ns, "client"), "http://fresh:8080/")
 
     def cluster_follows(self, client):
-        """Waits until DNS and every kube-proxy have a new namespace's Service. After an outage each of their watches
-        comes back in its own time, of up to a minute. What runs next must not have to wait for that, so they begin
-        anew."""
-        cluster.NODES[0].restart("coredns")
+        """Waits until DNS and every kube-proxy have a new namespace's Service. After an outage each watch of
+        Kubernetes' own programs comes back in its own time, of up to a minute. What runs next must not have to wait for
+        that, so they begin anew."""
+        for program in ("coredns", "kube-controller-manager", "kube-scheduler"):
+            cluster.NODES[0].restart(program)
         for node in cluster.NODES:
             node.restart("kube-proxy")
         with mesh.namespace("since") as ns:
