@@ -158,7 +158,7 @@ class Check(unittest.TestCase):
                 [{"op": "replace", "path": f"/webhooks/{n}/clientConfig/caBundle", "value": wrong}
                  for n in range(len(hooks))]))
             self.failed("webhook's caBundle", f"0 of {len(hooks)} webhooks have the bundle of the ConfigMap")
-            self.failed("webhook", "gets no answer from the injectors", "x509")
+            self.failed("webhook", "gets no answer from the injectors", "x509", seconds=120)
             kubectl("-n", ns, "apply", "-f", "-", input=deployment("app", ["sleep", "infinity"]))
             told = self.caused("deployment/app", ns, "webhook's caBundle", "0 of")
             self.assertIn("none was made", told["step"]["pods"]["found"])
