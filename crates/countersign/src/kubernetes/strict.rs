@@ -20,6 +20,7 @@ use self::plan::Plan;
 use super::cluster::{client, is_meshed};
 use super::exceptions::{drops_others, exceptions, leave};
 use super::sidecars::ask_each;
+use super::transparency;
 use crate::operator::output::Output;
 use crate::operator::{block, when};
 use crate::settings::Mistake;
@@ -62,6 +63,10 @@ pub fn strict(args: &StrictArgs) -> Result<ExitCode> {
 
 async fn run(args: &StrictArgs) -> Result<ExitCode> {
     let client = client().await?;
+    let open = transparency::without_effect(&client, &args.mesh_namespace).await;
+    if let Some(why) = open.as_ref().filter(|_| !args.plan) {
+        return Err(Mistake(why.clone()).into());
+    }
     let plan = plan(&client, args.namespace.as_deref(), &args.mesh_namespace).await?;
     let moves = !args.plan && (plan.is_clear() || args.force);
     if moves {
@@ -69,7 +74,10 @@ async fn run(args: &StrictArgs) -> Result<ExitCode> {
     }
     args.output.print(&plan.table(), &plan.json(moves))?;
     say(&plan, args.plan, moves);
-    Ok(ExitCode::from(u8::from(!plan.is_clear() && !moves)))
+    if let Some(why) = &open {
+        eprintln!("{why}");
+    }
+    Ok(ExitCode::from(u8::from(open.is_some() || (!plan.is_clear() && !moves))))
 }
 
 /// What the table leaves open, in words.

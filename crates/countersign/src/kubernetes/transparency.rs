@@ -84,6 +84,19 @@ impl Way {
     }
 }
 
+/// Why strict has no effect now; `None` if it has, or if nobody may tell.
+pub async fn without_effect(client: &Client, namespace: &str) -> Option<String> {
+    let present = Present::read(client, namespace).await.ok()?;
+    match present.says() {
+        Transparency::No => None,
+        open => Some(format!(
+            "the mesh is being removed (`{KEY}: {open}` in ConfigMap {SETTINGS}), so that strict has no effect: every sidecar accepts \
+             plaintext. To go back: kubectl -n {namespace} patch configmap {SETTINGS} --type=json -p \
+             '[{{\"op\":\"remove\",\"path\":\"/data/{KEY}\"}}]'"
+        )),
+    }
+}
+
 /// What the mesh's ConfigMap says now.
 struct Present {
     value: Option<String>,
@@ -369,6 +382,9 @@ mod tests {
         go(&first, false).await.unwrap();
         assert_eq!(*first.written.lock().unwrap(), [json!("inbound"), json!("true")]);
         let again = world(Some("true"), "off\n", old);
+        let why = without_effect(&again.client, "mesh").await.unwrap();
+        assert!(why.contains("`transparent: true`") && why.contains(r#""path":"/data/transparent"}]'"#), "{why}");
+        assert_eq!(without_effect(&world(None, "off\n", old).client, "mesh").await, None);
         go(&again, false).await.unwrap();
         assert_eq!(*again.written.lock().unwrap(), [json!("true")]);
         let stuck = world(Some("inbound"), "permissive\n", new);
