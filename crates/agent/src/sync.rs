@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
-use countersign_api::convert::{bundle_from_wire, entry_from_wire, leave_out_unknown_keys};
+use countersign_api::convert::{bundle_without_unknown_keys, entry_from_wire};
 use countersign_api::push::push_client::PushClient;
 use countersign_api::push::{WatchRequest, WatchResponse};
 use countersign_api::spire::bundle::bundle_client::BundleClient;
@@ -306,14 +306,15 @@ fn read_entry(wire: types::Entry) -> Option<Entry> {
     .ok()
 }
 
-fn read_bundle(mut wire: types::Bundle) -> Option<TrustBundle> {
+fn read_bundle(wire: types::Bundle) -> Option<TrustBundle> {
     let td = wire.trust_domain.clone();
-    for error in leave_out_unknown_keys(&mut wire) {
+    let read = bundle_without_unknown_keys(wire);
+    let (bundle, left_out) = read.map_err(|error| tracing::warn!(trust_domain = td, %error, "the server sent a bundle that cannot be read; it is left out")).ok()?;
+    for error in left_out {
         // Each poll brings it again.
         tracing::debug!(trust_domain = td, %error, "the server sent a key that cannot be used; it is left out");
     }
-    let read = bundle_from_wire(wire);
-    read.map_err(|error| tracing::warn!(trust_domain = td, %error, "the server sent a bundle that cannot be read; it is left out")).ok()
+    Some(bundle)
 }
 
 #[cfg(test)]

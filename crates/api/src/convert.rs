@@ -153,43 +153,41 @@ pub fn jwt_authority_to_wire(a: &JwtAuthority) -> types::JwtKey {
     }
 }
 
-/// Takes the JWT keys out of a bundle that cannot be read, or that have another one's ID: a reader ignores kinds of keys that it does
-/// not know (SPIFFE Trust Domain and Bundle 4.2), and one bad key costs nobody the others. Why, for each.
-pub fn leave_out_unknown_keys(b: &mut types::Bundle) -> Vec<ParseError> {
-    let (mut left_out, mut ids) = (vec![], std::collections::HashSet::new());
-    b.jwt_authorities.retain(|key| {
-        let mut read = jwt_authority_from_wire(key.clone());
-        if read.is_ok() && !ids.insert(key.key_id.clone()) {
-            read = Err(field("jwt_authorities")(format!("two keys have the ID `{}`", shown(&key.key_id))));
-        }
-        let keeps = read.is_ok();
-        left_out.extend(read.err());
-        keeps
-    });
-    left_out
-}
-
 /// Parses a bundle. Fails if one of its authorities is neither a valid CA certificate nor a valid key, or two keys have one ID.
 pub fn bundle_from_wire(b: types::Bundle) -> Result<TrustBundle, ParseError> {
+    let (bundle, left_out) = bundle_without_unknown_keys(b)?;
+    left_out.into_iter().next().map_or(Ok(bundle), Err)
+}
+
+/// Parses a bundle and leaves out the JWT keys that cannot be read, or that have another one's ID; why, for each. A reader ignores kinds
+/// of keys that it does not know (SPIFFE Trust Domain and Bundle 4.2), and one bad key costs nobody the others.
+pub fn bundle_without_unknown_keys(b: types::Bundle) -> Result<(TrustBundle, Vec<ParseError>), ParseError> {
     let authorities = b.x509_authorities.into_iter().map(|c| {
         let mut authority = X509Authority::from_der(c.asn1).map_err(|e| field("x509_authorities")(e.to_string()))?;
         authority.tainted = c.tainted;
         Ok(authority)
     });
     let authorities = authorities.collect::<Result<_, ParseError>>()?;
-    let keys = b.jwt_authorities.into_iter().map(jwt_authority_from_wire);
-    let jwt_authorities = keys.collect::<Result<Vec<_>, ParseError>>()?;
+    let (mut jwt_authorities, mut left_out) = (Vec::<JwtAuthority>::new(), vec![]);
     let mut ids = std::collections::HashSet::new();
-    if let Some(twice) = jwt_authorities.iter().find(|a| !ids.insert(a.key_id())) {
-        return Err(field("jwt_authorities")(format!("two keys have the ID `{}`", shown(twice.key_id()))));
+    for key in b.jwt_authorities {
+        match jwt_authority_from_wire(key) {
+            Ok(authority) if ids.insert(authority.key_id().to_owned()) => jwt_authorities.push(authority),
+            Ok(twice) => {
+                let why = format!("two keys have the ID `{}`", shown(twice.key_id()));
+                left_out.push(field("jwt_authorities")(why));
+            }
+            Err(error) => left_out.push(error),
+        }
     }
-    Ok(TrustBundle {
+    let bundle = TrustBundle {
         trust_domain: parse_trust_domain(&b.trust_domain)?,
         authorities,
         jwt_authorities,
         sequence: b.sequence_number,
         refresh_hint: Duration::from_secs(b.refresh_hint.try_into().unwrap_or(0)),
-    })
+    };
+    Ok((bundle, left_out))
 }
 
 /// Encodes a bundle.
@@ -426,17 +424,15 @@ mod tests {
         let mut strange = wire.clone();
         strange.jwt_authorities[0].public_key = vec![1, 2, 3];
         assert!(bundle_from_wire(strange.clone()).is_err(), "what somebody sets has to be right");
-        assert_eq!(leave_out_unknown_keys(&mut strange).len(), 1);
-        assert_eq!(bundle_from_wire(strange).unwrap().jwt_authorities, [public_of(&bundle)]);
+        let (read, left_out) = bundle_without_unknown_keys(strange).unwrap();
+        assert_eq!(left_out.len(), 1);
+        assert_eq!(read.jwt_authorities, [bundle.jwt_authorities[1].clone()]);
         let mut twice = wire;
         twice.jwt_authorities[1].key_id = "a".into();
         assert!(bundle_from_wire(twice.clone()).unwrap_err().to_string().contains("two keys have the ID `a`"));
-        assert_eq!(leave_out_unknown_keys(&mut twice).len(), 1);
-        assert_eq!(bundle_from_wire(twice).unwrap().jwt_authorities, [bundle.jwt_authorities[0].clone()]);
-    }
-
-    fn public_of(bundle: &TrustBundle) -> JwtAuthority {
-        bundle.jwt_authorities[1].clone()
+        let (read, left_out) = bundle_without_unknown_keys(twice).unwrap();
+        assert_eq!(left_out.len(), 1);
+        assert_eq!(read.jwt_authorities, [bundle.jwt_authorities[0].clone()]);
     }
 
     #[test]

@@ -21,6 +21,9 @@ pub const MAX_KEY_ID_BYTES: usize = 256;
 /// Longest public key, in bytes of DER: RSA with 8192 bits.
 const MAX_KEY_BYTES: usize = 1_200;
 
+/// rsaEncryption with NULL, in DER (RFC 3279, 2.3.1).
+const RSA_ENCRYPTION: &[u8] = &[0x30, 13, 6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 1, 5, 0];
+
 /// Why a key cannot be a JWT authority.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum JwtAuthorityError {
@@ -181,9 +184,8 @@ impl PublicKey {
             Self::Ec { curve, point } => [curve.header(), point].concat(),
             Self::Rsa { n, e } => {
                 let numbers = sequence(&[integer(n), integer(e)].concat());
-                // rsaEncryption with NULL (RFC 3279, 2.3.1), then a bit string without unused bits.
-                let algorithm = [&[0x30, 13, 6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 1, 5, 0][..]].concat();
-                sequence(&[algorithm, element(3, &[&[0], &numbers[..]].concat())].concat())
+                // Then a bit string without unused bits.
+                sequence(&[RSA_ENCRYPTION, &element(3, &[&[0], &numbers[..]].concat())].concat())
             }
         }
     }

@@ -130,6 +130,8 @@ const NO_CLUSTER: &str = "there is no cluster to ask: set KUBECONFIG";
 async fn plan(args: &InstallArgs) -> Result<Plan> {
     check_namespace(&args.namespace)?;
     let given = args.values.given()?;
+    // Who names the mode now means it.
+    let names_mode = given.leaves().contains_key("mesh.mode");
     let client = if args.ignore_cluster { None } else { cluster().await? };
     let cluster = match client {
         None => None,
@@ -154,9 +156,8 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
     };
     let whole = given.whole("the settings of the existing installation and those given now")?;
     let (mut given, mut opened) = (given, None);
-    // Who names the mode now means it.
     if let Some((client, _)) = &cluster
-        && !args.values.given()?.leaves().contains_key("mesh.mode")
+        && !names_mode
     {
         let maps = Api::<ConfigMap>::namespaced(client.clone(), &args.namespace);
         let stricter = stricter(memory::get(&maps, "countersign-mesh").await?.as_ref(), &whole);

@@ -61,7 +61,7 @@ impl Way {
         let mut now = before.says();
         if now != Transparency::Full && !self.at_once {
             knows_steps(client, namespace).await?;
-            before.change(client, namespace, Some(INBOUND.setting)).await?;
+            before.change(client, namespace, Some(&INBOUND.setting.to_string())).await?;
             if let Err(why) = INBOUND.wait(client, self.patience, stop).await {
                 return Err(anyhow!("{why:#}; {}", before.restore(client, namespace).await));
             }
@@ -74,7 +74,7 @@ impl Way {
                 present.says()
             ));
         }
-        present.change(client, namespace, Some(FULL.setting)).await?;
+        present.change(client, namespace, Some(&FULL.setting.to_string())).await?;
         FULL.wait(client, self.patience, stop).await.map_err(|why| {
             anyhow!(
                 "{why:#}; nothing was removed, and the mesh stays transparent as far as it is: run it again, or remove `{KEY}` from \
@@ -119,12 +119,8 @@ impl Present {
         self.value.as_deref().and_then(|text| text.trim().parse().ok()).unwrap_or_default()
     }
 
-    /// Writes another value, unless the ConfigMap has changed since.
-    async fn change(&self, client: &Client, namespace: &str, to: Option<Transparency>) -> Result<()> {
-        self.write(client, namespace, to.map(|to| to.to_string())).await
-    }
-
-    async fn write(&self, client: &Client, namespace: &str, to: Option<String>) -> Result<()> {
+    /// Writes another value, unless the ConfigMap has changed since. `None` removes it.
+    async fn change(&self, client: &Client, namespace: &str, to: Option<&str>) -> Result<()> {
         let patch = json!({ "metadata": { "resourceVersion": self.version }, "data": { KEY: to } });
         let api = Api::<ConfigMap>::namespaced(client.clone(), namespace);
         match api.patch(SETTINGS, &PatchParams::default(), &Patch::Merge(patch)).await {
@@ -150,7 +146,7 @@ impl Present {
             if now.says() != INBOUND.setting {
                 return Ok(false);
             }
-            now.write(client, namespace, self.value.clone()).await?;
+            now.change(client, namespace, self.value.as_deref()).await?;
             anyhow::Ok(true)
         };
         match back.await {

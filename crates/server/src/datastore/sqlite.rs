@@ -7,9 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_api::convert::{
-    bundle_from_wire, bundle_to_wire, entry_from_wire, entry_to_wire, leave_out_unknown_keys,
-};
+use countersign_api::convert::{bundle_to_wire, bundle_without_unknown_keys, entry_from_wire, entry_to_wire};
 use countersign_api::spire::types;
 use countersign_identity::trust_domain::parse_workload_id;
 use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle, TrustDomain};
@@ -269,11 +267,12 @@ impl DataStore for Sqlite {
     async fn bundles(&self) -> Result<Vec<Versioned<TrustBundle>>, DataStoreError> {
         let rows = sqlx::query("SELECT trust_domain, body, version FROM bundles").fetch_all(&self.0).await?;
         let read = |body: &[u8]| {
-            let mut wire = types::Bundle::decode(body).map_err(|e| e.to_string())?;
-            for error in leave_out_unknown_keys(&mut wire) {
-                tracing::warn!(trust_domain = wire.trust_domain, %error, "a stored key cannot be used; it is left out");
+            let wire = types::Bundle::decode(body).map_err(|e| e.to_string())?;
+            let (bundle, left_out) = bundle_without_unknown_keys(wire).map_err(|e| e.to_string())?;
+            for error in left_out {
+                tracing::warn!(trust_domain = %bundle.trust_domain, %error, "a stored key cannot be used; it is left out");
             }
-            bundle_from_wire(wire).map_err(|e| e.to_string())
+            Ok::<_, String>(bundle)
         };
         let read = |r: &SqliteRow| {
             let bundle = read(r.get("body")).map_err(|e| bad_row("bundle", r.get("trust_domain"), e))?;
