@@ -27,7 +27,7 @@ pub fn shown_up_to(text: &str, limit: usize) -> Shown<'_> {
 }
 
 /// A whole sentence from another program, such as a peer's reason for a refusal: [`shown_up_to`], but its backticks and
-/// backslashes are kept.
+/// backslashes are kept, and the mark where an earlier hand has cut it.
 pub fn sentence(text: &str, limit: usize) -> Shown<'_> {
     Shown { text, limit, quoted: false }
 }
@@ -41,6 +41,8 @@ impl fmt::Display for Shown<'_> {
             match c {
                 '`' if self.quoted => f.write_str("\\u{60}")?,
                 ' ' => f.write_char(c)?,
+                // What we cut ourselves passes through here again, such as an error within an error within a table.
+                '…' if !self.quoted => f.write_char(c)?,
                 _ if !(c == '\\' && self.quoted) && (c.is_alphanumeric() || c.is_ascii_punctuation()) => {
                     f.write_char(c)?;
                 }
@@ -78,5 +80,12 @@ mod tests {
         let reason = r"`spiffe://a/b` is not allowed: \n";
         assert_eq!(sentence(reason, 100).to_string(), reason, "escaped once is enough");
         assert_eq!(sentence("a\nb\u{1b}", 100).to_string(), r"a\nb\u{1b}");
+    }
+
+    #[test]
+    fn the_mark_of_a_cut_survives_the_next_one() {
+        let once = sentence("abc\u{1b}", 2).to_string();
+        assert_eq!(sentence(&once, 100).to_string(), "ab… (2 bytes more)");
+        assert_eq!(shown("ab…").to_string(), r"ab\u{2026}", "between backticks there is one way to read it");
     }
 }

@@ -108,6 +108,13 @@ mod tests {
     }
 
     #[test]
+    fn a_cell_that_was_cut_shows_where() {
+        let mut t = Table::new(&["found"]);
+        t.row(vec!["the API server sa…".into()]);
+        assert_eq!(t.render(), "FOUND\nthe API server sa…\n");
+    }
+
+    #[test]
     fn json_means_the_same_and_moves_no_cursor_either() {
         let value = serde_json::json!({ "peer": "\u{1b}[2J\u{9b}31m\u{7f}\u{202e}\n\\ Zürich", "n": [1] });
         let text = json_text(&value);
