@@ -264,7 +264,11 @@ fn foreign_bundles_are_set_and_shown() {
     let path = foreign.bundle().display().to_string();
     run(&mut server.operator(&["bundle", "set", "--trust-domain", "other.local", "--path", &path]));
     let shown = run(&mut server.operator(&["bundle", "show", "--trust-domain", "other.local"]));
-    assert_eq!(shown, std::fs::read_to_string(path).unwrap());
+    assert_eq!(shown, std::fs::read_to_string(&path).unwrap());
+    let mut piped = server.operator(&["bundle", "set", "--trust-domain", "third.local", "--path", "-"]);
+    let piped = piped.stdin(std::fs::File::open(&path).unwrap()).output().unwrap();
+    crate::support::success("bundle set by standard input", &piped);
+    assert_eq!(run(&mut server.operator(&["bundle", "show", "--trust-domain", "third.local"])), shown);
     assert_ne!(run(&mut server.operator(&["bundle", "show"])), shown);
 
     // Its own is not set: what is to be done instead is a command.

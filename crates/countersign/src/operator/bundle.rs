@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use super::ok;
 use super::output::Output;
 use crate::clients::{Asking, ServerArg, client, refused};
-use crate::settings::{Mistake, read_file};
+use crate::settings::{Mistake, read_file, read_stdin};
 
 /// Show trust bundles, and set those of foreign trust domains.
 #[derive(Subcommand)]
@@ -41,7 +41,7 @@ pub enum BundleCommand {
         /// Name of the foreign trust domain.
         #[arg(long)]
         trust_domain: String,
-        /// File with the authorities of that trust domain.
+        /// File with the authorities of that trust domain; `-` reads standard input.
         #[arg(long, value_name = "FILE")]
         path: PathBuf,
         /// pem: X.509 authorities alone, so that the trust domain's JWT-SVIDs are refused. spiffe: a SPIFFE bundle (JSON Web Key set).
@@ -112,7 +112,8 @@ pub async fn run(command: BundleCommand) -> Result<()> {
         BundleCommand::Set { server, trust_domain, path, form } => {
             let td = parse_trust_domain(&trust_domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?;
             let wrong = |why: String| Mistake::flag("--path", &format!("{}: {why}", path.display()));
-            let text = read_file(&path).map_err(|e| Mistake::flag("--path", &e.0))?;
+            let text = if path.as_os_str() == "-" { read_stdin() } else { read_file(&path) };
+            let text = text.map_err(|e| Mistake::flag("--path", &e.0))?;
             let bundle = match form {
                 Form::Pem if text.trim_ascii_start().starts_with(b"{") => {
                     return Err(wrong("it is JSON, not PEM: a SPIFFE bundle needs --format spiffe".into()).into());

@@ -7,7 +7,7 @@ mod values;
 pub mod words;
 pub mod yaml;
 
-pub use file::{load, load_tree, read_file};
+pub use file::{load, load_tree, read_file, read_stdin};
 pub use live::{Live, MeshSettings, live};
 pub use values::{Ttl, parse_mode};
 
