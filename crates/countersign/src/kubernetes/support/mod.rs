@@ -49,7 +49,8 @@ pub struct SupportArgs {
     /// Namespace of the installation.
     #[arg(long, short, value_name = "NAMESPACE", default_value = "countersign")]
     namespace: String,
-    /// A meshed pod to look at closely, NAMESPACE/NAME: the logs of its sidecar, its events, and `explain`. May be repeated.
+    /// A meshed pod to look at closely, NAMESPACE/NAME: the logs of its sidecar, its events, and `explain`. May be repeated. Exit
+    /// code 1 if it cannot be read; the archive is written all the same.
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pod: Vec<String>,
     /// File to write, a compressed tar file. It must not exist [default: countersign-support-TIME.tar.gz].
@@ -59,9 +60,9 @@ pub struct SupportArgs {
     output: Output,
 }
 
-/// Writes the archive and prints what became of it.
+/// Writes the archive and prints what became of it; exit code 1 if a pod that was named is not in it.
 pub fn support(args: &SupportArgs) -> Result<ExitCode> {
-    let Written { path, bytes, parts, left_out } = block(collect(args))?;
+    let (Written { path, bytes, parts, left_out }, missing) = block(collect(args))?;
     let mut table = Table::facts([
         ("archive".to_owned(), format!("{}, {bytes} bytes, {parts} parts", path.display())),
         ("readable by".to_owned(), "you alone; look through it before you send it".to_owned()),
@@ -69,10 +70,18 @@ pub fn support(args: &SupportArgs) -> Result<ExitCode> {
     left_out.iter().for_each(|what| table.row(vec!["left out".into(), what.clone()]));
     let json = json!({ "archive": path, "bytes": bytes, "parts": parts, "leftOut": left_out });
     args.output.print(&table, &json)?;
-    Ok(ExitCode::SUCCESS)
+    // The archive is there all the same: what was asked for and is gone may be what is wrong.
+    missing.iter().for_each(|why| eprintln!("{}", lacks(why)));
+    Ok(ExitCode::from(u8::from(!missing.is_empty())))
 }
 
-async fn collect(args: &SupportArgs) -> Result<Written> {
+/// What is said of a pod that was asked for and is not in the archive.
+fn lacks(why: &str) -> String {
+    format!("countersign: the archive is written without a pod that you named: {why}; see kubectl get pods -A, and run it again")
+}
+
+/// The archive, and why pods that were asked for are not in it.
+async fn collect(args: &SupportArgs) -> Result<(Written, Vec<String>)> {
     let named = args.pod.iter().map(|pod| pair(pod)).collect::<Result<Vec<_>, _>>()?;
     // A page that answers 503 says what is missing, which is what is asked for.
     let client = client_without_retries().await?;
@@ -86,13 +95,15 @@ async fn collect(args: &SupportArgs) -> Result<Written> {
     let archive = Archive::create(&path, now);
     let archive =
         archive.map_err(|e| Mistake(format!("cannot make {}: {e}; name another file with --out", path.display())))?;
-    let mut collector = Collector { client, namespace: args.namespace.clone(), archive };
+    let mut collector = Collector { client, namespace: args.namespace.clone(), archive, missing: vec![] };
     NEVER.iter().for_each(|what| collector.archive.leave_out((*what).to_owned()));
     let versions = json!({ "command": env!("CARGO_PKG_VERSION"), "apiServer": version });
     collector.archive.json(&["versions.json"], versions)?;
     let collected = Box::pin(collector.everything(&named)).await;
     collected.with_context(|| format!("cannot write {}", path.display()))?;
-    collector.archive.finish().with_context(|| format!("cannot write {}", path.display()))
+    let Collector { archive, missing, .. } = collector;
+    let written = archive.finish().with_context(|| format!("cannot write {}", path.display()))?;
+    Ok((written, missing))
 }
 
 fn default_name(now: OffsetDateTime) -> String {
@@ -116,6 +127,8 @@ struct Collector {
     client: Client,
     namespace: String,
     archive: Archive,
+    /// Pods that were asked for and could not be read, and why.
+    missing: Vec<String>,
 }
 
 impl Collector {
@@ -254,7 +267,9 @@ impl Collector {
         let pod = match in_time(api.get(name)).await {
             Ok(pod) => pod,
             Err(why) => {
-                self.archive.leave_out(format!("pod {namespace}/{name}: {why}"));
+                let why = format!("pod {namespace}/{name}: {why}");
+                self.archive.leave_out(why.clone());
+                self.missing.push(why);
                 return Ok(());
             }
         };
@@ -289,6 +304,7 @@ fn restarts(pod: &Pod, container: &str) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubernetes::check::fake_api::{client, refused};
 
     #[test]
     fn a_pod_is_named_with_its_namespace() {
@@ -296,6 +312,17 @@ mod tests {
         for wrong in ["web-0", "/web-0", "shop/", "a/b/c", ""] {
             assert_eq!(pair(wrong).unwrap_err().to_string(), format!("--pod: `{wrong}` is not NAMESPACE/NAME"));
         }
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_was_named_and_is_not_there_is_no_success() {
+        let folder = tempfile::tempdir().unwrap();
+        let archive = Archive::create(&folder.path().join("a.tar.gz"), OffsetDateTime::UNIX_EPOCH).unwrap();
+        let client = client(|_| refused(404, "pods \"none\" not found"));
+        let mut collector = Collector { client, namespace: "mesh".into(), archive, missing: vec![] };
+        collector.closely("shop", "none").await.unwrap();
+        assert_eq!(collector.missing, ["pod shop/none: pods \"none\" not found"]);
+        assert!(lacks(&collector.missing[0]).contains("shop/none"));
     }
 
     #[test]
