@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::chart;
 use crate::settings::Mistake;
+use crate::settings::words::did_you_mean;
 
 const NO_INTEGER: &str = "is no whole number";
 
@@ -95,7 +96,8 @@ fn in_words(error: &ValidationError<'_>) -> Mistake {
         }
         ValidationErrorKind::Enum { options } => {
             let listed: Vec<&str> = options.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-            wrong(&format!("is not one of {}", listed.join(", ")))
+            let meant = did_you_mean(&shown, listed.iter().copied());
+            wrong(&format!("is not one of {}{meant}", listed.join(", ")))
         }
         ValidationErrorKind::Type { kind } => wrong(match kind {
             TypeKind::Single(JsonType::String) => "is no text",

@@ -56,13 +56,15 @@ pub struct UninstallArgs {
     patience: u64,
 }
 
+/// What is said to who has not confirmed it.
+const UNCONFIRMED: &str = "traffic between the pods will no longer be encrypted nor authenticated, and nothing was changed. First \
+                           `uninstall --yes --prepare`, which stops the injection and tells which pods to restart; then, once they \
+                           are, `uninstall --yes`, which removes the rest. --yes alone does both, and waits for the restarts meanwhile";
+
 /// Removes the installation.
 pub async fn uninstall(args: UninstallArgs) -> Result<()> {
     if !args.yes {
-        return Err(Mistake(
-            "traffic between the pods will no longer be encrypted nor authenticated; run it again with --yes".into(),
-        )
-        .into());
+        return Err(Mistake(UNCONFIRMED.into()).into());
     }
     let client = client().await?;
     let patience = Duration::from_secs(args.patience);

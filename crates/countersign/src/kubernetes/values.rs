@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::chart;
-use super::given::Given;
+use super::given::{Given, leaves};
 use super::schema::{self, Schema};
+use crate::settings::words::{nearest, shown};
 use crate::settings::{Mistake, load};
 
 /// Settings from a file and from the command line.
@@ -78,7 +79,13 @@ pub fn host_path(values: &Value) -> Option<String> {
 /// Merges as Helm does: objects key by key, everything else as a whole. A free-form object, such as a nodeSelector, takes
 /// any key, and null removes one from it. `whose` is the file or flag that gives the settings.
 pub fn merge(into: &mut Value, given: Value, schema: Schema<'_>, at: &str, whose: &str) -> Result<(), Mistake> {
-    let unknown = |at: &str| Err(Mistake(format!("{whose}: `{at}` is no setting; --show-values lists them")));
+    let unknown = |at: &str| {
+        let meant = meant_by(at).map(|setting| format!("; did you mean `{setting}`?")).unwrap_or_default();
+        Err(Mistake(format!(
+            "{whose}: `{}` is no setting{meant}; `countersign install --show-values` lists them",
+            shown(at)
+        )))
+    };
     let (known, given) = match (into, given) {
         (Value::Object(known), Value::Object(given)) => (known, given),
         (Value::Object(_), _) if !schema.is_free() => return unknown(at),
@@ -97,6 +104,34 @@ pub fn merge(into: &mut Value, given: Value, schema: Schema<'_>, at: &str, whose
         }
     }
     Ok(())
+}
+
+/// The setting that was probably meant by one that there is not: a name of its own in the wrong place, or nearly one.
+fn meant_by(unknown: &str) -> Option<String> {
+    let all: Vec<String> = leaves(&defaults().ok()?).into_keys().collect();
+    // Groups too: whoever misspells one of them has named nothing below it.
+    let mut known: Vec<&str> =
+        all.iter().flat_map(|path| path.match_indices('.').map(|(end, _)| &path[..end])).collect();
+    known.extend(all.iter().map(String::as_str));
+    known.sort_unstable();
+    known.dedup();
+    if known.contains(&unknown) {
+        // A group that was given a value.
+        return None;
+    }
+    let (group, name) = unknown.rsplit_once('.').unwrap_or(("", unknown));
+    // A name without its group, which only one setting has.
+    let mut same = known.iter().filter(|path| last(path).eq_ignore_ascii_case(name));
+    if let (Some(only), None) = (same.next(), same.next()) {
+        return Some((*only).to_owned());
+    }
+    let beside = known.iter().filter(|path| path.rsplit_once('.').map_or("", |(group, _)| group) == group);
+    let near = nearest(name, beside.map(|path| last(path)))?;
+    Some(schema::joined(group, near))
+}
+
+fn last(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
 }
 
 /// One setting by its path, as a tree. A dot that is part of a name is written `\.`, as for Helm.
@@ -218,6 +253,27 @@ mod tests {
             let why = read(&[set]).unwrap_err();
             assert!(why.starts_with(said), "{why}");
         }
+    }
+
+    #[test]
+    fn a_setting_that_there_is_not_is_said_with_the_one_that_was_meant() {
+        let meant = |set: &str| read(&[set]).unwrap_err();
+        for (set, setting) in [
+            ("mesh.made=strict", "mesh.mode"),
+            ("svidTTL=30m", "server.svidTTL"),
+            ("server.svidTtl=30m", "server.svidTTL"),
+            ("server.presistence.size=2Gi", "server.persistence"),
+            ("agent.csi.enable=false", "agent.csi.enabled"),
+            ("trustdomain=a", "trustDomain"),
+        ] {
+            let why = meant(set);
+            assert!(
+                why.contains(&format!("; did you mean `{setting}`?; `countersign install --show-values`")),
+                "{why}"
+            );
+        }
+        assert!(!meant("colour=red").contains("did you mean"));
+        assert!(meant("mesh.mode=stict").ends_with("is not one of off, permissive, strict; did you mean `strict`?"));
     }
 
     #[test]
