@@ -35,7 +35,8 @@ const SHOWN: usize = 5;
 /// Kubernetes: explain how a pod came into the mesh, or why it is not in it.
 ///
 /// Step by step: the pod, injection, entry, agent, sidecar, attestation, SVID, mode, handshakes; then what the sidecar refused, its
-/// plaintext peers, and the last warnings among the pod's events. Of a workload whose pods are not made: its conditions and events.
+/// plaintext peers, and the last warnings among the pod's events. Of what makes pods: its conditions, whether its pods are ready and
+/// in the mesh, and its events.
 /// Where a step is missing, what `check` finds wrong with the mesh is added. Exit code 1 when a step is missing.
 #[derive(Debug, clap::Args)]
 pub struct ExplainArgs {
@@ -182,7 +183,7 @@ async fn of_pod(client: &Client, name: &str, namespace: &str, mesh: &str) -> Res
         sidecar = asked.ok();
     }
     let (warnings, notes) = match events::about(client, namespace, About { kind: Kind::Pod, name }).await {
-        Ok(warnings) => (warnings, vec![]),
+        Ok(warned) => (events::warnings(&warned), vec![]),
         Err(why) => (vec![], vec![format!("events were not read: {why}")]),
     };
     let node = node_of(&pod).map(ToOwned::to_owned);

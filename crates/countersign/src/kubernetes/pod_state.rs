@@ -27,6 +27,13 @@ pub fn state(pod: &Pod) -> Result<String, String> {
     if ready && pod.metadata.deletion_timestamp.is_none() || phase == "Succeeded" { Ok(said) } else { Err(said) }
 }
 
+/// Why the scheduler has found no node, in its words; `None` if it has said nothing.
+pub fn unscheduled(pod: &Pod) -> Option<String> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    let says = conditions.iter().find(|c| c.type_ == "PodScheduled" && c.status == "False")?;
+    Some(reasoned(says.reason.as_deref().unwrap_or("no reason"), says.message.as_deref()))
+}
+
 /// How one container is; `None` if it is not known yet.
 pub fn container(pod: &Pod, name: &str) -> Option<String> {
     let status = pod.status.as_ref()?;

@@ -1,4 +1,4 @@
-//! The last warnings among an object's events: each once, escaped, at most a few.
+//! The last warnings among the events of some objects: those that say the same once, escaped, at most a few.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -50,10 +50,10 @@ pub struct About<'a> {
     pub name: &'a str,
 }
 
-/// The last warnings about an object, the latest first. Error: why they could not be read, in words.
-pub async fn about(client: &Client, namespace: &str, about: About<'_>) -> Result<Vec<Warning>, String> {
+/// The events that warn of an object. Error: why they could not be read, in words.
+pub async fn about(client: &Client, namespace: &str, about: About<'_>) -> Result<Vec<Event>, String> {
     let object = format!(",involvedObject.kind={},involvedObject.name={}", about.kind.name(), about.name);
-    Ok(warnings(&read(client, namespace, &object).await?))
+    read(client, namespace, &object).await
 }
 
 /// The events about controllers that could not make pods, in a whole namespace.
@@ -70,25 +70,55 @@ async fn read(client: &Client, namespace: &str, more: &str) -> Result<Vec<Event>
     }
 }
 
-/// Each warning of some events once.
+/// The last warnings of some events, the latest first. Those that differ in counts, addresses and names that Kubernetes makes up say
+/// the same: the latest stands for all.
 pub fn warnings(events: &[Event]) -> Vec<Warning> {
-    let mut all = BTreeMap::<(String, String, String), (i64, i64)>::new();
+    let mut all = BTreeMap::<(String, String, String), Warning>::new();
     for event in events {
         let text = |text: Option<&str>, most| sentence(text.unwrap_or_default().trim(), most).to_string();
         let about = &event.involved_object;
         let object = format!("{} {}", text(about.kind.as_deref(), 64), text(about.name.as_deref(), 253));
-        let key = (object, text(event.reason.as_deref(), 128), text(event.message.as_deref(), MAX_MESSAGE));
+        let (reason, message) = (text(event.reason.as_deref(), 128), text(event.message.as_deref(), MAX_MESSAGE));
         let series = event.series.as_ref();
-        let count = series.and_then(|s| s.count).or(event.count).unwrap_or(1);
-        let (known, last) = all.entry(key).or_default();
-        *known += i64::from(count.max(1));
-        *last = (*last).max(at(event));
+        let count = i64::from(series.and_then(|s| s.count).or(event.count).unwrap_or(1).max(1));
+        let key = (likeness(&object), reason.clone(), likeness(&message));
+        let new = Warning { object, reason, message, count, last: at(event) };
+        match all.get_mut(&key) {
+            None => drop(all.insert(key, new)),
+            Some(known) => {
+                let count = known.count + count;
+                if new.last >= known.last {
+                    *known = new;
+                }
+                known.count = count;
+            }
+        }
     }
-    let of = |((object, reason, message), (count, last))| Warning { object, reason, message, count, last };
-    let mut all: Vec<Warning> = all.into_iter().map(of).collect();
+    let mut all: Vec<Warning> = all.into_values().collect();
     all.sort_by_key(|warning| std::cmp::Reverse(warning.last));
     all.truncate(MAX_SHOWN);
     all
+}
+
+/// Letters and digits of the names that Kubernetes makes up (`rand.SafeEncodeString`).
+const MADE_UP: &str = "bcdfghjklmnpqrstvwxz2456789";
+
+/// A text without what differs each time: words with digits, and the five random letters at the end of a pod's name.
+fn likeness(text: &str) -> String {
+    let mut like = String::with_capacity(text.len());
+    let mut before = None;
+    for word in text.split_inclusive(|c: char| !c.is_alphanumeric()) {
+        let name = word.trim_end_matches(|c: char| !c.is_alphanumeric());
+        let is_made_up = before == Some('-') && name.len() == 5 && name.chars().all(|c| MADE_UP.contains(c));
+        if is_made_up || name.contains(|c: char| c.is_ascii_digit()) {
+            like.push('#');
+            like.push_str(&word[name.len()..]);
+        } else {
+            like.push_str(word);
+        }
+        before = word.chars().last();
+    }
+    like
 }
 
 /// When an event came last, seconds since 1970.
@@ -130,12 +160,40 @@ mod tests {
     }
 
     #[test]
+    fn what_differs_in_made_up_names_counts_and_addresses_is_told_once() {
+        let at = |second: u8| json!({ "count": 2, "lastTimestamp": format!("1970-01-01T00:00:{second:02}Z") });
+        let refused = |pod: &str| format!("Error creating: pods \"{pod}\" is forbidden: exceeded quota");
+        let events = [
+            event("web-5d8f", &refused("web-5d8f-x7k2p"), at(1)),
+            event("web-5d8f", &refused("web-5d8f-bcdfg"), at(3)),
+            event("web-7c44", &refused("web-7c44-zzzzz"), at(2)),
+            event("web-5d8f", "Get \"http://10.0.0.5:15020/live\": connection refused", at(4)),
+            event("web-5d8f", "Get \"http://10.0.1.77:15020/live\": connection refused", at(5)),
+            event("web-5d8f", "back-off 10s restarting", at(6)),
+            event("web-5d8f", "back-off 5m0s restarting", at(7)),
+        ];
+        let told: Vec<(String, i64)> = warnings(&events).into_iter().map(|w| (w.message, w.count)).collect();
+        let expected = [
+            ("back-off 5m0s restarting".to_owned(), 4),
+            ("Get \"http://10.0.1.77:15020/live\": connection refused".to_owned(), 4),
+            (refused("web-5d8f-bcdfg"), 6),
+        ];
+        assert_eq!(told, expected);
+        let other = [event("web", "exceeded quota", at(1)), event("api", "exceeded quota", at(1))];
+        assert_eq!(warnings(&other).len(), 2, "of two objects");
+    }
+
+    #[test]
     fn of_many_the_last_ones_are_told() {
         let many: Vec<Event> = (0..50)
-            .map(|n| event("web", &n.to_string(), json!({ "lastTimestamp": format!("1970-01-01T00:00:{n:02}Z") })))
+            .map(|n| {
+                // Letters alone, so that they are not alike.
+                let message = "x".repeat(n + 1);
+                event("web", &message, json!({ "lastTimestamp": format!("1970-01-01T00:00:{n:02}Z") }))
+            })
             .collect();
         let told = warnings(&many);
-        assert_eq!((told.len(), told[0].message.as_str(), told[4].message.as_str()), (MAX_SHOWN, "49", "45"));
+        assert_eq!((told.len(), told[0].message.len(), told[4].message.len()), (MAX_SHOWN, 50, 46));
         assert!(warnings(&[event("web", &"x".repeat(10_000), json!({}))])[0].message.len() < 500);
     }
 }

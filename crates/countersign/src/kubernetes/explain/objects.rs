@@ -70,9 +70,19 @@ fn not_injected(pod: &Pod, namespace: Option<&Namespace>) -> String {
 /// The pod's entry, by the `SpiffeID` object of its name.
 pub async fn registration(client: &Client, pod: &Pod, namespace: &str) -> Result<String, String> {
     let api: Api<SpiffeID> = Api::namespaced(client.clone(), namespace);
-    let object = api.get_opt(&pod.name_any()).await.map_err(|e| in_words(&e))?;
-    let object = object.ok_or("it has no SpiffeID object: is its namespace left out, and is the registrar running?")?;
-    registered(&object, pod)
+    match api.get_opt(&pod.name_any()).await.map_err(|e| in_words(&e))? {
+        Some(object) => registered(&object, pod),
+        None => Err(unregistered(pod)),
+    }
+}
+
+/// Why a pod has no entry. The entry names the pod's node, so that before there is one nobody is to blame but who would choose it.
+fn unregistered(pod: &Pod) -> String {
+    if node_of(pod).is_some() {
+        return "it has no SpiffeID object: is its namespace left out, and is the registrar running?".into();
+    }
+    let why = pod_state::unscheduled(pod).unwrap_or_else(|| "the scheduler has not said why".into());
+    format!("it is not scheduled, and is registered once it has a node: {why}")
 }
 
 fn registered(object: &SpiffeID, pod: &Pod) -> Result<String, String> {
@@ -111,7 +121,7 @@ fn lacking(selector: &SpiffeIdSelector, pod: &Pod) -> Vec<String> {
 
 /// The agent of a pod's node.
 pub async fn agent(client: &Client, pod: &Pod, mesh: &str) -> Result<String, String> {
-    let node = node_of(pod).ok_or("it is on no node yet")?;
+    let node = node_of(pod).ok_or("it is not scheduled, so that it has no node whose agent would serve it")?;
     let agents = pods(client, mesh, "app.kubernetes.io/component=agent").await?;
     match agents.iter().find(|a| node_of(a) == Some(node)) {
         Some(agent) if is_ready(agent) => Ok(format!("{} on node {node} is ready", agent.name_any())),
@@ -152,6 +162,20 @@ mod tests {
         assert!(of_key.contains("neither the pod nor its namespace is labelled"), "{of_key}");
         assert!(of_key.ends_with("did you mean `countersign.dev/inject`?"), "{of_key}");
         assert!(said(json!({}), json!({ INJECT: "disabled" })).contains("neither the pod nor"));
+    }
+
+    #[test]
+    fn of_a_pod_that_is_not_scheduled_the_scheduler_is_asked_and_not_the_registrar() {
+        let mut waiting = pod(json!({}));
+        assert!(unregistered(&waiting).contains("is the registrar running?"), "it has a node");
+        waiting.spec.as_mut().unwrap().node_name = None;
+        assert!(unregistered(&waiting).ends_with("the scheduler has not said why"));
+        let condition = json!({ "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                                "message": "0/2 nodes are available: 2 Insufficient memory." });
+        waiting.status = serde_json::from_value(json!({ "conditions": [condition] })).unwrap();
+        let said = "it is not scheduled, and is registered once it has a node: Unschedulable: 0/2 nodes are available: \
+                    2 Insufficient memory.";
+        assert_eq!(unregistered(&waiting), said);
     }
 
     fn object(selector: Value, status: Value) -> SpiffeID {

@@ -1,8 +1,9 @@
 //! What makes pods and cannot: a Deployment, a Job and so on, by its status, its pods and its events. A pod that the API server
 //! refuses is never there to be looked at.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use countersign_controller::injector::SIDECAR;
 use countersign_identity::shown::sentence;
 use countersign_watch::in_words;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
@@ -12,11 +13,13 @@ use kube::api::{Api, ApiResource, DynamicObject, ListParams};
 use kube::{Client, ResourceExt};
 use serde_json::Value;
 
-use super::events::{self, About, Warning};
+use super::events::{self, About};
+use super::objects::{self, Injection};
 use super::target::{Kind, Target};
 use super::{Explained, Step};
-use crate::kubernetes::cluster::is_ready;
+use crate::kubernetes::cluster::{is_ready, listed};
 use crate::kubernetes::pod_state;
+use crate::settings::words::count;
 
 /// Longest message of a condition that is repeated, in characters.
 const MAX_MESSAGE: usize = 400;
@@ -34,19 +37,28 @@ pub async fn explain(client: &Client, namespace: &str, target: &Target) -> anyho
     let found = found.ok_or_else(|| anyhow::anyhow!("there is no {} {namespace}/{name}", kind.word()))?;
     let (makers, mut notes) = makers(client, namespace, kind, &found).await;
     let mut steps = vec![Step { name: kind.word(), outcome: counted(kind, &found.data) }];
+    // As long as no pod says otherwise: what is missing may be what would have been meshed.
+    let mut is_wanted = true;
     match pods_of(client, namespace, &makers).await {
-        Ok(pods) => steps.push(Step { name: "pods", outcome: judged(&pods, wanted(kind, &found.data), namespace) }),
+        Ok(pods) => {
+            steps.push(Step { name: "pods", outcome: judged(&pods, wanted(kind, &found.data), namespace) });
+            let mut looked_at = vec![];
+            for pod in pods.iter().filter(|pod| !is_leftover(pod)) {
+                looked_at.push((pod.name_any(), objects::injection(client, pod, namespace).await));
+            }
+            is_wanted = looked_at.is_empty() || looked_at.iter().any(|(_, injection)| injection.is_wanted);
+            steps.extend(injected(&looked_at).map(|outcome| Step { name: "injection", outcome }));
+        }
         Err(why) => notes.push(format!("pods were not read: {why}")),
     }
-    let mut warnings = vec![];
+    let mut warned = vec![];
     for Maker { kind, name, .. } in &makers {
         match events::about(client, namespace, About { kind: *kind, name }).await {
-            Ok(more) => warnings.extend(more),
+            Ok(more) => warned.extend(more),
             Err(why) => notes.push(format!("events of {} {name} were not read: {why}", kind.word())),
         }
     }
-    warnings.sort_by_key(|warning: &Warning| std::cmp::Reverse(warning.last));
-    Ok(Explained { steps, warnings, notes, is_wanted: true, ..Explained::default() })
+    Ok(Explained { steps, warnings: events::warnings(&warned), notes, is_wanted, ..Explained::default() })
 }
 
 /// The controller that could not make a pod of this name; `None` if no event tells of one.
@@ -176,9 +188,25 @@ fn judged(pods: &[Pod], wanted: i64, namespace: &str) -> Result<String, String> 
     }
 }
 
+/// Whether the pods are in the mesh; `None` where there is none to look at.
+fn injected(pods: &[(String, Injection)]) -> Option<Result<String, String>> {
+    let without = pods.iter().filter_map(|(name, injection)| Some((name, injection.outcome.as_ref().err()?)));
+    let mut by_reason = BTreeMap::<&str, Vec<String>>::new();
+    for (name, why) in without {
+        by_reason.entry(why).or_default().push(name.clone());
+    }
+    if by_reason.is_empty() {
+        return (!pods.is_empty()).then(|| Ok(format!("{} with container {SIDECAR}", count(pods.len(), "pod"))));
+    }
+    let without: usize = by_reason.values().map(Vec::len).sum();
+    let told: Vec<String> = by_reason.iter().map(|(why, names)| format!("{}: {why}", listed(names))).collect();
+    Some(Err(format!("{without} of {} not in the mesh: {}", count(pods.len(), "pod"), told.join("; "))))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubernetes::check::fake_api::{Answer, Asked, client, list};
     use serde_json::json;
 
     fn failed(kind: &str, name: &str) -> Event {
@@ -221,6 +249,54 @@ mod tests {
         );
         assert!(counted(Kind::Job, &json!({ "status": { "active": 1, "ready": 1 } })).is_ok());
         assert!(counted(Kind::Job, &json!({ "status": { "active": 1 } })).is_err());
+    }
+
+    #[test]
+    fn pods_that_are_not_in_the_mesh_are_named_with_the_reason() {
+        let pod = |name: &str, outcome: Result<&str, &str>| {
+            let outcome = outcome.map(ToOwned::to_owned).map_err(ToOwned::to_owned);
+            (name.to_owned(), Injection { outcome, is_wanted: false })
+        };
+        assert!(injected(&[]).is_none(), "there is none to look at");
+        let meshed = injected(&[pod("a", Ok("it has container countersign-proxy"))]).unwrap();
+        assert_eq!(meshed.unwrap(), "1 pod with container countersign-proxy");
+        let label = "neither the pod nor its namespace is labelled countersign.dev/inject=enabled";
+        let some = [pod("a", Ok("")), pod("b", Err(label)), pod("c", Err(label)), pod("d", Err("older"))];
+        let why = injected(&some).unwrap().unwrap_err();
+        assert_eq!(why, format!("3 of 4 pods not in the mesh: b, c: {label}; d: older"));
+    }
+
+    #[tokio::test]
+    async fn a_deployment_that_is_well_and_not_in_the_mesh_is_not_green() {
+        let owned = |name: &str, by: &str| {
+            json!({ "name": name, "namespace": "shop", "uid": name,
+                    "ownerReferences": [{ "apiVersion": "apps/v1", "kind": "x", "name": by, "uid": by }] })
+        };
+        let client = client(move |asked: &Asked| match asked.path.as_str() {
+            path if path.ends_with("/deployments/web") => Answer::Now(
+                200,
+                json!({ "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "web", "uid": "web" },
+                        "spec": { "replicas": 1 }, "status": { "readyReplicas": 1 } }),
+            ),
+            path if path.ends_with("/replicasets") => {
+                list("ReplicaSetList", vec![json!({ "metadata": owned("web-1", "web"), "spec": { "selector": {} } })])
+            }
+            path if path.ends_with("/pods") => {
+                let status = json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": "True" }] });
+                let spec = json!({ "containers": [{ "name": "app" }] });
+                list("PodList", vec![json!({ "metadata": owned("web-1-x", "web-1"), "spec": spec, "status": status })])
+            }
+            path if path.ends_with("/events") => list("EventList", vec![]),
+            "/api/v1/namespaces/shop" => Answer::Now(200, json!({ "metadata": { "name": "shop" } })),
+            path => panic!("{path}"),
+        });
+        let target = Target { kind: Kind::Deployment, name: "web".into() };
+        let explained = explain(&client, "shop", &target).await.unwrap();
+        let told: Vec<_> = explained.steps.iter().map(|s| (s.name, s.outcome.is_ok())).collect();
+        assert_eq!(told, [("deployment", true), ("pods", true), ("injection", false)]);
+        assert!(!explained.is_wanted, "nobody asked for it, so that the mesh is not to blame");
+        let why = explained.steps[2].outcome.as_ref().unwrap_err();
+        assert!(why.starts_with("1 of 1 pod not in the mesh: web-1-x: neither the pod nor its namespace"), "{why}");
     }
 
     #[test]
