@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 
 use super::check::installed::Installed;
 use super::given::Given;
+use super::live_settings;
 use super::memory::{Seen, get};
 use super::values::defaults;
 
@@ -54,7 +55,7 @@ impl Existing {
         if seen.memory.is_some() {
             return Ok(Self { unremembered: None, elsewhere });
         }
-        let mesh = get(&Api::<ConfigMap>::namespaced(client.clone(), namespace), "countersign-mesh").await?;
+        let mesh = get(&Api::<ConfigMap>::namespaced(client.clone(), namespace), live_settings::NAME).await?;
         let installed = tokio::time::timeout(CALL, Installed::read(client, namespace)).await;
         let installed = installed.map_err(|_| anyhow!("the API server gave no answer within {} s", CALL.as_secs()))?;
         let installed = installed.map_err(|fault| {
@@ -75,7 +76,8 @@ impl Existing {
     }
 }
 
-async fn elsewhere(client: &Client, namespace: &str) -> Result<Option<Elsewhere>> {
+/// An installation in another namespace than this one. Error: it cannot be read.
+pub async fn elsewhere(client: &Client, namespace: &str) -> Result<Option<Elsewhere>> {
     let webhooks = Api::<MutatingWebhookConfiguration>::all(client.clone());
     let bindings = Api::<ClusterRoleBinding>::all(client.clone());
     let webhook = get(&webhooks, "countersign-injector").await?;
@@ -155,16 +157,9 @@ fn in_force(installed: &Installed, mesh: Option<&ConfigMap>) -> Result<Given> {
             set("/image/name", image.into());
         }
     }
-    let live = [
-        ("mode", "/mesh/mode"),
-        ("caTTL", "/server/caTTL"),
-        ("svidTTL", "/server/svidTTL"),
-        ("caKeyType", "/server/caKeyType"),
-        ("workloadKeyType", "/agent/workloadKeyType"),
-    ];
-    for (key, at) in live {
+    for (key, setting) in live_settings::KEYS {
         if let Some(value) = mesh.and_then(|mesh| mesh.data.as_ref()?.get(key)) {
-            set(at, value.as_str().into());
+            set(&live_settings::pointer(setting), value.as_str().into());
         }
     }
     let beyond = beyond(&values, &defaults).unwrap_or_else(|| Value::Object(Map::new()));

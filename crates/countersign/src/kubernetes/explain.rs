@@ -23,8 +23,8 @@ use self::events::{About, Warning};
 use self::target::{Kind, Target};
 use super::check::{self, Affected, Finding};
 use super::cluster::{client, is_meshed, node_of};
-use super::pod_state;
 use super::sidecars::ask;
+use super::{pod_state, transparency};
 use crate::one_line;
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
@@ -178,8 +178,8 @@ async fn of_pod(client: &Client, name: &str, namespace: &str, mesh: &str) -> Res
     ];
     let mut sidecar = None;
     if is_meshed(&pod) {
-        let asked = ask(client, &pod).await;
-        steps.extend(sidecar::told(&asked, OffsetDateTime::now_utc().unix_timestamp()));
+        let (asked, open) = futures::join!(ask(client, &pod), transparency::open(client, mesh));
+        steps.extend(sidecar::told(&asked, OffsetDateTime::now_utc().unix_timestamp(), open.as_deref()));
         sidecar = asked.ok();
     }
     let (warnings, notes) = match events::about(client, namespace, About { kind: Kind::Pod, name }).await {

@@ -13,9 +13,12 @@ use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
 use kube::api::{Api, ObjectMeta, PostParams};
 use kube::{Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use super::former::Revision;
+use super::former::{Revision, defaults_of};
 use super::given::Given;
+use super::live_settings;
+use super::values::defaults;
 use crate::settings::Mistake;
 
 /// Name of the ConfigMap.
@@ -49,6 +52,11 @@ impl Memory {
     /// Of an installation by this binary with these settings.
     pub fn new(given: Given) -> Self {
         Self { version: OURS.to_owned(), given, defaults: Revision::NOW }
+    }
+
+    /// All settings of that installation: what was named, over the defaults that it had.
+    pub fn values(&self) -> Result<Value, Mistake> {
+        Ok(self.given.unjudged(defaults_of(self.defaults, defaults()?)))
     }
 
     /// As an object of a namespace.
@@ -96,7 +104,7 @@ pub struct Seen {
 /// namespace holds a Helm release, the memory cannot be read, the API server does not answer.
 pub async fn look(client: &Client, namespace: &str, despite_damage: bool) -> Result<Seen> {
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-    if let Some(mesh) = get(&api, "countersign-mesh").await?
+    if let Some(mesh) = get(&api, live_settings::NAME).await?
         && let Some(release) = mesh.annotations().get(HELM)
     {
         return Err(Mistake(format!(

@@ -13,6 +13,7 @@ mod given;
 mod inject;
 mod install;
 mod limits;
+mod live_settings;
 mod memory;
 mod namespaces;
 mod pod_source;

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{NoPage, SIDECAR_PORT, ask, is_meshed, page, pods};
+use super::live_settings::{NAME as SETTINGS, TRANSPARENT as KEY, way_back};
 use crate::settings::Mistake;
 use crate::settings::words::count;
 
@@ -22,10 +23,6 @@ const LOOK: Duration = Duration::from_millis(500);
 const NAMED: usize = 3;
 /// Port of the pages of the controller beside the server.
 const CONTROLLER_PAGES: u16 = 9465;
-/// The mesh's ConfigMap, and its key.
-const SETTINGS: &str = "countersign-mesh";
-const KEY: &str = "transparent";
-
 /// One step on the way.
 struct Step {
     /// Value of `transparent` in the mesh's ConfigMap.
@@ -77,8 +74,8 @@ impl Way {
         present.change(client, namespace, Some(&FULL.setting.to_string())).await?;
         FULL.wait(client, self.patience, stop).await.map_err(|why| {
             anyhow!(
-                "{why:#}; nothing was removed, and the mesh stays transparent as far as it is: run it again, or remove `{KEY}` from \
-                 ConfigMap {SETTINGS} to go back"
+                "{why:#}; nothing was removed, and the mesh stays transparent as far as it is: run it again, or to go back: {}",
+                way_back(namespace)
             )
         })
     }
@@ -86,15 +83,26 @@ impl Way {
 
 /// Why strict has no effect now; `None` if it has, or if nobody may tell.
 pub async fn without_effect(client: &Client, namespace: &str) -> Option<String> {
+    let open = open(client, namespace).await?;
+    Some(format!("strict has no effect: {open}"))
+}
+
+/// Why sidecars are opener than their modes, and the command that takes it back; `None` if they are not, or if nobody may tell.
+pub async fn open(client: &Client, namespace: &str) -> Option<String> {
     let present = Present::read(client, namespace).await.ok()?;
-    match present.says() {
-        Transparency::No => None,
-        open => Some(format!(
-            "the mesh is being removed (`{KEY}: {open}` in ConfigMap {SETTINGS}), so that strict has no effect: every sidecar accepts \
-             plaintext. To go back: kubectl -n {namespace} patch configmap {SETTINGS} --type=json -p \
-             '[{{\"op\":\"remove\",\"path\":\"/data/{KEY}\"}}]'"
-        )),
-    }
+    told(present.says()).map(|open| format!("{open}. To go back: {}", way_back(namespace)))
+}
+
+/// What a mesh on its way out is, in words; `None` if it is on none.
+pub fn told(says: Transparency) -> Option<String> {
+    let does = match says {
+        Transparency::No => return None,
+        Transparency::Inbound => "every sidecar accepts plaintext, whatever its mode is",
+        Transparency::Full => "every sidecar accepts and sends plaintext, whatever its mode is: nothing is encrypted",
+    };
+    Some(format!(
+        "the mesh is transparent, because an uninstall was begun (`{KEY}: {says}` in ConfigMap {SETTINGS}): {does}"
+    ))
 }
 
 /// What the mesh's ConfigMap says now.
@@ -107,7 +115,10 @@ impl Present {
     async fn read(client: &Client, namespace: &str) -> Result<Self> {
         let found = Api::<ConfigMap>::namespaced(client.clone(), namespace).get_opt(SETTINGS).await;
         let Some(map) = found.context("cannot read the mesh's settings")? else {
-            let why = format!("there is no installation in namespace `{namespace}` (no ConfigMap {SETTINGS})");
+            let why = format!(
+                "there is no ConfigMap {SETTINGS} in namespace `{namespace}`, by which sidecars are told: apply the manifests of \
+                 `countersign install` first"
+            );
             return Err(Mistake(why).into());
         };
         let value = map.data.as_ref().and_then(|data| data.get(KEY)).cloned();
@@ -135,8 +146,8 @@ impl Present {
     /// Writes this value again, if the first step's still stands; what became of it, in words.
     async fn restore(&self, client: &Client, namespace: &str) -> String {
         let open = format!(
-            "nothing was removed, and every sidecar is still told to accept plaintext: remove `{KEY}` from ConfigMap {SETTINGS} to go \
-             back"
+            "nothing was removed, and every sidecar is still told to accept plaintext. To go back: {}",
+            way_back(namespace)
         );
         if self.says() == INBOUND.setting {
             return open;

@@ -1,6 +1,7 @@
 //! Whether the parts of an installation are there and ready.
 
-use countersign_controller::store::Transparency;
+use std::collections::BTreeMap;
+
 use countersign_watch::in_words;
 use k8s_openapi::api::admissionregistration::v1::{MutatingWebhook, MutatingWebhookConfiguration};
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
@@ -14,7 +15,7 @@ use serde_json::json;
 use super::finding::{Fault, Outcome};
 use super::requirements::may_create;
 use crate::kubernetes::cluster::{is_meshed, pods};
-use crate::kubernetes::pod_state;
+use crate::kubernetes::{live_settings, memory, pod_state, transparency};
 use crate::settings::MeshSettings;
 
 pub(super) async fn resource(client: &Client) -> Outcome {
@@ -33,26 +34,39 @@ pub(super) async fn resource(client: &Client) -> Outcome {
 /// Checks the current settings of the mesh. Every role rejects an invalid value.
 pub(super) async fn settings(client: &Client, namespace: &str) -> Outcome {
     let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-    let Some(map) = api.get_opt("countersign-mesh").await.map_err(Fault::absent)? else {
+    let Some(map) = api.get_opt(live_settings::NAME).await.map_err(Fault::absent)? else {
         return Err(Fault::new(
             "there is no ConfigMap countersign-mesh, so the mesh is strict; server and agents that start now use default lifetimes",
             "apply the manifests of `countersign install` with your settings, and see that the mode is the one that you had",
         ));
     };
+    let well = valid(&map, namespace)?;
+    // An installation by Helm has its own memory, and who may not read ours learns less.
+    let memory = memory::look(client, namespace, true).await.ok().and_then(|seen| seen.memory);
+    let by_hand = memory.and_then(|memory| Some(live_settings::by_hand(&map, &memory.values().ok()?)));
+    match by_hand.unwrap_or_default().as_slice() {
+        [] => Ok(well),
+        some => Ok(format!("{well}; ConfigMap countersign-mesh was {}", live_settings::kept_by(some, namespace))),
+    }
+}
+
+fn valid(map: &ConfigMap, namespace: &str) -> Outcome {
     let wrong = |why: String| {
         Fault::new(format!("ConfigMap countersign-mesh: {why}"), "mend it; until then the last ones stand")
     };
-    let found = MeshSettings::read(&map.data.unwrap_or_default()).map_err(|e| wrong(e.to_string()))?;
-    match (found.transparent, found.mode, found.svid_ttl, found.ca_ttl) {
-        (Some(Transparency::Full), ..) => {
-            Err(Fault::new("the mesh is transparent: nothing is encrypted", "remove `transparent` from it"))
-        }
-        (Some(Transparency::Inbound), ..) => {
-            Err(Fault::new("every sidecar accepts plaintext, strict or not", "remove `transparent` from it"))
-        }
-        (_, None, ..) => Err(wrong("it names no mode, so the mesh is strict".into())),
-        (_, _, Some(svid), Some(ca)) if svid.0 > ca.0 => Err(wrong(format!("svidTTL {svid} is more than caTTL {ca}"))),
-        (_, Some(mode), ..) => Ok(format!("the mesh is {mode}")),
+    let none = BTreeMap::new();
+    let found = MeshSettings::read(map.data.as_ref().unwrap_or(&none)).map_err(|e| wrong(e.to_string()))?;
+    if let Some(open) = found.transparent.and_then(transparency::told) {
+        let mend = format!(
+            "finish it: countersign uninstall -n {namespace} --yes; or take it back: {}",
+            live_settings::way_back(namespace)
+        );
+        return Err(Fault::new(open, mend));
+    }
+    match (found.mode, found.svid_ttl, found.ca_ttl) {
+        (None, ..) => Err(wrong("it names no mode, so the mesh is strict".into())),
+        (_, Some(svid), Some(ca)) if svid.0 > ca.0 => Err(wrong(format!("svidTTL {svid} is more than caTTL {ca}"))),
+        (Some(mode), ..) => Ok(format!("the mesh is {mode}")),
     }
 }
 
@@ -178,6 +192,51 @@ fn needs_more_labels(hooks: &[MutatingWebhook]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kubernetes::check::fake_api::{Answer, Asked, client, refused};
+    use crate::kubernetes::given::Given;
+    use serde_json::Value;
+
+    async fn settings_of(data: Value, remembered: Option<Value>) -> Outcome {
+        let memory = remembered.map(|given| memory::Memory::new(Given::of(given).unwrap()).object("mesh").unwrap());
+        let client = client(move |asked: &Asked| match asked.path.rsplit('/').next().unwrap() {
+            "countersign-mesh" => Answer::Now(200, json!({ "metadata": { "name": "m" }, "data": data })),
+            "countersign-install" => memory.as_ref().map_or_else(
+                || refused(404, "not found"),
+                |memory| Answer::Now(200, serde_json::to_value(memory).unwrap()),
+            ),
+            other => panic!("{other}"),
+        });
+        settings(&client, "mesh").await
+    }
+
+    #[tokio::test]
+    async fn what_was_changed_by_hand_since_the_installation_is_told() {
+        let with = |ttl: &str| json!({ "mode": "strict", "svidTTL": ttl });
+        let given = json!({ "server": { "svidTTL": "30m" } });
+        assert_eq!(settings_of(with("30m"), Some(given.clone())).await.unwrap(), "the mesh is strict");
+        let said = settings_of(with("5m"), Some(given)).await.unwrap();
+        assert!(
+            said.starts_with("the mesh is strict; ConfigMap countersign-mesh was changed by hand: svidTTL is 5m"),
+            "{said}"
+        );
+        assert!(said.contains("installed with 30m") && said.contains("--set server.svidTTL=5m"), "{said}");
+        assert_eq!(settings_of(with("5m"), None).await.unwrap(), "the mesh is strict", "nothing to compare with");
+    }
+
+    #[tokio::test]
+    async fn a_mesh_on_its_way_out_is_a_finding_with_the_command_that_takes_it_back() {
+        for (says, does) in [("inbound", "accepts plaintext"), ("true", "nothing is encrypted")] {
+            let fault = settings_of(json!({ "mode": "strict", "transparent": says }), None).await.unwrap_err();
+            assert!(fault.found.contains("an uninstall was begun") && fault.found.contains(does), "{}", fault.found);
+            assert!(
+                fault.found.contains(&format!("`transparent: {says}` in ConfigMap countersign-mesh")),
+                "{}",
+                fault.found
+            );
+            assert!(fault.mend.contains("kubectl -n mesh patch configmap countersign-mesh"), "{}", fault.mend);
+        }
+        assert!(settings_of(json!({ "mode": "strict", "transparent": "false" }), None).await.is_ok());
+    }
 
     #[test]
     fn a_webhook_that_fails_open_or_needs_further_labels_is_told_from_the_charts_own() {

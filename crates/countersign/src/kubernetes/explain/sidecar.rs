@@ -7,8 +7,8 @@ use super::Step;
 use crate::kubernetes::sidecars::Unasked;
 use crate::operator::when;
 
-/// The steps that the sidecar itself tells of. `now`: seconds since 1970.
-pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64) -> Vec<Step> {
+/// The steps that the sidecar itself tells of. `now`: seconds since 1970. `open`: why sidecars are opener than their modes, if they are.
+pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64, open: Option<&str>) -> Vec<Step> {
     let status = match asked {
         Ok(status) => status,
         Err(why) => return vec![Step { name: "sidecar", outcome: Err(format!("{why}; {}", why.mend())) }],
@@ -18,7 +18,7 @@ pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64) -> Vec<Step> {
         Step { name: "sidecar", outcome: Ok(since) },
         Step { name: "attestation", outcome: attestation(status) },
         Step { name: "SVID", outcome: svid(status, now) },
-        Step { name: "mode", outcome: mode(status) },
+        Step { name: "mode", outcome: mode(status, open) },
         Step { name: "handshakes", outcome: Ok(handshakes(status)) },
     ]
 }
@@ -54,9 +54,10 @@ fn svid(status: &SidecarStatus, now: i64) -> Result<String, String> {
     }
 }
 
-fn mode(status: &SidecarStatus) -> Result<String, String> {
+fn mode(status: &SidecarStatus, open: Option<&str>) -> Result<String, String> {
     let missing = || format!(" ({})", status.missing.as_deref().unwrap_or("the directory has not answered"));
-    status.mode.clone().ok_or_else(|| format!("the sidecar does not know its policy yet{}", missing()))
+    let mode = status.mode.clone().ok_or_else(|| format!("the sidecar does not know its policy yet{}", missing()))?;
+    Ok(open.map_or(mode.clone(), |why| format!("{mode}; {why}")))
 }
 
 fn handshakes(status: &SidecarStatus) -> String {
@@ -91,7 +92,7 @@ mod tests {
 
     #[test]
     fn a_sidecar_that_is_well_passes_each_step() {
-        let steps = told(&Ok(status(|_| {})), 1_000);
+        let steps = told(&Ok(status(|_| {})), 1_000, None);
         let names: Vec<_> = steps.iter().map(|s| s.name).collect();
         assert_eq!(names, ["sidecar", "attestation", "SVID", "mode", "handshakes"]);
         assert!(steps.iter().all(|s| s.outcome.is_ok()));
@@ -124,12 +125,18 @@ mod tests {
     #[test]
     fn a_mode_that_is_not_known_says_what_is_missing() {
         let waiting = status(|page| (page["mode"], page["missing"]) = (Value::Null, json!("no SVID yet")));
-        assert!(mode(&waiting).unwrap_err().contains("no SVID yet"));
+        assert!(mode(&waiting, None).unwrap_err().contains("no SVID yet"));
+    }
+
+    #[test]
+    fn a_mode_that_an_uninstallation_has_opened_says_so() {
+        let steps = told(&Ok(status(|_| {})), 1_000, Some("the mesh is transparent"));
+        assert_eq!(steps[3].outcome.as_ref().unwrap(), "permissive; the mesh is transparent");
     }
 
     #[test]
     fn a_sidecar_that_cannot_be_asked_is_one_step_with_what_to_do() {
-        let steps = told(&Err(Unasked::Forbidden("no".into())), 0);
+        let steps = told(&Err(Unasked::Forbidden("no".into())), 0, None);
         assert_eq!((steps.len(), steps[0].name), (1, "sidecar"));
         let why = steps[0].outcome.as_ref().unwrap_err();
         assert!(why.contains("get and create on pods/portforward"), "{why}");
