@@ -146,10 +146,11 @@ class Operator(unittest.TestCase):
         finally:
             kubectl("label", "node", "node2", "test/no-agent-")
             mesh.ready()
-        # A user who may nothing is told so.
-        missing = countersign("check", "-n", "elsewhere", "--output", "json")
-        self.assertEqual(missing.returncode, 1)
-        self.assertIn("no server is ready", missing.stdout)
+        # Where there is no installation that is the only finding, and the namespace that has one is named.
+        missing = self.check("-n", "elsewhere")
+        self.assertEqual(list(missing), ["installation"])
+        self.assertIn(f"there is one in namespace `{NAMESPACE}`", missing["installation"]["found"])
+        self.assertEqual(missing["installation"]["mend"], f"say -n {NAMESPACE}")
 
     def test_explain_follows_a_pod_into_the_mesh_and_says_where_it_stops(self):
         with mesh.namespace("explained") as ns:

@@ -21,8 +21,7 @@ mod words;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
-use countersign_watch::in_words;
+use anyhow::{Context, Result};
 use kube::Client;
 use serde_json::Value;
 
@@ -30,7 +29,8 @@ use self::finding::are_good;
 use self::installed::Installed;
 use self::nodes::Nodes;
 use self::schedule::{Check, make};
-use super::cluster::{client, client_without_retries};
+use super::absent::absent;
+use super::api_server::{ApiServer, reach};
 use super::namespaces::{self, Scope};
 use super::pod_source;
 use super::values::ValuesArgs;
@@ -41,8 +41,7 @@ use crate::settings::Mistake;
 pub use self::finding::{Fault, Finding, Outcome, json_of};
 pub use self::words::misspelled;
 
-/// Longest wait for the API server's first answer, and for what several checks look at.
-const FIRST_ANSWER: Duration = Duration::from_secs(10);
+/// Longest wait for what several checks look at.
 const FACTS: Duration = Duration::from_secs(30);
 
 /// Kubernetes: check a cluster before an installation, and an installation afterwards.
@@ -81,14 +80,12 @@ async fn find(args: &CheckArgs) -> Result<Vec<Finding>> {
     if args.before {
         return Ok(make(cluster.before(&values), true).await);
     }
-    let inspection = Box::pin(Inspection::begin(cluster, None)).await;
-    Ok(make(inspection.checks(), true).await)
+    Ok(cluster.inspected(true).await)
 }
 
 /// The findings about an installation, as [`check`] prints them for programs.
 pub async fn as_json(namespace: &str) -> Result<Value> {
-    let inspection = Box::pin(Inspection::begin(Cluster::reached(namespace).await?, None)).await;
-    Ok(json_of(&make(inspection.checks(), false).await))
+    Ok(json_of(&Cluster::reached(namespace).await?.inspected(false).await))
 }
 
 /// Whom a look for causes is for.
@@ -102,7 +99,11 @@ pub struct Affected<'a> {
 
 /// What is wrong with an installation that may keep a pod out of the mesh. What cannot be checked is left out.
 pub async fn causes(mesh: &str, affected: Affected<'_>) -> Result<Vec<Finding>> {
-    let inspection = Box::pin(Inspection::begin(Cluster::reached(mesh).await?, affected.node)).await;
+    let cluster = Cluster::reached(mesh).await?;
+    if let Some(missing) = cluster.without_installation("--mesh-namespace").await {
+        return Ok(vec![missing]);
+    }
+    let inspection = Box::pin(Inspection::begin(cluster, affected.node)).await;
     let found = make(inspection.causes(affected), false).await;
     Ok(found.into_iter().filter(|f| f.outcome.as_ref().is_err_and(|fault| fault.is_checked)).collect())
 }
@@ -120,15 +121,25 @@ struct Cluster<'a> {
 
 impl<'a> Cluster<'a> {
     async fn reached(namespace: &'a str) -> Result<Self> {
-        let (client, pages) = (client().await?, client_without_retries().await?);
-        let version = match tokio::time::timeout(FIRST_ANSWER, pages.apiserver_version()).await {
-            Ok(version) => version.map_err(|e| in_words(&e)),
-            Err(_) => Err(format!("no answer within {} s", FIRST_ANSWER.as_secs())),
-        };
+        let ApiServer { client, pages, version } = reach().await?;
         let version =
-            version.map_err(|why| Mistake(format!("cannot reach the Kubernetes API: {why}; set KUBECONFIG")))?;
+            version.context("the API server does not tell you its version: have `get` on /version granted to you")?;
         let number = |text: &str| text.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().unwrap_or(0);
         Ok(Self { version: (number(&version.major), number(&version.minor)), client, pages, namespace })
+    }
+
+    /// The findings about the installation. Where there is none, that is the only one: each check would find it missing.
+    async fn inspected(self, shows_progress: bool) -> Vec<Finding> {
+        if let Some(missing) = self.without_installation("-n").await {
+            return vec![missing];
+        }
+        make(Box::pin(Inspection::begin(self, None)).await.checks(), shows_progress).await
+    }
+
+    /// That the namespace has no installation; `None` if it has. `flag` is the one that names it.
+    async fn without_installation(&self, flag: &str) -> Option<Finding> {
+        let absent = absent(&self.client, self.namespace).await?;
+        Some(Finding { check: "installation", outcome: Err(Fault::new(absent.found(), absent.mend(flag))) })
     }
 
     /// What every cluster needs. `native`: as for [`requirements::api_version`].

@@ -1,33 +1,16 @@
-//! Access to the cluster of the current KUBECONFIG, for commands.
+//! What commands read of a cluster's pods: which are meshed, how they are, and the pages that they serve.
 
 use std::time::Duration;
 
-use anyhow::Result;
 use countersign_watch::in_words;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::Api;
 use kube::{Client, ResourceExt};
 
-use crate::settings::Mistake;
-
 /// Longest request for a pod's page.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// TCP port of a sidecar's pages.
 pub const SIDECAR_PORT: u16 = 15020;
-
-/// A way to the API server.
-pub async fn client() -> Result<Client> {
-    let client = Client::try_default().await;
-    Ok(client.map_err(|e| Mistake(format!("cannot reach the Kubernetes API: {}; set KUBECONFIG", in_words(&e))))?)
-}
-
-/// A way to the API server that takes 503 for an answer: a page that is not ready says why, and a client that asks again
-/// until it is would not read it.
-pub async fn client_without_retries() -> Result<Client> {
-    let mut config = kube::Config::infer().await.map_err(|e| Mistake(format!("{e}; set KUBECONFIG")))?;
-    config.default_retry = false;
-    Ok(Client::try_from(config)?)
-}
 
 /// Why a pod has given no page.
 #[derive(Debug, PartialEq, Eq)]

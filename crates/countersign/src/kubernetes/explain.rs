@@ -21,8 +21,9 @@ use time::OffsetDateTime;
 
 use self::events::{About, Warning};
 use self::target::{Kind, Target};
+use super::api_server::client;
 use super::check::{self, Affected, Finding};
-use super::cluster::{client, is_meshed, node_of};
+use super::cluster::{is_meshed, node_of};
 use super::sidecars::ask;
 use super::{pod_state, transparency};
 use crate::one_line;

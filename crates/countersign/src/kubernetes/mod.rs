@@ -1,5 +1,7 @@
 //! Commands for Kubernetes: manifests of an installation, injection into files, and inspection of a running mesh.
 
+mod absent;
+mod api_server;
 mod changes;
 mod chart;
 mod check;

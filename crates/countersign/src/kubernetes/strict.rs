@@ -17,10 +17,12 @@ use kube::{Client, ResourceExt};
 use serde_json::json;
 
 use self::plan::Plan;
-use super::cluster::{client, is_meshed};
+use super::absent;
+use super::api_server::client;
+use super::cluster::is_meshed;
 use super::exceptions::{drops_others, exceptions, leave};
 use super::sidecars::ask_each;
-use super::transparency;
+use super::{live_settings, transparency};
 use crate::operator::output::Output;
 use crate::operator::{block, when};
 use crate::settings::Mistake;
@@ -63,6 +65,7 @@ pub fn strict(args: &StrictArgs) -> Result<ExitCode> {
 
 async fn run(args: &StrictArgs) -> Result<ExitCode> {
     let client = client().await?;
+    absent::refuse(&client, &args.mesh_namespace, "--mesh-namespace").await?;
     let open = transparency::without_effect(&client, &args.mesh_namespace).await;
     if let Some(why) = open.as_ref().filter(|_| !args.plan) {
         return Err(Mistake(why.clone()).into());
@@ -201,7 +204,7 @@ async fn move_to_strict(client: &Client, args: &StrictArgs) -> Result<()> {
     } else {
         let api: Api<ConfigMap> = Api::namespaced(client.clone(), &args.mesh_namespace);
         let patch = json!({ "data": { "mode": "strict" } });
-        api.patch("countersign-mesh", &params, &Patch::Merge(patch))
+        api.patch(live_settings::NAME, &params, &Patch::Merge(patch))
             .await
             .context("cannot change the mesh's settings")?;
         eprintln!("the mesh is strict");

@@ -11,7 +11,8 @@ use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::cluster::client;
+use super::absent;
+use super::api_server::client;
 use super::csi_volumes::{self, Holders};
 use super::given::Given;
 use super::install::manifests;
@@ -67,6 +68,7 @@ pub async fn uninstall(args: UninstallArgs) -> Result<()> {
         return Err(Mistake(UNCONFIRMED.into()).into());
     }
     let client = client().await?;
+    absent::refuse(&client, &args.namespace, "-n").await?;
     let patience = Duration::from_secs(args.patience);
     let stop = crate::stop::on_signal()?;
     Way { namespace: args.namespace.clone(), patience, at_once: args.at_once }.go(&client, &stop).await?;

@@ -15,7 +15,9 @@ use kube::api::{Api, DeleteParams, LogParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 
-use super::cluster::{client, is_meshed, is_ready};
+use super::absent;
+use super::api_server::client;
+use super::cluster::{is_meshed, is_ready};
 use crate::capture::{Line, pcap};
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
@@ -124,6 +126,7 @@ pub fn verify(args: VerifyArgs) -> Result<ExitCode> {
 
 async fn run(args: &VerifyArgs) -> Result<Found> {
     let (client, stop) = (client().await?, on_signal()?);
+    absent::refuse(&client, &args.mesh_namespace, "--mesh-namespace").await?;
     let sets: Api<DaemonSet> = Api::namespaced(client.clone(), &args.mesh_namespace);
     let agent = sets.get_opt("countersign-agent").await.context("cannot look at the installation")?;
     let absent = || Mistake(format!("there is no installation in namespace `{}`", args.mesh_namespace));

@@ -17,9 +17,10 @@ use time::OffsetDateTime;
 
 use self::archive::{Archive, Written};
 use self::objects::in_time;
-use super::cluster::{client_without_retries, is_meshed, page};
+use super::api_server::{ApiServer, reach};
+use super::cluster::{is_meshed, page};
 use super::sidecars::ask_each;
-use super::{check, explain};
+use super::{absent, check, explain};
 use crate::one_line;
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
@@ -77,16 +78,17 @@ pub fn support(args: &SupportArgs) -> Result<ExitCode> {
 
 /// What is said of a pod that was asked for and is not in the archive.
 fn lacks(why: &str) -> String {
-    format!("countersign: the archive is written without a pod that you named: {why}; see kubectl get pods -A, and run it again")
+    format!(
+        "countersign: the archive is written without a pod that you named: {why}; see kubectl get pods -A, and run it again"
+    )
 }
 
 /// The archive, and why pods that were asked for are not in it.
 async fn collect(args: &SupportArgs) -> Result<(Written, Vec<String>)> {
     let named = args.pod.iter().map(|pod| pair(pod)).collect::<Result<Vec<_>, _>>()?;
     // A page that answers 503 says what is missing, which is what is asked for.
-    let client = client_without_retries().await?;
-    let version = in_time(client.apiserver_version()).await;
-    let version = version.map_err(|why| Mistake(format!("cannot reach the Kubernetes API: {why}; set KUBECONFIG")))?;
+    let ApiServer { pages: client, version, .. } = reach().await?;
+    absent::refuse(&client, &args.namespace, "-n").await?;
     let now = OffsetDateTime::now_utc();
     let path = match &args.out {
         Some(path) => path.clone(),
@@ -278,7 +280,7 @@ impl Collector {
             Ok(events) => self.archive.json(&["pods", namespace, name, "events.json"], Value::Array(events))?,
             Err(why) => self.archive.leave_out(format!("events of pod {namespace}/{name}: {why}")),
         }
-        match explain::as_json(name, namespace, &self.namespace).await {
+        match Box::pin(explain::as_json(name, namespace, &self.namespace)).await {
             Ok(steps) => self.archive.json(&["pods", namespace, name, "explain.json"], steps)?,
             Err(error) => {
                 self.archive.leave_out(format!("explain of {namespace}/{name}: {}", one_line(&error)));
