@@ -125,7 +125,7 @@ class Operator(unittest.TestCase):
 
     def test_check_is_green_on_a_mesh_that_is_well_and_names_what_is_not(self):
         found = wait("a green check", lambda: (c := self.check()) and all(x["ok"] for x in c.values()) and c, 30)
-        self.assertEqual(len(found), 25)
+        self.assertEqual(len(found), 26)
         self.assertEqual(found["pod source"]["found"], "node2: API server (the kubelet does not verify or answer);"
                          " node1: API server and kubelet")
         before = self.check("--before")

@@ -32,8 +32,8 @@ use self::schedule::{Check, make};
 use super::absent::absent;
 use super::api_server::{ApiServer, reach};
 use super::namespaces::{self, Scope};
-use super::pod_source;
 use super::values::ValuesArgs;
+use super::{pod_source, redirects};
 use crate::operator::block;
 use crate::operator::output::{Output, Table};
 use crate::settings::Mistake;
@@ -259,6 +259,7 @@ impl<'a> Inspection<'a> {
                 csi::driver(client, self.installed()?, &self.manifests, self.nodes.as_ref()).await
             }),
             Check::one("settings", running::settings(client, namespace)),
+            Check::one("redirects", async { redirects::check(client, self.installed()?.has_plugin()).await }),
             Check::one("bundle", async { trust::bundle(self.server.as_ref(), self.bundle.as_deref()) }),
         ]
     }

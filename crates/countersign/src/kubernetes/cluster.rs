@@ -1,5 +1,6 @@
 //! What commands read of a cluster's pods: which are meshed, how they are, and the pages that they serve.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use countersign_watch::in_words;
@@ -108,6 +109,34 @@ pub fn listed(names: &[String]) -> String {
     }
 }
 
+/// Of some objects, `NAMESPACE/NAME`, how many are in each namespace: `pay 1, shop 2`.
+pub fn by_namespace(names: &[String]) -> String {
+    let told: Vec<String> = namespaces(names).into_iter().map(|(name, count)| format!("{name} {count}")).collect();
+    listed(&told)
+}
+
+fn namespaces(names: &[String]) -> BTreeMap<&str, usize> {
+    let mut all = BTreeMap::<&str, usize>::new();
+    for name in names {
+        *all.entry(name.split('/').next().unwrap_or_default()).or_default() += 1;
+    }
+    all
+}
+
+/// The commands that restart what made some pods, `NAMESPACE/NAME`; without any, for a namespace to be filled in.
+pub fn restarts(pods: &[String]) -> String {
+    let command = |namespace: &str| format!("kubectl -n {namespace} rollout restart deployment,statefulset,daemonset");
+    let all = namespaces(pods);
+    let mut commands: Vec<String> = all.keys().take(MAX_NAMED).map(|namespace| command(namespace)).collect();
+    if commands.is_empty() {
+        commands.push(command("NAMESPACE"));
+    }
+    match all.len().saturating_sub(MAX_NAMED) {
+        0 => commands.join("; "),
+        more => format!("{}; and so in {more} more namespaces", commands.join("; ")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,5 +153,16 @@ mod tests {
         let many: Vec<String> = (0..7).map(|n| n.to_string()).collect();
         assert_eq!(listed(&many), "0, 1, 2, 3, 4 and 2 more");
         assert_eq!(listed(&many[..2]), "0, 1");
+    }
+
+    #[test]
+    fn pods_are_counted_and_restarted_by_namespace() {
+        let pods = ["shop/a", "pay/b", "shop/c"].map(ToOwned::to_owned);
+        assert_eq!(by_namespace(&pods), "pay 1, shop 2");
+        let restart = "rollout restart deployment,statefulset,daemonset";
+        assert_eq!(restarts(&pods), format!("kubectl -n pay {restart}; kubectl -n shop {restart}"));
+        assert_eq!(restarts(&[]), format!("kubectl -n NAMESPACE {restart}"));
+        let many: Vec<String> = (0..7).map(|n| format!("{n}/a")).collect();
+        assert!(restarts(&many).ends_with("; and so in 2 more namespaces"));
     }
 }

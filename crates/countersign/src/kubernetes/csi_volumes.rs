@@ -1,7 +1,7 @@
 //! Pods that have a volume of our CSI driver. The kubelet removes such a volume through the driver alone, and removes a pod only
 //! without volumes: one that still has it when the driver is gone stays in `Terminating` until a driver of that name is back.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 
 use anyhow::{Context, Result};
@@ -11,7 +11,7 @@ use k8s_openapi::api::storage::v1::CSIDriver;
 use kube::api::{Api, DeleteParams, ListParams};
 use kube::{Client, ResourceExt};
 
-use super::cluster::listed;
+use super::cluster::{by_namespace, listed, node_of};
 use crate::settings::words::count;
 
 /// Names of the drivers that the chart installed.
@@ -72,13 +72,8 @@ fn is_in_manifest(pod: &Pod) -> bool {
 impl fmt::Display for Holders {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = self.names();
-        let mut namespaces = BTreeMap::<&str, usize>::new();
-        for name in &names {
-            *namespaces.entry(name.split('/').next().unwrap_or_default()).or_default() += 1;
-        }
-        let told: Vec<String> =
-            namespaces.into_iter().map(|(namespace, count)| format!("{namespace} {count}")).collect();
-        write!(f, "{} with a volume of the CSI driver (by namespace: {})", count(names.len(), "pod"), listed(&told))?;
+        let namespaces = by_namespace(&names);
+        write!(f, "{} with a volume of the CSI driver (by namespace: {namespaces})", count(names.len(), "pod"))?;
         match self.by_themselves.as_slice() {
             [] => Ok(()),
             own => write!(f, ", {} of them by their own specification: {}", own.len(), listed(own)),
@@ -99,10 +94,12 @@ pub async fn remove(client: &Client, drivers: &BTreeSet<String>) -> Result<()> {
     Ok(())
 }
 
-/// Names of a pod's volumes of these drivers. The kubelet takes the volumes of a pod that has ended away at once.
+/// Names of a pod's volumes of these drivers. The kubelet takes the volumes of a pod that has ended away at once, and one that has no
+/// node has no kubelet that would have to.
 fn volumes<'a>(pod: &'a Pod, drivers: &BTreeSet<String>) -> impl Iterator<Item = &'a str> {
     let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref()).unwrap_or_default();
-    let spec = pod.spec.as_ref().filter(|_| !matches!(phase, "Succeeded" | "Failed"));
+    let has_ended = matches!(phase, "Succeeded" | "Failed");
+    let spec = pod.spec.as_ref().filter(|_| !has_ended && node_of(pod).is_some());
     let inline = spec.into_iter().flat_map(|s| s.volumes.iter().flatten());
     inline.filter(|v| v.csi.as_ref().is_some_and(|csi| drivers.contains(&csi.driver))).map(|v| v.name.as_str())
 }
@@ -114,7 +111,7 @@ mod tests {
 
     fn pod(name: &str, volumes: Value, phase: &str) -> Pod {
         let (namespace, name) = name.split_once('/').unwrap();
-        let spec = json!({ "containers": [], "volumes": volumes });
+        let spec = json!({ "containers": [], "volumes": volumes, "nodeName": "n1" });
         let metadata = json!({ "namespace": namespace, "name": name });
         serde_json::from_value(json!({ "metadata": metadata, "spec": spec, "status": { "phase": phase } })).unwrap()
     }
@@ -133,6 +130,9 @@ mod tests {
         let ours = || volume(VOLUME, "csi.countersign.dev");
         assert!(holds(ours(), "Running") && holds(ours(), "Pending"));
         assert!(!holds(ours(), "Failed"));
+        let mut unscheduled = pod("shop/web", ours(), "Pending");
+        unscheduled.spec.as_mut().unwrap().node_name = None;
+        assert_eq!(holders(&[unscheduled]).count(), 0, "nothing is mounted, and it ends at once");
         assert!(!holds(volume(VOLUME, "csi.example.org"), "Running"));
         assert!(!holds(json!([]), "Running"));
     }

@@ -17,7 +17,8 @@ const FLAGS: [(&str, &[&str]); 6] = [
     ("--allow-other-cidrs=", &[]),
 ];
 
-fn redirect_args(pod: &Pod) -> Option<&[String]> {
+/// The arguments of a pod's redirect; `None` if it has none.
+pub fn redirect_args(pod: &Pod) -> Option<&[String]> {
     let containers = pod.spec.as_ref()?.init_containers.as_ref()?;
     containers.iter().find(|c| c.name == REDIRECT)?.args.as_deref()
 }

@@ -3,7 +3,7 @@
 
 use countersign_identity::policy::Mode;
 use k8s_openapi::api::core::v1::ConfigMap;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::cluster::words;
 
@@ -20,6 +20,12 @@ pub const KEYS: [(&str, &str); 5] = [
     ("workloadKeyType", "agent.workloadKeyType"),
 ];
 const MODE: &str = "mode";
+
+/// The mode of the mesh; strict where the ConfigMap is missing or says none, as for the control plane.
+pub fn mode(map: Option<&ConfigMap>) -> Mode {
+    let word = map.and_then(|map| map.data.as_ref()?.get(MODE));
+    word.and_then(|word| word.trim().parse().ok()).unwrap_or(Mode::Strict)
+}
 
 /// The command that takes back what an uninstallation has begun.
 pub fn way_back(namespace: &str) -> String {
@@ -70,11 +76,6 @@ impl ByHand {
     pub fn flag(&self) -> String {
         format!("--set {}={}", self.setting, self.live)
     }
-
-    /// For programs.
-    pub fn json(&self) -> Value {
-        json!({ "key": self.key, "setting": self.setting, "live": self.live, "installed": self.installed })
-    }
 }
 
 /// Some of them, and the command that keeps them.
@@ -92,6 +93,7 @@ pub fn kept_by(all: &[ByHand], namespace: &str) -> String {
 mod tests {
     use super::*;
     use crate::kubernetes::values::defaults;
+    use serde_json::json;
 
     #[test]
     fn every_key_is_in_the_chart_with_the_value_of_its_setting() {

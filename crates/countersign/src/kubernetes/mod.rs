@@ -20,6 +20,7 @@ mod memory;
 mod namespaces;
 mod pod_source;
 mod pod_state;
+mod redirects;
 mod schema;
 mod sidecars;
 mod strict;

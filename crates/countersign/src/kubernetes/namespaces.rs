@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
 use countersign_controller::injector::{ENFORCE, INJECT, Privileges, Resources, Settings};
+use countersign_controller::store::MODE;
+use countersign_identity::policy::Mode;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::batch::v1::CronJob;
-use k8s_openapi::api::core::v1::{LimitRange, Namespace, PodTemplateSpec, ResourceQuota};
+use k8s_openapi::api::core::v1::{ConfigMap, LimitRange, Namespace, PodTemplateSpec, ResourceQuota};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, ListParams};
 use kube::{Client, Resource, ResourceExt};
@@ -17,6 +19,7 @@ use serde::de::DeserializeOwned;
 use super::check::{Fault, Outcome};
 use super::cluster::listed;
 use super::limits::{Objection, objections};
+use super::live_settings;
 
 /// Most objections that are listed; of others their number is.
 const MAX_LISTED: usize = 20;
@@ -37,7 +40,35 @@ pub struct Scope<'a> {
 pub async fn security(client: &Client, scope: Scope<'_>) -> Outcome {
     let meshed = meshed(client, scope).await.map_err(|e| Fault::unread(&e, MAY_LIST))?;
     let injector = installed(client, scope.own).await.map_err(|e| Fault::unread(&e, MAY_GET))?;
-    pod_security(injector.unwrap_or_default().privileges, &meshed)
+    let privileges = injector.unwrap_or_default().privileges;
+    let well = pod_security(privileges, &meshed)?;
+    // Where pods need more than `restricted` allows nobody can be told to enforce it.
+    if privileges.are_refused_by("restricted") {
+        return Ok(well);
+    }
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), scope.own);
+    let map =
+        maps.get_opt(live_settings::NAME).await.map_err(|e| Fault::unread(&e, "see whether you may get configmaps"))?;
+    Ok(match open_to_apps(&meshed, live_settings::mode(map.as_ref())).as_slice() {
+        [] => well,
+        some => format!(
+            "{well}; strict without {ENFORCE}=restricted, so that an app that may change its user can become the sidecar's and pass by \
+             it: {}. Label them so where the apps permit it",
+            listed(some)
+        ),
+    })
+}
+
+/// Strict namespaces whose apps may choose their user.
+fn open_to_apps(meshed: &[Namespace], mesh: Mode) -> Vec<String> {
+    let own = |n: &Namespace| {
+        let words = [n.annotations().get(MODE), n.labels().get(MODE)].into_iter().flatten();
+        words.map(|word| word.parse().unwrap_or(Mode::Strict)).max()
+    };
+    let is_open = |n: &&Namespace| {
+        mesh.narrowed_by(own(n)) == Mode::Strict && n.labels().get(ENFORCE).is_none_or(|level| level != "restricted")
+    };
+    meshed.iter().filter(is_open).map(ResourceExt::name_any).collect()
 }
 
 /// What LimitRanges and ResourceQuotas refuse.
@@ -297,6 +328,48 @@ mod tests {
         assert!(limits(&[limited(&all)])[0].is_ok() && limits(&[limited(&two)])[0].is_err());
         let many: Vec<_> = (0..30).map(|_| limited(&[])).collect();
         assert_eq!(limits(&many).len(), MAX_LISTED + 1);
+    }
+
+    #[test]
+    fn a_strict_namespace_whose_apps_may_choose_their_user_is_named() {
+        let space = |name: &str, labels: Value, annotations: Value| {
+            let metadata = json!({ "name": name, "labels": labels, "annotations": annotations });
+            serde_json::from_value::<Namespace>(json!({ "metadata": metadata })).unwrap()
+        };
+        let all = [
+            space("none", json!({}), json!({})),
+            space("baseline", json!({ ENFORCE: "baseline" }), json!({})),
+            space("restricted", json!({ ENFORCE: "restricted", MODE: "strict" }), json!({})),
+            space("by-annotation", json!({}), json!({ MODE: "strict" })),
+        ];
+        assert_eq!(open_to_apps(&all, Mode::Strict), ["none", "baseline", "by-annotation"]);
+        assert_eq!(open_to_apps(&all, Mode::Permissive), ["by-annotation"]);
+    }
+
+    #[tokio::test]
+    async fn that_is_a_note_and_only_where_the_plugin_makes_restricted_possible() {
+        use crate::kubernetes::check::fake_api::{Answer, Asked, client, list};
+        let with = |args: &'static [&'static str]| {
+            client(move |asked: &Asked| match asked.path.as_str() {
+                "/api/v1/namespaces" => list(
+                    "NamespaceList",
+                    vec![json!({ "metadata": { "name": "shop", "labels": { INJECT: "enabled", MODE: "strict" } } })],
+                ),
+                path if path.ends_with("/deployments/countersign-injector") => {
+                    let pod = json!({ "spec": { "containers": [{ "name": "injector", "args": args }] } });
+                    Answer::Now(200, json!({ "metadata": {}, "spec": { "selector": {}, "template": pod } }))
+                }
+                path if path.ends_with("/configmaps/countersign-mesh") => {
+                    Answer::Now(200, json!({ "metadata": {}, "data": { "mode": "permissive" } }))
+                }
+                path => panic!("{path}"),
+            })
+        };
+        let scope = Scope { own: "mesh", only: None };
+        let noted = security(&with(&["--cni", "--csi-driver=csi.countersign.dev"]), scope).await.unwrap();
+        assert!(noted.contains("restricted, so that an app") && noted.contains(": shop. "), "{noted}");
+        let silent = security(&with(&["--csi-driver=csi.countersign.dev"]), scope).await.unwrap();
+        assert!(!silent.contains("shop"), "{silent}");
     }
 
     #[test]

@@ -94,6 +94,11 @@ impl Installed {
         args.is_some_and(|args| args.iter().any(|arg| arg.starts_with("--csi-driver=")))
     }
 
+    /// Whether the nodes have the CNI plugin.
+    pub fn has_plugin(&self) -> bool {
+        self.args("countersign-agent", countersign_cni::CONTAINER).is_some()
+    }
+
     /// Whether new pods leave their redirect to the CNI plugin.
     pub fn injects_for_plugin(&self) -> bool {
         let args = self.args("countersign-injector", "injector");
