@@ -1,6 +1,7 @@
 //! `countersign install`: the manifests of an installation, printed or applied, after a comparison with the settings of
 //! an earlier one.
 
+use std::collections::BTreeSet;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
@@ -16,11 +17,14 @@ use tokio::process::Command;
 use super::changes::{self, Change, Consent};
 use super::chart;
 use super::check::csi;
+use super::cluster::listed;
 use super::existing::Existing;
 use super::former::Revision;
 use super::given::Given;
+use super::live_settings::{self, ByHand};
 use super::memory::{self, Memory, Seen};
 use super::values::{ValuesArgs, host_path};
+use super::{api_server, redirects};
 use crate::operator::output::{Output, json_text};
 use crate::settings::Mistake;
 use crate::settings::words::escaped;
@@ -85,6 +89,7 @@ pub async fn install(args: InstallArgs) -> Result<ExitCode> {
     if let Some(said) = host_path(&plan.memory.given.whole("the settings")?) {
         eprintln!("{said}");
     }
+    plan.notes.iter().for_each(|note| eprintln!("{}", escaped(note)));
     let consent = Consent { force: args.force, reset: args.reset_values };
     let refused = !plan.is_allowed(consent);
     if args.dry_run {
@@ -93,6 +98,7 @@ pub async fn install(args: InstallArgs) -> Result<ExitCode> {
         } else {
             crate::stdout::put(&plan.as_text()?)?;
         }
+        eprintln!("{}", plan.tried(consent));
         return Ok(ExitCode::from(u8::from(refused)));
     }
     if !plan.changes.is_empty() {
@@ -101,11 +107,10 @@ pub async fn install(args: InstallArgs) -> Result<ExitCode> {
     if refused {
         return Err(Mistake(plan.needs(consent)).into());
     }
-    let manifests = manifests(&args.namespace, &plan.memory)?;
     match plan.cluster {
-        Some((client, seen)) if args.apply => apply(&client, &args.namespace, seen, &plan.memory, &manifests).await?,
+        Some((client, seen)) if args.apply => apply(&client, &args.namespace, seen, &plan.memory).await?,
         None if args.apply => return Err(Mistake::flag("--apply", NO_CLUSTER).into()),
-        _ => crate::stdout::put(&manifests)?,
+        _ => crate::stdout::put(&manifests(&args.namespace, &plan.memory)?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -121,6 +126,8 @@ struct Plan {
     unfit: Option<String>,
     /// How it would open the mesh unasked.
     opened: Option<String>,
+    /// What else there is to be said of it.
+    notes: Vec<String>,
     /// The cluster, and what it remembers; `None` if it is not asked.
     cluster: Option<(Client, Seen)>,
 }
@@ -154,20 +161,24 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
             return Err(Mistake::flag("--reuse-values", &why).into());
         }
     };
+    let mut notes = vec![];
+    if let Some(pending) = cluster.as_ref().and_then(|(_, seen)| seen.pending.as_ref()) {
+        notes.push(unfinished(pending, &given));
+    }
     let whole = given.whole("the settings of the existing installation and those given now")?;
     let (mut given, mut opened) = (given, None);
-    if let Some((client, _)) = &cluster
-        && !names_mode
-    {
+    if let Some((client, seen)) = &cluster {
         let maps = Api::<ConfigMap>::namespaced(client.clone(), &args.namespace);
-        let stricter = stricter(memory::get(&maps, "countersign-mesh").await?.as_ref(), &whole);
-        match stricter {
+        let mesh = memory::get(&maps, live_settings::NAME).await?;
+        match stricter(mesh.as_ref(), &whole) {
+            _ if names_mode => {}
             Some((live, _)) if args.reuse_values => {
                 let mode = json!({ "mesh": { "mode": live.to_string() } });
                 given = Given::of(mode).map_err(Mistake)?.over(given);
             }
             stricter => opened = stricter.map(|(live, next)| opens(live, next)),
         }
+        notes.extend(taken_back(mesh.as_ref(), seen.memory.as_ref(), &whole));
     }
     // What runs shows all that differs from today's defaults.
     let earlier = earlier.map(|memory| (&memory.given, memory.defaults));
@@ -184,8 +195,43 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
         Some((client, _)) if turned_on => unfit(client, &given.whole("the settings")?).await,
         _ => None,
     };
+    if let Some((client, _)) = &cluster {
+        notes.extend(redirects::note(client, &changes, &whole).await);
+    }
     let memory = Memory::new(given);
-    Ok(Plan { namespace: args.namespace.clone(), memory, changes, existing, unfit, opened, cluster })
+    Ok(Plan { namespace: args.namespace.clone(), memory, changes, existing, unfit, opened, notes, cluster })
+}
+
+/// What is said of an installation that was begun and perhaps not finished.
+fn unfinished(pending: &Given, given: &Given) -> String {
+    let begun = "an earlier `install --apply` was interrupted, or another one goes on";
+    let (was, now) = (pending.leaves(), given.leaves());
+    let names: BTreeSet<&String> = was.keys().chain(now.keys()).collect();
+    let other: Vec<String> = names.into_iter().filter(|name| was.get(*name) != now.get(*name)).cloned().collect();
+    if other.is_empty() {
+        return format!("{begun}, with these settings: all manifests are applied again");
+    }
+    format!("{begun}, with other settings ({}): what it has applied of them is replaced", listed(&other))
+}
+
+/// What is said of values that were changed by hand on the running mesh and that these settings change again. Which ones somebody meant
+/// to change now is in the table of changes.
+fn taken_back(mesh: Option<&ConfigMap>, memory: Option<&Memory>, next: &Value) -> Option<String> {
+    let mesh = mesh?;
+    let by_hand = live_settings::by_hand(mesh, &memory?.values().ok()?);
+    let going = live_settings::by_hand(mesh, next);
+    let lost: Vec<ByHand> = going.into_iter().filter(|one| by_hand.iter().any(|other| other.key == one.key)).collect();
+    let told: Vec<String> =
+        lost.iter().map(|one| format!("{} is {} and becomes {}", one.key, one.live, one.installed)).collect();
+    let keeps: Vec<String> = lost.iter().map(ByHand::flag).collect();
+    (!lost.is_empty()).then(|| {
+        format!(
+            "ConfigMap {} was changed by hand since: {}; {} keeps it",
+            live_settings::NAME,
+            told.join(", "),
+            keeps.join(" ")
+        )
+    })
 }
 
 /// The mode of a mesh that was made stricter since (`countersign strict --mesh`) than these settings make it, and theirs. What was
@@ -234,7 +280,14 @@ async fn cluster() -> Result<Option<Client>> {
             return Ok(None);
         }
     };
-    Ok(Some(Client::try_from(config)?))
+    let reached = api_server::reach_by(config, &api_server::source()).await;
+    Ok(Some(
+        reached
+            .context(
+                "the settings cannot be compared with those of an installation, which --ignore-cluster leaves out",
+            )?
+            .client,
+    ))
 }
 
 impl Plan {
@@ -254,7 +307,7 @@ impl Plan {
         json!({
             "namespace": self.namespace, "compared": self.cluster.is_some(), "installed": before,
             "remembered": shown(&self.memory), "changes": changes::as_json(&self.changes, consent),
-            "doubts": self.doubts(), "allowed": self.is_allowed(consent),
+            "doubts": self.doubts(), "allowed": self.is_allowed(consent), "needs": self.needed(consent), "notes": self.notes,
         })
     }
 
@@ -269,8 +322,29 @@ impl Plan {
         Ok(format!("{changes}{doubts}\nremembered, version {}:\n{}\n", self.memory.version, values.join("\n")))
     }
 
-    /// Which flags the changes need, in words.
+    /// What a dry run says of itself.
+    fn tried(&self, consent: Consent) -> String {
+        let needed = escaped(&self.needed(consent).join("; "));
+        match needed.as_str() {
+            "" => "a dry run: nothing was changed".into(),
+            _ => format!("a dry run: nothing was changed, and without --dry-run it would be refused: {needed}"),
+        }
+    }
+
+    /// Why nothing was applied, in words.
     fn needs(&self, consent: Consent) -> String {
+        let said = escaped(&self.needed(consent).join("; "));
+        if self.changes.is_empty() {
+            return format!("nothing was applied: {said}");
+        }
+        format!(
+            "namespace `{}` has an installation with other settings, and nothing was applied: {said}",
+            self.namespace
+        )
+    }
+
+    /// Which flags it needs that were not given, in words; empty if none.
+    fn needed(&self, consent: Consent) -> Vec<String> {
         let refused = || self.changes.iter().filter(|change| !change.is_allowed(consent));
         let names = |of: &dyn Fn(&Change) -> bool| {
             refused().filter(|c| of(c)).map(|c| c.setting.clone()).collect::<Vec<_>>().join(", ")
@@ -291,23 +365,17 @@ impl Plan {
             said.extend(self.unfit.iter().map(|why| format!("{why}; --force installs it all the same")));
             said.extend(self.opened.clone());
         }
-        let said = escaped(&said.join("; "));
-        if self.changes.is_empty() {
-            return format!("nothing was applied: {said}");
-        }
-        format!(
-            "namespace `{}` has an installation with other settings, and nothing was applied: {said}",
-            self.namespace
-        )
+        said
     }
 }
 
-/// Remembers the settings and has kubectl apply the manifests. Objects belong to the same field manager as by hand, so
+/// Has kubectl apply the manifests, and remembers the settings once it has. Objects belong to the same field manager as by hand, so
 /// that a later `kubectl apply` still removes what is no longer in them.
-async fn apply(client: &Client, namespace: &str, seen: Seen, memory: &Memory, manifests: &str) -> Result<()> {
+async fn apply(client: &Client, namespace: &str, seen: Seen, memory: &Memory) -> Result<()> {
+    let manifests = applied(namespace, memory)?;
     let spawned = Command::new("kubectl").args(["apply", "-f", "-"]).stdin(Stdio::piped()).kill_on_drop(true).spawn();
     let mut kubectl = spawned.map_err(|e| Mistake(format!("--apply: cannot run kubectl: {e}")))?;
-    memory::remember(client, &own_namespace(namespace), seen, memory).await?;
+    memory::begin(client, &own_namespace(namespace), seen, memory).await?;
     let work = async {
         let mut input = kubectl.stdin.take().context("kubectl has no standard input")?;
         // If it ends early its exit code and its own words say why.
@@ -318,11 +386,10 @@ async fn apply(client: &Client, namespace: &str, seen: Seen, memory: &Memory, ma
     let status = tokio::time::timeout(KUBECTL, work).await;
     let status = status.map_err(|_| anyhow!("kubectl did not end within {} s", KUBECTL.as_secs()))??;
     if status.success() {
-        return Ok(());
+        return memory::remember(client, namespace, memory).await;
     }
     Err(anyhow!(
-        "kubectl has not applied everything ({status}); the settings are remembered: mend what it named and run it \
-         again"
+        "kubectl has not applied everything ({status}), and the settings are not remembered: mend what it named and run it again"
     ))
 }
 
@@ -343,16 +410,18 @@ fn own_namespace(name: &str) -> Namespace {
     Namespace { metadata, ..Namespace::default() }
 }
 
-/// All manifests as one YAML stream, with what is remembered.
+/// All manifests as one YAML stream, with what is remembered at its end: who is interrupted has not come so far.
 pub fn manifests(namespace: &str, memory: &Memory) -> Result<String> {
+    let remembered = yaml(&serde_json::to_value(memory.object(namespace)?)?)?;
+    Ok(format!("{}---\n{remembered}", applied(namespace, memory)?))
+}
+
+/// All manifests but what is remembered, as one YAML stream.
+pub fn applied(namespace: &str, memory: &Memory) -> Result<String> {
     check_namespace(namespace)?;
     let values = memory.given.whole("the settings")?;
     let crd = countersign_controller::crd::definition();
-    let own = [
-        serde_json::to_value(own_namespace(namespace))?,
-        serde_json::to_value(crd)?,
-        serde_json::to_value(memory.object(namespace)?)?,
-    ];
+    let own = [serde_json::to_value(own_namespace(namespace))?, serde_json::to_value(crd)?];
     let mut out = String::new();
     for object in &own {
         out.push_str("---\n");
@@ -547,6 +616,7 @@ mod tests {
             existing: Existing::default(),
             unfit: None,
             opened: None,
+            notes: vec![],
             cluster: None,
         };
         let said = plan.needs(Consent::default());
@@ -568,7 +638,16 @@ mod tests {
     fn an_installation_in_another_namespace_and_one_without_memory_need_force_even_without_changes() {
         let plan = |existing| {
             let memory = Memory::new(Given::default());
-            Plan { namespace: "n".into(), memory, changes: vec![], existing, unfit: None, opened: None, cluster: None }
+            Plan {
+                namespace: "n".into(),
+                memory,
+                changes: vec![],
+                existing,
+                unfit: None,
+                opened: None,
+                notes: vec![],
+                cluster: None,
+            }
         };
         let elsewhere = Elsewhere { object: "ClusterRoleBinding x".into(), namespace: "mesh".into() };
         let existing = [
@@ -604,6 +683,7 @@ mod tests {
             existing: Existing::default(),
             unfit,
             opened: None,
+            notes: vec![],
             cluster: None,
         };
         let refused = plan(Some(why.clone()));
@@ -638,10 +718,48 @@ mod tests {
             existing: Existing::default(),
             unfit: None,
             opened: Some(why.clone()),
+            notes: vec![],
             cluster: None,
         };
+        let tried = plan.tried(Consent::default());
+        assert!(
+            tried.starts_with("a dry run: nothing was changed, and without --dry-run it would be refused: "),
+            "{tried}"
+        );
+        assert!(tried.ends_with(&why), "{tried}");
+        assert_eq!(plan.tried(Consent { force: true, reset: false }), "a dry run: nothing was changed");
         assert!(!plan.is_allowed(Consent { force: false, reset: true }));
         assert!(plan.needs(Consent::default()).ends_with(&why));
+    }
+
+    #[test]
+    fn an_installation_that_was_not_finished_is_said_with_what_is_replaced() {
+        let given = |ttl: &str| Given::of(json!({ "server": { "svidTTL": ttl }, "logLevel": "info" })).unwrap();
+        assert!(
+            unfinished(&given("5m"), &given("5m")).ends_with("with these settings: all manifests are applied again")
+        );
+        let other = unfinished(&given("5m"), &given("1m"));
+        assert!(other.contains("interrupted") && other.contains("other settings (server.svidTTL)"), "{other}");
+    }
+
+    #[test]
+    fn what_was_changed_by_hand_and_goes_back_is_said_with_what_keeps_it() {
+        let mesh: ConfigMap = serde_json::from_value(json!({ "metadata": {}, "data": { "svidTTL": "5m" } })).unwrap();
+        let memory = |ttl: &str| Memory::new(Given::of(json!({ "server": { "svidTTL": ttl } })).unwrap());
+        let next = |ttl: &str| memory(ttl).values().unwrap();
+        let said = taken_back(Some(&mesh), Some(&memory("30m")), &next("30m")).unwrap();
+        assert!(said.contains("svidTTL is 5m and becomes 30m; --set server.svidTTL=5m keeps it"), "{said}");
+        assert_eq!(taken_back(Some(&mesh), Some(&memory("30m")), &next("5m")), None, "it is kept");
+        assert_eq!(taken_back(Some(&mesh), Some(&memory("5m")), &next("30m")), None, "the table of changes has it");
+        assert_eq!(taken_back(None, None, &next("30m")), None);
+    }
+
+    #[test]
+    fn what_is_remembered_comes_last_and_is_no_part_of_what_is_applied() {
+        let last = objects(&[]).pop().unwrap();
+        assert_eq!((&last["kind"], &last["metadata"]["name"]), (&json!("ConfigMap"), &json!("countersign-install")));
+        let text = applied("mesh", &Memory::new(Given::default())).unwrap();
+        assert!(!text.contains("countersign-install"), "who is interrupted remembers nothing");
     }
 
     #[test]

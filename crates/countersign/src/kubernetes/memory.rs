@@ -1,5 +1,5 @@
 //! What an installation remembers of itself: the version and the settings that were named, in ConfigMap
-//! `countersign-install` of its namespace.
+//! `countersign-install` of its namespace. What has begun to be applied is noted beside it, and remembered once it is.
 //!
 //! It is no part of the chart, because Helm keeps its own. A ConfigMap and no Secret, because settings hold no secrets:
 //! of Secrets they have the names alone. Nothing in the cluster reads it, so no role needs a permission for it.
@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
-use kube::api::{Api, ObjectMeta, PostParams};
+use kube::api::{Api, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::former::{Revision, defaults_of};
 use super::given::Given;
@@ -29,6 +29,8 @@ const VERSION: &str = "version";
 const VALUES: &str = "values.yaml";
 /// Key of the revision of the chart's defaults that all other settings had.
 const DEFAULTS: &str = "defaults";
+/// Key of settings that have begun to be applied; empty or missing if none have.
+const PENDING: &str = "pending";
 /// Annotation of objects that belong to a Helm release: its name.
 const HELM: &str = "meta.helm.sh/release-name";
 /// Longest call to the API server.
@@ -64,8 +66,10 @@ impl Memory {
         let labels = [("app.kubernetes.io/name", "countersign"), ("app.kubernetes.io/component", "install")];
         let data = [
             (VERSION, self.version.clone()),
-            (VALUES, super::install::yaml(&self.given.tree())?),
+            (VALUES, self.values_text()?),
             (DEFAULTS, self.defaults.to_string()),
+            // `kubectl apply` takes no key away that it does not know, and this one is over.
+            (PENDING, String::new()),
         ];
         Ok(ConfigMap {
             metadata: ObjectMeta {
@@ -79,17 +83,51 @@ impl Memory {
         })
     }
 
+    /// The settings that were named, as they are written.
+    fn values_text(&self) -> Result<String> {
+        super::install::yaml(&self.given.tree())
+    }
+
+    /// The object of an installation, or of none, once these settings have begun to be applied.
+    fn begun(&self, namespace: &str, before: Option<&ConfigMap>) -> Result<ConfigMap> {
+        let mut wanted = self.object(namespace)?;
+        let mut data = wanted.data.take().unwrap_or_default();
+        data.remove(VALUES);
+        if let Some(before) = before {
+            wanted.metadata.resource_version.clone_from(&before.metadata.resource_version);
+            wanted.metadata.annotations.clone_from(&before.metadata.annotations);
+            // What cannot be read is allowed to go by now.
+            if Self::read(before).is_ok() {
+                data.extend(before.data.clone().unwrap_or_default());
+            }
+        }
+        data.insert(PENDING.to_owned(), self.values_text()?);
+        wanted.data = Some(data);
+        Ok(wanted)
+    }
+
     /// Reads an object. Error: what is wrong with it.
     fn read(object: &ConfigMap) -> Result<Self, String> {
         let empty = BTreeMap::new();
         let data = object.data.as_ref().unwrap_or(&empty);
         let key = |key: &str| data.get(key).ok_or_else(|| format!("it has no key `{key}`"));
-        let tree = serde_saphyr::from_str(key(VALUES)?).map_err(|e| format!("key `{VALUES}`: {e}"))?;
-        let given = Given::of(tree).map_err(|e| format!("key `{VALUES}`: {e}"))?;
+        // Of a first installation that was not finished there is nothing else.
+        let values = if data.contains_key(VALUES) || pending(object).is_none() { VALUES } else { PENDING };
+        let given = read_given(values, key(values)?)?;
         let defaults = data.get(DEFAULTS).map_or(Ok(Revision::FIRST), |text| text.parse());
         let defaults = defaults.map_err(|why| format!("key `{DEFAULTS}`: {why}"))?;
         Ok(Self { version: key(VERSION)?.clone(), given, defaults })
     }
+}
+
+fn read_given(key: &str, text: &str) -> Result<Given, String> {
+    let tree = serde_saphyr::from_str(text).map_err(|e| format!("key `{key}`: {e}"))?;
+    Given::of(tree).map_err(|e| format!("key `{key}`: {e}"))
+}
+
+/// The settings that have begun to be applied, as they are written.
+fn pending(object: &ConfigMap) -> Option<&str> {
+    object.data.as_ref()?.get(PENDING).map(String::as_str).filter(|text| !text.trim().is_empty())
 }
 
 /// An earlier installation as it was seen: what it remembers, and the version of the object that says so.
@@ -97,6 +135,8 @@ impl Memory {
 pub struct Seen {
     /// `None` if nothing is remembered: there is no installation, or it was made by a version that remembered nothing.
     pub memory: Option<Memory>,
+    /// Settings that have begun to be applied, and of which nobody has said that they are.
+    pub pending: Option<Given>,
     object: Option<ConfigMap>,
 }
 
@@ -124,7 +164,9 @@ pub async fn look(client: &Client, namespace: &str, despite_damage: bool) -> Res
             .into());
         }
     };
-    Ok(Seen { memory, object: Some(object) })
+    // What cannot be read was never applied by this command.
+    let pending = pending(&object).and_then(|text| read_given(PENDING, text).ok());
+    Ok(Seen { memory, pending, object: Some(object) })
 }
 
 /// An object that an earlier installation has made; `None` if there is none. Error: the API server does not show it.
@@ -143,10 +185,10 @@ where
     found.with_context(what)
 }
 
-/// Remembers new settings if nobody has remembered any since `seen` (compare-and-set by the object's resource version),
-/// in the namespace, which is created if it is missing. Error: another installation was faster, or the API server
-/// rejects it.
-pub async fn remember(client: &Client, namespace: &Namespace, seen: Seen, memory: &Memory) -> Result<()> {
+/// Notes that new settings begin to be applied, if nobody has noted or remembered any since `seen` (compare-and-set by the object's
+/// resource version), in the namespace, which is created if it is missing. What is remembered stays until [`remember`]. Error: another
+/// installation was faster, or the API server rejects it.
+pub async fn begin(client: &Client, namespace: &Namespace, seen: Seen, memory: &Memory) -> Result<()> {
     let write = async {
         let post = PostParams::default();
         match Api::<Namespace>::all(client.clone()).create(&post, namespace).await {
@@ -156,14 +198,10 @@ pub async fn remember(client: &Client, namespace: &Namespace, seen: Seen, memory
         }
         let name = namespace.name_any();
         let api: Api<ConfigMap> = Api::namespaced(client.clone(), &name);
-        let mut wanted = memory.object(&name).map_err(|e| kube::Error::Service(e.into()))?;
+        let wanted = memory.begun(&name, seen.object.as_ref()).map_err(|e| kube::Error::Service(e.into()))?;
         match seen.object {
             None => api.create(&post, &wanted).await.map(drop),
-            Some(object) => {
-                wanted.metadata.resource_version = object.metadata.resource_version.clone();
-                wanted.metadata.annotations = object.metadata.annotations.clone();
-                api.replace(NAME, &post, &wanted).await.map(drop)
-            }
+            Some(_) => api.replace(NAME, &post, &wanted).await.map(drop),
         }
     };
     match tokio::time::timeout(CALL, write).await {
@@ -174,15 +212,69 @@ pub async fn remember(client: &Client, namespace: &Namespace, seen: Seen, memory
              Run it again to compare with what is there now",
             namespace.name_any()
         )),
-        Ok(Err(error)) => Err(error).context("cannot remember the settings; nothing was applied"),
+        Ok(Err(error)) => Err(error).context("cannot note the settings; nothing was applied"),
         Err(_) => Err(anyhow!("the API server gave no answer within {} s; nothing was applied", CALL.as_secs())),
     }
+}
+
+/// Remembers settings that were applied.
+pub async fn remember(client: &Client, namespace: &str, memory: &Memory) -> Result<()> {
+    let write = async {
+        let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+        let mut data = memory.object(namespace)?.data.unwrap_or_default();
+        // Somebody else may have begun meanwhile, and is not done.
+        let now = api.get(NAME).await?;
+        if pending(&now).is_some_and(|text| memory.values_text().is_ok_and(|ours| ours != text)) {
+            data.remove(PENDING);
+        }
+        api.patch(NAME, &PatchParams::default(), &Patch::Merge(json!({ "data": data }))).await?;
+        anyhow::Ok(())
+    };
+    let written = tokio::time::timeout(CALL, write).await;
+    let written = written.unwrap_or_else(|_| Err(anyhow!("the API server gave no answer within {} s", CALL.as_secs())));
+    written.context("everything was applied, but the settings cannot be remembered: run it again")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::kubernetes::check::fake_api::{Answer, Asked, client};
+
+    fn with_ttl(ttl: &str) -> Memory {
+        Memory::new(Given::of(json!({ "server": { "svidTTL": ttl } })).unwrap())
+    }
+
+    #[test]
+    fn what_has_begun_to_be_applied_is_not_remembered_yet() {
+        let before = with_ttl("30m").object("mesh").unwrap();
+        assert_eq!(pending(&before), None);
+        let begun = with_ttl("5m").begun("mesh", Some(&before)).unwrap();
+        assert_eq!(Memory::read(&begun), Ok(with_ttl("30m")), "an interruption changes nothing that is remembered");
+        assert_eq!(read_given(PENDING, pending(&begun).unwrap()), Ok(with_ttl("5m").given));
+        // Applied by hand meanwhile, or in whole at the next time: nothing is pending.
+        assert_eq!(with_ttl("5m").object("mesh").unwrap().data.unwrap()[PENDING], "");
+        let first = with_ttl("5m").begun("mesh", None).unwrap();
+        assert_eq!(Memory::read(&first), Ok(with_ttl("5m")), "what is there is of these settings, if anything is");
+        assert!(!first.data.unwrap().contains_key(VALUES));
+        let mut damaged = before.clone();
+        damaged.data.as_mut().unwrap().insert(VALUES.into(), "[".into());
+        assert_eq!(Memory::read(&with_ttl("5m").begun("mesh", Some(&damaged)).unwrap()), Ok(with_ttl("5m")));
+    }
+
+    #[tokio::test]
+    async fn what_was_applied_is_remembered_and_what_others_have_begun_meanwhile_stays() {
+        for (begun, left) in [("5m", Some("")), ("1m", None)] {
+            let now = with_ttl(begun).begun("mesh", None).unwrap();
+            let client = client(move |asked: &Asked| {
+                if asked.body["data"].is_object() {
+                    assert!(asked.body["data"][VALUES].as_str().unwrap().contains("5m"));
+                    assert_eq!(asked.body["data"][PENDING].as_str(), left, "{begun}");
+                }
+                Answer::Now(200, serde_json::to_value(&now).unwrap())
+            });
+            remember(&client, "mesh", &with_ttl("5m")).await.unwrap();
+        }
+    }
 
     #[test]
     fn what_is_remembered_is_what_was_named_and_it_is_read_again() {
