@@ -411,7 +411,7 @@ fn own_namespace(name: &str) -> Namespace {
 }
 
 /// All manifests as one YAML stream, with what is remembered at its end: who is interrupted has not come so far.
-pub fn manifests(namespace: &str, memory: &Memory) -> Result<String> {
+fn manifests(namespace: &str, memory: &Memory) -> Result<String> {
     let remembered = yaml(&serde_json::to_value(memory.object(namespace)?)?)?;
     Ok(format!("{}---\n{remembered}", applied(namespace, memory)?))
 }

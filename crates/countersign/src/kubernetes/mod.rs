@@ -14,6 +14,7 @@ mod former;
 mod given;
 mod inject;
 mod install;
+mod leftovers;
 mod limits;
 mod live_settings;
 mod memory;

@@ -1,10 +1,13 @@
 //! The way of a whole mesh to plaintext, without a request that fails: what sends plaintext before all accept it is refused, so each
 //! step waits until every sidecar has taken the one before.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use countersign_controller::injector::SIDECAR;
 use countersign_controller::store::Transparency;
+use futures::stream::{self, StreamExt};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use kube::{Client, ResourceExt};
@@ -12,13 +15,16 @@ use serde_json::json;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::cluster::{NoPage, SIDECAR_PORT, ask, is_meshed, page, pods};
+use super::cluster::{NoPage, SIDECAR_PORT, ask, is_meshed, is_ready, listed, page, pods};
 use super::live_settings::{NAME as SETTINGS, TRANSPARENT as KEY, way_back};
+use super::pod_state;
 use crate::settings::Mistake;
 use crate::settings::words::count;
 
 /// Interval between two polls.
 const LOOK: Duration = Duration::from_millis(500);
+/// Sidecars that are asked at once: each one that is broken takes seconds.
+const AT_ONCE: usize = 16;
 /// Most sidecars that an error names.
 const NAMED: usize = 3;
 /// Port of the pages of the controller beside the server.
@@ -47,19 +53,21 @@ pub struct Way {
 }
 
 impl Way {
-    /// Goes all of it. Errors: a step is unknown to the control plane, or some sidecars do not take it. After the first step the mesh
+    /// Goes all of it, in the end past sidecars that do not answer while others do. Errors: a step is unknown to the control plane, or
+    /// some sidecars do not take it. After the first step the mesh
     /// is what it was before; after the second it stays as transparent as it is, because sidecars that are strict again would refuse
     /// those that are not yet.
     ///
     /// `stop` ends either wait, with the same outcome: whoever interrupts the command does not want to leave a strict mesh open.
     pub async fn go(&self, client: &Client, stop: &CancellationToken) -> Result<()> {
         let namespace = &self.namespace;
+        let mut passed = BTreeSet::new();
         let before = Present::read(client, namespace).await?;
         let mut now = before.says();
         if now != Transparency::Full && !self.at_once {
             knows_steps(client, namespace).await?;
             before.change(client, namespace, Some(&INBOUND.setting.to_string())).await?;
-            if let Err(why) = INBOUND.wait(client, self.patience, stop).await {
+            if let Err(why) = INBOUND.wait(client, self.patience, &mut passed, stop).await {
                 return Err(anyhow!("{why:#}; {}", before.restore(client, namespace).await));
             }
             now = INBOUND.setting;
@@ -72,7 +80,7 @@ impl Way {
             ));
         }
         present.change(client, namespace, Some(&FULL.setting.to_string())).await?;
-        FULL.wait(client, self.patience, stop).await.map_err(|why| {
+        FULL.wait(client, self.patience, &mut passed, stop).await.map_err(|why| {
             anyhow!(
                 "{why:#}; nothing was removed, and the mesh stays transparent as far as it is: run it again, or to go back: {}",
                 way_back(namespace)
@@ -203,53 +211,120 @@ async fn knows_steps(client: &Client, namespace: &str) -> Result<()> {
     Ok(())
 }
 
+/// What is known of one sidecar on the way.
+enum Progress {
+    /// It has taken the step.
+    Taken,
+    /// It answers, and has not; why, in words.
+    Behind(String),
+    /// It does not answer; why, in words.
+    Silent(String),
+}
+
+/// The sidecars that a step has to wait for, `NAMESPACE/NAME`, and what each lacks.
+#[derive(Default)]
+struct Waiting {
+    behind: Vec<(String, String)>,
+    silent: Vec<(String, String)>,
+    /// Whether the kubelet takes one of the silent ones for ready.
+    is_silent_one_ready: bool,
+    /// Whether any sidecar has answered.
+    has_answer: bool,
+}
+
+impl Waiting {
+    fn add(&mut self, pod: &Pod, progress: Progress) {
+        let name = name_of(pod);
+        self.has_answer |= !matches!(progress, Progress::Silent(_));
+        match progress {
+            Progress::Taken => {}
+            Progress::Behind(why) => self.behind.push((name, why)),
+            Progress::Silent(why) => {
+                self.is_silent_one_ready |= is_ready(pod);
+                self.silent.push((name, why));
+            }
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &(String, String)> {
+        self.behind.iter().chain(&self.silent)
+    }
+
+    /// Whether those that are left are broken, and nobody else. Where no sidecar at all answers, although the kubelets find them well,
+    /// it is the way to them that is broken: they may be strict, and others would be refused.
+    fn are_broken(&self) -> bool {
+        self.behind.is_empty() && (self.has_answer || !self.is_silent_one_ready)
+    }
+}
+
 impl Step {
-    /// Waits until every running sidecar has taken it. Error: which have not until then, and why.
-    /// An interruption is answered at once, also while a sidecar that does not answer is asked.
-    async fn wait(&self, client: &Client, patience: Duration, stop: &CancellationToken) -> Result<()> {
+    /// Waits until every running sidecar has taken it, but those in `passed`: sidecars that do not answer, to which it adds. Error: which
+    /// have not until then, and why. An interruption is answered at once, also while a sidecar that does not answer is asked.
+    async fn wait(
+        &self,
+        client: &Client,
+        patience: Duration,
+        passed: &mut BTreeSet<String>,
+        stop: &CancellationToken,
+    ) -> Result<()> {
         tokio::select! {
-            taken = self.taken(client, patience) => taken,
+            taken = self.taken(client, patience, passed) => taken,
             () = stop.cancelled() => Err(anyhow!("interrupted before all sidecars {}", self.does)),
         }
     }
 
-    async fn taken(&self, client: &Client, patience: Duration) -> Result<()> {
+    async fn taken(&self, client: &Client, patience: Duration, passed: &mut BTreeSet<String>) -> Result<()> {
         let until = Instant::now() + patience;
         eprintln!("the sidecars are told to {}", self.does);
         let mut said = usize::MAX;
         loop {
-            let (mut waiting, mut why) = (vec![], String::new());
-            let pods: Api<Pod> = Api::all(client.clone());
-            for pod in pods.list(&ListParams::default()).await.context("cannot list pods")?.items {
-                if !is_running(&pod) || pod.metadata.deletion_timestamp.is_some() || !is_meshed(&pod) {
-                    continue;
-                }
-                let answer = page(client, &pod, SIDECAR_PORT, "/mode").await;
-                if let Some(lacks) = answer.map_or_else(Some, |modes| self.lacks(&modes)) {
-                    if why.is_empty() {
-                        why = lacks;
-                    }
-                    waiting.push(format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()));
-                }
-            }
-            if waiting.is_empty() {
+            let waiting = self.look(client, passed).await?;
+            let Some((first, why)) = waiting.all().next() else {
                 eprintln!("all sidecars {}", self.does);
                 return Ok(());
+            };
+            let left = waiting.all().count();
+            if left != said {
+                said = left;
+                eprintln!("waiting for {}, {first} among them", count(said, "sidecar"));
             }
-            if waiting.len() != said {
-                said = waiting.len();
-                eprintln!("waiting for {}, {} among them", count(said, "sidecar"), waiting[0]);
+            if Instant::now() <= until {
+                tokio::time::sleep(LOOK).await;
+                continue;
             }
-            if Instant::now() > until {
-                return Err(anyhow!(
-                    "{} yet to {}, {} among them ({why}): restart or delete these pods, or give more --patience",
-                    have(waiting.len()),
-                    self.does,
-                    waiting[..waiting.len().min(NAMED)].join(", ")
-                ));
+            if waiting.are_broken() {
+                eprintln!("{}", gone_past(&waiting.silent));
+                passed.extend(waiting.silent.into_iter().map(|(name, _)| name));
+                eprintln!("all other sidecars {}", self.does);
+                return Ok(());
             }
-            tokio::time::sleep(LOOK).await;
+            let names: Vec<&str> = waiting.all().take(NAMED).map(|(name, _)| name.as_str()).collect();
+            return Err(anyhow!(
+                "{} yet to {}, {} among them ({why}): restart or delete these pods, or give more --patience",
+                have(left),
+                self.does,
+                names.join(", ")
+            ));
         }
+    }
+
+    /// Asks the sidecars of all running pods, [`AT_ONCE`] at a time.
+    async fn look(&self, client: &Client, passed: &BTreeSet<String>) -> Result<Waiting> {
+        let pods: Api<Pod> = Api::all(client.clone());
+        let pods = pods.list(&ListParams::default()).await.context("cannot list pods")?.items;
+        let asked = pods.iter().filter(|pod| has_running_sidecar(pod) && !passed.contains(&name_of(pod)));
+        let answers = stream::iter(asked).map(|pod| async move {
+            let answer = page(client, pod, SIDECAR_PORT, "/mode").await;
+            let progress = match answer {
+                Err(why) => Progress::Silent(why),
+                Ok(modes) => self.lacks(&modes).map_or(Progress::Taken, Progress::Behind),
+            };
+            (pod, progress)
+        });
+        let answers: Vec<(&Pod, Progress)> = answers.buffered(AT_ONCE).collect().await;
+        let mut waiting = Waiting::default();
+        answers.into_iter().for_each(|(pod, progress)| waiting.add(pod, progress));
+        Ok(waiting)
     }
 
     /// What a sidecar lacks of this step by its page of modes: its own on the first line, then ports that have another one. A port
@@ -263,6 +338,27 @@ impl Step {
         let strict = |line: &str| line.strip_suffix(" strict").map(|port| format!("its port {port} is strict"));
         lines.find_map(strict)
     }
+}
+
+/// What is said of sidecars that nobody waits for any longer.
+fn gone_past(silent: &[(String, String)]) -> String {
+    let names: Vec<String> = silent.iter().map(|(name, _)| name.clone()).collect();
+    let why = silent.first().map_or("", |(_, why)| why);
+    format!(
+        "going on without {} that cannot be asked: {} ({why}); if they run they may refuse plaintext until they are restarted",
+        count(silent.len(), "sidecar"),
+        listed(&names)
+    )
+}
+
+/// Whether a pod has a sidecar that can be told anything. One whose container waits to be started anew learns of the step when it is.
+fn has_running_sidecar(pod: &Pod) -> bool {
+    let is_down = pod_state::container(pod, SIDECAR).is_some() && !pod_state::is_container_running(pod, SIDECAR);
+    is_running(pod) && pod.metadata.deletion_timestamp.is_none() && is_meshed(pod) && !is_down
+}
+
+fn name_of(pod: &Pod) -> String {
+    format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any())
 }
 
 fn is_running(pod: &Pod) -> bool {
@@ -294,20 +390,31 @@ mod tests {
         assert!(FULL.lacks("").is_some());
     }
 
-    /// A cluster with one meshed pod, whose sidecar has one mode whatever it is told, and its ConfigMap.
+    /// A cluster with meshed pods and its ConfigMap.
     struct World {
         client: Client,
         /// Each value that was written.
         written: Arc<Mutex<Vec<Value>>>,
     }
 
+    fn pod(name: &str, container: &str) -> Value {
+        json!({ "metadata": { "namespace": "shop", "name": name }, "spec": { "containers": [{ "name": container }] },
+                "status": { "phase": "Running" } })
+    }
+
+    /// With one pod, whose sidecar has one mode whatever it is told.
     fn world(present: Option<&'static str>, mode: &'static str, mesh: fn() -> Answer) -> World {
+        world_of(present, vec![pod("web", SIDECAR)], move |_| Answer::Now(200, json!(mode)), mesh)
+    }
+
+    fn world_of(
+        present: Option<&'static str>,
+        pods: Vec<Value>,
+        mode: impl Fn(&str) -> Answer + Send + Sync + 'static,
+        mesh: fn() -> Answer,
+    ) -> World {
         let written = Arc::<Mutex<Vec<Value>>>::default();
         let seen = written.clone();
-        let pod = |name: &str, container: &str| {
-            json!({ "metadata": { "namespace": "shop", "name": name }, "spec": { "containers": [{ "name": container }] },
-                    "status": { "phase": "Running" } })
-        };
         let client = client(move |asked: &Asked| match asked.path.as_str() {
             path if path.ends_with("/configmaps/countersign-mesh") => {
                 let mut now = json!(present);
@@ -323,9 +430,9 @@ mod tests {
                 Answer::Now(200, json!({ "metadata": { "name": "m", "resourceVersion": "7" }, "data": data }))
             }
             "/api/v1/namespaces/mesh/pods" => list("PodList", vec![pod("countersign-server-0", "server")]),
-            "/api/v1/pods" => list("PodList", vec![pod("web", "countersign-proxy")]),
+            "/api/v1/pods" => list("PodList", pods.clone()),
             path if path.ends_with(":9465/proxy/mesh") => mesh(),
-            path if path.ends_with("/proxy/mode") => Answer::Now(200, json!(mode)),
+            path if path.ends_with("/proxy/mode") => mode(path),
             path => panic!("{path}"),
         });
         World { client, written }
@@ -381,6 +488,55 @@ mod tests {
         let why = go(&unset, false).await.unwrap_err().to_string();
         assert!(why.contains("its port 8080 is strict"), "{why}");
         assert_eq!(*unset.written.lock().unwrap(), [json!("inbound"), Value::Null]);
+    }
+
+    /// Of two pods, one whose sidecar does not answer.
+    fn one_is_silent(path: &str) -> Answer {
+        if path.contains("/broken:") { Answer::Never } else { Answer::Now(200, json!("off\n")) }
+    }
+
+    fn ready(mut pod: Value) -> Value {
+        pod["status"]["conditions"] = json!([{ "type": "Ready", "status": "True" }]);
+        pod
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_does_not_answer_holds_nobody_up_for_ever() {
+        let pods = vec![ready(pod("web", SIDECAR)), ready(pod("broken", SIDECAR))];
+        let world = world_of(None, pods, one_is_silent, new);
+        let began = Instant::now();
+        go(&world, false).await.unwrap();
+        assert_eq!(*world.written.lock().unwrap(), [json!("inbound"), json!("true")]);
+        // Once for its patience and a look's own time, and not again in the second step.
+        assert!(began.elapsed() < Duration::from_secs(13), "{:?}", began.elapsed());
+        let silent = [("shop/broken".to_owned(), "no answer within 5 s".to_owned())];
+        let said = gone_past(&silent);
+        assert!(said.starts_with("going on without 1 sidecar that cannot be asked: shop/broken (no answer"), "{said}");
+        // The only one, which its kubelet finds broken too.
+        let alone = world_of(None, vec![pod("broken", SIDECAR)], one_is_silent, new);
+        go(&alone, false).await.unwrap();
+        // Not its own fault: nobody can be asked, and the kubelet finds it well.
+        let unreachable = world_of(None, vec![ready(pod("broken", SIDECAR))], one_is_silent, new);
+        let why = go(&unreachable, false).await.unwrap_err().to_string();
+        assert!(why.contains("shop/broken among them (no answer within 5 s)"), "{why}");
+        assert_eq!(*unreachable.written.lock().unwrap(), [json!("inbound"), Value::Null], "it is what it was");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sidecar_that_is_down_is_not_waited_for_and_one_that_is_strict_is() {
+        let mut down = pod("broken", SIDECAR);
+        let waits = json!({ "waiting": { "reason": "CrashLoopBackOff" } });
+        down["status"]["containerStatuses"] = json!([{ "name": SIDECAR, "state": waits, "ready": false, "restartCount": 9,
+                                                       "image": "", "imageID": "" }]);
+        let world = world_of(None, vec![pod("web", SIDECAR), down], one_is_silent, new);
+        let began = Instant::now();
+        go(&world, false).await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        let strict =
+            |path: &str| if path.contains("/broken:") { Answer::Never } else { Answer::Now(200, json!("strict\n")) };
+        let stays = world_of(None, vec![pod("web", SIDECAR), pod("broken", SIDECAR)], strict, new);
+        let why = go(&stays, false).await.unwrap_err().to_string();
+        assert!(why.contains("2 sidecars have yet to accept plaintext, shop/web, shop/broken"), "{why}");
     }
 
     #[tokio::test(start_paused = true)]

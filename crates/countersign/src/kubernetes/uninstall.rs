@@ -15,7 +15,8 @@ use super::absent;
 use super::api_server::client;
 use super::csi_volumes::{self, Holders};
 use super::given::Given;
-use super::install::manifests;
+use super::install::applied;
+use super::leftovers;
 use super::memory::Memory;
 use super::transparency::Way;
 use crate::settings::Mistake;
@@ -140,7 +141,8 @@ async fn wait_for_volumes(holders: impl AsyncFn() -> Result<Holders>, patience: 
         if since.elapsed() > patience {
             return Err(anyhow!(
                 "there are still {held}. The mesh is transparent and nothing is injected any more, but the control plane stays, \
-                 because these pods could never end without the driver: {RESTART}; then run it again"
+                 because these pods could never end without the driver: {RESTART}, and delete those on lost nodes with --force; then \
+                 run it again"
             ));
         }
         tokio::time::sleep(LOOK_AT_PODS).await;
@@ -176,10 +178,10 @@ async fn wait_until_gone(what: &str, is_gone: impl AsyncFn() -> Result<bool, kub
     Ok(())
 }
 
-/// Removes what `install` prints in reverse order: first injection stops, then nothing requests identities any more,
-/// then the identities are removed.
+/// Removes what `install` applies in reverse order: first injection stops, then nothing requests identities any more,
+/// then the identities are removed. What it remembers goes with the namespace.
 async fn remove(client: &Client, namespace: &str) -> Result<()> {
-    let printed = manifests(namespace, &Memory::new(Given::default()))?;
+    let printed = applied(namespace, &Memory::new(Given::default()))?;
     let objects: Vec<Value> = serde_saphyr::from_multiple(&printed)?;
     for object in objects.iter().rev() {
         let (version, kind) =
@@ -204,7 +206,7 @@ async fn remove(client: &Client, namespace: &str) -> Result<()> {
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let what = format!("Namespace {namespace}");
     wait_until_gone(&what, async || Ok(namespaces.get_opt(namespace).await?.is_none())).await?;
-    eprintln!("nothing of Countersign is left; pods lose their idle sidecars when they are restarted");
+    eprintln!("{}", leftovers::told(client, namespace).await);
     Ok(())
 }
 
@@ -216,7 +218,7 @@ mod tests {
     #[test]
     fn the_agents_end_while_they_may_still_ask_whether_it_is_for_good() {
         // Of what is only there with the CNI plugin, the namespace's end makes an end.
-        let printed = manifests("mesh", &Memory::new(Given::default())).unwrap();
+        let printed = applied("mesh", &Memory::new(Given::default())).unwrap();
         let objects: Vec<Value> = serde_saphyr::from_multiple(&printed).unwrap();
         let place = |kind: &str, name: &str| {
             let found = objects.iter().rev().position(|o| o["kind"] == kind && o["metadata"]["name"] == name);
