@@ -42,6 +42,17 @@ async fn config() -> Result<Config, Mistake> {
     config.map_err(|e| Mistake(format!("there is no cluster to ask: {e}; set KUBECONFIG to a file that names one")))
 }
 
+/// The configuration of a command that can do without a cluster; `None` where none is set up. Error: KUBECONFIG names one, which cannot
+/// be read.
+pub async fn configured() -> Result<Option<Config>, Mistake> {
+    let named = std::env::var_os("KUBECONFIG").is_some_and(|paths| !paths.is_empty());
+    match Config::infer().await {
+        Ok(config) => Ok(Some(config)),
+        Err(error) if named => Err(Mistake(format!("KUBECONFIG: {error}"))),
+        Err(_) => Ok(None),
+    }
+}
+
 /// [`reach`] by a configuration; `source` says where it is from.
 pub async fn reach_by(config: Config, source: &str) -> Result<ApiServer> {
     let whom = format!("the API server at {} ({source})", shown(config.cluster_url.to_string().trim_end_matches('/')));

@@ -269,16 +269,9 @@ async fn unfit(client: &Client, values: &Value) -> Option<String> {
 
 /// The cluster of the current KUBECONFIG; `None` where none is configured. Error: the configuration cannot be read.
 async fn cluster() -> Result<Option<Client>> {
-    let named = std::env::var_os("KUBECONFIG").is_some_and(|paths| !paths.is_empty());
-    let config = match kube::Config::infer().await {
-        Ok(config) => config,
-        Err(error) if named => return Err(Mistake(format!("KUBECONFIG: {error}")).into()),
-        Err(_) => {
-            eprintln!(
-                "no cluster is configured (KUBECONFIG): the settings are not compared with those of an installation"
-            );
-            return Ok(None);
-        }
+    let Some(config) = api_server::configured().await? else {
+        eprintln!("no cluster is configured (KUBECONFIG): the settings are not compared with those of an installation");
+        return Ok(None);
     };
     let reached = api_server::reach_by(config, &api_server::source()).await;
     Ok(Some(

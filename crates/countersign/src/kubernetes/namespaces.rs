@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
 use countersign_controller::injector::{ENFORCE, INJECT, Privileges, Resources, Settings};
-use countersign_controller::store::MODE;
 use countersign_identity::policy::Mode;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
@@ -18,6 +17,7 @@ use serde::de::DeserializeOwned;
 
 use super::check::{Fault, Outcome};
 use super::cluster::listed;
+use super::injects::own_mode;
 use super::limits::{Objection, objections};
 use super::live_settings;
 
@@ -61,12 +61,9 @@ pub async fn security(client: &Client, scope: Scope<'_>) -> Outcome {
 
 /// Strict namespaces whose apps may choose their user.
 fn open_to_apps(meshed: &[Namespace], mesh: Mode) -> Vec<String> {
-    let own = |n: &Namespace| {
-        let words = [n.annotations().get(MODE), n.labels().get(MODE)].into_iter().flatten();
-        words.map(|word| word.parse().unwrap_or(Mode::Strict)).max()
-    };
     let is_open = |n: &&Namespace| {
-        mesh.narrowed_by(own(n)) == Mode::Strict && n.labels().get(ENFORCE).is_none_or(|level| level != "restricted")
+        mesh.narrowed_by(own_mode(n)) == Mode::Strict
+            && n.labels().get(ENFORCE).is_none_or(|level| level != "restricted")
     };
     meshed.iter().filter(is_open).map(ResourceExt::name_any).collect()
 }
@@ -288,6 +285,7 @@ impl Limited {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use countersign_controller::store::MODE;
     use serde_json::{Value, json};
 
     fn limited(workloads: &[(&str, Value)]) -> Limited {

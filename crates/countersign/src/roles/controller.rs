@@ -124,7 +124,33 @@ impl SidecarArgs {
     }
 }
 
+impl SidecarArgs {
+    /// What an injector adds, changed by the arguments that were named, each by the name of its field.
+    pub fn over(self, named: &BTreeSet<String>, injected: Sidecar) -> Sidecar {
+        fn pick<T>(is_named: bool, own: T, other: T) -> T {
+            if is_named { own } else { other }
+        }
+        let has = |name: &str| named.contains(name);
+        Sidecar {
+            image: pick(has("image"), self.image, injected.image),
+            pull_policy: pick(has("image_pull_policy"), self.image_pull_policy, injected.pull_policy),
+            agent_dir: pick(has("agent_dir"), self.agent_dir, injected.agent_dir),
+            csi_driver: injected.csi_driver,
+            cni: pick(has("cni"), self.cni, injected.cni),
+            log_level: pick(has("sidecar_log"), self.sidecar_log, injected.log_level),
+            native: pick(has("native_sidecars"), self.native_sidecars, injected.native),
+            leave: pick(has("allow_exceptions"), Leave::of(self.allow_exceptions), injected.leave),
+            resources: self.resources.over(named, injected.resources),
+        }
+    }
+}
+
 impl ControllerArgs {
+    /// What an injector with these arguments adds to pods.
+    pub fn injects(self) -> Sidecar {
+        self.sidecar.sidecar(self.csi_driver)
+    }
+
     fn config(self) -> Result<Config, Mistake> {
         let only: BTreeSet<&str> = self.only.iter().map(|p| p.trim()).filter(|p| !p.is_empty()).collect();
         if let Some(other) = only.iter().find(|p| !["injector", "registrar", "directory"].contains(*p)) {

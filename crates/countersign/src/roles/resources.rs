@@ -1,5 +1,7 @@
 //! Arguments for requests and limits of the containers that the injection adds.
 
+use std::collections::BTreeSet;
+
 use countersign_controller::injector::{Amount, Amounts, ContainerResources, Resources};
 
 /// Requests and limits of sidecar and redirect where their pod sets none. A limit below the request is raised to it.
@@ -32,6 +34,28 @@ pub struct ResourceArgs {
 }
 
 impl ResourceArgs {
+    /// What an injector sets, changed by the arguments that were named, each by the name of its field.
+    pub fn over(self, named: &BTreeSet<String>, mut injected: Resources) -> Resources {
+        let own = self.resources();
+        let (sidecar, redirect) = (&mut injected.sidecar, &mut injected.redirect);
+        let all = [
+            ("sidecar_cpu_request", &mut sidecar.cpu.request, own.sidecar.cpu.request),
+            ("sidecar_cpu_limit", &mut sidecar.cpu.limit, own.sidecar.cpu.limit),
+            ("sidecar_memory_request", &mut sidecar.memory.request, own.sidecar.memory.request),
+            ("sidecar_memory_limit", &mut sidecar.memory.limit, own.sidecar.memory.limit),
+            ("redirect_cpu_request", &mut redirect.cpu.request, own.redirect.cpu.request),
+            ("redirect_cpu_limit", &mut redirect.cpu.limit, own.redirect.cpu.limit),
+            ("redirect_memory_request", &mut redirect.memory.request, own.redirect.memory.request),
+            ("redirect_memory_limit", &mut redirect.memory.limit, own.redirect.memory.limit),
+        ];
+        for (name, place, own) in all {
+            if named.contains(name) {
+                *place = own;
+            }
+        }
+        injected
+    }
+
     /// Converts the arguments to the injector's settings.
     pub fn resources(self) -> Resources {
         Resources {
