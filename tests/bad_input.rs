@@ -310,3 +310,37 @@ fn wrong_command_lines_teach() {
         assert!(said.contains(expected), "{said}");
     }
 }
+
+#[test]
+fn every_kubernetes_command_says_the_same_of_an_api_server_that_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = crate::cni::no_api_server(dir.path());
+    let archive = dir.path().join("a.tar.gz").display().to_string();
+    let whom =
+        format!("cannot reach the API server at http://127.0.0.1:1 (KUBECONFIG {}, context x): ", config.display());
+    let commands: [&[&str]; 8] = [
+        &["check"],
+        &["check", "--before"],
+        &["explain", "pod", "web"],
+        &["support", "--out", &archive],
+        &["verify"],
+        &["strict", "--plan"],
+        &["uninstall", "--yes"],
+        &["install"],
+    ];
+    for command in commands {
+        let (code, said) = outcome(countersign(command).env("KUBECONFIG", &config));
+        // It was tried; nothing has to be corrected first.
+        assert_eq!((code, said.lines().count()), (1, 1), "{command:?}: {said}");
+        assert!(said.contains(&whom), "{command:?}: {said}");
+    }
+    assert!(!dir.path().join("a.tar.gz").exists());
+    // A file can be injected without a cluster, which is said.
+    let app = dir.path().join("app.yaml");
+    std::fs::write(&app, "apiVersion: v1\nkind: Pod\nspec: {containers: [{name: a, image: i}]}\n").unwrap();
+    let inject = ["inject", "-f", &app.display().to_string()];
+    let (code, said) = outcome(countersign(&inject).env("KUBECONFIG", &config));
+    assert!(code == 0 && said.contains("name: countersign-proxy") && said.contains(&whom), "{said}");
+    std::fs::write(&app, "some plain text\n").unwrap();
+    one_line(&mut countersign(&inject), "app.yaml: no Kubernetes object was found");
+}
