@@ -177,8 +177,8 @@ async fn of_pod(client: &Client, name: &str, namespace: &str, mesh: &str) -> Res
         Step { name: "registration", outcome: objects::registration(client, &pod, namespace).await },
         Step { name: "agent", outcome: objects::agent(client, &pod, mesh).await },
     ];
-    let mut sidecar = None;
-    if is_meshed(&pod) {
+    let (mut sidecar, node) = (None, node_of(&pod).map(ToOwned::to_owned));
+    if is_meshed(&pod) && node.is_some() {
         let (asked, open) = futures::join!(ask(client, &pod), transparency::open(client, mesh));
         steps.extend(sidecar::told(&asked, OffsetDateTime::now_utc().unix_timestamp(), open.as_deref()));
         sidecar = asked.ok();
@@ -187,8 +187,9 @@ async fn of_pod(client: &Client, name: &str, namespace: &str, mesh: &str) -> Res
         Ok(warned) => (events::warnings(&warned), vec![]),
         Err(why) => (vec![], vec![format!("events were not read: {why}")]),
     };
-    let node = node_of(&pod).map(ToOwned::to_owned);
-    Ok(Explained { steps, sidecar, warnings, notes, causes: vec![], is_wanted: injection.is_wanted, node })
+    // The mesh is not to blame for a pod that has no node.
+    let is_wanted = injection.is_wanted && node.is_some();
+    Ok(Explained { steps, sidecar, warnings, notes, causes: vec![], is_wanted, node })
 }
 
 /// A pod that is not there: perhaps it was refused, which its controller's events tell.
@@ -212,6 +213,28 @@ async fn of_missing_pod(client: &Client, name: &str, namespace: &str) -> Result<
 mod tests {
     use super::*;
     use crate::kubernetes::check::Fault;
+    use crate::kubernetes::check::fake_api::{Answer, Asked, client, list, refused};
+
+    #[tokio::test]
+    async fn of_a_pod_without_a_node_neither_sidecar_nor_registrar_is_asked() {
+        let client = client(|asked: &Asked| match asked.path.as_str() {
+            path if path.ends_with("/pods/web") => {
+                let condition = json!({ "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes" });
+                let spec = json!({ "containers": [{ "name": "countersign-proxy" }] });
+                let metadata = json!({ "name": "web", "namespace": "shop" });
+                let status = json!({ "phase": "Pending", "conditions": [condition] });
+                Answer::Now(200, json!({ "metadata": metadata, "spec": spec, "status": status }))
+            }
+            path if path.ends_with("/spiffeids/web") => refused(404, "not found"),
+            path if path.ends_with("/events") => list("EventList", vec![]),
+            path => panic!("{path}"),
+        });
+        let explained = of_pod(&client, "web", "shop", "mesh").await.unwrap();
+        let steps: Vec<_> = explained.steps.iter().map(|s| (s.name, s.outcome.is_ok())).collect();
+        assert_eq!(steps, [("pod", false), ("injection", true), ("registration", false), ("agent", false)]);
+        assert!(explained.steps[2].outcome.as_ref().unwrap_err().contains("not scheduled"));
+        assert!(!explained.is_wanted, "the mesh is not searched for a cause");
+    }
 
     #[test]
     fn steps_events_and_causes_are_rows_and_json() {
