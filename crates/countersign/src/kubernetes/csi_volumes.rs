@@ -12,6 +12,7 @@ use kube::api::{Api, DeleteParams, ListParams};
 use kube::{Client, ResourceExt};
 
 use super::cluster::{by_namespace, listed, node_of};
+use super::without::{Without, is_without};
 use crate::settings::words::count;
 
 /// Names of the drivers that the chart installed.
@@ -50,6 +51,13 @@ impl Holders {
             }
         }
         all
+    }
+
+    /// Those that are waited for.
+    pub fn without(mut self, some: &[Without]) -> Self {
+        self.injected.retain(|pod| !is_without(some, pod));
+        self.by_themselves.retain(|pod| !is_without(some, pod));
+        self
     }
 
     /// Their number.
@@ -147,6 +155,8 @@ mod tests {
         assert!(own.to_string().ends_with(", 1 of them by their own specification: spire/b"), "{own}");
         let mut written = running("shop/c", VOLUME);
         written.metadata.annotations = Some([(INJECTED.to_owned(), format!("0.1.0{IN_MANIFEST}"))].into());
+        let left = own.without(&["shop".parse().unwrap()]);
+        assert_eq!((left.injected.len(), left.by_themselves.len()), (0, 1));
         assert_eq!(holders(&[written]).by_themselves, ["shop/c"], "the webhook is not where it has it from");
     }
 }

@@ -21,15 +21,14 @@ pub async fn told(client: &Client, namespace: &str) -> String {
         volumes.map_or_else(|e| unread("persistent volumes", &e), |list| of_volumes(&list.items, namespace));
     lines.extend(namespaces.map_or_else(|e| unread("namespaces", &e), |list| of_namespaces(&list.items)));
     lines.extend(pods.map_or_else(|e| unread("pods", &e), |list| of_pods(&list.items)));
-    summary(&lines)
-}
-
-fn summary(lines: &[String]) -> String {
-    if lines.is_empty() {
-        return "Countersign is removed, and nothing of it is left".into();
-    }
+    lines.push(ON_NODES.to_owned());
     format!("Countersign is removed. What is left:\n- {}", lines.join("\n- "))
 }
+
+/// Nobody is left there who could remove it.
+const ON_NODES: &str = "on each node that had an agent its key and bundle, in /var/lib/countersign/agent, and until the node starts anew \
+                        /run/countersign; with the CNI plugin the file countersign-cni among the node's plugins: remove them there once \
+                        no pod has a sidecar";
 
 /// Volumes of claims of the namespace. Those that are not retained go by themselves.
 fn of_volumes(volumes: &[PersistentVolume], namespace: &str) -> Vec<String> {
@@ -112,13 +111,13 @@ mod tests {
         });
         let said = told(&api, "mesh").await;
         let lines: Vec<&str> = said.lines().collect();
-        assert_eq!(lines.len(), 5, "{said}");
+        assert_eq!(lines.len(), 6, "{said}");
         assert!(lines[1].contains("PersistentVolume kept: kubectl delete pv kept,"), "{said}");
         let label = "kubectl label namespace shop pay countersign.dev/inject- countersign.dev/mode-";
         assert!(lines[2].ends_with(label), "{said}");
         assert!(lines[3].ends_with("kubectl annotate namespace pay countersign.dev/mode-"), "{said}");
         assert_eq!(lines[4], "- pods were not looked at: you may not list pods");
-        assert_eq!(summary(&[]), "Countersign is removed, and nothing of it is left");
+        assert!(lines[5].contains("/var/lib/countersign/agent"), "{said}");
     }
 
     #[test]

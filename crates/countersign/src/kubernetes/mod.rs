@@ -32,6 +32,7 @@ mod transparency;
 mod uninstall;
 mod values;
 mod verify;
+mod without;
 
 #[cfg(fuzzing)]
 pub use sidecars::texts as sidecar_texts;

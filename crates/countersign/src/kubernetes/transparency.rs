@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::cluster::{NoPage, SIDECAR_PORT, ask, is_meshed, is_ready, listed, page, pods};
 use super::live_settings::{NAME as SETTINGS, TRANSPARENT as KEY, way_back};
 use super::pod_state;
+use super::without::{Without, is_without};
 use crate::settings::Mistake;
 use crate::settings::words::count;
 
@@ -50,6 +51,8 @@ pub struct Way {
     pub patience: Duration,
     /// Leave out the first step, which older control planes do not know.
     pub at_once: bool,
+    /// Pods that are not waited for.
+    pub without: Vec<Without>,
 }
 
 impl Way {
@@ -61,7 +64,7 @@ impl Way {
     /// `stop` ends either wait, with the same outcome: whoever interrupts the command does not want to leave a strict mesh open.
     pub async fn go(&self, client: &Client, stop: &CancellationToken) -> Result<()> {
         let namespace = &self.namespace;
-        let mut passed = BTreeSet::new();
+        let mut passed = Passed { by_leave: &self.without, silent: BTreeSet::new() };
         let before = Present::read(client, namespace).await?;
         let mut now = before.says();
         if now != Transparency::Full && !self.at_once {
@@ -211,6 +214,20 @@ async fn knows_steps(client: &Client, namespace: &str) -> Result<()> {
     Ok(())
 }
 
+/// Sidecars that are not waited for.
+struct Passed<'a> {
+    /// Those that the administrator leaves out.
+    by_leave: &'a [Without],
+    /// Those that did not answer in an earlier step, `NAMESPACE/NAME`.
+    silent: BTreeSet<String>,
+}
+
+impl Passed<'_> {
+    fn has(&self, pod: &str) -> bool {
+        self.silent.contains(pod) || is_without(self.by_leave, pod)
+    }
+}
+
 /// What is known of one sidecar on the way.
 enum Progress {
     /// It has taken the step.
@@ -258,13 +275,13 @@ impl Waiting {
 }
 
 impl Step {
-    /// Waits until every running sidecar has taken it, but those in `passed`: sidecars that do not answer, to which it adds. Error: which
+    /// Waits until every running sidecar has taken it, but those in `passed`, to which it adds those that do not answer. Error: which
     /// have not until then, and why. An interruption is answered at once, also while a sidecar that does not answer is asked.
     async fn wait(
         &self,
         client: &Client,
         patience: Duration,
-        passed: &mut BTreeSet<String>,
+        passed: &mut Passed<'_>,
         stop: &CancellationToken,
     ) -> Result<()> {
         tokio::select! {
@@ -273,7 +290,7 @@ impl Step {
         }
     }
 
-    async fn taken(&self, client: &Client, patience: Duration, passed: &mut BTreeSet<String>) -> Result<()> {
+    async fn taken(&self, client: &Client, patience: Duration, passed: &mut Passed<'_>) -> Result<()> {
         let until = Instant::now() + patience;
         eprintln!("the sidecars are told to {}", self.does);
         let mut said = usize::MAX;
@@ -294,13 +311,14 @@ impl Step {
             }
             if waiting.are_broken() {
                 eprintln!("{}", gone_past(&waiting.silent));
-                passed.extend(waiting.silent.into_iter().map(|(name, _)| name));
+                passed.silent.extend(waiting.silent.into_iter().map(|(name, _)| name));
                 eprintln!("all other sidecars {}", self.does);
                 return Ok(());
             }
             let names: Vec<&str> = waiting.all().take(NAMED).map(|(name, _)| name.as_str()).collect();
             return Err(anyhow!(
-                "{} yet to {}, {} among them ({why}): restart or delete these pods, or give more --patience",
+                "{} yet to {}, {} among them ({why}): restart or delete these pods, give more --patience, or leave them \
+                 out by --without NAMESPACE/POD",
                 have(left),
                 self.does,
                 names.join(", ")
@@ -309,10 +327,10 @@ impl Step {
     }
 
     /// Asks the sidecars of all running pods, [`AT_ONCE`] at a time.
-    async fn look(&self, client: &Client, passed: &BTreeSet<String>) -> Result<Waiting> {
+    async fn look(&self, client: &Client, passed: &Passed<'_>) -> Result<Waiting> {
         let pods: Api<Pod> = Api::all(client.clone());
         let pods = pods.list(&ListParams::default()).await.context("cannot list pods")?.items;
-        let asked = pods.iter().filter(|pod| has_running_sidecar(pod) && !passed.contains(&name_of(pod)));
+        let asked = pods.iter().filter(|pod| has_running_sidecar(pod) && !passed.has(&name_of(pod)));
         let answers = stream::iter(asked).map(|pod| async move {
             let answer = page(client, pod, SIDECAR_PORT, "/mode").await;
             let progress = match answer {
@@ -439,8 +457,13 @@ mod tests {
     }
 
     async fn go(world: &World, at_once: bool) -> Result<()> {
-        let stop = CancellationToken::new();
-        Way { namespace: "mesh".into(), patience: Duration::from_secs(5), at_once }.go(&world.client, &stop).await
+        go_without(world, at_once, &[]).await
+    }
+
+    async fn go_without(world: &World, at_once: bool, without: &[&str]) -> Result<()> {
+        let without = without.iter().map(|text| text.parse().unwrap()).collect();
+        let way = Way { namespace: "mesh".into(), patience: Duration::from_secs(5), at_once, without };
+        way.go(&world.client, &CancellationToken::new()).await
     }
 
     fn new() -> Answer {
@@ -474,7 +497,7 @@ mod tests {
         assert!(why.ends_with("nothing was removed, and the mesh is what it was"), "{why}");
         assert_eq!(*stays.written.lock().unwrap(), [json!("inbound"), json!("false")]);
         let interrupted = world(None, "strict\n", new);
-        let way = Way { namespace: "mesh".into(), patience: Duration::from_secs(60), at_once: false };
+        let way = Way { namespace: "mesh".into(), patience: Duration::from_secs(60), at_once: false, without: vec![] };
         let stop = CancellationToken::new();
         stop.cancel();
         let why = way.go(&interrupted.client, &stop).await.unwrap_err().to_string();
@@ -537,6 +560,18 @@ mod tests {
         let stays = world_of(None, vec![pod("web", SIDECAR), pod("broken", SIDECAR)], strict, new);
         let why = go(&stays, false).await.unwrap_err().to_string();
         assert!(why.contains("2 sidecars have yet to accept plaintext, shop/web, shop/broken"), "{why}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_answers_and_never_does_what_it_is_told_can_be_left_out() {
+        let stubborn =
+            |path: &str| Answer::Now(200, if path.contains("/broken:") { json!("strict\n") } else { json!("off\n") });
+        let pods = || vec![pod("web", SIDECAR), pod("broken", SIDECAR)];
+        let why = go(&world_of(None, pods(), stubborn, new), false).await.unwrap_err().to_string();
+        assert!(why.contains("shop/broken among them (its mode is strict)") && why.contains("--without"), "{why}");
+        let left_out = world_of(None, pods(), stubborn, new);
+        go_without(&left_out, false, &["shop/broken"]).await.unwrap();
+        assert_eq!(*left_out.written.lock().unwrap(), [json!("inbound"), json!("true")]);
     }
 
     #[tokio::test(start_paused = true)]

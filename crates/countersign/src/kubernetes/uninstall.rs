@@ -19,6 +19,7 @@ use super::install::applied;
 use super::leftovers;
 use super::memory::Memory;
 use super::transparency::Way;
+use super::without::Without;
 use crate::settings::Mistake;
 
 /// Interval between two polls.
@@ -56,6 +57,10 @@ pub struct UninstallArgs {
     /// driver, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     patience: u64,
+    /// Do not wait for the pods of a namespace, or for one pod: neither for their sidecars nor for their volumes of the CSI driver. What
+    /// is sent to them may be refused, and those with a volume do not end until they are deleted with --force. May be repeated.
+    #[arg(long, value_name = "NAMESPACE[/POD]")]
+    without: Vec<Without>,
 }
 
 /// What is said to who has not confirmed it.
@@ -72,7 +77,8 @@ pub async fn uninstall(args: UninstallArgs) -> Result<()> {
     absent::refuse(&client, &args.namespace, "-n").await?;
     let patience = Duration::from_secs(args.patience);
     let stop = crate::stop::on_signal()?;
-    Way { namespace: args.namespace.clone(), patience, at_once: args.at_once }.go(&client, &stop).await?;
+    let way = Way { namespace: args.namespace.clone(), patience, at_once: args.at_once, without: args.without.clone() };
+    way.go(&client, &stop).await?;
     tokio::select! {
         done = remove_rest(&client, &args, patience) => done,
         () = stop.cancelled() => Err(anyhow!("interrupted; the mesh is transparent: run it again to remove the rest")),
@@ -84,7 +90,7 @@ async fn remove_rest(client: &Client, args: &UninstallArgs, patience: Duration) 
     // Restarted pods must not get a volume again.
     stop_injection(client).await?;
     let drivers = csi_volumes::drivers(client).await?;
-    let holders = async || csi_volumes::holders(client, &drivers).await;
+    let holders = async || Ok(csi_volumes::holders(client, &drivers).await?.without(&args.without));
     if args.prepare {
         eprintln!("{}", prepared(&holders().await?));
         return Ok(());
@@ -142,7 +148,7 @@ async fn wait_for_volumes(holders: impl AsyncFn() -> Result<Holders>, patience: 
             return Err(anyhow!(
                 "there are still {held}. The mesh is transparent and nothing is injected any more, but the control plane stays, \
                  because these pods could never end without the driver: {RESTART}, and delete those on lost nodes with --force; then \
-                 run it again"
+                 run it again, with --without NAMESPACE/POD for those that nobody can end"
             ));
         }
         tokio::time::sleep(LOOK_AT_PODS).await;
