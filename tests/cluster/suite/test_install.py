@@ -107,6 +107,21 @@ class Install(unittest.TestCase):
         mesh.install()
         self.assertEqual(running(), before)
 
+    def test_what_was_changed_by_hand_and_what_was_not_finished_is_said_and_a_dry_run_too(self):
+        patch = lambda name, data: kubectl("-n", NAMESPACE, "patch", "configmap", name, "-p", json.dumps({"data": data}))
+        patch("countersign-mesh", {"svidTTL": "5m"})
+        try:
+            tried = countersign("install", "--reuse-values", "--dry-run")
+            self.assertEqual(tried.returncode, 0, tried.stderr)
+            self.assertIn("svidTTL is 5m and becomes 1h; --set server.svidTTL=5m keeps it", tried.stderr)
+            self.assertIn("a dry run: nothing was changed\n", tried.stderr)
+            patch("countersign-install", {"pending": "logLevel: debug\n"})
+            said = countersign("install", "--reuse-values", "--dry-run").stderr
+            self.assertRegex(said, r"was interrupted, or another one goes on, with other settings \(.*logLevel")
+        finally:
+            mesh.install()
+        self.assertEqual(memory()["data"]["pending"], "", "it was applied as a whole")
+
     def test_an_upgrade_that_keeps_its_settings_restarts_nothing(self):
         before, remembered = running(), memory()["data"]
         manifests = countersign("install", "--reuse-values")

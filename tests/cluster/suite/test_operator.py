@@ -66,6 +66,9 @@ class Operator(unittest.TestCase):
             settings(transparent="true")
             try:
                 done = countersign("verify", "--pcap", wire, "--output", "json")
+                opened = self.check()["settings"]
+                self.assertIn("an uninstall was begun (`transparent: true` in ConfigMap", opened["found"])
+                self.assertIn(f"kubectl -n {NAMESPACE} patch configmap countersign-mesh", opened["mend"])
             finally:
                 kubectl("-n", NAMESPACE, "patch", "configmap", "countersign-mesh", "--type=json", "-p",
                         '[{"op":"remove","path":"/data/transparent"}]')

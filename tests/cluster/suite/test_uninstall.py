@@ -63,6 +63,8 @@ class Uninstall(unittest.TestCase):
             for made, failed in [load.end() for load in loads]:
                 self.assertEqual(failed, [])
                 self.assertGreater(made, 100)
+            self.assertIn("kubectl delete pv countersign-data", done.stderr)
+            self.assertRegex(done.stderr, rf"idle sidecars of .*\b{ns} 3")
             self.nothing_is_left()
             self.restarted_pods_are_plain(ns)
 
