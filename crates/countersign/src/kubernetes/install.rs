@@ -1,7 +1,6 @@
 //! `countersign install`: the manifests of an installation, printed or applied, after a comparison with the settings of
 //! an earlier one.
 
-use std::collections::BTreeSet;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
@@ -17,14 +16,12 @@ use tokio::process::Command;
 use super::changes::{self, Change, Consent};
 use super::chart;
 use super::check::csi;
-use super::cluster::listed;
 use super::existing::Existing;
 use super::former::Revision;
 use super::given::Given;
-use super::live_settings::{self, ByHand};
 use super::memory::{self, Memory, Seen};
 use super::values::{ValuesArgs, host_path};
-use super::{api_server, redirects};
+use super::{api_server, live_settings, redirects};
 use crate::operator::output::{Output, json_text};
 use crate::settings::Mistake;
 use crate::settings::words::escaped;
@@ -163,7 +160,7 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
     };
     let mut notes = vec![];
     if let Some(pending) = cluster.as_ref().and_then(|(_, seen)| seen.pending.as_ref()) {
-        notes.push(unfinished(pending, &given));
+        notes.push(memory::unfinished(pending, &given));
     }
     let whole = given.whole("the settings of the existing installation and those given now")?;
     let (mut given, mut opened) = (given, None);
@@ -178,7 +175,9 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
             }
             stricter => opened = stricter.map(|(live, next)| opens(live, next)),
         }
-        notes.extend(taken_back(mesh.as_ref(), seen.memory.as_ref(), &whole));
+        if let (Some(mesh), Some(memory)) = (&mesh, &seen.memory) {
+            notes.extend(live_settings::taken_back(mesh, &memory.values()?, &whole));
+        }
     }
     // What runs shows all that differs from today's defaults.
     let earlier = earlier.map(|memory| (&memory.given, memory.defaults));
@@ -200,38 +199,6 @@ async fn plan(args: &InstallArgs) -> Result<Plan> {
     }
     let memory = Memory::new(given);
     Ok(Plan { namespace: args.namespace.clone(), memory, changes, existing, unfit, opened, notes, cluster })
-}
-
-/// What is said of an installation that was begun and perhaps not finished.
-fn unfinished(pending: &Given, given: &Given) -> String {
-    let begun = "an earlier `install --apply` was interrupted, or another one goes on";
-    let (was, now) = (pending.leaves(), given.leaves());
-    let names: BTreeSet<&String> = was.keys().chain(now.keys()).collect();
-    let other: Vec<String> = names.into_iter().filter(|name| was.get(*name) != now.get(*name)).cloned().collect();
-    if other.is_empty() {
-        return format!("{begun}, with these settings: all manifests are applied again");
-    }
-    format!("{begun}, with other settings ({}): what it has applied of them is replaced", listed(&other))
-}
-
-/// What is said of values that were changed by hand on the running mesh and that these settings change again. Which ones somebody meant
-/// to change now is in the table of changes.
-fn taken_back(mesh: Option<&ConfigMap>, memory: Option<&Memory>, next: &Value) -> Option<String> {
-    let mesh = mesh?;
-    let by_hand = live_settings::by_hand(mesh, &memory?.values().ok()?);
-    let going = live_settings::by_hand(mesh, next);
-    let lost: Vec<ByHand> = going.into_iter().filter(|one| by_hand.iter().any(|other| other.key == one.key)).collect();
-    let told: Vec<String> =
-        lost.iter().map(|one| format!("{} is {} and becomes {}", one.key, one.live, one.installed)).collect();
-    let keeps: Vec<String> = lost.iter().map(ByHand::flag).collect();
-    (!lost.is_empty()).then(|| {
-        format!(
-            "ConfigMap {} was changed by hand since: {}; {} keeps it",
-            live_settings::NAME,
-            told.join(", "),
-            keeps.join(" ")
-        )
-    })
 }
 
 /// The mode of a mesh that was made stricter since (`countersign strict --mesh`) than these settings make it, and theirs. What was
@@ -723,28 +690,6 @@ mod tests {
         assert_eq!(plan.tried(Consent { force: true, reset: false }), "a dry run: nothing was changed");
         assert!(!plan.is_allowed(Consent { force: false, reset: true }));
         assert!(plan.needs(Consent::default()).ends_with(&why));
-    }
-
-    #[test]
-    fn an_installation_that_was_not_finished_is_said_with_what_is_replaced() {
-        let given = |ttl: &str| Given::of(json!({ "server": { "svidTTL": ttl }, "logLevel": "info" })).unwrap();
-        assert!(
-            unfinished(&given("5m"), &given("5m")).ends_with("with these settings: all manifests are applied again")
-        );
-        let other = unfinished(&given("5m"), &given("1m"));
-        assert!(other.contains("interrupted") && other.contains("other settings (server.svidTTL)"), "{other}");
-    }
-
-    #[test]
-    fn what_was_changed_by_hand_and_goes_back_is_said_with_what_keeps_it() {
-        let mesh: ConfigMap = serde_json::from_value(json!({ "metadata": {}, "data": { "svidTTL": "5m" } })).unwrap();
-        let memory = |ttl: &str| Memory::new(Given::of(json!({ "server": { "svidTTL": ttl } })).unwrap());
-        let next = |ttl: &str| memory(ttl).values().unwrap();
-        let said = taken_back(Some(&mesh), Some(&memory("30m")), &next("30m")).unwrap();
-        assert!(said.contains("svidTTL is 5m and becomes 30m; --set server.svidTTL=5m keeps it"), "{said}");
-        assert_eq!(taken_back(Some(&mesh), Some(&memory("30m")), &next("5m")), None, "it is kept");
-        assert_eq!(taken_back(Some(&mesh), Some(&memory("5m")), &next("30m")), None, "the table of changes has it");
-        assert_eq!(taken_back(None, None, &next("30m")), None);
     }
 
     #[test]

@@ -89,6 +89,19 @@ pub fn kept_by(all: &[ByHand], namespace: &str) -> String {
     )
 }
 
+/// What is said of values that were changed by hand since an installation with the settings `before`, and that one with `next` changes
+/// again. Which ones somebody means to change by it is in its table of changes.
+pub fn taken_back(map: &ConfigMap, before: &Value, next: &Value) -> Option<String> {
+    let since = by_hand(map, before);
+    let going = by_hand(map, next);
+    let lost: Vec<ByHand> = going.into_iter().filter(|one| since.iter().any(|other| other.key == one.key)).collect();
+    let told: Vec<String> =
+        lost.iter().map(|one| format!("{} is {} and becomes {}", one.key, one.live, one.installed)).collect();
+    let keeps: Vec<String> = lost.iter().map(ByHand::flag).collect();
+    let (told, keeps) = (told.join(", "), keeps.join(" "));
+    (!lost.is_empty()).then(|| format!("ConfigMap {NAME} was changed by hand since: {told}; {keeps} keeps it"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,5 +132,15 @@ mod tests {
         assert!(said.contains("install -n mesh --reuse-values --set server.svidTTL=30m`"), "{said}");
         assert_eq!(told("mode", "off").len(), 1, "installed as permissive");
         assert_eq!((told("mode", "strict").len(), told("svidTTL", "1h").len(), told("else", "1").len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn what_was_changed_by_hand_and_goes_back_is_said_with_what_keeps_it() {
+        let map = serde_json::from_value(json!({ "metadata": {}, "data": { "svidTTL": "5m" } })).unwrap();
+        let with = |ttl: &str| json!({ "server": { "svidTTL": ttl } });
+        let said = taken_back(&map, &with("30m"), &with("30m")).unwrap();
+        assert!(said.contains("svidTTL is 5m and becomes 30m; --set server.svidTTL=5m keeps it"), "{said}");
+        assert_eq!(taken_back(&map, &with("30m"), &with("5m")), None, "it is kept");
+        assert_eq!(taken_back(&map, &with("5m"), &with("30m")), None, "the table of changes has it");
     }
 }

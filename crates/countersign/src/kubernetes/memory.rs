@@ -4,7 +4,7 @@
 //! It is no part of the chart, because Helm keeps its own. A ConfigMap and no Secret, because settings hold no secrets:
 //! of Secrets they have the names alone. Nothing in the cluster reads it, so no role needs a permission for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use kube::{Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::cluster::listed;
 use super::former::{Revision, defaults_of};
 use super::given::Given;
 use super::live_settings;
@@ -169,6 +170,18 @@ pub async fn look(client: &Client, namespace: &str, despite_damage: bool) -> Res
     Ok(Seen { memory, pending, object: Some(object) })
 }
 
+/// What is said of an installation that was begun and perhaps not finished.
+pub fn unfinished(pending: &Given, given: &Given) -> String {
+    let begun = "an earlier `install --apply` was interrupted, or another one goes on";
+    let (was, now) = (pending.leaves(), given.leaves());
+    let names: BTreeSet<&String> = was.keys().chain(now.keys()).collect();
+    let other: Vec<String> = names.into_iter().filter(|name| was.get(*name) != now.get(*name)).cloned().collect();
+    if other.is_empty() {
+        return format!("{begun}, with these settings: all manifests are applied again");
+    }
+    format!("{begun}, with other settings ({}): what it has applied of them is replaced", listed(&other))
+}
+
 /// An object that an earlier installation has made; `None` if there is none. Error: the API server does not show it.
 pub async fn get<K>(api: &Api<K>, name: &str) -> Result<Option<K>>
 where
@@ -274,6 +287,16 @@ mod tests {
             });
             remember(&client, "mesh", &with_ttl("5m")).await.unwrap();
         }
+    }
+
+    #[test]
+    fn an_installation_that_was_not_finished_is_said_with_what_is_replaced() {
+        let given = |ttl: &str| Given::of(json!({ "server": { "svidTTL": ttl }, "logLevel": "info" })).unwrap();
+        assert!(
+            unfinished(&given("5m"), &given("5m")).ends_with("with these settings: all manifests are applied again")
+        );
+        let other = unfinished(&given("5m"), &given("1m"));
+        assert!(other.contains("interrupted") && other.contains("other settings (server.svidTTL)"), "{other}");
     }
 
     #[test]
