@@ -12,7 +12,8 @@ use crate::{InstalledRule, Redirect, RedirectError};
 /// Where the rules of a hook are: table, our chain, and the chain that jumps to it.
 fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
     match hook {
-        Hook::Output => ("nat", "COUNTERSIGN_OUT", "OUTPUT"),
+        // It has no rules with this backend.
+        Hook::Sidecar | Hook::Output => ("nat", "COUNTERSIGN_OUT", "OUTPUT"),
         Hook::Prerouting => ("nat", "COUNTERSIGN_IN", "PREROUTING"),
         Hook::OwnPorts => ("filter", "COUNTERSIGN_OWN", "OUTPUT"),
         Hook::GuardOutput => ("filter", "COUNTERSIGN_OTHERS_OUT", "OUTPUT"),
@@ -23,7 +24,13 @@ fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
 const TABLES: [&str; 2] = ["nat", "filter"];
 
 /// Replaces our chains: one transaction per IP version and table, the dropping one first.
+///
+/// # Errors
+/// The sidecar is to be told by its cgroup: `iptables` matches these by a path that is not known yet.
 pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
+    if redirect.by_cgroup {
+        return Err(RedirectError::NoCgroups);
+    }
     let rules = redirect.rules();
     for v6 in [false, true] {
         let done = match install_one(&rules, v6) {
@@ -112,7 +119,8 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
         }
         Match::Icmp if !v6 => "-p icmp".into(),
         Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),
-        Match::Icmp | Match::Icmpv6 => return None,
+        // Of the other IP version; cgroups with nf_tables alone.
+        Match::Icmp | Match::Icmpv6 | Match::CgroupFrom(_) | Match::Cgroup(_) => return None,
         Match::Reply => "-m conntrack --ctdir REPLY".into(),
         Match::Udp(port, None) => format!("-p udp --dport {port}"),
         Match::Udp(port, Some(at)) => format!("{} -p udp --dport {port}", net(at.into())?),
@@ -128,6 +136,7 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
             (limit, format!("LOG --log-level notice --log-prefix \"countersign dropped {way}: \""))
         }
         Verdict::Drop => ("", "DROP".to_owned()),
+        Verdict::IfSidecar => return None,
     };
     Some(format!("-A {chain} {matches} {more}-m comment --comment \"{}\" -j {verdict}", rule.comment()))
 }

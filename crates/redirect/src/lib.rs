@@ -2,7 +2,8 @@
 //!
 //! [`rules`] defines what is redirected and what is not; [`nftables`] installs it over netlink, [`iptables`] through
 //! the binary if the kernel lacks nf_tables. [`validate`] proves without privileges that it is in force. [`guard`] defines
-//! what happens to protocols other than TCP. [`here`] determines the current namespace. [`netns`] creates and enters
+//! what happens to protocols other than TCP, [`sidecar`] how the
+//! sidecar is told from an app of its user. [`here`] determines the current namespace. [`netns`] creates and enters
 //! network namespaces, [`bridge`] connects them.
 
 pub mod bridge;
@@ -13,6 +14,7 @@ pub mod iptables;
 pub mod netns;
 pub mod nftables;
 pub mod rules;
+pub mod sidecar;
 pub mod validate;
 
 use std::fmt;
@@ -41,6 +43,9 @@ pub enum RedirectError {
         /// Error of the iptables backend.
         iptables: Box<RedirectError>,
     },
+    /// `iptables` cannot tell the sidecar by its cgroup.
+    #[error("only nf_tables tells the sidecar by its cgroup: use --backend=nftables")]
+    NoCgroups,
     /// The kernel rejected a rule.
     #[error("the kernel refused the redirect: {0}")]
     Kernel(std::io::Error),
@@ -152,12 +157,12 @@ pub fn remove() -> Result<Vec<InstalledRule>, RedirectError> {
 }
 
 /// Whether exactly these rules are installed. Missing log samples do not count, because a kernel may not support them;
-/// the order within a run of exemptions does not count either.
+/// neither do the order within a run of exemptions and the sidecar's cgroup, which is added later.
 pub fn in_force(redirect: &Redirect, found: &[InstalledRule]) -> bool {
     let asked = redirect.rules();
     let samples: Vec<String> = asked.iter().filter(|r| r.verdict == Verdict::Sample).map(Rule::comment).collect();
     let asked = asked.iter().filter(|r| r.verdict != Verdict::Sample).map(Rule::comment);
-    let found = found.iter().map(|r| r.comment.clone()).filter(|c| !samples.contains(c));
+    let found = found.iter().map(|r| r.comment.clone()).filter(|c| !samples.contains(c) && !sidecar::is_cgroup(c));
     runs(asked).eq(&runs(found))
 }
 

@@ -6,12 +6,16 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::guard::{DNS, Guard, link_local};
+use crate::sidecar::Cgroup;
 
 /// The redirect of one network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Redirect {
     /// User ID of the sidecar, whose own connections are never redirected.
     pub proxy_uid: u32,
+    /// Whether the sidecar is told from others of its user ID by its cgroup, see [`crate::sidecar`]. Until that is known,
+    /// nothing of this user leaves the namespace.
+    pub by_cgroup: bool,
     /// Port of the sidecar for outgoing connections.
     pub outbound_port: u16,
     /// Port of the sidecar for incoming connections.
@@ -38,6 +42,7 @@ impl Redirect {
     pub fn for_proxy(proxy_uid: u32) -> Self {
         Self {
             proxy_uid,
+            by_cgroup: false,
             outbound_port: 15001,
             inbound_port: 15006,
             sidecar_ports: [15008, 15020].into(),
@@ -53,6 +58,8 @@ impl Redirect {
 /// The point in the kernel's packet processing where a rule applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
+    /// Packets of the sidecar's user that another rule asks about ([`Verdict::IfSidecar`]).
+    Sidecar,
     /// Packets that this namespace's processes send.
     Output,
     /// Packets that come in.
@@ -66,12 +73,12 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// All hooks, in the order of [`Redirect::rules`].
+    /// All places where the kernel itself calls our rules, in the order of [`Redirect::rules`].
     pub const ALL: [Self; 5] = [Self::Output, Self::Prerouting, Self::OwnPorts, Self::GuardOutput, Self::GuardInput];
 
     /// Whether its rules concern outgoing packets; otherwise incoming ones.
     pub fn is_out(self) -> bool {
-        matches!(self, Self::Output | Self::OwnPorts | Self::GuardOutput)
+        matches!(self, Self::Sidecar | Self::Output | Self::OwnPorts | Self::GuardOutput)
     }
 
     /// Whether its rules decide what is dropped; otherwise what is redirected.
@@ -101,6 +108,11 @@ pub enum Match {
     TcpInvalid,
     /// TCP from this source port in a connection that somebody else opened, sent by a socket of another user ID than this.
     ForeignFrom(u16, u32),
+    /// As before, but sent by a socket that was opened in any cgroup but the root, whoever it belongs to: the kernel keeps this of
+    /// sockets that were closed, too. A handshake's answer belongs to no cgroup.
+    CgroupFrom(u16),
+    /// Sent by a socket that was opened in this cgroup.
+    Cgroup(Cgroup),
     /// ICMP over IPv4.
     Icmp,
     /// `ICMPv6` over IPv6, including neighbour discovery.
@@ -120,6 +132,8 @@ pub enum Verdict {
     Exempt,
     /// Redirected to this port of the sidecar.
     To(u16),
+    /// Passes unchanged if the sidecar sent it; otherwise the next rule decides.
+    IfSidecar,
     /// Some of the packets are written to the kernel's log, and the next rule decides.
     Sample,
     /// Dropped without an answer.
@@ -141,6 +155,7 @@ impl Rule {
     /// The purpose of the rule, as shown by `nft list ruleset`, `iptables -S` and `--check`.
     pub fn comment(&self) -> String {
         let way = match self.hook {
+            Hook::Sidecar => "sidecar",
             Hook::Output => "out",
             Hook::Prerouting => "in",
             Hook::OwnPorts => "own ports",
@@ -157,6 +172,8 @@ impl Rule {
             Match::Tcp => "TCP".into(),
             Match::TcpInvalid => "TCP of no connection".into(),
             Match::ForeignFrom(port, _) => format!("port {port} of another user"),
+            Match::CgroupFrom(port) => format!("port {port} of a cgroup"),
+            Match::Cgroup(Cgroup { id, level }) => format!("cgroup {id} at level {level}"),
             Match::Icmp => "ICMP".into(),
             Match::Icmpv6 => "ICMPv6".into(),
             Match::Reply => "replies".into(),
@@ -167,6 +184,7 @@ impl Rule {
         match self.verdict {
             Verdict::Exempt => format!("countersign {way}: {what} exempt"),
             Verdict::To(port) => format!("countersign {way}: {what} to {port}"),
+            Verdict::IfSidecar => format!("countersign {way}: {what} in the sidecar's cgroup exempt"),
             Verdict::Sample => format!("countersign {way}: {what} logged by sample"),
             Verdict::Drop => format!("countersign {way}: {what} dropped"),
         }
@@ -185,7 +203,13 @@ impl Redirect {
         let nets = |hook, nets: &BTreeSet<IpNet>| nets.iter().map(|n| exempt(hook, Match::Net(*n))).collect::<Vec<_>>();
         let rest = |hook, port| Rule { hook, matches: Match::Rest, verdict: Verdict::To(port) };
         // The sidecar's own connections first: redirected, they would come back to it without end.
-        let mut rules = vec![exempt(Hook::Output, Match::Uid(self.proxy_uid)), exempt(Hook::Output, Match::Loopback)];
+        let mut rules = if self.by_cgroup {
+            let of_user = |verdict| Rule { hook: Hook::Output, matches: Match::Uid(self.proxy_uid), verdict };
+            // Loopback before: the sidecar serves callers of this namespace, its own probes too, before its cgroup is known.
+            vec![exempt(Hook::Output, Match::Loopback), of_user(Verdict::IfSidecar), of_user(Verdict::Drop)]
+        } else {
+            vec![exempt(Hook::Output, Match::Uid(self.proxy_uid)), exempt(Hook::Output, Match::Loopback)]
+        };
         // The sidecar's answer from the loopback interface would not reach a link-local source, and the sidecar could
         // not dial such a destination, because it learns it without its interface. Not redirected it works; with a
         // guard it is dropped later.
@@ -215,6 +239,11 @@ impl Redirect {
             verdict: Verdict::Drop,
         };
         rules.extend(self.own_ports().into_iter().map(foreign));
+        if self.by_cgroup {
+            let of = |port, verdict| Rule { hook: Hook::OwnPorts, matches: Match::CgroupFrom(port), verdict };
+            let both = |port| [of(port, Verdict::IfSidecar), of(port, Verdict::Drop)];
+            rules.extend(self.own_ports().into_iter().flat_map(both));
+        }
         if let Some(guard) = &self.guard {
             rules.extend(guard.rules(&self.exempt_outbound_cidrs, &self.exempt_inbound_cidrs));
         }
@@ -248,6 +277,28 @@ mod tests {
                 "countersign own ports: port 15006 of another user dropped",
                 "countersign own ports: port 15008 of another user dropped",
                 "countersign own ports: port 15020 of another user dropped",
+            ]
+        );
+    }
+
+    #[test]
+    fn by_its_cgroup_the_sidecar_passes_and_nobody_else_of_its_user() {
+        let redirect = Redirect { by_cgroup: true, ..Redirect::for_proxy(2102) };
+        let comments: Vec<String> = redirect.rules().iter().map(Rule::comment).collect();
+        assert_eq!(
+            comments[..3],
+            [
+                "countersign out: loopback exempt",
+                "countersign out: sidecar uid 2102 in the sidecar's cgroup exempt",
+                "countersign out: sidecar uid 2102 dropped",
+            ]
+        );
+        let own: Vec<&String> = comments.iter().filter(|c| c.contains("15006 of a cgroup")).collect();
+        assert_eq!(
+            own,
+            [
+                "countersign own ports: port 15006 of a cgroup in the sidecar's cgroup exempt",
+                "countersign own ports: port 15006 of a cgroup dropped",
             ]
         );
     }

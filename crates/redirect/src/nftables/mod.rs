@@ -23,11 +23,14 @@ use std::io;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
 use crate::rules::{Hook, Match, Rule, Verdict};
+use crate::sidecar::Cgroup;
 use crate::{InstalledRule, Redirect, RedirectError};
 use wire::{Batch, Expressions, Message, attributes};
 
 /// Name of our table.
 const TABLE: &str = "countersign";
+/// Name of the chain with the sidecar's cgroup, which other chains jump to.
+const SIDECAR: &str = "sidecar";
 /// Priority of destination NAT (netfilter's `NF_IP_PRI_NAT_DST`).
 const DSTNAT: i32 = -100;
 /// Priority of filters (netfilter's `NF_IP_PRI_FILTER`): they see connections after NAT.
@@ -36,11 +39,15 @@ const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 const IPPROTO_ICMPV6: u8 = 58;
+/// Where the flags are in a TCP header, and the one that opens a connection (RFC 9293 3.1).
+const TCP_FLAGS: u32 = 13;
+const SYN: u8 = 0x02;
 /// Largest answer that is received at once, in bytes.
 const RECEIVE: usize = 256 * 1024;
 
 fn chain_of(hook: Hook) -> &'static str {
     match hook {
+        Hook::Sidecar => SIDECAR,
         Hook::Output => "output",
         Hook::Prerouting => "prerouting",
         Hook::OwnPorts => "own-ports",
@@ -66,18 +73,34 @@ fn batch(rules: &[Rule]) -> Batch {
     // Add, delete and add again in one transaction replaces the table, whether or not it existed: at no moment is there
     // no redirect.
     batch.new_table(TABLE).delete_table(TABLE).new_table(TABLE);
+    if rules.iter().any(|r| r.verdict == Verdict::IfSidecar) {
+        batch.new_chain(TABLE, SIDECAR);
+    }
     for hook in Hook::ALL {
         let rules: Vec<&Rule> = rules.iter().filter(|r| r.hook == hook).collect();
         if rules.is_empty() {
             continue;
         }
         let (kind, priority) = if hook.is_filter() { ("filter", FILTER) } else { ("nat", DSTNAT) };
-        batch.new_chain(TABLE, chain_of(hook), kind, hook, priority);
+        batch.new_base_chain(TABLE, chain_of(hook), kind, hook, priority);
         for rule in rules {
             batch.new_rule(TABLE, chain_of(hook), expressions(rule), &rule.comment());
         }
     }
     batch
+}
+
+/// Replaces what passes for the sidecar in a redirect that tells it by its cgroup.
+///
+/// # Errors
+/// There is none, or the kernel cannot match cgroups ([`RedirectError::NoNftables`]).
+pub fn admit(rules: &[Rule]) -> Result<(), RedirectError> {
+    let mut batch = Batch::new();
+    batch.delete_rules(TABLE, SIDECAR);
+    for rule in rules {
+        batch.new_rule(TABLE, SIDECAR, expressions(rule), &rule.comment());
+    }
+    transact(batch)
 }
 
 /// Removes the table. It need not exist.
@@ -177,6 +200,15 @@ fn expressions(rule: &Rule) -> Expressions {
             let from = e.protocol(IPPROTO_TCP).transport_header(0, 2).equals(&port.to_be_bytes());
             from.reply().meta(attributes::META_SKUID).differs(&uid.to_ne_bytes());
         }
+        Match::CgroupFrom(port) => {
+            let from = e.protocol(IPPROTO_TCP).transport_header(0, 2).equals(&port.to_be_bytes());
+            let from = from.reply().transport_header(TCP_FLAGS, 1).mask(&[SYN]).equals(&[0]);
+            // Ends the rule where there is no socket, or one of the kernel's own, which is in the root.
+            from.cgroup(1);
+        }
+        Match::Cgroup(Cgroup { id, level }) => {
+            e.cgroup(level).equals(&id.to_ne_bytes());
+        }
         Match::Icmp => {
             e.family(attributes::NFPROTO_IPV4).protocol(IPPROTO_ICMP);
         }
@@ -199,7 +231,10 @@ fn expressions(rule: &Rule) -> Expressions {
     }
     e.counter();
     match rule.verdict {
+        // Its chain is called from others, whose further rules do not apply either.
+        Verdict::Exempt if rule.hook == Hook::Sidecar => e.accepts(),
         Verdict::Exempt => e.returns(),
+        Verdict::IfSidecar => e.jumps(SIDECAR),
         Verdict::To(port) => e.redirect_to(port),
         Verdict::Sample => e.samples(if out { "countersign dropped out: " } else { "countersign dropped in: " }),
         Verdict::Drop => e.drops(),

@@ -41,11 +41,16 @@ const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
 const NEWRULE: u16 = 6;
 const GETRULE: u16 = 7;
+const DELRULE: u16 = 8;
 
 const REGISTER_1: u32 = 1;
 const REGISTER_VERDICT: u32 = 0;
 const VERDICT_RETURN: i32 = -5;
+const VERDICT_JUMP: i32 = -3;
 const VERDICT_DROP: i32 = 0;
+const VERDICT_ACCEPT: i32 = 1;
+/// The key `NFT_SOCKET_CGROUPV2` of the expression `socket`.
+const SOCKET_CGROUP: u32 = 3;
 const CT_STATE: u32 = 0;
 /// `NF_CT_STATE_INVALID_BIT`. A packet has one state, so that it can be compared whole.
 const CT_STATE_INVALID: u32 = 1;
@@ -156,17 +161,29 @@ impl Batch {
     }
 
     /// Adds a base chain of this type at a hook. Packets that no rule decides on are accepted.
-    pub fn new_chain(&mut self, table: &str, name: &str, kind: &str, hook: Hook, priority: i32) -> &mut Self {
+    pub fn new_base_chain(&mut self, table: &str, name: &str, kind: &str, hook: Hook, priority: i32) -> &mut Self {
         // Numbers of `enum nf_inet_hooks`.
         let number = match hook {
             Hook::Prerouting => 0,
             Hook::GuardInput => 1,
-            Hook::Output | Hook::OwnPorts | Hook::GuardOutput => 3,
+            Hook::Sidecar | Hook::Output | Hook::OwnPorts | Hook::GuardOutput => 3,
         };
         let place = Attributes::with(|a| a.u32(1, number).put(2, &priority.to_be_bytes()));
         let accept = 1;
         let body = Attributes::with(|a| a.text(1, table).text(3, name).nested(4, &place).u32(5, accept).text(7, kind));
         self.push(NEWCHAIN, NLM_F_CREATE, &body)
+    }
+
+    /// Adds a chain that rules of other chains jump to.
+    pub fn new_chain(&mut self, table: &str, name: &str) -> &mut Self {
+        let body = Attributes::with(|a| a.text(1, table).text(3, name));
+        self.push(NEWCHAIN, NLM_F_CREATE, &body)
+    }
+
+    /// Deletes all rules of a chain, which must exist.
+    pub fn delete_rules(&mut self, table: &str, chain: &str) -> &mut Self {
+        let body = Attributes::with(|a| a.text(1, table).text(2, chain));
+        self.push(DELRULE, 0, &body)
     }
 
     /// Appends a rule to a chain.
@@ -232,6 +249,11 @@ impl Expressions {
         self.step("cmp", |a| a.u32(1, REGISTER_1).u32(2, 1).nested(3, &data))
     }
 
+    /// Loads the ID of the cgroup (version 2) of the packet's socket, or of its parent that is so many levels below the root.
+    pub fn cgroup(&mut self, level: u8) -> &mut Self {
+        self.step("socket", |a| a.u32(1, SOCKET_CGROUP).u32(2, REGISTER_1).u32(3, level.into()))
+    }
+
     /// Continues for this protocol above IP.
     pub fn protocol(&mut self, number: u8) -> &mut Self {
         self.meta(attributes::META_L4PROTO).equals(&[number])
@@ -286,14 +308,28 @@ impl Expressions {
         self.verdict(VERDICT_RETURN)
     }
 
+    /// Lets the packet pass this hook's chain.
+    pub fn accepts(&mut self) -> &mut Self {
+        self.verdict(VERDICT_ACCEPT)
+    }
+
+    /// Continues in another chain, and returns here unless that one decides.
+    pub fn jumps(&mut self, chain: &str) -> &mut Self {
+        let verdict = Attributes::with(|a| a.put(1, &VERDICT_JUMP.to_be_bytes()).text(2, chain));
+        self.decide(&verdict)
+    }
+
     /// Drops the packet.
     pub fn drops(&mut self) -> &mut Self {
         self.verdict(VERDICT_DROP)
     }
 
     fn verdict(&mut self, code: i32) -> &mut Self {
-        let verdict = Attributes::with(|a| a.put(1, &code.to_be_bytes()));
-        let data = Attributes::with(|a| a.nested(2, &verdict));
+        self.decide(&Attributes::with(|a| a.put(1, &code.to_be_bytes())))
+    }
+
+    fn decide(&mut self, verdict: &Attributes) -> &mut Self {
+        let data = Attributes::with(|a| a.nested(2, verdict));
         self.step("immediate", |a| a.u32(1, REGISTER_VERDICT).nested(2, &data))
     }
 

@@ -51,6 +51,7 @@ impl Drop for World {
 }
 
 /// Whether `iptables` is here; in CI it must be.
+#[allow(dead_code)] // some of the tests that share this file have no use for it
 pub fn has_iptables() -> bool {
     if std::process::Command::new("iptables").arg("-V").output().is_ok() {
         return true;
