@@ -31,6 +31,9 @@ class Node:
         self.dir = STATE / self.name
         # As kubeadm, kind and minikube leave it: the second node's kubelet signs its own serving certificate.
         self.verified = number == 1
+        # Whether its runtime sees the machine's cgroups of version 2 and gives each container one, beside those of version 1: by it
+        # the kernel tells a sidecar from an app.
+        self.by_cgroup = number == 2
 
     def run(self, *command, **options):
         """Runs a command inside all of the node's namespaces."""
@@ -242,6 +245,8 @@ def up(images):
                 group.mkdir(exist_ok=True)
                 for file in ("cpuset.cpus", "cpuset.mems") if controller.name == "cpuset" else ():
                     (group / file).write_text((controller / file).read_text())
+        if not n.by_cgroup:
+            (n.dir / "version-1").touch()
         outer = sp.Popen(["nsenter", f"--net=/run/netns/{n.netns}", "unshare", "--mount", "--pid", "--fork",
                           "--kill-child", "--mount-proc",
                           str(HERE / "node"), str(n.dir)], start_new_session=True, stdin=sp.DEVNULL,

@@ -20,6 +20,10 @@ pub struct Config {
     pub socket: PathBuf,
     /// Path of that socket as the plugin sees it, on the node.
     pub plugin_socket: PathBuf,
+    /// Unix socket for sidecars, mode 0666; `None` serves none.
+    pub sidecar_socket: Option<PathBuf>,
+    /// Whether sidecars are told by their cgroups where pods ask for it and the node allows it.
+    pub sidecar_by_cgroup: bool,
     /// Whether pods that wait for their redirect are looked for.
     pub repair: bool,
     /// The DaemonSet with whose end the plugin is removed; `None` keeps it.

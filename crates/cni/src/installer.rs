@@ -23,15 +23,18 @@ const WORK: Duration = Duration::from_secs(3);
 #[derive(Clone)]
 pub struct Installer {
     validators: Validators,
+    /// Whether sidecars can be told by their cgroups on this node.
+    by_cgroup: bool,
     /// Our own `resolv.conf`.
     own: PathBuf,
     turns: Arc<Semaphore>,
 }
 
 impl Installer {
-    /// An installer for these validators.
-    pub fn new(validators: Validators) -> Self {
-        Self { validators, own: RESOLV_CONF.into(), turns: Arc::new(Semaphore::new(AT_ONCE)) }
+    /// An installer for these validators. `by_cgroup`: whether sidecars can be told by their cgroups on this node; otherwise they
+    /// are told by their user ID, whatever a pod asks for.
+    pub fn new(validators: Validators, by_cgroup: bool) -> Self {
+        Self { validators, by_cgroup, own: RESOLV_CONF.into(), turns: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
     /// Name of the validators' container.
@@ -59,7 +62,8 @@ impl Installer {
         what: Do,
     ) -> Result<Found, String> {
         let resolvers = resolvers.unwrap_or_else(|| by_policy(pod, &self.own));
-        let order = pod.order(&self.validators, &resolvers)?;
+        let mut order = pod.order(&self.validators, &resolvers)?;
+        order.redirect.by_cgroup &= self.by_cgroup;
         let work = async {
             let turn = self.turns.clone().acquire_owned().await.map_err(|e| e.to_string())?;
             let applied = tokio::task::spawn_blocking(move || {

@@ -3,10 +3,11 @@
 //!
 //! [`plugin`] is the plugin. The component ([`run`]) installs it and keeps it installed (`keeper`: `binary`, `conf`),
 //! answers it over a Unix socket (`wire`, `requests`), and installs the redirect of pods that the plugin was not called
-//! for (`repair`, `processes`). What a pod asks for is what the API server says of it (`pod`): the arguments of an init
+//! for (`repair`, `processes`). It admits sidecars by their cgroups (`sidecars`, `cgroups`, `runtime`). What a pod asks for is what the API server says of it (`pod`): the arguments of an init
 //! container, which validates the redirect and keeps the pod from starting anything without it.
 
 mod binary;
+mod cgroups;
 mod conf;
 pub mod config;
 #[cfg(fuzzing)]
@@ -23,6 +24,8 @@ mod processes;
 mod repair;
 mod requests;
 mod resolvers;
+mod runtime;
+mod sidecars;
 #[cfg(test)]
 mod testing;
 mod wire;
@@ -43,12 +46,15 @@ pub use config::{Config, DaemonSetName};
 pub use pod::{Order, Validators};
 
 use crate::binary::Binary;
+use crate::cgroups::Cgroups;
 use crate::conf::ConfDir;
 use crate::installer::Installer;
 use crate::keeper::Keeper;
 use crate::metrics::Metrics;
 use crate::repair::Repair;
 use crate::requests::Service;
+use crate::runtime::Records;
+use crate::sidecars::Sidecars;
 
 /// Why a component did not start.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +110,14 @@ async fn run_with(
     }
     let listener = bind_unix(&config.socket, SOCKET_MODE)
         .map_err(|source| CniError::Listen { name: config.socket.display().to_string(), source })?;
-    let installer = Installer::new(validators);
+    let cgroups = if config.sidecar_by_cgroup { cgroups().await } else { None };
+    let installer = Installer::new(validators, cgroups.is_some());
+    if let Some(socket) = config.sidecar_socket {
+        let name = socket.display().to_string();
+        let sidecars = Sidecars::new(client.clone(), validators.sidecar, cgroups, Records::of_node(), metrics.clone());
+        let served = sidecars.serve(socket, shutdown.clone());
+        tasks.spawn(served.map_err(|source| CniError::Listen { name, source })?);
+    }
     let service = Service::new(client.clone(), config.node.clone(), installer.clone(), metrics.clone(), config.repair);
     tasks.spawn(service.serve(listener, shutdown.clone()));
     let repair = Repair::new(config.node, installer, metrics);
@@ -129,6 +142,21 @@ async fn run_with(
         keeper.remove().await;
     }
     Ok(())
+}
+
+/// The cgroups of this node's sidecars, if they can be told by them.
+async fn cgroups() -> Option<Cgroups> {
+    match tokio::task::spawn_blocking(Cgroups::detect).await {
+        Ok(Ok(cgroups)) => {
+            tracing::info!("sidecars are told by their cgroups");
+            Some(cgroups)
+        }
+        Ok(Err(why)) => {
+            tracing::warn!(%why, "sidecars are told by their user ID alone, which an app with CAP_SETUID can take on");
+            None
+        }
+        Err(_) => None,
+    }
 }
 
 /// The plugin's object in the node's network configuration.

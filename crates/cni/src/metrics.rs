@@ -23,6 +23,12 @@ struct Part {
     what: &'static str,
 }
 
+/// The label `answer`: what became of a sidecar's call.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Answered {
+    answer: &'static str,
+}
+
 /// The metrics of a node's component.
 pub struct Metrics {
     /// All metrics, rendered by `/metrics`.
@@ -39,6 +45,7 @@ pub struct Metrics {
     pub watch_errors: Family<Kind, Counter>,
     restored: Family<Part, Counter>,
     requests: Family<Asked, Counter>,
+    sidecars: Family<Answered, Counter>,
 }
 
 impl Default for Metrics {
@@ -47,6 +54,7 @@ impl Default for Metrics {
         let (installed, waiting) = (Gauge::default(), Gauge::default());
         let (repaired, repairs_failed) = (Counter::default(), Counter::default());
         let (restored, requests, watch_errors) = (Family::default(), Family::default(), Family::default());
+        let sidecars = Family::default();
         registry.register(
             "connections_dropped",
             "Connections dropped for want of room, by listener and reason",
@@ -55,11 +63,12 @@ impl Default for Metrics {
         registry.register("installed", "1 while the plugin is installed", installed.clone());
         registry.register("restored", "Times that the plugin was put back, by what was missing", restored.clone());
         registry.register("requests", "Requests of the plugin, by operation and answer", requests.clone());
+        registry.register("sidecars", "Calls of sidecars to be admitted, by answer", sidecars.clone());
         registry.register("waiting_pods", "Pods that wait for their redirect to be validated", waiting.clone());
         registry.register("repairs", "Redirects that the plugin had not installed", repaired.clone());
         registry.register("repairs_failed", "Attempts to install such a redirect that failed", repairs_failed.clone());
         registry.register("watch_errors", "Errors of watches, by kind", watch_errors.clone());
-        Self { registry, installed, waiting, repaired, repairs_failed, watch_errors, restored, requests }
+        Self { registry, installed, waiting, repaired, repairs_failed, watch_errors, restored, requests, sidecars }
     }
 }
 
@@ -73,6 +82,17 @@ impl Metrics {
     #[cfg(test)]
     pub fn times_restored(&self, what: &'static str) -> u64 {
         self.restored.get_or_create(&Part { what }).get()
+    }
+
+    /// Counts the answer to a sidecar's call: whether it was admitted by its cgroup.
+    pub fn sidecar(&self, answer: &Result<bool, tonic::Status>) {
+        let answer = match answer {
+            Ok(true) => "admitted",
+            Ok(false) => "by_user",
+            Err(status) if status.code() == tonic::Code::PermissionDenied => "refused",
+            Err(_) => "unknown",
+        };
+        self.sidecars.get_or_create(&Answered { answer }).inc();
     }
 
     /// Counts an answer.

@@ -17,6 +17,8 @@ const MAX_ARGUMENTS: usize = 64 * 1024;
 pub struct Validators {
     /// Name of the init container.
     pub container: &'static str,
+    /// Name of the sidecar's container.
+    pub sidecar: &'static str,
     /// Reads the arguments behind `redirect`, as `countersign redirect` does. `resolvers` are the pod's, for arguments
     /// that name none.
     ///

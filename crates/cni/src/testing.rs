@@ -23,13 +23,14 @@ use crate::pod::{Order, Validators};
 pub const UID: &str = "7f1a6c1e-2c57-4a4f-9f3c-0d9b7f6b2a11";
 
 /// Reads the two flags that these tests use.
-pub const VALIDATORS: Validators = Validators { container: "countersign-redirect", read };
+pub const VALIDATORS: Validators = Validators { container: "countersign-redirect", sidecar: "countersign-proxy", read };
 
 fn read(arguments: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
     let mut redirect = Redirect::for_proxy(2102);
     for argument in arguments {
         match argument.as_str() {
             "--validate" | "--proxy-uid=2102" => {}
+            "--by-cgroup" => redirect.by_cgroup = true,
             "--other-protocols=drop" => {
                 redirect.guard = Some(Guard { resolvers: resolvers.clone(), ..Guard::default() });
             }

@@ -19,6 +19,8 @@ fn config(dir: &Path) -> Config {
         conf_dir: dir.join("conf"),
         socket: dir.join("run/cni.sock"),
         plugin_socket: dir.join("run/cni.sock"),
+        sidecar_socket: Some(dir.join("agent/sidecar.sock")),
+        sidecar_by_cgroup: false,
         repair: false,
         daemon_set: Some("mesh/agents".parse().unwrap()),
         metrics: None,

@@ -9,6 +9,8 @@ use countersign_api::reopen::Reopen;
 use countersign_identity::TrustDomain;
 use countersign_identity::policy::Policy;
 
+use crate::exemption::Asking;
+
 /// Settings of a sidecar. Every combination of valid fields is a valid sidecar.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -16,6 +18,8 @@ pub struct Config {
     pub identity: IdentitySource,
     /// Which connections are accepted, and where they are forwarded.
     pub routing: Routing,
+    /// Whom to ask to let our own connections pass the redirect; `None` where they do by our user ID.
+    pub exemption: Option<Asking>,
     /// Address for `/ready`, `/live`, `/metrics`, `/mode` and probes; `None` serves none of them.
     pub http: Option<SocketAddr>,
     /// Unix socket for `countersign status`, mode 0600; `None` opens none.

@@ -12,6 +12,7 @@ mod connections;
 mod copy;
 mod cut;
 mod eligible;
+pub mod exemption;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod identity;
@@ -131,6 +132,9 @@ pub async fn run(
             let files = Files { chain: chain.clone(), key: key.clone(), bundles: bundles.clone() };
             tasks.spawn(follow_files(files, sidecar.current.clone(), end.clone())?);
         }
+    }
+    if let Some(asking) = sidecar.config.exemption.clone() {
+        tasks.spawn(sidecar.exemption.clone().run(asking, end.clone()));
     }
     for listener in http {
         tasks.spawn(http::serve(listener, pages(sidecar.clone(), shutdown.clone()), end.clone()));
@@ -430,6 +434,7 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("admin.sock");
         let config = Config {
+            exemption: None,
             identity: IdentitySource::Agent { socket: dir.path().join("agent.sock") },
             routing: Routing::Fixed { outbound: None, inbound: None },
             http: None,

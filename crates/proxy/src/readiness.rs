@@ -60,15 +60,18 @@ impl Readiness {
     /// Resolves once nothing is missing.
     async fn ready(&self) {
         let mut identities = self.sidecar.current.changes();
+        let mut exemption = self.sidecar.exemption.changes();
         loop {
             identities.mark_unchanged();
+            exemption.mark_unchanged();
             let directory = self.sidecar.local.changed();
             if self.sidecar.missing().is_none() {
                 return;
             }
             tokio::select! {
-                // Its sender lives as long as the sidecar.
+                // Their senders live as long as the sidecar.
                 _ = identities.changed() => {}
+                _ = exemption.changed() => {}
                 () = directory => {}
             }
         }

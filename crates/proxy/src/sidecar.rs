@@ -13,6 +13,7 @@ use crate::balance::Balancer;
 use crate::config::{Config, Ports, Routing};
 use crate::connections::Connections;
 use crate::copy::Carried as Bytes;
+use crate::exemption::Exemption;
 use crate::identity::{Current, Identity};
 use crate::local_workload::LocalWorkload;
 use crate::mesh::Peer;
@@ -40,6 +41,8 @@ pub struct Sidecar {
     pub plaintext: Plaintext,
     /// Metrics and access log.
     pub telemetry: Telemetry,
+    /// Whether our own connections pass the redirect.
+    pub exemption: Arc<Exemption>,
     /// Start time of the process.
     pub started_at: OffsetDateTime,
 }
@@ -60,6 +63,7 @@ impl Sidecar {
             }),
             plaintext: Plaintext::default(),
             balancer: Arc::new(Balancer::new(config.balance)),
+            exemption: Arc::new(Exemption::new(config.exemption.is_some())),
             started_at: OffsetDateTime::now_utc(),
             directory,
             telemetry,
@@ -98,6 +102,9 @@ impl Sidecar {
 
     /// Why traffic cannot be served yet; `None` once ready.
     pub fn missing(&self) -> Option<String> {
+        if let Some(missing) = self.exemption.missing() {
+            return Some(missing);
+        }
         match self.current.get() {
             Err(refused) => Some(refused.to_string()),
             Ok(identity) => {

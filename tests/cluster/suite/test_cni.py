@@ -50,6 +50,7 @@ def redirect(pod):
     command, flag, *rest = validator["args"]
     assert (validator["name"], command, flag) == ("countersign-redirect", "redirect", "--validate"), validator
     node = mesh.node_of(pod["spec"]["nodeName"])
+    rest = [flag for flag in rest if flag != "--by-cgroup" or node.by_cgroup]
     resolvers = ["--resolvers=10.89.0.1"] if "--other-protocols=drop" in rest else []
     return node.run("nsenter", "-t", process(node, pod, "app"), "-n", mesh.binary(), "redirect", "--check", *rest,
                     *resolvers, stdout=sp.PIPE, stderr=sp.STDOUT)
@@ -114,6 +115,55 @@ class Cni(unittest.TestCase):
         for n in cluster.NODES:
             self.assertIn('answer="in_force"', page(n))
             self.assertEqual(types(n)[-1], PLUGIN)
+
+    def test_1_an_app_that_becomes_the_sidecars_user_is_caught_where_containers_have_cgroups_of_version_2(self):
+        bare, ns = self.namespace("cni-outside", inject=False), self.namespace("cni-setuid", mode="strict")
+        deploy(bare, deployment("open", ["python3", "-m", "http.server", "8000"], port=8000))
+        outside = get("-n", bare, "pod", pod_of(bare, "open"))["status"]["podIP"]
+        # Root with Kubernetes' usual capabilities, in a process of the app's own container.
+        program = f"""
+import os, socket, time
+os.setuid(2102)
+while True:
+    try: socket.create_connection(("{outside}", 8000), 2).close(); print("reached", flush=True)
+    except OSError as e: print("caught:", e, flush=True)
+    time.sleep(0.3)
+"""
+        deploy(ns, mesh.web(), deployment("client", ["sleep", "infinity"], spec=f"nodeName: {cluster.NODES[1].name}"),
+               *(deployment(f"sly-{n.name}", ["python3", "-c", program], spec=f"nodeName: {n.name}",
+                            container="securityContext: {runAsUser: 0}") for n in cluster.NODES))
+        for n in cluster.NODES:
+            pod = pod_of(ns, f"sly-{n.name}")
+            said = wait("a few tries", lambda: (lines := mesh.logs(ns, pod, "app").splitlines())[4:] and lines, 30)
+            # Where they have none, the user ID is all that there is.
+            self.assertEqual({line.split(":")[0] for line in said}, {"caught" if n.by_cgroup else "reached"}, said)
+            answer = "admitted" if n.by_cgroup else "by_user"
+            self.assertRegex(page(n), rf'(?m)^countersign_cni_sidecars_total{{answer="{answer}"}} [1-9]')
+        # The sidecar's own connections pass, also those of one that was started again.
+        client, node = pod_of(ns, "client"), cluster.NODES[1]
+        call = lambda: run_in(ns, client, "curl", "-sS", "-m", "5", "http://web:8080/", check=False)
+        self.assertEqual(call().stdout, "ok")
+        sidecar = lambda: process(node, get("-n", ns, "pod", client), "countersign-proxy", "initContainerStatuses")
+        node.run("kill", "-9", first := sidecar(), check=True)
+        restarts = lambda: get("-n", ns, "pod", client)["status"]["initContainerStatuses"][1]["restartCount"]
+        wait("the sidecar to be started again", restarts, 30)
+        wait("its connections to pass", lambda: call().stdout == "ok", 30)
+        self.assertNotEqual(sidecar(), first)
+
+    def test_1_an_app_that_is_given_the_socket_is_not_taken_for_the_sidecar(self):
+        ns, node = self.namespace("cni-socket", mode="strict"), cluster.NODES[1]
+        image = get("-n", NAMESPACE, "pod", mesh.agent_on(node.name))["spec"]["containers"][0]["image"]
+        ports = [f"--{door}-port={port}" for door, port in (("outbound", 16001), ("inbound", 16006), ("mesh", 16008))]
+        spy = {"name": "spy", "image": image, "imagePullPolicy": "Never", "securityContext": {"runAsUser": 1000},
+               "args": ["proxy", "--agent-socket=/a/agent.sock", "--cni-socket=/a/sidecars.sock", "--http=[::]:16020", *ports],
+               "volumeMounts": [{"name": "api", "mountPath": "/a", "readOnly": True}]}
+        kubectl("-n", ns, "apply", "-f", "-", input=json.dumps({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "sly"}, "spec": {
+                "nodeName": node.name, "containers": [spy],
+                "volumes": [{"name": "api", "csi": {"driver": "csi.countersign.dev", "readOnly": True}}]}}))
+        refused = "the caller is not in container countersign-proxy"
+        wait("the refusal", lambda: refused in mesh.logs(ns, "sly", "spy", check=False).stdout, 60)
+        self.assertIn('countersign_cni_sidecars_total{answer="refused"}', page(node))
 
     def test_2_what_another_tool_rewrites_comes_back_and_an_update_leaves_no_gap(self):
         node = cluster.NODES[0]

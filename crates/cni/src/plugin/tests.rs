@@ -34,7 +34,7 @@ impl Component {
                 });
                 let listener = countersign_api::transport::bind_unix(&path, 0o600).unwrap();
                 ready.send(()).unwrap();
-                let installer = Installer::new(VALIDATORS);
+                let installer = Installer::new(VALIDATORS, false);
                 let node = "n1".parse().unwrap();
                 Service::new(client, node, installer, Metrics::default().into(), true).serve(listener, end).await;
             });

@@ -9,7 +9,7 @@ use super::*;
 use crate::testing::{FakeProc, Namespace, UID, VALIDATORS, meshed, plain};
 
 fn repair(proc: &FakeProc) -> Repair {
-    let mut repair = Repair::new("n1".parse().unwrap(), Installer::new(VALIDATORS), Arc::default());
+    let mut repair = Repair::new("n1".parse().unwrap(), Installer::new(VALIDATORS, false), Arc::default());
     repair.proc = proc.path().into();
     repair
 }

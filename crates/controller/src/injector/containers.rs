@@ -7,7 +7,7 @@ use super::pod::VOLUME;
 use super::settings::{Settings, joined};
 use super::{PROXY_UID, REDIRECT, SIDECAR, Sidecar, VALIDATOR_UID};
 
-/// Folder of the agent's socket in the sidecar.
+/// Folder of the agent's socket in the sidecar, and of the socket where the node's CNI component answers sidecars.
 const SOCKET_DIR: &str = "/run/countersign/agent";
 
 /// The init container that installs the redirect before anything else in the pod runs, or waits for the CNI plugin to have done
@@ -19,6 +19,9 @@ pub fn redirect(sidecar: &Sidecar, settings: &Settings, mode: Mode, resources: V
         args.push("--validate".to_owned());
     }
     args.extend([format!("--proxy-uid={PROXY_UID}"), "--in-pod".to_owned()]);
+    if sidecar.cni {
+        args.push("--by-cgroup".to_owned());
+    }
     let mut list = |flag: &str, value: String| {
         if !value.is_empty() {
             args.push(format!("{flag}={value}"));
@@ -71,6 +74,11 @@ pub fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value
         env.push(json!({ "name": "COUNTERSIGN_PROBES", "value": Value::Object(written.clone()).to_string() }));
     }
     let level = settings.log_level.as_ref().unwrap_or(&sidecar.log_level);
+    let mut args = vec!["proxy".to_owned(), format!("--agent-socket={SOCKET_DIR}/agent.sock")];
+    if sidecar.cni {
+        args.push(format!("--cni-socket={SOCKET_DIR}/sidecars.sock"));
+    }
+    args.push(format!("--log={level}"));
     let get = |path: &str| json!({ "path": path, "port": 15020 });
     let hook = |what: &str| json!({ "exec": { "command": ["/countersign", "sidecar-hook", what] } });
     let (key, kind) = if sidecar.native {
@@ -80,7 +88,7 @@ pub fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value
     };
     json!({
         "name": SIDECAR, "image": sidecar.image, "imagePullPolicy": sidecar.pull_policy, key: kind,
-        "args": ["proxy", format!("--agent-socket={SOCKET_DIR}/agent.sock"), format!("--log={level}")],
+        "args": args,
         "env": env,
         "ports": [{ "name": "countersign", "containerPort": 15008 }, { "name": "cs-http", "containerPort": 15020 }],
         // The sidecar holds the answer until it is ready: a probe that fails leaves a warning at the pod.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use countersign_cni::config::NodeName;
 use countersign_cni::{CniError, Config, DaemonSetName, Validators};
-use countersign_controller::injector::REDIRECT;
+use countersign_controller::injector::{REDIRECT, SIDECAR};
 
 use super::SupervisorArgs;
 use super::redirect::order;
@@ -36,6 +36,13 @@ pub struct CniNodeArgs {
     /// Path of that socket on the node, if it is another one there [default: that of --socket].
     #[arg(long, value_name = "PATH")]
     node_socket: Option<PathBuf>,
+    /// Unix socket for sidecars, in the folder of the agent's socket: a sidecar asks there to be admitted [default: none].
+    #[arg(long, value_name = "PATH")]
+    sidecar_socket: Option<PathBuf>,
+    /// Tell sidecars from apps with their user ID by their cgroups, where the redirect has --by-cgroup and the node has cgroups of
+    /// version 2. Needs --sidecar-socket, the node's PID namespace and `CAP_SYS_PTRACE`.
+    #[arg(long, requires = "sidecar_socket")]
+    sidecar_by_cgroup: bool,
     /// Also install the redirect of pods that wait for it because the plugin was not called for them. Needs the node's
     /// PID namespace.
     #[arg(long)]
@@ -59,11 +66,13 @@ pub fn run(args: CniNodeArgs) -> Result<()> {
         conf_dir: args.conf_dir,
         plugin_socket: args.node_socket.unwrap_or_else(|| args.socket.clone()),
         socket: args.socket,
+        sidecar_socket: args.sidecar_socket,
+        sidecar_by_cgroup: args.sidecar_by_cgroup,
         repair: args.repair,
         daemon_set: args.daemon_set,
         metrics: args.supervisor.metrics,
     };
-    let validators = Validators { container: REDIRECT, read: order };
+    let validators = Validators { container: REDIRECT, sidecar: SIDECAR, read: order };
     super::runtime()?.block_on(async {
         // A component writes no files that would have to be reopened.
         let (stop, _) = for_role()?;

@@ -12,6 +12,7 @@ use countersign_identity::trust_domain::{parse_trust_domain, parse_workload_id};
 use countersign_proxy::config::{
     AccessLogTarget, Balance, FixedInbound, FixedOutbound, Handshakes, Limits, Ports, Probe, ProbeKind, Timeouts,
 };
+use countersign_proxy::exemption::Asking;
 use countersign_proxy::{Config, IdentitySource, Routing};
 use serde::Deserialize;
 
@@ -54,6 +55,10 @@ pub struct ProxySettings {
     /// Trust bundle as NAME=FILE, once per trust domain whose peers are accepted.
     #[arg(long, value_name = "NAME=FILE")]
     bundle: Option<Vec<String>>,
+    /// Unix socket of the node's CNI component, which is asked to let this sidecar's connections pass the redirect. The pod is
+    /// that of `POD_NAMESPACE` and `POD_NAME` [default: nobody is asked].
+    #[arg(long, value_name = "PATH")]
+    cni_socket: Option<PathBuf>,
     /// Fixed outbound: listening address for plaintext.
     #[arg(long, value_name = "ADDRESS")]
     outbound_listen: Option<SocketAddr>,
@@ -123,7 +128,7 @@ pub struct ProxySettings {
 impl ProxySettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
-            agent_socket, svid, key, bundle, outbound_listen, outbound_target, outbound_expect, inbound_listen, inbound_target,
+            agent_socket, cni_socket, svid, key, bundle, outbound_listen, outbound_target, outbound_expect, inbound_listen, inbound_target,
             inbound_allow, outbound_port, inbound_port, mesh_port, http, admin_socket, access_log, balance, probes, workers,
             drain, proxy_protocol, mesh_user_timeout,
             max_connections, max_connections_per_peer,
@@ -153,6 +158,7 @@ impl ProxySettings {
         }
         Ok(Config {
             identity,
+            exemption: self.cni_socket.map(asking),
             routing,
             http: self.http.or_else(|| redirected.then(|| SocketAddr::from((Ipv6Addr::UNSPECIFIED, ports.http)))),
             admin_socket: self.admin_socket,
@@ -262,6 +268,12 @@ impl ProxySettings {
     }
 }
 
+/// Whom to ask for this pod, which the environment names. What is missing there, the component says.
+fn asking(socket: PathBuf) -> Asking {
+    let from = |name| std::env::var(name).unwrap_or_default();
+    Asking { socket, namespace: from("POD_NAMESPACE"), pod: from("POD_NAME") }
+}
+
 /// A probe as the injector writes it.
 #[derive(Deserialize)]
 struct WrittenProbe {
@@ -334,6 +346,7 @@ mod tests {
         settings.config().unwrap();
         for key in [
             "agent_socket",
+            "cni_socket",
             "svid",
             "key",
             "bundle",

@@ -42,6 +42,10 @@ pub struct RedirectArgs {
     /// User ID of the sidecar, whose own connections are never redirected.
     #[arg(long, value_name = "UID", required_unless_present = "remove", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
     proxy_uid: Option<u32>,
+    /// With --validate or --check: the sidecar is told from others of its user by its cgroup, which the node's CNI component
+    /// admits, if it can.
+    #[arg(long)]
+    by_cgroup: bool,
     /// Port of the sidecar for outgoing connections.
     #[arg(long, value_name = "PORT", default_value = "15001")]
     outbound_port: NonZeroU16,
@@ -151,6 +155,7 @@ impl RedirectArgs {
         exempt_inbound_ports.insert(self.mesh_port.get());
         Ok(Redirect {
             proxy_uid,
+            by_cgroup: self.by_cgroup,
             outbound_port: self.outbound_port.get(),
             inbound_port: self.inbound_port.get(),
             sidecar_ports: [self.mesh_port.get(), self.http_port.get()].into(),
@@ -221,6 +226,10 @@ pub fn run(args: &RedirectArgs) -> Result<ExitCode> {
         return validate(&redirect, Duration::from_secs(args.patience));
     }
     if !args.check {
+        if args.by_cgroup {
+            let why = "needs --validate or --check: only the CNI component admits a sidecar's cgroup (`countersign cni-node`)";
+            return Err(Mistake::flag("--by-cgroup", why).into());
+        }
         args.refuse_shared()?;
         let backend = install(&redirect, args.backend).map_err(mendable)?;
         eprintln!("{}", done(&redirect, backend, &here::name()));

@@ -1,0 +1,359 @@
+//! The service for sidecars: one that asks, and is its pod's sidecar, is admitted to pass its pod's redirect.
+//!
+//! Any process of the node's pods may connect. Who it is, is known by the kernel's word on its cgroup; that its container is the
+//! sidecar, by the runtime's record or the API server's. Neither is the caller's to change: an app that takes on the sidecar's
+//! user ID, or that is given the socket, is refused.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use countersign_api::admission::{Limits, LocalSource};
+use countersign_api::calls::{CallLayer, Calls, Judged};
+use countersign_api::grpc;
+use countersign_api::peer::UnixPeer;
+use countersign_api::push::sidecar_admission_server::{SidecarAdmission, SidecarAdmissionServer};
+use countersign_api::push::{AdmitRequest, AdmitResponse};
+use countersign_api::sampled::Sampled;
+use countersign_api::transport::{accept_unix, bind_unix};
+use countersign_identity::shown::sentence;
+use countersign_watch::cgroup::{Container, container_of};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Api, Client};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::{Request, Response, Status};
+
+use crate::cgroups::Cgroups;
+use crate::metrics::Metrics;
+use crate::runtime::Records;
+
+/// Mode of the socket: sidecars run as a user of their own.
+const SOCKET_MODE: u32 = 0o666;
+/// Most concurrent calls per connection. A sidecar makes one.
+const CALLS_AT_ONCE: u32 = 4;
+/// Most open calls, in total and per user, and most whose request is not whole.
+const OPEN_CALLS: (usize, usize) = (1_024, 512);
+const UNFINISHED_CALLS: (usize, usize) = (256, 128);
+/// Longest request, in bytes: two names of objects.
+const MAX_REQUEST_BYTES: usize = 4_096;
+/// Most cgroups that are admitted at once.
+const AT_ONCE: usize = 4;
+/// How long one admission may take, the wait for its turn included. It takes milliseconds.
+const WORK: Duration = Duration::from_secs(3);
+/// How long the API server may know nothing of a container yet, and the pause between two questions.
+const REPORTED: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(500);
+/// Longest name of a pod or a namespace, in bytes (RFC 1123).
+const MAX_NAME: usize = 253;
+/// Longest reason that is passed on, in characters.
+const MAX_REASON: usize = 500;
+
+/// Admits sidecars.
+#[derive(Clone)]
+pub struct Sidecars {
+    client: Client,
+    /// Name of the sidecars' container.
+    container: &'static str,
+    /// `None` where sidecars are known by their user ID alone.
+    cgroups: Option<Cgroups>,
+    records: Records,
+    metrics: Arc<Metrics>,
+    turns: Arc<Semaphore>,
+    said: Arc<Sampled<String>>,
+    /// IDs of the containers that ask right now.
+    asking: Arc<Mutex<BTreeSet<String>>>,
+}
+
+/// The one call of a container, while it lasts.
+struct Asking(Sidecars, String);
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.0.asking.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.1);
+    }
+}
+
+impl Sidecars {
+    /// `container`: name of the sidecars' container.
+    pub fn new(
+        client: Client,
+        container: &'static str,
+        cgroups: Option<Cgroups>,
+        records: Records,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let turns = Arc::new(Semaphore::new(AT_ONCE));
+        Self { client, container, cgroups, records, metrics, turns, said: Arc::default(), asking: Arc::default() }
+    }
+
+    /// Serves on the socket until `shutdown`.
+    ///
+    /// # Errors
+    /// The socket cannot be bound.
+    pub fn serve(self, socket: PathBuf, shutdown: CancellationToken) -> io::Result<impl Future<Output = ()> + use<>> {
+        let listener = bind_unix(&socket, SOCKET_MODE)?;
+        let incoming = accept_unix(listener, socket, SOCKET_MODE);
+        let service = SidecarAdmissionServer::new(self).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let served = grpc::server(CALLS_AT_ONCE)
+            .layer(CallLayer(bounds()))
+            .add_service(service)
+            .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned());
+        Ok(async {
+            if let Err(error) = served.await {
+                tracing::error!(%error, "the sidecars' socket has failed");
+            }
+        })
+    }
+
+    /// Admits the caller if it is its pod's sidecar.
+    async fn admit(&self, peer: &UnixPeer, asked: AdmitRequest) -> Result<bool, Status> {
+        let container = container(peer)?;
+        let _asking = self.one_call(&container)?;
+        let Some(cgroups) = self.cgroups.clone() else { return Ok(false) };
+        self.is_the_sidecar(&container, &asked).await?;
+        let (pid, id) = (peer.pid, container.id.clone());
+        let seen = cgroups.clone();
+        let found = self.blocking(move || Ok((netns_of(pid)?, seen.of(pid, &id)?))).await?;
+        // What was read of its process ID is about this caller only if it is still there.
+        if !peer.is_there() {
+            return Err(Status::failed_precondition("the caller has ended"));
+        }
+        let (netns, cgroup) = found;
+        let admitted = self.blocking(move || cgroups.admit(&netns, cgroup)).await?;
+        let by_cgroup = admitted.map_err(|e| Status::unavailable(format!("the kernel refuses the rule: {e}")))?;
+        if by_cgroup {
+            tracing::info!(
+                pod = container.pod_uid,
+                container = container.id,
+                cgroup = cgroup.id,
+                "a sidecar is admitted"
+            );
+        }
+        Ok(by_cgroup)
+    }
+
+    fn one_call(&self, container: &Container) -> Result<Asking, Status> {
+        let first = self.asking.lock().unwrap_or_else(PoisonError::into_inner).insert(container.id.clone());
+        if first {
+            Ok(Asking(self.clone(), container.id.clone()))
+        } else {
+            Err(Status::resource_exhausted("one call at a time"))
+        }
+    }
+
+    /// Whether a container is its pod's sidecar: by the runtime's record, and where there is none by the API server's.
+    async fn is_the_sidecar(&self, container: &Container, asked: &AdmitRequest) -> Result<(), Status> {
+        let (records, id) = (self.records.clone(), container.id.clone());
+        if let Some(name) = self.blocking(move || Ok(records.name_of(&id))).await? {
+            return if name == self.container { Ok(()) } else { Err(self.not_the_sidecar()) };
+        }
+        let is_name = |name: &str| (1..=MAX_NAME).contains(&name.len());
+        if !is_name(&asked.namespace) || !is_name(&asked.name) {
+            return Err(Status::invalid_argument("the request does not name the caller's pod"));
+        }
+        let pods = Api::<Pod>::namespaced(self.client.clone(), &asked.namespace);
+        let deadline = Instant::now() + REPORTED;
+        loop {
+            let got = tokio::time::timeout_at(deadline, pods.get(&asked.name)).await;
+            let got = got.map_err(|_| Status::unavailable("the API server does not answer"))?;
+            let pod = got.map_err(|e| {
+                Status::unavailable(format!(
+                    "the API server says nothing about the pod: {}",
+                    sentence(&e.to_string(), MAX_REASON)
+                ))
+            })?;
+            if pod.metadata.uid.as_deref() != Some(&container.pod_uid) {
+                return Err(Status::permission_denied("the caller is in another pod than the one that it names"));
+            }
+            match container_name(&pod, &container.id) {
+                Some(name) if name == self.container => return Ok(()),
+                Some(_) => return Err(self.not_the_sidecar()),
+                None if Instant::now() + PAUSE >= deadline => {
+                    return Err(Status::unavailable("the kubelet has not reported the container yet"));
+                }
+                None => tokio::time::sleep(PAUSE).await,
+            }
+        }
+    }
+
+    fn not_the_sidecar(&self) -> Status {
+        Status::permission_denied(format!("the caller is not in container {}", self.container))
+    }
+
+    /// Runs work that blocks, a bounded number at a time and each in bounded time.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, Status> {
+        let turns = self.turns.clone();
+        let done = async {
+            let turn = turns.acquire_owned().await.map_err(io::Error::other)?;
+            let worked = tokio::task::spawn_blocking(move || {
+                // Given back by the work itself, so that work which hangs keeps its turn.
+                let _turn = turn;
+                work()
+            });
+            worked.await.map_err(io::Error::other)?
+        };
+        let done = tokio::time::timeout(WORK, done).await.map_err(|_| Status::unavailable("it took too long"))?;
+        done.map_err(|e| Status::unavailable(sentence(&e.to_string(), MAX_REASON).to_string()))
+    }
+}
+
+#[tonic::async_trait]
+impl SidecarAdmission for Sidecars {
+    async fn admit(&self, request: Request<AdmitRequest>) -> Result<Response<AdmitResponse>, Status> {
+        let peer = request.extensions().get::<UnixPeer>().cloned();
+        let peer = peer.ok_or_else(|| Status::internal("the caller's credentials are missing"))?;
+        let admitted = Self::admit(self, &peer, request.into_inner()).await;
+        self.metrics.sidecar(&admitted);
+        // Any pod may call, as often as it likes.
+        let source = || container(&peer).map_or_else(|_| format!("uid {}", peer.uid), |container| container.pod_uid);
+        if let Err(status) = &admitted
+            && let Some(unsaid) = self.said.next(source(), "not admitted", std::time::Instant::now())
+        {
+            tracing::warn!(
+                pid = peer.pid,
+                uid = peer.uid,
+                why = status.message(),
+                unsaid,
+                "a caller is not admitted as a sidecar"
+            );
+        }
+        Ok(Response::new(AdmitResponse { by_cgroup: admitted? }))
+    }
+}
+
+/// The container of a caller, by what the kernel said when it connected.
+fn container(peer: &UnixPeer) -> Result<Container, Status> {
+    let seen = peer.at_accept.as_ref().filter(|_| peer.pid > 0);
+    let seen = seen.ok_or_else(|| Status::permission_denied("the caller's process is not visible"))?;
+    let container = container_of(&seen.cgroup).map_err(|e| Status::permission_denied(e.to_string()))?;
+    container.ok_or_else(|| Status::permission_denied("the caller is in no pod"))
+}
+
+/// The name of a pod's container with this ID, by what the kubelet has reported; `None` if it has reported no such container.
+fn container_name<'a>(pod: &'a Pod, id: &str) -> Option<&'a str> {
+    let status = pod.status.as_ref()?;
+    let lists = [&status.init_container_statuses, &status.container_statuses, &status.ephemeral_container_statuses];
+    let mut all = lists.into_iter().flatten().flatten();
+    let has_id = |reported: &Option<String>| reported.as_deref().and_then(|r| r.rsplit("://").next()) == Some(id);
+    all.find(|c| has_id(&c.container_id)).map(|c| c.name.as_str())
+}
+
+fn netns_of(pid: i32) -> io::Result<OwnedFd> {
+    Ok(std::fs::File::open(format!("/proc/{pid}/ns/net"))?.into())
+}
+
+/// Bounds on calls, per user.
+fn bounds() -> impl Fn(&tonic::codegen::http::Request<Body>) -> Judged<LocalSource> + Clone + Send + 'static {
+    let limits = |name, (total, per_group)| Limits { name, total, per_group };
+    let calls = Calls::new(limits("open calls", OPEN_CALLS), limits("unfinished requests", UNFINISHED_CALLS));
+    move |request| {
+        let peer = request.extensions().get::<UnixPeer>();
+        let source = peer.map_or(LocalSource { uid: u32::MAX, pid: -1 }, |p| LocalSource { uid: p.uid, pid: p.pid });
+        Judged { calls: calls.clone(), source, streams: false }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+    use tonic::Code;
+
+    use super::*;
+    use crate::testing::{UID, VALIDATORS, api_server, meshed, not_found};
+
+    const RECORDS: &str = "run/containerd/io.containerd.runtime.v2.task/k8s.io";
+
+    fn id(digit: char) -> String {
+        digit.to_string().repeat(64)
+    }
+
+    fn asked() -> AdmitRequest {
+        AdmitRequest { namespace: "shop".into(), name: "web-0".into() }
+    }
+
+    /// A service with the runtime's records below a folder, and an API server whose pod has a sidecar `a` and an app `b`.
+    fn sidecars(root: &Path) -> (Sidecars, Arc<Mutex<Vec<String>>>) {
+        let (client, paths) = api_server(|path| {
+            let of = |name: &str, digit| {
+                json!({ "name": name, "image": "i", "imageID": "", "ready": true, "restartCount": 0,
+                        "containerID": format!("containerd://{}", id(digit)) })
+            };
+            let mut pod = meshed();
+            pod["status"]["initContainerStatuses"] = json!([of("countersign-proxy", 'a')]);
+            pod["status"]["containerStatuses"] = json!([of("app", 'b')]);
+            if path == "/api/v1/namespaces/shop/pods/web-0" { (200, pod) } else { not_found() }
+        });
+        (Sidecars::new(client, VALIDATORS.sidecar, None, Records::below(root), Arc::default()), paths)
+    }
+
+    async fn judged(sidecars: &Sidecars, pod_uid: &str, digit: char, asked: AdmitRequest) -> Option<Code> {
+        let container = Container { pod_uid: pod_uid.into(), id: id(digit) };
+        sidecars.is_the_sidecar(&container, &asked).await.err().map(|status| status.code())
+    }
+
+    #[tokio::test]
+    async fn the_runtimes_record_decides_without_the_api_server() {
+        let root = tempfile::tempdir().unwrap();
+        for (digit, name) in [('b', "countersign-proxy"), ('a', "app")] {
+            let folder = root.path().join(RECORDS).join(id(digit));
+            std::fs::create_dir_all(&folder).unwrap();
+            let text = json!({ "annotations": { "io.kubernetes.cri.container-name": name } }).to_string();
+            std::fs::write(folder.join("config.json"), text).unwrap();
+        }
+        let (sidecars, paths) = sidecars(root.path());
+        assert_eq!(judged(&sidecars, UID, 'b', AdmitRequest::default()).await, None);
+        assert_eq!(judged(&sidecars, UID, 'a', asked()).await, Some(Code::PermissionDenied));
+        assert!(paths.lock().unwrap().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_record_the_kubelets_report_decides() {
+        let root = tempfile::tempdir().unwrap();
+        let (sidecars, _) = sidecars(root.path());
+        assert_eq!(judged(&sidecars, UID, 'a', asked()).await, None);
+        assert_eq!(judged(&sidecars, UID, 'b', asked()).await, Some(Code::PermissionDenied), "the app");
+        let anothers = UID.replace('7', "8");
+        assert_eq!(
+            judged(&sidecars, &anothers, 'a', asked()).await,
+            Some(Code::PermissionDenied),
+            "another's pod named"
+        );
+        assert_eq!(judged(&sidecars, UID, 'c', asked()).await, Some(Code::Unavailable), "not reported yet");
+        let elsewhere = AdmitRequest { name: "web-1".into(), ..asked() };
+        assert_eq!(judged(&sidecars, UID, 'a', elsewhere).await, Some(Code::Unavailable));
+        assert_eq!(judged(&sidecars, UID, 'a', AdmitRequest::default()).await, Some(Code::InvalidArgument));
+    }
+
+    #[tokio::test]
+    async fn a_container_has_one_call_at_a_time_and_callers_outside_of_pods_have_none() {
+        use countersign_api::process::Snapshot;
+
+        let root = tempfile::tempdir().unwrap();
+        let (sidecars, _) = sidecars(root.path());
+        let peer = |cgroup: &str| {
+            let pid = i32::try_from(std::process::id()).unwrap();
+            let seen = Snapshot { cgroup: cgroup.into(), ..Snapshot::read(pid).unwrap() };
+            UnixPeer { pid, uid: 2102, gid: 2102, pidfd: None, started: None, at_accept: Some(Arc::new(seen)) }
+        };
+        let pods = peer(&format!("0::/kubepods/pod{UID}/{}\n", id('a')));
+        assert!(!sidecars.admit(&pods, asked()).await.unwrap(), "here sidecars are known by their user ID");
+        let first = sidecars.one_call(&container(&pods).unwrap()).unwrap();
+        assert_eq!(sidecars.admit(&pods, asked()).await.unwrap_err().code(), Code::ResourceExhausted);
+        drop(first);
+        assert!(sidecars.admit(&pods, asked()).await.is_ok());
+        for stranger in ["0::/system.slice/x.service\n", "0::/\n"] {
+            assert_eq!(sidecars.admit(&peer(stranger), asked()).await.unwrap_err().code(), Code::PermissionDenied);
+        }
+    }
+}
