@@ -93,6 +93,24 @@ class Tenants(unittest.TestCase):
             self.assertNotIn("entryId", status())
         self.assertEqual(mesh.server("entry", "show", "--output=json").count(of_victim), before)
 
+    def test_a_command_in_the_sidecars_container(self):
+        app = pod_of(MESHED, "app")
+        command = lambda container, *by: kubectl(*by, "-n", MESHED, "exec", app, "-c", container, "--", "/countersign",
+                                                 "--version", check=False)
+        for container in ("countersign-proxy", "countersign-redirect"):
+            self.refused(command(container, "--as", USER), "for administrators of the mesh")
+        self.assertIn("countersign ", command("countersign-proxy").stdout, "an administrator may")
+        self.assertEqual(self.as_user(MESHED, "exec", app, "-c", "app", "--", "true").returncode, 0)
+
+    def test_a_container_that_sees_the_sidecars_processes(self):
+        app = pod_of(MESHED, "app")
+        for target in ("countersign-proxy", "countersign-redirect"):
+            debug = {"spec": {"ephemeralContainers": [{"name": "debug", "image": images.BOX, "imagePullPolicy": "Never",
+                                                       "targetContainerName": target, "args": ["sleep", "infinity"]}]}}
+            patched = self.as_user(MESHED, "patch", "pod", app, "--subresource=ephemeralcontainers", "-p",
+                                   json.dumps(debug))
+            self.refused(patched, target)
+
     def test_the_agents_folder(self):
         folder = {"volumes": [{"name": "v", "hostPath": {"path": "/run/countersign/agent"}}]}
         mounted = lambda **more: {"volumeMounts": [{"name": "v", "mountPath": "/a", **more}]}

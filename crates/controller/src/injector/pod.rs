@@ -59,6 +59,14 @@ pub enum Refused {
         "container `{0}` runs as UID 2102, which is the sidecar's: its traffic would bypass the mesh; give it another runAsUser"
     )]
     ProxyUid(String),
+    /// An ephemeral container would see the processes of one of ours.
+    #[error("container `{container}` has the target `{target}`, whose processes are the mesh's: name another --target")]
+    Target {
+        /// Name of the container.
+        container: String,
+        /// The container whose processes it would see.
+        target: String,
+    },
     /// The pod would never end, because its sidecar keeps running. Holds the restart policy.
     #[error(
         "the pod is to end by itself (restartPolicy {0}), but its sidecar, a plain container, would go on for ever: native sidecars (Kubernetes 1.29, injector.nativeSidecars) end with it; or label it countersign.dev/inject: disabled"
@@ -237,8 +245,22 @@ pub fn judge_ephemeral(pod: &Value) -> Result<(), Refused> {
     if !all.any(|c| c["name"] == SIDECAR) {
         return Ok(());
     }
+    refuse_targets(&pod["spec"])?;
     refuse_proxy_uid(&pod["spec"], &["ephemeralContainers"])?;
     refuse_mounts(&pod["spec"], &["ephemeralContainers"])
+}
+
+/// Rejects ephemeral containers that see the processes of our own.
+fn refuse_targets(spec: &Value) -> Result<(), Refused> {
+    let all = spec["ephemeralContainers"].as_array().into_iter().flatten();
+    let ours = |c: &&Value| [SIDECAR, REDIRECT].contains(&c["targetContainerName"].as_str().unwrap_or_default());
+    match all.into_iter().find(ours) {
+        Some(container) => Err(Refused::Target {
+            container: container["name"].as_str().unwrap_or_default().to_owned(),
+            target: container["targetContainerName"].as_str().unwrap_or_default().to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Rejects containers that run as the sidecar's user, because the redirect would not catch their traffic.
@@ -372,7 +394,7 @@ mod tests {
         inject(&mut without, &Sidecar { cni: false, ..by_plugin.clone() }, &strict()).unwrap();
         let flags = |pod: &Value| {
             let args = pod["spec"]["initContainers"][0]["args"].as_array().unwrap().clone();
-            args.into_iter().filter(|a| a != "--validate").collect::<Vec<_>>()
+            args.into_iter().filter(|a| a != "--validate" && a != "--by-cgroup").collect::<Vec<_>>()
         };
         assert_eq!(flags(&once), flags(&without), "the plugin reads the same rules");
         assert_eq!(with(once.clone()), once);
@@ -478,10 +500,15 @@ mod tests {
     }
 
     #[test]
-    fn an_ephemeral_container_under_the_sidecars_user_is_refused() {
+    fn an_ephemeral_container_under_the_sidecars_user_or_beside_its_processes_is_refused() {
         let mut pod = injected(pod());
         pod["spec"]["ephemeralContainers"] = json!([{ "name": "debug", "securityContext": { "runAsUser": 1 } }]);
         assert_eq!(judge_ephemeral(&pod), Ok(()), "the sidecar itself is no offence");
+        for (target, is_refused) in [("app", false), (SIDECAR, true), (REDIRECT, true)] {
+            pod["spec"]["ephemeralContainers"][0]["targetContainerName"] = target.into();
+            assert_eq!(judge_ephemeral(&pod).is_err(), is_refused, "{target}");
+        }
+        pod["spec"]["ephemeralContainers"][0]["targetContainerName"] = Value::Null;
         pod["spec"]["ephemeralContainers"][0]["securityContext"]["runAsUser"] = 2102.into();
         assert_eq!(judge_ephemeral(&pod), Err(Refused::ProxyUid("debug".into())));
     }
