@@ -260,6 +260,7 @@ fn kubelet(address: Option<String>, ca: Option<PathBuf>, token: Option<PathBuf>)
 pub fn run(args: AgentArgs) -> Result<()> {
     super::write_privately();
     args.log.start()?;
+    super::hide_memory();
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         // An agent writes no files that would have to be reopened.

@@ -65,6 +65,13 @@ pub fn write_privately() {
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
 }
 
+/// Keeps others of the same user from this process's memory, which holds private keys: no ptrace(2), and no core file.
+pub fn hide_memory() {
+    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+        tracing::warn!(%error, "other processes of this user can read this one's memory");
+    }
+}
+
 /// A runtime with two threads, for roles that serve many callers.
 pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     raise_file_limit();

@@ -323,6 +323,7 @@ fn probes(json: &str) -> Result<BTreeMap<String, Probe>, serde_json::Error> {
 pub fn run(args: ProxyArgs) -> Result<()> {
     super::write_privately();
     args.log.start()?;
+    super::hide_memory();
     let config = args.settings.over(args.config.load()?).config()?;
     super::raise_file_limit();
     // One thread carries everything; further workers are separate threads.

@@ -266,6 +266,7 @@ fn label(text: String) -> Result<String, Mistake> {
 pub fn run(args: ServerArgs) -> Result<()> {
     super::write_privately();
     args.log.start()?;
+    super::hide_memory();
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         let (stop, reopen) = for_role()?;
