@@ -17,13 +17,6 @@ pub struct Reason {
     reason: &'static str,
 }
 
-/// The labels of an SVID's expiry.
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-pub struct Identity {
-    spiffe_id: String,
-    entry: String,
-}
-
 /// Where a node's pods are learnt from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodSource {
@@ -66,7 +59,8 @@ pub struct Metrics {
     source_up: Family<BySource, Gauge>,
     served_by: Family<BySource, Counter>,
     refused: Family<Reason, Counter>,
-    expiry: Family<Identity, Gauge>,
+    svids: Gauge,
+    first_expiry: Gauge,
     own_expiry: Gauge,
     unsaved: Gauge,
     /// Whether callers reach this agent by its socket's path.
@@ -86,7 +80,7 @@ impl Default for Metrics {
             (Counter::default(), Counter::default(), Counter::default());
         let streams = Gauge::default();
         let refused = Family::<Reason, Counter>::default();
-        let expiry = Family::<Identity, Gauge>::default();
+        let (svids, first_expiry) = (Gauge::default(), Gauge::default());
         registry.register("svids_signed", "SVIDs that the server signed for this agent", svids_signed.clone());
         registry.register(
             "signing_failures",
@@ -96,7 +90,13 @@ impl Default for Metrics {
         registry.register("attestations", "Callers that were attested", attestations.clone());
         registry.register("streams", "Open streams of workloads and sidecars", streams.clone());
         registry.register("callers_refused", "Callers that were refused, by reason", refused.clone());
-        registry.register("svid_expiry_timestamp_seconds", "When each SVID ends, seconds since 1970", expiry.clone());
+        // Without their names: whoever reaches the page would learn which identities this node's pods have.
+        registry.register("svids", "SVIDs of workloads that are ready", svids.clone());
+        registry.register(
+            "svid_expiry_timestamp_seconds",
+            "When the first of them ends, seconds since 1970",
+            first_expiry.clone(),
+        );
         let own_expiry = Gauge::default();
         registry.register(
             "own_svid_expiry_timestamp_seconds",
@@ -130,7 +130,8 @@ impl Default for Metrics {
             attestations,
             streams,
             refused,
-            expiry,
+            svids,
+            first_expiry,
             own_expiry,
             unsaved,
             socket_own,
@@ -166,12 +167,8 @@ impl Metrics {
     pub fn observe(&self, state: &crate::cache::State, own: Option<OffsetDateTime>, unsaved: bool) {
         self.unsaved.set(i64::from(unsaved));
         self.own_expiry.set(own.map_or(0, OffsetDateTime::unix_timestamp));
-        self.expiry.clear();
-        for cached in state.entries.values() {
-            if let Some(svid) = &cached.svid {
-                let labels = Identity { spiffe_id: svid.id().to_string(), entry: cached.entry.id.to_string() };
-                self.expiry.get_or_create(&labels).set(svid.facts().not_after.unix_timestamp());
-            }
-        }
+        let ends = state.entries.values().filter_map(|cached| cached.svid.as_ref()).map(|svid| svid.facts().not_after);
+        self.svids.set(ends.clone().count().try_into().unwrap_or(i64::MAX));
+        self.first_expiry.set(ends.min().map_or(0, OffsetDateTime::unix_timestamp));
     }
 }

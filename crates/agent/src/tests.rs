@@ -158,6 +158,11 @@ async fn an_agent_whose_svid_is_refused_and_whose_token_is_used_up_keeps_what_it
     let agent = Agent::start(dir.path(), &server, token());
     let first = agent.authority().await;
     eventually("an SVID", || (agent.signed() == 1).then_some(())).await;
+    let page = metrics::Metrics::default();
+    page.observe(&agent.cache.read(), None, false);
+    let page = countersign_api::http::Answer::metrics(&page.registry).text;
+    assert!(page.contains("countersign_agent_svids 1\n"), "{page}");
+    assert!(!page.contains("spiffe://"), "a stranger learns no identity: {page}");
     // Every new connection of the agent is now rejected; its one open stream ends with the new SVID that it requests.
     server.next_authority(Ca::new(OffsetDateTime::now_utc()));
     server.revoke_others();
