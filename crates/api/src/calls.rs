@@ -17,9 +17,25 @@ use tower::Service;
 
 use crate::admission::{Admission, Limits, Source};
 use crate::grpc::Watched;
+use crate::memory;
 
 /// How long a message may take from when the server first waits for it.
 const WHOLE_WITHIN: Duration = Duration::from_secs(20);
+
+/// Memory that an open call takes, in bytes: its streams, buffers and tasks, measured with 10,000 calls of an agent (15 kB each).
+const BYTES_OF_CALL: u64 = 16 * 1024;
+/// Fewest calls that are allowed, however little memory there is.
+const FEWEST: u64 = 256;
+
+/// The most calls that may be open so that they take half of this process's memory, and never more than `most`.
+pub fn that_fit(most: usize) -> usize {
+    fitting(most, memory::limit())
+}
+
+fn fitting(most: usize, memory: Option<u64>) -> usize {
+    let fit = memory.map(|bytes| (bytes / 2 / BYTES_OF_CALL).max(FEWEST));
+    fit.and_then(|calls| usize::try_from(calls).ok()).map_or(most, |calls| calls.min(most))
+}
 
 /// The calls of callers of one kind. Clones share the tables.
 #[derive(Clone)]

@@ -17,6 +17,7 @@ pub mod grpc;
 pub mod http;
 pub mod http_client;
 pub mod log_writer;
+pub mod memory;
 pub mod names;
 mod near;
 pub mod peer;

@@ -27,7 +27,7 @@ const SHARE: usize = 8;
 static KEPT: AtomicUsize = AtomicUsize::new(0);
 /// Bytes that they may hold before memory counts as short.
 static BUDGET: LazyLock<usize> = LazyLock::new(|| {
-    let memory = crate::memory::limit().and_then(|bytes| usize::try_from(bytes).ok());
+    let memory = countersign_api::memory::limit().and_then(|bytes| usize::try_from(bytes).ok());
     memory.unwrap_or(usize::MAX) / SHARE
 });
 

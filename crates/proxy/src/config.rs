@@ -244,14 +244,14 @@ fn fit(count: u64, least: usize, most: usize) -> usize {
 /// Bounds that fit the memory limit of this process.
 impl Default for Limits {
     fn default() -> Self {
-        Self::within(crate::memory::limit().unwrap_or(u64::MAX))
+        Self::within(countersign_api::memory::limit().unwrap_or(u64::MAX))
     }
 }
 
 /// Bounds that fit the memory limit of this process.
 impl Default for Handshakes {
     fn default() -> Self {
-        Self::within(crate::memory::limit().unwrap_or(u64::MAX))
+        Self::within(countersign_api::memory::limit().unwrap_or(u64::MAX))
     }
 }
 

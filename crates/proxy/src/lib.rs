@@ -19,7 +19,6 @@ pub mod identity;
 mod inbound;
 mod kernel;
 mod local_workload;
-mod memory;
 mod mesh;
 mod outbound;
 pub mod plaintext;
@@ -471,6 +470,7 @@ pub(crate) mod tests {
     pub(crate) fn sidecar() -> Sidecar {
         let config = Config {
             identity: IdentitySource::Agent { socket: "/nowhere/agent.sock".into() },
+            exemption: None,
             routing: Routing::Redirected(Ports::default()),
             http: None,
             admin_socket: None,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use countersign_api::admission::{Limits, LocalSource};
-use countersign_api::calls::{Calls, Judged};
+use countersign_api::calls::{self, Calls, Judged};
 use countersign_api::clock::Clock;
 use countersign_api::directory::{Quota, Subscriptions};
 use countersign_api::peer::UnixPeer;
@@ -72,11 +72,12 @@ const MAX_RESOLVE_BYTES: usize = 256 * 1024;
 /// Method with a stream of requests.
 const RESOLVE: &str = "/countersign.v1.Directory/Resolve";
 
-/// Bounds on callers' calls, by their users: whoever may enter the socket's folder may call. A call that is open takes some
-/// 4 KiB, one that is not whole as much as its request may have.
+/// Bounds on callers' calls, by their users: whoever may enter the socket's folder may call. Calls that are open
+/// take half of the agent's memory at most, one that is not whole as much as its request may have.
 pub fn bounds() -> impl Fn(&http::Request<Body>) -> Judged<LocalSource> + Clone + Send + 'static {
     let limits = |name, total, per_group| Limits { name, total, per_group };
-    let open = limits("open calls", 24_576, 16_384);
+    let total = calls::that_fit(24_576);
+    let open = limits("open calls", total, total / 3 * 2);
     let resolve = Calls::new(open, limits("unfinished directory requests", 256, 64));
     let other = Calls::new(open, limits("unfinished requests", 2_048, 256));
     move |request| {

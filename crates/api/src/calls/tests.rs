@@ -137,3 +137,12 @@ async fn open_calls_are_bounded_per_caller_and_the_oldest_ends() {
     }
     assert_eq!(ended, [Some(Code::ResourceExhausted), None, None, None]);
 }
+
+#[test]
+fn the_bound_on_calls_follows_the_memory() {
+    assert_eq!(fitting(24_576, None), 24_576);
+    assert_eq!(fitting(24_576, Some(256 * 1024 * 1024)), 8_192, "half of an agent's limit, 16 KiB each");
+    assert_eq!(fitting(24_576, Some(1 << 40)), 24_576);
+    assert_eq!(fitting(24_576, Some(1)), 256);
+    assert_eq!(fitting(64, Some(1)), 64);
+}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use countersign_api::admission::{Limits, ProvenSource, Source};
-use countersign_api::calls::{Answer, Calls, Judged, call};
+use countersign_api::calls::{self, Answer, Calls, Judged, call};
 use countersign_api::peer::TlsPeer;
 use countersign_api::transport::MAX_MESSAGE_BYTES;
 use tonic::body::Body;
@@ -37,7 +37,7 @@ pub struct ByCaller {
     strangers: Bounded,
 }
 
-/// The services for callers of one kind. An open call takes some 4 KiB, one that is not whole as much as its message may have.
+/// The services for callers of one kind. One that is not whole may take as much as its message may have.
 #[derive(Clone)]
 struct Bounded {
     calls: Calls<ProvenSource>,
@@ -50,9 +50,15 @@ fn limits(name: &'static str, total: usize, per_group: usize) -> Limits {
 
 /// Every service of the server.
 pub async fn by_caller(core: &Arc<Core>) -> ByCaller {
-    let known = Calls::new(limits("open calls", 65_536, 4_096), limits("unfinished requests", 256, 32));
-    let strangers =
-        Calls::new(limits("open calls of strangers", 8_192, 512), limits("unfinished requests of strangers", 512, 32));
+    // All of them together leave half of the server's memory.
+    let all = calls::that_fit(65_536 + 8_192);
+    let (known, strangers) = (all / 9 * 8, all / 9);
+    let open = |name, total: usize, per_group: usize| limits(name, total, per_group.min(total.div_ceil(2)));
+    let known = Calls::new(open("open calls", known, 4_096), limits("unfinished requests", 256, 32));
+    let strangers = Calls::new(
+        open("open calls of strangers", strangers, 512),
+        limits("unfinished requests of strangers", 512, 32),
+    );
     ByCaller {
         core: core.clone(),
         known: Bounded { calls: known, routes: routes(core, MAX_MESSAGE_BYTES).await },
