@@ -111,6 +111,7 @@ async fn run_with(
     let listener = bind_unix(&config.socket, SOCKET_MODE)
         .map_err(|source| CniError::Listen { name: config.socket.display().to_string(), source })?;
     let cgroups = if config.sidecar_by_cgroup { cgroups().await } else { None };
+    metrics.by_cgroup.set(i64::from(cgroups.is_some()));
     let installer = Installer::new(validators, cgroups.is_some());
     if let Some(socket) = config.sidecar_socket {
         let name = socket.display().to_string();

@@ -46,6 +46,8 @@ pub struct Metrics {
     restored: Family<Part, Counter>,
     requests: Family<Asked, Counter>,
     sidecars: Family<Answered, Counter>,
+    /// 1 where sidecars are told by their cgroups.
+    pub by_cgroup: Gauge,
 }
 
 impl Default for Metrics {
@@ -54,7 +56,8 @@ impl Default for Metrics {
         let (installed, waiting) = (Gauge::default(), Gauge::default());
         let (repaired, repairs_failed) = (Counter::default(), Counter::default());
         let (restored, requests, watch_errors) = (Family::default(), Family::default(), Family::default());
-        let sidecars = Family::default();
+        let (sidecars, by_cgroup) = (Family::default(), Gauge::default());
+        registry.register("sidecar_by_cgroup", "1 where sidecars are told by their cgroups", by_cgroup.clone());
         registry.register(
             "connections_dropped",
             "Connections dropped for want of room, by listener and reason",
@@ -68,7 +71,18 @@ impl Default for Metrics {
         registry.register("repairs", "Redirects that the plugin had not installed", repaired.clone());
         registry.register("repairs_failed", "Attempts to install such a redirect that failed", repairs_failed.clone());
         registry.register("watch_errors", "Errors of watches, by kind", watch_errors.clone());
-        Self { registry, installed, waiting, repaired, repairs_failed, watch_errors, restored, requests, sidecars }
+        Self {
+            registry,
+            installed,
+            waiting,
+            repaired,
+            repairs_failed,
+            watch_errors,
+            restored,
+            requests,
+            sidecars,
+            by_cgroup,
+        }
     }
 }
 

@@ -101,7 +101,7 @@ class Check(unittest.TestCase):
         last = found()
         self.assertIn("countersign-agent has all 3, countersign-server has all", last["RBAC"]["found"])
         self.assertEqual(last["agent's socket"]["found"], "answered by the agent on 2 nodes")
-        self.assertEqual(last["admission policies"]["found"], "6 policies and bindings as in the chart")
+        self.assertEqual(last["admission policies"]["found"], "8 policies and bindings as in the chart")
         self.assertIn("as in the chart", last["webhook's rules"]["found"])
         self.assertEqual(last["CSI driver"]["found"], f"{DRIVER} serves 2 nodes")
         # Who may not ask for reviews is told that nothing was checked, and nobody is told that it is fine.

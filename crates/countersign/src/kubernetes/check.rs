@@ -278,7 +278,10 @@ impl<'a> Inspection<'a> {
     fn of_namespaces<'b>(&'b self, only: Option<&'b str>) -> Vec<Check<'b>> {
         let (client, scope) = (&self.cluster.client, Scope { own: self.cluster.namespace, only });
         vec![
-            Check::one("pod security", namespaces::security(client, scope)),
+            Check::one("pod security", async move {
+                let nodes = self.nodes.as_ref().map_or_else(|_| vec![], Nodes::that_trust_a_user_id);
+                namespaces::security(client, scope, &nodes).await
+            }),
             Check::several("limits", namespaces::refusals(client, scope)),
         ]
     }

@@ -37,13 +37,13 @@ pub struct Scope<'a> {
 }
 
 /// Whether Pod Security refuses meshed pods.
-pub async fn security(client: &Client, scope: Scope<'_>) -> Outcome {
+pub async fn security(client: &Client, scope: Scope<'_>, trusting: &[String]) -> Outcome {
     let meshed = meshed(client, scope).await.map_err(|e| Fault::unread(&e, MAY_LIST))?;
     let injector = installed(client, scope.own).await.map_err(|e| Fault::unread(&e, MAY_GET))?;
     let privileges = injector.unwrap_or_default().privileges;
     let well = pod_security(privileges, &meshed)?;
     // Where pods need more than `restricted` allows nobody can be told to enforce it.
-    if privileges.are_refused_by("restricted") {
+    if trusting.is_empty() || privileges.are_refused_by("restricted") {
         return Ok(well);
     }
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), scope.own);
@@ -52,8 +52,9 @@ pub async fn security(client: &Client, scope: Scope<'_>) -> Outcome {
     Ok(match open_to_apps(&meshed, live_settings::mode(map.as_ref())).as_slice() {
         [] => well,
         some => format!(
-            "{well}; strict without {ENFORCE}=restricted, so that an app that may change its user can become the sidecar's and pass by \
-             it: {}. Label them so where the apps permit it",
+            "{well}; sidecars are told by their user ID alone on {}, where an app that may change its user can pass for one; strict \
+             without {ENFORCE}=restricted: {}. Label them so where the apps permit it",
+            listed(trusting),
             listed(some)
         ),
     })
@@ -364,10 +365,12 @@ mod tests {
             })
         };
         let scope = Scope { own: "mesh", only: None };
-        let noted = security(&with(&["--cni", "--csi-driver=csi.countersign.dev"]), scope).await.unwrap();
-        assert!(noted.contains("restricted, so that an app") && noted.contains(": shop. "), "{noted}");
-        let silent = security(&with(&["--csi-driver=csi.countersign.dev"]), scope).await.unwrap();
-        assert!(!silent.contains("shop"), "{silent}");
+        let node = ["n1".to_owned()];
+        let noted = security(&with(&["--cni", "--csi-driver=csi.countersign.dev"]), scope, &node).await.unwrap();
+        assert!(noted.contains("alone on n1,") && noted.contains("restricted: shop. "), "{noted}");
+        let no_node = security(&with(&["--cni", "--csi-driver=csi.countersign.dev"]), scope, &[]).await.unwrap();
+        let no_plugin = security(&with(&["--csi-driver=csi.countersign.dev"]), scope, &node).await.unwrap();
+        assert!(!no_node.contains("shop") && !no_plugin.contains("shop"), "{no_node}; {no_plugin}");
     }
 
     #[test]

@@ -14,14 +14,16 @@ use crate::kubernetes::cluster::{is_ready, listed, node_of, page, pods, words};
 use crate::kubernetes::pod_state;
 use crate::metrics_page::metric;
 
-/// TCP ports of the pages of an agent and of the CSI driver beside it.
+/// TCP ports of the pages of an agent, and of the CSI driver and the CNI component beside it.
 const AGENT_PAGES: u16 = 9464;
 const DRIVER_PAGES: u16 = 9466;
+const PLUGIN_PAGES: u16 = 9467;
 /// Agents that are asked at once, and how long all of them may take.
 const AT_ONCE: usize = 32;
 const ALL: Duration = Duration::from_secs(25);
-/// Name of the driver's container.
+/// Names of the driver's and the component's containers.
 const DRIVER: &str = "csi";
+const PLUGIN: &str = countersign_cni::CONTAINER;
 /// Most nodes of a finding that are told of with their reasons.
 const MAX_REASONS: usize = 3;
 
@@ -44,6 +46,8 @@ pub struct Agent {
     pub ready: Result<(), String>,
     /// Whether the CSI driver beside it is ready; else its reason. `None` if there is none.
     pub driver: Option<Result<(), String>>,
+    /// The metrics page of the CNI component beside it; `None` if there is none, or it does not answer.
+    pub plugin: Option<String>,
 }
 
 impl Nodes {
@@ -91,6 +95,15 @@ impl Nodes {
         }
     }
 
+    /// Nodes whose CNI component tells sidecars by their user ID alone.
+    pub fn that_trust_a_user_id(&self) -> Vec<String> {
+        let trusts = |agent: &&Agent| {
+            let page = agent.plugin.as_deref().unwrap_or_default();
+            metric(page, "countersign_cni_sidecar_by_cgroup").next().is_some_and(|(_, value)| value == 0.0)
+        };
+        self.agents.iter().filter(trusts).map(|agent| agent.node.clone()).collect()
+    }
+
     /// Whether the socket of each node is the agent's own: whoever else answers there would give pods their identities.
     pub fn sockets(&self) -> Outcome {
         let (mut own, mut unknown, mut bad) = (0, vec![], vec![]);
@@ -132,7 +145,8 @@ pub fn some(reasons: impl ExactSizeIterator<Item = String>) -> String {
 }
 
 async fn ask(client: &Client, node: String, pod: Pod, end: Instant) -> Agent {
-    let has_driver = pod.spec.iter().flat_map(|s| &s.containers).any(|c| c.name == DRIVER);
+    let has = |name| pod.spec.iter().flat_map(|s| &s.containers).any(|c| c.name == name);
+    let (has_driver, has_plugin) = (has(DRIVER), has(PLUGIN));
     let within = |port, path| {
         let (client, pod) = (client, &pod);
         async move {
@@ -141,9 +155,10 @@ async fn ask(client: &Client, node: String, pod: Pod, end: Instant) -> Agent {
         }
     };
     let driver = async { if has_driver { Some(within(DRIVER_PAGES, "/ready").await.map(drop)) } else { None } };
-    let (metrics, ready, driver) =
-        futures::join!(within(AGENT_PAGES, "/metrics"), within(AGENT_PAGES, "/ready"), driver);
-    Agent { metrics, ready: ready.map(drop), driver, node, pod }
+    let plugin = async { if has_plugin { within(PLUGIN_PAGES, "/metrics").await.ok() } else { None } };
+    let (metrics, ready, driver, plugin) =
+        futures::join!(within(AGENT_PAGES, "/metrics"), within(AGENT_PAGES, "/ready"), driver, plugin);
+    Agent { metrics, ready: ready.map(drop), driver, plugin, node, pod }
 }
 
 #[cfg(test)]
@@ -162,7 +177,7 @@ pub mod tests {
             "status": { "conditions": [{ "type": "Ready", "status": is_ready }], "containerStatuses": [running] },
         });
         let pod = serde_json::from_value(pod).unwrap();
-        Agent { node: node.into(), pod, metrics: Ok(metrics.into()), ready, driver: None }
+        Agent { node: node.into(), pod, metrics: Ok(metrics.into()), ready, driver: None, plugin: None }
     }
 
     pub fn nodes(agents: Vec<Agent>) -> Nodes {
@@ -182,6 +197,18 @@ pub mod tests {
         assert_eq!(nodes(vec![agent("a", "", Ok(()))]).are_served((1, 34)), Ok("1 agents ready, one per node".into()));
         let many = nodes((0..10).map(|n| agent(&n.to_string(), "", why())).collect());
         assert!(many.are_served((1, 34)).unwrap_err().found.ends_with("and 7 more"));
+    }
+
+    #[test]
+    fn nodes_whose_component_trusts_a_user_id_are_named() {
+        let with = |node: &str, page: Option<&str>| Agent { plugin: page.map(Into::into), ..agent(node, "", Ok(())) };
+        let all = nodes(vec![
+            with("a", Some("countersign_cni_sidecar_by_cgroup 1\n")),
+            with("b", Some("countersign_cni_sidecar_by_cgroup 0\n")),
+            with("c", Some("countersign_cni_installed 1\n")),
+            with("d", None),
+        ]);
+        assert_eq!(all.that_trust_a_user_id(), ["b"]);
     }
 
     #[test]
