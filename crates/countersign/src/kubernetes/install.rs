@@ -867,7 +867,10 @@ mod tests {
         assert_eq!((&context["privileged"], &context["capabilities"]), (&json!(false), &capabilities));
         let paths: Vec<_> =
             component["volumeMounts"].as_array().unwrap().iter().map(|m| m["mountPath"].clone()).collect();
-        assert_eq!(paths[..3], ["/run/countersign/cni", "/opt/cni/bin", "/etc/cni/net.d"]);
+        assert_eq!(paths[..4], ["/run/countersign/cni", "/run/countersign/agent", "/opt/cni/bin", "/etc/cni/net.d"]);
+        let by_cgroup = |set: &str| pod(&all(&["--set", "cni.enabled=true", "--set", set])).to_string();
+        assert!(by_cgroup("cni.sidecarByCgroup=true").contains("\"--sidecar-by-cgroup\""));
+        assert!(!by_cgroup("cni.sidecarByCgroup=false").contains("\"--sidecar-by-cgroup\""));
         let args = component["args"].to_string();
         assert!(args.contains("--daemon-set=mesh/countersign-agent") && args.contains("--repair"));
         let role = &one(&with, "Role", "countersign-agent")["rules"];
@@ -905,8 +908,11 @@ mod tests {
             let all = objects(args).into_iter().filter(|o| o["kind"] == "ValidatingAdmissionPolicy");
             all.map(|o| o["spec"].to_string()).collect::<Vec<_>>()
         };
-        let [words, pods, images] = policies(&["-n", "mesh"]).try_into().unwrap();
-        assert!(images.contains(&format!("'{SIDECAR}', '{REDIRECT}'")), "{images}");
+        let [words, pods, commands, images] = policies(&["-n", "mesh"]).try_into().unwrap();
+        for policy in [&pods, &commands, &images] {
+            assert!(policy.contains(&format!("'{SIDECAR}', '{REDIRECT}'")), "{policy}");
+        }
+        assert!(commands.contains(&format!("namespace(\\\"mesh\\\").name('{}')", live_settings::NAME)), "{commands}");
         for key in [INJECT, MODE] {
             assert!(words.contains(&format!("labels[?'{key}']")) && words.contains(&format!("annotations[?'{key}']")));
         }
