@@ -31,8 +31,8 @@ class Node:
         self.dir = STATE / self.name
         # As kubeadm, kind and minikube leave it: the second node's kubelet signs its own serving certificate.
         self.verified = number == 1
-        # Whether its runtime sees the machine's cgroups of version 2 and gives each container one, beside those of version 1: by it
-        # the kernel tells a sidecar from an app.
+        # Whether its runtime sees the machine's cgroups of version 2 and gives each container one, beside those of
+        # version 1: by it the kernel tells a sidecar from an app.
         self.by_cgroup = number == 2
 
     def run(self, *command, **options):

@@ -155,7 +155,8 @@ while True:
         image = get("-n", NAMESPACE, "pod", mesh.agent_on(node.name))["spec"]["containers"][0]["image"]
         ports = [f"--{door}-port={port}" for door, port in (("outbound", 16001), ("inbound", 16006), ("mesh", 16008))]
         spy = {"name": "spy", "image": image, "imagePullPolicy": "Never", "securityContext": {"runAsUser": 1000},
-               "args": ["proxy", "--agent-socket=/a/agent.sock", "--cni-socket=/a/sidecars.sock", "--http=[::]:16020", *ports],
+               "args": ["proxy", "--agent-socket=/a/agent.sock", "--cni-socket=/a/sidecars.sock", "--http=[::]:16020",
+                        *ports],
                "volumeMounts": [{"name": "api", "mountPath": "/a", "readOnly": True}]}
         kubectl("-n", ns, "apply", "-f", "-", input=json.dumps({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "sly"}, "spec": {

@@ -26,8 +26,8 @@ class Guide(unittest.TestCase):
             (place / "kubectl").symlink_to(binaries.build() / "kubectl")
             (place / "countersign").symlink_to(mesh.binary())
             sp.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout ca.key"
-                   " -out ca.crt -subj /CN=own && cp ca.crt partner.pem", shell=True, check=True, cwd=folder, stdout=sp.DEVNULL,
-                   stderr=sp.DEVNULL)
+                   " -out ca.crt -subj /CN=own && cp ca.crt partner.pem", shell=True, check=True, cwd=folder,
+                   stdout=sp.DEVNULL, stderr=sp.DEVNULL)
             for command in commands:
                 # The registry is the reader's own; here the image is on the nodes already.
                 here = command.replace("registry.example.org/countersign:0.1.0", images.COUNTERSIGN)

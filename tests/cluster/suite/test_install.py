@@ -108,7 +108,8 @@ class Install(unittest.TestCase):
         self.assertEqual(running(), before)
 
     def test_what_was_changed_by_hand_and_what_was_not_finished_is_said_and_a_dry_run_too(self):
-        patch = lambda name, data: kubectl("-n", NAMESPACE, "patch", "configmap", name, "-p", json.dumps({"data": data}))
+        patch = lambda name, data: kubectl("-n", NAMESPACE, "patch", "configmap", name, "-p",
+                                           json.dumps({"data": data}))
         patch("countersign-mesh", {"svidTTL": "5m"})
         try:
             tried = countersign("install", "--reuse-values", "--dry-run")
