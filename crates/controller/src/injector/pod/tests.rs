@@ -1,0 +1,373 @@
+use super::super::new_probe_secret;
+use super::*;
+
+fn sidecar() -> Sidecar {
+    Sidecar::new("countersign:1".into())
+}
+
+fn pod() -> Value {
+    json!({
+        "metadata": { "name": "web" },
+        "spec": {
+            "initContainers": [{ "name": "migrate", "image": "m" }],
+            "containers": [{ "name": "app", "image": "a", "x-unknown": 1, "readinessProbe": { "httpGet": { "port": 80 } } }],
+            "volumes": [{ "name": "data", "emptyDir": {} }],
+        },
+    })
+}
+
+/// A namespace that requests injection, in a permissive mesh.
+fn asks() -> Surroundings {
+    Surroundings { namespace: "shop".into(), asks: Asks::Yes, mode: Mode::Permissive, probe_secret: "s3cret".into() }
+}
+
+fn asks_not() -> Surroundings {
+    Surroundings { asks: Asks::No, ..asks() }
+}
+
+fn strict() -> Surroundings {
+    Surroundings { mode: Mode::Strict, ..asks() }
+}
+
+fn injected(mut pod: Value) -> Value {
+    assert_eq!(inject(&mut pod, &sidecar(), &asks()), Ok(Verdict::Injected));
+    pod
+}
+
+fn annotated(key: &str, value: &str) -> Value {
+    let mut pod = pod();
+    pod["metadata"]["annotations"] = json!({ key: value });
+    pod
+}
+
+fn names(pod: &Value, list: &str) -> Vec<String> {
+    pod["spec"][list].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn redirect_then_sidecar_stand_before_the_apps_own_init_containers() {
+    let pod = injected(pod());
+    assert_eq!(names(&pod, "initContainers"), [REDIRECT, SIDECAR, "migrate"]);
+    assert_eq!(names(&pod, "containers"), ["app"]);
+    assert_eq!(pod["spec"]["initContainers"][1]["restartPolicy"], "Always");
+    assert_eq!(pod["spec"]["containers"][0]["x-unknown"], 1, "what we do not know stays");
+    assert_eq!(pod["spec"]["containers"][0]["readinessProbe"]["httpGet"]["port"], 15020);
+    assert_eq!(names(&pod, "volumes"), ["data", VOLUME]);
+}
+
+#[test]
+fn a_plain_sidecar_stands_first_among_the_containers_and_gates_and_drains() {
+    let plain = Sidecar { native: false, ..sidecar() };
+    let mut pod = pod();
+    assert_eq!(inject(&mut pod, &plain, &asks()), Ok(Verdict::Injected));
+    assert_eq!(names(&pod, "initContainers"), [REDIRECT, "migrate"]);
+    assert_eq!(names(&pod, "containers"), [SIDECAR, "app"]);
+    let proxy = &pod["spec"]["containers"][0];
+    assert!(proxy["restartPolicy"].is_null());
+    assert_eq!(proxy["lifecycle"]["postStart"]["exec"]["command"], json!(["/countersign", "sidecar-hook", "gate"]));
+    assert_eq!(proxy["lifecycle"]["preStop"]["exec"]["command"], json!(["/countersign", "sidecar-hook", "drain"]));
+    let once = pod.clone();
+    assert_eq!(inject(&mut pod, &plain, &asks()), Ok(Verdict::Injected));
+    assert_eq!(pod, once, "twice is as once");
+    pod["spec"]["restartPolicy"] = "OnFailure".into();
+    assert_eq!(inject(&mut pod, &plain, &asks()), Err(Refused::NeverEnds("OnFailure".into())));
+    assert_eq!(inject(&mut pod, &sidecar(), &asks()), Ok(Verdict::Injected));
+}
+
+#[test]
+fn the_sidecar_needs_no_privilege_and_the_redirect_one() {
+    let pod = injected(pod());
+    let (redirect, proxy) = (&pod["spec"]["initContainers"][0], &pod["spec"]["initContainers"][1]);
+    assert_eq!(redirect["securityContext"]["capabilities"], json!({ "drop": ["ALL"], "add": ["NET_ADMIN"] }));
+    assert_eq!(proxy["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }));
+    assert_eq!(proxy["securityContext"]["runAsNonRoot"], true);
+    for container in [redirect, proxy] {
+        assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+        assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+        assert_eq!(container["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+    }
+    assert_eq!(proxy["volumeMounts"][0]["readOnly"], true);
+}
+
+#[test]
+fn with_the_cni_plugin_no_container_needs_a_privilege() {
+    let by_plugin = Sidecar { cni: true, csi_driver: Some("csi.countersign.dev".into()), ..sidecar() };
+    let with = |mut pod: Value| {
+        assert_eq!(inject(&mut pod, &by_plugin, &strict()), Ok(Verdict::Injected));
+        pod
+    };
+    let once = with(pod());
+    let (redirect, proxy) = (&once["spec"]["initContainers"][0], &once["spec"]["initContainers"][1]);
+    assert_eq!(redirect["args"][1], "--validate");
+    for container in [redirect, proxy] {
+        assert_eq!(container["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }));
+        assert_eq!(container["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+    }
+    assert_ne!(redirect["securityContext"]["runAsUser"], proxy["securityContext"]["runAsUser"]);
+    let mut without = pod();
+    inject(&mut without, &Sidecar { cni: false, ..by_plugin.clone() }, &strict()).unwrap();
+    let flags = |pod: &Value| {
+        let args = pod["spec"]["initContainers"][0]["args"].as_array().unwrap().clone();
+        args.into_iter().filter(|a| a != "--validate" && a != "--by-cgroup").collect::<Vec<_>>()
+    };
+    assert_eq!(flags(&once), flags(&without), "the plugin reads the same rules");
+    assert_eq!(with(once.clone()), once);
+    assert_eq!(with(without), once, "a template that was injected before the plugin is changed");
+}
+
+#[test]
+fn the_sidecars_probe_gets_its_answer_before_it_gives_up() {
+    let probe = injected(pod())["spec"]["initContainers"][1]["startupProbe"].clone();
+    let path = probe["httpGet"]["path"].as_str().unwrap();
+    let wait: u64 = path.strip_prefix("/ready?wait=").unwrap().parse().unwrap();
+    assert!(wait > 0 && wait < probe["timeoutSeconds"].as_u64().unwrap(), "{probe}");
+}
+
+#[test]
+fn a_driver_mounts_the_agents_folder_and_no_host_path_is_left() {
+    let by_driver = Sidecar { csi_driver: Some("csi.countersign.dev".into()), ..sidecar() };
+    let volume = json!({ "name": VOLUME, "csi": { "driver": "csi.countersign.dev", "readOnly": true } });
+    let with = |mut pod: Value| {
+        assert_eq!(inject(&mut pod, &by_driver, &asks()), Ok(Verdict::Injected));
+        pod
+    };
+    let once = with(pod());
+    assert_eq!(once["spec"]["volumes"][1], volume);
+    assert!(!once.to_string().contains("hostPath"));
+    assert_eq!(with(once.clone()), once, "twice is as once");
+    assert_eq!(with(injected(pod())), once, "an injection of before the driver is replaced");
+    // Another driver's volume of this name is not ours, whatever the pod claims.
+    let mut foreign = once;
+    foreign["spec"]["volumes"][1]["csi"]["driver"] = "csi.example.org".into();
+    assert!(matches!(inject(&mut foreign, &by_driver, &asks()), Err(Refused::Reserved { .. })));
+}
+
+#[test]
+fn injecting_again_changes_nothing() {
+    let once = injected(pod());
+    assert_eq!(injected(once.clone()), once);
+    // A reinvocation brings a new secret; the probes keep the first one, which the sidecar knows.
+    let mut again = once.clone();
+    let other = Surroundings { probe_secret: new_probe_secret(), ..asks() };
+    assert_eq!(inject(&mut again, &sidecar(), &other), Ok(Verdict::Injected));
+    assert_eq!(again, once);
+    assert_eq!(once["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"], "/probe/s3cret/app/readiness");
+    assert!(new_probe_secret().len() == 32 && new_probe_secret() != new_probe_secret());
+}
+
+#[test]
+fn a_limit_ranges_defaults_survive_a_reinvocation_and_no_annotation_is_passed_over() {
+    let mut limited = injected(annotated("countersign.dev/memory-limit", "64Mi"));
+    // What the API server adds between two calls of the webhook.
+    let defaults = json!({ "limits": { "cpu": "1", "memory": "64Mi" }, "requests": { "cpu": "1" } });
+    for n in [0, 1] {
+        limited["spec"]["initContainers"][n]["resources"] = defaults.clone();
+    }
+    assert_eq!(injected(limited.clone()), limited);
+    limited["metadata"]["annotations"]["countersign.dev/redirect-cpu-limit"] = "2".into();
+    let again = injected(limited);
+    assert_eq!(again["spec"]["initContainers"][0]["resources"]["limits"]["cpu"], "2");
+    assert_eq!(again["spec"]["initContainers"][1]["resources"]["limits"]["cpu"], "1");
+    let lots = annotated("countersign.dev/redirect-memory-limit", "lots");
+    let said = inject(&mut lots.clone(), &sidecar(), &asks()).unwrap_err().to_string();
+    assert!(said.starts_with("annotation countersign.dev/redirect-memory-limit: `lots` is no quantity"), "{said}");
+}
+
+#[test]
+fn the_stricter_of_a_pods_two_modes_counts_and_one_that_is_none_is_refused() {
+    let moded = |label: &str| {
+        let mut pod = annotated(MODE, "permissive");
+        pod["metadata"]["labels"] = json!({ MODE: label });
+        let injected = inject(&mut pod, &sidecar(), &asks());
+        injected.map(|_| pod["spec"]["initContainers"][0]["args"].to_string().contains("--other-protocols=drop"))
+    };
+    assert_eq!((moded("strict"), moded("off")), (Ok(true), Ok(false)));
+    assert!(moded("stict").unwrap_err().to_string().ends_with("did you mean `strict`?"));
+}
+
+#[test]
+fn the_pods_label_wins_over_its_namespace() {
+    let mut labelled = pod();
+    labelled["metadata"]["labels"] = json!({ INJECT: "disabled" });
+    let before = labelled.clone();
+    assert!(matches!(inject(&mut labelled, &sidecar(), &asks()), Ok(Verdict::Left(_))));
+    assert_eq!(labelled, before);
+    labelled["metadata"]["labels"] = json!({ INJECT: "enabled" });
+    assert_eq!(inject(&mut labelled, &sidecar(), &asks_not()), Ok(Verdict::Injected));
+    assert!(matches!(inject(&mut pod(), &sidecar(), &asks_not()), Ok(Verdict::Left(_))));
+    let mut host = pod();
+    host["spec"]["hostNetwork"] = true.into();
+    assert!(matches!(inject(&mut host, &sidecar(), &asks()), Ok(Verdict::Left(_))));
+}
+
+#[test]
+fn a_container_under_the_sidecars_user_is_refused() {
+    let mut one = pod();
+    one["spec"]["containers"][0]["securityContext"] = json!({ "runAsUser": 2102 });
+    assert_eq!(inject(&mut one, &sidecar(), &asks()), Err(Refused::ProxyUid("app".into())));
+    let mut wide = pod();
+    wide["spec"]["securityContext"] = json!({ "runAsUser": 2102 });
+    assert_eq!(inject(&mut wide, &sidecar(), &asks()), Err(Refused::ProxyUid("migrate".into())));
+    wide["spec"]["initContainers"][0]["securityContext"] = json!({ "runAsUser": 1 });
+    wide["spec"]["containers"][0]["securityContext"] = json!({ "runAsUser": 1 });
+    assert_eq!(inject(&mut wide, &sidecar(), &asks()), Ok(Verdict::Injected));
+}
+
+#[test]
+fn an_ephemeral_container_under_the_sidecars_user_or_beside_its_processes_is_refused() {
+    let mut pod = injected(pod());
+    pod["spec"]["ephemeralContainers"] = json!([{ "name": "debug", "securityContext": { "runAsUser": 1 } }]);
+    assert_eq!(judge_ephemeral(&pod), Ok(()), "the sidecar itself is no offence");
+    for (target, is_refused) in [("app", false), (SIDECAR, true), (REDIRECT, true)] {
+        pod["spec"]["ephemeralContainers"][0]["targetContainerName"] = target.into();
+        assert_eq!(judge_ephemeral(&pod).is_err(), is_refused, "{target}");
+    }
+    pod["spec"]["ephemeralContainers"][0]["targetContainerName"] = Value::Null;
+    pod["spec"]["ephemeralContainers"][0]["securityContext"]["runAsUser"] = 2102.into();
+    assert_eq!(judge_ephemeral(&pod), Err(Refused::ProxyUid("debug".into())));
+}
+
+#[test]
+fn annotations_reach_redirect_and_sidecar() {
+    let mut asked = pod();
+    asked["metadata"]["annotations"] = json!({
+        "countersign.dev/ignore-inbound-ports": "9090, 9091", "countersign.dev/ignore-outbound-cidrs": "10.8.0.0/16",
+        "countersign.dev/log-level": "debug", "countersign.dev/memory-limit": "64Mi",
+    });
+    let asked = injected(asked);
+    let args = asked["spec"]["initContainers"][0]["args"].to_string();
+    assert!(args.contains("--exclude-inbound-ports=15020,9090,9091"), "{args}");
+    assert!(args.contains("--exclude-outbound-ports=53\""), "{args}");
+    assert!(args.contains("--exclude-outbound-cidrs=10.8.0.0/16"), "{args}");
+    let proxy = &asked["spec"]["initContainers"][1];
+    assert!(proxy["args"].to_string().contains("--log=debug"));
+    assert_eq!(proxy["resources"]["limits"]["memory"], "64Mi");
+    assert_eq!(asked["spec"]["initContainers"][0]["resources"], json!({}), "each container has its own");
+    let mut wrong = pod();
+    wrong["metadata"]["annotations"] = json!({ "countersign.dev/mode": "tight" });
+    let said = inject(&mut wrong, &sidecar(), &asks()).unwrap_err().to_string();
+    assert!(said.contains("`tight` is no mode"), "{said}");
+}
+
+#[test]
+fn what_is_in_a_pods_own_specification_stays_marked_until_it_is_taken_out() {
+    let mut pod = pod();
+    inject(&mut pod, &sidecar(), &asks()).unwrap();
+    let version = pod["metadata"]["annotations"][INJECTED].as_str().unwrap().to_owned();
+    assert!(!version.ends_with(IN_MANIFEST), "{version}");
+    let marked = format!("{version}{IN_MANIFEST}");
+    pod["metadata"]["annotations"][INJECTED] = marked.clone().into();
+    inject(&mut pod, &sidecar(), &asks()).unwrap();
+    assert_eq!(pod["metadata"]["annotations"][INJECTED], marked);
+    let mut without = self::pod();
+    without["metadata"]["annotations"] = json!({ INJECTED: marked });
+    inject(&mut without, &sidecar(), &asks()).unwrap();
+    assert_eq!(without["metadata"]["annotations"][INJECTED], version, "the annotation alone is no volume");
+}
+
+#[test]
+fn a_name_of_ours_on_something_of_the_apps_own_is_refused() {
+    let said = |pod: Value| inject(&mut pod.clone(), &sidecar(), &asks()).unwrap_err().to_string();
+    let mut own_volume = pod();
+    own_volume["spec"]["volumes"] = json!([{ "name": VOLUME, "emptyDir": {} }]);
+    own_volume["spec"]["containers"][0]["volumeMounts"] = json!([{ "name": VOLUME, "mountPath": "/x" }]);
+    assert!(said(own_volume.clone()).starts_with("volume `countersign-agent`"));
+    own_volume["metadata"]["annotations"] = json!({ INJECTED: "0.1.0" });
+    assert!(said(own_volume.clone()).starts_with("volume `countersign-agent`"), "an annotation is easily written");
+    own_volume["spec"]["volumes"] = json!(volumes(&sidecar()));
+    assert!(said(own_volume).starts_with("the mount of container `app` `countersign-agent`"));
+    for list in ["containers", "initContainers"] {
+        let mut mount = pod();
+        mount["spec"][list][0]["volumeMounts"] = json!([{ "name": VOLUME, "mountPath": "/x" }]);
+        assert!(said(mount).contains("`countersign-agent` has a name that the injection uses"));
+        for name in [SIDECAR, REDIRECT] {
+            let mut container = pod();
+            container["spec"][list][0]["name"] = name.into();
+            assert_eq!(said(container), format!("container `{name}` has a name that the injection uses: rename it"));
+        }
+    }
+}
+
+#[test]
+fn a_label_that_means_nothing_is_refused_with_what_was_meant() {
+    for value in ["enable", "true"] {
+        let mut labelled = pod();
+        labelled["metadata"]["labels"] = json!({ INJECT: value });
+        for around in [asks(), asks_not()] {
+            let said = inject(&mut labelled.clone(), &sidecar(), &around).unwrap_err().to_string();
+            assert_eq!(
+                said,
+                format!("countersign.dev/inject: `{value}` is neither enabled nor disabled; did you mean `enabled`?")
+            );
+        }
+    }
+    let unclear = Surroundings { asks: Asks::Unclear, ..asks() };
+    assert_eq!(inject(&mut pod(), &sidecar(), &unclear), Err(Refused::UnclearNamespace("shop".into())));
+    let mut clear = pod();
+    clear["metadata"]["labels"] = json!({ INJECT: "disabled" });
+    assert!(matches!(inject(&mut clear, &sidecar(), &unclear), Ok(Verdict::Left(_))));
+    clear["metadata"]["labels"] = json!({ INJECT: "enabled" });
+    assert_eq!(inject(&mut clear, &sidecar(), &unclear), Ok(Verdict::Injected));
+}
+
+#[test]
+fn exceptions_of_a_strict_mesh_need_the_administrators_leave() {
+    let leave = Sidecar { leave: super::super::Leave::of(["shop".to_owned()]), ..sidecar() };
+    for (key, value) in [
+        ("ignore-inbound-ports", "8080"),
+        ("ignore-outbound-ports", "5432"),
+        ("ignore-inbound-cidrs", "10.0.0.0/8"),
+        ("ignore-outbound-cidrs", "10.0.0.0/8"),
+        ("allow-udp-ports", "4433"),
+        ("allow-other-cidrs", "10.0.0.0/8"),
+    ] {
+        let pod = || annotated(&format!("countersign.dev/{key}"), value);
+        assert_eq!(inject(&mut pod(), &sidecar(), &asks()), Ok(Verdict::Injected), "{key}");
+        let said = inject(&mut pod(), &sidecar(), &strict()).unwrap_err().to_string();
+        assert!(said.contains(key) && said.contains("mesh.allowExceptions"), "{said}");
+        assert_eq!(inject(&mut pod(), &leave, &strict()), Ok(Verdict::Injected), "{key}");
+        let mut own = pod();
+        own["metadata"]["annotations"][MODE] = "strict".into();
+        assert!(inject(&mut own, &sidecar(), &asks()).is_err(), "a pod's own strict is one too");
+        let elsewhere = Surroundings { namespace: "other".into(), ..strict() };
+        assert!(inject(&mut pod(), &leave, &elsewhere).is_err());
+    }
+    let everything = || annotated("countersign.dev/ignore-inbound-cidrs", "0.0.0.0/0");
+    assert!(inject(&mut everything(), &sidecar(), &asks()).is_err(), "out of the mesh altogether, in any mode");
+    assert_eq!(inject(&mut everything(), &leave, &strict()), Ok(Verdict::Injected));
+    let nobody = Sidecar { leave: super::super::Leave::of([" ".to_owned()]), ..sidecar() };
+    assert!(inject(&mut everything(), &nobody, &asks()).is_err(), "an empty list is nobody");
+    let all = Sidecar { leave: super::super::Leave::of(["*".to_owned()]), ..sidecar() };
+    assert_eq!(inject(&mut everything(), &all, &strict()), Ok(Verdict::Injected));
+}
+
+#[test]
+fn other_protocols_are_dropped_where_the_pod_is_strict() {
+    let args = |around: &Surroundings, mut pod: Value| {
+        let leave = Sidecar { leave: super::super::Leave::of(["*".to_owned()]), ..sidecar() };
+        inject(&mut pod, &leave, around).unwrap();
+        pod["spec"]["initContainers"][0]["args"].to_string()
+    };
+    assert!(!args(&asks(), pod()).contains("--other-protocols"));
+    assert!(args(&strict(), pod()).contains("--other-protocols=drop"));
+    assert!(args(&asks(), annotated(MODE, "strict")).contains("--other-protocols=drop"));
+    assert!(args(&strict(), annotated(MODE, "off")).contains("--other-protocols=drop"), "strict is not weakened");
+    let named = annotated("countersign.dev/allow-udp-ports", "4433");
+    assert!(args(&strict(), named.clone()).contains("--allow-udp-ports=4433"));
+    assert!(!args(&asks(), named).contains("--allow-udp-ports"), "the redirect knows it with the other flag alone");
+    assert!(args(&asks(), pod()).contains("--in-pod"));
+}
+
+#[test]
+fn an_ephemeral_container_is_judged_by_the_sidecar_and_not_by_a_label() {
+    let mut pod = injected(pod());
+    pod["metadata"]["labels"] = json!({ INJECT: "disabled" });
+    pod["spec"]["ephemeralContainers"] = json!([{ "name": "debug", "securityContext": { "runAsUser": 2102 } }]);
+    assert_eq!(judge_ephemeral(&pod), Err(Refused::ProxyUid("debug".into())));
+    pod["spec"]["ephemeralContainers"] =
+        json!([{ "name": "debug", "volumeMounts": [{ "name": VOLUME, "mountPath": "/x" }] }]);
+    assert!(judge_ephemeral(&pod).unwrap_err().to_string().contains("the mount of container `debug`"));
+    pod["spec"]["initContainers"] = json!([]);
+    assert_eq!(judge_ephemeral(&pod), Ok(()), "a pod without a sidecar has nothing to bypass");
+}
