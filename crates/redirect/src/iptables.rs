@@ -15,6 +15,7 @@ fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
         // It has no rules with this backend.
         Hook::Sidecar | Hook::Output => ("nat", "COUNTERSIGN_OUT", "OUTPUT"),
         Hook::Prerouting => ("nat", "COUNTERSIGN_IN", "PREROUTING"),
+        Hook::Loopback => ("filter", "COUNTERSIGN_INSIDE", "OUTPUT"),
         Hook::OwnPorts => ("filter", "COUNTERSIGN_OWN", "OUTPUT"),
         Hook::GuardOutput => ("filter", "COUNTERSIGN_OTHERS_OUT", "OUTPUT"),
         Hook::GuardInput => ("filter", "COUNTERSIGN_OTHERS_IN", "INPUT"),
@@ -107,6 +108,11 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
     let matches = match rule.matches {
         Match::Uid(uid) => format!("-m owner --uid-owner {uid}"),
         Match::Loopback => format!("{interface} lo"),
+        // For IPv6 this match takes every address that is no group's for unicast, our own too.
+        Match::LoopbackToOthers if v6 => "-o lo -m addrtype ! --dst-type LOCAL".into(),
+        Match::LoopbackFromOthers if v6 => "-o lo -m addrtype ! --src-type LOCAL".into(),
+        Match::LoopbackToOthers => "-o lo -m addrtype --dst-type UNICAST".into(),
+        Match::LoopbackFromOthers => "-o lo -m addrtype --src-type UNICAST".into(),
         Match::Port(port) => format!("-p tcp --dport {port}"),
         Match::PortAt(port, at) => format!("{} -p tcp --dport {port}", net(at.into())?),
         Match::Net(of) => net(of)?,
@@ -213,6 +219,7 @@ fn order(comment: &str) -> usize {
     let hooks = [
         "countersign out:",
         "countersign in:",
+        "countersign inside:",
         "countersign own ports:",
         "countersign others out:",
         "countersign others in:",

@@ -64,6 +64,8 @@ pub enum Hook {
     Output,
     /// Packets that come in.
     Prerouting,
+    /// Packets that this namespace's processes send over the loopback interface.
+    Loopback,
     /// TCP packets that this namespace's processes send from the sidecar's ports.
     OwnPorts,
     /// Packets that this namespace's processes send, after the redirect.
@@ -74,16 +76,17 @@ pub enum Hook {
 
 impl Hook {
     /// All places where the kernel itself calls our rules, in the order of [`Redirect::rules`].
-    pub const ALL: [Self; 5] = [Self::Output, Self::Prerouting, Self::OwnPorts, Self::GuardOutput, Self::GuardInput];
+    pub const ALL: [Self; 6] =
+        [Self::Output, Self::Prerouting, Self::Loopback, Self::OwnPorts, Self::GuardOutput, Self::GuardInput];
 
     /// Whether its rules concern outgoing packets; otherwise incoming ones.
     pub fn is_out(self) -> bool {
-        matches!(self, Self::Sidecar | Self::Output | Self::OwnPorts | Self::GuardOutput)
+        !matches!(self, Self::Prerouting | Self::GuardInput)
     }
 
     /// Whether its rules decide what is dropped; otherwise what is redirected.
     pub fn is_filter(self) -> bool {
-        matches!(self, Self::OwnPorts | Self::GuardOutput | Self::GuardInput)
+        matches!(self, Self::Loopback | Self::OwnPorts | Self::GuardOutput | Self::GuardInput)
     }
 }
 
@@ -94,6 +97,10 @@ pub enum Match {
     Uid(u32),
     /// Sent or received over the loopback interface.
     Loopback,
+    /// Sent over the loopback interface to an address of another machine.
+    LoopbackToOthers,
+    /// Sent over the loopback interface from an address of another machine.
+    LoopbackFromOthers,
     /// TCP to this port.
     Port(u16),
     /// TCP to this port of this address.
@@ -158,6 +165,7 @@ impl Rule {
             Hook::Sidecar => "sidecar",
             Hook::Output => "out",
             Hook::Prerouting => "in",
+            Hook::Loopback => "inside",
             Hook::OwnPorts => "own ports",
             Hook::GuardOutput => "others out",
             Hook::GuardInput => "others in",
@@ -165,6 +173,8 @@ impl Rule {
         let what = match self.matches {
             Match::Uid(uid) => format!("sidecar uid {uid}"),
             Match::Loopback => "loopback".into(),
+            Match::LoopbackToOthers => "loopback to another machine".into(),
+            Match::LoopbackFromOthers => "loopback from another machine".into(),
             Match::Port(port) => format!("port {port}"),
             Match::PortAt(port, address) => format!("port {port} of {address}"),
             Match::Net(net) => format!("net {net}"),
@@ -230,6 +240,10 @@ impl Redirect {
         rules.extend(self.exempt_inbound_ports.iter().map(|p| exempt(Hook::Prerouting, Match::Port(*p))));
         rules.extend(nets(Hook::Prerouting, &self.exempt_inbound_cidrs));
         rules.push(rest(Hook::Prerouting, self.inbound_port));
+        // Everybody may bind a socket to this interface, and then to an address of another machine (IPV6_FREEBIND). Nothing comes of
+        // it but the kernel's memory of a connection that was exempt, and packets that really leave would be part of it.
+        let inside = |matches| Rule { hook: Hook::Loopback, matches, verdict: Verdict::Drop };
+        rules.extend([Match::LoopbackToOthers, Match::LoopbackFromOthers].map(inside));
         // Any user may listen on these ports while the sidecar is away, and would get what is redirected to it, in plaintext.
         // What no socket sends passes: resets, and SYN cookies, without which a flood of SYN would keep callers out. A
         // connection that comes about by a cookie is silent: no segment of its socket passes.
@@ -273,6 +287,8 @@ mod tests {
                 "countersign in: port 15008 exempt",
                 "countersign in: port 15020 exempt",
                 "countersign in: rest to 15006",
+                "countersign inside: loopback to another machine dropped",
+                "countersign inside: loopback from another machine dropped",
                 "countersign own ports: port 15001 of another user dropped",
                 "countersign own ports: port 15006 of another user dropped",
                 "countersign own ports: port 15008 of another user dropped",

@@ -50,6 +50,7 @@ fn catches_what_it_should(backend: Backend, test: &str) {
     {
         let ip = Ipv6Addr::UNSPECIFIED;
         listen(&world.here, SocketAddr::new(ip.into(), 15011), "outbound");
+        listen(&world.here, SocketAddr::new(ip.into(), 90), "own");
         listen(&world.there, SocketAddr::new(ip.into(), 15016), "inbound");
     }
     assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught before");
@@ -72,6 +73,8 @@ fn catches_what_it_should(backend: Backend, test: &str) {
     assert_eq!(who(&world.here, THERE.0, 15008), "outbound", "an app's own connection to a mesh port is caught");
     assert_eq!(who(&world.here, Ipv4Addr::LOCALHOST, 80), "own");
     assert_eq!(who(&world.here, HERE.0, 80), "own", "its own address never leaves the namespace");
+    assert_eq!(who(&world.here, HERE.1, 90), "own", "nor its address of IPv6");
+    assert_eq!(who(&world.here, Ipv6Addr::LOCALHOST, 90), "own");
     let rules = world.here.run(|| Ok(installed().unwrap())).unwrap();
     assert!(in_force(&redirect, &rules), "{rules:#?}");
     let expected = redirect.rules();

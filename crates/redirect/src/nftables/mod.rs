@@ -50,6 +50,7 @@ fn chain_of(hook: Hook) -> &'static str {
         Hook::Sidecar => SIDECAR,
         Hook::Output => "output",
         Hook::Prerouting => "prerouting",
+        Hook::Loopback => "inside",
         Hook::OwnPorts => "own-ports",
         Hook::GuardOutput => "others-output",
         Hook::GuardInput => "others-input",
@@ -178,9 +179,14 @@ fn expressions(rule: &Rule) -> Expressions {
         Match::Uid(uid) => {
             e.meta(attributes::META_SKUID).equals(&uid.to_ne_bytes());
         }
-        Match::Loopback => {
-            let key = if out { attributes::META_OIFNAME } else { attributes::META_IIFNAME };
-            e.meta(key).equals(b"lo\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        Match::Loopback => loopback(e, out),
+        Match::LoopbackToOthers => {
+            loopback(e, out);
+            e.address_type(attributes::FIB_DESTINATION).equals(&attributes::UNICAST.to_ne_bytes());
+        }
+        Match::LoopbackFromOthers => {
+            loopback(e, out);
+            e.address_type(attributes::FIB_SOURCE).equals(&attributes::UNICAST.to_ne_bytes());
         }
         Match::Port(port) => port_of(e, IPPROTO_TCP, port),
         Match::PortAt(port, address) => {
@@ -240,6 +246,12 @@ fn expressions(rule: &Rule) -> Expressions {
         Verdict::Drop => e.drops(),
     };
     all
+}
+
+/// Continues for packets over the loopback interface.
+fn loopback(e: &mut Expressions, out: bool) {
+    let key = if out { attributes::META_OIFNAME } else { attributes::META_IIFNAME };
+    e.meta(key).equals(b"lo\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
 }
 
 /// Continues for this destination port, which is at the same place in TCP and UDP.

@@ -11,6 +11,12 @@ pub mod attributes {
     pub const META_OIFNAME: u32 = 7;
     /// User ID of the sending socket.
     pub const META_SKUID: u32 = 10;
+    /// The source address (`NFTA_FIB_F_SADDR`).
+    pub const FIB_SOURCE: u32 = 1;
+    /// The destination address (`NFTA_FIB_F_DADDR`).
+    pub const FIB_DESTINATION: u32 = 2;
+    /// Type of an address that is neither ours nor a group's (`RTN_UNICAST`, rtnetlink(7)).
+    pub const UNICAST: u32 = 1;
     /// IP version of a packet.
     pub(super) const META_NFPROTO: u32 = 15;
     pub(super) const META_L4PROTO: u32 = 16;
@@ -49,6 +55,8 @@ const VERDICT_RETURN: i32 = -5;
 const VERDICT_JUMP: i32 = -3;
 const VERDICT_DROP: i32 = 0;
 const VERDICT_ACCEPT: i32 = 1;
+/// What the expression `fib` looks up: the type of an address (`NFT_FIB_RESULT_ADDRTYPE`).
+const FIB_ADDRTYPE: u32 = 3;
 /// The key `NFT_SOCKET_CGROUPV2` of the expression `socket`.
 const SOCKET_CGROUP: u32 = 3;
 const CT_STATE: u32 = 0;
@@ -166,7 +174,7 @@ impl Batch {
         let number = match hook {
             Hook::Prerouting => 0,
             Hook::GuardInput => 1,
-            Hook::Sidecar | Hook::Output | Hook::OwnPorts | Hook::GuardOutput => 3,
+            Hook::Sidecar | Hook::Output | Hook::Loopback | Hook::OwnPorts | Hook::GuardOutput => 3,
         };
         let place = Attributes::with(|a| a.u32(1, number).put(2, &priority.to_be_bytes()));
         let accept = 1;
@@ -247,6 +255,11 @@ impl Expressions {
     pub fn differs(&mut self, value: &[u8]) -> &mut Self {
         let data = Attributes::with(|a| a.put(1, value));
         self.step("cmp", |a| a.u32(1, REGISTER_1).u32(2, 1).nested(3, &data))
+    }
+
+    /// Loads the type of an address by the routing tables.
+    pub fn address_type(&mut self, of: u32) -> &mut Self {
+        self.step("fib", |a| a.u32(1, REGISTER_1).u32(2, FIB_ADDRTYPE).u32(3, of))
     }
 
     /// Loads the ID of the cgroup (version 2) of the packet's socket, or of its parent that is so many levels below the root.
