@@ -41,6 +41,30 @@ def pod(name="sly", labels=None, annotations=None, spec=None, **container):
                                      "args": ["sleep", "infinity"], **container}], **(spec or {})}}
 
 
+# Opens a connection over the loopback interface, for the kernel to remember, and a second one with the same ports.
+INSIDE = """
+import socket, sys
+def opened(port=0, inside=False):
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if inside: s.setsockopt(socket.SOL_SOCKET, 25, b"lo\\0")
+    s.settimeout(2)
+    s.bind((sys.argv[1], port))
+    return s
+first = opened(inside=True)
+port = first.getsockname()[1]
+try: first.connect((sys.argv[2], 8000))
+except OSError: pass
+first.close()
+second = opened(port)
+try:
+    second.connect((sys.argv[2], 8000))
+    second.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+    print("reached" if second.recv(99) else "closed")
+except OSError as e: print("caught:", e)
+"""
+
+
 class Tenants(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -110,6 +134,16 @@ class Tenants(unittest.TestCase):
             patched = self.as_user(MESHED, "patch", "pod", app, "--subresource=ephemeralcontainers", "-p",
                                    json.dumps(debug))
             self.refused(patched, target)
+
+    def test_a_connection_over_the_loopback_interface(self):
+        out = lambda ns, app: run_in(ns, pod_of(ns, app), "python3", "-c", INSIDE, self.address(ns, app),
+                                     self.address(BARE, "open"))
+        self.assertEqual(out(BARE, "stranger").strip(), "reached", "the program works where there is no redirect")
+        self.assertRegex(out(MESHED, "app"), "caught|closed")
+
+    def test_a_resolver_of_the_pods_own(self):
+        own = {"dnsConfig": {"nameservers": ["192.0.2.53"]}}
+        self.refused(self.create(MESHED, pod(spec=own)), "mesh.allowExceptions")
 
     def test_the_agents_folder(self):
         folder = {"volumes": [{"name": "v", "hostPath": {"path": "/run/countersign/agent"}}]}

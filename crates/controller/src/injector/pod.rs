@@ -54,6 +54,16 @@ pub enum Refused {
         /// Namespace of the pod.
         namespace: String,
     },
+    /// The pod names a resolver of its own, which it could send anything to on port 53.
+    #[error(
+        "dnsConfig.nameservers: `{resolver}` lets DNS to it past the sidecar, and strict is not to be weakened; an administrator can allow it for namespace {namespace} by the setting mesh.allowExceptions"
+    )]
+    Resolver {
+        /// The first resolver that it names.
+        resolver: String,
+        /// Namespace of the pod.
+        namespace: String,
+    },
     /// A container would bypass the sidecar, because it runs as the sidecar's user. Holds its name.
     #[error(
         "container `{0}` runs as UID 2102, which is the sidecar's: its traffic would bypass the mesh; give it another runAsUser"
@@ -112,6 +122,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     let settings = Settings::read(annotations.iter().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?))))?;
     let mode = around.mode.narrowed_by(own_mode(pod)?);
     refuse_exceptions(&settings, mode, sidecar, &around.namespace)?;
+    refuse_resolvers(&pod["spec"], mode, sidecar, &around.namespace)?;
     if let Some(policy) = pod["spec"]["restartPolicy"].as_str().filter(|p| *p != "Always" && !sidecar.native) {
         return Err(Refused::NeverEnds(policy.to_owned()));
     }
@@ -167,6 +178,18 @@ fn refuse_exceptions(settings: &Settings, mode: Mode, sidecar: &Sidecar, namespa
     }
     match settings.exceptions().into_iter().next() {
         Some(first) if mode == Mode::Strict => Err(refused(first, ", and strict is not to be weakened")),
+        _ => Ok(()),
+    }
+}
+
+/// Rejects resolvers of the pod's own in strict mode, unless the namespace has permission: the redirect leaves DNS to a pod's resolvers
+/// alone, and nobody sees what is sent there.
+fn refuse_resolvers(spec: &Value, mode: Mode, sidecar: &Sidecar, namespace: &str) -> Result<(), Refused> {
+    match spec["dnsConfig"]["nameservers"].as_array().and_then(|all| all.first()) {
+        Some(first) if mode == Mode::Strict && !sidecar.leave.is_given(namespace) => Err(Refused::Resolver {
+            resolver: first.as_str().unwrap_or_default().to_owned(),
+            namespace: namespace.to_owned(),
+        }),
         _ => Ok(()),
     }
 }

@@ -312,6 +312,22 @@ fn a_label_that_means_nothing_is_refused_with_what_was_meant() {
 }
 
 #[test]
+fn a_strict_pod_names_no_resolver_of_its_own_without_the_administrators_leave() {
+    let named = |resolvers: Value| {
+        let mut pod = pod();
+        pod["spec"]["dnsConfig"] = json!({ "nameservers": resolvers, "searches": ["a"] });
+        pod
+    };
+    let leave = Sidecar { leave: super::super::Leave::of(["shop".to_owned()]), ..sidecar() };
+    let own = || named(json!(["192.0.2.53"]));
+    assert_eq!(inject(&mut own(), &sidecar(), &asks()), Ok(Verdict::Injected), "not strict");
+    assert_eq!(inject(&mut own(), &leave, &strict()), Ok(Verdict::Injected));
+    assert_eq!(inject(&mut named(json!([])), &sidecar(), &strict()), Ok(Verdict::Injected));
+    let said = inject(&mut own(), &sidecar(), &strict()).unwrap_err().to_string();
+    assert!(said.contains("`192.0.2.53`") && said.contains("mesh.allowExceptions"), "{said}");
+}
+
+#[test]
 fn exceptions_of_a_strict_mesh_need_the_administrators_leave() {
     let leave = Sidecar { leave: super::super::Leave::of(["shop".to_owned()]), ..sidecar() };
     for (key, value) in [
