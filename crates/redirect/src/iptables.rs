@@ -17,6 +17,7 @@ fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
         Hook::Prerouting => ("nat", "COUNTERSIGN_IN", "PREROUTING"),
         Hook::Loopback => ("filter", "COUNTERSIGN_INSIDE", "OUTPUT"),
         Hook::OwnPorts => ("filter", "COUNTERSIGN_OWN", "OUTPUT"),
+        Hook::OwnInput => ("filter", "COUNTERSIGN_OWN_IN", "INPUT"),
         Hook::GuardOutput => ("filter", "COUNTERSIGN_OTHERS_OUT", "OUTPUT"),
         Hook::GuardInput => ("filter", "COUNTERSIGN_OTHERS_IN", "INPUT"),
     }
@@ -126,7 +127,7 @@ fn rule_line(rule: &Rule, v6: bool) -> Option<String> {
         Match::Icmp if !v6 => "-p icmp".into(),
         Match::Icmpv6 if v6 => "-p ipv6-icmp".into(),
         // Of the other IP version; cgroups with nf_tables alone.
-        Match::Icmp | Match::Icmpv6 | Match::CgroupFrom(_) | Match::Cgroup(_) => return None,
+        Match::Icmp | Match::Icmpv6 | Match::CgroupFrom(_) | Match::CgroupAt(_) | Match::Cgroup(_) => return None,
         Match::Reply => "-m conntrack --ctdir REPLY".into(),
         Match::Udp(port, None) => format!("-p udp --dport {port}"),
         Match::Udp(port, Some(at)) => format!("{} -p udp --dport {port}", net(at.into())?),

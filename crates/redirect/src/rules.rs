@@ -68,6 +68,8 @@ pub enum Hook {
     Loopback,
     /// TCP packets that this namespace's processes send from the sidecar's ports.
     OwnPorts,
+    /// TCP packets that come in to the sidecar's ports, after the redirect.
+    OwnInput,
     /// Packets that this namespace's processes send, after the redirect.
     GuardOutput,
     /// Packets that are delivered to this namespace's processes.
@@ -76,17 +78,24 @@ pub enum Hook {
 
 impl Hook {
     /// All places where the kernel itself calls our rules, in the order of [`Redirect::rules`].
-    pub const ALL: [Self; 6] =
-        [Self::Output, Self::Prerouting, Self::Loopback, Self::OwnPorts, Self::GuardOutput, Self::GuardInput];
+    pub const ALL: [Self; 7] = [
+        Self::Output,
+        Self::Prerouting,
+        Self::Loopback,
+        Self::OwnPorts,
+        Self::OwnInput,
+        Self::GuardOutput,
+        Self::GuardInput,
+    ];
 
     /// Whether its rules concern outgoing packets; otherwise incoming ones.
     pub fn is_out(self) -> bool {
-        !matches!(self, Self::Prerouting | Self::GuardInput)
+        !matches!(self, Self::Prerouting | Self::OwnInput | Self::GuardInput)
     }
 
     /// Whether its rules decide what is dropped; otherwise what is redirected.
     pub fn is_filter(self) -> bool {
-        matches!(self, Self::Loopback | Self::OwnPorts | Self::GuardOutput | Self::GuardInput)
+        !matches!(self, Self::Sidecar | Self::Output | Self::Prerouting)
     }
 }
 
@@ -118,6 +127,8 @@ pub enum Match {
     /// As before, but sent by a socket that was opened in any cgroup but the root, whoever it belongs to: the kernel keeps this of
     /// sockets that were closed, too. A handshake's answer belongs to no cgroup.
     CgroupFrom(u16),
+    /// TCP that opens a connection to this port, where a socket of any cgroup but the root listens.
+    CgroupAt(u16),
     /// Sent by a socket that was opened in this cgroup.
     Cgroup(Cgroup),
     /// ICMP over IPv4.
@@ -167,6 +178,7 @@ impl Rule {
             Hook::Prerouting => "in",
             Hook::Loopback => "inside",
             Hook::OwnPorts => "own ports",
+            Hook::OwnInput => "own ports in",
             Hook::GuardOutput => "others out",
             Hook::GuardInput => "others in",
         };
@@ -182,7 +194,7 @@ impl Rule {
             Match::Tcp => "TCP".into(),
             Match::TcpInvalid => "TCP of no connection".into(),
             Match::ForeignFrom(port, _) => format!("port {port} of another user"),
-            Match::CgroupFrom(port) => format!("port {port} of a cgroup"),
+            Match::CgroupFrom(port) | Match::CgroupAt(port) => format!("port {port} of a cgroup"),
             Match::Cgroup(Cgroup { id, level }) => format!("cgroup {id} at level {level}"),
             Match::Icmp => "ICMP".into(),
             Match::Icmpv6 => "ICMPv6".into(),
@@ -257,6 +269,13 @@ impl Redirect {
             let of = |port, verdict| Rule { hook: Hook::OwnPorts, matches: Match::CgroupFrom(port), verdict };
             let both = |port| [of(port, Verdict::IfSidecar), of(port, Verdict::Drop)];
             rules.extend(self.own_ports().into_iter().flat_map(both));
+            // A caller's first words come with or right after a handshake: whoever is not to answer is not to hear either.
+            let heard = |matches, verdict| Rule { hook: Hook::OwnInput, matches, verdict };
+            rules.push(heard(Match::Loopback, Verdict::Exempt));
+            for port in self.own_ports() {
+                rules.push(heard(Match::CgroupAt(port), Verdict::IfSidecar));
+                rules.push(heard(Match::CgroupAt(port), Verdict::Drop));
+            }
         }
         if let Some(guard) = &self.guard {
             rules.extend(guard.rules(&self.exempt_outbound_cidrs, &self.exempt_inbound_cidrs));
@@ -309,7 +328,7 @@ mod tests {
                 "countersign out: sidecar uid 2102 dropped",
             ]
         );
-        let own: Vec<&String> = comments.iter().filter(|c| c.contains("15006 of a cgroup")).collect();
+        let own: Vec<&String> = comments.iter().filter(|c| c.contains("own ports: port 15006 of a cgroup")).collect();
         assert_eq!(
             own,
             [

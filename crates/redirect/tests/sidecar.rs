@@ -40,6 +40,7 @@ else:
     print("listening", flush=True)
     while True:
         s, _ = listener.accept()
+        print("accepted", flush=True)
         s.send(b"served")
         s.close()
 "#;
@@ -92,14 +93,16 @@ fn dial(ns: &NetNs, cgroup: &Folder, uid: u32, at: impl Into<IpAddr>, port: u16)
 }
 
 /// What a caller in another namespace reads from a listener of this cgroup and user.
-fn read_from(world: &World, cgroup: &Folder, uid: u32, port: u16, everywhere: &Folder) -> String {
+///
+/// Also whether the listener has accepted it.
+fn read_from(world: &World, cgroup: &Folder, uid: u32, port: u16, everywhere: &Folder) -> (String, bool) {
     let mut server = python(&world.here, cgroup, uid, "listen", Ipv4Addr::UNSPECIFIED, port);
     let mut line = [0; 10];
     std::io::Read::read_exact(server.stdout.as_mut().unwrap(), &mut line).unwrap();
     let read = dial(&world.there, everywhere, 0, HERE.0, port);
     server.kill().unwrap();
-    server.wait().unwrap();
-    read
+    let rest = server.wait_with_output().unwrap();
+    (read, String::from_utf8(rest.stdout).unwrap().contains("accepted"))
 }
 
 /// Answers every connection with its own name.
@@ -152,9 +155,10 @@ fn an_app_that_takes_on_the_sidecars_user_id_gets_nowhere() {
     assert!(out(&sidecar, 1000).starts_with("nothing"), "another user of that cgroup is redirected: nobody is there");
 
     // What is redirected comes to the sidecar, whose answers pass.
-    assert_eq!(read_from(&world, &sidecar, UID, 15008, &app), "served");
-    let read = read_from(&world, &app, UID, 15008, &app);
-    assert!(read.starts_with("nothing"), "the app on the sidecar's port: {read}");
+    assert_eq!(read_from(&world, &sidecar, UID, 15008, &app), ("served".into(), true));
+    assert_eq!(read_from(&world, &sidecar, UID, 15006, &app), ("served".into(), true));
+    let (read, accepted) = read_from(&world, &app, UID, 15008, &app);
+    assert!(read.starts_with("nothing") && !accepted, "the app on the sidecar's port: {read}");
 
     let other = app.cgroup(&root);
     let replace = move || {

@@ -39,9 +39,10 @@ const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 const IPPROTO_ICMPV6: u8 = 58;
-/// Where the flags are in a TCP header, and the one that opens a connection (RFC 9293 3.1).
+/// Where the flags are in a TCP header, and those of a handshake (RFC 9293 3.1).
 const TCP_FLAGS: u32 = 13;
 const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
 /// Largest answer that is received at once, in bytes.
 const RECEIVE: usize = 256 * 1024;
 
@@ -52,6 +53,7 @@ fn chain_of(hook: Hook) -> &'static str {
         Hook::Prerouting => "prerouting",
         Hook::Loopback => "inside",
         Hook::OwnPorts => "own-ports",
+        Hook::OwnInput => "own-ports-input",
         Hook::GuardOutput => "others-output",
         Hook::GuardInput => "others-input",
     }
@@ -208,9 +210,15 @@ fn expressions(rule: &Rule) -> Expressions {
         }
         Match::CgroupFrom(port) => {
             let from = e.protocol(IPPROTO_TCP).transport_header(0, 2).equals(&port.to_be_bytes());
-            let from = from.reply().transport_header(TCP_FLAGS, 1).mask(&[SYN]).equals(&[0]);
+            let from = from.reply().transport_header(TCP_FLAGS, 1).mask(&[SYN | ACK]).differs(&[SYN | ACK]);
             // Ends the rule where there is no socket, or one of the kernel's own, which is in the root.
             from.cgroup(1);
+        }
+        Match::CgroupAt(port) => {
+            let to = e.protocol(IPPROTO_TCP).transport_header(2, 2).equals(&port.to_be_bytes());
+            let to = to.transport_header(TCP_FLAGS, 1).mask(&[SYN | ACK]).equals(&[SYN]);
+            // The listener's, which the kernel looks up for it.
+            to.cgroup(1);
         }
         Match::Cgroup(Cgroup { id, level }) => {
             e.cgroup(level).equals(&id.to_ne_bytes());

@@ -173,7 +173,7 @@ impl Batch {
         // Numbers of `enum nf_inet_hooks`.
         let number = match hook {
             Hook::Prerouting => 0,
-            Hook::GuardInput => 1,
+            Hook::OwnInput | Hook::GuardInput => 1,
             Hook::Sidecar | Hook::Output | Hook::Loopback | Hook::OwnPorts | Hook::GuardOutput => 3,
         };
         let place = Attributes::with(|a| a.u32(1, number).put(2, &priority.to_be_bytes()));
