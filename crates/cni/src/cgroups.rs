@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use countersign_redirect::RedirectError;
 use countersign_redirect::netns::{NetNs, run_in};
-use countersign_redirect::sidecar::{Cgroup, admit, is_asked_for, try_here};
+use countersign_redirect::sidecar::{Cgroup, Known, admit, known, try_here};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// The node's first process.
@@ -87,10 +87,16 @@ impl Cgroups {
         Ok(Cgroup { id: std::fs::metadata(self.root.join(folder))?.ino(), level })
     }
 
-    /// Admits a cgroup as the sidecar's in a pod's network namespace. Returns `false` where the redirect does not ask for one.
-    /// Blocks.
-    pub fn admit(&self, netns: &OwnedFd, cgroup: Cgroup) -> io::Result<Result<bool, RedirectError>> {
-        let admitted = move || if is_asked_for()? { admit(cgroup).map(|()| true) } else { Ok(false) };
+    /// Admits a cgroup as the sidecar's in a pod's network namespace, if its redirect asks for one and has another one or none yet.
+    /// Returns whom the redirect took for the sidecar before. Blocks.
+    pub fn admit(&self, netns: &OwnedFd, cgroup: Cgroup) -> io::Result<Result<Known, RedirectError>> {
+        let admitted = move || {
+            let before = known(cgroup)?;
+            if before == Known::Otherwise {
+                admit(cgroup)?;
+            }
+            Ok(before)
+        };
         self.inside_of(netns, move || Ok(admitted()))
     }
 
@@ -188,15 +194,15 @@ mod tests {
         assert!(other.is_err() && gone.is_err());
 
         let admitted = || cgroups.admit(&ns.open(), expected).unwrap();
-        assert!(!admitted().unwrap(), "there is no redirect");
+        assert_eq!(admitted().unwrap(), Known::ByUserId, "there is no redirect");
         let with = |by_cgroup| {
             let redirect = Redirect { by_cgroup, ..Redirect::for_proxy(2102) };
             let installed = move || Ok(install(&redirect, Backend::Nftables).map(drop));
             run_in(ns.open().as_fd(), installed).unwrap().unwrap();
         };
         with(false);
-        assert!(!admitted().unwrap());
+        assert_eq!(admitted().unwrap(), Known::ByUserId);
         with(true);
-        assert!(admitted().unwrap());
+        assert_eq!((admitted().unwrap(), admitted().unwrap()), (Known::Otherwise, Known::ByCgroup));
     }
 }

@@ -20,6 +20,7 @@ use countersign_api::push::{AdmitRequest, AdmitResponse};
 use countersign_api::sampled::Sampled;
 use countersign_api::transport::{accept_unix, bind_unix};
 use countersign_identity::shown::sentence;
+use countersign_redirect::sidecar::Known;
 use countersign_watch::cgroup::{Container, container_of};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
@@ -126,8 +127,9 @@ impl Sidecars {
         }
         let (netns, cgroup) = found;
         let admitted = self.blocking(move || cgroups.admit(&netns, cgroup)).await?;
-        let by_cgroup = admitted.map_err(|e| Status::unavailable(format!("the kernel refuses the rule: {e}")))?;
-        if by_cgroup {
+        let before = admitted.map_err(|e| Status::unavailable(format!("the kernel refuses the rule: {e}")))?;
+        // It asks each minute, too.
+        if before == Known::Otherwise {
             tracing::info!(
                 pod = container.pod_uid,
                 container = container.id,
@@ -135,7 +137,7 @@ impl Sidecars {
                 "a sidecar is admitted"
             );
         }
-        Ok(by_cgroup)
+        Ok(before != Known::ByUserId)
     }
 
     fn one_call(&self, container: &Container) -> Result<Asking, Status> {

@@ -22,12 +22,33 @@ pub struct Cgroup {
     pub level: u8,
 }
 
-/// Whether this namespace's redirect tells the sidecar by its cgroup.
-pub fn is_asked_for() -> Result<bool, RedirectError> {
+/// Whom a namespace's redirect takes for the sidecar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// Whoever has its user ID, or there is no redirect.
+    ByUserId,
+    /// Nobody yet, or another cgroup.
+    Otherwise,
+    /// Sockets of this cgroup.
+    ByCgroup,
+}
+
+/// Whom this namespace's redirect takes for the sidecar, seen from a cgroup.
+pub fn known(cgroup: Cgroup) -> Result<Known, RedirectError> {
     let asks = Redirect { by_cgroup: true, ..Redirect::for_proxy(ANY_UID) };
     let ends = " in the sidecar's cgroup exempt";
     debug_assert!(asks.rules().iter().any(|r| r.comment().ends_with(ends)));
-    Ok(installed()?.iter().any(|rule| rule.comment.ends_with(ends)))
+    let found = installed()?;
+    let own = exempt(cgroup).comment();
+    Ok(match found.iter().any(|rule| rule.comment.ends_with(ends)) {
+        false => Known::ByUserId,
+        true if found.iter().any(|rule| rule.comment == own) => Known::ByCgroup,
+        true => Known::Otherwise,
+    })
+}
+
+fn exempt(cgroup: Cgroup) -> Rule {
+    Rule { hook: Hook::Sidecar, matches: Match::Cgroup(cgroup), verdict: Verdict::Exempt }
 }
 
 /// Lets sockets of this cgroup, and of cgroups below it, pass for the sidecar's, in place of an earlier one.
@@ -38,12 +59,7 @@ pub fn admit(cgroup: Cgroup) -> Result<(), RedirectError> {
     // Kernels before 6.12 count levels from the root of all, later ones from the root of the cgroup namespace. An ID belongs to
     // one cgroup, so a wrong level matches nothing.
     let levels = std::iter::once(cgroup.level).chain((1..=LEVELS).filter(|level| *level != cgroup.level));
-    let at = |level| Rule {
-        hook: Hook::Sidecar,
-        matches: Match::Cgroup(Cgroup { level, ..cgroup }),
-        verdict: Verdict::Exempt,
-    };
-    nftables::admit(&levels.map(at).collect::<Vec<_>>())
+    nftables::admit(&levels.map(|level| exempt(Cgroup { level, ..cgroup })).collect::<Vec<_>>())
 }
 
 /// Whether the kernel can tell the sidecar by its cgroup. Call it in a network namespace of its own: it installs such a

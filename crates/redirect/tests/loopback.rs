@@ -37,7 +37,7 @@ def tries(do):
 "#;
 
 /// Opens a connection that the kernel takes for one inside, and a second one by the same ports.
-const OUT: &str = r#"
+const OUT: &str = r"
 first = opened(inside=True)
 first.bind((here, 0))
 port = first.getsockname()[1]
@@ -49,7 +49,7 @@ def read():
     second.connect((there, 80))
     return second.recv(99).decode()
 print(tries(read))
-"#;
+";
 
 /// Serves the app's port after a connection from it, by the loopback interface, to whoever will call.
 const IN: &str = r#"
@@ -86,14 +86,14 @@ tries(serve)
 "#;
 
 /// The stranger's call, from its port.
-const CALL: &str = r#"
+const CALL: &str = r"
 s = opened()
 s.bind((there, stranger))
 def read():
     s.connect((here, app))
     return s.recv(99).decode()
 print(tries(read))
-"#;
+";
 
 fn python(ns: &NetNs, program: &str, (here, there): (IpAddr, IpAddr)) -> Child {
     let text = format!("{BEGIN}{program}");

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::sidecar::{Cgroup, admit, is_asked_for, try_here};
+use countersign_redirect::sidecar::{Cgroup, Known, admit, known, try_here};
 use countersign_redirect::{Backend, Redirect, RedirectError, in_force, install, installed};
 
 use world::{HERE, THERE, World, as_sidecar};
@@ -18,6 +18,8 @@ mod world;
 
 /// The sidecar's user ID in these tests.
 const UID: u32 = 4242;
+/// A cgroup that nobody is in.
+const NONE: Cgroup = Cgroup { id: 1, level: 1 };
 /// Joins a cgroup and becomes a user; then dials an address and says what it read there, or listens on a port and sends.
 const PROGRAM: &str = r#"
 import os, socket, sys
@@ -132,7 +134,8 @@ fn an_app_that_takes_on_the_sidecars_user_id_gets_nowhere() {
         let redirect = redirect.clone();
         move || {
             install(&redirect, Backend::Nftables).unwrap();
-            assert!(is_asked_for().unwrap() && in_force(&redirect, &installed().unwrap()));
+            assert_eq!(known(NONE).unwrap(), Known::Otherwise);
+            assert!(in_force(&redirect, &installed().unwrap()));
             Ok(())
         }
     };
@@ -144,6 +147,7 @@ fn an_app_that_takes_on_the_sidecars_user_id_gets_nowhere() {
     let redirect_then = redirect.clone();
     let admitted = move || {
         admit(cgroup).unwrap();
+        assert_eq!((known(cgroup).unwrap(), known(NONE).unwrap()), (Known::ByCgroup, Known::Otherwise));
         assert!(in_force(&redirect_then, &installed().unwrap()), "{:#?}", installed().unwrap());
         Ok(())
     };
@@ -177,8 +181,8 @@ fn a_redirect_that_trusts_the_user_id_admits_no_cgroup() {
     let Some(world) = World::new("sidecaruid") else { return };
     let tried = || {
         install(&Redirect::for_proxy(UID), Backend::Nftables).unwrap();
-        assert!(!is_asked_for().unwrap());
-        assert!(matches!(admit(Cgroup { id: 1, level: 1 }), Err(RedirectError::NoNftables(_))));
+        assert_eq!(known(NONE).unwrap(), Known::ByUserId);
+        assert!(matches!(admit(NONE), Err(RedirectError::NoNftables(_))));
         let by_cgroup = Redirect { by_cgroup: true, ..Redirect::for_proxy(UID) };
         assert!(matches!(install(&by_cgroup, Backend::Iptables), Err(RedirectError::NoCgroups)));
         try_here().unwrap();

@@ -37,6 +37,7 @@ impl World {
 
 /// What a thread opens from now on belongs to the user 4242, the sidecar's in these tests: the file system's user of a thread
 /// becomes the owner of its sockets.
+#[allow(dead_code)] // some of the tests that share this file have no use for it
 pub fn as_sidecar() {
     nix::unistd::setfsuid(nix::unistd::Uid::from_raw(4242));
 }
