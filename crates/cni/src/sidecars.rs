@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,7 +20,8 @@ use countersign_api::push::{AdmitRequest, AdmitResponse};
 use countersign_api::sampled::Sampled;
 use countersign_api::transport::{accept_unix, bind_unix};
 use countersign_identity::shown::sentence;
-use countersign_redirect::sidecar::Known;
+use countersign_redirect::netns::run_in;
+use countersign_redirect::sidecar::{Cgroup, Known, known};
 use countersign_watch::cgroup::{Container, container_of};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
@@ -54,6 +55,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 const MAX_NAME: usize = 253;
 /// Longest reason that is passed on, in characters.
 const MAX_REASON: usize = 500;
+
+/// A cgroup that no process is in.
+const NOBODYS: Cgroup = Cgroup { id: 0, level: 1 };
 
 /// Admits sidecars.
 #[derive(Clone)]
@@ -116,7 +120,7 @@ impl Sidecars {
     async fn admit(&self, peer: &UnixPeer, asked: AdmitRequest) -> Result<bool, Status> {
         let container = container(peer)?;
         let _asking = self.one_call(&container)?;
-        let Some(cgroups) = self.cgroups.clone() else { return Ok(false) };
+        let Some(cgroups) = self.cgroups.clone() else { return self.by_user_id(peer).await };
         self.is_the_sidecar(&container, &asked).await?;
         let (pid, id) = (peer.pid, container.id.clone());
         let seen = cgroups.clone();
@@ -138,6 +142,24 @@ impl Sidecars {
             );
         }
         Ok(before != Known::ByUserId)
+    }
+
+    /// For a node that tells sidecars by their user ID: `false`, if the caller's redirect does so too. One from before the setting was
+    /// changed still asks for a cgroup, and nothing of its sidecar passes.
+    async fn by_user_id(&self, peer: &UnixPeer) -> Result<bool, Status> {
+        let pid = peer.pid;
+        let look = move || run_in(netns_of(pid)?.as_fd(), || Ok(known(NOBODYS)));
+        let known = self.blocking(look).await?;
+        if !peer.is_there() {
+            return Err(Status::failed_precondition("the caller has ended"));
+        }
+        match known.map_err(|e| Status::unavailable(format!("the redirect cannot be read: {e}")))? {
+            Known::ByUserId => Ok(false),
+            Known::Otherwise | Known::ByCgroup => Err(Status::unavailable(
+                "the pod's redirect asks for the sidecar's cgroup, and its node does not tell it any more \
+                 (cni.sidecarByCgroup, or the log of container cni): make the pod anew",
+            )),
+        }
     }
 
     fn one_call(&self, container: &Container) -> Result<Asking, Status> {
@@ -346,7 +368,8 @@ mod tests {
         let peer = |cgroup: &str| {
             let pid = i32::try_from(std::process::id()).unwrap();
             let seen = Snapshot { cgroup: cgroup.into(), ..Snapshot::read(pid).unwrap() };
-            UnixPeer { pid, uid: 2102, gid: 2102, pidfd: None, started: None, at_accept: Some(Arc::new(seen)) }
+            let started = countersign_api::process::start_time(pid);
+            UnixPeer { pid, uid: 2102, gid: 2102, pidfd: None, started, at_accept: Some(Arc::new(seen)) }
         };
         let pods = peer(&format!("0::/kubepods/pod{UID}/{}\n", id('a')));
         assert!(!sidecars.admit(&pods, asked()).await.unwrap(), "here sidecars are known by their user ID");
@@ -357,5 +380,34 @@ mod tests {
         for stranger in ["0::/system.slice/x.service\n", "0::/\n"] {
             assert_eq!(sidecars.admit(&peer(stranger), asked()).await.unwrap_err().code(), Code::PermissionDenied);
         }
+    }
+
+    #[tokio::test]
+    async fn a_sidecar_whose_redirect_still_asks_for_a_cgroup_is_not_told_that_it_passes() {
+        use countersign_api::process::Snapshot;
+        use countersign_redirect::{Backend, Redirect, install};
+
+        use crate::testing::Namespace;
+
+        let Some(ns) = Namespace::new("byuser") else { return };
+        let root = tempfile::tempdir().unwrap();
+        let (sidecars, _) = sidecars(root.path());
+        let spawn = || std::process::Command::new("sleep").arg("60").spawn();
+        let mut child = run_in(ns.open().as_fd(), spawn).unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let cgroup = format!("0::/kubepods/pod{UID}/{}\n", id('a'));
+        let seen = Snapshot { cgroup, ..Snapshot::read(pid).unwrap() };
+        let started = countersign_api::process::start_time(pid);
+        let peer = UnixPeer { pid, uid: 2102, gid: 2102, pidfd: None, started, at_accept: Some(Arc::new(seen)) };
+        assert!(!sidecars.admit(&peer, asked()).await.unwrap(), "no redirect asks");
+        let by_cgroup = || {
+            let redirect = Redirect { by_cgroup: true, ..Redirect::for_proxy(2102) };
+            Ok(install(&redirect, Backend::Nftables).map(drop))
+        };
+        run_in(ns.open().as_fd(), by_cgroup).unwrap().unwrap();
+        let refused = sidecars.admit(&peer, asked()).await.unwrap_err();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(refused.code() == Code::Unavailable && refused.message().contains("make the pod anew"), "{refused}");
     }
 }
