@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use countersign_redirect::guard::Guard;
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::{Backend, Redirect, in_force, install, installed, remove};
+use countersign_redirect::{Backend, Redirect, installed, remove};
 
-use world::{HERE, THERE, World, as_sidecar, has_iptables};
+use world::{HERE, THERE, World, as_sidecar, has_iptables, put};
 
 mod world;
 
@@ -67,16 +67,6 @@ fn pinged(ns: &NetNs, to: Ipv4Addr) -> bool {
                         s.sendto(struct.pack('!BBHHH', 8, 0, ~total & 0xffff, 7, 1), (sys.argv[1], 0))\n\
                         print('echo' if s.recv(99)[20] == 0 else 'other')";
     python(ns, PING, to.into()).contains("echo")
-}
-
-fn put(ns: &NetNs, redirect: &Redirect, backend: Backend) {
-    let redirect = redirect.clone();
-    ns.run(move || {
-        install(&redirect, backend).unwrap();
-        assert!(in_force(&redirect, &installed().unwrap()), "{:#?}", installed().unwrap());
-        Ok(())
-    })
-    .unwrap();
 }
 
 fn packets(ns: &NetNs, comment: &'static str) -> u64 {

@@ -4,13 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
 
 use std::io::Read;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
 
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::{Backend, Guard, Redirect, in_force, install, installed, remove};
+use countersign_redirect::{Backend, Guard, Redirect, remove};
 
-use world::{HERE, THERE, World, has_iptables};
+use world::{HERE, THERE, World, has_iptables, put, serve};
 
 mod world;
 
@@ -52,7 +52,7 @@ print(tries(read))
 ";
 
 /// Serves the app's port after a connection from it, by the loopback interface, to whoever will call.
-const IN: &str = r#"
+const IN: &str = r"
 first = opened(inside=True)
 first.bind((here, app))
 tries(lambda: first.connect((there, stranger)))
@@ -60,22 +60,19 @@ first.close()
 listener = opened()
 listener.bind((here, app))
 listener.listen()
-print("listening", flush=True)
-listener.settimeout(4)
-def serve():
-    s, _ = listener.accept()
-    s.send(b"the app")
-    return "served"
-tries(serve)
-"#;
+";
 
 /// The same, after a connection to it that seems to come from the stranger.
-const SPOOF: &str = r#"
+const SPOOF: &str = r"
 listener = opened()
 listener.bind((here, app))
 listener.listen()
 first = opened(spoof=True)
 tries(lambda: (first.bind((there, stranger)), first.connect((here, app))))
+";
+
+/// How the app then serves its listener.
+const SERVE: &str = r#"
 print("listening", flush=True)
 listener.settimeout(4)
 def serve():
@@ -105,9 +102,9 @@ fn said(child: Child) -> String {
     String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap().trim().to_owned()
 }
 
-/// What the stranger reads of the app while this program serves it.
+/// What the stranger reads of the app, which serves after what this program does.
 fn called(world: &World, program: &str, addresses: (IpAddr, IpAddr)) -> String {
-    let mut app = python(&world.here, program, addresses);
+    let mut app = python(&world.here, &format!("{program}{SERVE}"), addresses);
     let mut line = [0; 10];
     app.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
     let read = said(python(&world.there, CALL, addresses));
@@ -118,27 +115,14 @@ fn called(world: &World, program: &str, addresses: (IpAddr, IpAddr)) -> String {
 
 fn leads_nowhere(backend: Backend, test: &str, guard: Option<Guard>) {
     let Some(world) = World::new(test) else { return };
-    let outside = world.there.run(|| std::net::TcpListener::bind("[::]:80")).unwrap();
-    std::thread::spawn(move || {
-        for mut stream in outside.incoming().flatten() {
-            let _ = std::io::Write::write_all(&mut stream, b"outside");
-        }
-    });
+    serve(&world.there, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 80), "outside");
     let families: [(IpAddr, IpAddr); 2] = [(HERE.0.into(), THERE.0.into()), (HERE.1.into(), THERE.1.into())];
     for addresses in families {
         assert_eq!(said(python(&world.here, OUT, addresses)), "outside", "without a redirect nothing is in its way");
         assert_eq!(called(&world, IN, addresses), "the app");
     }
     let redirect = Redirect { guard, ..Redirect::for_proxy(4242) };
-    let (then, own) = (redirect.clone(), backend);
-    world
-        .here
-        .run(move || {
-            install(&then, own).unwrap();
-            assert!(in_force(&then, &installed().unwrap()), "{:#?}", installed().unwrap());
-            Ok(())
-        })
-        .unwrap();
+    put(&world.here, &redirect, backend);
     for addresses in families {
         // Nobody is at the sidecar's ports: what is redirected is refused.
         assert!(said(python(&world.here, OUT, addresses)).starts_with("nothing"), "{backend} out, {addresses:?}");

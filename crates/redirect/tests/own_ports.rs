@@ -7,10 +7,10 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::{Backend, Guard, Redirect, in_force, install, installed, remove};
+use countersign_redirect::{Backend, Guard, Redirect, installed, remove};
 use nix::sys::socket::{Backlog, listen};
 
-use world::{HERE, THERE, World, as_sidecar, has_iptables};
+use world::{HERE, THERE, World, as_sidecar, has_iptables, put};
 
 mod world;
 
@@ -45,13 +45,7 @@ fn keeps_own_ports(backend: Backend, test: &str, guard: Option<Guard>) {
     let redirect = Redirect { guard, ..Redirect::for_proxy(4242) };
     // Twice, for it replaces itself.
     for _ in 0..2 {
-        let redirect = redirect.clone();
-        here.run(move || {
-            install(&redirect, backend).unwrap();
-            assert!(in_force(&redirect, &installed().unwrap()), "{:#?}", installed().unwrap());
-            Ok(())
-        })
-        .unwrap();
+        put(here, &redirect, backend);
     }
     for (ip, port) in [(HERE.0.into(), 80), (HERE.0.into(), 15008), (HERE.1.into(), 80), (HERE.1.into(), 15020)] {
         let ip: IpAddr = ip;

@@ -2,30 +2,16 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
 
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use countersign_redirect::netns::NetNs;
 use countersign_redirect::{Backend, Redirect, in_force, install, installed, remove};
 
-use world::{HERE, THERE, World, as_sidecar, has_iptables};
+use world::{HERE, THERE, World, has_iptables, serve};
 
 mod world;
-
-/// Answers every connection with its own name, as the sidecar's user.
-fn listen(ns: &NetNs, address: SocketAddr, name: &'static str) {
-    let bind = move || {
-        as_sidecar();
-        TcpListener::bind(address)
-    };
-    let listener = ns.run(bind).unwrap();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let _ = (&stream).write_all(name.as_bytes());
-        }
-    });
-}
 
 /// Who answers at an address, seen from a namespace.
 fn who(ns: &NetNs, ip: impl Into<IpAddr>, port: u16) -> String {
@@ -44,14 +30,14 @@ fn catches_what_it_should(backend: Backend, test: &str) {
     let Some(world) = World::new(test) else { return };
     let any4 = |port| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
     for (port, name) in [(80, "app"), (53, "dns"), (81, "excluded"), (15008, "mesh")] {
-        listen(&world.there, any4(port), name);
-        listen(&world.here, any4(port), "own");
+        serve(&world.there, any4(port), name);
+        serve(&world.here, any4(port), "own");
     }
     {
         let ip = Ipv6Addr::UNSPECIFIED;
-        listen(&world.here, SocketAddr::new(ip.into(), 15011), "outbound");
-        listen(&world.here, SocketAddr::new(ip.into(), 90), "own");
-        listen(&world.there, SocketAddr::new(ip.into(), 15016), "inbound");
+        serve(&world.here, SocketAddr::new(ip.into(), 15011), "outbound");
+        serve(&world.here, SocketAddr::new(ip.into(), 90), "own");
+        serve(&world.there, SocketAddr::new(ip.into(), 15016), "inbound");
     }
     assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught before");
     let mut redirect = Redirect::for_proxy(4242);

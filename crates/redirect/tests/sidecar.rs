@@ -2,8 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot go on has failed
 
-use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,7 +11,7 @@ use countersign_redirect::netns::NetNs;
 use countersign_redirect::sidecar::{Cgroup, Known, admit, known, try_here};
 use countersign_redirect::{Backend, Redirect, RedirectError, in_force, install, installed};
 
-use world::{HERE, THERE, World, as_sidecar};
+use world::{HERE, THERE, World, put, serve};
 
 mod world;
 
@@ -107,20 +106,6 @@ fn read_from(world: &World, cgroup: &Folder, uid: u32, port: u16, everywhere: &F
     (read, String::from_utf8(rest.stdout).unwrap().contains("accepted"))
 }
 
-/// Answers every connection with its own name.
-fn serve(ns: &NetNs, at: SocketAddr, name: &'static str) {
-    let bind = move || {
-        as_sidecar();
-        TcpListener::bind(at)
-    };
-    let listener = ns.run(bind).unwrap();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let _ = (&stream).write_all(name.as_bytes());
-        }
-    });
-}
-
 #[test]
 fn an_app_that_takes_on_the_sidecars_user_id_gets_nowhere() {
     let (Some(world), Some(root)) = (World::new("sidecar"), root()) else { return };
@@ -130,16 +115,9 @@ fn an_app_that_takes_on_the_sidecars_user_id_gets_nowhere() {
     let any: IpAddr = Ipv6Addr::UNSPECIFIED.into();
     serve(&world.there, SocketAddr::new(any, 80), "outside");
     let redirect = Redirect { by_cgroup: true, ..Redirect::for_proxy(UID) };
-    let put = {
-        let redirect = redirect.clone();
-        move || {
-            install(&redirect, Backend::Nftables).unwrap();
-            assert_eq!(known(NONE).unwrap(), Known::Otherwise);
-            assert!(in_force(&redirect, &installed().unwrap()));
-            Ok(())
-        }
-    };
-    world.here.run(put.clone()).unwrap();
+    let known_here = |cgroup| world.here.run(move || Ok(known(cgroup).unwrap())).unwrap();
+    put(&world.here, &redirect, Backend::Nftables);
+    assert_eq!(known_here(NONE), Known::Otherwise);
     let out = |cgroup: &Folder, uid| dial(&world.here, cgroup, uid, THERE.0, 80);
     assert!(out(&sidecar, UID).starts_with("nothing"), "nobody is the sidecar yet");
 
@@ -151,7 +129,7 @@ fn an_app_that_takes_on_the_sidecars_user_id_gets_nowhere() {
         assert!(in_force(&redirect_then, &installed().unwrap()), "{:#?}", installed().unwrap());
         Ok(())
     };
-    world.here.run(admitted.clone()).unwrap();
+    world.here.run(admitted).unwrap();
     assert_eq!(out(&sidecar, UID), "outside");
     assert_eq!(out(&below, UID), "outside", "a cgroup below the container's");
     assert_eq!(dial(&world.here, &sidecar, UID, THERE.1, 80), "outside", "over IPv6");
@@ -172,7 +150,8 @@ fn an_app_that_takes_on_the_sidecars_user_id_gets_nowhere() {
     world.here.run(replace).unwrap();
     assert!(out(&sidecar, UID).starts_with("nothing"), "a new one replaces the old one");
     assert_eq!(out(&app, UID), "outside");
-    world.here.run(put).unwrap();
+    put(&world.here, &redirect, Backend::Nftables);
+    assert_eq!(known_here(other), Known::Otherwise);
     assert!(out(&app, UID).starts_with("nothing"), "a redirect that is installed again begins with nobody");
 }
 

@@ -1,9 +1,13 @@
 //! Two network namespaces that see each other, for one test.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+#![allow(dead_code)] // each test has a use for some of it
+
+use std::io::Write;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
 use countersign_redirect::bridge::{Addresses, Bridge};
 use countersign_redirect::netns::NetNs;
+use countersign_redirect::{Backend, Redirect, in_force, install, installed};
 
 /// Two namespaces on one switch, gone when dropped.
 pub struct World {
@@ -37,9 +41,34 @@ impl World {
 
 /// What a thread opens from now on belongs to the user 4242, the sidecar's in these tests: the file system's user of a thread
 /// becomes the owner of its sockets.
-#[allow(dead_code)] // some of the tests that share this file have no use for it
 pub fn as_sidecar() {
     nix::unistd::setfsuid(nix::unistd::Uid::from_raw(4242));
+}
+
+/// Answers every connection with a name, as the sidecar's user.
+pub fn serve(ns: &NetNs, address: SocketAddr, name: &'static str) {
+    let bind = move || {
+        as_sidecar();
+        TcpListener::bind(address)
+    };
+    let listener = ns.run(bind).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // A caller that is gone already needs no answer.
+            let _ = (&stream).write_all(name.as_bytes());
+        }
+    });
+}
+
+/// Installs a redirect, which is then in force.
+pub fn put(ns: &NetNs, redirect: &Redirect, backend: Backend) {
+    let redirect = redirect.clone();
+    ns.run(move || {
+        install(&redirect, backend).unwrap();
+        assert!(in_force(&redirect, &installed().unwrap()), "{:#?}", installed().unwrap());
+        Ok(())
+    })
+    .unwrap();
 }
 
 impl Drop for World {
@@ -52,7 +81,6 @@ impl Drop for World {
 }
 
 /// Whether `iptables` is here; in CI it must be.
-#[allow(dead_code)] // some of the tests that share this file have no use for it
 pub fn has_iptables() -> bool {
     if std::process::Command::new("iptables").arg("-V").output().is_ok() {
         return true;
