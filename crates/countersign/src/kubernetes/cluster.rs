@@ -49,6 +49,11 @@ async fn proxied(client: &Client, pod: &Pod, port: u16, path: &str) -> Result<Re
     answer.map_err(|_| format!("no answer within {} s", PAGE_TIMEOUT.as_secs()))
 }
 
+/// A pod as `NAMESPACE/NAME`.
+pub fn name_of(pod: &Pod) -> String {
+    format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any())
+}
+
 /// Whether a pod has our sidecar.
 pub fn is_meshed(pod: &Pod) -> bool {
     let Some(spec) = &pod.spec else { return false };

@@ -11,7 +11,7 @@ use k8s_openapi::api::storage::v1::CSIDriver;
 use kube::api::{Api, DeleteParams, ListParams};
 use kube::{Client, ResourceExt};
 
-use super::cluster::{by_namespace, listed, node_of};
+use super::cluster::{by_namespace, listed, name_of, node_of};
 use super::without::{Without, is_without};
 use crate::settings::words::count;
 
@@ -43,7 +43,7 @@ impl Holders {
     fn among(pods: &[Pod], drivers: &BTreeSet<String>) -> Self {
         let mut all = Self::default();
         for pod in pods {
-            let name = format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any());
+            let name = name_of(pod);
             match volumes(pod, drivers).collect::<Vec<_>>().as_slice() {
                 [] => {}
                 [VOLUME] if !is_in_manifest(pod) => all.injected.push(name),

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{Namespace, PersistentVolume, Pod};
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt};
 
-use super::cluster::{by_namespace, is_meshed, listed, restarts};
+use super::cluster::{by_namespace, is_meshed, listed, name_of, restarts};
 use crate::settings::words::count;
 
 /// What is left, a line each, with the command that removes it.
@@ -67,8 +67,7 @@ fn of_namespaces(namespaces: &[Namespace]) -> Vec<String> {
 
 fn of_pods(pods: &[Pod]) -> Vec<String> {
     let meshed = pods.iter().filter(|pod| is_meshed(pod) && pod.metadata.deletion_timestamp.is_none());
-    let names: Vec<String> =
-        meshed.map(|pod| format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any())).collect();
+    let names: Vec<String> = meshed.map(name_of).collect();
     if names.is_empty() {
         return vec![];
     }

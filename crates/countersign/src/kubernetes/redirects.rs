@@ -4,13 +4,13 @@
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
+use kube::Client;
 use kube::api::{Api, ListParams};
-use kube::{Client, ResourceExt};
 use serde_json::Value;
 
 use super::changes::Change;
 use super::check::{Fault, Outcome};
-use super::cluster::{by_namespace, is_meshed, restarts};
+use super::cluster::{by_namespace, is_meshed, name_of, restarts};
 use super::exceptions::redirect_args;
 use crate::settings::words::count;
 
@@ -32,7 +32,7 @@ impl Redirects {
         for pod in pods.iter().filter(|pod| is_meshed(pod) && lives_on(pod)) {
             let waits = redirect_args(pod).is_some_and(|args| args.iter().any(|arg| arg == "--validate"));
             let list = if waits { &mut all.by_plugin } else { &mut all.by_themselves };
-            list.push(format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()));
+            list.push(name_of(pod));
         }
         all
     }

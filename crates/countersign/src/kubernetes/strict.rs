@@ -19,7 +19,7 @@ use serde_json::json;
 use self::plan::Plan;
 use super::absent;
 use super::api_server::client;
-use super::cluster::is_meshed;
+use super::cluster::{is_meshed, name_of};
 use super::exceptions::{drops_others, exceptions, leave};
 use super::sidecars::ask_each;
 use super::{live_settings, transparency};
@@ -184,10 +184,6 @@ async fn strict_egress(client: &Client) -> Result<Vec<Egress>> {
         ..Store::default()
     };
     Ok(api_server(&store))
-}
-
-fn name_of(pod: &Pod) -> String {
-    format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any())
 }
 
 async fn move_to_strict(client: &Client, args: &StrictArgs) -> Result<()> {

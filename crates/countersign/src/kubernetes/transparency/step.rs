@@ -8,12 +8,12 @@ use countersign_controller::injector::SIDECAR;
 use countersign_controller::store::Transparency;
 use futures::stream::{self, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
+use kube::Client;
 use kube::api::{Api, ListParams};
-use kube::{Client, ResourceExt};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::kubernetes::cluster::{SIDECAR_PORT, is_meshed, is_ready, listed, page};
+use crate::kubernetes::cluster::{SIDECAR_PORT, is_meshed, is_ready, listed, name_of, page};
 use crate::kubernetes::pod_state;
 use crate::kubernetes::without::{Without, is_without};
 use crate::settings::words::count;
@@ -198,10 +198,6 @@ pub fn gone_past(silent: &[(String, String)]) -> String {
 fn has_running_sidecar(pod: &Pod) -> bool {
     let is_down = pod_state::container(pod, SIDECAR).is_some() && !pod_state::is_container_running(pod, SIDECAR);
     is_running(pod) && pod.metadata.deletion_timestamp.is_none() && is_meshed(pod) && !is_down
-}
-
-fn name_of(pod: &Pod) -> String {
-    format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any())
 }
 
 pub fn is_running(pod: &Pod) -> bool {
