@@ -16,6 +16,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use crate::peer::UnixPeer;
+
 /// Shortest interval between two log lines of one table.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
@@ -81,6 +83,14 @@ pub struct LocalSource {
     pub uid: u32,
     /// Process ID at connect time.
     pub pid: i32,
+}
+
+impl LocalSource {
+    /// The caller of a request on a Unix socket. A connection without a peer cannot be; its calls would share a place.
+    pub fn of<B>(request: &http::Request<B>) -> Self {
+        let peer = request.extensions().get::<UnixPeer>();
+        peer.map_or(Self { uid: u32::MAX, pid: -1 }, |peer| Self { uid: peer.uid, pid: peer.pid })
+    }
 }
 
 impl Source for LocalSource {

@@ -15,7 +15,7 @@ use tonic::body::Body;
 use tonic::codegen::http::{Request, Response};
 use tower::Service;
 
-use crate::admission::{Admission, Limits, Source};
+use crate::admission::{Admission, Limits, LocalSource, Source};
 use crate::grpc::Watched;
 use crate::memory;
 
@@ -59,6 +59,15 @@ pub struct Judged<S: Source> {
     pub source: S,
     /// Whether its method takes a stream of messages, between which there may be any pause.
     pub streams: bool,
+}
+
+/// Bounds on the calls of a Unix socket's callers, none of whose methods takes a stream of messages.
+pub fn of_local_callers(
+    open: Limits,
+    unfinished: Limits,
+) -> impl Fn(&Request<Body>) -> Judged<LocalSource> + Clone + Send + 'static {
+    let calls = Calls::new(open, unfinished);
+    move |request| Judged { calls: calls.clone(), source: LocalSource::of(request), streams: false }
 }
 
 /// A layer that bounds calls. `judge` tells what each one counts as.

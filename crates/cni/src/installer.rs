@@ -1,23 +1,16 @@
-//! Installs redirects, a bounded number at a time and each in bounded time.
+//! Installs redirects as pods ask for them.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
-
-use countersign_redirect::guard::RESOLV_CONF;
-use tokio::sync::Semaphore;
 
 use crate::namespace::{Do, Found, apply};
 use crate::pod::{DnsPolicy, MeshedPod, Validators};
 use crate::resolvers::by_policy;
-
-/// Most redirects that are installed at once.
-const AT_ONCE: usize = 4;
-/// Longest work on one, including the wait for its turn. It takes milliseconds.
-const WORK: Duration = Duration::from_secs(3);
+use crate::turns::Turns;
+use countersign_redirect::guard::RESOLV_CONF;
 
 /// Installs redirects as pods ask for them.
 #[derive(Clone)]
@@ -27,14 +20,14 @@ pub struct Installer {
     by_cgroup: bool,
     /// Our own `resolv.conf`.
     own: PathBuf,
-    turns: Arc<Semaphore>,
+    turns: Turns,
 }
 
 impl Installer {
     /// An installer for these validators. `by_cgroup`: whether sidecars can be told by their cgroups on this node; otherwise they
     /// are told by their user ID, whatever a pod asks for.
     pub fn new(validators: Validators, by_cgroup: bool) -> Self {
-        Self { validators, by_cgroup, own: RESOLV_CONF.into(), turns: Arc::new(Semaphore::new(AT_ONCE)) }
+        Self { validators, by_cgroup, own: RESOLV_CONF.into(), turns: Turns::default() }
     }
 
     /// Name of the validators' container.
@@ -64,16 +57,6 @@ impl Installer {
         let resolvers = resolvers.unwrap_or_else(|| by_policy(pod, &self.own));
         let mut order = pod.order(&self.validators, &resolvers)?;
         order.redirect.by_cgroup &= self.by_cgroup;
-        let work = async {
-            let turn = self.turns.clone().acquire_owned().await.map_err(|e| e.to_string())?;
-            let applied = tokio::task::spawn_blocking(move || {
-                // Given back by the work itself, so that work which hangs keeps its turn.
-                let _turn = turn;
-                apply(netns, order, what).map_err(|e| e.to_string())
-            });
-            applied.await.map_err(|e| e.to_string())?
-        };
-        let late = || format!("it took longer than {} s", WORK.as_secs());
-        tokio::time::timeout(WORK, work).await.unwrap_or_else(|_| Err(late()))
+        self.turns.run(move || apply(netns, order, what).map_err(io::Error::other)).await
     }
 }

@@ -3,8 +3,9 @@
 //!
 //! [`plugin`] is the plugin. The component ([`run`]) installs it and keeps it installed (`keeper`: `binary`, `conf`),
 //! answers it over a Unix socket (`wire`, `requests`), and installs the redirect of pods that the plugin was not called
-//! for (`repair`, `processes`). It admits sidecars by their cgroups (`sidecars`, `cgroups`, `runtime`). What a pod asks for is what the API server says of it (`pod`): the arguments of an init
-//! container, which validates the redirect and keeps the pod from starting anything without it.
+//! for (`repair`, `processes`). It admits sidecars by their cgroups (`sidecars`, `cgroups`, `runtime`). What a pod asks for is
+//! what the API server says of it (`pod`): the arguments of an init container, which validates the redirect and keeps the pod
+//! from starting anything without it.
 
 mod binary;
 mod cgroups;
@@ -28,6 +29,7 @@ mod runtime;
 mod sidecars;
 #[cfg(test)]
 mod testing;
+mod turns;
 mod wire;
 
 use std::future::pending;
@@ -156,7 +158,10 @@ async fn cgroups() -> Option<Cgroups> {
             tracing::warn!(%why, "sidecars are told by their user ID alone, which an app with CAP_SETUID can take on");
             None
         }
-        Err(_) => None,
+        Err(why) => {
+            tracing::error!(%why, "whether sidecars can be told by their cgroups is not known, so their user ID counts alone");
+            None
+        }
     }
 }
 

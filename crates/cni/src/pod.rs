@@ -95,7 +95,7 @@ impl MeshedPod {
                 _ => DnsPolicy::Cluster,
             },
             nameservers: config.into_iter().flatten().filter_map(|address| address.parse().ok()).collect(),
-            validator: validator.and_then(container_id),
+            validator: validator.and_then(container_id).map(ToOwned::to_owned),
             waits: !is_over && !validator.is_some_and(has_succeeded),
         })
     }
@@ -118,9 +118,8 @@ fn has_succeeded(status: &ContainerStatus) -> bool {
 }
 
 /// The ID in `containerd://ID`.
-fn container_id(status: &ContainerStatus) -> Option<String> {
-    let id = status.container_id.as_deref()?.rsplit("://").next()?;
-    (!id.is_empty()).then(|| id.to_owned())
+pub fn container_id(status: &ContainerStatus) -> Option<&str> {
+    status.container_id.as_deref()?.rsplit("://").next().filter(|id| !id.is_empty())
 }
 
 #[cfg(test)]

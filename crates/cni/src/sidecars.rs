@@ -6,13 +6,13 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use countersign_api::admission::{Limits, LocalSource};
-use countersign_api::calls::{CallLayer, Calls, Judged};
+use countersign_api::admission::Limits;
+use countersign_api::calls::{CallLayer, of_local_callers};
 use countersign_api::grpc;
 use countersign_api::peer::UnixPeer;
 use countersign_api::push::sidecar_admission_server::{SidecarAdmission, SidecarAdmissionServer};
@@ -20,20 +20,20 @@ use countersign_api::push::{AdmitRequest, AdmitResponse};
 use countersign_api::sampled::Sampled;
 use countersign_api::transport::{accept_unix, bind_unix};
 use countersign_identity::shown::sentence;
-use countersign_redirect::netns::run_in;
-use countersign_redirect::sidecar::{Cgroup, Known, known};
+use countersign_redirect::netns::NetNs;
+use countersign_redirect::sidecar::{Known, is_asked_for};
 use countersign_watch::cgroup::{Container, container_of};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tonic::body::Body;
 use tonic::{Request, Response, Status};
 
 use crate::cgroups::Cgroups;
 use crate::metrics::Metrics;
+use crate::pod::container_id;
 use crate::runtime::Records;
+use crate::turns::Turns;
 
 /// Mode of the socket: sidecars run as a user of their own.
 const SOCKET_MODE: u32 = 0o666;
@@ -44,10 +44,6 @@ const OPEN_CALLS: (usize, usize) = (1_024, 512);
 const UNFINISHED_CALLS: (usize, usize) = (256, 128);
 /// Longest request, in bytes: two names of objects.
 const MAX_REQUEST_BYTES: usize = 4_096;
-/// Most cgroups that are admitted at once.
-const AT_ONCE: usize = 4;
-/// How long one admission may take, the wait for its turn included. It takes milliseconds.
-const WORK: Duration = Duration::from_secs(3);
 /// How long the API server may know nothing of a container yet, and the pause between two questions.
 const REPORTED: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(500);
@@ -55,9 +51,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 const MAX_NAME: usize = 253;
 /// Longest reason that is passed on, in characters.
 const MAX_REASON: usize = 500;
-
-/// A cgroup that no process is in.
-const NOBODYS: Cgroup = Cgroup { id: 0, level: 1 };
 
 /// Admits sidecars.
 #[derive(Clone)]
@@ -69,16 +62,16 @@ pub struct Sidecars {
     cgroups: Option<Cgroups>,
     records: Records,
     metrics: Arc<Metrics>,
-    turns: Arc<Semaphore>,
+    turns: Turns,
     said: Arc<Sampled<String>>,
     /// IDs of the containers that ask right now.
     asking: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// The one call of a container, while it lasts.
-struct Asking(Sidecars, String);
+struct OneCall(Sidecars, String);
 
-impl Drop for Asking {
+impl Drop for OneCall {
     fn drop(&mut self) {
         self.0.asking.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.1);
     }
@@ -93,7 +86,7 @@ impl Sidecars {
         records: Records,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let turns = Arc::new(Semaphore::new(AT_ONCE));
+        let turns = Turns::default();
         Self { client, container, cgroups, records, metrics, turns, said: Arc::default(), asking: Arc::default() }
     }
 
@@ -105,8 +98,11 @@ impl Sidecars {
         let listener = bind_unix(&socket, SOCKET_MODE)?;
         let incoming = accept_unix(listener, socket, SOCKET_MODE);
         let service = SidecarAdmissionServer::new(self).max_decoding_message_size(MAX_REQUEST_BYTES);
+        let limits = |name, (total, per_group)| Limits { name, total, per_group };
+        let bounds =
+            of_local_callers(limits("open calls", OPEN_CALLS), limits("unfinished requests", UNFINISHED_CALLS));
         let served = grpc::server(CALLS_AT_ONCE)
-            .layer(CallLayer(bounds()))
+            .layer(CallLayer(bounds))
             .add_service(service)
             .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned());
         Ok(async {
@@ -119,18 +115,15 @@ impl Sidecars {
     /// Admits the caller if it is its pod's sidecar.
     async fn admit(&self, peer: &UnixPeer, asked: AdmitRequest) -> Result<bool, Status> {
         let container = container(peer)?;
-        let _asking = self.one_call(&container)?;
+        let _call = self.one_call(&container)?;
         let Some(cgroups) = self.cgroups.clone() else { return self.by_user_id(peer).await };
         self.is_the_sidecar(&container, &asked).await?;
         let (pid, id) = (peer.pid, container.id.clone());
         let seen = cgroups.clone();
-        let found = self.blocking(move || Ok((netns_of(pid)?, seen.of(pid, &id)?))).await?;
-        // What was read of its process ID is about this caller only if it is still there.
-        if !peer.is_there() {
-            return Err(Status::failed_precondition("the caller has ended"));
-        }
-        let (netns, cgroup) = found;
-        let admitted = self.blocking(move || cgroups.admit(&netns, cgroup)).await?;
+        let found = self.turns.run(move || Ok((open_netns(pid)?, seen.of(pid, &id)?))).await;
+        let (netns, cgroup) = found.map_err(unavailable)?;
+        is_still_there(peer)?;
+        let admitted = self.turns.run(move || cgroups.admit(&netns, cgroup)).await.map_err(unavailable)?;
         let before = admitted.map_err(|e| Status::unavailable(format!("the kernel refuses the rule: {e}")))?;
         // It asks each minute, too.
         if before == Known::Otherwise {
@@ -148,24 +141,22 @@ impl Sidecars {
     /// changed still asks for a cgroup, and nothing of its sidecar passes.
     async fn by_user_id(&self, peer: &UnixPeer) -> Result<bool, Status> {
         let pid = peer.pid;
-        let look = move || run_in(netns_of(pid)?.as_fd(), || Ok(known(NOBODYS)));
-        let known = self.blocking(look).await?;
-        if !peer.is_there() {
-            return Err(Status::failed_precondition("the caller has ended"));
-        }
-        match known.map_err(|e| Status::unavailable(format!("the redirect cannot be read: {e}")))? {
-            Known::ByUserId => Ok(false),
-            Known::Otherwise | Known::ByCgroup => Err(Status::unavailable(
+        let look = move || NetNs::at(format!("/proc/{pid}/ns/net")).run(|| Ok(is_asked_for()));
+        let asks = self.turns.run(look).await.map_err(unavailable)?;
+        is_still_there(peer)?;
+        if asks.map_err(|e| Status::unavailable(format!("the redirect cannot be read: {e}")))? {
+            return Err(Status::unavailable(
                 "the pod's redirect asks for the sidecar's cgroup, and its node does not tell it any more \
                  (cni.sidecarByCgroup, or the log of container cni): make the pod anew",
-            )),
+            ));
         }
+        Ok(false)
     }
 
-    fn one_call(&self, container: &Container) -> Result<Asking, Status> {
+    fn one_call(&self, container: &Container) -> Result<OneCall, Status> {
         let first = self.asking.lock().unwrap_or_else(PoisonError::into_inner).insert(container.id.clone());
         if first {
-            Ok(Asking(self.clone(), container.id.clone()))
+            Ok(OneCall(self.clone(), container.id.clone()))
         } else {
             Err(Status::resource_exhausted("one call at a time"))
         }
@@ -174,7 +165,7 @@ impl Sidecars {
     /// Whether a container is its pod's sidecar: by the runtime's record, and where there is none by the API server's.
     async fn is_the_sidecar(&self, container: &Container, asked: &AdmitRequest) -> Result<(), Status> {
         let (records, id) = (self.records.clone(), container.id.clone());
-        if let Some(name) = self.blocking(move || Ok(records.name_of(&id))).await? {
+        if let Some(name) = self.turns.run(move || Ok(records.name_of(&id))).await.map_err(unavailable)? {
             return if name == self.container { Ok(()) } else { Err(self.not_the_sidecar()) };
         }
         let is_name = |name: &str| (1..=MAX_NAME).contains(&name.len());
@@ -209,25 +200,15 @@ impl Sidecars {
     fn not_the_sidecar(&self) -> Status {
         Status::permission_denied(format!("the caller is not in container {}", self.container))
     }
+}
 
-    /// Runs work that blocks, a bounded number at a time and each in bounded time.
-    async fn blocking<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> io::Result<T> + Send + 'static,
-    ) -> Result<T, Status> {
-        let turns = self.turns.clone();
-        let done = async {
-            let turn = turns.acquire_owned().await.map_err(io::Error::other)?;
-            let worked = tokio::task::spawn_blocking(move || {
-                // Given back by the work itself, so that work which hangs keeps its turn.
-                let _turn = turn;
-                work()
-            });
-            worked.await.map_err(io::Error::other)?
-        };
-        let done = tokio::time::timeout(WORK, done).await.map_err(|_| Status::unavailable("it took too long"))?;
-        done.map_err(|e| Status::unavailable(sentence(&e.to_string(), MAX_REASON).to_string()))
-    }
+/// What was read of a caller's process ID is about the caller only if it is still there.
+fn is_still_there(peer: &UnixPeer) -> Result<(), Status> {
+    if peer.is_there() { Ok(()) } else { Err(Status::failed_precondition("the caller has ended")) }
+}
+
+fn unavailable(why: String) -> Status {
+    Status::unavailable(sentence(&why, MAX_REASON).to_string())
 }
 
 #[tonic::async_trait]
@@ -254,6 +235,10 @@ impl SidecarAdmission for Sidecars {
     }
 }
 
+fn open_netns(pid: i32) -> io::Result<OwnedFd> {
+    Ok(NetNs::at(format!("/proc/{pid}/ns/net")).open()?.into())
+}
+
 /// The container of a caller, by what the kernel said when it connected.
 fn container(peer: &UnixPeer) -> Result<Container, Status> {
     let seen = peer.at_accept.as_ref().filter(|_| peer.pid > 0);
@@ -267,29 +252,16 @@ fn container_name<'a>(pod: &'a Pod, id: &str) -> Option<&'a str> {
     let status = pod.status.as_ref()?;
     let lists = [&status.init_container_statuses, &status.container_statuses, &status.ephemeral_container_statuses];
     let mut all = lists.into_iter().flatten().flatten();
-    let has_id = |reported: &Option<String>| reported.as_deref().and_then(|r| r.rsplit("://").next()) == Some(id);
-    all.find(|c| has_id(&c.container_id)).map(|c| c.name.as_str())
-}
-
-fn netns_of(pid: i32) -> io::Result<OwnedFd> {
-    Ok(std::fs::File::open(format!("/proc/{pid}/ns/net"))?.into())
-}
-
-/// Bounds on calls, per user.
-fn bounds() -> impl Fn(&tonic::codegen::http::Request<Body>) -> Judged<LocalSource> + Clone + Send + 'static {
-    let limits = |name, (total, per_group)| Limits { name, total, per_group };
-    let calls = Calls::new(limits("open calls", OPEN_CALLS), limits("unfinished requests", UNFINISHED_CALLS));
-    move |request| {
-        let peer = request.extensions().get::<UnixPeer>();
-        let source = peer.map_or(LocalSource { uid: u32::MAX, pid: -1 }, |p| LocalSource { uid: p.uid, pid: p.pid });
-        Judged { calls: calls.clone(), source, streams: false }
-    }
+    all.find(|c| container_id(c) == Some(id)).map(|c| c.name.as_str())
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
+    use std::os::fd::AsFd;
+
+    use countersign_redirect::netns::run_in;
     use serde_json::json;
     use tonic::Code;
 

@@ -20,19 +20,17 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use countersign_api::admission::{Limits, LocalSource};
-use countersign_api::calls::{CallLayer, Calls, Judged};
+use countersign_api::admission::Limits;
+use countersign_api::calls::{CallLayer, of_local_callers};
 use countersign_api::csi::identity_server::IdentityServer;
 use countersign_api::csi::node_server::NodeServer;
 use countersign_api::graceful::{GRACE, take_leave};
-use countersign_api::peer::UnixPeer;
 use countersign_api::plugin_registration::registration_server::RegistrationServer;
 use countersign_api::transport::{accept_unix, bind_unix};
 use countersign_api::{grpc, http};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::body::Body;
 use tonic::service::Routes;
 
 pub use config::{Config, DriverName, KubeletDir, NodeId};
@@ -108,25 +106,17 @@ async fn serve(
     routes: Routes,
     shutdown: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
+    // All are root's, the only user who may connect.
+    let limits = |name, total| Limits { name, total, per_group: total };
+    let bounds = of_local_callers(limits("open calls", OPEN_CALLS), limits("unfinished requests", UNFINISHED_CALLS));
     let served = grpc::server(CALLS_AT_ONCE)
-        .layer(CallLayer(bounds()))
+        .layer(CallLayer(bounds))
         .add_routes(routes)
         .serve_with_incoming_shutdown(accept_unix(listener, path, SOCKET_MODE), shutdown.clone().cancelled_owned())
         .await;
     // One without the other is of no use.
     shutdown.cancel();
     served
-}
-
-/// Bounds on calls. All are root's, the only user who may connect.
-fn bounds() -> impl Fn(&tonic::codegen::http::Request<Body>) -> Judged<LocalSource> + Clone + Send + 'static {
-    let limits = |name, total| Limits { name, total, per_group: total };
-    let calls = Calls::new(limits("open calls", OPEN_CALLS), limits("unfinished requests", UNFINISHED_CALLS));
-    move |request| {
-        let peer = request.extensions().get::<UnixPeer>();
-        let source = peer.map_or(LocalSource { uid: u32::MAX, pid: -1 }, |p| LocalSource { uid: p.uid, pid: p.pid });
-        Judged { calls: calls.clone(), source, streams: false }
-    }
 }
 
 /// [`bind`] in a folder of mode 0700.

@@ -2,9 +2,8 @@
 //!
 //! [`rules`] defines what is redirected and what is not; [`nftables`] installs it over netlink, [`iptables`] through
 //! the binary if the kernel lacks nf_tables. [`validate`] proves without privileges that it is in force. [`guard`] defines
-//! what happens to protocols other than TCP, [`sidecar`] how the
-//! sidecar is told from an app of its user. [`here`] determines the current namespace. [`netns`] creates and enters
-//! network namespaces, [`bridge`] connects them.
+//! what happens to protocols other than TCP, [`sidecar`] how the sidecar is told from an app of its user. [`here`] determines
+//! the current namespace. [`netns`] creates and enters network namespaces, [`bridge`] connects them.
 
 pub mod bridge;
 pub mod conntrack;

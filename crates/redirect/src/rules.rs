@@ -124,8 +124,8 @@ pub enum Match {
     TcpInvalid,
     /// TCP from this source port in a connection that somebody else opened, sent by a socket of another user ID than this.
     ForeignFrom(u16, u32),
-    /// As before, but sent by a socket that was opened in any cgroup but the root, whoever it belongs to: the kernel keeps this of
-    /// sockets that were closed, too. A handshake's answer belongs to no cgroup.
+    /// As before, but sent by a socket of any user that was opened in any cgroup but the root. The kernel keeps a socket's cgroup
+    /// after it is closed, unlike its user. A handshake's answer has none.
     CgroupFrom(u16),
     /// TCP that opens a connection to this port, where a socket of any cgroup but the root listens.
     CgroupAt(u16),
@@ -157,6 +157,9 @@ pub enum Verdict {
     /// Dropped without an answer.
     Drop,
 }
+
+/// How the comment of a rule ends that asks for the sidecar's cgroup.
+pub(crate) const IF_SIDECAR: &str = " in the sidecar's cgroup exempt";
 
 /// One rule of the redirect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,7 +209,7 @@ impl Rule {
         match self.verdict {
             Verdict::Exempt => format!("countersign {way}: {what} exempt"),
             Verdict::To(port) => format!("countersign {way}: {what} to {port}"),
-            Verdict::IfSidecar => format!("countersign {way}: {what} in the sidecar's cgroup exempt"),
+            Verdict::IfSidecar => format!("countersign {way}: {what}{IF_SIDECAR}"),
             Verdict::Sample => format!("countersign {way}: {what} logged by sample"),
             Verdict::Drop => format!("countersign {way}: {what} dropped"),
         }
@@ -227,7 +230,7 @@ impl Redirect {
         // The sidecar's own connections first: redirected, they would come back to it without end.
         let mut rules = if self.by_cgroup {
             let of_user = |verdict| Rule { hook: Hook::Output, matches: Match::Uid(self.proxy_uid), verdict };
-            // Loopback before: the sidecar serves callers of this namespace, its own probes too, before its cgroup is known.
+            // Loopback before: what stays in this namespace is nobody's way out.
             vec![exempt(Hook::Output, Match::Loopback), of_user(Verdict::IfSidecar), of_user(Verdict::Drop)]
         } else {
             vec![exempt(Hook::Output, Match::Uid(self.proxy_uid)), exempt(Hook::Output, Match::Loopback)]

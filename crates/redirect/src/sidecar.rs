@@ -5,8 +5,8 @@
 //! [`admit`] puts a cgroup there. It takes cgroups of version 2 and nf_tables (Linux 5.13).
 
 use crate::nftables;
-use crate::rules::{Hook, Match, Rule, Verdict};
-use crate::{Redirect, RedirectError, installed};
+use crate::rules::{Hook, IF_SIDECAR, Match, Rule, Verdict};
+use crate::{InstalledRule, Redirect, RedirectError, installed};
 
 /// Deepest cgroup that is matched. Kubelets put containers at level 3 to 6.
 const LEVELS: u8 = 16;
@@ -33,18 +33,24 @@ pub enum Known {
     ByCgroup,
 }
 
+/// Whether this namespace's redirect tells the sidecar by its cgroup.
+pub fn is_asked_for() -> Result<bool, RedirectError> {
+    Ok(asks(&installed()?))
+}
+
 /// Whom this namespace's redirect takes for the sidecar, seen from a cgroup.
 pub fn known(cgroup: Cgroup) -> Result<Known, RedirectError> {
-    let asks = Redirect { by_cgroup: true, ..Redirect::for_proxy(ANY_UID) };
-    let ends = " in the sidecar's cgroup exempt";
-    debug_assert!(asks.rules().iter().any(|r| r.comment().ends_with(ends)));
     let found = installed()?;
     let own = exempt(cgroup).comment();
-    Ok(match found.iter().any(|rule| rule.comment.ends_with(ends)) {
+    Ok(match asks(&found) {
         false => Known::ByUserId,
         true if found.iter().any(|rule| rule.comment == own) => Known::ByCgroup,
         true => Known::Otherwise,
     })
+}
+
+fn asks(found: &[InstalledRule]) -> bool {
+    found.iter().any(|rule| rule.comment.ends_with(IF_SIDECAR))
 }
 
 fn exempt(cgroup: Cgroup) -> Rule {

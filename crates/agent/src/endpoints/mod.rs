@@ -83,10 +83,7 @@ pub fn bounds() -> impl Fn(&http::Request<Body>) -> Judged<LocalSource> + Clone 
     move |request| {
         let streams = request.uri().path() == RESOLVE;
         let calls = if streams { &resolve } else { &other }.clone();
-        // A connection without a peer cannot be; its calls would share a place.
-        let peer = request.extensions().get::<UnixPeer>();
-        let source = peer.map_or(LocalSource { uid: u32::MAX, pid: -1 }, |p| LocalSource { uid: p.uid, pid: p.pid });
-        Judged { calls, source, streams }
+        Judged { calls, source: LocalSource::of(request), streams }
     }
 }
 
