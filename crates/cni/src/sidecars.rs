@@ -47,6 +47,8 @@ const MAX_REQUEST_BYTES: usize = 4_096;
 /// How long the API server may know nothing of a container yet, and the pause between two questions.
 const REPORTED: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(500);
+/// Most containers that are remembered as sidecars. A node has some hundred pods.
+const MAX_FOUND: usize = 4_096;
 /// Longest name of a pod or a namespace, in bytes (RFC 1123).
 const MAX_NAME: usize = 253;
 /// Longest reason that is passed on, in characters.
@@ -64,6 +66,8 @@ pub struct Sidecars {
     metrics: Arc<Metrics>,
     turns: Turns,
     said: Arc<Sampled<String>>,
+    /// IDs of containers that were found to be sidecars, which they stay. Emptied when there are [`MAX_FOUND`].
+    found: Arc<Mutex<BTreeSet<String>>>,
     /// IDs of the containers that ask right now.
     asking: Arc<Mutex<BTreeSet<String>>>,
 }
@@ -87,7 +91,17 @@ impl Sidecars {
         metrics: Arc<Metrics>,
     ) -> Self {
         let turns = Turns::default();
-        Self { client, container, cgroups, records, metrics, turns, said: Arc::default(), asking: Arc::default() }
+        Self {
+            client,
+            container,
+            cgroups,
+            records,
+            metrics,
+            turns,
+            said: Arc::default(),
+            found: Arc::default(),
+            asking: Arc::default(),
+        }
     }
 
     /// Serves on the socket until `shutdown`.
@@ -162,8 +176,22 @@ impl Sidecars {
         }
     }
 
-    /// Whether a container is its pod's sidecar: by the runtime's record, and where there is none by the API server's.
+    /// Whether a container is its pod's sidecar. Each asks every minute, and is looked up once.
     async fn is_the_sidecar(&self, container: &Container, asked: &AdmitRequest) -> Result<(), Status> {
+        if self.found.lock().unwrap_or_else(PoisonError::into_inner).contains(&container.id) {
+            return Ok(());
+        }
+        self.look_up(container, asked).await?;
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if found.len() >= MAX_FOUND {
+            found.clear();
+        }
+        found.insert(container.id.clone());
+        Ok(())
+    }
+
+    /// Looks a container up by the runtime's record, and where there is none by the API server's.
+    async fn look_up(&self, container: &Container, asked: &AdmitRequest) -> Result<(), Status> {
         let (records, id) = (self.records.clone(), container.id.clone());
         if let Some(name) = self.turns.run(move || Ok(records.name_of(&id))).await.map_err(unavailable)? {
             return if name == self.container { Ok(()) } else { Err(self.not_the_sidecar()) };
@@ -295,7 +323,7 @@ mod tests {
 
     async fn judged(sidecars: &Sidecars, pod_uid: &str, digit: char, asked: AdmitRequest) -> Option<Code> {
         let container = Container { pod_uid: pod_uid.into(), id: id(digit) };
-        sidecars.is_the_sidecar(&container, &asked).await.err().map(|status| status.code())
+        sidecars.look_up(&container, &asked).await.err().map(|status| status.code())
     }
 
     #[tokio::test]
@@ -329,6 +357,20 @@ mod tests {
         let elsewhere = AdmitRequest { name: "web-1".into(), ..asked() };
         assert_eq!(judged(&sidecars, UID, 'a', elsewhere).await, Some(Code::Unavailable));
         assert_eq!(judged(&sidecars, UID, 'a', AdmitRequest::default()).await, Some(Code::InvalidArgument));
+    }
+
+    #[tokio::test]
+    async fn a_sidecar_is_looked_up_once_and_an_app_each_time() {
+        let root = tempfile::tempdir().unwrap();
+        let (sidecars, paths) = sidecars(root.path());
+        let asks = async |digit| {
+            let container = Container { pod_uid: UID.into(), id: id(digit) };
+            sidecars.is_the_sidecar(&container, &asked()).await.is_ok()
+        };
+        assert!(asks('a').await && asks('a').await && asks('a').await);
+        assert_eq!(paths.lock().unwrap().len(), 1);
+        assert!(!asks('b').await && !asks('b').await);
+        assert_eq!(paths.lock().unwrap().len(), 3);
     }
 
     #[tokio::test]
