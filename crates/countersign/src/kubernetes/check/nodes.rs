@@ -95,13 +95,12 @@ impl Nodes {
         }
     }
 
-    /// Nodes whose CNI component tells sidecars by their user ID alone.
+    /// Nodes whose CNI component tells sidecars by their user ID alone, as those of older versions do, which do not say so.
     pub fn that_trust_a_user_id(&self) -> Vec<String> {
-        let trusts = |agent: &&Agent| {
-            let page = agent.plugin.as_deref().unwrap_or_default();
-            metric(page, "countersign_cni_sidecar_by_cgroup").next().is_some_and(|(_, value)| value == 0.0)
-        };
-        self.agents.iter().filter(trusts).map(|agent| agent.node.clone()).collect()
+        let trusts =
+            |page: &str| metric(page, "countersign_cni_sidecar_by_cgroup").next().is_none_or(|(_, value)| value == 0.0);
+        let those = self.agents.iter().filter(|agent| agent.plugin.as_deref().is_some_and(trusts));
+        those.map(|agent| agent.node.clone()).collect()
     }
 
     /// Whether the socket of each node is the agent's own: whoever else answers there would give pods their identities.
@@ -208,7 +207,7 @@ pub mod tests {
             with("c", Some("countersign_cni_installed 1\n")),
             with("d", None),
         ]);
-        assert_eq!(all.that_trust_a_user_id(), ["b"]);
+        assert_eq!(all.that_trust_a_user_id(), ["b", "c"]);
     }
 
     #[test]
