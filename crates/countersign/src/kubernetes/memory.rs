@@ -97,8 +97,9 @@ impl Memory {
         if let Some(before) = before {
             wanted.metadata.resource_version.clone_from(&before.metadata.resource_version);
             wanted.metadata.annotations.clone_from(&before.metadata.annotations);
-            // What cannot be read is allowed to go by now.
-            if Self::read(before).is_ok() {
+            // What cannot be read is allowed to go by now, and a first installation that was not finished is replaced as a whole.
+            let remembers = before.data.as_ref().is_some_and(|data| data.contains_key(VALUES));
+            if remembers && Self::read(before).is_ok() {
                 data.extend(before.data.clone().unwrap_or_default());
             }
         }
@@ -232,16 +233,22 @@ pub async fn begin(client: &Client, namespace: &Namespace, seen: Seen, memory: &
 
 /// Remembers settings that were applied.
 pub async fn remember(client: &Client, namespace: &str, memory: &Memory) -> Result<()> {
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let write = async {
-        let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-        let mut data = memory.object(namespace)?.data.unwrap_or_default();
-        // Somebody else may have begun meanwhile, and is not done.
-        let now = api.get(NAME).await?;
-        if pending(&now).is_some_and(|text| memory.values_text().is_ok_and(|ours| ours != text)) {
-            data.remove(PENDING);
+        loop {
+            let mut data = memory.object(namespace)?.data.unwrap_or_default();
+            // Somebody else may have begun meanwhile, and is not done.
+            let now = api.get(NAME).await?;
+            if pending(&now).is_some_and(|text| memory.values_text().is_ok_and(|ours| ours != text)) {
+                data.remove(PENDING);
+            }
+            let seen = json!({ "metadata": { "resourceVersion": now.metadata.resource_version }, "data": data });
+            match api.patch(NAME, &PatchParams::default(), &Patch::Merge(seen)).await {
+                // It was written between the look and the patch.
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                done => return anyhow::Ok(done.map(drop)?),
+            }
         }
-        api.patch(NAME, &PatchParams::default(), &Patch::Merge(json!({ "data": data }))).await?;
-        anyhow::Ok(())
     };
     let written = tokio::time::timeout(CALL, write).await;
     let written = written.unwrap_or_else(|_| Err(anyhow!("the API server gave no answer within {} s", CALL.as_secs())));
@@ -251,7 +258,7 @@ pub async fn remember(client: &Client, namespace: &str, memory: &Memory) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::check::fake_api::{Answer, Asked, client};
+    use crate::kubernetes::check::fake_api::{Answer, Asked, client, refused};
 
     fn with_ttl(ttl: &str) -> Memory {
         Memory::new(Given::of(json!({ "server": { "svidTTL": ttl } })).unwrap())
@@ -268,7 +275,11 @@ mod tests {
         assert_eq!(with_ttl("5m").object("mesh").unwrap().data.unwrap()[PENDING], "");
         let first = with_ttl("5m").begun("mesh", None).unwrap();
         assert_eq!(Memory::read(&first), Ok(with_ttl("5m")), "what is there is of these settings, if anything is");
-        assert!(!first.data.unwrap().contains_key(VALUES));
+        assert!(!first.data.as_ref().unwrap().contains_key(VALUES));
+        let mut older = first.clone();
+        older.data.as_mut().unwrap().extend([(VERSION.into(), "0.0.1".into()), (DEFAULTS.into(), "1".into())]);
+        let again = Memory::read(&with_ttl("1m").begun("mesh", Some(&older)).unwrap());
+        assert_eq!(again, Ok(with_ttl("1m")), "with the defaults of now, for nothing older was finished");
         let mut damaged = before.clone();
         damaged.data.as_mut().unwrap().insert(VALUES.into(), "[".into());
         assert_eq!(Memory::read(&with_ttl("5m").begun("mesh", Some(&damaged)).unwrap()), Ok(with_ttl("5m")));
@@ -287,6 +298,28 @@ mod tests {
             });
             remember(&client, "mesh", &with_ttl("5m")).await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn what_others_begin_between_the_look_and_the_patch_is_looked_at_again() {
+        let looks = std::sync::atomic::AtomicUsize::new(0);
+        let client = client(move |asked: &Asked| {
+            use std::sync::atomic::Ordering::Relaxed;
+            if asked.body["data"].is_object() {
+                let look = looks.load(Relaxed);
+                assert_eq!(asked.body["metadata"]["resourceVersion"], look.to_string());
+                if look == 1 {
+                    return refused(409, "the object has been modified");
+                }
+                assert_eq!(asked.body["data"][PENDING].as_str(), None, "the other one's stays");
+                return Answer::Now(200, json!({ "metadata": {} }));
+            }
+            let look = looks.fetch_add(1, Relaxed) + 1;
+            let mut now = with_ttl(if look == 1 { "5m" } else { "1m" }).begun("mesh", None).unwrap();
+            now.metadata.resource_version = Some(look.to_string());
+            Answer::Now(200, serde_json::to_value(&now).unwrap())
+        });
+        remember(&client, "mesh", &with_ttl("5m")).await.unwrap();
     }
 
     #[test]
