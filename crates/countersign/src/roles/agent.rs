@@ -259,8 +259,8 @@ fn kubelet(address: Option<String>, ca: Option<PathBuf>, token: Option<PathBuf>)
 /// Runs an agent until it is stopped.
 pub fn run(args: AgentArgs) -> Result<()> {
     super::write_privately();
-    args.log.start()?;
     super::hide_memory();
+    args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         // An agent writes no files that would have to be reopened.

@@ -322,8 +322,8 @@ fn probes(json: &str) -> Result<BTreeMap<String, Probe>, serde_json::Error> {
 /// Runs a sidecar until it is stopped.
 pub fn run(args: ProxyArgs) -> Result<()> {
     super::write_privately();
-    args.log.start()?;
     super::hide_memory();
+    args.log.start()?;
     let config = args.settings.over(args.config.load()?).config()?;
     super::raise_file_limit();
     // One thread carries everything; further workers are separate threads.

@@ -265,8 +265,8 @@ fn label(text: String) -> Result<String, Mistake> {
 /// Runs a server until it is stopped.
 pub fn run(args: ServerArgs) -> Result<()> {
     super::write_privately();
-    args.log.start()?;
     super::hide_memory();
+    args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         let (stop, reopen) = for_role()?;

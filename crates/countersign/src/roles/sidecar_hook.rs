@@ -28,6 +28,8 @@ pub enum SidecarHook {
 
 /// Runs a hook.
 pub fn run(hook: &SidecarHook) -> Result<()> {
+    // It has the sidecar's user and cgroup: whoever could trace it would pass the redirect.
+    super::hide_memory();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         match hook {
