@@ -10,8 +10,11 @@ import json, os, pathlib, shutil, signal, subprocess as sp, time
 import binaries
 
 HERE = pathlib.Path(__file__).parent
-STATE = pathlib.Path(os.environ.get("COUNTERSIGN_CLUSTER", "/var/lib/countersign-cluster"))
-FABRIC = "csk-fabric"
+# What tells apart clusters that run at once. They have the same addresses, each in network namespaces of its own.
+TAG = os.environ.get("COUNTERSIGN_CLUSTER", "")
+STATE = pathlib.Path(f"/var/lib/countersign-cluster{TAG}")
+PREFIX = f"csk{TAG}"
+FABRIC = f"{PREFIX}-fabric"
 SERVICES, DNS_DOMAIN = "10.91.0.0/16", "cluster.local"
 API = "https://10.89.0.1:6443"
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
@@ -27,7 +30,7 @@ AUDITED = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["Re
 class Node:
     def __init__(self, number):
         self.number, self.name = number, f"node{number}"
-        self.netns, self.ip, self.pods = f"csk-node{number}", f"10.89.0.{number}", f"10.90.{number}.0/24"
+        self.netns, self.ip, self.pods = f"{PREFIX}-node{number}", f"10.89.0.{number}", f"10.90.{number}.0/24"
         self.dir = STATE / self.name
         # As kubeadm, kind and minikube leave it: the second node's kubelet signs its own serving certificate.
         self.verified = number == 1
@@ -106,7 +109,7 @@ def network():
 
 def programs(n, bins, p):
     """What a node runs, in the order of starting."""
-    cgroup = f"/csk-{n.name}"
+    cgroup = f"/{n.netns}"
     n.dir.mkdir(parents=True)
     (n.dir / "cni.d").mkdir()
     # Of the node's own, where a plugin may be added; the machine's plugins are shown in it.
@@ -241,7 +244,7 @@ def up(images):
         (n.dir / "programs").write_text("".join("\t".join(words) + "\n" for words in listed))
         for controller in CGROUPS.iterdir():
             if controller.is_dir() and controller.name != "unified":
-                group = controller / f"csk-{n.name}"
+                group = controller / n.netns
                 group.mkdir(exist_ok=True)
                 for file in ("cpuset.cpus", "cpuset.mems") if controller.name == "cpuset" else ():
                     (group / file).write_text((controller / file).read_text())
@@ -289,7 +292,7 @@ def down():
             except (FileNotFoundError, ProcessLookupError):
                 pass
     for n in NODES:
-        groups = [g for c in CGROUPS.glob(f"*/csk-{n.name}")
+        groups = [g for c in CGROUPS.glob(f"*/{n.netns}")
                   for g in [*sorted(c.rglob("*/"), key=lambda g: -len(str(g))), c]]
         for _ in range(100):
             groups = [g for g in groups if g.exists() and not removed(g)]

@@ -67,10 +67,15 @@ def box(out):
                                                         "Cmd": ["/bin/sleep", "infinity"]}, 1))
 
 
+def archives(folder):
+    """Where `build` puts the images."""
+    return [folder / f"{name}.tar" for name in ("pause", "box", "countersign")]
+
+
 def build(folder):
     """All images as archives in a folder. Countersign's holds $COUNTERSIGN_BINARY, a static one, or a release build."""
     folder.mkdir(parents=True, exist_ok=True)
-    out = [folder / f"{name}.tar" for name in ("pause", "box", "countersign")]
+    out = archives(folder)
     pause(out[0])
     box(out[1])
     built = os.environ.get("COUNTERSIGN_BINARY")

@@ -1,20 +1,29 @@
-"""`tests/cluster/run`: the cluster up, its tests, the cluster down."""
-import concurrent.futures, pathlib, re, subprocess as sp, sys, tempfile, time, unittest
+"""`tests/cluster/run`: the cluster up, its tests, the cluster down. The whole suite has two clusters, at once."""
+import concurrent.futures, os, pathlib, re, subprocess as sp, sys, tempfile, time, unittest
 
 import cluster, images, mesh
 
 # These leave the mesh as it is, but for tests that are marked with `mesh.alone`, and so run at once, the longest first.
 TOGETHER = [f"suite.test_{name}" for name in ("traffic", "identity", "tenants", "injection", "limits", "support")]
 AT_ONCE = 3
-# These change the mesh, one after the other.
-SUITE = [f"suite.test_{name}" for name in (
-    "bootstrap", "csi", "services", "operator", "check", "faults", "rotation", "repair", "plain", "rbac", "cni",
+# These change the mesh, one after the other: in the cluster of the ones above, and in another.
+FIRST = [f"suite.test_{name}" for name in ("faults", "rotation", "operator", "check")]
+SECOND = [f"suite.test_{name}" for name in (
+    "bootstrap", "csi", "services", "repair", "plain", "rbac.Rbac.test_nothing_that_is_needed_is_refused", "cni",
     "install", "uninstall", "helm", "guide")]
+# At the end in the first cluster, by what was done in both.
+LAST = "suite.test_rbac"
+# The second cluster's `COUNTERSIGN_CLUSTER`.
+OTHER = f"{cluster.TAG}2"
 
 
-def up():
-    with tempfile.TemporaryDirectory() as folder:
-        cluster.up(images.build(pathlib.Path(folder)))
+def up(built=None):
+    """The cluster with Countersign in it; `built`: a folder with the images."""
+    if built:
+        cluster.up(images.archives(built))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cluster.up(images.build(pathlib.Path(folder)))
     mesh.install()
 
 
@@ -45,14 +54,22 @@ def cases(suite):
         yield from cases(test) if isinstance(test, unittest.TestSuite) else (test,)
 
 
+def loaded(names):
+    return cases(unittest.defaultTestLoader.loadTestsFromNames(names))
+
+
 def is_alone(case):
     return getattr(getattr(case, case._testMethodName, None), "alone", False)
 
 
+def any_alone(name):
+    return any(map(is_alone, loaded([name])))
+
+
 def run(names, only=lambda case: True):
     """Runs tests in this process; how many passed and how many did not."""
-    loaded = unittest.TestSuite(filter(only, cases(unittest.defaultTestLoader.loadTestsFromNames(names))))
-    result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout, resultclass=Timed).run(loaded)
+    suite = unittest.TestSuite(filter(only, loaded(names)))
+    result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout, resultclass=Timed).run(suite)
     if not result.wasSuccessful():
         report()
     for test, why in result.skipped:
@@ -61,22 +78,58 @@ def run(names, only=lambda case: True):
     return result.testsRun - bad, bad + len(result.skipped)
 
 
-def run_apart(name):
-    """Runs a module's tests in a process of its own, and prints what it says at its end; the same numbers."""
+def command(tag, *args):
+    """This script for one of the clusters, in a process of its own."""
+    return sp.run([sys.executable, "-B", __file__, *args], stdout=sp.PIPE, stderr=sp.STDOUT, text=True,
+                  env={**os.environ, "COUNTERSIGN_CLUSTER": tag})
+
+
+def run_apart(tag, name, which="--apart"):
+    """Runs a module's tests in one of the clusters, and prints what it says at its end; the same numbers."""
     began = time.monotonic()
-    done = sp.run([sys.executable, "-B", __file__, "--apart", name], stdout=sp.PIPE, stderr=sp.STDOUT, text=True)
-    print(f"{done.stdout.rstrip()}\n{name} took {time.monotonic() - began:.0f} s\n", flush=True)
+    done = command(tag, which, name)
+    print(f"{done.stdout.rstrip()}\n{name} took {time.monotonic() - began:.0f} s in cluster {tag or 1}\n", flush=True)
     told = re.search(r"^apart: (\d+) passed; (\d+) failed$", done.stdout, re.MULTILINE)
     return (int(told[1]), int(told[2])) if told else (0, 1)
 
 
+def in_first(built):
+    begin(cluster.TAG, built)
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        results = [*pool.map(lambda name: run_apart(cluster.TAG, name, "--beside"), TOGETHER)]
+    results += [run_apart(cluster.TAG, name, "--alone") for name in TOGETHER if any_alone(name)]
+    return results + [run_apart(cluster.TAG, name) for name in FIRST]
+
+
+def in_second(built):
+    begin(OTHER, built)
+    return [run_apart(OTHER, name) for name in SECOND]
+
+
+def begin(tag, built):
+    began = time.monotonic()
+    done = command(tag, "--begin", built)
+    print(f"{done.stdout.rstrip()}\ncluster {tag or 1} took {time.monotonic() - began:.0f} s\n", flush=True)
+    if done.returncode:
+        raise SystemExit(f"cluster {tag or 1} did not come up")
+
+
 def whole():
     """The whole suite; the same numbers."""
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        results = [*pool.map(run_apart, TOGETHER)]
-    results.append(run(TOGETHER, is_alone))
-    results.append(run(SUITE))
+    try:
+        with tempfile.TemporaryDirectory() as built:
+            images.build(pathlib.Path(built))
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                lanes = [pool.submit(lane, built) for lane in (in_first, in_second)]
+            results = [numbers for lane in lanes for numbers in lane.result()]
+            results.append(run_apart(cluster.TAG, LAST))
+    finally:
+        print(command(OTHER, "down").stdout, end="")
     return [sum(numbers) for numbers in zip(*results)]
+
+
+# Of a module: all tests, those that run beside other modules, those that do not.
+PARTS = {"--apart": lambda case: True, "--beside": lambda case: not is_alone(case), "--alone": is_alone}
 
 
 def main(args):
@@ -87,21 +140,26 @@ def main(args):
         print(f"KUBECONFIG={cluster.STATE}/pki/admin.conf, from inside:"
               f" nsenter --net=/run/netns/{cluster.NODES[0].netns} kubectl …")
         return None
-    if args[:1] == ["--apart"]:
-        passed, failed = run(args[1:], lambda case: not is_alone(case))
+    if args[:1] == ["--begin"]:
+        return up(pathlib.Path(args[1]))
+    if args and args[0] in PARTS:
+        passed, failed = run(args[1:], PARTS[args[0]])
         print(f"apart: {passed} passed; {failed} failed")
         return 1 if failed else 0
     keep = "--keep" in args
     tests = [a for a in args if a != "--keep"]
-    unknown = [a for a in tests if a.startswith("-")] or [c.id() for c in cases(
-        unittest.defaultTestLoader.loadTestsFromNames(tests)) if type(c).__name__ == "_FailedTest"]
+    unknown = [a for a in tests if a.startswith("-")] or [
+        c.id() for c in loaded(tests) if type(c).__name__ == "_FailedTest"]
     if unknown:
         print(f"tests/cluster/run: {unknown[0]} is no option and no test; see --help", file=sys.stderr)
         return 2
     try:
-        if not keep or not cluster.STATE.exists():
-            up()
-        passed, failed = run(tests) if tests else whole()
+        if tests:
+            if not keep or not cluster.STATE.exists():
+                up()
+            passed, failed = run(tests)
+        else:
+            passed, failed = whole()
     finally:
         if not keep:
             cluster.down()
