@@ -127,7 +127,16 @@ class Operator(unittest.TestCase):
         return {c["check"]: c for c in told["checks"]}
 
     def test_check_is_green_on_a_mesh_that_is_well_and_names_what_is_not(self):
-        found = wait("a green check", lambda: (c := self.check()) and all(x["ok"] for x in c.values()) and c, 30)
+        seen = {}
+
+        def is_green():
+            seen.update(found=self.check())
+            return all(row["ok"] for row in seen["found"].values())
+        try:
+            wait("a green check", is_green, 60)
+        except AssertionError:
+            self.fail([row for row in seen["found"].values() if not row["ok"]])
+        found = seen["found"]
         self.assertEqual(len(found), 26)
         self.assertEqual(found["pod source"]["found"], "node2: API server (the kubelet does not verify or answer);"
                          " node1: API server and kubelet")
