@@ -6,8 +6,10 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use k8s_openapi::api::core::v1::Pod;
+
 use crate::namespace::{Do, Found, apply};
-use crate::pod::{DnsPolicy, MeshedPod, Validators};
+use crate::pod::{Askers, DnsPolicy, MeshedPod};
 use crate::resolvers::by_policy;
 use crate::turns::Turns;
 use countersign_redirect::guard::RESOLV_CONF;
@@ -15,7 +17,7 @@ use countersign_redirect::guard::RESOLV_CONF;
 /// Installs redirects as pods ask for them.
 #[derive(Clone)]
 pub struct Installer {
-    validators: Validators,
+    askers: Askers,
     /// Whether sidecars can be told by their cgroups on this node.
     by_cgroup: bool,
     /// Our own `resolv.conf`.
@@ -24,20 +26,20 @@ pub struct Installer {
 }
 
 impl Installer {
-    /// An installer for these validators. `by_cgroup`: whether sidecars can be told by their cgroups on this node; otherwise they
+    /// An installer for what these containers ask for. `by_cgroup`: whether sidecars can be told by their cgroups on this node; otherwise they
     /// are told by their user ID, whatever a pod asks for.
-    pub fn new(validators: Validators, by_cgroup: bool) -> Self {
-        Self { validators, by_cgroup, own: RESOLV_CONF.into(), turns: Turns::default() }
+    pub fn new(askers: Askers, by_cgroup: bool) -> Self {
+        Self { askers, by_cgroup, own: RESOLV_CONF.into(), turns: Turns::default() }
     }
 
-    /// Name of the validators' container.
-    pub fn container(&self) -> &'static str {
-        self.validators.container
+    /// A pod whose redirect this installs; `None` for any other.
+    pub fn meshed(&self, pod: &Pod) -> Option<MeshedPod> {
+        MeshedPod::of(pod, &self.askers)
     }
 
     /// Whether a pod's redirect depends on its node's resolvers, which are known only once its containers run.
     pub fn needs_nodes_resolvers(&self, pod: &MeshedPod) -> bool {
-        let order = pod.order(&self.validators, &by_policy(pod, &self.own));
+        let order = pod.order(&self.askers, &by_policy(pod, &self.own));
         let guard = order.ok().and_then(|order| order.redirect.guard);
         pod.dns == DnsPolicy::Node && guard.is_some_and(|guard| guard.resolvers.is_empty())
     }
@@ -55,7 +57,7 @@ impl Installer {
         what: Do,
     ) -> Result<Found, String> {
         let resolvers = resolvers.unwrap_or_else(|| by_policy(pod, &self.own));
-        let mut order = pod.order(&self.validators, &resolvers)?;
+        let mut order = pod.order(&self.askers, &resolvers)?;
         order.redirect.by_cgroup &= self.by_cgroup;
         self.turns.run(move || apply(netns, order, what).map_err(io::Error::other)).await
     }

@@ -4,8 +4,8 @@
 //! [`plugin`] is the plugin. The component ([`run`]) installs it and keeps it installed (`keeper`: `binary`, `conf`),
 //! answers it over a Unix socket (`wire`, `requests`), and installs the redirect of pods that the plugin was not called
 //! for (`repair`, `processes`). It admits sidecars by their cgroups (`sidecars`, `cgroups`, `runtime`). What a pod asks for is
-//! what the API server says of it (`pod`): the arguments of an init container, which validates the redirect and keeps the pod
-//! from starting anything without it.
+//! what the API server says of it (`pod`): an argument of its sidecar, which keeps the pod from starting anything before the
+//! component has said that the redirect is in force.
 
 mod binary;
 mod cgroups;
@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use config::{Config, DaemonSetName};
-pub use pod::{Order, Validators};
+pub use pod::{Askers, Order};
 
 use crate::binary::Binary;
 use crate::cgroups::Cgroups;
@@ -84,18 +84,18 @@ pub const CONTAINER: &str = "cni";
 /// Runs a node's component until `shutdown`. `ready` is called once its socket serves.
 pub async fn run(
     config: Config,
-    validators: Validators,
+    askers: Askers,
     shutdown: CancellationToken,
     ready: impl FnOnce(),
 ) -> Result<(), CniError> {
     let client = countersign_watch::client().await?;
-    run_with(client, config, validators, shutdown, ready).await
+    run_with(client, config, askers, shutdown, ready).await
 }
 
 async fn run_with(
     client: kube::Client,
     config: Config,
-    validators: Validators,
+    askers: Askers,
     shutdown: CancellationToken,
     ready: impl FnOnce(),
 ) -> Result<(), CniError> {
@@ -114,10 +114,10 @@ async fn run_with(
         .map_err(|source| CniError::Listen { name: config.socket.display().to_string(), source })?;
     let cgroups = if config.sidecar_by_cgroup { cgroups().await } else { None };
     metrics.by_cgroup.set(i64::from(cgroups.is_some()));
-    let installer = Installer::new(validators, cgroups.is_some());
+    let installer = Installer::new(askers, cgroups.is_some());
     if let Some(socket) = config.sidecar_socket {
         let name = socket.display().to_string();
-        let sidecars = Sidecars::new(client.clone(), validators.sidecar, cgroups, Records::of_node(), metrics.clone());
+        let sidecars = Sidecars::new(client.clone(), askers.sidecar, cgroups, Records::of_node(), metrics.clone());
         let served = sidecars.serve(socket, shutdown.clone());
         tasks.spawn(served.map_err(|source| CniError::Listen { name, source })?);
     }

@@ -35,7 +35,7 @@ pub struct Metrics {
     pub registry: Registry,
     /// 1 while the plugin is installed.
     pub installed: Gauge,
-    /// Number of pods that wait for their validator.
+    /// Number of pods that wait for their redirect.
     pub waiting: Gauge,
     /// Number of redirects that were installed by way of a pod's processes.
     pub repaired: Counter,
@@ -67,7 +67,7 @@ impl Default for Metrics {
         registry.register("restored", "Times that the plugin was put back, by what was missing", restored.clone());
         registry.register("requests", "Requests of the plugin, by operation and answer", requests.clone());
         registry.register("sidecars", "Calls of sidecars to be admitted, by answer", sidecars.clone());
-        registry.register("waiting_pods", "Pods that wait for their redirect to be validated", waiting.clone());
+        registry.register("waiting_pods", "Pods that wait for their redirect", waiting.clone());
         registry.register("repairs", "Redirects that the plugin had not installed", repaired.clone());
         registry.register("repairs_failed", "Attempts to install such a redirect that failed", repairs_failed.clone());
         registry.register("watch_errors", "Errors of watches, by kind", watch_errors.clone());

@@ -1,30 +1,32 @@
-//! What a pod asks for, by the API server's word alone: its init container `redirect --validate` has the flags of its
-//! redirect.
+//! What a pod asks for, by the API server's word alone: its sidecar's argument `--redirect` has the flags of its redirect, or those
+//! of its init container `redirect --validate` where the sidecar does not hold the pod up.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use countersign_redirect::{Backend, Redirect};
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod};
 
-/// Beginning of the validator's arguments.
-const BEGINNING: [&str; 2] = ["redirect", "--validate"];
-/// Longest arguments that are read, in bytes.
-const MAX_ARGUMENTS: usize = 64 * 1024;
+/// Beginning of the validator's arguments, and of the sidecar's.
+const VALIDATOR: [&str; 2] = ["redirect", "--validate"];
+const SIDECAR: [&str; 1] = ["proxy"];
+/// The sidecar's argument with the redirect's flags, separated by spaces.
+const FLAGS: &str = "--redirect=";
+/// Longest flags that are read, in bytes.
+const MAX_FLAGS: usize = 64 * 1024;
 
-/// How a validator is found, and its arguments read: by those who add and run it.
+/// The containers that may ask for a redirect, by their names, and how their flags are read: by those who add and run them.
 #[derive(Clone, Copy)]
-pub struct Validators {
-    /// Name of the init container.
-    pub container: &'static str,
-    /// Name of the sidecar's container.
+pub struct Askers {
+    /// The init container that validates the redirect.
+    pub validator: &'static str,
+    /// The sidecar.
     pub sidecar: &'static str,
-    /// Reads the arguments behind `redirect`, as `countersign redirect` does. `resolvers` are the pod's, for arguments
-    /// that name none.
+    /// Reads flags as `countersign redirect` does. `resolvers` are the pod's, for flags that name none.
     ///
     /// # Errors
     /// They are wrong, in words.
-    pub read: fn(arguments: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String>,
+    pub read: fn(flags: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String>,
 }
 
 /// A redirect to be installed.
@@ -54,67 +56,90 @@ pub struct MeshedPod {
     pub uid: String,
     /// Its namespace and name, for messages.
     pub name: String,
-    /// The validator's arguments, from `--validate` on.
-    pub arguments: Vec<String>,
+    /// The redirect's flags.
+    pub flags: Vec<String>,
     /// Where its resolvers come from.
     pub dns: DnsPolicy,
     /// Resolvers that it names itself (`spec.dnsConfig`), in its order.
     pub nameservers: Vec<IpAddr>,
-    /// The validator's container, once the kubelet has reported it.
-    pub validator: Option<String>,
-    /// Whether the pod still waits for its validator.
+    /// The container that asks for it, once the kubelet has reported it.
+    pub asker: Option<String>,
+    /// Whether the pod still waits for it.
     pub waits: bool,
 }
 
 impl MeshedPod {
     /// Reads a pod; `None` for one whose redirect is not ours.
-    pub fn of(pod: &Pod, container: &str) -> Option<Self> {
+    pub fn of(pod: &Pod, askers: &Askers) -> Option<Self> {
         let spec = pod.spec.as_ref()?;
         if spec.host_network == Some(true) {
             return None;
         }
-        let mut all = spec.init_containers.iter().flatten();
-        let arguments = all.find(|c| c.name == container)?.args.clone()?;
-        let is_ours = arguments.len() >= BEGINNING.len() && arguments.iter().zip(BEGINNING).all(|(a, b)| a == b);
-        if !is_ours {
-            return None;
-        }
+        let Asked { by, flags } = Asked::by(spec.init_containers.as_deref()?, askers)?;
         let metadata = &pod.metadata;
         let status = pod.status.as_ref();
         let statuses = status.and_then(|s| s.init_container_statuses.as_ref()).into_iter().flatten();
-        let validator = statuses.into_iter().find(|c| c.name == container);
+        let asker = statuses.into_iter().find(|c| c.name == by.name);
         let is_over = matches!(status.and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed"));
         let config = spec.dns_config.as_ref().and_then(|config| config.nameservers.as_ref());
         Some(Self {
             uid: metadata.uid.clone()?,
             name: format!("{}/{}", metadata.namespace.as_deref()?, metadata.name.as_deref()?),
-            arguments: arguments.into_iter().skip(1).collect(),
+            flags,
             dns: match spec.dns_policy.as_deref() {
                 Some("None") => DnsPolicy::Own,
                 Some("Default") => DnsPolicy::Node,
                 _ => DnsPolicy::Cluster,
             },
             nameservers: config.into_iter().flatten().filter_map(|address| address.parse().ok()).collect(),
-            validator: validator.and_then(container_id).map(ToOwned::to_owned),
-            waits: !is_over && !validator.is_some_and(has_succeeded),
+            asker: asker.and_then(container_id).map(ToOwned::to_owned),
+            waits: !is_over && !asker.is_some_and(holds_nobody_up),
         })
     }
 
     /// The redirect that it asks for.
     ///
     /// # Errors
-    /// Its arguments are wrong, in words.
-    pub fn order(&self, validators: &Validators, resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
-        if self.arguments.iter().map(String::len).sum::<usize>() > MAX_ARGUMENTS {
-            return Err(format!("the arguments of its redirect are longer than {MAX_ARGUMENTS} bytes"));
+    /// Its flags are wrong, in words.
+    pub fn order(&self, askers: &Askers, resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
+        if self.flags.iter().map(String::len).sum::<usize>() > MAX_FLAGS {
+            return Err(format!("the flags of its redirect are longer than {MAX_FLAGS} bytes"));
         }
-        (validators.read)(&self.arguments, resolvers)
+        (askers.read)(&self.flags, resolvers)
     }
 }
 
-fn has_succeeded(status: &ContainerStatus) -> bool {
+/// A container that asks for a redirect.
+struct Asked<'a> {
+    by: &'a Container,
+    flags: Vec<String>,
+}
+
+impl<'a> Asked<'a> {
+    /// A sidecar is looked for among the init containers alone: only there it holds up the containers behind it.
+    fn by(all: &'a [Container], askers: &Askers) -> Option<Self> {
+        let of = |name: &str, beginning: &[&str]| {
+            let by = all.iter().find(|c| c.name == name)?;
+            let args = by.args.as_ref()?;
+            let begins = args.len() >= beginning.len() && args.iter().zip(beginning).all(|(a, b)| a == b);
+            begins.then_some((by, args))
+        };
+        if let Some((by, args)) = of(askers.validator, &VALIDATOR) {
+            return Some(Self { by, flags: args.iter().skip(1).cloned().collect() });
+        }
+        let (by, args) = of(askers.sidecar, &SIDECAR)?;
+        let flags = args.iter().find_map(|arg| arg.strip_prefix(FLAGS))?;
+        Some(Self { by, flags: flags.split_whitespace().map(ToOwned::to_owned).collect() })
+    }
+}
+
+/// Whether a container that asked lets those behind it start: a validator that has succeeded, a sidecar that has started.
+fn holds_nobody_up(status: &ContainerStatus) -> bool {
     let ended = status.state.as_ref().and_then(|state| state.terminated.as_ref());
-    ended.is_some_and(|ended| ended.exit_code == 0)
+    match ended {
+        Some(ended) => ended.exit_code == 0,
+        None => status.started == Some(true),
+    }
 }
 
 /// The ID in `containerd://ID`.
@@ -127,18 +152,18 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::testing::{UID, meshed};
+    use crate::testing::{ASKERS, UID, meshed, validated};
 
     fn of(pod: Value) -> Option<MeshedPod> {
-        MeshedPod::of(&serde_json::from_value(pod).unwrap(), "countersign-redirect")
+        MeshedPod::of(&serde_json::from_value(pod).unwrap(), &ASKERS)
     }
 
     #[test]
-    fn a_pod_with_a_validator_is_ours_and_no_other_is() {
+    fn a_pod_whose_sidecar_or_validator_asks_is_ours_and_no_other_is() {
         let pod = of(meshed()).unwrap();
         assert_eq!((pod.uid.as_str(), pod.name.as_str(), pod.waits), (UID, "shop/web-0", true));
-        assert_eq!(pod.arguments, ["--validate", "--proxy-uid=2102"]);
-        assert_eq!((pod.dns, pod.nameservers.len(), pod.validator), (DnsPolicy::Cluster, 0, None));
+        assert_eq!(pod.flags, ["--proxy-uid=2102"]);
+        assert_eq!((pod.dns, pod.nameservers.len(), pod.asker), (DnsPolicy::Cluster, 0, None));
         let with = |path: &str, value: Value| {
             let mut pod = meshed();
             *pod.pointer_mut(path).unwrap() = value;
@@ -147,9 +172,26 @@ mod tests {
         assert_eq!(with("/spec/hostNetwork", true.into()), None);
         assert_eq!(with("/spec/initContainers", json!([])), None);
         assert_eq!(with("/spec/initContainers/0/name", "other".into()), None);
-        assert_eq!(with("/spec/initContainers/0/args", json!(["redirect", "--proxy-uid=2102"])), None, "the old way");
-        assert_eq!(with("/spec/initContainers/0/args", json!(["redirect"])), None);
-        assert_eq!(with("/spec/initContainers/0/args", json!(["proxy", "--validate"])), None);
+        let asks = |flags: &str| json!(["proxy", "--log=info", format!("--redirect={flags}")]);
+        let flags = |args: Value| with("/spec/initContainers/0/args", args).map(|pod| pod.flags);
+        assert_eq!(flags(asks(" --proxy-uid=2102  --in-pod")).unwrap(), ["--proxy-uid=2102", "--in-pod"]);
+        assert_eq!(flags(json!(["proxy", "--log=info"])), None, "its redirect is not ours");
+        assert_eq!(flags(json!(["redirect", "--redirect=--proxy-uid=2102"])), None, "another role");
+        assert_eq!(flags(json!([])), None);
+        let sidecar = meshed()["spec"]["initContainers"][0].clone();
+        let mut behind = meshed();
+        behind["spec"]["containers"] = json!([sidecar]);
+        behind["spec"]["initContainers"] = json!([]);
+        assert_eq!(of(behind), None, "a plain sidecar holds nobody up");
+        let validates = |args: Value| {
+            let mut pod = validated();
+            pod["spec"]["initContainers"][0]["args"] = args;
+            of(pod).map(|pod| pod.flags)
+        };
+        assert_eq!(of(validated()).unwrap().flags, ["--validate", "--proxy-uid=2102"]);
+        assert_eq!(validates(json!(["redirect", "--proxy-uid=2102"])), None, "it installs its redirect itself");
+        assert_eq!(validates(json!(["redirect"])), None);
+        assert_eq!(validates(json!(["proxy", "--validate"])), None);
         assert_eq!(with("/spec/initContainers/0/args", Value::Null), None);
         assert_eq!(with("/metadata/uid", Value::Null), None);
         assert_eq!(with("/spec/dnsPolicy", "Default".into()).unwrap().dns, DnsPolicy::Node);
@@ -159,28 +201,32 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_waits_until_its_validator_has_succeeded() {
-        let with = |state: Value| {
-            let mut pod = meshed();
-            let status = json!([{ "name": "countersign-redirect", "image": "i", "imageID": "", "ready": false,
+    fn a_pod_waits_until_its_sidecar_has_started_or_its_validator_has_succeeded() {
+        let with = |pod: Value, started: bool, state: Value| {
+            let mut pod = pod;
+            let name = pod["spec"]["initContainers"][0]["name"].clone();
+            let status = json!([{ "name": name, "image": "i", "imageID": "", "ready": false, "started": started,
                                   "restartCount": 0, "containerID": "containerd://c1", "state": state }]);
             pod["status"]["initContainerStatuses"] = status;
             of(pod).unwrap()
         };
         let ended = |code: i32| json!({ "terminated": { "exitCode": code } });
-        assert!(with(json!({ "running": {} })).waits && with(json!({ "waiting": {} })).waits && with(ended(1)).waits);
-        assert!(!with(ended(0)).waits);
-        assert_eq!(with(ended(0)).validator.as_deref(), Some("c1"));
+        let running = json!({ "running": {} });
+        assert!(with(meshed(), false, running.clone()).waits && with(meshed(), false, ended(1)).waits);
+        assert!(!with(meshed(), true, running.clone()).waits);
+        assert!(with(validated(), false, running).waits && with(validated(), false, json!({ "waiting": {} })).waits);
+        assert!(with(validated(), false, ended(1)).waits && !with(validated(), false, ended(0)).waits);
+        assert_eq!(with(meshed(), false, ended(0)).asker.as_deref(), Some("c1"));
         let mut failed = meshed();
         failed["status"]["phase"] = "Failed".into();
         assert!(!of(failed).unwrap().waits);
     }
 
     #[test]
-    fn arguments_of_any_length_are_not_read() {
+    fn flags_of_any_length_are_not_read() {
         let mut pod = of(meshed()).unwrap();
-        assert!(pod.order(&crate::testing::VALIDATORS, &BTreeSet::new()).is_ok());
-        pod.arguments.push("x".repeat(MAX_ARGUMENTS));
-        assert!(pod.order(&crate::testing::VALIDATORS, &BTreeSet::new()).unwrap_err().contains("longer"));
+        assert!(pod.order(&ASKERS, &BTreeSet::new()).is_ok());
+        pod.flags.push("x".repeat(MAX_FLAGS));
+        assert!(pod.order(&ASKERS, &BTreeSet::new()).unwrap_err().contains("longer"));
     }
 }

@@ -91,7 +91,7 @@ impl Repair {
 
     fn take(&self, event: Event<Pod>) {
         let waits = |pod: &Pod| {
-            let pod = is_on(&self.node, pod).then(|| MeshedPod::of(pod, self.installer.container())).flatten();
+            let pod = is_on(&self.node, pod).then(|| self.installer.meshed(pod)).flatten();
             pod.filter(|pod| pod.waits)
         };
         let mut fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner);
@@ -179,19 +179,19 @@ impl Repair {
         let netns = process.netns().map_err(|e| format!("its network namespace cannot be opened: {e}"))?;
         // The sandbox's process may have none; what the pod's policy says counts then.
         let resolvers = process.resolvers().ok().filter(|resolvers| !resolvers.is_empty());
-        // The ID in the pod's status may be that of a validator that has ended.
-        let is_validators = pod.validator.as_deref() == Some(process.container());
-        if !is_validators && self.installer.needs_nodes_resolvers(pod) {
+        // The ID in the pod's status may be that of a container that has ended.
+        let is_askers = pod.asker.as_deref() == Some(process.container());
+        if !is_askers && self.installer.needs_nodes_resolvers(pod) {
             return Ok(Found::Missing);
         }
         self.installer.apply(pod, netns, resolvers, Do::Install).await
     }
 }
 
-/// The process to go by: the validator's. Before it runs there is only the sandbox's, and the containers before it.
+/// The process to go by: that of the container that asks. Before it runs there is only the sandbox's, and the containers before it.
 fn best(pod: &MeshedPod, mut processes: Vec<PodProcess>) -> Option<PodProcess> {
-    let validators = processes.iter().position(|p| Some(p.container()) == pod.validator.as_deref());
-    (!processes.is_empty()).then(|| processes.swap_remove(validators.unwrap_or(0)))
+    let askers = processes.iter().position(|p| Some(p.container()) == pod.asker.as_deref());
+    (!processes.is_empty()).then(|| processes.swap_remove(askers.unwrap_or(0)))
 }
 
 #[cfg(test)]

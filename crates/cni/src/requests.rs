@@ -24,7 +24,6 @@ use crate::installer::Installer;
 use crate::metrics::Metrics;
 use crate::namespace::{Do, Found};
 use crate::plugin::PodName;
-use crate::pod::MeshedPod;
 use crate::wire::{self, Answer, Operation, Request};
 
 /// Most requests at once; the next ones wait in the socket's queue.
@@ -103,7 +102,7 @@ impl Service {
                 return Answer::Unknown { why };
             }
         };
-        let Some(pod) = MeshedPod::of(&pod, self.installer.container()) else { return Answer::Nothing };
+        let Some(pod) = self.installer.meshed(&pod) else { return Answer::Nothing };
         if self.repairs && request.resolvers.is_none() && self.installer.needs_nodes_resolvers(&pod) {
             let why =
                 "the runtime does not name the pod's resolvers: its redirect is installed once its containers run";

@@ -30,7 +30,7 @@ pub fn by_policy(pod: &MeshedPod, own: &Path) -> BTreeSet<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::meshed;
+    use crate::testing::{ASKERS, meshed};
 
     #[test]
     fn a_policy_gives_the_clusters_resolvers_or_only_those_that_the_pod_names() {
@@ -41,7 +41,7 @@ mod tests {
             let mut pod = meshed();
             pod["spec"]["dnsPolicy"] = policy.into();
             pod["spec"]["dnsConfig"]["nameservers"] = named.into();
-            let pod = MeshedPod::of(&serde_json::from_value(pod).unwrap(), "countersign-redirect").unwrap();
+            let pod = MeshedPod::of(&serde_json::from_value(pod).unwrap(), &ASKERS).unwrap();
             by_policy(&pod, &own).iter().map(ToString::to_string).collect::<Vec<_>>()
         };
         assert_eq!(of("ClusterFirst", &[]), ["10.96.0.10"]);

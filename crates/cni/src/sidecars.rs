@@ -1,4 +1,5 @@
-//! The service for sidecars: one that asks, and is its pod's sidecar, is admitted to pass its pod's redirect.
+//! The service for sidecars: one that asks is told that its pod's redirect is in force, and, if it is its pod's sidecar, admitted to
+//! pass it.
 //!
 //! Any process of the node's pods may connect. Who it is, is known by the kernel's word on its cgroup; that its container is the
 //! sidecar, by the runtime's record or the API server's. Neither is the caller's to change: an app that takes on the sidecar's
@@ -6,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,8 +21,9 @@ use countersign_api::push::{AdmitRequest, AdmitResponse};
 use countersign_api::sampled::Sampled;
 use countersign_api::transport::{accept_unix, bind_unix};
 use countersign_identity::shown::sentence;
-use countersign_redirect::netns::NetNs;
+use countersign_redirect::netns::{NetNs, run_in};
 use countersign_redirect::sidecar::{Known, is_asked_for};
+use countersign_redirect::{RedirectError, is_whole};
 use countersign_watch::cgroup::{Container, container_of};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
@@ -126,16 +128,16 @@ impl Sidecars {
         })
     }
 
-    /// Admits the caller if it is its pod's sidecar.
+    /// Admits the caller if a redirect is in force in its pod and it is the sidecar: whether it is known by its cgroup.
     async fn admit(&self, peer: &UnixPeer, asked: AdmitRequest) -> Result<bool, Status> {
         let container = container(peer)?;
         let _call = self.one_call(&container)?;
-        let Some(cgroups) = self.cgroups.clone() else { return self.by_user_id(peer).await };
+        let netns = self.netns_of_redirect(peer).await?;
+        let Some(cgroups) = self.cgroups.clone() else { return self.by_user_id(netns).await };
         self.is_the_sidecar(&container, &asked).await?;
         let (pid, id) = (peer.pid, container.id.clone());
         let seen = cgroups.clone();
-        let found = self.turns.run(move || Ok((open_netns(pid)?, seen.of(pid, &id)?))).await;
-        let (netns, cgroup) = found.map_err(unavailable)?;
+        let cgroup = self.turns.run(move || seen.of(pid, &id)).await.map_err(unavailable)?;
         is_still_there(peer)?;
         let admitted = self.turns.run(move || cgroups.admit(&netns, cgroup)).await.map_err(unavailable)?;
         let before = admitted.map_err(|e| Status::unavailable(format!("the kernel refuses the rule: {e}")))?;
@@ -151,14 +153,26 @@ impl Sidecars {
         Ok(before != Known::ByUserId)
     }
 
+    /// The caller's network namespace, in which a redirect is in force.
+    async fn netns_of_redirect(&self, peer: &UnixPeer) -> Result<OwnedFd, Status> {
+        let pid = peer.pid;
+        let netns =
+            self.turns.run(move || NetNs::at(format!("/proc/{pid}/ns/net")).open()).await.map_err(unavailable)?;
+        is_still_there(peer)?;
+        let netns = OwnedFd::from(netns);
+        let looked = netns.try_clone().map_err(|e| unavailable(e.to_string()))?;
+        let whole = self.turns.run(move || run_in(looked.as_fd(), || Ok(is_whole()))).await.map_err(unavailable)?;
+        match whole.map_err(unreadable)? {
+            true => Ok(netns),
+            false => Err(Status::unavailable("no redirect is in force in the pod's network namespace")),
+        }
+    }
+
     /// For a node that tells sidecars by their user ID: `false`, if the caller's redirect does so too. One from before the setting was
     /// changed still asks for a cgroup, and nothing of its sidecar passes.
-    async fn by_user_id(&self, peer: &UnixPeer) -> Result<bool, Status> {
-        let pid = peer.pid;
-        let look = move || NetNs::at(format!("/proc/{pid}/ns/net")).run(|| Ok(is_asked_for()));
-        let asks = self.turns.run(look).await.map_err(unavailable)?;
-        is_still_there(peer)?;
-        if asks.map_err(|e| Status::unavailable(format!("the redirect cannot be read: {e}")))? {
+    async fn by_user_id(&self, netns: OwnedFd) -> Result<bool, Status> {
+        let asks = self.turns.run(move || run_in(netns.as_fd(), || Ok(is_asked_for()))).await.map_err(unavailable)?;
+        if asks.map_err(unreadable)? {
             return Err(Status::unavailable(
                 "the pod's redirect asks for the sidecar's cgroup, and its node does not tell it any more \
                  (cni.sidecarByCgroup, or the log of container cni): make the pod anew",
@@ -235,6 +249,10 @@ fn is_still_there(peer: &UnixPeer) -> Result<(), Status> {
     if peer.is_there() { Ok(()) } else { Err(Status::failed_precondition("the caller has ended")) }
 }
 
+fn unreadable(why: RedirectError) -> Status {
+    unavailable(format!("the redirect cannot be read: {why}"))
+}
+
 fn unavailable(why: String) -> Status {
     Status::unavailable(sentence(&why, MAX_REASON).to_string())
 }
@@ -259,12 +277,8 @@ impl SidecarAdmission for Sidecars {
                 "a caller is not admitted as a sidecar"
             );
         }
-        Ok(Response::new(AdmitResponse { by_cgroup: admitted? }))
+        Ok(Response::new(AdmitResponse { by_cgroup: admitted?, in_force: true }))
     }
-}
-
-fn open_netns(pid: i32) -> io::Result<OwnedFd> {
-    Ok(NetNs::at(format!("/proc/{pid}/ns/net")).open()?.into())
 }
 
 /// The container of a caller, by what the kernel said when it connected.
@@ -286,15 +300,15 @@ fn container_name<'a>(pod: &'a Pod, id: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::process::Command;
 
-    use std::os::fd::AsFd;
-
-    use countersign_redirect::netns::run_in;
+    use countersign_api::process::{Snapshot, start_time};
+    use countersign_redirect::{Backend, Redirect, install};
     use serde_json::json;
     use tonic::Code;
 
     use super::*;
-    use crate::testing::{UID, VALIDATORS, api_server, meshed, not_found};
+    use crate::testing::{ASKERS, Namespace, UID, api_server, meshed, not_found};
 
     const RECORDS: &str = "run/containerd/io.containerd.runtime.v2.task/k8s.io";
 
@@ -318,7 +332,7 @@ mod tests {
             pod["status"]["containerStatuses"] = json!([of("app", 'b')]);
             if path == "/api/v1/namespaces/shop/pods/web-0" { (200, pod) } else { not_found() }
         });
-        (Sidecars::new(client, VALIDATORS.sidecar, None, Records::below(root), Arc::default()), paths)
+        (Sidecars::new(client, ASKERS.sidecar, None, Records::below(root), Arc::default()), paths)
     }
 
     async fn judged(sidecars: &Sidecars, pod_uid: &str, digit: char, asked: AdmitRequest) -> Option<Code> {
@@ -373,55 +387,87 @@ mod tests {
         assert_eq!(paths.lock().unwrap().len(), 3);
     }
 
+    /// A process in a network namespace of its own, as a caller.
+    struct Caller {
+        ns: Namespace,
+        child: std::process::Child,
+    }
+
+    impl Caller {
+        fn new(test: &str) -> Option<Self> {
+            let ns = Namespace::new(test)?;
+            let child = run_in(ns.open().as_fd(), || Command::new("sleep").arg("60").spawn()).unwrap();
+            Some(Self { ns, child })
+        }
+
+        fn in_cgroup(&self, cgroup: &str) -> UnixPeer {
+            let pid = i32::try_from(self.child.id()).unwrap();
+            let seen = Snapshot { cgroup: cgroup.into(), ..Snapshot::read(pid).unwrap() };
+            UnixPeer {
+                pid,
+                uid: 2102,
+                gid: 2102,
+                pidfd: None,
+                started: start_time(pid),
+                at_accept: Some(Arc::new(seen)),
+            }
+        }
+
+        fn in_pod(&self) -> UnixPeer {
+            self.in_cgroup(&format!("0::/kubepods/pod{UID}/{}\n", id('a')))
+        }
+
+        fn redirected(&self, by_cgroup: bool) {
+            let redirect = Redirect { by_cgroup, ..Redirect::for_proxy(2102) };
+            run_in(self.ns.open().as_fd(), move || Ok(install(&redirect, Backend::Nftables).map(drop)))
+                .unwrap()
+                .unwrap();
+        }
+    }
+
+    impl Drop for Caller {
+        fn drop(&mut self) {
+            self.child.kill().unwrap();
+            self.child.wait().unwrap();
+        }
+    }
+
     #[tokio::test]
     async fn a_container_has_one_call_at_a_time_and_callers_outside_of_pods_have_none() {
-        use countersign_api::process::Snapshot;
-
+        let Some(caller) = Caller::new("onecall") else { return };
         let root = tempfile::tempdir().unwrap();
         let (sidecars, _) = sidecars(root.path());
-        let peer = |cgroup: &str| {
-            let pid = i32::try_from(std::process::id()).unwrap();
-            let seen = Snapshot { cgroup: cgroup.into(), ..Snapshot::read(pid).unwrap() };
-            let started = countersign_api::process::start_time(pid);
-            UnixPeer { pid, uid: 2102, gid: 2102, pidfd: None, started, at_accept: Some(Arc::new(seen)) }
-        };
-        let pods = peer(&format!("0::/kubepods/pod{UID}/{}\n", id('a')));
+        caller.redirected(false);
+        let pods = caller.in_pod();
         assert!(!sidecars.admit(&pods, asked()).await.unwrap(), "here sidecars are known by their user ID");
         let first = sidecars.one_call(&container(&pods).unwrap()).unwrap();
         assert_eq!(sidecars.admit(&pods, asked()).await.unwrap_err().code(), Code::ResourceExhausted);
         drop(first);
         assert!(sidecars.admit(&pods, asked()).await.is_ok());
         for stranger in ["0::/system.slice/x.service\n", "0::/\n"] {
-            assert_eq!(sidecars.admit(&peer(stranger), asked()).await.unwrap_err().code(), Code::PermissionDenied);
+            let refused = sidecars.admit(&caller.in_cgroup(stranger), asked()).await.unwrap_err();
+            assert_eq!(refused.code(), Code::PermissionDenied);
         }
     }
 
     #[tokio::test]
-    async fn a_sidecar_whose_redirect_still_asks_for_a_cgroup_is_not_told_that_it_passes() {
-        use countersign_api::process::Snapshot;
-        use countersign_redirect::{Backend, Redirect, install};
-
-        use crate::testing::Namespace;
-
-        let Some(ns) = Namespace::new("byuser") else { return };
+    async fn a_sidecar_without_a_redirect_is_not_admitted_until_there_is_one() {
+        let Some(caller) = Caller::new("none") else { return };
         let root = tempfile::tempdir().unwrap();
         let (sidecars, _) = sidecars(root.path());
-        let spawn = || std::process::Command::new("sleep").arg("60").spawn();
-        let mut child = run_in(ns.open().as_fd(), spawn).unwrap();
-        let pid = i32::try_from(child.id()).unwrap();
-        let cgroup = format!("0::/kubepods/pod{UID}/{}\n", id('a'));
-        let seen = Snapshot { cgroup, ..Snapshot::read(pid).unwrap() };
-        let started = countersign_api::process::start_time(pid);
-        let peer = UnixPeer { pid, uid: 2102, gid: 2102, pidfd: None, started, at_accept: Some(Arc::new(seen)) };
-        assert!(!sidecars.admit(&peer, asked()).await.unwrap(), "no redirect asks");
-        let by_cgroup = || {
-            let redirect = Redirect { by_cgroup: true, ..Redirect::for_proxy(2102) };
-            Ok(install(&redirect, Backend::Nftables).map(drop))
-        };
-        run_in(ns.open().as_fd(), by_cgroup).unwrap().unwrap();
-        let refused = sidecars.admit(&peer, asked()).await.unwrap_err();
-        child.kill().unwrap();
-        child.wait().unwrap();
+        let refused = sidecars.admit(&caller.in_pod(), asked()).await.unwrap_err();
+        assert!(refused.code() == Code::Unavailable && refused.message().starts_with("no redirect is in force"));
+        caller.redirected(false);
+        assert!(sidecars.admit(&caller.in_pod(), asked()).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_sidecar_whose_redirect_still_asks_for_a_cgroup_is_not_told_that_it_passes() {
+        let Some(caller) = Caller::new("byuser") else { return };
+        let root = tempfile::tempdir().unwrap();
+        let (sidecars, _) = sidecars(root.path());
+        caller.redirected(true);
+        let refused = sidecars.admit(&caller.in_pod(), asked()).await.unwrap_err();
         assert!(refused.code() == Code::Unavailable && refused.message().contains("make the pod anew"), "{refused}");
     }
 }

@@ -17,24 +17,24 @@ use kube::Client;
 use kube::client::Body;
 use serde_json::{Value, json};
 
-use crate::pod::{Order, Validators};
+use crate::pod::{Askers, Order};
 
 /// UID of the test's pod.
 pub const UID: &str = "7f1a6c1e-2c57-4a4f-9f3c-0d9b7f6b2a11";
 
 /// Reads the two flags that these tests use.
-pub const VALIDATORS: Validators = Validators { container: "countersign-redirect", sidecar: "countersign-proxy", read };
+pub const ASKERS: Askers = Askers { validator: "countersign-redirect", sidecar: "countersign-proxy", read };
 
-fn read(arguments: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
+fn read(flags: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
     let mut redirect = Redirect::for_proxy(2102);
-    for argument in arguments {
-        match argument.as_str() {
+    for flag in flags {
+        match flag.as_str() {
             "--validate" | "--proxy-uid=2102" => {}
             "--by-cgroup" => redirect.by_cgroup = true,
             "--other-protocols=drop" => {
                 redirect.guard = Some(Guard { resolvers: resolvers.clone(), ..Guard::default() });
             }
-            other => return Err(format!("unexpected argument {other}\u{1b}")),
+            other => return Err(format!("unexpected flag {other}\u{1b}")),
         }
     }
     Ok(Order { redirect, backend: Backend::Nftables })
@@ -48,12 +48,20 @@ pub fn meshed() -> Value {
         "spec": {
             "nodeName": "n1", "hostNetwork": null, "dnsPolicy": "ClusterFirst", "dnsConfig": {},
             "initContainers": [
-                { "name": "countersign-redirect", "args": ["redirect", "--validate", "--proxy-uid=2102"] },
+                { "name": "countersign-proxy", "args": ["proxy", "--log=info", "--redirect=--proxy-uid=2102"] },
             ],
             "containers": [{ "name": "app" }],
         },
         "status": { "phase": "Pending" },
     })
+}
+
+/// The same with a plain sidecar: an init container holds it up.
+pub fn validated() -> Value {
+    let mut pod = meshed();
+    pod["spec"]["initContainers"] =
+        json!([{ "name": "countersign-redirect", "args": ["redirect", "--validate", "--proxy-uid=2102"] }]);
+    pod
 }
 
 /// A pod outside of the mesh.

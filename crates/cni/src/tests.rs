@@ -8,7 +8,7 @@ use countersign_redirect::Redirect;
 
 use super::*;
 use crate::plugin::Environment;
-use crate::testing::{Namespace, UID, VALIDATORS, api_server, meshed, not_found};
+use crate::testing::{ASKERS, Namespace, UID, api_server, meshed, not_found};
 
 const LIST: &str = "{\"cniVersion\": \"1.0.0\", \"name\": \"pods\", \"plugins\": [{\"type\": \"ptp\"}]}\n";
 
@@ -50,7 +50,7 @@ async fn a_component_installs_its_plugin_answers_it_and_removes_its_entry() {
     let (client, _) =
         api_server(|path| if path == "/api/v1/namespaces/shop/pods/web-0" { (200, meshed()) } else { not_found() });
     let (stop, config) = (CancellationToken::new(), config(dir.path()));
-    let running = tokio::spawn(run_with(client, config.clone(), VALIDATORS, stop.clone(), || {}));
+    let running = tokio::spawn(run_with(client, config.clone(), ASKERS, stop.clone(), || {}));
     let installed = async {
         while std::fs::read_to_string(&list).unwrap() == LIST {
             tokio::time::sleep(Duration::from_millis(20)).await;

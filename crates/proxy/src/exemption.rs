@@ -1,4 +1,7 @@
-//! Has the node let this sidecar's own connections pass the redirect.
+//! Has the node prove this pod's redirect, and let this sidecar's own connections pass it.
+//!
+//! Where the node's CNI component installs the redirect, the sidecar, which holds up the pod's other containers, is not ready before the
+//! component has found one in force by the kernel's word.
 //!
 //! Where a pod's redirect tells the sidecar by its cgroup, nothing of the sidecar's user leaves the pod until the node's CNI
 //! component has admitted the sidecar's container. The sidecar asks for that when it starts and is not ready before; it goes on
@@ -34,6 +37,8 @@ pub struct Asking {
     pub namespace: String,
     /// Name of this pod.
     pub pod: String,
+    /// Whether the component also has to say that the pod's redirect is in force.
+    pub proves_redirect: bool,
 }
 
 /// Whether this sidecar's own connections pass.
@@ -105,12 +110,18 @@ impl Exemption {
 
 /// Whether the component knows this sidecar by its cgroup now; otherwise the redirect knows it by its user ID.
 async fn ask(asking: &Asking) -> Result<bool, String> {
-    let Asking { socket, namespace, pod } = asking.clone();
+    let Asking { socket, namespace, pod, proves_redirect } = asking.clone();
     let mut client = SidecarAdmissionClient::new(unix_channel(socket));
     let asked = client.admit(AdmitRequest { namespace, name: pod });
     let answered = tokio::time::timeout(ANSWER, asked).await;
     let answered = answered.map_err(|_| format!("no answer within {} s", ANSWER.as_secs()))?;
-    answered.map(|answer| answer.into_inner().by_cgroup).map_err(|s| sentence(s.message(), MAX_REASON).to_string())
+    let answer = answered.map_err(|s| sentence(s.message(), MAX_REASON).to_string())?.into_inner();
+    if proves_redirect && !answer.in_force {
+        return Err(
+            "the component is older than this sidecar, and does not say whether the redirect is in force".into()
+        );
+    }
+    Ok(answer.by_cgroup)
 }
 
 #[cfg(test)]
@@ -137,7 +148,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_component_that_is_not_there_is_asked_again_until_the_end() {
         let dir = tempfile::tempdir().unwrap();
-        let asking = Asking { socket: dir.path().join("none.sock"), namespace: "shop".into(), pod: "web-0".into() };
+        let asking = Asking {
+            socket: dir.path().join("none.sock"),
+            namespace: "shop".into(),
+            pod: "web-0".into(),
+            proves_redirect: true,
+        };
         let (exemption, end) = (Arc::new(Exemption::new(true)), CancellationToken::new());
         let running = tokio::spawn(exemption.clone().run(asking, end.clone()));
         let mut changes = exemption.changes();

@@ -24,6 +24,8 @@ fn place_of(hook: Hook) -> (&'static str, &'static str, &'static str) {
 }
 
 const TABLES: [&str; 2] = ["nat", "filter"];
+/// What is in each of our rules as the kernel shows it.
+const OURS: &str = "--comment \"countersign ";
 
 /// Replaces our chains: one transaction per IP version and table, the dropping one first.
 ///
@@ -45,13 +47,18 @@ pub fn install(redirect: &Redirect) -> Result<(), RedirectError> {
         };
         if let Err(error) = done {
             // A host without IPv6 needs no IPv6 redirect.
-            if v6 && !std::path::Path::new("/proc/net/if_inet6").exists() {
+            if v6 && !has_ipv6() {
                 continue;
             }
             return Err(error);
         }
     }
     Ok(())
+}
+
+/// Whether this thread's network namespace has IPv6.
+fn has_ipv6() -> bool {
+    std::path::Path::new("/proc/thread-self/net/if_inet6").exists()
 }
 
 fn install_one(rules: &[Rule], v6: bool) -> Result<(), RedirectError> {
@@ -185,6 +192,12 @@ fn unhook(v6: bool, table: &str, meant: impl Fn(Hook) -> bool) -> Result<(), Red
     Ok(())
 }
 
+/// Whether every family of addresses has its redirect. A family's tables are written at once, `nat` as the last.
+pub fn is_whole() -> bool {
+    let has = |binary: &str| run(binary, &["-t", "nat"], None).is_ok_and(|rules| rules.contains(OURS));
+    has("iptables-save") && (has("ip6tables-save") || !has_ipv6())
+}
+
 /// Our rules as the kernel has them, counters of both IP versions added, in the order of [`Redirect::rules`] except for
 /// rules that exist for one IP version only.
 pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
@@ -193,7 +206,7 @@ pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
         for binary in ["iptables-save", "ip6tables-save"] {
             let Ok(rules) = run(binary, &["-c", "-t", table], None) else { continue };
             let mut at = 0;
-            for line in rules.lines().filter(|l| l.contains("--comment \"countersign ")) {
+            for line in rules.lines().filter(|l| l.contains(OURS)) {
                 let Some(comment) = line.split('"').nth(1) else { continue };
                 let counts =
                     line.strip_prefix('[').and_then(|l| l.split_once(']')).and_then(|(c, _)| c.split_once(':'));

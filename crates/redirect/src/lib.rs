@@ -188,6 +188,16 @@ pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
     if found.is_empty() { iptables::installed() } else { Ok(found) }
 }
 
+/// Whether a redirect of ours is in force in this network namespace as a whole, whatever its rules are.
+pub fn is_whole() -> Result<bool, RedirectError> {
+    match nftables::installed() {
+        // It comes in one transaction.
+        Ok(found) if !found.is_empty() => Ok(true),
+        Ok(_) | Err(RedirectError::NoNftables(_)) => Ok(iptables::is_whole()),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

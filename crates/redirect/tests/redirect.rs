@@ -4,10 +4,11 @@
 
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::process::Command;
 use std::time::Duration;
 
 use countersign_redirect::netns::NetNs;
-use countersign_redirect::{Backend, Redirect, in_force, install, installed, remove};
+use countersign_redirect::{Backend, Redirect, in_force, install, installed, is_whole, remove};
 
 use world::{HERE, THERE, World, has_iptables, serve};
 
@@ -63,6 +64,16 @@ fn catches_what_it_should(backend: Backend, test: &str) {
     assert_eq!(who(&world.here, Ipv6Addr::LOCALHOST, 90), "own");
     let rules = world.here.run(|| Ok(installed().unwrap())).unwrap();
     assert!(in_force(&redirect, &rules), "{rules:#?}");
+    let whole = |ns: &NetNs| ns.run(|| Ok(is_whole().unwrap())).unwrap();
+    assert!(whole(&world.here));
+    if backend == Backend::Iptables {
+        let flushed = world.here.run(|| Command::new("ip6tables").args(["-t", "nat", "-F"]).status());
+        assert!(flushed.unwrap().success());
+        assert!(!whole(&world.here), "that of IPv6 is missing");
+        let again = redirect.clone();
+        world.here.run(move || Ok(install(&again, backend).unwrap())).unwrap();
+        assert!(whole(&world.here));
+    }
     let expected = redirect.rules();
     let rest = rules.iter().find(|r| r.comment.ends_with("rest to 15011")).unwrap();
     assert!(rest.packets >= 3, "its counter shows what was caught: {rest:?}");
@@ -71,6 +82,7 @@ fn catches_what_it_should(backend: Backend, test: &str) {
         assert_eq!(removed.len(), expected.len(), "it says what was there");
         assert_eq!(ns.run(|| Ok(remove().unwrap())).unwrap(), [], "and that nothing was");
         assert_eq!(ns.run(|| Ok(installed().unwrap())).unwrap(), []);
+        assert!(!whole(ns));
     }
     assert_eq!(who(&world.here, THERE.0, 80), "app", "nothing is caught after");
 }

@@ -9,7 +9,7 @@ use super::*;
 use crate::installer::Installer;
 use crate::metrics::Metrics;
 use crate::requests::Service;
-use crate::testing::{Namespace, UID, VALIDATORS, api_server, meshed, not_found, plain};
+use crate::testing::{ASKERS, Namespace, UID, api_server, meshed, not_found, plain};
 
 /// A component whose API server knows this pod, or none.
 struct Component {
@@ -34,7 +34,7 @@ impl Component {
                 });
                 let listener = countersign_api::transport::bind_unix(&path, 0o600).unwrap();
                 ready.send(()).unwrap();
-                let installer = Installer::new(VALIDATORS, false);
+                let installer = Installer::new(ASKERS, false);
                 let node = "n1".parse().unwrap();
                 Service::new(client, node, installer, Metrics::default().into(), true).serve(listener, end).await;
             });
@@ -81,7 +81,7 @@ fn call(environment: &Environment, config: &Value) -> Outcome {
 
 fn strict() -> Value {
     let mut pod = meshed();
-    pod["spec"]["initContainers"][0]["args"].as_array_mut().unwrap().push("--other-protocols=drop".into());
+    pod["spec"]["initContainers"][0]["args"][2] = "--redirect=--proxy-uid=2102 --other-protocols=drop".into();
     pod
 }
 
@@ -96,7 +96,7 @@ fn a_meshed_pod_gets_its_redirect_with_the_runtimes_resolvers() {
         assert_eq!((added.success, added.warning), (true, None));
         assert_eq!(added.output.unwrap(), component.config()["prevResult"], "what the plugin before said");
     }
-    let order = (VALIDATORS.read)(&["--other-protocols=drop".into()], &["10.96.0.10".parse().unwrap()].into());
+    let order = (ASKERS.read)(&["--other-protocols=drop".into()], &["10.96.0.10".parse().unwrap()].into());
     assert!(ns.has_redirect(&order.unwrap().redirect));
     assert_eq!(call(&environment("CHECK", ns.path()), &component.config()), Outcome::silent());
     let mut other = component.config();
@@ -165,7 +165,7 @@ fn a_pod_that_is_not_known_passes_with_a_warning_and_without_a_redirect() {
 fn a_meshed_pod_whose_redirect_fails_is_held_up() {
     let Some(ns) = Namespace::new("fails") else { return };
     let mut wrong = meshed();
-    wrong["spec"]["initContainers"][0]["args"].as_array_mut().unwrap().push("--nonsense".into());
+    wrong["spec"]["initContainers"][0]["args"][2] = "--redirect=--nonsense".into();
     let component = Component::start(Some(wrong));
     let failed = call(&environment("ADD", ns.path()), &component.config());
     let said = failed.output.unwrap();

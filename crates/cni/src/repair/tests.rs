@@ -6,10 +6,10 @@ use countersign_redirect::Redirect;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::testing::{FakeProc, Namespace, UID, VALIDATORS, meshed, plain};
+use crate::testing::{ASKERS, FakeProc, Namespace, UID, meshed, plain};
 
 fn repair(proc: &FakeProc) -> Repair {
-    let mut repair = Repair::new("n1".parse().unwrap(), Installer::new(VALIDATORS, false), Arc::default());
+    let mut repair = Repair::new("n1".parse().unwrap(), Installer::new(ASKERS, false), Arc::default());
     repair.proc = proc.path().into();
     repair
 }
@@ -24,10 +24,11 @@ fn list(repair: &Repair, pods: &[Value]) {
     repair.take(Event::InitDone);
 }
 
-fn validated() -> Value {
+/// It goes on: its sidecar has started.
+fn started() -> Value {
     let mut pod = meshed();
-    pod["status"]["initContainerStatuses"] = json!([{ "name": "countersign-redirect", "image": "i", "imageID": "",
-        "ready": true, "restartCount": 0, "state": { "terminated": { "exitCode": 0 } } }]);
+    pod["status"]["initContainerStatuses"] = json!([{ "name": "countersign-proxy", "image": "i", "imageID": "",
+        "ready": true, "started": true, "restartCount": 0, "state": { "running": {} } }]);
     pod
 }
 
@@ -51,17 +52,17 @@ async fn a_pod_that_waits_gets_its_redirect_once_it_has_a_process() {
     assert_eq!((repair.metrics.repaired.get(), repair.metrics.waiting.get()), (1, 1));
     once(&repair).await;
     assert_eq!(repair.metrics.repaired.get(), 1, "it is in force");
-    repair.take(Event::Apply(pod(validated())));
+    repair.take(Event::Apply(pod(started())));
     assert_eq!(repair.metrics.waiting.get(), 0, "the pod goes on");
 }
 
 #[tokio::test]
-async fn the_resolvers_of_the_validators_own_file_count() {
+async fn the_resolvers_of_the_sidecars_own_file_count() {
     let Some(ns) = Namespace::new("resolvers") else { return };
-    let (proc, mut waiting) = (FakeProc::new(), validated());
+    let (proc, mut waiting) = (FakeProc::new(), started());
     waiting["spec"]["dnsPolicy"] = "Default".into();
-    waiting["spec"]["initContainers"][0]["args"].as_array_mut().unwrap().push("--other-protocols=drop".into());
-    waiting["status"]["initContainerStatuses"][0]["state"] = json!({ "running": {} });
+    waiting["spec"]["initContainers"][0]["args"][2] = "--redirect=--proxy-uid=2102 --other-protocols=drop".into();
+    waiting["status"]["initContainerStatuses"][0]["started"] = false.into();
     waiting["status"]["initContainerStatuses"][0]["containerID"] = format!("containerd://{}", "b".repeat(64)).into();
     proc.add(10, UID, 'a', ns.path());
     let repair = repair(&proc);
@@ -72,13 +73,13 @@ async fn the_resolvers_of_the_validators_own_file_count() {
     assert_eq!(repair.metrics.repaired.get() + repair.metrics.repairs_failed.get(), 0, "the sandbox has none");
     list(&repair, std::slice::from_ref(&waiting));
     once(&repair).await;
-    assert!(ns.has_nothing(), "its validator has ended, and the sandbox still has none");
+    assert!(ns.has_nothing(), "its sidecar has ended, and the sandbox still has none");
     let root = proc.add(11, UID, 'b', ns.path());
     std::fs::create_dir(root.join("etc")).unwrap();
     std::fs::write(root.join("etc/resolv.conf"), "nameserver 192.0.2.53\n").unwrap();
     list(&repair, &[waiting]);
     once(&repair).await;
-    let expected = (VALIDATORS.read)(&["--other-protocols=drop".into()], &["192.0.2.53".parse().unwrap()].into());
+    let expected = (ASKERS.read)(&["--other-protocols=drop".into()], &["192.0.2.53".parse().unwrap()].into());
     assert!(ns.has_redirect(&expected.unwrap().redirect));
 }
 
@@ -90,7 +91,7 @@ async fn nobody_else_is_touched() {
     let repair = repair(&proc);
     let mut elsewhere = meshed();
     elsewhere["spec"]["nodeName"] = "n2".into();
-    for other in [plain(), validated(), elsewhere] {
+    for other in [plain(), started(), elsewhere] {
         list(&repair, std::slice::from_ref(&other));
         repair.take(Event::Apply(pod(other)));
         repair.pass().await;

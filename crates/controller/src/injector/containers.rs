@@ -10,21 +10,16 @@ use super::{PROXY_UID, REDIRECT, SIDECAR, Sidecar, VALIDATOR_UID};
 /// Folder of the agent's socket in the sidecar, and of the socket where the node's CNI component answers sidecars.
 const SOCKET_DIR: &str = "/run/countersign/agent";
 
-/// The init container that installs the redirect before anything else in the pod runs, or waits for the CNI plugin to have done
-/// so: the plugin's part of the node reads these arguments. They also decide about other protocols for the pod's life, because the
-/// sidecar, which learns of changes of the mode, may not change rules.
-pub fn redirect(sidecar: &Sidecar, settings: &Settings, mode: Mode, resources: Value) -> Value {
-    let mut args = vec!["redirect".to_owned()];
+/// The flags of a pod's redirect. They decide about other protocols for the pod's life, because the sidecar, which learns of changes
+/// of the mode, may not change rules.
+pub fn redirect_flags(sidecar: &Sidecar, settings: &Settings, mode: Mode) -> Vec<String> {
+    let mut flags = vec![format!("--proxy-uid={PROXY_UID}"), "--in-pod".to_owned()];
     if sidecar.cni {
-        args.push("--validate".to_owned());
-    }
-    args.extend([format!("--proxy-uid={PROXY_UID}"), "--in-pod".to_owned()]);
-    if sidecar.cni {
-        args.push("--by-cgroup".to_owned());
+        flags.push("--by-cgroup".to_owned());
     }
     let mut list = |flag: &str, value: String| {
         if !value.is_empty() {
-            args.push(format!("{flag}={value}"));
+            flags.push(format!("{flag}={value}"));
         }
     };
     let ports = |always: u16, more: &[u16]| joined(&[&[always], more].concat());
@@ -37,16 +32,27 @@ pub fn redirect(sidecar: &Sidecar, settings: &Settings, mode: Mode, resources: V
         list("--allow-udp-ports", joined(&settings.udp_ports));
         list("--allow-other-cidrs", joined(&settings.other_cidrs));
     }
+    flags
+}
+
+/// The init container that installs the redirect before anything else in the pod runs. With the CNI plugin it waits for the plugin to
+/// have done so. `None` where the sidecar waits itself, before all other containers.
+pub fn redirect(sidecar: &Sidecar, flags: &[String], resources: Value) -> Option<Value> {
+    if sidecar.waits_for_redirect() {
+        return None;
+    }
+    let validate = sidecar.cni.then(|| "--validate".to_owned());
+    let args: Vec<String> = ["redirect".to_owned()].into_iter().chain(validate).chain(flags.iter().cloned()).collect();
     let installing = json!({
         "runAsUser": 0, "runAsGroup": 0, "runAsNonRoot": false, "privileged": false, "allowPrivilegeEscalation": false,
         "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"], "add": ["NET_ADMIN"] },
         "seccompProfile": { "type": "RuntimeDefault" },
     });
-    json!({
+    Some(json!({
         "name": REDIRECT, "image": sidecar.image, "imagePullPolicy": sidecar.pull_policy, "args": args,
         "securityContext": if sidecar.cni { confined(VALIDATOR_UID) } else { installing },
         "resources": resources,
-    })
+    }))
 }
 
 /// What Pod Security `restricted` asks of a container, and no more.
@@ -59,8 +65,14 @@ fn confined(uid: u32) -> Value {
 
 /// The sidecar's container. A native one is an init container that keeps running: it starts before the app's init
 /// containers and ends after the app. A plain one blocks the containers after it until it is ready, and ends once they
-/// have ended.
-pub fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value>, resources: Value) -> Value {
+/// have ended. `flags`: the redirect's.
+pub fn proxy(
+    sidecar: &Sidecar,
+    settings: &Settings,
+    flags: &[String],
+    written: &Map<String, Value>,
+    resources: Value,
+) -> Value {
     let from = |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let mut env = vec![
         from("POD_NAME", "metadata.name"),
@@ -77,6 +89,9 @@ pub fn proxy(sidecar: &Sidecar, settings: &Settings, written: &Map<String, Value
     let mut args = vec!["proxy".to_owned(), format!("--agent-socket={SOCKET_DIR}/agent.sock")];
     if sidecar.cni {
         args.push(format!("--cni-socket={SOCKET_DIR}/sidecars.sock"));
+    }
+    if sidecar.waits_for_redirect() {
+        args.push(format!("--redirect={}", flags.join(" ")));
     }
     args.push(format!("--log={level}"));
     let get = |path: &str| json!({ "path": path, "port": 15020 });

@@ -96,7 +96,7 @@ pub struct Sidecar {
     pub agent_dir: String,
     /// CSI driver that mounts this folder into pods; `None` mounts it by `hostPath`.
     pub csi_driver: Option<String>,
-    /// Whether the CNI plugin installs the redirect. The init container then needs no privilege: it waits until it is in force.
+    /// Whether the CNI plugin installs the redirect.
     pub cni: bool,
     /// Log filter of sidecars whose pod sets none.
     pub log_level: String,
@@ -123,5 +123,11 @@ impl Sidecar {
             leave: Leave::default(),
             resources: Resources::default(),
         }
+    }
+
+    /// Whether the sidecar waits itself until the CNI plugin has installed the redirect, and holds up all other containers meanwhile.
+    /// A plain one does not hold up init containers.
+    pub fn waits_for_redirect(&self) -> bool {
+        self.cni && self.native
     }
 }

@@ -3,7 +3,7 @@
 use countersign_identity::policy::Mode;
 use serde_json::{Map, Value, json};
 
-use super::containers::{proxy, redirect};
+use super::containers::{proxy, redirect, redirect_flags};
 use super::namespace::WORDS;
 use super::nearest::did_you_mean;
 use super::settings::{self, Mistake, Settings};
@@ -136,10 +136,12 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
         all.for_each(|container| probes::rewrite(container, &around.probe_secret, &mut written));
     }
     let spec = &mut pod["spec"];
-    let proxy = proxy(sidecar, &settings, &written, resources.sidecar.manifest(earlier.sidecar.as_ref()));
+    let flags = redirect_flags(sidecar, &settings, mode);
+    let proxy = proxy(sidecar, &settings, &flags, &written, resources.sidecar.manifest(earlier.sidecar.as_ref()));
     put_first(spec, if sidecar.native { "initContainers" } else { "containers" }, proxy);
-    let redirect = redirect(sidecar, &settings, mode, resources.redirect.manifest(earlier.redirect.as_ref()));
-    put_first(spec, "initContainers", redirect);
+    if let Some(redirect) = redirect(sidecar, &flags, resources.redirect.manifest(earlier.redirect.as_ref())) {
+        put_first(spec, "initContainers", redirect);
+    }
     let mut all = spec["volumes"].as_array().cloned().unwrap_or_default();
     all.extend(volumes(sidecar).into_iter().next());
     spec["volumes"] = Value::Array(all);

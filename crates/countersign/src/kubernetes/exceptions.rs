@@ -1,6 +1,6 @@
 //! Finds what a pod's redirect, as injected, lets bypass the sidecar.
 
-use countersign_controller::injector::{Leave, REDIRECT};
+use countersign_controller::injector::{Leave, REDIRECT, SIDECAR};
 use countersign_controller::port_modes::{self, PORT_MODES};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
@@ -17,17 +17,32 @@ const FLAGS: [(&str, &[&str]); 6] = [
     ("--allow-other-cidrs=", &[]),
 ];
 
-/// The arguments of a pod's redirect; `None` if it has none.
-pub fn redirect_args(pod: &Pod) -> Option<&[String]> {
-    let containers = pod.spec.as_ref()?.init_containers.as_ref()?;
-    containers.iter().find(|c| c.name == REDIRECT)?.args.as_deref()
+/// The flags of a pod's redirect.
+pub struct RedirectFlags {
+    /// The flags, without the command.
+    pub flags: Vec<String>,
+    /// Whether the CNI plugin installs it.
+    pub by_plugin: bool,
+}
+
+impl RedirectFlags {
+    /// Those of a pod; `None` if it has no redirect.
+    pub fn of(pod: &Pod) -> Option<Self> {
+        let containers = pod.spec.as_ref()?.init_containers.as_ref()?;
+        let args = |name: &str| containers.iter().find(|c| c.name == name)?.args.as_deref();
+        if let Some(args) = args(REDIRECT) {
+            return Some(Self { flags: args.to_vec(), by_plugin: args.iter().any(|arg| arg == "--validate") });
+        }
+        let flags = args(SIDECAR)?.iter().find_map(|arg| arg.strip_prefix("--redirect="))?;
+        Some(Self { flags: flags.split_whitespace().map(ToOwned::to_owned).collect(), by_plugin: true })
+    }
 }
 
 /// The pod's exceptions as flags, such as `exclude-inbound-ports=8080`, and the ports that its annotation opens.
 pub fn exceptions(pod: &Pod) -> Vec<String> {
-    let args = redirect_args(pod).unwrap_or_default();
+    let flags = RedirectFlags::of(pod).map_or_else(Vec::new, |redirect| redirect.flags);
     let of = |(flag, always): &(&str, &[&str])| {
-        let value = args.iter().find_map(|a| a.strip_prefix(flag))?;
+        let value = flags.iter().find_map(|f| f.strip_prefix(flag))?;
         let own: Vec<&str> = value.split(',').filter(|v| !v.is_empty() && !always.contains(v)).collect();
         (!own.is_empty()).then(|| format!("{}{}", flag.trim_start_matches('-'), own.join(",")))
     };
@@ -38,7 +53,7 @@ pub fn exceptions(pod: &Pod) -> Vec<String> {
 
 /// Whether the redirect drops protocols other than TCP, which is fixed when a pod is created.
 pub fn drops_others(pod: &Pod) -> bool {
-    redirect_args(pod).is_some_and(|args| args.iter().any(|a| a == "--other-protocols=drop"))
+    RedirectFlags::of(pod).is_some_and(|redirect| redirect.flags.iter().any(|f| f == "--other-protocols=drop"))
 }
 
 /// Namespaces with permission for exceptions, from the installed injector; none if it is not installed.
@@ -70,6 +85,12 @@ mod tests {
         ]);
         assert_eq!(exceptions(&open), ["exclude-inbound-ports=8080", "exclude-outbound-cidrs=10.0.0.0/8"]);
         assert!(drops_others(&open));
+        let mut by_sidecar = Pod::default();
+        let args = json!(["proxy", "--redirect=--exclude-outbound-ports=53,5432 --other-protocols=drop", "--log=info"]);
+        let spec = json!({ "containers": [], "initContainers": [{ "name": SIDECAR, "args": args }] });
+        by_sidecar.spec = serde_json::from_value(spec).unwrap();
+        assert_eq!(exceptions(&by_sidecar), ["exclude-outbound-ports=5432"]);
+        assert!(drops_others(&by_sidecar) && RedirectFlags::of(&by_sidecar).is_some_and(|redirect| redirect.by_plugin));
         let mut modes = plain.clone();
         modes.annotations_mut().insert(PORT_MODES.into(), "80=strict, 9443=permissive".into());
         assert_eq!(exceptions(&modes), ["port-modes=9443=permissive"]);

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use countersign_controller::injector::{Amount, Amounts, REDIRECT, Resources, SIDECAR};
+use countersign_controller::injector::{Amount, Amounts, Resources, SIDECAR};
 use countersign_controller::quantity::Quantity;
 use k8s_openapi::api::core::v1::{LimitRange, LimitRangeItem, ResourceQuota};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as Written;
@@ -46,11 +46,18 @@ struct Judged {
     limit: Option<Quantity>,
 }
 
-/// Judges the containers of a pod with these resources. Only what no app in the same pod could make right is an objection.
-pub fn objections(resources: &Resources, ranges: &[LimitRange], quotas: &[ResourceQuota]) -> Vec<Objection> {
+/// Judges the containers that are added to a pod, by their names, with these resources. Only what no app in the same pod could make
+/// right is an objection.
+pub fn objections(
+    added: &[&'static str],
+    resources: &Resources,
+    ranges: &[LimitRange],
+    quotas: &[ResourceQuota],
+) -> Vec<Objection> {
     let items = || ranges.iter().flat_map(|range| range.spec.iter().flat_map(|s| &s.limits).map(move |i| (range, i)));
     let mut all = vec![];
-    for (container, of) in [(SIDECAR, &resources.sidecar), (REDIRECT, &resources.redirect)] {
+    for container in added {
+        let of = if *container == SIDECAR { &resources.sidecar } else { &resources.redirect };
         for (resource, amounts) in [("cpu", &of.cpu), ("memory", &of.memory)] {
             let judged = Judged::new(container, resource, amounts, items().map(|(_, item)| item));
             for (range, item) in items() {
@@ -201,6 +208,7 @@ impl Judged {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use countersign_controller::injector::REDIRECT;
     use serde_json::{Value, json};
 
     fn resources(settings: &[(&str, &str)]) -> Resources {
@@ -233,7 +241,9 @@ mod tests {
 
     #[test]
     fn a_limit_ranges_bounds_are_judged_by_value_after_its_defaults() {
-        let by = |settings: &[(&str, &str)], item: Value| objections(&resources(settings), &range(item), &[]);
+        let by = |settings: &[(&str, &str)], item: Value| {
+            objections(&[SIDECAR, REDIRECT], &resources(settings), &range(item), &[])
+        };
         // As the API server stores `max: {cpu: 1}, min: {cpu: 50m}`.
         let bounds = json!({
             "type": "Container", "max": { "cpu": "1" }, "min": { "cpu": "50m" },
@@ -280,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_pods_bounds_count_where_one_container_is_beyond_them() {
-        let by = |item: Value| objections(&resources(&[]), &range(item), &[]);
+        let by = |item: Value| objections(&[SIDECAR, REDIRECT], &resources(&[]), &range(item), &[]);
         let found = by(json!({ "type": "Pod", "max": { "cpu": "1", "memory": "128Mi" }, "min": { "cpu": "1" } }));
         assert_eq!(
             said(&found),
@@ -291,7 +301,9 @@ mod tests {
 
     #[test]
     fn a_quota_requires_what_it_counts_and_admits_no_more_than_all_of_it() {
-        let by = |settings: &[(&str, &str)], spec: Value| objections(&resources(settings), &[], &quota(spec));
+        let by = |settings: &[(&str, &str)], spec: Value| {
+            objections(&[SIDECAR, REDIRECT], &resources(settings), &[], &quota(spec))
+        };
         let hard = json!({ "hard": {
             "limits.cpu": "2", "limits.memory": "2Gi", "requests.cpu": "1", "memory": "1Gi", "pods": "10",
         } });
@@ -305,7 +317,11 @@ mod tests {
         );
         assert_eq!(by(&[("cpu-limit", "100m"), ("redirect-cpu-limit", "100m")], hard.clone()), []);
         let defaults = range(json!({ "type": "Container", "default": { "cpu": "100m" } }));
-        assert_eq!(objections(&resources(&[]), &defaults, &quota(hard)), [], "a LimitRange's default is one");
+        assert_eq!(
+            objections(&[SIDECAR, REDIRECT], &resources(&[]), &defaults, &quota(hard)),
+            [],
+            "a LimitRange's default is one"
+        );
         let found = by(&[("redirect-memory-limit", "")], json!({ "hard": { "limits.memory": "128Mi" } }));
         assert_eq!(
             said(&found),

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
-use countersign_controller::injector::{ENFORCE, INJECT, Privileges, Resources, Settings};
+use countersign_controller::injector::{ENFORCE, INJECT, Privileges, REDIRECT, Resources, SIDECAR, Settings};
 use countersign_identity::policy::Mode;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
@@ -84,7 +84,7 @@ async fn limited_in(client: &Client, scope: Scope<'_>) -> Result<Vec<Limited>, F
     let Some(injector) = injector else { return Ok(vec![]) };
     let may = "see whether you may list limitranges, resourcequotas, deployments, statefulsets, daemonsets and cronjobs in all \
                namespaces";
-    limited(client, &injector.defaults, &meshed).await.map_err(|e| Fault::unread(&e, may))
+    limited(client, &injector, &meshed).await.map_err(|e| Fault::unread(&e, may))
 }
 
 /// Namespaces in which the webhook injects. In one that is being deleted nothing is created any more.
@@ -113,6 +113,8 @@ struct Limited {
     name: String,
     /// Resources of pods without annotations.
     defaults: Resources,
+    /// The containers that they get.
+    added: &'static [&'static str],
     ranges: Vec<LimitRange>,
     quotas: Vec<ResourceQuota>,
     workloads: Vec<Workload>,
@@ -145,7 +147,7 @@ impl Workload {
 }
 
 /// Reads what limits meshed namespaces, and their workloads if anything does.
-async fn limited(client: &Client, defaults: &Resources, meshed: &[Namespace]) -> Result<Vec<Limited>, kube::Error> {
+async fn limited(client: &Client, injector: &Injector, meshed: &[Namespace]) -> Result<Vec<Limited>, kube::Error> {
     let names: BTreeSet<String> = meshed.iter().map(ResourceExt::name_any).collect();
     let ranges = in_namespaces::<LimitRange>(client, &names).await?;
     let quotas = in_namespaces::<ResourceQuota>(client, &names).await?;
@@ -157,7 +159,8 @@ async fn limited(client: &Client, defaults: &Resources, meshed: &[Namespace]) ->
         ranges: ranges.iter().filter(|r| r.namespace().as_ref() == Some(&name)).cloned().collect(),
         quotas: quotas.iter().filter(|q| q.namespace().as_ref() == Some(&name)).cloned().collect(),
         workloads: workloads.extract_if(.., |w| w.namespace == name).collect(),
-        defaults: defaults.clone(),
+        defaults: injector.defaults.clone(),
+        added: injector.added(),
         name,
     });
     Ok(all.filter(|l| !l.ranges.is_empty() || !l.quotas.is_empty()).collect())
@@ -201,6 +204,7 @@ struct Injector {
     /// Resources of pods without annotations.
     defaults: Resources,
     privileges: Privileges,
+    native: bool,
 }
 
 /// As with no flags.
@@ -216,7 +220,12 @@ impl Injector {
             net_admin: !args.iter().any(|arg| arg == "--cni"),
             host_path: !args.iter().any(|arg| arg.starts_with("--csi-driver=")),
         };
-        Self { defaults: resources(args), privileges }
+        Self { defaults: resources(args), privileges, native: !args.iter().any(|arg| arg == "--native-sidecars=false") }
+    }
+
+    /// The containers that a pod gets. With the CNI plugin a native sidecar is alone.
+    fn added(&self) -> &'static [&'static str] {
+        if self.native && !self.privileges.net_admin { &[SIDECAR] } else { &[SIDECAR, REDIRECT] }
     }
 }
 
@@ -259,7 +268,7 @@ fn limits(limited: &[Limited]) -> Vec<Outcome> {
 impl Limited {
     /// Where its workloads' pods, or without workloads those without annotations, will be refused.
     fn refusals(&self) -> Vec<(String, &'static str)> {
-        let judge = |resources: &Resources| objections(resources, &self.ranges, &self.quotas);
+        let judge = |resources: &Resources| objections(self.added, resources, &self.ranges, &self.quotas);
         let meshed: Vec<_> = self.workloads.iter().filter(|w| w.is_meshed()).collect();
         let mut by_reason: BTreeMap<(String, &'static str), Vec<String>> = BTreeMap::new();
         for workload in &meshed {
@@ -299,10 +308,29 @@ mod tests {
         Limited {
             name: "tight".into(),
             defaults: resources(&["--redirect-cpu-limit=1".into(), "--sidecar-log=info".into(), "--bind=x".into()]),
+            added: &[SIDECAR, REDIRECT],
             ranges: vec![],
             quotas: vec![serde_json::from_value(quota).unwrap()],
             workloads: workloads.iter().map(workload).collect(),
         }
+    }
+
+    #[test]
+    fn with_the_cni_plugin_a_native_sidecar_is_alone() {
+        let added =
+            |args: &[&str]| Injector::by_flags(&args.iter().map(ToString::to_string).collect::<Vec<_>>()).added();
+        assert_eq!(added(&["--cni"]), [SIDECAR]);
+        assert_eq!(added(&["--cni", "--native-sidecars=false"]), [SIDECAR, REDIRECT]);
+        assert_eq!(added(&[]), [SIDECAR, REDIRECT]);
+        let quota = json!({ "metadata": { "name": "team" }, "spec": { "hard": { "limits.memory": "1Gi" } } });
+        let with = |added| Limited {
+            added,
+            defaults: resources(&["--sidecar-memory-limit=64Mi".into(), "--redirect-memory-limit=".into()]),
+            quotas: vec![serde_json::from_value(quota.clone()).unwrap()],
+            ..limited(&[])
+        };
+        assert_eq!(with(&[SIDECAR]).refusals(), []);
+        assert_eq!(with(&[SIDECAR, REDIRECT]).refusals().len(), 1);
     }
 
     fn annotated(annotations: Value) -> Value {

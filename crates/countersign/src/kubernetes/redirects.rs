@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::changes::Change;
 use super::check::{Fault, Outcome};
 use super::cluster::{by_namespace, is_meshed, name_of, restarts};
-use super::exceptions::redirect_args;
+use super::exceptions::RedirectFlags;
 use crate::settings::words::count;
 
 /// Longest look at the pods.
@@ -20,7 +20,7 @@ const CALL: Duration = Duration::from_secs(20);
 /// Meshed pods, `NAMESPACE/NAME`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Redirects {
-    /// Those whose init container waits for the plugin, also whenever their sandbox is made anew.
+    /// Those whose sidecar or init container waits for the plugin, also whenever their sandbox is made anew.
     pub by_plugin: Vec<String>,
     /// Those whose own init container has `NET_ADMIN` and installs it.
     pub by_themselves: Vec<String>,
@@ -30,8 +30,8 @@ impl Redirects {
     fn among(pods: &[Pod]) -> Self {
         let mut all = Self::default();
         for pod in pods.iter().filter(|pod| is_meshed(pod) && lives_on(pod)) {
-            let waits = redirect_args(pod).is_some_and(|args| args.iter().any(|arg| arg == "--validate"));
-            let list = if waits { &mut all.by_plugin } else { &mut all.by_themselves };
+            let by_plugin = RedirectFlags::of(pod).is_some_and(|redirect| redirect.by_plugin);
+            let list = if by_plugin { &mut all.by_plugin } else { &mut all.by_themselves };
             list.push(name_of(pod));
         }
         all

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use countersign_cni::config::NodeName;
-use countersign_cni::{CniError, Config, DaemonSetName, Validators};
+use countersign_cni::{Askers, CniError, Config, DaemonSetName};
 use countersign_controller::injector::{REDIRECT, SIDECAR};
 
 use super::SupervisorArgs;
@@ -16,8 +16,8 @@ use crate::stop::for_role;
 ///
 /// It copies itself into the node's folder of plugins and adds the plugin to the network configuration that the
 /// container runtime uses, again and again if another tool rewrites either. The plugin hands it each new pod's network
-/// namespace. A pod whose init container `countersign-redirect` has the arguments `redirect --validate …` gets the
-/// redirect that they describe, any other pod nothing. It needs root with `CAP_SYS_ADMIN` and `CAP_NET_ADMIN`, and
+/// namespace. A pod whose native sidecar has the argument `--redirect`, or whose init container `countersign-redirect` the arguments
+/// `redirect --validate …`, gets the redirect that they describe, any other pod nothing. It needs root with `CAP_SYS_ADMIN` and `CAP_NET_ADMIN`, and
 /// `CAP_SYS_PTRACE` for --repair.
 #[derive(Debug, clap::Args)]
 pub struct CniNodeArgs {
@@ -72,11 +72,11 @@ pub fn run(args: CniNodeArgs) -> Result<()> {
         daemon_set: args.daemon_set,
         metrics: args.supervisor.metrics,
     };
-    let validators = Validators { container: REDIRECT, sidecar: SIDECAR, read: order };
+    let askers = Askers { validator: REDIRECT, sidecar: SIDECAR, read: order };
     super::runtime()?.block_on(async {
         // A component writes no files that would have to be reopened.
         let (stop, _) = for_role()?;
-        let ran = countersign_cni::run(config, validators, stop, || args.supervisor.ready.write("ready")).await;
+        let ran = countersign_cni::run(config, askers, stop, || args.supervisor.ready.write("ready")).await;
         ran.map_err(|error| match error {
             listen @ CniError::Listen { .. } => Mistake(listen.to_string()).into(),
             other => other.into(),

@@ -16,6 +16,7 @@ use countersign_proxy::exemption::Asking;
 use countersign_proxy::{Config, IdentitySource, Routing};
 use serde::Deserialize;
 
+use super::redirect::order;
 use super::{ConfigFile, merge};
 use crate::clients::AGENT_SOCKET;
 use crate::logging::LogArgs;
@@ -59,6 +60,10 @@ pub struct ProxySettings {
     /// that of `POD_NAMESPACE` and `POD_NAME` [default: nobody is asked].
     #[arg(long, value_name = "PATH")]
     cni_socket: Option<PathBuf>,
+    /// Flags of the redirect that the CNI component installs for this pod, separated by spaces: see `countersign redirect --help`.
+    /// The sidecar is not ready before the component says that a redirect is in force. Needs --cni-socket.
+    #[arg(long, value_name = "FLAGS", allow_hyphen_values = true)]
+    redirect: Option<String>,
     /// Fixed outbound: listening address for plaintext.
     #[arg(long, value_name = "ADDRESS")]
     outbound_listen: Option<SocketAddr>,
@@ -128,7 +133,7 @@ pub struct ProxySettings {
 impl ProxySettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
-            agent_socket, cni_socket, svid, key, bundle, outbound_listen, outbound_target, outbound_expect, inbound_listen, inbound_target,
+            agent_socket, cni_socket, redirect, svid, key, bundle, outbound_listen, outbound_target, outbound_expect, inbound_listen, inbound_target,
             inbound_allow, outbound_port, inbound_port, mesh_port, http, admin_socket, access_log, balance, probes, workers,
             drain, proxy_protocol, mesh_user_timeout,
             max_connections, max_connections_per_peer,
@@ -158,7 +163,7 @@ impl ProxySettings {
         }
         Ok(Config {
             identity,
-            exemption: self.cni_socket.map(asking),
+            exemption: asking(self.cni_socket, self.redirect.as_deref())?,
             routing,
             http: self.http.or_else(|| redirected.then(|| SocketAddr::from((Ipv6Addr::UNSPECIFIED, ports.http)))),
             admin_socket: self.admin_socket,
@@ -268,10 +273,24 @@ impl ProxySettings {
     }
 }
 
-/// Whom to ask for this pod, which the environment names. What is missing there, the component says.
-fn asking(socket: PathBuf) -> Asking {
+/// Whom to ask for this pod, which the environment names. What is missing there, the component says. `redirect`: the flags of the one
+/// that the component installs.
+fn asking(socket: Option<PathBuf>, redirect: Option<&str>) -> Result<Option<Asking>, Mistake> {
+    if let Some(flags) = redirect {
+        let flags: Vec<String> = flags.split_whitespace().map(ToOwned::to_owned).collect();
+        order(&flags, &BTreeSet::new()).map_err(|why| Mistake::flag("--redirect", &why))?;
+    }
+    let Some(socket) = socket else {
+        let alone = redirect.map(|_| Mistake::flag("--redirect", "needs --cni-socket: nobody else installs it"));
+        return alone.map_or(Ok(None), Err);
+    };
     let from = |name| std::env::var(name).unwrap_or_default();
-    Asking { socket, namespace: from("POD_NAMESPACE"), pod: from("POD_NAME") }
+    Ok(Some(Asking {
+        socket,
+        namespace: from("POD_NAMESPACE"),
+        pod: from("POD_NAME"),
+        proves_redirect: redirect.is_some(),
+    }))
 }
 
 /// A probe as the injector writes it.
@@ -348,6 +367,7 @@ mod tests {
         for key in [
             "agent_socket",
             "cni_socket",
+            "redirect",
             "svid",
             "key",
             "bundle",

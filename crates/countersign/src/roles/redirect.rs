@@ -102,25 +102,25 @@ fn list<T: std::str::FromStr, C: FromIterator<T>>(flag: &str, what: &str, items:
     items.map(|i| i.parse().map_err(|_| Mistake::flag(flag, &format!("`{i}` is no {what}")))).collect()
 }
 
-/// The command line of a pod's validator, without the command.
+/// A command line without the command.
 #[derive(Parser)]
 #[command(name = "redirect", no_binary_name = true)]
-struct Validator {
+struct Flags {
     #[command(flatten)]
     args: RedirectArgs,
 }
 
-/// Reads the arguments of a pod's validator (`redirect --validate …`), for whoever installs its redirect. `resolvers`
-/// are the pod's, for arguments that name none.
+/// Reads the flags of a pod's redirect (`proxy --redirect`, or of its validator), for whoever installs it. `resolvers` are the pod's,
+/// for flags that name none.
 ///
 /// # Errors
-/// They are wrong, or are no validator's, in words.
-pub fn order(arguments: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
-    let args = Validator::try_parse_from(arguments).map_err(|error| what_is_wrong(&error))?.args;
-    if !args.validate {
-        return Err("the arguments have no --validate".into());
+/// They are wrong, or ask for something else, in words.
+pub fn order(flags: &[String], resolvers: &BTreeSet<IpAddr>) -> Result<Order, String> {
+    let args = Flags::try_parse_from(flags).map_err(|error| what_is_wrong(&error))?.args;
+    if args.check || args.remove {
+        return Err("--check and --remove install no redirect".into());
     }
-    let proxy_uid = args.proxy_uid.ok_or("the arguments have no --proxy-uid")?;
+    let proxy_uid = args.proxy_uid.ok_or("there is no --proxy-uid")?;
     let redirect = args.redirect(proxy_uid, || resolvers.clone()).map_err(|e| e.to_string())?;
     Ok(Order { redirect, backend: args.backend })
 }
@@ -355,8 +355,8 @@ mod tests {
         assert_eq!(guard(&["--other-protocols=drop", "--resolvers="]).resolvers, [].into());
         for (args, said) in [
             (&[][..], "--proxy-uid"),
-            (&["--proxy-uid=2102"], "no --validate"),
-            (&["--proxy-uid=2102", "--check"], "no --validate"),
+            (&["--validate"], "--proxy-uid"),
+            (&["--proxy-uid=2102", "--check"], "install no redirect"),
             (&["--validate", "--proxy-uid=2102", "--remove"], "--remove"),
             (&["--validate", "--proxy-uid=2102", "--nonsense"], "--nonsense"),
             (&["--validate", "--proxy-uid=2102", "extra"], "extra"),

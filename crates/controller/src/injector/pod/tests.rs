@@ -97,21 +97,28 @@ fn with_the_cni_plugin_no_container_needs_a_privilege() {
         pod
     };
     let once = with(pod());
-    let (redirect, proxy) = (&once["spec"]["initContainers"][0], &once["spec"]["initContainers"][1]);
-    assert_eq!(redirect["args"][1], "--validate");
-    for container in [redirect, proxy] {
+    assert_eq!(names(&once, "initContainers"), [SIDECAR, "migrate"], "the sidecar waits itself");
+    let args = |container: &Value| -> Vec<String> { serde_json::from_value(container["args"].clone()).unwrap() };
+    let proxy = &once["spec"]["initContainers"][0];
+    let asked = args(proxy).into_iter().find_map(|a| a.strip_prefix("--redirect=").map(ToOwned::to_owned)).unwrap();
+    let mut plain = pod();
+    inject(&mut plain, &Sidecar { native: false, ..by_plugin.clone() }, &strict()).unwrap();
+    assert_eq!(names(&plain, "initContainers"), [REDIRECT, "migrate"], "a plain one holds up no init container");
+    let validator = &plain["spec"]["initContainers"][0];
+    assert_eq!(args(validator)[..2], ["redirect", "--validate"]);
+    assert!(!args(&plain["spec"]["containers"][0]).iter().any(|a| a.starts_with("--redirect")));
+    for container in [proxy, validator] {
         assert_eq!(container["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }));
         assert_eq!(container["securityContext"]["runAsNonRoot"], true);
         assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
     }
-    assert_ne!(redirect["securityContext"]["runAsUser"], proxy["securityContext"]["runAsUser"]);
+    assert_ne!(validator["securityContext"]["runAsUser"], proxy["securityContext"]["runAsUser"]);
     let mut without = pod();
     inject(&mut without, &Sidecar { cni: false, ..by_plugin.clone() }, &strict()).unwrap();
-    let flags = |pod: &Value| {
-        let args = pod["spec"]["initContainers"][0]["args"].as_array().unwrap().clone();
-        args.into_iter().filter(|a| a != "--validate" && a != "--by-cgroup").collect::<Vec<_>>()
-    };
-    assert_eq!(flags(&once), flags(&without), "the plugin reads the same rules");
+    let own = args(&without["spec"]["initContainers"][0]).split_off(1);
+    let by_cgroup = [&own[..2], &["--by-cgroup".to_owned()], &own[2..]].concat();
+    assert_eq!(asked.split(' ').collect::<Vec<_>>(), by_cgroup, "the plugin reads the same rules");
+    assert_eq!(args(validator).split_off(2), by_cgroup);
     assert_eq!(with(once.clone()), once);
     assert_eq!(with(without), once, "a template that was injected before the plugin is changed");
 }
