@@ -65,6 +65,14 @@ except OSError as e: print("caught:", e)
 """
 
 
+# A socket whose packets no redirect sees.
+RAW = """
+import socket
+try: socket.socket(socket.AF_PACKET, socket.SOCK_RAW); print("open")
+except OSError as e: print(e.strerror)
+"""
+
+
 class Tenants(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -97,6 +105,19 @@ class Tenants(unittest.TestCase):
     def reached(self, ns, app, url):
         """Whether a pod gets an answer, whatever it is."""
         return run_in(ns, pod_of(ns, app), *CODE, "-k", url, check=False).returncode == 0
+
+    def test_packet_sockets_of_root_in_a_strict_pod(self):
+        refused = "Operation not permitted\n"
+        for ns, said in ((MESHED, refused), (OPENED, "open\n")):
+            kubectl("-n", ns, "create", "-f", "-", input=json.dumps(pod("raw", securityContext={"runAsUser": 0})))
+            kubectl("-n", ns, "wait", "pod/raw", "--for=condition=Ready", "--timeout=60s")
+            self.assertEqual(run_in(ns, "raw", "python3", "-c", RAW), said)
+        kubectl("-n", MESHED, "debug", "raw", "--image", images.BOX, "--image-pull-policy=Never", "-c", "debug",
+                "--profile=general", "--", "python3", "-c", RAW)
+        log = lambda: kubectl("-n", MESHED, "logs", "raw", "-c", "debug", check=False).stdout
+        self.assertEqual(wait("what the ephemeral container says", log), refused)
+        for ns in (MESHED, OPENED):
+            kubectl("-n", ns, "delete", "pod", "raw", "--wait=false")
 
     def test_another_identity_by_a_hand_made_object(self):
         of_victim = f"spiffe://{TRUST_DOMAIN}/ns/{VICTIM}/sa/default"

@@ -6,13 +6,14 @@ mod nearest;
 mod pod;
 mod pod_security;
 mod probes;
+mod raw_sockets;
 mod resources;
 mod settings;
 mod webhook;
 
 pub use namespace::{judge_namespace, mark_strict};
 pub use nearest::did_you_mean;
-pub use pod::{Refused, VOLUME, Verdict, inject, judge_ephemeral};
+pub use pod::{Refused, VOLUME, Verdict, confine_ephemeral, inject, judge_ephemeral};
 pub use pod_security::{ENFORCE, Privileges, warn_of_level};
 pub use resources::{Amount, Amounts, ContainerResources, Resources};
 pub use settings::{Mistake, Settings};

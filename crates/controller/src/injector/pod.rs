@@ -7,7 +7,10 @@ use super::containers::{proxy, redirect, redirect_flags};
 use super::namespace::WORDS;
 use super::nearest::did_you_mean;
 use super::settings::{self, Mistake, Settings};
-use super::{Asks, IN_MANIFEST, INJECT, INJECTED, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes};
+use super::{
+    Asks, IN_MANIFEST, INJECT, INJECTED, Leave, PROXY_UID, REDIRECT, SIDECAR, Sidecar, Surroundings, probes,
+    raw_sockets,
+};
 use crate::store::MODE;
 
 /// Name of the volume with the agent's socket.
@@ -133,7 +136,12 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     let mut written = earlier.probes;
     for list in ["initContainers", "containers"] {
         let all = pod["spec"][list].as_array_mut().into_iter().flatten();
-        all.for_each(|container| probes::rewrite(container, &around.probe_secret, &mut written));
+        all.for_each(|container| {
+            probes::rewrite(container, &around.probe_secret, &mut written);
+            if mode == Mode::Strict && !sidecar.leave.is_given(&around.namespace) {
+                raw_sockets::drop_from(container);
+            }
+        });
     }
     let spec = &mut pod["spec"];
     let flags = redirect_flags(sidecar, &settings, mode);
@@ -273,6 +281,30 @@ pub fn judge_ephemeral(pod: &Value) -> Result<(), Refused> {
     refuse_targets(&pod["spec"])?;
     refuse_proxy_uid(&pod["spec"], &["ephemeralContainers"])?;
     refuse_mounts(&pod["spec"], &["ephemeralContainers"])
+}
+
+/// Takes from the new ephemeral containers of a strict pod what its other containers do not have either. `before`: the pod without
+/// them; those that are there already cannot be changed.
+pub fn confine_ephemeral(pod: &mut Value, before: Option<&Value>, leave: &Leave, namespace: &str) {
+    if leave.is_given(namespace) || !drops_other_protocols(pod) {
+        return;
+    }
+    let names = |pod: &Value| -> Vec<String> {
+        let all = pod["spec"]["ephemeralContainers"].as_array().into_iter().flatten();
+        all.filter_map(|c| c["name"].as_str().map(ToOwned::to_owned)).collect()
+    };
+    let old = before.map(names).unwrap_or_default();
+    let all = pod["spec"]["ephemeralContainers"].as_array_mut().into_iter().flatten();
+    let new = all.filter(|c| c["name"].as_str().is_some_and(|name| !old.iter().any(|o| o == name)));
+    new.for_each(raw_sockets::drop_from);
+}
+
+/// Whether a pod was strict when it was made, by the rules of its redirect.
+fn drops_other_protocols(pod: &Value) -> bool {
+    let all = pod["spec"]["initContainers"].as_array().into_iter().flatten();
+    let ours = all.filter(|c| [SIDECAR, REDIRECT].contains(&c["name"].as_str().unwrap_or_default()));
+    let mut args = ours.filter_map(|c| c["args"].as_array()).flatten().filter_map(Value::as_str);
+    args.any(|arg| arg.contains("--other-protocols=drop"))
 }
 
 /// Rejects ephemeral containers that see the processes of our own.

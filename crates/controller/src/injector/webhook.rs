@@ -30,8 +30,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{
-    Asks, Privileges, Surroundings, Verdict, inject, judge_ephemeral, judge_namespace, mark_strict, new_probe_secret,
-    warn_of_level,
+    Asks, Privileges, Surroundings, Verdict, confine_ephemeral, inject, judge_ephemeral, judge_namespace, mark_strict,
+    new_probe_secret, warn_of_level,
 };
 use countersign_identity::policy::Mode;
 use countersign_identity::shown::{sentence, shown_up_to};
@@ -353,7 +353,9 @@ impl Hook {
                 None
             }),
             Asked::Pod { .. } if request.sub_resource.as_deref() == Some("ephemeralcontainers") => {
-                judge_ephemeral(&object).map(|()| None).map_err(|e| e.to_string())
+                let judged = judge_ephemeral(&object).map_err(|e| e.to_string());
+                confine_ephemeral(&mut object, old.as_ref(), &self.config.sidecar.leave, namespace);
+                judged.map(|()| None)
             }
             Asked::Pod { asks, strict } => {
                 let mode = if strict { Mode::Strict } else { self.config.mesh_mode() };

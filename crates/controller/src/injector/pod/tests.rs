@@ -383,6 +383,38 @@ fn other_protocols_are_dropped_where_the_pod_is_strict() {
 }
 
 #[test]
+fn apps_of_strict_pods_have_no_raw_sockets_by_default_ephemeral_ones_neither() {
+    let drops = |container: &Value| container["securityContext"]["capabilities"]["drop"] == json!(["NET_RAW"]);
+    let with = |around: &Surroundings, sidecar: &Sidecar| {
+        let mut pod = pod();
+        assert_eq!(inject(&mut pod, sidecar, around), Ok(Verdict::Injected));
+        pod
+    };
+    let strictly = with(&strict(), &sidecar());
+    let of = |pod: &Value| (drops(&pod["spec"]["containers"][0]), drops(&pod["spec"]["initContainers"][2]));
+    assert_eq!(of(&strictly), (true, true), "app and init container");
+    assert_eq!(of(&with(&asks(), &sidecar())), (false, false), "a permissive pod sends plaintext anyway");
+    let permitting = Sidecar { leave: Leave::of(["shop".to_owned()]), ..sidecar() };
+    assert_eq!(of(&with(&strict(), &permitting)), (false, false));
+    let by_plugin = with(&strict(), &Sidecar { cni: true, ..sidecar() });
+
+    let debugged = |pod: &Value, leave: &Leave| {
+        let mut pod = pod.clone();
+        pod["spec"]["ephemeralContainers"] = json!([{ "name": "old" }]);
+        let before = pod.clone();
+        pod["spec"]["ephemeralContainers"].as_array_mut().unwrap().push(json!({ "name": "new" }));
+        confine_ephemeral(&mut pod, Some(&before), leave, "shop");
+        [0, 1].map(|n| drops(&pod["spec"]["ephemeralContainers"][n]))
+    };
+    let none = Leave::default();
+    assert_eq!(debugged(&strictly, &none), [false, true], "one that is there cannot be changed");
+    assert_eq!(debugged(&by_plugin, &none), [false, true]);
+    assert_eq!(debugged(&strictly, &Leave::of(["shop".to_owned()])), [false, false]);
+    assert_eq!(debugged(&with(&asks(), &sidecar()), &none), [false, false]);
+    assert_eq!(debugged(&pod(), &none), [false, false], "not in the mesh");
+}
+
+#[test]
 fn an_ephemeral_container_is_judged_by_the_sidecar_and_not_by_a_label() {
     let mut pod = injected(pod());
     pod["metadata"]["labels"] = json!({ INJECT: "disabled" });
