@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 use countersign_redirect::netns::run_in;
-use countersign_redirect::{RedirectError, here, in_force, install, installed};
+use countersign_redirect::{RedirectError, here, in_force, install, installed, is_whole};
 
 use crate::pod::Order;
 
@@ -36,14 +36,14 @@ pub enum Found {
     Installed,
     /// Another one of ours is: of another version, or with other resolvers.
     Other,
-    /// None is.
+    /// None is, or not as a whole.
     Missing,
 }
 
 /// Whether a redirect that is missing is to be installed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Do {
-    /// Install it.
+    /// Install it, unless there is one.
     Install,
     /// Only look.
     Look,
@@ -77,8 +77,12 @@ fn applied(order: &Order, what: Do) -> Result<Found, RedirectError> {
     if in_force(&order.redirect, &found) {
         return Ok(Found::InForce);
     }
+    // One of ours that is there already is that of a pod that runs, and has its sidecar's cgroup.
+    if is_whole()? {
+        return Ok(Found::Other);
+    }
     if what == Do::Look {
-        return Ok(if found.is_empty() { Found::Missing } else { Found::Other });
+        return Ok(Found::Missing);
     }
     install(&order.redirect, order.backend)?;
     Ok(Found::Installed)
@@ -118,7 +122,8 @@ mod tests {
         let newer = Order { redirect: Redirect::for_proxy(2104), ..order() };
         assert_eq!(apply(ns.open(), newer.clone(), Do::Look).unwrap(), Found::Other);
         assert!(ns.has_redirect(&order().redirect), "looking changes nothing");
-        assert_eq!(apply(ns.open(), newer, Do::Install).unwrap(), Found::Installed);
+        assert_eq!(apply(ns.open(), newer, Do::Install).unwrap(), Found::Other);
+        assert!(ns.has_redirect(&order().redirect), "a pod that runs keeps its own");
     }
 
     #[test]
