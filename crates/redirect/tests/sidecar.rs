@@ -169,3 +169,19 @@ fn a_redirect_that_trusts_the_user_id_admits_no_cgroup() {
     };
     world.here.run(tried).unwrap();
 }
+
+#[test]
+fn what_is_read_while_a_sidecar_is_admitted_is_whole() {
+    let Some(world) = World::new("dump") else { return };
+    let redirect = Redirect { by_cgroup: true, ..Redirect::for_proxy(UID) };
+    let (asked, admitting) = (redirect.clone(), world.here.clone());
+    put(&world.here, &redirect, Backend::Nftables);
+    let writer = std::thread::spawn(move || {
+        admitting.run(|| Ok((0..300).for_each(|id| admit(Cgroup { id, level: 1 }).unwrap()))).unwrap();
+    });
+    let torn = world.here.run(move || {
+        let read = std::iter::from_fn(|| Some(installed().unwrap())).take_while(|_| !writer.is_finished());
+        Ok(read.filter(|found| !in_force(&asked, found)).count())
+    });
+    assert_eq!(torn.unwrap(), 0);
+}

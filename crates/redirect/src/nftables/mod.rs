@@ -45,6 +45,8 @@ const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 /// Largest answer that is received at once, in bytes.
 const RECEIVE: usize = 256 * 1024;
+/// Most dumps until one is whole.
+const DUMPS: usize = 50;
 
 fn chain_of(hook: Hook) -> &'static str {
     match hook {
@@ -115,18 +117,29 @@ pub fn remove() -> Result<(), RedirectError> {
 
 /// Our rules as the kernel has them; empty if there is no table.
 pub fn installed() -> Result<Vec<InstalledRule>, RedirectError> {
+    for _ in 0..DUMPS {
+        if let Some(found) = dumped()? {
+            return Ok(found);
+        }
+    }
+    Err(from_kernel(io::Error::other("the rules change all the time")))
+}
+
+/// The rules of one dump; `None` if they were changed meanwhile, so that it may have some of before and some of after.
+fn dumped() -> Result<Option<Vec<InstalledRule>>, RedirectError> {
     let socket = open().map_err(from_kernel)?;
     socket.send(&Message::dump_rules(TABLE), 0).map_err(from_kernel)?;
-    let mut found = vec![];
+    let (mut found, mut whole) = (vec![], true);
     loop {
         let mut buffer = Vec::with_capacity(RECEIVE);
         socket.recv(&mut buffer, 0).map_err(from_kernel)?;
+        whole &= !wire::was_interrupted(&buffer);
         for message in wire::messages(&buffer) {
             match message {
-                wire::Answer::Done => return Ok(found),
+                wire::Answer::Done => return Ok(whole.then_some(found)),
                 wire::Answer::Error(0) => {}
                 // The table does not exist.
-                wire::Answer::Error(code) if code == nix::libc::ENOENT => return Ok(vec![]),
+                wire::Answer::Error(code) if code == nix::libc::ENOENT => return Ok(Some(vec![])),
                 wire::Answer::Error(code) => return Err(from_kernel(io::Error::from_raw_os_error(code))),
                 wire::Answer::Rule(attributes) => found.extend(wire::read_rule(attributes)),
             }

@@ -29,6 +29,7 @@ pub mod attributes {
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP: u16 = 0x300;
+const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_APPEND: u16 = 0x800;
 const NLMSG_ERROR: u16 = 2;
@@ -406,6 +407,19 @@ pub fn messages(buffer: &[u8]) -> impl Iterator<Item = Answer<'_>> {
     })
 }
 
+/// Whether what is dumped was changed during the dump, as any of these messages says (`NLM_F_DUMP_INTR`).
+pub fn was_interrupted(buffer: &[u8]) -> bool {
+    let mut rest = buffer;
+    while let (Some(length), Some(flags)) = (u32_at(rest, 0), u16_at(rest, 6)) {
+        if flags & NLM_F_DUMP_INTR != 0 {
+            return true;
+        }
+        let next = usize::try_from(length).ok().map(|length| length.max(16).next_multiple_of(4));
+        rest = next.and_then(|next| rest.get(next..)).unwrap_or_default();
+    }
+    false
+}
+
 /// The attributes of a message, type and value. Stops at the first malformed one.
 fn each(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     let mut rest = bytes;
@@ -454,5 +468,16 @@ mod tests {
                 .collect();
             assert_eq!(found, [read]);
         }
+    }
+
+    #[test]
+    fn a_dump_says_in_any_of_its_messages_that_it_was_interrupted() {
+        let message =
+            |flags: u16| [&18_u32.to_ne_bytes()[..], &[0; 2], &flags.to_ne_bytes(), &[0; 10], &[0; 2]].concat();
+        let (whole, interrupted) = (message(2), message(NLM_F_DUMP_INTR | 2));
+        assert!(!was_interrupted(&[]) && !was_interrupted(&[whole.clone(), whole.clone()].concat()));
+        assert!(was_interrupted(&[whole.clone(), interrupted.clone()].concat()));
+        assert!(was_interrupted(&[interrupted, whole].concat()));
+        assert!(!was_interrupted(&[0; 40]), "a length of nothing ends");
     }
 }
