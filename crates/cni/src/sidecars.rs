@@ -162,9 +162,10 @@ impl Sidecars {
         let netns = OwnedFd::from(netns);
         let looked = netns.try_clone().map_err(|e| unavailable(e.to_string()))?;
         let whole = self.turns.run(move || run_in(looked.as_fd(), || Ok(is_whole()))).await.map_err(unavailable)?;
-        match whole.map_err(unreadable)? {
-            true => Ok(netns),
-            false => Err(Status::unavailable("no redirect is in force in the pod's network namespace")),
+        if whole.map_err(unreadable)? {
+            Ok(netns)
+        } else {
+            Err(Status::unavailable("no redirect is in force in the pod's network namespace"))
         }
     }
 

@@ -1,6 +1,6 @@
 //! Takes `CAP_NET_RAW` from the apps of strict pods. Root in a container has it by the runtime's default, and no redirect sees what a
 //! packet socket (`AF_PACKET`) sends. A container that asks for it by name keeps it: Pod Security `baseline` forbids that, as it
-//! forbids NET_ADMIN, with which the rules themselves can be removed.
+//! forbids `NET_ADMIN`, with which the rules themselves can be removed.
 
 use serde_json::{Value, json};
 
