@@ -2,13 +2,14 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_identity::{KeyType, TrustDomain};
 pub use countersign_watch::node::NodeName;
 use tokio::sync::watch;
-use zeroize::Zeroizing;
 
+use crate::node_attestor::NodeAttestor;
 use crate::socket_link::LinkName;
 
 /// Settings of an agent. Every combination of valid fields is a valid agent.
@@ -27,8 +28,8 @@ pub struct Config {
     /// PEM file with the trust domain's bundle, which authenticates the server until a bundle was received from it;
     /// `None` requires the bundle of an earlier run.
     pub trust_bundle: Option<PathBuf>,
-    /// Evidence for node attestation; `None` requires an identity from an earlier run.
-    pub evidence: Option<Evidence>,
+    /// How this node attests; `None` requires an identity from an earlier run.
+    pub attestor: Option<Arc<dyn NodeAttestor>>,
     /// Key type of new SVIDs of workloads; may change while the agent runs.
     pub key_type: watch::Receiver<KeyType>,
     /// Interval between two polls of a server without push.
@@ -44,27 +45,6 @@ pub struct Config {
     pub pods: Option<PodSources>,
     /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
     pub metrics: Option<SocketAddr>,
-}
-
-/// Evidence for node attestation.
-#[derive(Clone)]
-pub enum Evidence {
-    /// A join token for single use.
-    JoinToken(Zeroizing<String>),
-    /// A certificate chain and its key, PEM files.
-    X509Pop {
-        /// Certificate chain, leaf first.
-        certificate: PathBuf,
-        /// Private key, PKCS#8.
-        key: PathBuf,
-    },
-    /// A projected service account token, read for each attestation.
-    K8sPsat {
-        /// Name of this cluster in the server's settings.
-        cluster: String,
-        /// Path of the token file.
-        token: PathBuf,
-    },
 }
 
 /// Where an agent learns which pods its node has. Every source is a peer whose certificate is verified.

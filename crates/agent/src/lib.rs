@@ -39,7 +39,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{Config, Evidence};
+pub use config::Config;
 pub use link::LinkError;
 pub use socket_link::LinkName;
 
@@ -98,7 +98,7 @@ pub async fn run(
     if link.bundle().is_none() {
         return Err(AgentError::NoBundle);
     }
-    if link.identity().borrow().is_none() && config.evidence.is_none() {
+    if link.identity().borrow().is_none() && config.attestor.is_none() {
         return Err(LinkError::NoEvidence.into());
     }
     let metrics = Arc::new(Metrics::default());

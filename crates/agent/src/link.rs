@@ -24,10 +24,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::config::{Config, Evidence};
+use crate::config::Config;
 use crate::keeper::Keeper;
 use crate::known::{self, Given, Kept};
-use crate::node_attestor::{EvidenceError, NodeAttestor};
+use crate::node_attestor::EvidenceError;
 use crate::refusal::Refusal;
 use crate::store::{Store, StoreError};
 
@@ -233,25 +233,22 @@ impl Link {
 
     /// Whether [`Self::attest`] can succeed: there is evidence, and it is not used up.
     pub fn can_attest(&self) -> bool {
-        match &self.config.evidence {
-            None => false,
-            Some(Evidence::JoinToken(_)) => !self.token_spent.load(Ordering::Relaxed),
-            Some(Evidence::X509Pop { .. } | Evidence::K8sPsat { .. }) => true,
-        }
+        let attestor = self.config.attestor.as_ref();
+        attestor.is_some_and(|by| !by.is_for_single_use() || !self.token_spent.load(Ordering::Relaxed))
     }
 
     /// Attests this node and takes the identity that the server issues.
     pub async fn attest(&self) -> Result<Arc<X509Svid>, LinkError> {
-        let evidence = self.config.evidence.as_ref().ok_or(LinkError::NoEvidence)?;
-        let attestor = NodeAttestor::load(evidence)?;
+        let attestor = self.config.attestor.as_ref().ok_or(LinkError::NoEvidence)?;
+        let evidence = attestor.evidence()?;
         // Tested before the token is sent: it is used up by then, and an identity that cannot be stored would be lost
         // at a restart.
-        if matches!(evidence, Evidence::JoinToken(_)) {
+        if attestor.is_for_single_use() {
             self.keeper.probe().map_err(LinkError::TokenSpared)?;
         }
         let key = PrivateKey::generate(KeyType::EcP256)?;
         let params = Params {
-            data: Some(types::AttestationData { r#type: attestor.kind().into(), payload: attestor.payload()? }),
+            data: Some(types::AttestationData { r#type: attestor.kind().into(), payload: evidence.payload()? }),
             params: Some(AgentX509svidParams { csr: request(&key, None)? }),
         };
         let (tx, rx) = mpsc::channel(2);
@@ -265,7 +262,7 @@ impl Link {
             loop {
                 match answers.message().await?.and_then(|m| m.step) {
                     Some(Answer::Challenge(challenge)) => {
-                        let answer = attestor.answer(&challenge)?;
+                        let answer = evidence.answer(&challenge)?;
                         send(Step::ChallengeResponse(answer)).await.map_err(hung_up)?;
                     }
                     Some(Answer::Result(result)) => return Ok(result),

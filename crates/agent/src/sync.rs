@@ -320,16 +320,14 @@ fn read_bundle(wire: types::Bundle) -> Option<TrustBundle> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Evidence;
-    use crate::testing::{Ca, config, entry, id, td};
+    use crate::testing::{Ca, config, entry, id, join_token, td};
     use countersign_api::convert::entry_to_wire;
 
     #[tokio::test]
     async fn what_a_stream_says_after_the_entries_were_withdrawn_is_not_taken_up() {
         let dir = tempfile::tempdir().unwrap();
         let bundle = Ca::new(time::OffsetDateTime::now_utc()).bundle();
-        let evidence = Evidence::JoinToken(zeroize::Zeroizing::new("token".into()));
-        let config = config(dir.path(), "127.0.0.1:1".into(), &bundle, evidence);
+        let config = config(dir.path(), "127.0.0.1:1".into(), &bundle, join_token());
         let link = Arc::new(Link::new(Arc::new(config), countersign_api::clock::system_clock()).unwrap());
         let (cache, (refusals, _heard)) = (Arc::<Cache>::default(), mpsc::channel(1));
         let interval = Duration::from_secs(1);

@@ -19,7 +19,8 @@ use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use crate::cache::Cached;
-use crate::config::{Config, Evidence};
+use crate::config::Config;
+use crate::node_attestor::{JoinToken, NodeAttestor};
 
 pub use fake_server::FakeServer;
 
@@ -100,8 +101,13 @@ pub fn cached(name: &str, revision: i64) -> Cached {
     }
 }
 
+/// Attests by a join token; a fake server takes any.
+pub fn join_token() -> Arc<dyn NodeAttestor> {
+    Arc::new(JoinToken::new(zeroize::Zeroizing::new("token".into())))
+}
+
 /// Settings of an agent below `dir` that connects to `server` and authenticates it by `bundle`.
-pub fn config(dir: &Path, server: String, bundle: &TrustBundle, evidence: Evidence) -> Config {
+pub fn config(dir: &Path, server: String, bundle: &TrustBundle, attestor: Arc<dyn NodeAttestor>) -> Config {
     let trust_bundle = dir.join("given.pem");
     std::fs::write(&trust_bundle, bundle.to_pem()).unwrap();
     Config {
@@ -111,7 +117,7 @@ pub fn config(dir: &Path, server: String, bundle: &TrustBundle, evidence: Eviden
         socket_link: None,
         data_dir: dir.join("agent"),
         trust_bundle: Some(trust_bundle),
-        evidence: Some(evidence),
+        attestor: Some(attestor),
         key_type: watch::Sender::new(KeyType::EcP256).subscribe(),
         sync_interval: Duration::from_secs(1),
         discover_path: false,

@@ -12,12 +12,12 @@ use countersign_api::denied::Reason;
 use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use zeroize::Zeroizing;
 
 use crate::cache::Cache;
-use crate::config::{Config, Evidence};
+use crate::config::Config;
 use crate::link::Link;
-use crate::testing::{Ca, FakeServer, config, entry, eventually, td};
+use crate::node_attestor::{K8sPsat, NodeAttestor};
+use crate::testing::{Ca, FakeServer, config, entry, eventually, join_token, td};
 use crate::{AgentError, attestation_state, metrics, signing, sync};
 
 const fn secs(s: u64) -> Duration {
@@ -33,8 +33,8 @@ struct Agent {
 }
 
 impl Agent {
-    fn start(dir: &Path, server: &FakeServer, evidence: Evidence) -> Self {
-        Self::start_by(system_clock(), config(dir, server.address.clone(), &server.bundle(), evidence))
+    fn start(dir: &Path, server: &FakeServer, attestor: Arc<dyn NodeAttestor>) -> Self {
+        Self::start_by(system_clock(), config(dir, server.address.clone(), &server.bundle(), attestor))
     }
 
     fn start_by(clock: Clock, config: Config) -> Self {
@@ -96,22 +96,18 @@ impl Agent {
     }
 }
 
-fn token() -> Evidence {
-    Evidence::JoinToken(Zeroizing::new("token".into()))
-}
-
 /// Evidence that can be used again: the fake server does not check it.
-fn again(dir: &Path) -> Evidence {
+fn again(dir: &Path) -> Arc<dyn NodeAttestor> {
     let file = dir.join("psat");
     std::fs::write(&file, "a token").unwrap();
-    Evidence::K8sPsat { cluster: "test".into(), token: file }
+    Arc::new(K8sPsat::new("test".into(), file))
 }
 
 #[tokio::test]
 async fn an_agent_renews_its_own_svid_when_its_authority_is_tainted() {
     let dir = tempfile::tempdir().unwrap();
     let server = FakeServer::start().await;
-    let agent = Agent::start(dir.path(), &server, token());
+    let agent = Agent::start(dir.path(), &server, join_token());
     let first = agent.authority().await;
     agent.hears().await;
     let next = Ca::new(OffsetDateTime::now_utc());
@@ -155,7 +151,7 @@ async fn an_agent_whose_svid_is_refused_and_whose_token_is_used_up_keeps_what_it
     let dir = tempfile::tempdir().unwrap();
     let server = FakeServer::start().await;
     server.push(vec![entry("a", 1)], server.bundle());
-    let agent = Agent::start(dir.path(), &server, token());
+    let agent = Agent::start(dir.path(), &server, join_token());
     let first = agent.authority().await;
     eventually("an SVID", || (agent.signed() == 1).then_some(())).await;
     let page = metrics::Metrics::default();
@@ -219,7 +215,7 @@ async fn a_clock_that_jumps_ahead_for_a_moment_costs_an_agent_with_a_join_token_
     let server = FakeServer::start().await;
     server.push(vec![entry("a", 1)], server.bundle());
     let ahead = Arc::new(AtomicI64::new(0));
-    let settings = || config(dir.path(), server.address.clone(), &server.bundle(), token());
+    let settings = || config(dir.path(), server.address.clone(), &server.bundle(), join_token());
     let agent = Agent::start_by(shifted(&ahead), settings());
     let first = agent.authority().await;
     eventually("an SVID", || (agent.signed() == 1).then_some(())).await;
@@ -275,7 +271,7 @@ async fn an_authority_that_is_about_to_end_does_not_make_an_agent_spin() {
     let dir = tempfile::tempdir().unwrap();
     let server = FakeServer::start().await;
     server.agent_ttl(secs(9));
-    let agent = Agent::start(dir.path(), &server, token());
+    let agent = Agent::start(dir.path(), &server, join_token());
     agent.authority().await;
     tokio::time::sleep(secs(5)).await;
     let (attested, renewed) = server.agent_signatures();
@@ -290,7 +286,7 @@ async fn a_foreign_bundle_that_the_server_has_deleted_is_gone_from_its_agents() 
     let mut partner = Ca::new(OffsetDateTime::now_utc()).bundle();
     partner.trust_domain = countersign_identity::trust_domain::parse_trust_domain("partner").unwrap();
     server.push_foreign(vec![partner]);
-    let agent = Agent::start(dir.path(), &server, token());
+    let agent = Agent::start(dir.path(), &server, join_token());
     let held = || agent.cache.read().federated.len();
     eventually("the foreign bundle", || (held() == 1).then_some(())).await;
     server.push_foreign(vec![]);
@@ -308,7 +304,7 @@ async fn entries_that_are_refused_for_good_starve_nobody() {
     let mut entries: Vec<_> = bad.iter().map(|name| entry(name, 1)).collect();
     entries.push(entry("z", 1));
     server.push(entries.clone(), server.bundle());
-    let agent = Agent::start(dir.path(), &server, token());
+    let agent = Agent::start(dir.path(), &server, join_token());
     eventually("the good entry's SVID", || (agent.signed() == 1).then_some(())).await;
     // A new entry does not wait for their backoff either.
     entries.push(entry("zz", 1));
@@ -360,7 +356,7 @@ async fn a_join_token_is_not_spent_on_an_identity_that_cannot_be_kept() {
     let Some(disk) = Small::mount() else { return };
     std::fs::create_dir(disk.0.path().join("agent")).unwrap();
     let server = FakeServer::start().await;
-    let settings = config(disk.0.path(), server.address.clone(), &server.bundle(), token());
+    let settings = config(disk.0.path(), server.address.clone(), &server.bundle(), join_token());
     disk.fill();
     let link = Link::new(Arc::new(settings), system_clock()).unwrap();
     let refused = link.attest().await.err().unwrap().to_string();
@@ -377,7 +373,7 @@ async fn a_join_token_is_not_spent_on_an_identity_that_cannot_be_kept() {
 async fn a_full_disk_costs_an_agent_nothing_and_is_made_up_for() {
     let Some(disk) = Small::mount() else { return };
     let server = FakeServer::start().await;
-    let agent = Agent::start(disk.0.path(), &server, token());
+    let agent = Agent::start(disk.0.path(), &server, join_token());
     let first = agent.authority().await;
     let kept = || std::fs::read(disk.0.path().join("agent/agent-svid.pem")).unwrap();
     let before = kept();
@@ -403,7 +399,7 @@ async fn a_client_that_stands_still_does_not_keep_the_agent_from_ending() {
     let dir = tempfile::tempdir().unwrap();
     let server = FakeServer::start().await;
     server.push(vec![entry("a", 1)], server.bundle());
-    let settings = config(dir.path(), server.address.clone(), &server.bundle(), token());
+    let settings = config(dir.path(), server.address.clone(), &server.bundle(), join_token());
     let (socket, shutdown) = (settings.socket.clone(), CancellationToken::new());
     let (ready, is_ready) = tokio::sync::oneshot::channel();
     let end = shutdown.clone();
@@ -453,9 +449,9 @@ async fn a_client_that_stands_still_does_not_keep_the_agent_from_ending() {
 async fn a_second_agent_on_one_folder_does_not_start() {
     let dir = tempfile::tempdir().unwrap();
     let server = FakeServer::start().await;
-    let first = Agent::start(dir.path(), &server, token());
+    let first = Agent::start(dir.path(), &server, join_token());
     first.authority().await;
-    let mut settings = config(dir.path(), server.address.clone(), &server.bundle(), token());
+    let mut settings = config(dir.path(), server.address.clone(), &server.bundle(), join_token());
     settings.socket = dir.path().join("other.sock");
     let refused = crate::run(settings, system_clock(), CancellationToken::new(), || {}).await;
     let Err(AgentError::Link(why)) = refused else { panic!("{refused:?}") };

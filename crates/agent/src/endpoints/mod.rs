@@ -249,8 +249,7 @@ impl Core {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::config::Evidence;
-    use crate::testing::{Ca, config};
+    use crate::testing::{Ca, config, join_token};
     use countersign_api::clock::system_clock;
     use countersign_api::transport::peer_credentials;
     use std::io::Write;
@@ -272,8 +271,7 @@ pub mod tests {
 
     pub fn core(dir: &std::path::Path) -> Core {
         let bundle = Ca::new(OffsetDateTime::now_utc()).bundle();
-        let evidence = Evidence::JoinToken(zeroize::Zeroizing::new("token".into()));
-        let config = Arc::new(config(dir, "127.0.0.1:1".into(), &bundle, evidence));
+        let config = Arc::new(config(dir, "127.0.0.1:1".into(), &bundle, join_token()));
         Core {
             link: Arc::new(Link::new(config.clone(), system_clock()).unwrap()),
             own_socket: OwnSocket::at(config.socket.clone()),

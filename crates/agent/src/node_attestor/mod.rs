@@ -1,11 +1,15 @@
-//! Node attestation: how this node proves itself to the server.
+//! Node attestation: how this node proves itself to the server. A new way is one file beside these, and one line where the
+//! settings choose it.
 
+mod join_token;
 mod k8s_psat;
 mod x509pop;
 
 use std::path::PathBuf;
 
-use crate::config::Evidence;
+pub use join_token::JoinToken;
+pub use k8s_psat::K8sPsat;
+pub use x509pop::X509Pop;
 
 /// Why the evidence could not be presented.
 #[derive(Debug, thiserror::Error)]
@@ -23,51 +27,30 @@ pub enum EvidenceError {
     Challenge(String),
 }
 
-/// The evidence, and the answers to the server's challenges.
-pub enum NodeAttestor {
-    /// A join token; has no challenge.
-    JoinToken(zeroize::Zeroizing<String>),
-    /// Signs the server's nonce.
-    X509Pop(x509pop::X509Pop),
-    /// A service account token, which the server verifies with the API server; has no challenge.
-    K8sPsat(k8s_psat::K8sPsat),
+/// A way to attest this node.
+pub trait NodeAttestor: Send + Sync {
+    /// Its name on the wire, such as `x509pop`.
+    fn kind(&self) -> &'static str;
+
+    /// Reads what this attestation presents: files may have been replaced since the last one.
+    fn evidence(&self) -> Result<Box<dyn Evidence>, EvidenceError>;
+
+    /// Whether the server takes the evidence once only.
+    fn is_for_single_use(&self) -> bool {
+        false
+    }
 }
 
-impl NodeAttestor {
-    /// Reads the files of the evidence.
-    pub fn load(evidence: &Evidence) -> Result<Self, EvidenceError> {
-        match evidence {
-            Evidence::JoinToken(token) => Ok(Self::JoinToken(token.clone())),
-            Evidence::X509Pop { certificate, key } => x509pop::X509Pop::load(certificate, key).map(Self::X509Pop),
-            Evidence::K8sPsat { cluster, token } => k8s_psat::K8sPsat::load(cluster, token).map(Self::K8sPsat),
-        }
-    }
-
-    /// Its name on the wire, such as `x509pop`.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::JoinToken(_) => "join_token",
-            Self::X509Pop(_) => "x509pop",
-            Self::K8sPsat(_) => "k8s_psat",
-        }
-    }
-
-    /// The evidence as sent to the server.
-    pub fn payload(&self) -> Result<Vec<u8>, EvidenceError> {
-        match self {
-            Self::JoinToken(token) => Ok(token.as_bytes().to_vec()),
-            Self::X509Pop(pop) => pop.payload(),
-            Self::K8sPsat(psat) => psat.payload(),
-        }
-    }
+/// What one attestation presents.
+pub trait Evidence: Send + Sync {
+    /// What is sent first.
+    fn payload(&self) -> Result<Vec<u8>, EvidenceError>;
 
     /// The answer to a challenge of the server.
-    pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
-        match self {
-            Self::JoinToken(_) | Self::K8sPsat(_) => {
-                Err(EvidenceError::Challenge("the server challenged a token, which has no answer".into()))
-            }
-            Self::X509Pop(pop) => pop.answer(challenge),
-        }
-    }
+    fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError>;
+}
+
+/// The error of evidence that no server challenges.
+fn unexpected_challenge() -> EvidenceError {
+    EvidenceError::Challenge("the server challenged a token, which has no answer".into())
 }

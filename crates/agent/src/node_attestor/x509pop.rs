@@ -1,7 +1,7 @@
 //! Node attestation by proof of possession: sends a certificate chain and signs the server's nonce with its key.
 //! SPIRE's wire format.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{self, EcdsaKeyPair, RsaKeyPair};
@@ -13,10 +13,33 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
-use super::EvidenceError;
+use super::{Evidence, EvidenceError, NodeAttestor};
+
+/// A node's certificate and its key, read for each attestation.
+pub struct X509Pop {
+    certificate: PathBuf,
+    key: PathBuf,
+}
+
+impl X509Pop {
+    /// PEM files: the certificate chain, leaf first, and its private key (PKCS#8).
+    pub fn new(certificate: PathBuf, key: PathBuf) -> Self {
+        Self { certificate, key }
+    }
+}
+
+impl NodeAttestor for X509Pop {
+    fn kind(&self) -> &'static str {
+        "x509pop"
+    }
+
+    fn evidence(&self) -> Result<Box<dyn Evidence>, EvidenceError> {
+        Ok(Box::new(Possession::load(&self.certificate, &self.key)?))
+    }
+}
 
 /// A node's certificate chain and private key.
-pub struct X509Pop {
+struct Possession {
     chain: Vec<CertificateDer<'static>>,
     key: Zeroizing<Vec<u8>>,
 }
@@ -29,9 +52,9 @@ fn challenge_error(why: impl ToString) -> EvidenceError {
     EvidenceError::Challenge(why.to_string())
 }
 
-impl X509Pop {
+impl Possession {
     /// Reads the PEM files. Errors: unreadable, no certificate, or no PKCS#8 key.
-    pub fn load(certificate: &Path, key: &Path) -> Result<Self, EvidenceError> {
+    fn load(certificate: &Path, key: &Path) -> Result<Self, EvidenceError> {
         let wrong = |path: &Path, why: String| EvidenceError::File { path: path.to_owned(), why };
         let pem = read_pem(certificate).map_err(|e| wrong(certificate, e.to_string()))?;
         let chain = certificates_from_pem(&pem).map_err(|e| wrong(certificate, e.to_string()))?;
@@ -41,15 +64,17 @@ impl X509Pop {
         })?;
         Ok(Self { chain, key: Zeroizing::new(key.secret_pkcs8_der().to_vec()) })
     }
+}
 
+impl Evidence for Possession {
     /// The chain as sent to the server, JSON.
-    pub fn payload(&self) -> Result<Vec<u8>, EvidenceError> {
+    fn payload(&self) -> Result<Vec<u8>, EvidenceError> {
         let certificates: Vec<_> = self.chain.iter().map(|c| base64(c)).collect();
         serde_json::to_vec(&json!({ "certificates": certificates })).map_err(challenge_error)
     }
 
     /// A signature over the server's nonce and our own.
-    pub fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
+    fn answer(&self, challenge: &[u8]) -> Result<Vec<u8>, EvidenceError> {
         let challenge: Value = serde_json::from_slice(challenge).map_err(challenge_error)?;
         let nonce = |kind: &str| {
             challenge[kind]["nonce"].as_str().and_then(|n| base64::engine::general_purpose::STANDARD.decode(n).ok())
@@ -92,7 +117,7 @@ mod tests {
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         std::fs::write(&long, vec![b'x'; 2 << 20]).unwrap();
         for (path, why) in [(&pipe, "it is a pipe; expected a file"), (&long, "it is longer than 1048576 bytes")] {
-            let said = X509Pop::load(path, path).err().unwrap().to_string();
+            let said = X509Pop::new(path.clone(), path.clone()).evidence().err().unwrap().to_string();
             assert!(said.contains(&path.display().to_string()) && said.contains(why), "{said}");
         }
     }

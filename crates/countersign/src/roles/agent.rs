@@ -2,11 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
+use countersign_agent::Config;
 use countersign_agent::config::{Kubelet, NodeName, PodSources, Sources};
-use countersign_agent::{Config, Evidence};
+use countersign_agent::node_attestor::{JoinToken, K8sPsat, NodeAttestor, X509Pop};
 use countersign_api::clock::system_clock;
 use countersign_api::files::read_bounded;
 use countersign_identity::KeyType;
@@ -153,7 +155,7 @@ impl AgentSettings {
                 .transpose()?,
             data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/countersign/agent".into()),
             trust_bundle: self.trust_bundle,
-            evidence: evidence(
+            attestor: attestor(
                 self.join_token_file,
                 (self.x509pop_cert, self.x509pop_key),
                 (self.k8s_psat_cluster, self.k8s_psat_token),
@@ -174,11 +176,11 @@ impl AgentSettings {
     }
 }
 
-fn evidence(
+fn attestor(
     token: Option<PathBuf>,
     x509pop: (Option<PathBuf>, Option<PathBuf>),
     psat: (Option<String>, Option<PathBuf>),
-) -> Result<Option<Evidence>, Mistake> {
+) -> Result<Option<Arc<dyn NodeAttestor>>, Mistake> {
     let given = [token.is_some(), x509pop.0.is_some() || x509pop.1.is_some(), psat.0.is_some()];
     if given.iter().filter(|g| **g).count() > 1 {
         return Err(Mistake(
@@ -190,12 +192,12 @@ fn evidence(
             let wrong = |why: String| Mistake::flag("--join-token-file", &format!("{}: {why}", path.display()));
             let text = read_bounded(&path, MAX_TOKEN_BYTES).map_err(|e| wrong(e.to_string()))?;
             let token = join_token(&Zeroizing::new(text)).map_err(wrong)?;
-            Ok(Some(Evidence::JoinToken(token)))
+            Ok(Some(Arc::new(JoinToken::new(token))))
         }
-        (_, (Some(certificate), Some(key)), _) => Ok(Some(Evidence::X509Pop { certificate, key })),
+        (_, (Some(certificate), Some(key)), _) => Ok(Some(Arc::new(X509Pop::new(certificate, key)))),
         (_, (None, None), (Some(cluster), token)) => {
             let token = token.unwrap_or_else(|| "/var/run/secrets/tokens/countersign-agent".into());
-            Ok(Some(Evidence::K8sPsat { cluster, token }))
+            Ok(Some(Arc::new(K8sPsat::new(cluster, token))))
         }
         (_, (None, None), (None, None)) => Ok(None),
         (_, (None, None), (None, Some(_))) => {
