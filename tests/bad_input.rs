@@ -335,12 +335,40 @@ fn every_kubernetes_command_says_the_same_of_an_api_server_that_is_not_there() {
         assert!(said.contains(&whom), "{command:?}: {said}");
     }
     assert!(!dir.path().join("a.tar.gz").exists());
-    // A file can be injected without a cluster, which is said.
+}
+
+/// In the place of a mesh that is strict nobody may get permissive pods because it could not be asked.
+#[test]
+fn inject_guesses_no_mode_where_a_cluster_is_configured() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = crate::cni::no_api_server(dir.path());
     let app = dir.path().join("app.yaml");
     std::fs::write(&app, "apiVersion: v1\nkind: Pod\nspec: {containers: [{name: a, image: i}]}\n").unwrap();
-    let inject = ["inject", "-f", &app.display().to_string()];
-    let (code, said) = outcome(countersign(&inject).env("KUBECONFIG", &config));
+    let file = app.display().to_string();
+    let inject = |more: &[&str]| countersign(&[&["inject", "-f", &file], more].concat());
+    let whom =
+        format!("cannot reach the API server at http://127.0.0.1:1 (KUBECONFIG {}, context x): ", config.display());
+    let (code, said) = outcome(inject(&[]).env("KUBECONFIG", &config));
+    assert_eq!((code, said.lines().count()), (1, 1), "{said}");
+    for part in [whom.as_str(), "--mode", "--ignore-cluster"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    // Who says the mode oneself, or that no cluster is meant, is not held up, and the defaults are told of.
+    let (code, said) = outcome(inject(&["--mode=strict"]).env("KUBECONFIG", &config));
     assert!(code == 0 && said.contains("name: countersign-proxy") && said.contains(&whom), "{said}");
+    assert!(said.contains("other-protocols=drop") && !said.contains("permissive"), "{said}");
+    let (code, said) = outcome(inject(&["--ignore-cluster"]).env("KUBECONFIG", &config));
+    assert!(code == 0 && said.contains("name: countersign-proxy"), "{said}");
+    // None is configured: nobody else knows.
+    let mut none = inject(&[]);
+    let none = none.env_remove("KUBECONFIG").env("HOME", dir.path().join("none"));
+    let (code, said) = outcome(none.env_remove("KUBERNETES_SERVICE_HOST"));
+    assert!(code == 0 && said.contains("no cluster is configured") && said.contains("mode permissive"), "{said}");
+    // One is, by a file that cannot be used.
+    std::fs::create_dir_all(dir.path().join(".kube")).unwrap();
+    std::fs::write(dir.path().join(".kube/config"), "clusters: [").unwrap();
+    let mut broken = inject(&[]);
+    one_line(broken.env_remove("KUBECONFIG").env("HOME", dir.path()), "/.kube/config");
     std::fs::write(&app, "some plain text\n").unwrap();
-    one_line(&mut countersign(&inject), "app.yaml: no Kubernetes object was found");
+    one_line(&mut inject(&[]), "app.yaml: no Kubernetes object was found");
 }

@@ -1,6 +1,7 @@
 //! The way to the API server of the current KUBECONFIG, which every command takes first: one that does not answer is told of within
 //! seconds, with its address and where that comes from.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
@@ -15,6 +16,9 @@ use crate::settings::words::shown;
 /// Longest wait for the first answer, and the part of it that passes in silence.
 const FIRST_ANSWER: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(1);
+/// Where a pod has the token of its service account, and what is said of it.
+const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+const SERVICE_ACCOUNT: &str = "the service account of this pod";
 
 /// An API server that answers.
 pub struct ApiServer {
@@ -42,15 +46,29 @@ async fn config() -> Result<Config, Mistake> {
     config.map_err(|e| Mistake(format!("there is no cluster to ask: {e}; set KUBECONFIG to a file that names one")))
 }
 
-/// The configuration of a command that can do without a cluster; `None` where none is set up. Error: KUBECONFIG names one, which cannot
-/// be read.
+/// The configuration of a command that can do without a cluster; `None` where none is set up. Error: one is, and what names it cannot
+/// be used.
 pub async fn configured() -> Result<Option<Config>, Mistake> {
-    let named = std::env::var_os("KUBECONFIG").is_some_and(|paths| !paths.is_empty());
     match Config::infer().await {
         Ok(config) => Ok(Some(config)),
-        Err(error) if named => Err(Mistake(format!("KUBECONFIG: {error}"))),
-        Err(_) => Ok(None),
+        Err(error) => naming().map_or(Ok(None), |what| Err(Mistake(format!("{what}: {error}")))),
     }
+}
+
+/// What names a cluster on this machine, whether it can be used or not; `None` if nothing does.
+fn naming() -> Option<String> {
+    if std::env::var_os("KUBECONFIG").is_some_and(|paths| !paths.is_empty()) {
+        return Some("KUBECONFIG".into());
+    }
+    let home = home_config().map(|path| shown(&path.display().to_string()).to_string());
+    // A pod without a service account's token has no cluster either, although its environment names one.
+    let is_account = || Path::new(ACCOUNT).exists() && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    home.or_else(|| is_account().then(|| SERVICE_ACCOUNT.into()))
+}
+
+/// The file that kubectl reads where KUBECONFIG is not set, if it is there.
+fn home_config() -> Option<PathBuf> {
+    std::env::home_dir().map(|home| home.join(".kube/config")).filter(|path| path.is_file())
 }
 
 /// [`reach`] by a configuration; `source` says where it is from.
@@ -91,10 +109,9 @@ fn unreached(whom: &str, why: &str) -> anyhow::Error {
 /// Where the configuration is from, as kube looks for it.
 pub fn source() -> String {
     let named = std::env::var("KUBECONFIG").ok().filter(|paths| !paths.is_empty());
-    let home = || std::env::home_dir().map(|home| home.join(".kube/config")).filter(|path| path.is_file());
     let file = named.map(|paths| format!("KUBECONFIG {}", shown(&paths)));
-    let Some(file) = file.or_else(|| home().map(|path| path.display().to_string())) else {
-        return "the service account of this pod".into();
+    let Some(file) = file.or_else(|| home_config().map(|path| path.display().to_string())) else {
+        return SERVICE_ACCOUNT.into();
     };
     match Kubeconfig::read().ok().and_then(|config| config.current_context) {
         Some(context) => format!("{file}, context {}", shown(&context)),

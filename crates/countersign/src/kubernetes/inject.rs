@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use countersign_controller::injector::{
     self, Asks, IN_MANIFEST, INJECTED, Sidecar, Surroundings, Verdict, new_probe_secret,
 };
@@ -34,8 +34,9 @@ const MAX_BYTES: u64 = 64 * 1024 * 1024;
 ///
 /// Handles pods and all objects with pod templates: deployments, stateful sets, daemon sets, replica sets, jobs, cron
 /// jobs, and lists of them. Every other object passes unchanged. A summary is printed on standard error. Image, mode and all else
-/// that is not named are those of the installation in the cluster of the current KUBECONFIG; where none can be asked, the defaults of
-/// this version, which is said.
+/// that is not named are those of the installation in the cluster of the current KUBECONFIG. Where no cluster is configured, or it has
+/// no installation, they are the defaults of this version, which is said. A cluster that cannot be asked is an error, because its mesh
+/// may be strict, unless --mode says the mode.
 #[derive(Debug, clap::Args)]
 pub struct InjectArgs {
     /// YAML or JSON file; `-` reads standard input.
@@ -82,7 +83,7 @@ pub fn inject(args: InjectArgs) -> Result<()> {
     objects_all(&documents).map_err(|why| Mistake(format!("{name}: {why}")))?;
     let mut named = BTreeSet::new();
     documents.iter().for_each(|document| namespaces(document, &args.namespace, &mut named));
-    let installed = if args.ignore_cluster { None } else { block(installed(&args.mesh_namespace, &named))? };
+    let installed = if args.ignore_cluster { None } else { block(installed(&args, &named))? };
     let by = By::new(args, installed)?;
     let mut out = vec![];
     for mut document in documents {
@@ -117,29 +118,48 @@ fn namespaces(document: &Value, default: &str, found: &mut BTreeSet<String>) {
     }
 }
 
-/// What the installation injects; `None`, and why on standard error, where none can be asked. Error: KUBECONFIG is wrong.
-async fn installed(mesh_namespace: &str, namespaces: &BTreeSet<String>) -> Result<Option<Injects>> {
-    let read = async {
-        let config = api_server::configured().await?;
-        let Some(config) = config else { return Ok(Err("no cluster is configured (KUBECONFIG)".to_owned())) };
-        let reached = api_server::reach_by(config, &api_server::source()).await;
-        let client = match reached {
-            Ok(reached) => reached.client,
-            Err(why) => return Ok(Err(one_line(&why))),
-        };
-        let asked = tokio::time::timeout(CALL, Injects::read(&client, mesh_namespace, namespaces)).await;
-        anyhow::Ok(asked.unwrap_or_else(|_| Err(format!("no answer within {} s", CALL.as_secs()))))
+/// What the installation injects; `None`, and why on standard error, where there is none or only the mode must be known, which is named.
+/// Error: it is not known whether there is one, or what it injects.
+async fn installed(args: &InjectArgs, namespaces: &BTreeSet<String>) -> Result<Option<Injects>> {
+    // A mode that is named counts in all of them.
+    let (nobody, mode) = (BTreeSet::new(), args.mode.as_deref());
+    let namespaces = if mode.is_some() { &nobody } else { namespaces };
+    let why = match (ask(&args.mesh_namespace, namespaces).await, mode) {
+        (Ok(Asked::Injects(injects)), _) => return Ok(Some(injects)),
+        (Ok(Asked::Nothing(why)), _) => why,
+        (Err(why), _) if why.downcast_ref::<Mistake>().is_some() => return Err(why),
+        (Err(why), Some(_)) => one_line(&why),
+        (Err(why), None) => return Err(why.context(UNKNOWN)),
     };
-    match read.await? {
-        Ok(injects) => Ok(Some(injects)),
-        Err(why) => {
-            eprintln!(
-                "what is not named has the defaults of this version, such as its image and mode permissive, and not what an \
-                 installation has: {why}"
-            );
-            Ok(None)
-        }
-    }
+    eprintln!(
+        "what is not named has the defaults of this version, such as its image, and not what an installation has; mode {}: {why}",
+        mode.unwrap_or("permissive")
+    );
+    Ok(None)
+}
+
+/// What is said where an installation may be another one than the defaults.
+const UNKNOWN: &str = "what the installation injects is not known; --mode MODE says at least its mode, and --ignore-cluster takes the \
+                       defaults of this version";
+
+/// What the cluster tells.
+enum Asked {
+    Injects(Injects),
+    /// There is no installation; why that is so, in words.
+    Nothing(String),
+}
+
+async fn ask(mesh_namespace: &str, namespaces: &BTreeSet<String>) -> Result<Asked> {
+    let Some(config) = api_server::configured().await? else {
+        return Ok(Asked::Nothing("no cluster is configured (KUBECONFIG)".into()));
+    };
+    let client = api_server::reach_by(config, &api_server::source()).await?.client;
+    let asked = tokio::time::timeout(CALL, Injects::read(&client, mesh_namespace, namespaces)).await;
+    let asked = asked.map_err(|_| anyhow!("no answer within {} s", CALL.as_secs()))?;
+    Ok(asked?.map_or_else(
+        || Asked::Nothing(format!("there is no installation in namespace {mesh_namespace}; say --mesh-namespace")),
+        Asked::Injects,
+    ))
 }
 
 /// What is injected, and into what.
