@@ -35,9 +35,8 @@ pub struct Way {
 }
 
 impl Way {
-    /// Goes all of it, in the end past sidecars that do not answer while others do. Errors: a step is unknown to the control plane, or
-    /// some sidecars do not take it. After the first step the mesh
-    /// is what it was before; after the second it stays as transparent as it is, because sidecars that are strict again would refuse
+    /// Goes all of it, in the end past sidecars that do not answer and whose pods are not ready. Errors: a step is unknown to the control
+    /// plane, or some sidecars do not take it. After the first step the mesh is what it was before; after the second it stays as transparent as it is, because sidecars that are strict again would refuse
     /// those that are not yet.
     ///
     /// `stop` ends either wait, with the same outcome: whoever interrupts the command does not want to leave a strict mesh open.

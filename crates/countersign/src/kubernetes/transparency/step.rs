@@ -8,8 +8,8 @@ use countersign_controller::injector::SIDECAR;
 use countersign_controller::store::Transparency;
 use futures::stream::{self, StreamExt};
 use k8s_openapi::api::core::v1::Pod;
-use kube::Client;
 use kube::api::{Api, ListParams};
+use kube::{Client, ResourceExt};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -43,13 +43,20 @@ pub const FULL: Step = Step { setting: Transparency::Full, does: "send plaintext
 pub struct Passed<'a> {
     /// Those that the administrator leaves out.
     pub by_leave: &'a [Without],
-    /// Those that did not answer in an earlier step, `NAMESPACE/NAME`.
-    pub silent: BTreeSet<String>,
+    /// Those that did not answer in an earlier step. Who answers since is waited for again.
+    pub silent: BTreeSet<Incarnation>,
 }
 
-impl Passed<'_> {
-    fn has(&self, pod: &str) -> bool {
-        self.silent.contains(pod) || is_without(self.by_leave, pod)
+/// A pod, which another one of its name is not.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Incarnation {
+    name: String,
+    uid: Option<String>,
+}
+
+impl Incarnation {
+    fn of(pod: &Pod) -> Self {
+        Self { name: name_of(pod), uid: pod.uid() }
     }
 }
 
@@ -63,45 +70,70 @@ enum Progress {
     Silent(String),
 }
 
-/// The sidecars that a step has to wait for, `NAMESPACE/NAME`, and what each lacks.
+/// A sidecar that a step has to wait for, and what it lacks.
+struct Lagging {
+    pod: Incarnation,
+    why: String,
+}
+
+/// The sidecars that a step has to wait for.
 #[derive(Default)]
 struct Waiting {
-    behind: Vec<(String, String)>,
-    silent: Vec<(String, String)>,
-    /// Whether the kubelet takes one of the silent ones for ready.
-    is_silent_one_ready: bool,
-    /// Whether any sidecar has answered.
-    has_answer: bool,
+    behind: Vec<Lagging>,
+    /// Those that work, as far as their kubelets know, and do not answer: only the way to them may be broken, so that they may be strict.
+    unreachable: Vec<Lagging>,
+    broken: Vec<Lagging>,
 }
 
 impl Waiting {
-    fn add(&mut self, pod: &Pod, progress: Progress) {
-        let name = name_of(pod);
-        self.has_answer |= !matches!(progress, Progress::Silent(_));
-        match progress {
-            Progress::Taken => {}
-            Progress::Behind(why) => self.behind.push((name, why)),
-            Progress::Silent(why) => {
-                self.is_silent_one_ready |= is_ready(pod);
-                self.silent.push((name, why));
-            }
+    fn add(&mut self, pod: &Pod, progress: Progress, passed: &Passed<'_>) {
+        let (which, why) = match progress {
+            Progress::Taken => return,
+            Progress::Behind(why) => (&mut self.behind, why),
+            Progress::Silent(why) if is_ready(pod) => (&mut self.unreachable, why),
+            Progress::Silent(_) if passed.silent.contains(&Incarnation::of(pod)) => return,
+            Progress::Silent(why) => (&mut self.broken, why),
+        };
+        which.push(Lagging { pod: Incarnation::of(pod), why });
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Lagging> {
+        self.behind.iter().chain(&self.unreachable).chain(&self.broken)
+    }
+
+    /// Why the step has to stop, in words; `None` if those that are left are broken, and nobody else.
+    fn stops(&self, step: &Step) -> Option<String> {
+        let names = |all: &[&Lagging]| {
+            let names: Vec<&str> = all.iter().take(NAMED).map(|one| one.pod.name.as_str()).collect();
+            let why = all.first().map_or("", |one| one.why.as_str());
+            format!("{} among them ({why})", names.join(", "))
+        };
+        if !self.behind.is_empty() {
+            let all: Vec<&Lagging> = self.all().collect();
+            return Some(format!(
+                "{} yet to {}, {}: restart or delete these pods, give more --patience, or leave them out by --without NAMESPACE/POD",
+                have(all.len()),
+                step.does,
+                names(&all)
+            ));
         }
-    }
-
-    fn all(&self) -> impl Iterator<Item = &(String, String)> {
-        self.behind.iter().chain(&self.silent)
-    }
-
-    /// Whether those that are left are broken, and nobody else. Where no sidecar at all answers, although the kubelets find them well,
-    /// it is the way to them that is broken: they may be strict, and others would be refused.
-    fn are_broken(&self) -> bool {
-        self.behind.is_empty() && (self.has_answer || !self.is_silent_one_ready)
+        let unreachable: Vec<&Lagging> = self.unreachable.iter().collect();
+        (!unreachable.is_empty()).then(|| {
+            format!(
+                "{} of pods that are ready cannot be asked whether they {}, {}: they work, and may refuse plaintext; see whether the \
+                 API server reaches port {SIDECAR_PORT} of these pods (a NetworkPolicy?), restart them, or leave them out by --without \
+                 NAMESPACE/POD",
+                count(unreachable.len(), "sidecar"),
+                step.does,
+                names(&unreachable)
+            )
+        })
     }
 }
 
 impl Step {
-    /// Waits until every running sidecar has taken it, but those in `passed`, to which it adds those that do not answer. Error: which
-    /// have not until then, and why. An interruption is answered at once, also while a sidecar that does not answer is asked.
+    /// Waits until every running sidecar has taken it, but those in `passed`, to which it adds those that do not answer and whose pods are
+    /// not ready. Error: which have not until then, and why. An interruption is answered at once, also while a sidecar that does not answer is asked.
     pub async fn wait(
         &self,
         client: &Client,
@@ -121,33 +153,27 @@ impl Step {
         let mut said = usize::MAX;
         loop {
             let waiting = self.look(client, passed).await?;
-            let Some((first, why)) = waiting.all().next() else {
+            let Some(first) = waiting.all().next() else {
                 eprintln!("all sidecars {}", self.does);
                 return Ok(());
             };
             let left = waiting.all().count();
             if left != said {
                 said = left;
-                eprintln!("waiting for {}, {first} among them", count(said, "sidecar"));
+                eprintln!("waiting for {}, {} among them", count(said, "sidecar"), first.pod.name);
             }
             if Instant::now() <= until {
                 tokio::time::sleep(LOOK).await;
                 continue;
             }
-            if waiting.are_broken() {
-                eprintln!("{}", gone_past(&waiting.silent));
-                passed.silent.extend(waiting.silent.into_iter().map(|(name, _)| name));
-                eprintln!("all other sidecars {}", self.does);
-                return Ok(());
+            if let Some(why) = waiting.stops(self) {
+                return Err(anyhow!(why));
             }
-            let names: Vec<&str> = waiting.all().take(NAMED).map(|(name, _)| name.as_str()).collect();
-            return Err(anyhow!(
-                "{} yet to {}, {} among them ({why}): restart or delete these pods, give more --patience, or leave them \
-                 out by --without NAMESPACE/POD",
-                have(left),
-                self.does,
-                names.join(", ")
-            ));
+            let silent: Vec<_> = waiting.broken.iter().map(|one| (one.pod.name.clone(), one.why.clone())).collect();
+            eprintln!("{}", gone_past(&silent));
+            passed.silent.extend(waiting.broken.into_iter().map(|one| one.pod));
+            eprintln!("all other sidecars {}", self.does);
+            return Ok(());
         }
     }
 
@@ -155,7 +181,8 @@ impl Step {
     async fn look(&self, client: &Client, passed: &Passed<'_>) -> Result<Waiting> {
         let pods: Api<Pod> = Api::all(client.clone());
         let pods = pods.list(&ListParams::default()).await.context("cannot list pods")?.items;
-        let asked = pods.iter().filter(|pod| has_running_sidecar(pod) && !passed.has(&name_of(pod)));
+        let is_left_out = |pod: &Pod| is_without(passed.by_leave, &name_of(pod));
+        let asked = pods.iter().filter(|pod| has_running_sidecar(pod) && !is_left_out(pod));
         let answers = stream::iter(asked).map(|pod| async move {
             let answer = page(client, pod, SIDECAR_PORT, "/mode").await;
             let progress = match answer {
@@ -166,7 +193,7 @@ impl Step {
         });
         let answers: Vec<(&Pod, Progress)> = answers.buffered(AT_ONCE).collect().await;
         let mut waiting = Waiting::default();
-        answers.into_iter().for_each(|(pod, progress)| waiting.add(pod, progress));
+        answers.into_iter().for_each(|(pod, progress)| waiting.add(pod, progress, passed));
         Ok(waiting)
     }
 

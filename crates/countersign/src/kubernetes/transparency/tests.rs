@@ -1,3 +1,4 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::step::gone_past;
@@ -136,24 +137,60 @@ fn ready(mut pod: Value) -> Value {
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_that_does_not_answer_holds_nobody_up_for_ever() {
-    let pods = vec![ready(pod("web", SIDECAR)), ready(pod("broken", SIDECAR))];
+    let pods = vec![ready(pod("web", SIDECAR)), pod("broken", SIDECAR)];
     let world = world_of(None, pods, one_is_silent, new);
     let began = Instant::now();
     go(&world, false).await.unwrap();
     assert_eq!(*world.written.lock().unwrap(), [json!("inbound"), json!("true")]);
-    // Once for its patience and a look's own time, and not again in the second step.
-    assert!(began.elapsed() < Duration::from_secs(13), "{:?}", began.elapsed());
+    // Once for its patience and a look's own time, and for one look in the second step.
+    assert!(began.elapsed() < Duration::from_secs(18), "{:?}", began.elapsed());
     let silent = [("shop/broken".to_owned(), "no answer within 5 s".to_owned())];
     let said = gone_past(&silent);
     assert!(said.starts_with("going on without 1 sidecar that cannot be asked: shop/broken (no answer"), "{said}");
     // The only one, which its kubelet finds broken too.
     let alone = world_of(None, vec![pod("broken", SIDECAR)], one_is_silent, new);
     go(&alone, false).await.unwrap();
-    // Not its own fault: nobody can be asked, and the kubelet finds it well.
-    let unreachable = world_of(None, vec![ready(pod("broken", SIDECAR))], one_is_silent, new);
-    let why = go(&unreachable, false).await.unwrap_err().to_string();
-    assert!(why.contains("shop/broken among them (no answer within 5 s)"), "{why}");
-    assert_eq!(*unreachable.written.lock().unwrap(), [json!("inbound"), Value::Null], "it is what it was");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_is_ready_is_not_broken_because_its_sidecar_cannot_be_asked() {
+    let broken = || ready(pod("broken", SIDECAR));
+    // Whether others answer or nobody can be asked.
+    for pods in [vec![ready(pod("web", SIDECAR)), broken()], vec![broken()]] {
+        let unreachable = world_of(None, pods.clone(), one_is_silent, new);
+        let why = go(&unreachable, false).await.unwrap_err().to_string();
+        for part in ["shop/broken among them (no answer within 5 s)", "ready", "--without NAMESPACE/POD"] {
+            assert!(why.contains(part), "{part}: {why}");
+        }
+        assert_eq!(*unreachable.written.lock().unwrap(), [json!("inbound"), Value::Null], "it is what it was");
+        go_without(&world_of(None, pods, one_is_silent, new), false, &["shop/broken"]).await.unwrap();
+    }
+    // One that is broken beside it does not hide it.
+    let both = |path: &str| if path.contains("/web:") { Answer::Now(200, json!("off\n")) } else { Answer::Never };
+    let pods = vec![ready(pod("web", SIDECAR)), pod("ill", SIDECAR), broken()];
+    let why = go(&world_of(None, pods, both, new), false).await.unwrap_err().to_string();
+    assert!(why.contains("shop/broken among them") && !why.contains("shop/ill"), "{why}");
+}
+
+/// Of two pods, one whose sidecar does not answer until the second step.
+fn one_comes_back(mode: &'static str) -> World {
+    let asked = AtomicUsize::new(0);
+    let answer = move |path: &str| match path.contains("/broken:") {
+        // Twice within its patience.
+        true if asked.fetch_add(1, Ordering::Relaxed) < 2 => Answer::Never,
+        true => Answer::Now(200, json!(mode)),
+        false => Answer::Now(200, json!("off\n")),
+    };
+    world_of(None, vec![pod("web", SIDECAR), pod("broken", SIDECAR)], answer, new)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sidecar_that_was_passed_is_asked_again_in_the_next_step() {
+    go(&one_comes_back("off\n"), false).await.unwrap();
+    let strict = one_comes_back("strict\n");
+    let why = go(&strict, false).await.unwrap_err().to_string();
+    assert!(why.contains("1 sidecar has yet to send plaintext, shop/broken among them (its mode is strict)"), "{why}");
+    assert_eq!(*strict.written.lock().unwrap(), [json!("inbound"), json!("true")]);
 }
 
 #[tokio::test(start_paused = true)]
