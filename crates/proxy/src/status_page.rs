@@ -19,6 +19,9 @@ pub struct SidecarStatus {
     pub started_at: i64,
     /// What is still missing before it can serve.
     pub missing: Option<String>,
+    /// Why its node lets none of its connections pass the redirect yet; nothing once it does, and of a sidecar that needs no leave.
+    #[serde(default)]
+    pub not_admitted: Option<String>,
     /// Its workload's mode, once it is known: `off`, `permissive`, `strict`.
     pub mode: Option<String>,
     /// Who it is.
@@ -97,6 +100,7 @@ impl SidecarStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             started_at: sidecar.started_at.unix_timestamp(),
             missing: sidecar.missing(),
+            not_admitted: sidecar.exemption.missing(),
             mode: sidecar.mode().map(|mode| mode.to_string()),
             identity,
             agent_refusal: sidecar.current.agent_refusal(),

@@ -187,7 +187,7 @@ fn parse(body: &[u8]) -> Result<SidecarStatus, Unasked> {
     let clean = |text: &mut String| *text = shown(text).to_string();
     let clean_sentence = |text: &mut String| *text = sentence(text, MAX_TEXT).to_string();
     clean(&mut status.version);
-    status.missing.iter_mut().for_each(clean_sentence);
+    [&mut status.missing, &mut status.not_admitted].into_iter().flatten().for_each(clean_sentence);
     if let Some(identity) = &mut status.identity {
         [&mut identity.spiffe_id, &mut identity.serial, &mut identity.authority_id].into_iter().for_each(clean);
     }
@@ -207,7 +207,7 @@ pub fn texts(body: &[u8]) -> Vec<String> {
             let identity = status.identity.into_iter().flat_map(|i| [i.spiffe_id, i.serial, i.authority_id]);
             let refusal = status.agent_refusal.into_iter().flat_map(|r| [r.code, r.message]);
             let reasons = status.refused.into_iter().map(|r| r.reason);
-            let others = [Some(status.version), status.mode, status.missing].into_iter().flatten();
+            let others = [Some(status.version), status.mode, status.missing, status.not_admitted].into_iter().flatten();
             others.chain(identity).chain(refusal).chain(reasons).collect()
         }
         Err(why) => vec![why.to_string()],

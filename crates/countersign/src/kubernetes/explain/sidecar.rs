@@ -14,13 +14,23 @@ pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64, open: Option<&str>
         Err(why) => return vec![Step { name: "sidecar", outcome: Err(format!("{why}; {}", why.mend())) }],
     };
     let since = format!("version {}, started {}", status.version, when(status.started_at));
-    vec![
-        Step { name: "sidecar", outcome: Ok(since) },
+    let mut steps = vec![Step { name: "sidecar", outcome: Ok(since) }];
+    // Who needs no leave of its node has no such step.
+    steps.extend(status.not_admitted.as_deref().map(|why| Step { name: "admission", outcome: Err(not_admitted(why)) }));
+    steps.extend([
         Step { name: "attestation", outcome: attestation(status) },
         Step { name: "SVID", outcome: svid(status, now) },
         Step { name: "mode", outcome: mode(status, open) },
         Step { name: "handshakes", outcome: Ok(handshakes(status)) },
-    ]
+    ]);
+    steps
+}
+
+/// Why the node lets none of the sidecar's connections pass, and what to do.
+fn not_admitted(why: &str) -> String {
+    format!(
+        "{why}; its pod starts once the node's CNI component, a container of the agent's pod, has admitted it: see that container's log"
+    )
 }
 
 /// A plaintext peer in words.
@@ -101,6 +111,15 @@ mod tests {
         let expected =
             "inbound: 7 over mTLS, 0 in the clear, 0 refused; outbound: 0 over mTLS, 0 in the clear, 0 refused; 1 open";
         assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn a_sidecar_that_lacks_nothing_but_its_nodes_leave_says_so() {
+        let why = "the node does not let this sidecar's connections pass yet: no answer within 10 s";
+        let steps = told(&Ok(status(|page| page["not_admitted"] = json!(why))), 1_000, None);
+        let missing: Vec<_> = steps.iter().filter(|step| step.outcome.is_err()).collect();
+        assert_eq!((missing.len(), missing[0].name), (1, "admission"));
+        assert!(missing[0].outcome.as_ref().unwrap_err().starts_with(why));
     }
 
     #[test]

@@ -92,7 +92,7 @@ async fn a_stream_that_breaks_is_told_with_the_kubelets_reason() {
 fn what_a_pod_writes_cannot_write_over_the_terminal() {
     let hostile = "a\n\u{1b}[2J\u{202e}";
     let mut page = page();
-    for field in ["version", "missing"] {
+    for field in ["version", "missing", "not_admitted"] {
         page[field] = json!(hostile);
     }
     page["identity"]["spiffe_id"] = json!(hostile);
@@ -104,6 +104,7 @@ fn what_a_pod_writes_cannot_write_over_the_terminal() {
     for text in [
         status.version,
         status.missing.unwrap(),
+        status.not_admitted.unwrap(),
         identity.spiffe_id,
         status.refused[0].reason.clone(),
         refusal.code,
