@@ -170,7 +170,8 @@ async fn of_pod(client: &Client, name: &str, namespace: &str, mesh: &str) -> Res
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let pod = api.get_opt(name).await.map_err(|e| anyhow!("cannot read pod {namespace}/{name}: {}", in_words(&e)))?;
     let Some(pod) = pod else { return of_missing_pod(client, name, namespace).await };
-    let injection = objects::injection(client, &pod, namespace).await;
+    let space = objects::space(client, &[&pod], namespace).await;
+    let injection = objects::injection(&pod, space.as_ref());
     let mut steps = vec![
         Step { name: "pod", outcome: pod_state::state(&pod) },
         Step { name: "injection", outcome: injection.outcome },

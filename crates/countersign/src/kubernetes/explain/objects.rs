@@ -1,5 +1,7 @@
 //! The part of a pod's way into the mesh that objects of the cluster tell: injection, registration, the agent of its node.
 
+use std::time::Duration;
+
 use countersign_controller::crd::{SpiffeID, SpiffeIdSelector};
 use countersign_controller::injector::{INJECT, SIDECAR, did_you_mean};
 use countersign_identity::shown::{sentence, shown};
@@ -15,6 +17,8 @@ use crate::kubernetes::pod_state;
 
 /// Longest message of a condition that is repeated, in characters.
 const MAX_MESSAGE: usize = 400;
+/// Longest wait for the API server.
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Whether a pod was injected, and whether it should have been.
 pub struct Injection {
@@ -24,20 +28,27 @@ pub struct Injection {
     pub is_wanted: bool,
 }
 
+/// The namespace of some pods, which says whether those without a sidecar should have one; `None` if it cannot be read, or all have one.
+pub async fn space(client: &Client, pods: &[&Pod], namespace: &str) -> Option<Namespace> {
+    if pods.iter().all(|pod| is_meshed(pod)) {
+        return None;
+    }
+    let spaces: Api<Namespace> = Api::all(client.clone());
+    tokio::time::timeout(DEADLINE, spaces.get(namespace)).await.ok()?.ok()
+}
+
 /// Looks at a pod and its namespace.
-pub async fn injection(client: &Client, pod: &Pod, namespace: &str) -> Injection {
+pub fn injection(pod: &Pod, namespace: Option<&Namespace>) -> Injection {
     if is_meshed(pod) {
         let past = exceptions(pod);
         let past = if past.is_empty() { String::new() } else { format!("; exceptions: {}", past.join(" ")) };
         return Injection { outcome: Ok(format!("it has container {SIDECAR}{past}")), is_wanted: true };
     }
-    let spaces: Api<Namespace> = Api::all(client.clone());
-    let theirs = spaces.get(namespace).await.ok();
     let asks =
         |labels: &std::collections::BTreeMap<String, String>| labels.get(INJECT).is_some_and(|v| v != "disabled");
     let own = asks(pod.labels());
-    let is_wanted = own || pod.labels().get(INJECT).is_none() && theirs.as_ref().is_some_and(|n| asks(n.labels()));
-    Injection { outcome: Err(not_injected(pod, theirs.as_ref())), is_wanted }
+    let is_wanted = own || pod.labels().get(INJECT).is_none() && namespace.is_some_and(|n| asks(n.labels()));
+    Injection { outcome: Err(not_injected(pod, namespace)), is_wanted }
 }
 
 fn not_injected(pod: &Pod, namespace: Option<&Namespace>) -> String {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use countersign_controller::injector::SIDECAR;
 use countersign_identity::shown::sentence;
 use countersign_watch::in_words;
+use futures::future::join_all;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Event, Pod};
@@ -42,18 +43,20 @@ pub async fn explain(client: &Client, namespace: &str, target: &Target) -> anyho
     match pods_of(client, namespace, &makers).await {
         Ok(pods) => {
             steps.push(Step { name: "pods", outcome: judged(&pods, wanted(kind, &found.data), namespace) });
-            let mut looked_at = vec![];
-            for pod in pods.iter().filter(|pod| !is_leftover(pod)) {
-                looked_at.push((pod.name_any(), objects::injection(client, pod, namespace).await));
-            }
+            let alive: Vec<&Pod> = pods.iter().filter(|pod| !is_leftover(pod)).collect();
+            let space = objects::space(client, &alive, namespace).await;
+            let look = |pod: &&Pod| (pod.name_any(), objects::injection(pod, space.as_ref()));
+            let looked_at: Vec<(String, Injection)> = alive.iter().map(look).collect();
             is_wanted = looked_at.is_empty() || looked_at.iter().any(|(_, injection)| injection.is_wanted);
             steps.extend(injected(&looked_at).map(|outcome| Step { name: "injection", outcome }));
         }
         Err(why) => notes.push(format!("pods were not read: {why}")),
     }
     let mut warned = vec![];
-    for Maker { kind, name, .. } in &makers {
-        match events::about(client, namespace, About { kind: *kind, name }).await {
+    let abouts = makers.iter().map(|maker| About { kind: maker.kind, name: &maker.name });
+    let told = join_all(abouts.map(|about| events::about(client, namespace, about))).await;
+    for (Maker { kind, name, .. }, told) in makers.iter().zip(told) {
+        match told {
             Ok(more) => warned.extend(more),
             Err(why) => notes.push(format!("events of {} {name} were not read: {why}", kind.word())),
         }
@@ -208,6 +211,10 @@ mod tests {
     use super::*;
     use crate::kubernetes::check::fake_api::{Answer, Asked, client, list};
     use serde_json::json;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+    use tokio::time::Instant;
 
     fn failed(kind: &str, name: &str) -> Event {
         let object = json!({ "kind": kind, "name": name });
@@ -266,17 +273,17 @@ mod tests {
         assert_eq!(why, format!("3 of 4 pods not in the mesh: b, c: {label}; d: older"));
     }
 
-    #[tokio::test]
-    async fn a_deployment_that_is_well_and_not_in_the_mesh_is_not_green() {
+    /// A cluster with a Deployment whose pods run without a sidecar, and whose namespace has this answer.
+    fn unmeshed(pods: usize, space: impl Fn() -> Answer + Send + Sync + 'static) -> Client {
         let owned = |name: &str, by: &str| {
             json!({ "name": name, "namespace": "shop", "uid": name,
                     "ownerReferences": [{ "apiVersion": "apps/v1", "kind": "x", "name": by, "uid": by }] })
         };
-        let client = client(move |asked: &Asked| match asked.path.as_str() {
+        client(move |asked: &Asked| match asked.path.as_str() {
             path if path.ends_with("/deployments/web") => Answer::Now(
                 200,
                 json!({ "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "web", "uid": "web" },
-                        "spec": { "replicas": 1 }, "status": { "readyReplicas": 1 } }),
+                        "spec": { "replicas": pods }, "status": { "readyReplicas": pods } }),
             ),
             path if path.ends_with("/replicasets") => {
                 list("ReplicaSetList", vec![json!({ "metadata": owned("web-1", "web"), "spec": { "selector": {} } })])
@@ -284,19 +291,42 @@ mod tests {
             path if path.ends_with("/pods") => {
                 let status = json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": "True" }] });
                 let spec = json!({ "containers": [{ "name": "app" }] });
-                list("PodList", vec![json!({ "metadata": owned("web-1-x", "web-1"), "spec": spec, "status": status })])
+                let pod =
+                    |n| json!({ "metadata": owned(&format!("web-1-{n}"), "web-1"), "spec": spec, "status": status });
+                list("PodList", (0..pods).map(pod).collect())
             }
             path if path.ends_with("/events") => list("EventList", vec![]),
-            "/api/v1/namespaces/shop" => Answer::Now(200, json!({ "metadata": { "name": "shop" } })),
+            "/api/v1/namespaces/shop" => space(),
             path => panic!("{path}"),
-        });
+        })
+    }
+
+    #[tokio::test]
+    async fn a_deployment_that_is_well_and_not_in_the_mesh_is_not_green() {
+        let client = unmeshed(1, || Answer::Now(200, json!({ "metadata": { "name": "shop" } })));
         let target = Target { kind: Kind::Deployment, name: "web".into() };
         let explained = explain(&client, "shop", &target).await.unwrap();
         let told: Vec<_> = explained.steps.iter().map(|s| (s.name, s.outcome.is_ok())).collect();
         assert_eq!(told, [("deployment", true), ("pods", true), ("injection", false)]);
         assert!(!explained.is_wanted, "nobody asked for it, so that the mesh is not to blame");
         let why = explained.steps[2].outcome.as_ref().unwrap_err();
-        assert!(why.starts_with("1 of 1 pod not in the mesh: web-1-x: neither the pod nor its namespace"), "{why}");
+        assert!(why.starts_with("1 of 1 pod not in the mesh: web-1-0: neither the pod nor its namespace"), "{why}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_pods_the_namespace_is_read_once_and_not_waited_for_without_end() {
+        let (reads, began) = (Arc::new(AtomicUsize::new(0)), Instant::now());
+        let counted = reads.clone();
+        let client = unmeshed(500, move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Answer::Never
+        });
+        let target = Target { kind: Kind::Deployment, name: "web".into() };
+        let explained = explain(&client, "shop", &target).await.unwrap();
+        let why = explained.steps[2].outcome.as_ref().unwrap_err();
+        assert!(why.starts_with("500 of 500 pods not in the mesh: ") && why.contains(" and 495 more"), "{why}");
+        assert_eq!(reads.load(Ordering::Relaxed), 1);
+        assert!(began.elapsed() < Duration::from_secs(11), "{:?}", began.elapsed());
     }
 
     #[test]
