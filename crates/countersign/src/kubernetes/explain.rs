@@ -240,8 +240,14 @@ mod tests {
     #[test]
     fn steps_events_and_causes_are_rows_and_json() {
         let step = |name, outcome| Step { name, outcome };
-        let warning =
-            Warning { object: "Pod web".into(), reason: "BackOff".into(), message: "m".into(), count: 2, last: 60 };
+        let warning = Warning {
+            object: "Pod web".into(),
+            reason: "BackOff".into(),
+            message: "m".into(),
+            count: 2,
+            last: 60,
+            names: ["web".into()].into(),
+        };
         let cause = Finding { check: "RBAC", outcome: Err(Fault::new("no binding", "apply")) };
         let explained = Explained {
             steps: vec![step("pod", Ok("Running".into())), step("agent", Err("there is none".into()))],

@@ -1,6 +1,6 @@
 //! The last warnings among the events of some objects: those that say the same once, escaped, at most a few.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use countersign_identity::shown::sentence;
@@ -11,6 +11,7 @@ use kube::api::{Api, ListParams};
 use serde::Serialize;
 
 use super::target::Kind;
+use crate::kubernetes::cluster::listed;
 use crate::operator::when;
 
 /// Most warnings that are shown, most events that are read, and the longest message in characters.
@@ -33,13 +34,18 @@ pub struct Warning {
     pub count: i64,
     /// When it came last, seconds since 1970; 0 if that is not known.
     pub last: i64,
+    /// The pods that it tells of, or else the objects: by name, all of those that say the same.
+    pub names: BTreeSet<String>,
 }
 
 impl Warning {
     /// In words.
     pub fn sentence(&self) -> String {
         let often = if self.count > 1 { format!("{} times, last ", self.count) } else { String::new() };
-        format!("{} {}: {} ({often}{})", self.object, self.reason, self.message, when(self.last))
+        let names: Vec<String> = self.names.iter().cloned().collect();
+        // One is named already.
+        let of = if names.len() > 1 { format!(", of {}: {}", names.len(), listed(&names)) } else { String::new() };
+        format!("{} {}: {} ({often}{}{of})", self.object, self.reason, self.message, when(self.last))
     }
 }
 
@@ -77,20 +83,21 @@ pub fn warnings(events: &[Event]) -> Vec<Warning> {
     for event in events {
         let text = |text: Option<&str>, most| sentence(text.unwrap_or_default().trim(), most).to_string();
         let about = &event.involved_object;
-        let object = format!("{} {}", text(about.kind.as_deref(), 64), text(about.name.as_deref(), 253));
+        let (kind, name) = (text(about.kind.as_deref(), 64), text(about.name.as_deref(), 253));
         let (reason, message) = (text(event.reason.as_deref(), 128), text(event.message.as_deref(), MAX_MESSAGE));
         let series = event.series.as_ref();
         let count = i64::from(series.and_then(|s| s.count).or(event.count).unwrap_or(1).max(1));
+        let (object, names) = (format!("{kind} {name}"), told_of(&name, &message));
         let key = (likeness(&object), reason.clone(), likeness(&message));
-        let new = Warning { object, reason, message, count, last: at(event) };
+        let mut new = Warning { object, reason, message, count, last: at(event), names };
         match all.get_mut(&key) {
             None => drop(all.insert(key, new)),
             Some(known) => {
-                let count = known.count + count;
-                if new.last >= known.last {
-                    *known = new;
+                if new.last < known.last {
+                    std::mem::swap(known, &mut new);
                 }
-                known.count = count;
+                (new.count, new.names) = (known.count + new.count, &known.names | &new.names);
+                *known = new;
             }
         }
     }
@@ -98,6 +105,15 @@ pub fn warnings(events: &[Event]) -> Vec<Warning> {
     all.sort_by_key(|warning| std::cmp::Reverse(warning.last));
     all.truncate(MAX_SHOWN);
     all
+}
+
+/// The pods of an object that a message names, which begin with the object's name; otherwise the object.
+fn told_of(object: &str, message: &str) -> BTreeSet<String> {
+    let words = message.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-' || c == '.'));
+    let is_below = |word: &&str| word.strip_prefix(object).is_some_and(|rest| rest.len() > 1 && rest.starts_with('-'));
+    let pods: BTreeSet<String> =
+        words.map(|word| word.trim_end_matches('.')).filter(is_below).map(Into::into).collect();
+    if pods.is_empty() { [object.to_owned()].into() } else { pods }
 }
 
 /// Letters and digits of the names that Kubernetes makes up (`rand.SafeEncodeString`).
@@ -181,6 +197,25 @@ mod tests {
         assert_eq!(told, expected);
         let other = [event("web", "exceeded quota", at(1)), event("api", "exceeded quota", at(1))];
         assert_eq!(warnings(&other).len(), 2, "of two objects");
+    }
+
+    #[test]
+    fn of_what_is_told_once_the_pods_are_named() {
+        let failed = |pod: &str| {
+            let message = format!("create Pod {pod} in StatefulSet web failed error: pods \"{pod}\" is forbidden: no.");
+            event("web", &message, json!({ "lastTimestamp": format!("1970-01-01T00:00:0{}Z", &pod[4..]) }))
+        };
+        let told = warnings(&[failed("web-1"), failed("web-0"), failed("web-1")]);
+        assert_eq!(told.len(), 1);
+        assert!(told[0].message.contains("Pod web-1 "), "the last one");
+        let said = told[0].sentence();
+        assert!(said.ends_with("(3 times, last 1970-01-01T00:00:01Z, of 2: web-0, web-1)"), "{said}");
+        assert!(!warnings(&[failed("web-1")])[0].sentence().contains(", of"), "the message names it");
+        let many: Vec<Event> = (0..9).map(|n| failed(&format!("web-{n}"))).collect();
+        assert!(warnings(&many)[0].sentence().ends_with("of 9: web-0, web-1, web-2, web-3, web-4 and 4 more)"));
+        let pod = |name| event(name, "Readiness probe failed", json!({ "reason": "Unhealthy" }));
+        let said = warnings(&[pod("web-0"), pod("web-1")])[0].sentence();
+        assert!(said.ends_with("of 2: web-0, web-1)"), "{said}");
     }
 
     #[test]
