@@ -1,13 +1,14 @@
 //! The way to the API server of the current KUBECONFIG, which every command takes first: one that does not answer is told of within
 //! seconds, with its address and where that comes from.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use countersign_watch::in_words;
 use k8s_openapi::apimachinery::pkg::version::Info;
-use kube::config::Kubeconfig;
+use kube::config::{ExecInteractiveMode, Kubeconfig};
 use kube::{Client, Config};
 
 use crate::settings::Mistake;
@@ -16,6 +17,8 @@ use crate::settings::words::shown;
 /// Longest wait for the first answer, and the part of it that passes in silence.
 const FIRST_ANSWER: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(1);
+/// Longest wait for credentials where somebody may have to log in.
+const LOGIN: Duration = Duration::from_secs(120);
 /// Where a pod has the token of its service account, and what is said of it.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 const SERVICE_ACCOUNT: &str = "the service account of this pod";
@@ -74,13 +77,49 @@ fn home_config() -> Option<PathBuf> {
 /// [`reach`] by a configuration; `source` says where it is from.
 pub async fn reach_by(config: Config, source: &str) -> Result<ApiServer> {
     let whom = format!("the API server at {} ({source})", shown(config.cluster_url.to_string().trim_end_matches('/')));
-    let mut once = config.clone();
-    once.default_retry = false;
-    let unusable =
-        |e: kube::Error| Mistake(format!("{whom} cannot be asked: {}; see what KUBECONFIG says", in_words(&e)));
-    let (client, pages) = (Client::try_from(config).map_err(unusable)?, Client::try_from(once).map_err(unusable)?);
+    let (client, pages) = clients(config, &whom).await?;
     let version = first_answer(&pages, &whom).await?;
     Ok(ApiServer { client, pages, version })
+}
+
+/// A client that asks again and one that does not. To make one, kube runs the program that KUBECONFIG names for credentials, and waits for
+/// its end.
+async fn clients(config: Config, whom: &str) -> Result<(Client, Client)> {
+    let patience = if may_ask_a_person(&config) { LOGIN } else { FIRST_ANSWER };
+    let mut once = config.clone();
+    once.default_retry = false;
+    let made = in_time(patience, whom, move || (Client::try_from(config), Client::try_from(once))).await?;
+    let unusable =
+        |e: kube::Error| Mistake(format!("{whom} cannot be asked: {}; see what KUBECONFIG says", in_words(&e)));
+    Ok((made.0.map_err(unusable)?, made.1.map_err(unusable)?))
+}
+
+/// Whether credentials may come from a program that has somebody log in.
+fn may_ask_a_person(config: &Config) -> bool {
+    let exec = config.auth_info.exec.as_ref();
+    exec.is_some_and(|exec| exec.interactive_mode != Some(ExecInteractiveMode::Never)) && std::io::stdin().is_terminal()
+}
+
+/// What `work` makes, which may block. What has not ended by then is left to the process's end.
+async fn in_time<T: Send + 'static>(
+    patience: Duration,
+    whom: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let mut made = tokio::task::spawn_blocking(work);
+    let mut outcome = tokio::time::timeout(SILENCE.min(patience), &mut made).await;
+    if outcome.is_err() {
+        eprintln!("waiting for the credentials for {whom}");
+        outcome = tokio::time::timeout(patience.saturating_sub(SILENCE), made).await;
+    }
+    let late = || {
+        anyhow!(
+            "{whom} cannot be asked: the program that KUBECONFIG names for credentials has given none within {} s; see whether kubectl \
+             version gets an answer, which runs it too",
+            patience.as_secs()
+        )
+    };
+    Ok(outcome.map_err(|_| late())??)
 }
 
 async fn first_answer(pages: &Client, whom: &str) -> Result<Option<Info>> {
@@ -140,6 +179,18 @@ mod tests {
         let said = format!("cannot reach the API server at {url} (KUBECONFIG k, context c): no answer within 10 s; ");
         assert!(why.to_string().starts_with(&said), "{why}");
         assert!(why.downcast_ref::<Mistake>().is_none(), "it was tried: exit code 1");
+    }
+
+    #[test]
+    fn a_program_for_credentials_that_hangs_holds_nobody_up() {
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let began = std::time::Instant::now();
+        let patience = Duration::from_millis(50);
+        let why = crate::operator::block(in_time(patience, "it", move || held.recv().is_ok())).unwrap_err().to_string();
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert!(why.starts_with("it cannot be asked: the program that KUBECONFIG names for credentials"), "{why}");
+        drop(release);
+        assert!(crate::operator::block(in_time(patience, "it", || true)).unwrap());
     }
 
     #[tokio::test]

@@ -21,7 +21,11 @@ use crate::settings::Mistake;
 
 /// Runs a command on a single-threaded runtime.
 pub fn block<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let done = runtime.block_on(work);
+    // Otherwise the end of a program that was given up, such as one for credentials, would be waited for.
+    runtime.shutdown_background();
+    done
 }
 
 /// Seconds since 1970 as RFC 3339; 0 is never.
