@@ -85,8 +85,8 @@ pub enum Refused {
         "the pod is to end by itself (restartPolicy {0}), but its sidecar, a plain container, would go on for ever: native sidecars (Kubernetes 1.29, injector.nativeSidecars) end with it; or label it countersign.dev/inject: disabled"
     )]
     NeverEnds(String),
-    /// The object is not a pod.
-    #[error("the pod has no spec with containers")]
+    /// The object is not a pod, or one without an app.
+    #[error("the pod has no spec with containers of its own")]
     Malformed,
 }
 
@@ -116,9 +116,7 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     if pod["spec"]["hostNetwork"].as_bool() == Some(true) {
         return Ok(Verdict::Left("the pod uses its node's network, where a redirect would catch the node's traffic"));
     }
-    if pod["spec"]["containers"].as_array().is_none_or(Vec::is_empty) {
-        return Err(Refused::Malformed);
-    }
+    refuse_none(pod)?;
     let annotations = pod["metadata"]["annotations"].as_object().cloned().unwrap_or_default();
     let in_manifest = annotations.get(INJECTED).and_then(Value::as_str).is_some_and(|by| by.ends_with(IN_MANIFEST))
         && pod["spec"]["volumes"].as_array().is_some_and(|all| all.iter().any(|v| v["name"] == VOLUME));
@@ -131,6 +129,8 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     }
     let resources = sidecar.resources.narrowed_by(&settings.resources)?;
     let earlier = take_ours(pod, &volumes(sidecar))?;
+    // Where the sidecar were the only container, a command that names none would run in it, past the policy countersign-commands.
+    refuse_none(pod)?;
     refuse_proxy_uid(&pod["spec"], &["initContainers", "containers"])?;
     refuse_mounts(&pod["spec"], &["initContainers", "containers"])?;
     let mut written = earlier.probes;
@@ -159,6 +159,11 @@ pub fn inject(pod: &mut Value, sidecar: &Sidecar, around: &Surroundings) -> Resu
     let kept = if in_manifest { IN_MANIFEST } else { "" };
     pod["metadata"]["annotations"][INJECTED] = format!("{}{kept}", env!("CARGO_PKG_VERSION")).into();
     Ok(Verdict::Injected)
+}
+
+/// Rejects what has no containers.
+fn refuse_none(pod: &Value) -> Result<(), Refused> {
+    if pod["spec"]["containers"].as_array().is_none_or(Vec::is_empty) { Err(Refused::Malformed) } else { Ok(()) }
 }
 
 /// The pod's own mode: the stricter one of annotation and label. Errors: one of them is no mode.

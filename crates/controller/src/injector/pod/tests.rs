@@ -150,6 +150,25 @@ fn a_driver_mounts_the_agents_folder_and_no_host_path_is_left() {
     assert!(matches!(inject(&mut foreign, &by_driver, &asks()), Err(Refused::Reserved { .. })));
 }
 
+/// The API server runs a command that names no container in the only one.
+#[test]
+fn a_pod_without_an_app_is_refused_so_that_no_sidecar_is_a_pods_only_container() {
+    for native in [false, true] {
+        let sidecar = Sidecar { native, ..sidecar() };
+        let mut pod = pod();
+        assert_eq!(inject(&mut pod, &sidecar, &asks()), Ok(Verdict::Injected));
+        let all = pod["spec"]["containers"].as_array_mut().unwrap();
+        all.retain(|c| c["name"] != "app");
+        assert_eq!(inject(&mut pod.clone(), &sidecar, &asks()), Err(Refused::Malformed), "{native}");
+        // A sidecar that says that an earlier injection brought it.
+        pod["spec"]["containers"] = json!([{ "name": SIDECAR, "image": "i" }]);
+        assert_eq!(inject(&mut pod, &sidecar, &asks()), Err(Refused::Malformed), "{native}");
+    }
+    for none in [json!({}), json!({ "spec": "x" }), json!({ "spec": { "containers": [] } }), json!([])] {
+        assert_eq!(inject(&mut none.clone(), &sidecar(), &asks()), Err(Refused::Malformed), "{none}");
+    }
+}
+
 #[test]
 fn injecting_again_changes_nothing() {
     let once = injected(pod());
