@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use self::events::{About, Warning};
+use self::sidecar::Around;
 use self::target::{Kind, Target};
 use super::api_server::client;
 use super::check::{self, Affected, Finding};
@@ -181,7 +182,9 @@ async fn of_pod(client: &Client, name: &str, namespace: &str, mesh: &str) -> Res
     let (mut sidecar, node) = (None, node_of(&pod).map(ToOwned::to_owned));
     if is_meshed(&pod) && node.is_some() {
         let (asked, open) = futures::join!(ask(client, &pod), transparency::open(client, mesh));
-        steps.extend(sidecar::told(&asked, OffsetDateTime::now_utc().unix_timestamp(), open.as_deref()));
+        let shares_processes = pod.spec.as_ref().and_then(|s| s.share_process_namespace) == Some(true);
+        let around = Around { open, shares_processes };
+        steps.extend(sidecar::told(&asked, OffsetDateTime::now_utc().unix_timestamp(), &around));
         sidecar = asked.ok();
     }
     let (warnings, notes) = match events::about(client, namespace, About { kind: Kind::Pod, name }).await {

@@ -1,5 +1,6 @@
 //! What a pod's sidecar knows of itself, as steps of the pod's way into the mesh.
 
+use countersign_identity::policy::Mode;
 use countersign_proxy::plaintext::Row;
 use countersign_proxy::status_page::{Carried, Direction, SidecarStatus};
 
@@ -7,8 +8,21 @@ use super::Step;
 use crate::kubernetes::sidecars::Unasked;
 use crate::operator::when;
 
-/// The steps that the sidecar itself tells of. `now`: seconds since 1970. `open`: why sidecars are opener than their modes, if they are.
-pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64, open: Option<&str>) -> Vec<Step> {
+/// What else there is to be said of a sidecar's mode.
+#[derive(Debug, Default)]
+pub struct Around {
+    /// Why sidecars are opener than their modes, if they are.
+    pub open: Option<String>,
+    /// Whether the containers of its pod see each other's processes.
+    pub shares_processes: bool,
+}
+
+/// What sharing processes gives away (docs/threat-model.md).
+const SHARED: &str = "the pod's containers see each other's processes (shareProcessNamespace): root among the apps can end the sidecar, and \
+                      nothing gets through until it is back";
+
+/// The steps that the sidecar itself tells of. `now`: seconds since 1970.
+pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64, around: &Around) -> Vec<Step> {
     let status = match asked {
         Ok(status) => status,
         Err(why) => return vec![Step { name: "sidecar", outcome: Err(format!("{why}; {}", why.mend())) }],
@@ -20,7 +34,7 @@ pub fn told(asked: &Result<SidecarStatus, Unasked>, now: i64, open: Option<&str>
     steps.extend([
         Step { name: "attestation", outcome: attestation(status) },
         Step { name: "SVID", outcome: svid(status, now) },
-        Step { name: "mode", outcome: mode(status, open) },
+        Step { name: "mode", outcome: mode(status, around) },
         Step { name: "handshakes", outcome: Ok(handshakes(status)) },
     ]);
     steps
@@ -64,10 +78,11 @@ fn svid(status: &SidecarStatus, now: i64) -> Result<String, String> {
     }
 }
 
-fn mode(status: &SidecarStatus, open: Option<&str>) -> Result<String, String> {
+fn mode(status: &SidecarStatus, around: &Around) -> Result<String, String> {
     let missing = || format!(" ({})", status.missing.as_deref().unwrap_or("the directory has not answered"));
     let mode = status.mode.clone().ok_or_else(|| format!("the sidecar does not know its policy yet{}", missing()))?;
-    Ok(open.map_or(mode.clone(), |why| format!("{mode}; {why}")))
+    let shared = (around.shares_processes && mode == Mode::Strict.to_string()).then(|| SHARED.to_owned());
+    Ok([Some(mode), around.open.clone(), shared].into_iter().flatten().collect::<Vec<_>>().join("; "))
 }
 
 fn handshakes(status: &SidecarStatus) -> String {
@@ -102,7 +117,7 @@ mod tests {
 
     #[test]
     fn a_sidecar_that_is_well_passes_each_step() {
-        let steps = told(&Ok(status(|_| {})), 1_000, None);
+        let steps = told(&Ok(status(|_| {})), 1_000, &Around::default());
         let names: Vec<_> = steps.iter().map(|s| s.name).collect();
         assert_eq!(names, ["sidecar", "attestation", "SVID", "mode", "handshakes"]);
         assert!(steps.iter().all(|s| s.outcome.is_ok()));
@@ -116,7 +131,7 @@ mod tests {
     #[test]
     fn a_sidecar_that_lacks_nothing_but_its_nodes_leave_says_so() {
         let why = "the node does not let this sidecar's connections pass yet: no answer within 10 s";
-        let steps = told(&Ok(status(|page| page["not_admitted"] = json!(why))), 1_000, None);
+        let steps = told(&Ok(status(|page| page["not_admitted"] = json!(why))), 1_000, &Around::default());
         let missing: Vec<_> = steps.iter().filter(|step| step.outcome.is_err()).collect();
         assert_eq!((missing.len(), missing[0].name), (1, "admission"));
         assert!(missing[0].outcome.as_ref().unwrap_err().starts_with(why));
@@ -144,18 +159,29 @@ mod tests {
     #[test]
     fn a_mode_that_is_not_known_says_what_is_missing() {
         let waiting = status(|page| (page["mode"], page["missing"]) = (Value::Null, json!("no SVID yet")));
-        assert!(mode(&waiting, None).unwrap_err().contains("no SVID yet"));
+        assert!(mode(&waiting, &Around::default()).unwrap_err().contains("no SVID yet"));
     }
 
     #[test]
     fn a_mode_that_an_uninstallation_has_opened_says_so() {
-        let steps = told(&Ok(status(|_| {})), 1_000, Some("the mesh is transparent"));
+        let around = Around { open: Some("the mesh is transparent".into()), ..Around::default() };
+        let steps = told(&Ok(status(|_| {})), 1_000, &around);
         assert_eq!(steps[3].outcome.as_ref().unwrap(), "permissive; the mesh is transparent");
     }
 
     #[test]
+    fn a_strict_pod_whose_containers_share_their_processes_is_told_what_that_gives_away() {
+        let said = |mode: &str, shares_processes| {
+            let of = status(|page| page["mode"] = json!(mode));
+            super::mode(&of, &Around { shares_processes, ..Around::default() }).unwrap()
+        };
+        assert!(said("strict", true).starts_with("strict; the pod's containers see each other's processes"));
+        assert_eq!((said("strict", false).as_str(), said("permissive", true).as_str()), ("strict", "permissive"));
+    }
+
+    #[test]
     fn a_sidecar_that_cannot_be_asked_is_one_step_with_what_to_do() {
-        let steps = told(&Err(Unasked::Forbidden("no".into())), 0, None);
+        let steps = told(&Err(Unasked::Forbidden("no".into())), 0, &Around::default());
         assert_eq!((steps.len(), steps[0].name), (1, "sidecar"));
         let why = steps[0].outcome.as_ref().unwrap_err();
         assert!(why.contains("get and create on pods/portforward"), "{why}");
