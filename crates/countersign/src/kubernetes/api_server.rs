@@ -63,7 +63,7 @@ fn naming() -> Option<String> {
     if std::env::var_os("KUBECONFIG").is_some_and(|paths| !paths.is_empty()) {
         return Some("KUBECONFIG".into());
     }
-    let home = home_config().map(|path| shown(&path.display().to_string()).to_string());
+    let home = home_config().map(|path| shown(&path.display().to_string()));
     // A pod without a service account's token has no cluster either, although its environment names one.
     let is_account = || Path::new(ACCOUNT).exists() && std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
     home.or_else(|| is_account().then(|| SERVICE_ACCOUNT.into()))
@@ -77,7 +77,8 @@ fn home_config() -> Option<PathBuf> {
 /// [`reach`] by a configuration; `source` says where it is from.
 pub async fn reach_by(config: Config, source: &str) -> Result<ApiServer> {
     let whom = format!("the API server at {} ({source})", shown(config.cluster_url.to_string().trim_end_matches('/')));
-    let (client, pages) = clients(config, &whom).await?;
+    // A configuration is large.
+    let (client, pages) = Box::pin(clients(config, &whom)).await?;
     let version = first_answer(&pages, &whom).await?;
     Ok(ApiServer { client, pages, version })
 }
