@@ -43,7 +43,7 @@ pub enum Found {
 /// Whether a redirect that is missing is to be installed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Do {
-    /// Install it, unless there is one.
+    /// Install it, in place of any other.
     Install,
     /// Only look.
     Look,
@@ -73,16 +73,12 @@ pub fn apply(netns: OwnedFd, order: Order, what: Do) -> Result<Found, NamespaceE
 }
 
 fn applied(order: &Order, what: Do) -> Result<Found, RedirectError> {
-    let found = installed()?;
-    if in_force(&order.redirect, &found) {
+    let (found, whole) = (installed()?, is_whole()?);
+    if whole && in_force(&order.redirect, &found) {
         return Ok(Found::InForce);
     }
-    // One of ours that is there already is that of a pod that runs, and has its sidecar's cgroup.
-    if is_whole()? {
-        return Ok(Found::Other);
-    }
     if what == Do::Look {
-        return Ok(Found::Missing);
+        return Ok(if whole { Found::Other } else { Found::Missing });
     }
     install(&order.redirect, order.backend)?;
     Ok(Found::Installed)
@@ -122,8 +118,7 @@ mod tests {
         let newer = Order { redirect: Redirect::for_proxy(2104), ..order() };
         assert_eq!(apply(ns.open(), newer.clone(), Do::Look).unwrap(), Found::Other);
         assert!(ns.has_redirect(&order().redirect), "looking changes nothing");
-        assert_eq!(apply(ns.open(), newer, Do::Install).unwrap(), Found::Other);
-        assert!(ns.has_redirect(&order().redirect), "a pod that runs keeps its own");
+        assert_eq!(apply(ns.open(), newer, Do::Install).unwrap(), Found::Installed);
     }
 
     #[test]

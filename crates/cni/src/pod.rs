@@ -64,7 +64,7 @@ pub struct MeshedPod {
     pub nameservers: Vec<IpAddr>,
     /// The container that asks for it, once the kubelet has reported it.
     pub asker: Option<String>,
-    /// Whether the pod still waits for it.
+    /// Whether the pod still waits for it: nothing else in it runs.
     pub waits: bool,
 }
 
@@ -79,7 +79,10 @@ impl MeshedPod {
         let metadata = &pod.metadata;
         let status = pod.status.as_ref();
         let statuses = status.and_then(|s| s.init_container_statuses.as_ref()).into_iter().flatten();
-        let asker = statuses.into_iter().find(|c| c.name == by.name);
+        let (asker, others): (Vec<_>, Vec<_>) = statuses.into_iter().partition(|c| c.name == by.name);
+        let asker = asker.first().copied();
+        let apps = status.into_iter().flat_map(|s| [&s.container_statuses, &s.ephemeral_container_statuses]);
+        let mut others = others.into_iter().chain(apps.flatten().flatten());
         let is_over = matches!(status.and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed"));
         let config = spec.dns_config.as_ref().and_then(|config| config.nameservers.as_ref());
         Some(Self {
@@ -93,7 +96,8 @@ impl MeshedPod {
             },
             nameservers: config.into_iter().flatten().filter_map(|address| address.parse().ok()).collect(),
             asker: asker.and_then(container_id).map(ToOwned::to_owned),
-            waits: !is_over && !asker.is_some_and(holds_nobody_up),
+            // One whose apps run had its redirect when they began, and a restart of its sidecar changes nothing about it.
+            waits: !is_over && !asker.is_some_and(lets_others_start) && !others.any(is_running),
         })
     }
 
@@ -133,8 +137,12 @@ impl<'a> Asked<'a> {
     }
 }
 
+fn is_running(status: &ContainerStatus) -> bool {
+    status.state.as_ref().is_some_and(|state| state.running.is_some())
+}
+
 /// Whether a container that asked lets those behind it start: a validator that has succeeded, a sidecar that has started.
-fn holds_nobody_up(status: &ContainerStatus) -> bool {
+fn lets_others_start(status: &ContainerStatus) -> bool {
     let ended = status.state.as_ref().and_then(|state| state.terminated.as_ref());
     match ended {
         Some(ended) => ended.exit_code == 0,
@@ -217,6 +225,15 @@ mod tests {
         assert!(with(validated(), false, running).waits && with(validated(), false, json!({ "waiting": {} })).waits);
         assert!(with(validated(), false, ended(1)).waits && !with(validated(), false, ended(0)).waits);
         assert_eq!(with(meshed(), false, ended(0)).asker.as_deref(), Some("c1"));
+        let mut restarted = meshed();
+        let app = |state: Value| {
+            json!([{ "name": "app", "image": "i", "imageID": "", "ready": true, "restartCount": 0,
+                                         "state": state }])
+        };
+        restarted["status"]["containerStatuses"] = app(json!({ "running": {} }));
+        assert!(!with(restarted.clone(), false, ended(1)).waits, "its apps run");
+        restarted["status"]["containerStatuses"] = app(ended(1));
+        assert!(with(restarted, false, ended(1)).waits, "nothing runs, as after its node's restart");
         let mut failed = meshed();
         failed["status"]["phase"] = "Failed".into();
         assert!(!of(failed).unwrap().waits);

@@ -158,7 +158,7 @@ impl Repair {
             Err(error) => return tracing::error!(%error, "the node's processes cannot be read"),
         };
         for pod in due {
-            // One without processes has no namespace yet.
+            // Until its container runs, and the kubelet has said so, there is none to go by.
             let Some(process) = best(&pod, found.remove(&pod.uid).unwrap_or_default()) else { continue };
             match self.repair(&pod, &process).await {
                 Ok(Found::Installed) => {
@@ -176,22 +176,29 @@ impl Repair {
     }
 
     async fn repair(&self, pod: &MeshedPod, process: &PodProcess) -> Result<Found, String> {
-        let netns = process.netns().map_err(|e| format!("its network namespace cannot be opened: {e}"))?;
-        // The sandbox's process may have none; what the pod's policy says counts then.
-        let resolvers = process.resolvers().ok().filter(|resolvers| !resolvers.is_empty());
-        // The ID in the pod's status may be that of a container that has ended.
-        let is_askers = pod.asker.as_deref() == Some(process.container());
-        if !is_askers && self.installer.needs_nodes_resolvers(pod) {
-            return Ok(Found::Missing);
+        let netns = || process.netns().map_err(|e| format!("its network namespace cannot be opened: {e}"));
+        let file = process.resolvers().ok().filter(|resolvers| !resolvers.is_empty());
+        let mut found = Found::Missing;
+        for resolvers in [None, file.clone()] {
+            found = self.installer.apply(pod, netns()?, resolvers, Do::Look).await?;
+            if found == Found::InForce {
+                return Ok(found);
+            }
         }
-        self.installer.apply(pod, netns, resolvers, Do::Install).await
+        // An app that ran before may have written into the file, which its pod's containers share. It counts where nobody else
+        // knows the resolvers, and never in place of those that are in force.
+        let by_file = self.installer.needs_nodes_resolvers(pod);
+        if by_file && found == Found::Other {
+            return Ok(found);
+        }
+        self.installer.apply(pod, netns()?, file.filter(|_| by_file), Do::Install).await
     }
 }
 
-/// The process to go by: that of the container that asks. Before it runs there is only the sandbox's, and the containers before it.
+/// The process to go by: one of the container that asks, which is ours. Others may have a network namespace of their own making.
 fn best(pod: &MeshedPod, mut processes: Vec<PodProcess>) -> Option<PodProcess> {
-    let askers = processes.iter().position(|p| Some(p.container()) == pod.asker.as_deref());
-    (!processes.is_empty()).then(|| processes.swap_remove(askers.unwrap_or(0)))
+    let at = processes.iter().position(|process| Some(process.container()) == pod.asker.as_deref())?;
+    Some(processes.swap_remove(at))
 }
 
 #[cfg(test)]

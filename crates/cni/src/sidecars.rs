@@ -132,9 +132,10 @@ impl Sidecars {
     async fn admit(&self, peer: &UnixPeer, asked: AdmitRequest) -> Result<bool, Status> {
         let container = container(peer)?;
         let _call = self.one_call(&container)?;
+        // Before anything is looked at that the caller may have made: an app chooses its network namespace and what is in it.
+        self.is_the_sidecar(&container, &asked).await?;
         let netns = self.netns_of_redirect(peer).await?;
         let Some(cgroups) = self.cgroups.clone() else { return self.by_user_id(netns).await };
-        self.is_the_sidecar(&container, &asked).await?;
         let (pid, id) = (peer.pid, container.id.clone());
         let seen = cgroups.clone();
         let cgroup = self.turns.run(move || seen.of(pid, &id)).await.map_err(unavailable)?;
@@ -156,12 +157,13 @@ impl Sidecars {
     /// The caller's network namespace, in which a redirect is in force.
     async fn netns_of_redirect(&self, peer: &UnixPeer) -> Result<OwnedFd, Status> {
         let pid = peer.pid;
-        let netns =
-            self.turns.run(move || NetNs::at(format!("/proc/{pid}/ns/net")).open()).await.map_err(unavailable)?;
+        let look = move || {
+            let netns = OwnedFd::from(NetNs::at(format!("/proc/{pid}/ns/net")).open()?);
+            let whole = run_in(netns.as_fd(), || Ok(is_whole()))?;
+            Ok((netns, whole))
+        };
+        let (netns, whole) = self.turns.run(look).await.map_err(unavailable)?;
         is_still_there(peer)?;
-        let netns = OwnedFd::from(netns);
-        let looked = netns.try_clone().map_err(|e| unavailable(e.to_string()))?;
-        let whole = self.turns.run(move || run_in(looked.as_fd(), || Ok(is_whole()))).await.map_err(unavailable)?;
         if whole.map_err(unreadable)? {
             Ok(netns)
         } else {

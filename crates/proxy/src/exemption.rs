@@ -8,7 +8,7 @@
 //! asking, because a redirect that is installed again has to be told again.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use countersign_api::backoff::Backoff;
@@ -42,23 +42,28 @@ pub struct Asking {
 }
 
 /// Whether this sidecar's own connections pass.
-pub struct Exemption(watch::Sender<Option<String>>);
+pub struct Exemption {
+    missing: watch::Sender<Option<String>>,
+    /// The last answer that did not confirm what was confirmed before.
+    doubt: Mutex<Option<String>>,
+}
 
 impl Exemption {
     /// `asked`: whether somebody has to be asked; otherwise connections pass.
     pub fn new(asked: bool) -> Self {
-        Self(watch::Sender::new(asked.then(|| "the node's CNI component has not been asked yet".to_owned())))
+        let missing = asked.then(|| "the node's CNI component has not been asked yet".to_owned());
+        Self { missing: watch::Sender::new(missing), doubt: Mutex::default() }
     }
 
     /// Why connections do not pass yet; `None` once they do.
     pub fn missing(&self) -> Option<String> {
-        let why = self.0.borrow();
+        let why = self.missing.borrow();
         why.as_ref().map(|why| format!("the node does not let this sidecar's connections pass yet: {why}"))
     }
 
     /// Tells of changes of [`Self::missing`].
     pub fn changes(&self) -> watch::Receiver<Option<String>> {
-        self.0.subscribe()
+        self.missing.subscribe()
     }
 
     /// Asks until `end`.
@@ -88,14 +93,28 @@ impl Exemption {
     }
 
     fn admitted(&self, by_cgroup: bool) {
-        if self.0.send_if_modified(|why| why.take().is_some()) {
+        if self.missing.send_if_modified(|why| why.take().is_some()) {
             tracing::info!(by_cgroup, "this sidecar's connections pass the redirect");
+        } else if self.doubt().take().is_some() {
+            tracing::info!(by_cgroup, "the node's CNI component confirms the redirect again");
         }
     }
 
-    /// A failure after a success changes nothing: what was admitted stays so.
+    fn doubt(&self) -> MutexGuard<'_, Option<String>> {
+        self.doubt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A failure after a success is said and changes nothing: the app runs.
     fn failed(&self, why: &str) {
-        let is_new = self.0.send_if_modified(|before| match before {
+        if self.missing.borrow().is_none() {
+            let mut doubt = self.doubt();
+            if doubt.as_deref() != Some(why) {
+                tracing::warn!(why, "the node's CNI component does not confirm this pod's redirect any more");
+                *doubt = Some(why.to_owned());
+            }
+            return;
+        }
+        let is_new = self.missing.send_if_modified(|before| match before {
             Some(before) if before != why => {
                 why.clone_into(before);
                 true
@@ -143,6 +162,9 @@ mod tests {
         assert!(changes.has_changed().unwrap() && exemption.missing().is_none());
         exemption.failed("the component is away");
         assert_eq!(exemption.missing(), None);
+        assert_eq!(exemption.doubt().as_deref(), Some("the component is away"));
+        exemption.admitted(true);
+        assert!(exemption.doubt().is_none() && exemption.missing().is_none());
     }
 
     #[tokio::test(start_paused = true)]

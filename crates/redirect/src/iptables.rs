@@ -192,7 +192,8 @@ fn unhook(v6: bool, table: &str, meant: impl Fn(Hook) -> bool) -> Result<(), Red
     Ok(())
 }
 
-/// Whether every family of addresses has its redirect. A family's tables are written at once, `nat` as the last.
+/// Whether every family of addresses has its redirect. A family's tables are written at once, `nat` as the last. What cannot be read,
+/// as on a machine without `iptables`, counts as missing.
 pub fn is_whole() -> bool {
     let has = |binary: &str| run(binary, &["-t", "nat"], None).is_ok_and(|rules| rules.contains(OURS));
     has("iptables-save") && (has("ip6tables-save") || !has_ipv6())

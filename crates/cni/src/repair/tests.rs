@@ -24,6 +24,14 @@ fn list(repair: &Repair, pods: &[Value]) {
     repair.take(Event::InitDone);
 }
 
+/// Its sidecar runs, in container `a`, and waits.
+fn waiting() -> Value {
+    let mut pod = started();
+    pod["status"]["initContainerStatuses"][0]["started"] = false.into();
+    pod["status"]["initContainerStatuses"][0]["containerID"] = format!("containerd://{}", "a".repeat(64)).into();
+    pod
+}
+
 /// It goes on: its sidecar has started.
 fn started() -> Value {
     let mut pod = meshed();
@@ -43,9 +51,10 @@ async fn a_pod_that_waits_gets_its_redirect_once_it_has_a_process() {
     let Some(ns) = Namespace::new("repair") else { return };
     let proc = FakeProc::new();
     let repair = repair(&proc);
-    list(&repair, &[meshed()]);
+    list(&repair, &[waiting()]);
+    proc.add(9, UID, 'b', ns.path());
     once(&repair).await;
-    assert!(ns.has_nothing() && repair.metrics.repaired.get() == 0, "no process yet");
+    assert!(ns.has_nothing() && repair.metrics.repaired.get() == 0, "no process of the sidecar's yet");
     proc.add(10, UID, 'a', ns.path());
     once(&repair).await;
     assert!(ns.has_redirect(&Redirect::for_proxy(2102)));
@@ -59,28 +68,29 @@ async fn a_pod_that_waits_gets_its_redirect_once_it_has_a_process() {
 #[tokio::test]
 async fn the_resolvers_of_the_sidecars_own_file_count() {
     let Some(ns) = Namespace::new("resolvers") else { return };
-    let (proc, mut waiting) = (FakeProc::new(), started());
+    let (proc, mut waiting) = (FakeProc::new(), waiting());
     waiting["spec"]["dnsPolicy"] = "Default".into();
     waiting["spec"]["initContainers"][0]["args"][2] = "--redirect=--proxy-uid=2102 --other-protocols=drop".into();
-    waiting["status"]["initContainerStatuses"][0]["started"] = false.into();
-    waiting["status"]["initContainerStatuses"][0]["containerID"] = format!("containerd://{}", "b".repeat(64)).into();
-    proc.add(10, UID, 'a', ns.path());
     let repair = repair(&proc);
-    let mut early = waiting.clone();
-    early["status"] = json!({ "phase": "Pending" });
-    list(&repair, &[early]);
-    once(&repair).await;
-    assert_eq!(repair.metrics.repaired.get() + repair.metrics.repairs_failed.get(), 0, "the sandbox has none");
-    list(&repair, std::slice::from_ref(&waiting));
-    once(&repair).await;
-    assert!(ns.has_nothing(), "its sidecar has ended, and the sandbox still has none");
-    let root = proc.add(11, UID, 'b', ns.path());
+    let root = proc.add(11, UID, 'a', ns.path());
     std::fs::create_dir(root.join("etc")).unwrap();
     std::fs::write(root.join("etc/resolv.conf"), "nameserver 192.0.2.53\n").unwrap();
+    list(&repair, std::slice::from_ref(&waiting));
+    once(&repair).await;
+    let with = |resolver: &str| {
+        let order = (ASKERS.read)(&["--other-protocols=drop".into()], &[resolver.parse().unwrap()].into());
+        order.unwrap().redirect
+    };
+    assert!(ns.has_redirect(&with("192.0.2.53")));
+    std::fs::write(root.join("etc/resolv.conf"), "nameserver 203.0.113.1\n").unwrap();
+    list(&repair, std::slice::from_ref(&waiting));
+    once(&repair).await;
+    assert!(ns.has_redirect(&with("192.0.2.53")), "what an app has written since does not count");
+    waiting["spec"]["dnsPolicy"] = "None".into();
+    waiting["spec"]["dnsConfig"] = json!({ "nameservers": ["198.51.100.1"] });
     list(&repair, &[waiting]);
     once(&repair).await;
-    let expected = (ASKERS.read)(&["--other-protocols=drop".into()], &["192.0.2.53".parse().unwrap()].into());
-    assert!(ns.has_redirect(&expected.unwrap().redirect));
+    assert!(ns.has_redirect(&with("198.51.100.1")), "where the pod names its resolvers, its file is not asked");
 }
 
 #[tokio::test]
@@ -111,7 +121,7 @@ async fn the_nodes_own_namespace_is_never_repaired() {
     let proc = FakeProc::new();
     proc.add(10, UID, 'a', Path::new("/proc/self/ns/net"));
     let repair = repair(&proc);
-    list(&repair, &[meshed()]);
+    list(&repair, &[waiting()]);
     once(&repair).await;
     assert_eq!((repair.metrics.repaired.get(), repair.metrics.repairs_failed.get()), (0, 1));
     assert_eq!(countersign_redirect::installed().unwrap(), []);

@@ -80,6 +80,11 @@ pub enum Refused {
         /// The container whose processes it would see.
         target: String,
     },
+    /// An ephemeral container would run before the pod's redirect.
+    #[error(
+        "the sidecar has not started: an ephemeral container would run outside of a mesh that is strict; see `countersign explain pod`"
+    )]
+    Early,
     /// The pod would never end, because its sidecar keeps running. Holds the restart policy.
     #[error(
         "the pod is to end by itself (restartPolicy {0}), but its sidecar, a plain container, would go on for ever: native sidecars (Kubernetes 1.29, injector.nativeSidecars) end with it; or label it countersign.dev/inject: disabled"
@@ -277,11 +282,16 @@ fn put_first(spec: &mut Value, list: &str, container: Value) {
 
 /// Validates ephemeral containers (`kubectl debug`): they are added after the injection, and their traffic is
 /// redirected too. The presence of the sidecar decides, not a label, which may have changed since.
-pub fn judge_ephemeral(pod: &Value) -> Result<(), Refused> {
+///
+/// `before`: the pod as the API server has it. A kubelet starts ephemeral containers before all others, so before the redirect.
+pub fn judge_ephemeral(pod: &Value, before: Option<&Value>) -> Result<(), Refused> {
     let lists = ["initContainers", "containers"];
     let mut all = lists.iter().flat_map(|list| pod["spec"][*list].as_array().into_iter().flatten());
     if !all.any(|c| c["name"] == SIDECAR) {
         return Ok(());
+    }
+    if drops_other_protocols(pod) && !before.is_some_and(has_started) {
+        return Err(Refused::Early);
     }
     refuse_targets(&pod["spec"])?;
     refuse_proxy_uid(&pod["spec"], &["ephemeralContainers"])?;
@@ -310,6 +320,13 @@ fn drops_other_protocols(pod: &Value) -> bool {
     let ours = all.filter(|c| [SIDECAR, REDIRECT].contains(&c["name"].as_str().unwrap_or_default()));
     let mut args = ours.filter_map(|c| c["args"].as_array()).flatten().filter_map(Value::as_str);
     args.any(|arg| arg.contains("--other-protocols=drop"))
+}
+
+/// Whether a pod's sidecar has started, by the kubelet's word.
+fn has_started(pod: &Value) -> bool {
+    let lists = ["initContainerStatuses", "containerStatuses"];
+    let mut all = lists.iter().flat_map(|list| pod["status"][*list].as_array().into_iter().flatten());
+    all.any(|status| status["name"] == SIDECAR && status["started"] == true)
 }
 
 /// Rejects ephemeral containers that see the processes of our own.

@@ -353,7 +353,7 @@ impl Hook {
                 None
             }),
             Asked::Pod { .. } if request.sub_resource.as_deref() == Some("ephemeralcontainers") => {
-                let judged = judge_ephemeral(&object).map_err(|e| e.to_string());
+                let judged = judge_ephemeral(&object, old.as_ref()).map_err(|e| e.to_string());
                 confine_ephemeral(&mut object, old.as_ref(), &self.config.sidecar.leave, namespace);
                 judged.map(|()| None)
             }

@@ -29,11 +29,14 @@ impl RedirectFlags {
     /// Those of a pod; `None` if it has no redirect.
     pub fn of(pod: &Pod) -> Option<Self> {
         let containers = pod.spec.as_ref()?.init_containers.as_ref()?;
-        let args = |name: &str| containers.iter().find(|c| c.name == name)?.args.as_deref();
-        if let Some(args) = args(REDIRECT) {
+        let of = |name: &str, role: &str| {
+            let args = containers.iter().find(|c| c.name == name)?.args.as_deref()?;
+            (args.first().map(String::as_str) == Some(role)).then_some(args)
+        };
+        if let Some(args) = of(REDIRECT, "redirect") {
             return Some(Self { flags: args.to_vec(), by_plugin: args.iter().any(|arg| arg == "--validate") });
         }
-        let flags = args(SIDECAR)?.iter().find_map(|arg| arg.strip_prefix("--redirect="))?;
+        let flags = of(SIDECAR, "proxy")?.iter().find_map(|arg| arg.strip_prefix("--redirect="))?;
         Some(Self { flags: flags.split_whitespace().map(ToOwned::to_owned).collect(), by_plugin: true })
     }
 }
@@ -42,8 +45,8 @@ impl RedirectFlags {
 pub fn exceptions(pod: &Pod) -> Vec<String> {
     let flags = RedirectFlags::of(pod).map_or_else(Vec::new, |redirect| redirect.flags);
     let of = |(flag, always): &(&str, &[&str])| {
-        let value = flags.iter().find_map(|f| f.strip_prefix(flag))?;
-        let own: Vec<&str> = value.split(',').filter(|v| !v.is_empty() && !always.contains(v)).collect();
+        let values = flags.iter().filter_map(|f| f.strip_prefix(flag)).flat_map(|value| value.split(','));
+        let own: Vec<&str> = values.filter(|v| !v.is_empty() && !always.contains(v)).collect();
         (!own.is_empty()).then(|| format!("{}{}", flag.trim_start_matches('-'), own.join(",")))
     };
     let modes = pod.annotations().get(PORT_MODES).map(|text| port_modes::weakening(&port_modes::read(text)));
@@ -79,10 +82,13 @@ mod tests {
         let plain = pod(&["redirect", "--exclude-inbound-ports=15020", "--exclude-outbound-ports=53"]);
         assert!(exceptions(&plain).is_empty() && !drops_others(&plain));
         let open = pod(&[
+            "redirect",
             "--exclude-inbound-ports=15020,8080",
             "--exclude-outbound-cidrs=10.0.0.0/8",
             "--other-protocols=drop",
         ]);
+        let twice = pod(&["redirect", "--allow-udp-ports=1", "--allow-udp-ports=2"]);
+        assert_eq!(exceptions(&twice), ["allow-udp-ports=1,2"], "both count");
         assert_eq!(exceptions(&open), ["exclude-inbound-ports=8080", "exclude-outbound-cidrs=10.0.0.0/8"]);
         assert!(drops_others(&open));
         let mut by_sidecar = Pod::default();

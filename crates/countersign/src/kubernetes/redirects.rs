@@ -121,8 +121,11 @@ mod tests {
 
     fn pod(name: &str, waits: bool, phase: &str) -> Value {
         let (namespace, name) = name.split_once('/').unwrap();
-        let args: &[&str] = if waits { &["redirect", "--validate"] } else { &["redirect"] };
-        let containers = json!([{ "name": REDIRECT, "args": args }, { "name": SIDECAR }]);
+        let containers = if waits {
+            json!([{ "name": SIDECAR, "args": ["proxy", "--redirect=--proxy-uid=2102"] }])
+        } else {
+            json!([{ "name": REDIRECT, "args": ["redirect"] }, { "name": SIDECAR }])
+        };
         json!({ "metadata": { "namespace": namespace, "name": name }, "status": { "phase": phase },
                 "spec": { "containers": [], "initContainers": containers } })
     }

@@ -89,7 +89,7 @@ pub struct SidecarArgs {
     /// Folder on each node that holds its agent's socket.
     #[arg(long, value_name = "DIR", default_value = "/run/countersign/agent")]
     agent_dir: String,
-    /// The CNI plugin (`countersign cni`) installs the redirect: the init container needs no privilege and waits for it.
+    /// The CNI plugin (`countersign cni`) installs the redirect: no container of a pod needs a privilege for it, and native sidecars wait for it.
     #[arg(long)]
     cni: bool,
     /// Inject native sidecars (Kubernetes 1.29 and newer). `false` injects plain containers; a pod's init containers

@@ -47,6 +47,8 @@ const ACK: u8 = 0x10;
 const RECEIVE: usize = 256 * 1024;
 /// Most dumps until one is whole.
 const DUMPS: usize = 50;
+/// Most rules of a table of ours. A guard has some hundred.
+const MAX_RULES: usize = 10_000;
 
 fn chain_of(hook: Hook) -> &'static str {
     match hook {
@@ -143,6 +145,9 @@ fn dumped() -> Result<Option<Vec<InstalledRule>>, RedirectError> {
                 wire::Answer::Error(code) => return Err(from_kernel(io::Error::from_raw_os_error(code))),
                 wire::Answer::Rule(attributes) => found.extend(wire::read_rule(attributes)),
             }
+        }
+        if found.len() > MAX_RULES {
+            return Err(from_kernel(io::Error::other("the table has more rules than any redirect")));
         }
     }
 }

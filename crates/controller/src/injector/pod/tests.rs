@@ -244,14 +244,14 @@ fn a_container_under_the_sidecars_user_is_refused() {
 fn an_ephemeral_container_under_the_sidecars_user_or_beside_its_processes_is_refused() {
     let mut pod = injected(pod());
     pod["spec"]["ephemeralContainers"] = json!([{ "name": "debug", "securityContext": { "runAsUser": 1 } }]);
-    assert_eq!(judge_ephemeral(&pod), Ok(()), "the sidecar itself is no offence");
+    assert_eq!(judge_ephemeral(&pod, None), Ok(()), "the sidecar itself is no offence");
     for (target, is_refused) in [("app", false), (SIDECAR, true), (REDIRECT, true)] {
         pod["spec"]["ephemeralContainers"][0]["targetContainerName"] = target.into();
-        assert_eq!(judge_ephemeral(&pod).is_err(), is_refused, "{target}");
+        assert_eq!(judge_ephemeral(&pod, None).is_err(), is_refused, "{target}");
     }
     pod["spec"]["ephemeralContainers"][0]["targetContainerName"] = Value::Null;
     pod["spec"]["ephemeralContainers"][0]["securityContext"]["runAsUser"] = 2102.into();
-    assert_eq!(judge_ephemeral(&pod), Err(Refused::ProxyUid("debug".into())));
+    assert_eq!(judge_ephemeral(&pod, None), Err(Refused::ProxyUid("debug".into())));
 }
 
 #[test]
@@ -402,6 +402,26 @@ fn other_protocols_are_dropped_where_the_pod_is_strict() {
 }
 
 #[test]
+fn an_ephemeral_container_of_a_strict_pod_waits_for_the_sidecar() {
+    let mut pod = pod();
+    inject(&mut pod, &sidecar(), &strict()).unwrap();
+    let stored = |list: &str, started: bool| {
+        let mut stored = pod.clone();
+        stored["status"][list] = json!([{ "name": "app", "started": true }, { "name": SIDECAR, "started": started }]);
+        stored
+    };
+    for list in ["initContainerStatuses", "containerStatuses"] {
+        assert_eq!(judge_ephemeral(&pod, Some(&stored(list, true))), Ok(()), "{list}");
+        assert_eq!(judge_ephemeral(&pod, Some(&stored(list, false))), Err(Refused::Early), "{list}");
+    }
+    assert_eq!(judge_ephemeral(&stored("initContainerStatuses", true), Some(&pod)), Err(Refused::Early), "as stored");
+    assert_eq!(judge_ephemeral(&pod, None), Err(Refused::Early));
+    let mut permissive = self::pod();
+    inject(&mut permissive, &sidecar(), &asks()).unwrap();
+    assert_eq!(judge_ephemeral(&permissive, None), Ok(()));
+}
+
+#[test]
 fn apps_of_strict_pods_have_no_raw_sockets_by_default_ephemeral_ones_neither() {
     let drops = |container: &Value| container["securityContext"]["capabilities"]["drop"] == json!(["NET_RAW"]);
     let with = |around: &Surroundings, sidecar: &Sidecar| {
@@ -438,10 +458,10 @@ fn an_ephemeral_container_is_judged_by_the_sidecar_and_not_by_a_label() {
     let mut pod = injected(pod());
     pod["metadata"]["labels"] = json!({ INJECT: "disabled" });
     pod["spec"]["ephemeralContainers"] = json!([{ "name": "debug", "securityContext": { "runAsUser": 2102 } }]);
-    assert_eq!(judge_ephemeral(&pod), Err(Refused::ProxyUid("debug".into())));
+    assert_eq!(judge_ephemeral(&pod, None), Err(Refused::ProxyUid("debug".into())));
     pod["spec"]["ephemeralContainers"] =
         json!([{ "name": "debug", "volumeMounts": [{ "name": VOLUME, "mountPath": "/x" }] }]);
-    assert!(judge_ephemeral(&pod).unwrap_err().to_string().contains("the mount of container `debug`"));
+    assert!(judge_ephemeral(&pod, None).unwrap_err().to_string().contains("the mount of container `debug`"));
     pod["spec"]["initContainers"] = json!([]);
-    assert_eq!(judge_ephemeral(&pod), Ok(()), "a pod without a sidecar has nothing to bypass");
+    assert_eq!(judge_ephemeral(&pod, None), Ok(()), "a pod without a sidecar has nothing to bypass");
 }
