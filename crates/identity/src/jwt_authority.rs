@@ -14,6 +14,7 @@ use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey as Parsed;
 use x509_parser::x509::SubjectPublicKeyInfo;
 
+use crate::der::{bit_string, integer, sequence};
 use crate::shown::shown;
 
 /// Longest key ID, in bytes. SPIRE's have 32 characters.
@@ -184,8 +185,7 @@ impl PublicKey {
             Self::Ec { curve, point } => [curve.header(), point].concat(),
             Self::Rsa { n, e } => {
                 let numbers = sequence(&[integer(n), integer(e)].concat());
-                // Then a bit string without unused bits.
-                sequence(&[RSA_ENCRYPTION, &element(3, &[&[0], &numbers[..]].concat())].concat())
+                sequence(&[RSA_ENCRYPTION, &bit_string(&numbers)].concat())
             }
         }
     }
@@ -202,31 +202,6 @@ impl PublicKey {
         };
         fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
-}
-
-/// One element in DER: tag, length, value (X.690, 8.1).
-fn element(tag: u8, value: &[u8]) -> Vec<u8> {
-    let length = value.len().to_be_bytes();
-    let digits: Vec<u8> = length.into_iter().skip_while(|b| *b == 0).collect();
-    let mut all = vec![tag];
-    if value.len() < 0x80 {
-        all.push(value.len().to_le_bytes()[0]);
-    } else {
-        all.push(0x80 | digits.len().to_le_bytes()[0]);
-        all.extend(digits);
-    }
-    all.extend(value);
-    all
-}
-
-fn sequence(value: &[u8]) -> Vec<u8> {
-    element(0x30, value)
-}
-
-/// A positive number in DER, whose highest bit is a sign.
-fn integer(bytes: &[u8]) -> Vec<u8> {
-    let sign: &[u8] = if bytes.first().is_none_or(|first| first & 0x80 != 0) { &[0] } else { &[] };
-    element(2, &[sign, bytes].concat())
 }
 
 /// Curves of JWT-SVIDs' keys.

@@ -56,6 +56,9 @@ pub enum KeyError {
     /// The bytes are not a PKCS#8 key of a supported type.
     #[error("not a usable PKCS#8 private key: {0}")]
     Parse(String),
+    /// The crypto library failed to sign.
+    #[error("cannot sign with the key")]
+    Sign,
 }
 
 /// A private key in PKCS#8 DER. Zeroised when dropped; `Debug` shows nothing of it.

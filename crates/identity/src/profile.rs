@@ -1,4 +1,10 @@
 //! What we issue: the exact content of CA certificates and X509-SVIDs.
+//!
+//! Whatever is signed by a key of the key manager is made in two steps (`unsigned_…`, then [`Unsigned::signed`]), because such a key
+//! may answer late or not at all. `issue_…` do both with a key that is at hand.
+
+mod authority;
+mod unsigned;
 
 use std::time::Duration;
 
@@ -12,9 +18,17 @@ use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::key::PrivateKey;
+use crate::local_key::LocalKey;
 use crate::rotation::validity;
 use crate::shown::shown;
+use crate::signature::PublicSide;
 use crate::svid::LeafFacts;
+
+pub use authority::{CaCertificate, SigningAuthority};
+pub use unsigned::Unsigned;
+
+use authority::sign;
+use unsigned::Awaited;
 
 /// Longest certificate signing request that is parsed, in bytes.
 pub const MAX_CSR_BYTES: usize = 16 * 1024;
@@ -87,14 +101,8 @@ impl RequestedKey {
 
 /// A PKCS#10 request in DER for an SVID, signed by `key`. Without an ID the signer chooses it.
 pub fn request(key: &PrivateKey, id: Option<&SpiffeId>) -> Result<Vec<u8>, IssueError> {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = subject();
-    if let Some(id) = id {
-        params.subject_alt_names = vec![uri_san(id)?];
-    }
-    let pair = key.key_pair().map_err(|e| IssueError::Sign(e.to_string()))?;
-    let csr = params.serialize_request(&pair).map_err(|e| IssueError::Sign(e.to_string()))?;
-    Ok(csr.der().to_vec())
+    let key = LocalKey::new(key).map_err(|e| IssueError::Sign(e.to_string()))?;
+    sign(&key, &unsigned_request(key.public_side(), id)?)
 }
 
 /// A PKCS#10 request in DER for an intermediate CA of `td`, signed by `key`. As in SPIRE, its URI name is the trust
@@ -103,49 +111,19 @@ pub fn request_intermediate(td: &TrustDomain, key: &PrivateKey) -> Result<Vec<u8
     request(key, Some(&id_of(td)?))
 }
 
-/// A CA certificate with its key, ready to sign.
-pub struct SigningAuthority {
-    certificate: CertificateDer<'static>,
-    /// Appended to each leaf: this CA and those above it, without the root. Empty for a root.
-    chain: Vec<CertificateDer<'static>>,
-    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
-    not_after: OffsetDateTime,
+/// [`request_intermediate`] for a key that signs later.
+pub fn unsigned_intermediate_request(td: &TrustDomain, key: PublicSide<'_>) -> Result<Unsigned, IssueError> {
+    unsigned_request(key, Some(&id_of(td)?))
 }
 
-impl SigningAuthority {
-    /// An authority from a certificate and its key. `chain` is appended to each leaf, this certificate first; empty for
-    /// a root. Errors: [`IssueError::Authority`] if the key does not match.
-    pub fn new(
-        certificate: CertificateDer<'static>,
-        chain: Vec<CertificateDer<'static>>,
-        key: &PrivateKey,
-    ) -> Result<Self, IssueError> {
-        let pair = key.key_pair().map_err(|e| IssueError::Authority(e.to_string()))?;
-        let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|e| IssueError::Authority(e.to_string()))?;
-        // Every leaf that a mismatched key signs would be rejected, and only at the peers.
-        if parsed.public_key().raw != rcgen::PublicKeyData::subject_public_key_info(&pair) {
-            return Err(IssueError::Authority("the private key does not belong to the certificate".into()));
-        }
-        let not_after = parsed.validity().not_after.to_datetime();
-        let issuer =
-            rcgen::Issuer::from_ca_cert_der(&certificate, pair).map_err(|e| IssueError::Authority(e.to_string()))?;
-        Ok(Self { certificate, chain, issuer, not_after })
+fn unsigned_request(key: PublicSide<'_>, id: Option<&SpiffeId>) -> Result<Unsigned, IssueError> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = subject();
+    if let Some(id) = id {
+        params.subject_alt_names = vec![uri_san(id)?];
     }
-
-    /// The CA certificate in DER.
-    pub fn certificate(&self) -> &CertificateDer<'static> {
-        &self.certificate
-    }
-
-    /// The certificates appended to each leaf: this CA and those above it, without the root. Empty for a root.
-    pub fn chain(&self) -> &[CertificateDer<'static>] {
-        &self.chain
-    }
-
-    /// End of the CA certificate's validity: nothing that it signs is valid longer.
-    pub fn not_after(&self) -> OffsetDateTime {
-        self.not_after
-    }
+    let csr = params.serialize_request(&Awaited::new(key)?).map_err(|e| IssueError::Sign(e.to_string()))?;
+    Unsigned::from_der(csr.der())
 }
 
 /// A signed certificate with the facts that the audit log records.
@@ -164,9 +142,19 @@ pub fn issue_root(
     ttl: Duration,
     now: OffsetDateTime,
 ) -> Result<CertificateDer<'static>, IssueError> {
-    let pair = key.key_pair().map_err(|e| IssueError::Sign(e.to_string()))?;
-    let cert = ca_params(td, ttl, now, None)?.self_signed(&pair).map_err(|e| IssueError::Sign(e.to_string()))?;
-    Ok(cert.der().clone())
+    let key = LocalKey::new(key).map_err(|e| IssueError::Sign(e.to_string()))?;
+    Ok(sign(&key, &unsigned_root(td, key.public_side(), ttl, now)?)?.into())
+}
+
+/// [`issue_root`] for a key that signs later.
+pub fn unsigned_root(
+    td: &TrustDomain,
+    key: PublicSide<'_>,
+    ttl: Duration,
+    now: OffsetDateTime,
+) -> Result<Unsigned, IssueError> {
+    let cert = ca_params(td, ttl, now, None)?.self_signed(&Awaited::new(key)?);
+    Unsigned::from_der(cert.map_err(|e| IssueError::Sign(e.to_string()))?.der())
 }
 
 /// Issues an intermediate CA for a trust domain under an upstream authority, valid no longer than that authority.
@@ -178,20 +166,21 @@ pub fn issue_intermediate(
     now: OffsetDateTime,
     upstream: &SigningAuthority,
 ) -> Result<CertificateDer<'static>, IssueError> {
-    if upstream.not_after <= now {
-        return Err(IssueError::AuthorityExpired(upstream.not_after));
+    if upstream.not_after() <= now {
+        return Err(IssueError::AuthorityExpired(upstream.not_after()));
     }
     let expected = id_of(td)?.to_string();
     if key.uri() != Some(expected.as_str()) {
         let found = key.uri().map_or_else(|| "no URI name".into(), |uri| format!("`{}`", shown(uri)));
         return Err(IssueError::Csr(format!("expected a request for `{expected}`, found {found}")));
     }
-    let mut params = ca_params(td, ttl, now, Some(upstream.not_after))?;
+    let mut params = ca_params(td, ttl, now, Some(upstream.not_after()))?;
     params.use_authority_key_identifier_extension = true;
-    let cert = params.signed_by(&key.key, &upstream.issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
-    let (_, parsed) = X509Certificate::from_der(cert.der()).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let cert = params.signed_by(&key.key, &upstream.ca().issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let cert = CertificateDer::from(upstream.sign(&Unsigned::from_der(cert.der())?)?);
+    let (_, parsed) = X509Certificate::from_der(&cert).map_err(|e| IssueError::Sign(e.to_string()))?;
     let (_, above) =
-        X509Certificate::from_der(&upstream.certificate).map_err(|e| IssueError::Authority(e.to_string()))?;
+        X509Certificate::from_der(upstream.certificate()).map_err(|e| IssueError::Authority(e.to_string()))?;
     // rcgen encodes the issuer's name anew, and verifiers compare names byte for byte: on a mismatch no path would
     // build.
     if parsed.issuer().as_raw() != above.subject().as_raw() {
@@ -200,7 +189,7 @@ pub fn issue_intermediate(
             above.subject()
         )));
     }
-    Ok(cert.der().clone())
+    Ok(cert)
 }
 
 /// The content of a leaf.
@@ -221,10 +210,19 @@ pub fn issue_leaf(
     authority: &SigningAuthority,
     now: OffsetDateTime,
 ) -> Result<Issued, IssueError> {
-    if authority.not_after <= now {
-        return Err(IssueError::AuthorityExpired(authority.not_after));
+    authority.ca().issued(authority.sign(&unsigned_leaf(req, authority.ca(), now)?)?)
+}
+
+/// [`issue_leaf`] under a CA certificate whose key signs later; [`CaCertificate::issued`] takes the signed leaf.
+pub fn unsigned_leaf(
+    req: &LeafRequest<'_>,
+    authority: &CaCertificate,
+    now: OffsetDateTime,
+) -> Result<Unsigned, IssueError> {
+    if authority.not_after() <= now {
+        return Err(IssueError::AuthorityExpired(authority.not_after()));
     }
-    let (not_before, not_after) = validity(now, req.ttl, Some(authority.not_after));
+    let (not_before, not_after) = validity(now, req.ttl, Some(authority.not_after()));
     let mut names = vec![uri_san(req.id)?];
     let mut subject = subject();
     for (n, name) in req.dns_names.iter().enumerate() {
@@ -249,13 +247,17 @@ pub fn issue_leaf(
     params.use_authority_key_identifier_extension = true;
     params.key_identifier_method = rcgen::KeyIdMethod::Sha256;
     let leaf = params.signed_by(&req.key.key, &authority.issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
-    let leaf = leaf.der().clone();
-    let facts = {
-        let (_, cert) = X509Certificate::from_der(&leaf).map_err(|e| IssueError::Sign(e.to_string()))?;
-        LeafFacts::of(&cert)
-    };
-    let chain = std::iter::once(leaf).chain(authority.chain.iter().cloned()).collect();
-    Ok(Issued { chain, facts })
+    Unsigned::from_der(leaf.der())
+}
+
+impl CaCertificate {
+    /// A leaf that was made for this CA certificate and signed by its key, with its chain. Errors: it cannot be parsed.
+    pub fn issued(&self, leaf: Vec<u8>) -> Result<Issued, IssueError> {
+        let facts =
+            LeafFacts::of_first(&leaf).ok_or_else(|| IssueError::Sign("the certificate is malformed".into()))?;
+        let chain = std::iter::once(leaf.into()).chain(self.chain().iter().cloned()).collect();
+        Ok(Issued { chain, facts })
+    }
 }
 
 fn ca_params(

@@ -134,7 +134,8 @@ fn crafted(authority: &SigningAuthority, change: impl FnOnce(&mut CertificatePar
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.is_ca = IsCa::ExplicitNoCa;
     change(&mut params);
-    vec![params.signed_by(&key, &authority.issuer).unwrap().der().clone()]
+    let unsigned = Unsigned::from_der(params.signed_by(&key, &authority.ca().issuer).unwrap().der()).unwrap();
+    vec![authority.sign(&unsigned).unwrap().into()]
 }
 
 #[test]
@@ -156,6 +157,30 @@ fn leaves_that_break_one_rule_are_refused_for_that_rule() {
     assert_eq!(code(&|p| p.key_usages.push(KeyUsagePurpose::CrlSign)), Err("key_usage"));
     assert_eq!(code(&|p| p.key_usages = vec![KeyUsagePurpose::KeyAgreement]), Err("key_usage"));
     assert_eq!(code(&|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]), Err("key_usage"));
+}
+
+#[test]
+fn what_a_key_of_each_type_signs_later_verifies_and_a_wrong_signature_does_not() {
+    for key_type in [KeyType::EcP256, KeyType::EcP384, KeyType::Rsa2048] {
+        let key = LocalKey::new(&PrivateKey::generate(key_type).unwrap()).unwrap();
+        let root = unsigned_root(&td(), key.public_side(), Duration::from_secs(3600), now()).unwrap();
+        let root = CertificateDer::from(root.signed(&key.sign(root.content()).unwrap()));
+        let authority = X509Authority::from_der(root.to_vec()).unwrap();
+        let bundles = [TrustBundle { authorities: vec![authority], ..TrustBundle::empty(td()) }].into_iter().collect();
+        let ca = CaCertificate::new(root, vec![], key.public_side()).unwrap();
+        let csr = unsigned_intermediate_request(&td(), key.public_side()).unwrap();
+        let requested = RequestedKey::from_csr(&csr.signed(&key.sign(csr.content()).unwrap())).unwrap();
+        assert_eq!(requested.uri(), Some("spiffe://example.org"));
+        let id = SpiffeId::new("spiffe://example.org/a").unwrap();
+        let req = LeafRequest { id: &id, dns_names: &[], key: &requested, ttl: Duration::from_secs(60) };
+        let leaf = unsigned_leaf(&req, &ca, now()).unwrap();
+        let judged = |signature: &[u8]| {
+            let issued = ca.issued(leaf.signed(signature)).unwrap();
+            verify_chain(&issued.chain, &bundles, now(), PeerRole::Client).map(|peer| peer.id)
+        };
+        assert_eq!(judged(&key.sign(leaf.content()).unwrap()).unwrap(), id);
+        assert!(judged(&key.sign(b"something else").unwrap()).is_err() && judged(&[]).is_err());
+    }
 }
 
 #[test]
