@@ -24,6 +24,7 @@ use crate::datastore::{DataStore, DataStoreError};
 use crate::directory::Directory;
 use crate::entries::Entries;
 use crate::federated::FederatedBundles;
+use crate::key_manager::KeyManagerError;
 use crate::metrics::Metrics;
 use crate::node_attestor::NodeAttestor;
 use crate::rate_limit::RateLimit;
@@ -113,15 +114,22 @@ impl Core {
     }
 
     /// Signs, and keeps the record of it either way.
-    pub fn sign(&self, request: &SigningRequest<'_>) -> Result<Issued, Status> {
-        let signed = RequestedKey::from_csr(request.csr).map_err(AuthorityError::from).and_then(|key| {
-            let leaf = LeafRequest { id: request.id, dns_names: request.dns_names, key: &key, ttl: request.ttl };
-            self.authorities.sign(&leaf)
-        });
+    pub async fn sign(&self, request: &SigningRequest<'_>) -> Result<Issued, Status> {
+        let signed = match RequestedKey::from_csr(request.csr) {
+            Ok(key) => {
+                let leaf = LeafRequest { id: request.id, dns_names: request.dns_names, key: &key, ttl: request.ttl };
+                self.authorities.sign(&leaf).await
+            }
+            Err(error) => Err(error.into()),
+        };
         let issued = match signed {
             Ok(issued) => issued,
             Err(error) => {
-                let reason = if matches!(error, AuthorityError::Issue(_)) { "bad_request" } else { "no_authority" };
+                let reason = match error {
+                    AuthorityError::Issue(_) => "bad_request",
+                    AuthorityError::Sign(_) => "no_signature",
+                    _ => "no_authority",
+                };
                 self.refuse(
                     request.kind,
                     request.caller,
@@ -228,7 +236,7 @@ impl Core {
     }
 
     /// Signs a workload's SVID for an entry.
-    pub fn sign_entry(&self, caller: &Caller, entry: &Entry, csr: &[u8]) -> Result<Issued, Status> {
+    pub async fn sign_entry(&self, caller: &Caller, entry: &Entry, csr: &[u8]) -> Result<Issued, Status> {
         self.sign(&SigningRequest {
             kind: "x509_svid",
             caller: &caller.to_string(),
@@ -238,6 +246,7 @@ impl Core {
             ttl: entry.x509_svid_ttl.unwrap_or_else(|| self.issuance().svid_ttl),
             csr,
         })
+        .await
     }
 
     /// Checks the rate limit of a remote caller for `count` more signatures. Local callers have none.
@@ -266,6 +275,8 @@ pub fn status_of(error: &AuthorityError) -> Status {
         }
         AuthorityError::NotReady
         | AuthorityError::Store(_)
+        | AuthorityError::Sign(_)
+        | AuthorityError::Key(KeyManagerError::Timeout(_))
         | AuthorityError::Unsigned(UpstreamError::Timeout(_) | UpstreamError::Unreachable { .. }) => {
             Status::unavailable(text)
         }

@@ -52,7 +52,7 @@ async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
     let mut bundles = core.authorities.bundle();
     loop {
         bundles.mark_unchanged();
-        if let Err(error) = own.renew_if_due() {
+        if let Err(error) = own.renew_if_due().await {
             tracing::error!(%error, "cannot renew the server's own SVID; trying again");
         }
         let go_on = tokio::select! {

@@ -24,6 +24,7 @@ pub mod node_attestor;
 mod own_svid;
 pub mod rate_limit;
 mod refusals;
+mod signing_ca;
 #[cfg(test)]
 mod testing;
 pub mod upstream_authority;
@@ -113,7 +114,7 @@ pub async fn run(
     let socket = config.admin_socket.clone();
     let assembled = async {
         let core = Arc::new(assemble(config, clock, shutdown.clone()).await?);
-        let own = Arc::new(own_svid::OwnSvid::new(core.clone())?);
+        let own = Arc::new(own_svid::OwnSvid::new(core.clone()).await?);
         Ok::<_, ServerError>((core, own))
     };
     let (core, own) = assembled.await.inspect_err(|_| drop(std::fs::remove_file(socket)))?;
@@ -171,14 +172,17 @@ async fn assemble_on(
         KeyManagerKind::Memory => Arc::<key_manager::Memory>::default(),
     };
     let upstream: Option<Arc<dyn upstream_authority::UpstreamAuthority>> = match &config.upstream {
-        Some(files) => Some(Arc::new(upstream_authority::Disk::new(files.clone(), &config.trust_domain, clock())?)),
+        Some(files) => {
+            let disk = upstream_authority::Disk::new(files.clone(), &config.trust_domain, clock()).await?;
+            Some(Arc::new(disk))
+        }
         None => None,
     };
     let td = config.trust_domain.clone();
     let authorities = authority::Authorities::load(authority::Settings {
         trust_domain: td.clone(),
         issuance: config.issuance.clone(),
-        keys,
+        keys: key_manager::Keys::new(keys),
         upstream,
         store: store.clone(),
         clock: clock.clone(),

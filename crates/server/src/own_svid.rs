@@ -29,8 +29,8 @@ struct Current {
 
 impl OwnSvid {
     /// Issues the first SVID.
-    pub fn new(core: Arc<Core>) -> Result<Self, ServerError> {
-        let current = ArcSwap::from_pointee(issue(&core)?);
+    pub async fn new(core: Arc<Core>) -> Result<Self, ServerError> {
+        let current = ArcSwap::from_pointee(issue(&core).await?);
         Ok(Self { core, current })
     }
 
@@ -46,8 +46,8 @@ impl OwnSvid {
 
     /// Issues a new one at half life, or as soon as its authority is not to be used any more; but not before this one was used
     /// for a while, however short its life is.
-    pub fn renew_if_due(&self) -> Result<(), ServerError> {
-        let current = self.current.load();
+    pub async fn renew_if_due(&self) -> Result<(), ServerError> {
+        let current = self.current.load_full();
         let bundle = self.core.authorities.bundle().borrow().clone();
         let authority = &current.svid.facts().authority_id;
         let under_upstream = self.core.config.upstream.is_some();
@@ -55,13 +55,13 @@ impl OwnSvid {
         let now = self.core.now();
         let due = gone || current.svid.renew_at(current.jitter) <= now;
         if due && is_rested(current.obtained, current.svid.remaining(current.obtained), gone, now) {
-            self.current.store(Arc::new(issue(&self.core)?));
+            self.current.store(Arc::new(issue(&self.core).await?));
         }
         Ok(())
     }
 }
 
-fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
+async fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
     let id = server_id(core.trust_domain());
     let failed = |e: String| AuthorityError::Issue(countersign_identity::profile::IssueError::Sign(e));
     let key = PrivateKey::generate(KeyType::EcP256).map_err(|e| failed(e.to_string()))?;
@@ -76,6 +76,7 @@ fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
             ttl: core.issuance().svid_ttl.max(std::time::Duration::from_secs(60)),
             csr: &csr,
         })
+        .await
         .map_err(|e| failed(e.message().to_owned()))?;
     let svid = X509Svid::new(issued.chain, key).map_err(|e| failed(e.to_string()))?;
     let tls = tls_of(core, &svid)?;
@@ -112,14 +113,14 @@ mod tests {
             move || start + time::Duration::milliseconds(ahead.load(Ordering::Relaxed))
         };
         let core = Arc::new(crate::assemble(config(dir.path()), Arc::new(clock), Default::default()).await.unwrap());
-        let own = OwnSvid::new(core).unwrap();
+        let own = OwnSvid::new(core).await.unwrap();
         // Nine seconds before the authority's end, and nobody rotates it here: whatever it signs ends with it.
         let left = 9_000;
         let serial = || own.current.load().svid.facts().serial.clone();
         let (mut serials, end) = (BTreeSet::from([serial()]), 3_600_000);
         for at in (end - left..end - 1_000).step_by(10) {
             ahead.store(at, Ordering::Relaxed);
-            own.renew_if_due().unwrap();
+            own.renew_if_due().await.unwrap();
             serials.insert(serial());
         }
         assert!((2..=5).contains(&serials.len()), "{}", serials.len());

@@ -76,19 +76,19 @@ pub fn local<T>(message: T) -> Request<T> {
     request
 }
 
-fn svid(core: &Core, id: &SpiffeId) -> VerifiedPeer {
+async fn svid(core: &Core, id: &SpiffeId) -> VerifiedPeer {
     let csr = csr(&PrivateKey::generate(KeyType::EcP256).unwrap(), Some(id)).unwrap();
     let ttl = Duration::from_secs(600);
     let asked = SigningRequest { kind: "x509_svid", caller: "test", entry_id: "", id, dns_names: &[], ttl, csr: &csr };
-    let issued = core.sign(&asked).unwrap();
+    let issued = core.sign(&asked).await.unwrap();
     let bundles: BundleSet = std::iter::once(TrustBundle::clone(&core.authorities.bundle().borrow())).collect();
     verify_chain(&issued.chain, &bundles, core.now(), PeerRole::Client).unwrap()
 }
 
 /// A call with an SVID of this ID, on a connection whose handshake is over.
-pub fn call(core: &Core, id: &SpiffeId) -> Request<()> {
+pub async fn call(core: &Core, id: &SpiffeId) -> Request<()> {
     let mut request = Request::new(());
-    let peer = TlsPeer { address: "127.0.0.1:9".parse().unwrap(), svid: Some(Arc::new(svid(core, id))) };
+    let peer = TlsPeer { address: "127.0.0.1:9".parse().unwrap(), svid: Some(Arc::new(svid(core, id).await)) };
     request.extensions_mut().insert(peer);
     request
 }
@@ -96,7 +96,7 @@ pub fn call(core: &Core, id: &SpiffeId) -> Request<()> {
 /// A call of an agent that has attested itself.
 pub async fn agent_call(core: &Core, name: &str) -> (SpiffeId, Request<()>) {
     let id = SpiffeId::new(format!("spiffe://td/spire/agent/x/{name}")).unwrap();
-    let request = call(core, &id);
+    let request = call(core, &id).await;
     let svid = request.extensions().get::<TlsPeer>().and_then(|p| p.svid.clone()).unwrap();
     let agent = AttestedAgent {
         id: id.clone(),

@@ -95,11 +95,11 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
         None => example::shop(),
     };
     need_root("up")?;
-    if args.file.is_some() {
-        check_upstream(&spec)?;
-    }
     // One thread: children are tied to the thread that starts them, and this one lives as long as the mesh.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    if args.file.is_some() {
+        runtime.block_on(check_upstream(&spec))?;
+    }
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
         let signals = Signals::take()?;
@@ -153,12 +153,12 @@ pub fn up(args: UpArgs) -> Result<ExitCode> {
 
 /// Checks the upstream's files with the server's code before the server gets copies of them: errors name the path that
 /// the user knows, and nothing has been started yet.
-fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
+async fn check_upstream(spec: &mesh_file::MeshSpec) -> Result<(), Mistake> {
     let Some((certificate, key, bundle)) = spec.upstream.clone() else { return Ok(()) };
     let files = countersign_server::UpstreamDisk { certificate, key, bundle };
     let now = time::OffsetDateTime::now_utc();
     let checked = countersign_server::upstream_authority::Disk::new(files, &spec.trust_domain, now);
-    checked.map(|_| ()).map_err(|e| Mistake(e.to_string()))
+    checked.await.map(|_| ()).map_err(|e| Mistake(e.to_string()))
 }
 
 /// Reports what is left of a mesh on the machine; returns whether anything is.

@@ -4,7 +4,8 @@ use countersign_identity::profile::IssueError;
 
 use super::Status;
 use crate::datastore::DataStoreError;
-use crate::key_manager::KeyManagerError;
+use crate::key_manager::{KeyManagerError, SignError};
+use crate::signing_ca::SigningError;
 use crate::upstream_authority::UpstreamError;
 
 /// Why an authority could not be prepared, activated, tainted, revoked or used.
@@ -57,10 +58,22 @@ pub enum AuthorityError {
     /// The upstream authority has not signed.
     #[error(transparent)]
     Unsigned(#[from] UpstreamError),
+    /// The key has not signed.
+    #[error(transparent)]
+    Sign(#[from] SignError),
     /// Issuing a certificate failed.
     #[error(transparent)]
     Issue(#[from] IssueError),
     /// The certificate may not be an authority.
     #[error(transparent)]
     Bundle(#[from] countersign_identity::bundle::BundleError),
+}
+
+impl From<SigningError> for AuthorityError {
+    fn from(error: SigningError) -> Self {
+        match error {
+            SigningError::Issue(error) => error.into(),
+            SigningError::Sign(error) => error.into(),
+        }
+    }
 }

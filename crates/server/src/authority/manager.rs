@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use countersign_api::clock::Clock;
-use countersign_identity::profile::{IssueError, Issued, LeafRequest, SigningAuthority, issue_leaf, issue_root};
+use countersign_identity::profile::{IssueError, Issued, LeafRequest};
 use countersign_identity::{JwtAuthority, KeyType, TrustBundle, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
@@ -18,7 +18,8 @@ use super::upstream_call::{DEADLINE, UpstreamCall};
 use super::{AuthorityError, Record, Status};
 use crate::config::Issuance;
 use crate::datastore::{DataStore, DataStoreError, Version, Written};
-use crate::key_manager::KeyManager;
+use crate::key_manager::{KeyManagerError, Keys};
+use crate::signing_ca::{SigningCa, issue_root};
 use crate::upstream_authority::UpstreamAuthority;
 
 /// Authorities kept in the journal (SPIRE: 10), and besides them all that are still trusted.
@@ -33,7 +34,7 @@ pub struct Settings {
     /// Lifetime and key type of the next authority.
     pub issuance: watch::Receiver<Issuance>,
     /// Stores the private keys.
-    pub keys: Arc<dyn KeyManager>,
+    pub keys: Keys,
     /// The CA above us; `None` makes each authority its own root.
     pub upstream: Option<Arc<dyn UpstreamAuthority>>,
     /// Stores the journal and the bundle.
@@ -48,10 +49,11 @@ pub struct Authorities {
     upstream: Option<UpstreamCall>,
     /// Locked while an authority is made, before `writer` if both are: the upstream may take its time to sign.
     making: Mutex<Making>,
-    /// Locked while authorities change, never during a call to the upstream. Readers use `journal` instead and never wait.
+    /// Locked while authorities change, never during a call to the upstream or while a key signs. Readers use `journal` instead and
+    /// never wait.
     writer: Mutex<Journal>,
     journal: ArcSwap<Vec<Record>>,
-    active: ArcSwapOption<SigningAuthority>,
+    active: ArcSwapOption<SigningCa>,
     bundle: watch::Sender<Arc<TrustBundle>>,
 }
 
@@ -90,7 +92,7 @@ impl Authorities {
             sequence: if is_lost { (settings.clock)().unix_timestamp().unsigned_abs() } else { 0 },
             ..TrustBundle::empty(settings.trust_domain.clone())
         });
-        let active = take_up_keys(settings.keys.as_ref(), &mut records)?;
+        let active = take_up_keys(&settings.keys, &mut records).await?;
         let authorities = Self {
             upstream: settings.upstream.clone().map(|upstream| UpstreamCall::new(upstream, DEADLINE)),
             settings,
@@ -145,34 +147,36 @@ impl Authorities {
         self.journal.load_full()
     }
 
-    /// Signs a leaf with the active authority. Errors: [`AuthorityError::NotReady`], [`AuthorityError::Issue`].
-    pub fn sign(&self, request: &LeafRequest<'_>) -> Result<Issued, AuthorityError> {
+    /// Signs a leaf with the active authority. Errors: [`AuthorityError::NotReady`], [`AuthorityError::Issue`],
+    /// [`AuthorityError::Sign`].
+    pub async fn sign(&self, request: &LeafRequest<'_>) -> Result<Issued, AuthorityError> {
         let active = self.active.load_full().ok_or(AuthorityError::NotReady)?;
-        Ok(issue_leaf(request, &active, self.now())?)
+        Ok(active.issue(request, self.now()).await?)
     }
 
     /// Does what is due now: prepares, activates, deletes expired authorities and keys without a record.
     pub async fn rotate(&self) -> Result<(), AuthorityError> {
         let making = self.making.lock().await;
         let now = self.now();
-        let mut journal = self.writer.lock().await;
-        if journal.unswept {
-            self.sweep(&mut journal, &making);
-        }
+        self.sweep(&making).await;
+        let journal = self.writer.lock().await;
         let due = |journal: &Journal| Due::at(now, journal.find(Status::Active));
         let ready = |journal: &Journal| journal.find(Status::Prepared).filter(|r| is_usable(r, now)).cloned();
-        if due(&journal).prepare && ready(&journal).is_none() {
-            drop(journal);
-            self.make(&making, now).await?;
-            journal = self.writer.lock().await;
+        let mut prepared = ready(&journal);
+        let due = due(&journal);
+        drop(journal);
+        if due.prepare && prepared.is_none() {
+            prepared = Some(self.make(&making, now).await?);
         }
-        if due(&journal).activate
-            && let Some(prepared) = ready(&journal)
+        if due.activate
+            && let Some(prepared) = prepared
         {
-            self.activate_in(&mut journal, &prepared.id).await?;
+            self.activate(&prepared.id).await?;
         }
         // Last: the bundle now holds the new authority and cannot become empty.
-        self.forget_ended(&mut journal, &making, now).await
+        self.forget_ended(now).await?;
+        self.sweep(&making).await;
+        Ok(())
     }
 
     /// Prepares a new authority now. It replaces one that was prepared before.
@@ -183,14 +187,21 @@ impl Authorities {
 
     /// Makes this prepared authority the signing one.
     pub async fn activate(&self, id: &str) -> Result<Record, AuthorityError> {
+        let record = self.writer.lock().await.prepared(id)?.clone();
+        let gone = || AuthorityError::Unknown(format!("{id} (its key is gone)"));
+        // The key manager may take its time, so nothing is locked.
+        let key = self.settings.keys.get(&record.key_name).await?.ok_or_else(gone)?;
+        let signer = SigningCa::new(record.certificate, record.chain, key)?;
         let mut journal = self.writer.lock().await;
-        match journal.named(id)?.status {
-            Status::Prepared => self.activate_in(&mut journal, id).await,
-            status => {
-                let needed = "only a prepared authority can be activated";
-                Err(AuthorityError::State { id: id.to_owned(), status, needed })
-            }
-        }
+        journal.prepared(id)?;
+        let mut next = journal.records.clone();
+        next.iter_mut().filter(|r| r.status == Status::Active).for_each(|r| r.status = Status::Old);
+        let activated = set_status(&mut next, id, Status::Active).ok_or_else(gone)?;
+        // Stored before the switch: after a crash the journal names the authority that has signed.
+        self.commit(&mut journal, next, |_| {}).await?;
+        self.active.store(Some(Arc::new(signer)));
+        tracing::info!(authority = id, "authority active");
+        Ok(activated)
     }
 
     /// Marks an old authority as compromised: every SVID under it is renewed at once.
@@ -237,10 +248,11 @@ impl Authorities {
         }
         let next = journal.records.iter().filter(|r| r.id != id).cloned().collect();
         self.commit(&mut journal, next, |bundle| bundle.authorities.retain(|a| a.id() != id)).await?;
+        journal.unswept = true;
+        drop(journal);
         // A key that is being made has no record yet. The rotation that is due next sweeps instead.
-        match self.making.try_lock() {
-            Ok(making) => self.sweep(&mut journal, &making),
-            Err(_) => journal.unswept = true,
+        if let Ok(making) = self.making.try_lock() {
+            self.sweep(&making).await;
         }
         tracing::warn!(authority = id, "authority revoked; nothing under it is trusted any more");
         Ok(record)
@@ -285,7 +297,8 @@ impl Authorities {
             Ok(made) => self.publish_prepared(&mut journal, made, ca_ttl, now).await,
             Err(error) => Err(error),
         };
-        self.sweep(&mut journal, making);
+        drop(journal);
+        self.sweep(making).await;
         let record = published?;
         let until = validity_of(&record.certificate).1;
         tracing::info!(authority = record.id, %until, "authority prepared and published");
@@ -301,13 +314,13 @@ impl Authorities {
         now: OffsetDateTime,
     ) -> Result<Made, AuthorityError> {
         let td = &self.settings.trust_domain;
-        let key = self.settings.keys.generate(&key_name, key_type)?;
+        let key = self.settings.keys.generate(&key_name, key_type).await?;
         if let Some(upstream) = &self.upstream {
             let signed = upstream.sign_intermediate(td, &key, ttl, now).await?;
             let own = signed.chain.first().ok_or_else(|| IssueError::Sign("the upstream signed nothing".into()))?;
             return Ok(Made { key_name, certificate: own.clone(), chain: signed.chain, roots: signed.roots });
         }
-        let certificate = issue_root(td, &key, ttl, now)?;
+        let certificate = issue_root(td, &*key, ttl, now).await?;
         let roots = vec![X509Authority::from_der(certificate.to_vec())?];
         Ok(Made { key_name, certificate, chain: vec![], roots })
     }
@@ -336,28 +349,9 @@ impl Authorities {
         Ok(record)
     }
 
-    async fn activate_in(&self, journal: &mut Journal, id: &str) -> Result<Record, AuthorityError> {
-        let record = journal.named(id)?;
-        let gone = || AuthorityError::Unknown(format!("{id} (its key is gone)"));
-        let key = self.settings.keys.get(&record.key_name)?.ok_or_else(gone)?;
-        let signer = SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?;
-        let mut next = journal.records.clone();
-        next.iter_mut().filter(|r| r.status == Status::Active).for_each(|r| r.status = Status::Old);
-        let activated = set_status(&mut next, id, Status::Active).ok_or_else(gone)?;
-        // Stored before the switch: after a crash the journal names the authority that has signed.
-        self.commit(journal, next, |_| {}).await?;
-        self.active.store(Some(Arc::new(signer)));
-        tracing::info!(authority = id, "authority active");
-        Ok(activated)
-    }
-
     /// Deletes authorities and roots that expired long enough ago, and their keys.
-    async fn forget_ended(
-        &self,
-        journal: &mut Journal,
-        making: &Making,
-        now: OffsetDateTime,
-    ) -> Result<(), AuthorityError> {
+    async fn forget_ended(&self, now: OffsetDateTime) -> Result<(), AuthorityError> {
+        let mut journal = self.writer.lock().await;
         let over = |r: &Record| r.status != Status::Active && is_forgotten(&r.certificate, now);
         let root_over = |a: &X509Authority| is_forgotten(a.der(), now);
         let has_ended = |bundle: &TrustBundle| {
@@ -367,7 +361,7 @@ impl Authorities {
             return Ok(());
         }
         let (ended, next): (Vec<Record>, Vec<Record>) = journal.records.iter().cloned().partition(over);
-        self.commit(journal, next, |bundle| {
+        self.commit(&mut journal, next, |bundle| {
             bundle.authorities.retain(|a| !root_over(a));
             bundle.jwt_authorities.retain(|a| !a.is_over(now));
         })
@@ -375,26 +369,39 @@ impl Authorities {
         for record in ended {
             tracing::info!(authority = record.id, "authority ended and forgotten");
         }
-        self.sweep(journal, making);
+        journal.unswept = true;
         Ok(())
     }
 
-    /// Removes keys without a record. A failure is tried again with the next rotation.
-    fn sweep(&self, journal: &mut Journal, _: &Making) {
-        let named = |name: &String| journal.records.iter().any(|r| r.key_name == *name);
-        let swept = self.settings.keys.names().and_then(|names| {
-            names.iter().filter(|name| !named(name)).try_for_each(|name| self.settings.keys.remove(name))
-        });
-        journal.unswept = swept.is_err();
-        if let Err(error) = swept {
+    /// Removes keys without a record, if there may be any. A failure is tried again with the next rotation. The journal is free
+    /// meanwhile: whoever holds `making` knows that no key is waiting for its record.
+    async fn sweep(&self, _: &Making) {
+        let named: Vec<String> = {
+            let mut journal = self.writer.lock().await;
+            if !std::mem::take(&mut journal.unswept) {
+                return;
+            }
+            journal.records.iter().map(|r| r.key_name.clone()).collect()
+        };
+        if let Err(error) = self.remove_all_but(&named).await {
+            self.writer.lock().await.unswept = true;
             tracing::error!(%error, "cannot remove the key of an authority that is gone; trying again");
         }
+    }
+
+    async fn remove_all_but(&self, named: &[String]) -> Result<(), KeyManagerError> {
+        for name in self.settings.keys.names().await? {
+            if !named.contains(&name) {
+                self.settings.keys.remove(&name).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes up what another server has written: its revocations hold here too, and the next change is made from it.
     async fn take_up(&self, journal: &mut Journal) -> Result<(), AuthorityError> {
         let Stored { mut records, version, bundle } = Stored::read(&self.settings).await?;
-        let active = take_up_keys(self.settings.keys.as_ref(), &mut records)?;
+        let active = take_up_keys(&self.settings.keys, &mut records).await?;
         self.journal.store(Arc::new(records.clone()));
         (journal.records, journal.version) = (records, version);
         // Published before it is signed with. A bundle that the store has lost stays as it is here.
@@ -440,6 +447,18 @@ impl Authorities {
 impl Journal {
     fn find(&self, status: Status) -> Option<&Record> {
         self.records.iter().find(|r| r.status == status)
+    }
+
+    /// The prepared authority with this ID. Errors: it is none, or in another state.
+    fn prepared(&self, id: &str) -> Result<&Record, AuthorityError> {
+        let record = self.named(id)?;
+        match record.status {
+            Status::Prepared => Ok(record),
+            status => {
+                let needed = "only a prepared authority can be activated";
+                Err(AuthorityError::State { id: id.to_owned(), status, needed })
+            }
+        }
     }
 
     /// Names of the keys of the active and the prepared authority: what a new authority is made to follow or replace.

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use countersign_identity::profile::SigningAuthority;
 use countersign_identity::{TrustBundle, X509Authority};
 
 use super::{AuthorityError, Record, Settings, Status};
 use crate::datastore::{Version, Versioned};
-use crate::key_manager::KeyManager;
+use crate::key_manager::Keys;
+use crate::signing_ca::SigningCa;
 
 /// Journal and own bundle.
 pub struct Stored {
@@ -31,15 +31,12 @@ impl Stored {
 
 /// The signer of the active authority. One whose key is gone (key manager `memory`) signs no more; it stays trusted until
 /// its end.
-pub fn take_up_keys(
-    keys: &dyn KeyManager,
-    records: &mut [Record],
-) -> Result<Option<Arc<SigningAuthority>>, AuthorityError> {
+pub async fn take_up_keys(keys: &Keys, records: &mut [Record]) -> Result<Option<Arc<SigningCa>>, AuthorityError> {
     let mut active = None;
     for record in records.iter_mut().filter(|r| matches!(r.status, Status::Active | Status::Prepared)) {
-        match keys.get(&record.key_name)? {
+        match keys.get(&record.key_name).await? {
             Some(key) if record.status == Status::Active => {
-                active = Some(Arc::new(SigningAuthority::new(record.certificate.clone(), record.chain.clone(), &key)?));
+                active = Some(Arc::new(SigningCa::new(record.certificate.clone(), record.chain.clone(), key)?));
             }
             Some(_) => {}
             None => {

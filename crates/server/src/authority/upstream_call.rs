@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use countersign_identity::profile::request_intermediate;
-use countersign_identity::{PrivateKey, TrustDomain};
+use countersign_identity::TrustDomain;
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
 use super::AuthorityError;
+use crate::key_manager::Signer;
+use crate::signing_ca::request_intermediate;
 use crate::upstream_authority::{UpstreamAuthority, UpstreamError, UpstreamSigned};
 
 /// Longest call to the upstream for one signature.
@@ -44,7 +45,7 @@ impl UpstreamCall {
     pub async fn sign_intermediate(
         &self,
         trust_domain: &TrustDomain,
-        key: &PrivateKey,
+        key: &Arc<dyn Signer>,
         ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, AuthorityError> {
@@ -53,7 +54,7 @@ impl UpstreamCall {
         }
         // A request that cannot be made must not leave it busy.
         let busy = Busy(self.busy.clone());
-        let csr = request_intermediate(trust_domain, key)?;
+        let csr = request_intermediate(trust_domain, &**key).await?;
         let (answer, answered) = oneshot::channel();
         let (upstream, asked_for) = (self.upstream.clone(), trust_domain.clone());
         let runtime = tokio::runtime::Handle::current();
@@ -65,7 +66,7 @@ impl UpstreamCall {
             let _ = answer.send(signed);
         });
         match tokio::time::timeout(self.deadline, answered).await {
-            Ok(Ok(signed)) => Ok(signed?.checked(&self.upstream.name(), trust_domain, key, now)?),
+            Ok(Ok(signed)) => Ok(signed?.checked(&self.upstream.name(), trust_domain, key, now).await?),
             // The thread ended without an answer, or is still running.
             Ok(Err(_)) | Err(_) => Err(UpstreamError::Timeout(self.deadline).into()),
         }
@@ -75,6 +76,7 @@ impl UpstreamCall {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::key_manager::ephemeral;
     use countersign_identity::KeyType;
     use std::sync::atomic::AtomicUsize;
 
@@ -102,7 +104,7 @@ mod tests {
     async fn an_upstream_that_hangs_is_given_up_and_asked_once() {
         let hangs = Arc::new(Hangs(AtomicUsize::new(0)));
         let call = UpstreamCall::new(hangs.clone(), Duration::from_millis(50));
-        let (td, key) = (TrustDomain::new("td").unwrap(), PrivateKey::generate(KeyType::EcP256).unwrap());
+        let (td, key) = (TrustDomain::new("td").unwrap(), ephemeral(KeyType::EcP256).unwrap());
         for _ in 0..3 {
             let signed = call.sign_intermediate(&td, &key, Duration::from_secs(60), OffsetDateTime::UNIX_EPOCH).await;
             assert!(matches!(signed, Err(AuthorityError::Unsigned(UpstreamError::Timeout(_)))));

@@ -32,7 +32,7 @@ async fn an_administrator_whose_authority_is_revoked_is_refused_and_its_streams_
     let core = server(&dir).await;
     let id = SpiffeId::new("spiffe://td/admin").unwrap();
     core.entries.create(vec![admin_entry(&id)]).await.unwrap();
-    let request = call(&core, &id);
+    let request = call(&core, &id).await;
     assert!(matches!(Caller::operator(&core, &request), Ok(Caller::Admin(_))));
     let ended = cut_off(&core, &request);
     tokio::pin!(ended);
@@ -51,7 +51,7 @@ async fn an_administrator_whose_authority_is_revoked_is_refused_and_its_streams_
     assert_eq!(refused.code(), tonic::Code::Unauthenticated);
     let ended = tokio::time::timeout(Duration::from_secs(5), ended).await.unwrap();
     assert_eq!(ended.code(), tonic::Code::Unauthenticated);
-    assert!(Caller::operator(&core, &call(&core, &id)).is_ok(), "under the new authority it is who it was");
+    assert!(Caller::operator(&core, &call(&core, &id).await).is_ok(), "under the new authority it is who it was");
 }
 
 #[tokio::test]

@@ -116,15 +116,17 @@ async fn attest(
     }
     // Before anything is signed; looked at once more when the agent is stored.
     core.agents.may_attest(&node).map_err(|e| change_status(e, &node.id))?;
-    let issued = core.sign(&SigningRequest {
-        kind: "agent_svid",
-        caller,
-        entry_id: "",
-        id: &node.id,
-        dns_names: &[],
-        ttl: core.issuance().agent_svid_ttl,
-        csr: &csr,
-    })?;
+    let issued = core
+        .sign(&SigningRequest {
+            kind: "agent_svid",
+            caller,
+            entry_id: "",
+            id: &node.id,
+            dns_names: &[],
+            ttl: core.issuance().agent_svid_ttl,
+            csr: &csr,
+        })
+        .await?;
     let AttestedNode { id, selectors, can_reattest, alias, evidence } = node;
     let agent = AttestedAgent {
         id: id.clone(),
@@ -368,15 +370,18 @@ impl Agent for Endpoint {
         }
         let in_use = request.extensions().get::<TlsPeer>().and_then(|p| p.svid.clone());
         let csr = request.into_inner().params.ok_or_else(|| invalid("params is missing"))?.csr;
-        let issued = self.0.sign(&SigningRequest {
-            kind: "agent_svid",
-            caller: &agent.id.to_string(),
-            entry_id: "",
-            id: &agent.id,
-            dns_names: &[],
-            ttl: self.0.issuance().agent_svid_ttl,
-            csr: &csr,
-        })?;
+        let issued = self
+            .0
+            .sign(&SigningRequest {
+                kind: "agent_svid",
+                caller: &agent.id.to_string(),
+                entry_id: "",
+                id: &agent.id,
+                dns_names: &[],
+                ttl: self.0.issuance().agent_svid_ttl,
+                csr: &csr,
+            })
+            .await?;
         let renewal = Renewal {
             in_use: in_use.map(|svid| svid.facts.serial.clone()).unwrap_or_default(),
             serial: issued.facts.serial.clone(),

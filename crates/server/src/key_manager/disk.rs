@@ -3,11 +3,14 @@
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use async_trait::async_trait;
 use countersign_api::files::{read_pem, write_secret};
 use countersign_identity::{KeyType, PrivateKey};
 
-use super::{KeyManager, KeyManagerError};
+use super::local::{Local, generate};
+use super::{KeyManager, KeyManagerError, Signer};
 
 /// Stores keys in a folder of mode 0700.
 pub struct Disk(PathBuf);
@@ -30,15 +33,16 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> KeyMana
     move |source| KeyManagerError::Io { what, path, source }
 }
 
+#[async_trait]
 impl KeyManager for Disk {
-    fn generate(&self, name: &str, key_type: KeyType) -> Result<PrivateKey, KeyManagerError> {
-        let key = PrivateKey::generate(key_type)?;
+    async fn generate(&self, name: &str, key_type: KeyType) -> Result<Arc<dyn Signer>, KeyManagerError> {
+        let key = generate(key_type).await?;
         let path = self.path(name);
         write_secret(&path, key.as_pkcs8()).map_err(io("write", &path))?;
-        Ok(key)
+        Ok(Arc::new(Local::new(&key)?))
     }
 
-    fn get(&self, name: &str) -> Result<Option<PrivateKey>, KeyManagerError> {
+    async fn get(&self, name: &str) -> Result<Option<Arc<dyn Signer>>, KeyManagerError> {
         let path = self.path(name);
         match std::fs::metadata(&path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -50,10 +54,11 @@ impl KeyManager for Disk {
             }
             Ok(_) => {}
         }
-        Ok(Some(PrivateKey::from_pkcs8(read_pem(&path).map_err(io("read", &path))?)?))
+        let key = PrivateKey::from_pkcs8(read_pem(&path).map_err(io("read", &path))?)?;
+        Ok(Some(Arc::new(Local::new(&key)?)))
     }
 
-    fn names(&self) -> Result<Vec<String>, KeyManagerError> {
+    async fn names(&self) -> Result<Vec<String>, KeyManagerError> {
         let mut names = vec![];
         for file in std::fs::read_dir(&self.0).map_err(io("list the folder of", &self.0))? {
             let file = file.map_err(io("list the folder of", &self.0))?.path();
@@ -71,7 +76,7 @@ impl KeyManager for Disk {
         Ok(names)
     }
 
-    fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
+    async fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
         let path = self.path(name);
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != ErrorKind::NotFound => Err(io("remove", &path)(e)),
@@ -85,22 +90,22 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    #[test]
-    fn a_key_is_there_again_after_a_restart_and_only_its_owner_reads_it() {
+    #[tokio::test]
+    async fn a_key_is_there_again_after_a_restart_and_only_its_owner_reads_it() {
         let dir = tempfile::tempdir().unwrap();
-        let made = Disk::new(dir.path()).unwrap().generate("a1", KeyType::EcP256).unwrap();
+        let made = Disk::new(dir.path()).unwrap().generate("a1", KeyType::EcP256).await.unwrap();
         let again = Disk::new(dir.path()).unwrap();
-        assert!(again.get("a1").unwrap() == Some(made));
-        assert!(again.get("b2").unwrap().is_none());
+        assert_eq!(again.get("a1").await.unwrap().unwrap().public_key(), made.public_key());
+        assert!(again.get("b2").await.unwrap().is_none());
         let file = dir.path().join("a1.key");
         assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(matches!(again.get("a1"), Err(KeyManagerError::Exposed { mode: 0o644, .. })));
+        assert!(matches!(again.get("a1").await, Err(KeyManagerError::Exposed { mode: 0o644, .. })));
         std::fs::write(dir.path().join("c3.key.17.tmp"), "half a key").unwrap();
-        assert_eq!(again.names().unwrap(), ["a1"]);
+        assert_eq!(again.names().await.unwrap(), ["a1"]);
         assert!(!dir.path().join("c3.key.17.tmp").exists(), "a write that was cut off is swept");
-        again.remove("a1").unwrap();
-        again.remove("a1").unwrap();
-        assert!(again.get("a1").unwrap().is_none());
+        again.remove("a1").await.unwrap();
+        again.remove("a1").await.unwrap();
+        assert!(again.get("a1").await.unwrap().is_none());
     }
 }

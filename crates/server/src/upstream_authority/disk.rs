@@ -3,10 +3,8 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_identity::profile::{
-    IssueError, RequestedKey, SigningAuthority, issue_intermediate, request_intermediate,
-};
-use countersign_identity::{KeyType, PrivateKey, TrustDomain, X509Authority};
+use countersign_identity::profile::{IssueError, RequestedKey, SigningAuthority, issue_intermediate};
+use countersign_identity::{KeyType, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -14,6 +12,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::probe::probe;
 use super::{UpstreamAuthority, UpstreamError, UpstreamSigned, pem};
 use crate::config::UpstreamDisk;
+use crate::key_manager::ephemeral;
+use crate::signing_ca::request_intermediate;
 
 /// Lifetime of the CA certificate that is signed once at start to test the files. It never leaves this process.
 const PROBE_CA_TTL: Duration = Duration::from_secs(600);
@@ -29,13 +29,17 @@ struct Loaded {
 
 impl Disk {
     /// Loads the files once, signs and verifies below them, so that mistakes show now and not in the first handshake.
-    pub fn new(files: UpstreamDisk, trust_domain: &TrustDomain, now: OffsetDateTime) -> Result<Self, UpstreamError> {
+    pub async fn new(
+        files: UpstreamDisk,
+        trust_domain: &TrustDomain,
+        now: OffsetDateTime,
+    ) -> Result<Self, UpstreamError> {
         let disk = Self(files);
         let failed = |why: &dyn std::fmt::Display| UpstreamError::in_file(&disk.0.certificate, why.to_string());
-        let key = PrivateKey::generate(KeyType::EcP256).map_err(|e| failed(&e))?;
-        let csr = request_intermediate(trust_domain, &key).map_err(|e| failed(&e))?;
+        let key = ephemeral(KeyType::EcP256).map_err(|e| failed(&e))?;
+        let csr = request_intermediate(trust_domain, &*key).await.map_err(|e| failed(&e))?;
         let signed = disk.sign(trust_domain, &csr, PROBE_CA_TTL, now)?;
-        probe(trust_domain, &signed, &key, now).map_err(|e| failed(&e))?;
+        probe(trust_domain, &signed, &key, now).await.map_err(|e| failed(&e))?;
         Ok(disk)
     }
 

@@ -6,12 +6,15 @@ mod probe;
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_identity::{PrivateKey, TrustDomain, X509Authority};
+use countersign_identity::{TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
+
+use crate::key_manager::Signer;
 
 pub use disk::Disk;
 
@@ -83,14 +86,14 @@ pub struct UpstreamSigned {
 impl UpstreamSigned {
     /// Takes an answer only if its first certificate is for `key` and peers accept what is issued below it, whichever
     /// upstream gave it; `upstream` is its name. Errors: [`UpstreamError::Malformed`].
-    pub fn checked(
+    pub async fn checked(
         self,
         upstream: &str,
         trust_domain: &TrustDomain,
-        key: &PrivateKey,
+        key: &Arc<dyn Signer>,
         now: OffsetDateTime,
     ) -> Result<Self, UpstreamError> {
-        match probe::probe(trust_domain, &self, key, now) {
+        match probe::probe(trust_domain, &self, key, now).await {
             Ok(()) => Ok(self),
             Err(why) => Err(UpstreamError::Malformed { upstream: upstream.to_owned(), why: why.to_string() }),
         }

@@ -4,8 +4,9 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::*;
 use crate::datastore::Sqlite;
-use crate::key_manager::{KeyManagerError, Memory};
-use countersign_identity::PrivateKey;
+use crate::key_manager::{KeyManager, KeyManagerError, Memory, SignError, Signer};
+use countersign_identity::profile::{SigningAuthority, issue_root};
+use countersign_identity::{PrivateKey, SignatureAlgorithm};
 
 struct World {
     now: Arc<AtomicI64>,
@@ -32,7 +33,7 @@ impl World {
                 ca_key_type: KeyType::EcP256,
             })
             .1,
-            keys,
+            keys: Keys::new(keys),
             upstream,
             store: self.store.clone(),
             clock: Arc::new(move || OffsetDateTime::from_unix_timestamp(now.load(Ordering::Relaxed)).unwrap()),
@@ -127,25 +128,26 @@ struct Stubborn {
     refuses: std::sync::atomic::AtomicBool,
 }
 
+#[async_trait::async_trait]
 impl KeyManager for Stubborn {
-    fn generate(&self, name: &str, key_type: KeyType) -> Result<PrivateKey, KeyManagerError> {
-        self.keys.generate(name, key_type)
+    async fn generate(&self, name: &str, key_type: KeyType) -> Result<Arc<dyn Signer>, KeyManagerError> {
+        self.keys.generate(name, key_type).await
     }
 
-    fn get(&self, name: &str) -> Result<Option<PrivateKey>, KeyManagerError> {
-        self.keys.get(name)
+    async fn get(&self, name: &str) -> Result<Option<Arc<dyn Signer>>, KeyManagerError> {
+        self.keys.get(name).await
     }
 
-    fn names(&self) -> Result<Vec<String>, KeyManagerError> {
-        self.keys.names()
+    async fn names(&self) -> Result<Vec<String>, KeyManagerError> {
+        self.keys.names().await
     }
 
-    fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
+    async fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
         if self.refuses.load(Ordering::SeqCst) {
             let source = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
             return Err(KeyManagerError::Io { what: "remove", path: name.into(), source });
         }
-        self.keys.remove(name)
+        self.keys.remove(name).await
     }
 }
 
@@ -157,20 +159,20 @@ async fn a_dropped_key_that_cannot_be_removed_costs_the_new_one_nothing() {
     a.prepare().await.unwrap();
     keys.refuses.store(true, Ordering::SeqCst);
     let second = a.prepare().await.unwrap();
-    assert_eq!(keys.names().unwrap().len(), 3, "the dropped one is still there");
+    assert_eq!(keys.names().await.unwrap().len(), 3, "the dropped one is still there");
     a.activate(&second.id).await.unwrap();
     keys.refuses.store(false, Ordering::SeqCst);
     a.rotate().await.unwrap();
-    assert_eq!(keys.names().unwrap().len(), 2, "swept as soon as it can be");
+    assert_eq!(keys.names().await.unwrap().len(), 2, "swept as soon as it can be");
 }
 
 #[tokio::test]
 async fn the_key_of_a_crash_between_making_and_storing_is_swept_at_the_start() {
     let world = World::new().await;
     drop(world.authorities().await);
-    world.keys.generate("abandoned", KeyType::EcP256).unwrap();
+    world.keys.generate("abandoned", KeyType::EcP256).await.unwrap();
     let a = world.authorities().await;
-    assert_eq!(world.keys.names().unwrap(), [a.journal()[0].key_name.clone()]);
+    assert_eq!(world.keys.names().await.unwrap(), [a.journal()[0].key_name.clone()]);
 }
 
 #[tokio::test]
@@ -184,7 +186,7 @@ async fn a_clock_that_is_ahead_for_a_moment_costs_no_root_and_leaves_a_signer_th
     a.rotate().await.unwrap();
     let bundle = a.bundle().borrow().clone();
     assert!(bundle.authorities.iter().any(|r| r.id() == first.id), "what it signed is still trusted");
-    assert!(world.keys.get(&first.key_name).unwrap().is_some());
+    assert!(world.keys.get(&first.key_name).await.unwrap().is_some());
     let active = a.journal().iter().find(|r| r.status == Status::Active).unwrap().clone();
     assert!(active.validity().0.unix_timestamp() <= world.now.load(Ordering::Relaxed), "one that is valid now signs");
 }
@@ -249,7 +251,7 @@ async fn another_servers_revocation_is_taken_up_and_its_signer_too() {
     let csr = countersign_identity::profile::request(&key, Some(&id)).unwrap();
     let key = countersign_identity::profile::RequestedKey::from_csr(&csr).unwrap();
     let leaf = LeafRequest { id: &id, dns_names: &[], key: &key, ttl: Duration::from_secs(60) };
-    assert_eq!(one.sign(&leaf).unwrap().facts.authority_id, next.id);
+    assert_eq!(one.sign(&leaf).await.unwrap().facts.authority_id, next.id);
 }
 
 #[tokio::test]
@@ -336,7 +338,7 @@ async fn an_upstream_that_hangs_holds_up_nobody_who_looks_or_changes_something_e
     let (given_up, ()) = tokio::join!(preparing, looking);
     assert!(given_up.is_none(), "the upstream was still being asked");
     a.rotate().await.unwrap();
-    assert_eq!(world.keys.names().unwrap().len(), 1, "no key is left behind");
+    assert_eq!(world.keys.names().await.unwrap().len(), 1, "no key is left behind");
 }
 
 /// An upstream that signs with a CA of its own once it is released.
@@ -386,7 +388,7 @@ async fn what_was_made_for_a_journal_that_has_changed_meanwhile_is_dropped() {
     let (made, ()) = tokio::join!(a.prepare(), meanwhile);
     assert!(matches!(made, Err(AuthorityError::Changed)), "{made:?}");
     assert_eq!(statuses(&a), ["old", "active"]);
-    assert_eq!(world.keys.names().unwrap().len(), 2, "no key is left behind");
+    assert_eq!(world.keys.names().await.unwrap().len(), 2, "no key is left behind");
     waits.released.notify_one();
     a.prepare().await.unwrap();
     assert_eq!(statuses(&a), ["old", "active", "prepared"]);
@@ -413,4 +415,122 @@ async fn keys_of_others_are_published_until_they_end_and_an_id_names_one_key() {
     a.rotate().await.unwrap();
     assert_eq!(a.bundle().borrow().jwt_authorities, std::slice::from_ref(&lasting));
     assert_eq!(world.authorities().await.bundle().borrow().jwt_authorities, [lasting], "the store has it");
+}
+
+/// What a key of [`Moody`] does.
+#[derive(Clone, Copy, PartialEq)]
+enum Mood {
+    Signs,
+    Refuses,
+    Lies,
+    Hangs,
+}
+
+/// A key manager whose keys sign or not, as they are told.
+struct Moody(Memory, watch::Sender<Mood>);
+
+impl Moody {
+    fn new() -> Arc<Self> {
+        Arc::new(Self(Memory::default(), watch::Sender::new(Mood::Signs)))
+    }
+
+    fn given(&self, key: Arc<dyn Signer>) -> Arc<dyn Signer> {
+        Arc::new(MoodyKey(key, self.1.subscribe()))
+    }
+}
+
+#[async_trait::async_trait]
+impl KeyManager for Moody {
+    async fn generate(&self, name: &str, key_type: KeyType) -> Result<Arc<dyn Signer>, KeyManagerError> {
+        Ok(self.given(self.0.generate(name, key_type).await?))
+    }
+
+    async fn get(&self, name: &str) -> Result<Option<Arc<dyn Signer>>, KeyManagerError> {
+        Ok(self.0.get(name).await?.map(|key| self.given(key)))
+    }
+
+    async fn names(&self) -> Result<Vec<String>, KeyManagerError> {
+        self.0.names().await
+    }
+
+    async fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
+        self.0.remove(name).await
+    }
+}
+
+struct MoodyKey(Arc<dyn Signer>, watch::Receiver<Mood>);
+
+#[async_trait::async_trait]
+impl Signer for MoodyKey {
+    fn public_key(&self) -> &[u8] {
+        self.0.public_key()
+    }
+
+    fn key_type(&self) -> KeyType {
+        self.0.key_type()
+    }
+
+    async fn sign(&self, algorithm: SignatureAlgorithm, message: &[u8]) -> Result<Vec<u8>, SignError> {
+        let mood = *self.1.borrow();
+        match mood {
+            Mood::Signs => self.0.sign(algorithm, message).await,
+            Mood::Lies => self.0.sign(algorithm, b"something else").await,
+            Mood::Refuses => Err(SignError::Failed("no such slot".into())),
+            Mood::Hangs => {
+                let mut moods = self.1.clone();
+                moods.wait_for(|mood| *mood != Mood::Hangs).await.unwrap();
+                self.0.sign(algorithm, message).await
+            }
+        }
+    }
+}
+
+async fn sign_leaf(a: &Authorities) -> Result<Issued, AuthorityError> {
+    let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let id = countersign_identity::SpiffeId::new("spiffe://td/a").unwrap();
+    let csr = countersign_identity::profile::request(&key, Some(&id)).unwrap();
+    let key = countersign_identity::profile::RequestedKey::from_csr(&csr).unwrap();
+    a.sign(&LeafRequest { id: &id, dns_names: &[], key: &key, ttl: Duration::from_secs(60) }).await
+}
+
+#[tokio::test]
+async fn a_key_that_does_not_sign_issues_nothing_and_leaves_nothing_behind() {
+    let (world, keys) = (World::new().await, Moody::new());
+    let a = Authorities::load(world.settings(keys.clone(), None)).await.unwrap();
+    let (journal, bundle) = (a.journal(), a.bundle().borrow().clone());
+    for (mood, told) in [(Mood::Refuses, "no such slot"), (Mood::Lies, "not by its own public key")] {
+        keys.1.send_replace(mood);
+        let why = a.prepare().await.unwrap_err();
+        assert!(matches!(why, AuthorityError::Sign(_)) && why.to_string().contains(told), "{why}");
+        assert_eq!((a.journal(), a.bundle().borrow().clone()), (journal.clone(), bundle.clone()));
+        assert_eq!(keys.names().await.unwrap().len(), 1, "no key is left behind");
+    }
+    keys.1.send_replace(Mood::Refuses);
+    assert!(matches!(sign_leaf(&a).await, Err(AuthorityError::Sign(SignError::Failed(_)))));
+    keys.1.send_replace(Mood::Signs);
+    assert_eq!(sign_leaf(&a).await.unwrap().facts.authority_id, journal[0].id);
+}
+
+#[tokio::test]
+async fn a_key_that_hangs_holds_up_nobody_who_changes_something_else_and_is_given_up() {
+    let (world, keys) = (World::new().await, Moody::new());
+    let a = Authorities::load(world.settings(keys.clone(), None)).await.unwrap();
+    let first = a.prepare().await.unwrap();
+    keys.1.send_replace(Mood::Hangs);
+    let meanwhile = async {
+        while keys.names().await.unwrap().len() < 3 {
+            tokio::task::yield_now().await;
+        }
+        // The next authority's key is there and has not signed yet.
+        let activated = a.activate(&first.id);
+        tokio::time::timeout(Duration::from_secs(5), activated).await.expect("the journal is free").unwrap();
+        tokio::time::pause();
+        let late = sign_leaf(&a).await;
+        assert!(matches!(late, Err(AuthorityError::Sign(SignError::Timeout(_)))), "{late:?}");
+        tokio::time::resume();
+    };
+    let (made, ()) = tokio::join!(a.prepare(), meanwhile);
+    assert!(matches!(made, Err(AuthorityError::Sign(SignError::Timeout(_)))), "{made:?}");
+    assert_eq!(statuses(&a), ["old", "active"]);
+    assert_eq!(keys.names().await.unwrap().len(), 2, "no key is left behind");
 }

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use super::*;
+use crate::key_manager::Signer;
 use rcgen::{BasicConstraints, CertificateParams, CustomExtension, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use std::sync::Arc;
 
 struct Pki {
     dir: tempfile::TempDir,
@@ -39,11 +41,11 @@ impl Pki {
         std::fs::write(self.dir.path().join(name), text).unwrap();
     }
 
-    fn load(&self, bundle: &str) -> Result<Disk, String> {
+    async fn load(&self, bundle: &str) -> Result<Disk, String> {
         let at = |name: &str| self.dir.path().join(name);
         let files = UpstreamDisk { certificate: at("issuing.pem"), key: at("issuing.key"), bundle: Some(at(bundle)) };
         let td = TrustDomain::new("example.org").unwrap();
-        Disk::new(files, &td, OffsetDateTime::now_utc()).map_err(|e| e.to_string())
+        Disk::new(files, &td, OffsetDateTime::now_utc()).await.map_err(|e| e.to_string())
     }
 }
 
@@ -59,76 +61,77 @@ fn uri_constraint(subtrees: u8, host: &str) -> CustomExtension {
 #[tokio::test]
 async fn an_upstream_that_peers_would_believe_is_taken_and_sends_nothing_beyond_the_path() {
     let pki = Pki::new(|_| {});
-    let disk = pki.load("root.pem").unwrap_or_else(|e| panic!("{e}"));
-    let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let disk = pki.load("root.pem").await.unwrap_or_else(|e| panic!("{e}"));
+    let key = ephemeral(KeyType::EcP256).unwrap();
     let td = TrustDomain::new("example.org").unwrap();
-    let csr = request_intermediate(&td, &key).unwrap();
+    let csr = request_intermediate(&td, &*key).await.unwrap();
     let signed = disk.sign_intermediate(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).await.unwrap();
     assert_eq!(signed.chain.len(), 2, "our CA and the issuing one");
     // The issuing CA is a trusted root itself: nothing above our CA is sent.
     let both = ["issuing.pem", "root.pem"].map(|n| std::fs::read_to_string(pki.dir.path().join(n)).unwrap());
     pki.write("both.pem", &both.concat());
-    let disk = pki.load("both.pem").unwrap_or_else(|e| panic!("{e}"));
+    let disk = pki.load("both.pem").await.unwrap_or_else(|e| panic!("{e}"));
     let signed = disk.sign_intermediate(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).await.unwrap();
     assert_eq!(signed.chain.len(), 1);
 }
 
-#[test]
-fn a_bundle_without_the_upstreams_root_is_refused_at_start() {
-    let why = Pki::new(|_| {}).load("stranger.pem").err().unwrap();
+#[tokio::test]
+async fn a_bundle_without_the_upstreams_root_is_refused_at_start() {
+    let why = Pki::new(|_| {}).load("stranger.pem").await.err().unwrap();
     assert!(why.contains("issuing.pem") && why.contains("every peer would refuse the SVIDs of `example.org`"), "{why}");
 }
 
-#[test]
-fn name_constraints_that_leave_our_trust_domain_out_are_refused_at_start() {
+#[tokio::test]
+async fn name_constraints_that_leave_our_trust_domain_out_are_refused_at_start() {
     for (subtrees, host) in [(1, "example.org"), (0, "elsewhere.org")] {
         let pki = Pki::new(|ca| ca.custom_extensions.push(uri_constraint(subtrees, host)));
-        let why = pki.load("root.pem").err().unwrap();
+        let why = pki.load("root.pem").await.err().unwrap();
         assert!(why.contains("name constraints must leave room for `spiffe://example.org`"), "{why}");
     }
 }
 
-#[test]
-fn an_issuing_ca_that_may_not_sign_is_refused_at_start() {
-    let why = Pki::new(|ca| ca.key_usages = vec![KeyUsagePurpose::DigitalSignature]).load("root.pem").err().unwrap();
+#[tokio::test]
+async fn an_issuing_ca_that_may_not_sign_is_refused_at_start() {
+    let why =
+        Pki::new(|ca| ca.key_usages = vec![KeyUsagePurpose::DigitalSignature]).load("root.pem").await.err().unwrap();
     assert!(why.contains("keyUsage lacks keyCertSign"), "{why}");
 }
 
 /// A disk upstream that works, and a request for it.
-fn ready() -> (Pki, Disk, TrustDomain, PrivateKey, Vec<u8>) {
+async fn ready() -> (Pki, Disk, TrustDomain, Arc<dyn Signer>, Vec<u8>) {
     let pki = Pki::new(|_| {});
-    let disk = pki.load("root.pem").unwrap_or_else(|e| panic!("{e}"));
-    let (td, key) = (TrustDomain::new("example.org").unwrap(), PrivateKey::generate(KeyType::EcP256).unwrap());
-    let csr = request_intermediate(&td, &key).unwrap();
+    let disk = pki.load("root.pem").await.unwrap_or_else(|e| panic!("{e}"));
+    let (td, key) = (TrustDomain::new("example.org").unwrap(), ephemeral(KeyType::EcP256).unwrap());
+    let csr = request_intermediate(&td, &*key).await.unwrap();
     (pki, disk, td, key, csr)
 }
 
-#[test]
-fn a_chain_for_another_key_is_refused_whichever_upstream_gave_it() {
-    let (_pki, disk, td, key, csr) = ready();
+#[tokio::test]
+async fn a_chain_for_another_key_is_refused_whichever_upstream_gave_it() {
+    let (_pki, disk, td, key, csr) = ready().await;
     let now = OffsetDateTime::now_utc();
     let signed = disk.sign(&td, &csr, Duration::from_secs(60), now).unwrap();
-    assert!(signed.clone().checked("ca.pem", &td, &key, now).is_ok());
-    let another = PrivateKey::generate(KeyType::EcP256).unwrap();
-    let refused = signed.clone().checked("ca.pem", &td, &another, now).unwrap_err();
+    assert!(signed.clone().checked("ca.pem", &td, &key, now).await.is_ok());
+    let another = ephemeral(KeyType::EcP256).unwrap();
+    let refused = signed.clone().checked("ca.pem", &td, &another, now).await.unwrap_err();
     assert!(matches!(&refused, UpstreamError::Malformed { .. }), "{refused}");
     assert!(refused.to_string().starts_with("ca.pem: "), "it is named: {refused}");
     assert!(refused.to_string().contains("the private key does not belong to the certificate"), "{refused}");
     let nothing = UpstreamSigned { chain: vec![], roots: signed.roots };
-    assert!(matches!(nothing.checked("ca.pem", &td, &key, now), Err(UpstreamError::Malformed { .. })));
+    assert!(matches!(nothing.checked("ca.pem", &td, &key, now).await, Err(UpstreamError::Malformed { .. })));
 }
 
-#[test]
-fn a_request_without_proof_of_its_key_is_refused() {
-    let (_pki, disk, td, _, mut csr) = ready();
+#[tokio::test]
+async fn a_request_without_proof_of_its_key_is_refused() {
+    let (_pki, disk, td, _, mut csr) = ready().await;
     *csr.last_mut().unwrap() ^= 1;
     let refused = disk.sign(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).unwrap_err();
     assert!(matches!(&refused, UpstreamError::Refused { why, .. } if why.contains("malformed CSR")), "{refused}");
 }
 
-#[test]
-fn a_file_that_is_gone_and_one_that_is_damaged_are_told_apart() {
-    let (pki, disk, td, _, csr) = ready();
+#[tokio::test]
+async fn a_file_that_is_gone_and_one_that_is_damaged_are_told_apart() {
+    let (pki, disk, td, _, csr) = ready().await;
     let sign = || disk.sign(&td, &csr, Duration::from_secs(60), OffsetDateTime::now_utc()).unwrap_err();
     pki.write("issuing.key", "damaged");
     assert!(matches!(sign(), UpstreamError::Malformed { .. }));
