@@ -1,9 +1,10 @@
-//! What we issue: the exact content of CA certificates and X509-SVIDs.
+//! What we issue: the exact content of CA certificates, X509-SVIDs and JWT-SVIDs ([`jwt`]).
 //!
 //! Whatever is signed by a key of the key manager is made in two steps (`unsigned_…`, then [`Unsigned::signed`]), because such a key
 //! may answer late or not at all. `issue_…` do both with a key that is at hand.
 
 mod authority;
+pub mod jwt;
 mod unsigned;
 
 use std::time::Duration;

@@ -25,6 +25,7 @@ mod own_svid;
 pub mod rate_limit;
 mod refusals;
 mod signing_ca;
+mod signing_jwt;
 #[cfg(test)]
 mod testing;
 pub mod upstream_authority;

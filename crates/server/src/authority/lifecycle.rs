@@ -29,20 +29,19 @@ impl Due {
     /// The work that is due at `now`: both steps if there is no active authority, or it is not valid now.
     pub fn at(now: OffsetDateTime, active: Option<&Record>) -> Self {
         let Some(active) = active.filter(|r| is_usable(r, now)) else { return Self { prepare: true, activate: true } };
-        let (from, until) = validity_of(&active.certificate);
+        let (from, until) = active.validity();
         Self { prepare: now >= prepare_at(from, until), activate: now >= activate_at(from, until) }
     }
 }
 
-/// Whether an authority's certificate is valid now, with a tolerance for clocks that differ.
+/// Whether an authority is valid now, with a tolerance for clocks that differ.
 pub fn is_usable(record: &Record, now: OffsetDateTime) -> bool {
-    let (from, until) = validity_of(&record.certificate);
+    let (from, until) = record.validity();
     from <= now + CLOCK_TOLERANCE && now < until
 }
 
-/// Whether an authority expired so long ago that it may be deleted.
-pub fn is_forgotten(certificate: &CertificateDer<'_>, now: OffsetDateTime) -> bool {
-    let (from, until) = validity_of(certificate);
+/// Whether an authority with this validity (start, end) expired so long ago that it may be deleted.
+pub fn is_forgotten((from, until): (OffsetDateTime, OffsetDateTime), now: OffsetDateTime) -> bool {
     let lifetime: Duration = (until - from).try_into().unwrap_or(Duration::ZERO);
     until + lifetime.clamp(GRACE.0, GRACE.1) <= now
 }

@@ -1,13 +1,11 @@
 //! The authorities as the store has them, brought together with the keys that are there.
 
-use std::sync::Arc;
-
 use countersign_identity::{TrustBundle, X509Authority};
 
-use super::{AuthorityError, Record, Settings, Status};
+use super::active::Signing;
+use super::{AuthorityError, Public, Record, Settings, Status};
 use crate::datastore::{Version, Versioned};
 use crate::key_manager::Keys;
-use crate::signing_ca::SigningCa;
 
 /// Journal and own bundle.
 pub struct Stored {
@@ -29,15 +27,13 @@ impl Stored {
     }
 }
 
-/// The signer of the active authority. One whose key is gone (key manager `memory`) signs no more; it stays trusted until
-/// its end.
-pub async fn take_up_keys(keys: &Keys, records: &mut [Record]) -> Result<Option<Arc<SigningCa>>, AuthorityError> {
-    let mut active = None;
+/// What signs: the active authorities with their keys. One whose key is gone (key manager `memory`) signs no more; it stays trusted
+/// until its end.
+pub async fn take_up_keys(keys: &Keys, records: &mut [Record]) -> Result<Vec<Signing>, AuthorityError> {
+    let mut active = vec![];
     for record in records.iter_mut().filter(|r| matches!(r.status, Status::Active | Status::Prepared)) {
         match keys.get(&record.key_name).await? {
-            Some(key) if record.status == Status::Active => {
-                active = Some(Arc::new(SigningCa::new(record.certificate.clone(), record.chain.clone(), key)?));
-            }
+            Some(key) if record.status == Status::Active => active.push(Signing::new(record, key)?),
             Some(_) => {}
             None => {
                 tracing::warn!(authority = record.id, "its key is gone; it stays trusted until it ends");
@@ -50,18 +46,26 @@ pub async fn take_up_keys(keys: &Keys, records: &mut [Record]) -> Result<Option<
 
 /// The roots of a journal, for a bundle that was lost.
 pub fn roots_of(records: &[Record]) -> Result<Vec<X509Authority>, AuthorityError> {
-    let roots = records.iter().filter(|r| r.chain.is_empty()).map(|record| {
-        let mut root = X509Authority::from_der(record.certificate.to_vec())?;
-        root.tainted = record.status == Status::Tainted;
-        Ok::<_, AuthorityError>(root)
+    let roots = records.iter().filter_map(|record| match &record.public {
+        Public::X509 { certificate, chain } if chain.is_empty() => {
+            let root = X509Authority::from_der(certificate.to_vec());
+            Some(root.map(|mut root| {
+                root.tainted = record.status == Status::Tainted;
+                root
+            }))
+        }
+        _ => None,
     });
-    roots.collect()
+    Ok(roots.collect::<Result<_, _>>()?)
 }
 
 /// Lets nothing sign whose root is not in the journal: with the bundle lost nobody would trust it. The upstream names its
 /// root with the next one that it signs.
 pub fn retire_intermediates(records: &mut [Record]) {
-    let signs = |r: &&mut Record| !r.chain.is_empty() && matches!(r.status, Status::Active | Status::Prepared);
+    let signs = |r: &&mut Record| {
+        let is_intermediate = matches!(&r.public, Public::X509 { chain, .. } if !chain.is_empty());
+        is_intermediate && matches!(r.status, Status::Active | Status::Prepared)
+    };
     records.iter_mut().filter(signs).for_each(|r| r.status = Status::Old);
 }
 
@@ -75,8 +79,7 @@ mod tests {
             id: "a".into(),
             status: Status::Active,
             key_name: "k".into(),
-            certificate: vec![1u8].into(),
-            chain,
+            public: Public::X509 { certificate: vec![1u8].into(), chain },
         };
         let mut records = [record(vec![vec![1u8].into()]), record(vec![])];
         retire_intermediates(&mut records);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::authority::Kind;
 use crate::testing::{agent_call, call, server};
 use countersign_identity::Entry;
 
@@ -37,16 +38,16 @@ async fn an_administrator_whose_authority_is_revoked_is_refused_and_its_streams_
     let ended = cut_off(&core, &request);
     tokio::pin!(ended);
     let first = core.authorities.journal()[0].id.clone();
-    let next = core.authorities.prepare().await.unwrap();
-    core.authorities.activate(&next.id).await.unwrap();
-    core.authorities.taint(&first).await.unwrap();
+    let next = core.authorities.prepare(Kind::X509).await.unwrap();
+    core.authorities.activate(Kind::X509, &next.id).await.unwrap();
+    core.authorities.taint(Kind::X509, &first).await.unwrap();
     assert!(Caller::operator(&core, &request).is_ok(), "a taint asks for renewal and cuts nobody");
     tokio::select! {
         biased;
         _ = &mut ended => panic!("not revoked yet"),
         () = std::future::ready(()) => {}
     }
-    core.authorities.revoke(&first).await.unwrap();
+    core.authorities.revoke(Kind::X509, &first).await.unwrap();
     let refused = Caller::of(&core, &request).unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unauthenticated);
     let ended = tokio::time::timeout(Duration::from_secs(5), ended).await.unwrap();

@@ -1,5 +1,6 @@
 //! SQLite, embedded: WAL mode, synced on each commit, migrated at start.
 
+mod journal;
 mod migrations;
 mod owner;
 
@@ -123,37 +124,6 @@ async fn authorities_version(tx: &mut SqliteConnection) -> Result<Version, DataS
     let Some(row) = row else { return Ok(Version::FIRST) };
     let value: &str = row.get("value");
     value.parse().map(Version).map_err(|e| bad_row("fact", AUTHORITIES_VERSION.into(), e))
-}
-
-async fn put_record(tx: &mut SqliteConnection, position: usize, a: &Record) -> Result<(), DataStoreError> {
-    let chain: Vec<&[u8]> = a.chain.iter().map(AsRef::as_ref).collect();
-    let chain = serde_json::to_vec(&chain).map_err(|e| bad_row("authority", a.id.clone(), e))?;
-    sqlx::query(
-        "INSERT INTO authorities (id, position, status, key_name, certificate, chain) VALUES (?, ?, ?, ?, ?, ?)",
-    )
-    .bind(&a.id)
-    .bind(i64::try_from(position).unwrap_or(i64::MAX))
-    .bind(a.status.as_str())
-    .bind(&a.key_name)
-    .bind(a.certificate.as_ref())
-    .bind(chain)
-    .execute(tx)
-    .await?;
-    Ok(())
-}
-
-fn record_of(r: &SqliteRow) -> Result<Record, DataStoreError> {
-    let id: String = r.get("id");
-    let status: &str = r.get("status");
-    let chain: Vec<Vec<u8>> =
-        serde_json::from_slice(r.get("chain")).map_err(|e| bad_row("authority", id.clone(), e))?;
-    Ok(Record {
-        status: status.parse().map_err(|e| bad_row("authority", id.clone(), e))?,
-        key_name: r.get("key_name"),
-        certificate: r.get::<Vec<u8>, _>("certificate").into(),
-        chain: chain.into_iter().map(Into::into).collect(),
-        id,
-    })
 }
 
 #[async_trait]
@@ -301,10 +271,7 @@ impl DataStore for Sqlite {
     async fn authorities(&self) -> Result<Versioned<Vec<Record>>, DataStoreError> {
         let mut tx = self.0.begin().await?;
         let version = authorities_version(&mut tx).await?;
-        let rows = sqlx::query("SELECT id, status, key_name, certificate, chain FROM authorities ORDER BY position")
-            .fetch_all(&mut *tx)
-            .await?;
-        Ok(Versioned { value: rows.iter().map(record_of).collect::<Result<_, _>>()?, version })
+        Ok(Versioned { value: journal::read(&mut tx).await?, version })
     }
 
     async fn put_authorities(
@@ -321,10 +288,7 @@ impl DataStore for Sqlite {
             tx.rollback().await?;
             return Ok(Written::Stale);
         }
-        sqlx::query("DELETE FROM authorities").execute(&mut *tx).await?;
-        for (position, record) in journal.iter().enumerate() {
-            put_record(&mut tx, position, record).await?;
-        }
+        journal::replace(&mut tx, journal).await?;
         // Our own bundle is written only here, so that its version is the journal's.
         sqlx::query("INSERT OR REPLACE INTO bundles (trust_domain, body, version) VALUES (?, ?, ?)")
             .bind(bundle.trust_domain.as_str())

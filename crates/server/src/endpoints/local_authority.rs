@@ -1,4 +1,4 @@
-//! `spire.api.server.localauthority.v1`: the life cycle of X.509 authorities. JWT authorities are not supported yet.
+//! `spire.api.server.localauthority.v1`: the life cycle of X.509 and JWT authorities.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use countersign_api::spire::localauthority::{
 use tonic::{Request, Response, Status};
 
 use super::Endpoint;
-use crate::authority::{Record, Status as Life};
+use crate::authority::{AuthorityError, Kind, Record, Status as Life};
 use crate::caller::Caller;
 use crate::core::{Core, status_of};
 
@@ -25,8 +25,28 @@ fn state(record: &Record) -> AuthorityState {
     AuthorityState { authority_id: record.id.clone(), expires_at: record.validity().1.unix_timestamp() }
 }
 
-fn no_jwt<T>() -> Result<Response<T>, Status> {
-    Err(Status::unimplemented("JWT authorities are not served by this version"))
+impl Endpoint {
+    /// The newest authority of this kind in one of these states.
+    fn newest(&self, kind: Kind, states: &[Life]) -> Option<AuthorityState> {
+        let journal = self.0.authorities.journal();
+        journal.iter().rev().find(|r| r.kind() == kind && states.contains(&r.status)).map(state)
+    }
+
+    /// Makes an operator's change to its end.
+    async fn change<T, F>(
+        &self,
+        request: &Request<T>,
+        change: impl FnOnce(Arc<Core>) -> F + Send,
+    ) -> Result<Option<AuthorityState>, Status>
+    where
+        T: Sync,
+        F: Future<Output = Result<Record, AuthorityError>> + Send + 'static,
+    {
+        Caller::operator(&self.0, request)?;
+        let changed = change(self.0.clone());
+        let to_the_end = |_| async move { changed.await.map_err(|e| status_of(&e)) };
+        Ok(Some(state(&self.0.to_the_end(to_the_end).await?)))
+    }
 }
 
 #[async_trait]
@@ -36,13 +56,10 @@ impl LocalAuthority for Endpoint {
         request: Request<GetX509AuthorityStateRequest>,
     ) -> Result<Response<GetX509AuthorityStateResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let journal = self.0.authorities.journal();
-        // Of several old authorities, the API returns the newest.
-        let find = |statuses: &[Life]| journal.iter().rev().find(|r| statuses.contains(&r.status)).map(state);
         Ok(Response::new(GetX509AuthorityStateResponse {
-            active: find(&[Life::Active]),
-            prepared: find(&[Life::Prepared]),
-            old: find(&[Life::Old, Life::Tainted]),
+            active: self.newest(Kind::X509, &[Life::Active]),
+            prepared: self.newest(Kind::X509, &[Life::Prepared]),
+            old: self.newest(Kind::X509, &[Life::Old, Life::Tainted]),
         }))
     }
 
@@ -50,43 +67,39 @@ impl LocalAuthority for Endpoint {
         &self,
         request: Request<PrepareX509AuthorityRequest>,
     ) -> Result<Response<PrepareX509AuthorityResponse>, Status> {
-        Caller::operator(&self.0, &request)?;
-        let prepare = |core: Arc<Core>| async move { core.authorities.prepare().await.map_err(|e| status_of(&e)) };
-        let record = self.0.to_the_end(prepare).await?;
-        Ok(Response::new(PrepareX509AuthorityResponse { prepared_authority: Some(state(&record)) }))
+        let prepare = |core: Arc<Core>| async move { core.authorities.prepare(Kind::X509).await };
+        let prepared_authority = self.change(&request, prepare).await?;
+        Ok(Response::new(PrepareX509AuthorityResponse { prepared_authority }))
     }
 
     async fn activate_x509_authority(
         &self,
         request: Request<ActivateX509AuthorityRequest>,
     ) -> Result<Response<ActivateX509AuthorityResponse>, Status> {
-        Caller::operator(&self.0, &request)?;
-        let id = request.into_inner().authority_id;
-        let activate = |core: Arc<Core>| async move { core.authorities.activate(&id).await.map_err(|e| status_of(&e)) };
-        let record = self.0.to_the_end(activate).await?;
-        Ok(Response::new(ActivateX509AuthorityResponse { activated_authority: Some(state(&record)) }))
+        let id = request.get_ref().authority_id.clone();
+        let activate = |core: Arc<Core>| async move { core.authorities.activate(Kind::X509, &id).await };
+        let activated_authority = self.change(&request, activate).await?;
+        Ok(Response::new(ActivateX509AuthorityResponse { activated_authority }))
     }
 
     async fn taint_x509_authority(
         &self,
         request: Request<TaintX509AuthorityRequest>,
     ) -> Result<Response<TaintX509AuthorityResponse>, Status> {
-        Caller::operator(&self.0, &request)?;
-        let id = request.into_inner().authority_id;
-        let taint = |core: Arc<Core>| async move { core.authorities.taint(&id).await.map_err(|e| status_of(&e)) };
-        let record = self.0.to_the_end(taint).await?;
-        Ok(Response::new(TaintX509AuthorityResponse { tainted_authority: Some(state(&record)) }))
+        let id = request.get_ref().authority_id.clone();
+        let taint = |core: Arc<Core>| async move { core.authorities.taint(Kind::X509, &id).await };
+        let tainted_authority = self.change(&request, taint).await?;
+        Ok(Response::new(TaintX509AuthorityResponse { tainted_authority }))
     }
 
     async fn revoke_x509_authority(
         &self,
         request: Request<RevokeX509AuthorityRequest>,
     ) -> Result<Response<RevokeX509AuthorityResponse>, Status> {
-        Caller::operator(&self.0, &request)?;
-        let id = request.into_inner().authority_id;
-        let revoke = |core: Arc<Core>| async move { core.authorities.revoke(&id).await.map_err(|e| status_of(&e)) };
-        let record = self.0.to_the_end(revoke).await?;
-        Ok(Response::new(RevokeX509AuthorityResponse { revoked_authority: Some(state(&record)) }))
+        let id = request.get_ref().authority_id.clone();
+        let revoke = |core: Arc<Core>| async move { core.authorities.revoke(Kind::X509, &id).await };
+        let revoked_authority = self.change(&request, revoke).await?;
+        Ok(Response::new(RevokeX509AuthorityResponse { revoked_authority }))
     }
 
     async fn taint_x509_upstream_authority(
@@ -105,36 +118,52 @@ impl LocalAuthority for Endpoint {
 
     async fn get_jwt_authority_state(
         &self,
-        _: Request<GetJwtAuthorityStateRequest>,
+        request: Request<GetJwtAuthorityStateRequest>,
     ) -> Result<Response<GetJwtAuthorityStateResponse>, Status> {
-        no_jwt()
+        Caller::operator(&self.0, &request)?;
+        Ok(Response::new(GetJwtAuthorityStateResponse {
+            active: self.newest(Kind::Jwt, &[Life::Active]),
+            prepared: self.newest(Kind::Jwt, &[Life::Prepared]),
+            old: self.newest(Kind::Jwt, &[Life::Old, Life::Tainted]),
+        }))
     }
 
     async fn prepare_jwt_authority(
         &self,
-        _: Request<PrepareJwtAuthorityRequest>,
+        request: Request<PrepareJwtAuthorityRequest>,
     ) -> Result<Response<PrepareJwtAuthorityResponse>, Status> {
-        no_jwt()
+        let prepare = |core: Arc<Core>| async move { core.authorities.prepare(Kind::Jwt).await };
+        let prepared_authority = self.change(&request, prepare).await?;
+        Ok(Response::new(PrepareJwtAuthorityResponse { prepared_authority }))
     }
 
     async fn activate_jwt_authority(
         &self,
-        _: Request<ActivateJwtAuthorityRequest>,
+        request: Request<ActivateJwtAuthorityRequest>,
     ) -> Result<Response<ActivateJwtAuthorityResponse>, Status> {
-        no_jwt()
+        let id = request.get_ref().authority_id.clone();
+        let activate = |core: Arc<Core>| async move { core.authorities.activate(Kind::Jwt, &id).await };
+        let activated_authority = self.change(&request, activate).await?;
+        Ok(Response::new(ActivateJwtAuthorityResponse { activated_authority }))
     }
 
     async fn taint_jwt_authority(
         &self,
-        _: Request<TaintJwtAuthorityRequest>,
+        request: Request<TaintJwtAuthorityRequest>,
     ) -> Result<Response<TaintJwtAuthorityResponse>, Status> {
-        no_jwt()
+        let id = request.get_ref().authority_id.clone();
+        let taint = |core: Arc<Core>| async move { core.authorities.taint(Kind::Jwt, &id).await };
+        let tainted_authority = self.change(&request, taint).await?;
+        Ok(Response::new(TaintJwtAuthorityResponse { tainted_authority }))
     }
 
     async fn revoke_jwt_authority(
         &self,
-        _: Request<RevokeJwtAuthorityRequest>,
+        request: Request<RevokeJwtAuthorityRequest>,
     ) -> Result<Response<RevokeJwtAuthorityResponse>, Status> {
-        no_jwt()
+        let id = request.get_ref().authority_id.clone();
+        let revoke = |core: Arc<Core>| async move { core.authorities.revoke(Kind::Jwt, &id).await };
+        let revoked_authority = self.change(&request, revoke).await?;
+        Ok(Response::new(RevokeJwtAuthorityResponse { revoked_authority }))
     }
 }

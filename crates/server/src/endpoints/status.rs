@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 
 use super::Endpoint;
 use crate::audit::rfc3339;
-use crate::authority;
+use crate::authority::{self, Kind};
 use crate::caller::Caller;
 
 #[async_trait]
@@ -27,8 +27,9 @@ impl StatusService for Endpoint {
         ];
         for record in core.authorities.journal().iter() {
             if record.status != authority::Status::Old {
+                let what = if record.kind() == Kind::Jwt { "JWT authority" } else { "authority" };
                 facts.push((
-                    format!("authority {}", record.status),
+                    format!("{what} {}", record.status),
                     format!("{} until {}", record.id, rfc3339(record.validity().1)),
                 ));
             }

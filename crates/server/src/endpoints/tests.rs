@@ -15,12 +15,14 @@ use countersign_api::spire::entry::entry_server::Entry as EntryService;
 use countersign_api::spire::entry::{BatchCreateEntryRequest, BatchDeleteEntryRequest, BatchUpdateEntryRequest};
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthority;
 use countersign_api::spire::localauthority::{
-    ActivateX509AuthorityRequest, PrepareX509AuthorityRequest, RevokeX509AuthorityRequest, TaintX509AuthorityRequest,
+    ActivateJwtAuthorityRequest, ActivateX509AuthorityRequest, PrepareJwtAuthorityRequest, PrepareX509AuthorityRequest,
+    RevokeJwtAuthorityRequest, RevokeX509AuthorityRequest, TaintJwtAuthorityRequest, TaintX509AuthorityRequest,
 };
 use countersign_api::spire::types;
 use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Authority};
 
 use super::*;
+use crate::authority::Kind;
 use crate::datastore::{DataStore, Held};
 use crate::testing::{agent_call, local, server, server_on, store, td};
 
@@ -133,16 +135,28 @@ async fn a_call_that_is_cut_off_at_its_commit_leaves_memory_as_the_store_is() {
 async fn an_authoritys_change_that_is_cut_off_holds_and_the_next_one_goes_through() {
     let world = World::new().await;
     let endpoint = &world.endpoint;
-    let authority = |at: usize| world.core.authorities.journal()[at].id.clone();
-    let first = authority(0);
+    let authority = |kind: Kind, at: usize| {
+        let journal = world.core.authorities.journal();
+        journal.iter().filter(|r| r.kind() == kind).nth(at).unwrap().id.clone()
+    };
+    let first = authority(Kind::X509, 0);
     world.cut_off("prepare", endpoint.prepare_x509_authority(local(PrepareX509AuthorityRequest {}))).await;
-    let activate = ActivateX509AuthorityRequest { authority_id: authority(1) };
+    let activate = ActivateX509AuthorityRequest { authority_id: authority(Kind::X509, 1) };
     world.cut_off("activate", endpoint.activate_x509_authority(local(activate))).await;
     let taint = TaintX509AuthorityRequest { authority_id: first.clone() };
     world.cut_off("taint", endpoint.taint_x509_authority(local(taint))).await;
     let revoke = RevokeX509AuthorityRequest { authority_id: first.clone() };
     world.cut_off("revoke", endpoint.revoke_x509_authority(local(revoke))).await;
     assert!(world.core.authorities.bundle().borrow().authorities.iter().all(|a| a.id() != first));
+    let first = authority(Kind::Jwt, 0);
+    world.cut_off("prepare JWT", endpoint.prepare_jwt_authority(local(PrepareJwtAuthorityRequest {}))).await;
+    let activate = ActivateJwtAuthorityRequest { authority_id: authority(Kind::Jwt, 1) };
+    world.cut_off("activate JWT", endpoint.activate_jwt_authority(local(activate))).await;
+    let taint = TaintJwtAuthorityRequest { authority_id: first.clone() };
+    world.cut_off("taint JWT", endpoint.taint_jwt_authority(local(taint))).await;
+    let revoke = RevokeJwtAuthorityRequest { authority_id: first.clone() };
+    world.cut_off("revoke JWT", endpoint.revoke_jwt_authority(local(revoke))).await;
+    assert!(world.core.authorities.bundle().borrow().jwt_authorities.iter().all(|a| a.key_id() != first));
     let asn1 = foreign_bundle().authorities[0].der().to_vec();
     let certificate = types::X509Certificate { asn1, ..Default::default() };
     let append = AppendBundleRequest { x509_authorities: vec![certificate], ..Default::default() };

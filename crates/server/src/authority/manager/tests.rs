@@ -1,12 +1,15 @@
 //! The life of an authority, under a clock that the test controls.
 
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use super::*;
+use crate::authority::journal::JOURNAL_LENGTH;
 use crate::datastore::Sqlite;
 use crate::key_manager::{KeyManager, KeyManagerError, Memory, SignError, Signer};
 use countersign_identity::profile::{SigningAuthority, issue_root};
-use countersign_identity::{PrivateKey, SignatureAlgorithm};
+use countersign_identity::{KeyType, PrivateKey, SignatureAlgorithm};
+use jwt::sign_token;
 
 struct World {
     now: Arc<AtomicI64>,
@@ -49,8 +52,13 @@ impl World {
     }
 }
 
+/// The authorities of one kind, the oldest first.
+fn of_kind(a: &Authorities, kind: Kind) -> Vec<Record> {
+    a.journal().iter().filter(|r| r.kind() == kind).cloned().collect()
+}
+
 fn statuses(a: &Authorities) -> Vec<&'static str> {
-    a.journal().iter().map(|r| r.status.as_str()).collect()
+    of_kind(a, Kind::X509).iter().map(|r| r.status.as_str()).collect()
 }
 
 #[tokio::test]
@@ -86,7 +94,7 @@ async fn an_authority_is_published_before_it_signs_and_trusted_until_its_end() {
 async fn a_restart_takes_up_the_journal_and_the_sequence() {
     let world = World::new().await;
     let first = world.authorities().await;
-    first.prepare().await.unwrap();
+    first.prepare(Kind::X509).await.unwrap();
     let (journal, bundle) = (first.journal(), first.bundle().borrow().clone());
     drop(first);
     let second = world.authorities().await;
@@ -109,16 +117,16 @@ async fn taint_and_revoke_need_an_old_authority_and_say_what_to_do() {
     let world = World::new().await;
     let a = world.authorities().await;
     let first = a.journal()[0].id.clone();
-    let why = a.taint(&first).await.unwrap_err().to_string();
+    let why = a.taint(Kind::X509, &first).await.unwrap_err().to_string();
     assert!(why.contains("is active") && why.contains("prepare and activate another first"), "{why}");
-    let next = a.prepare().await.unwrap();
-    a.activate(&next.id).await.unwrap();
-    a.taint(&first).await.unwrap();
+    let next = a.prepare(Kind::X509).await.unwrap();
+    a.activate(Kind::X509, &next.id).await.unwrap();
+    a.taint(Kind::X509, &first).await.unwrap();
     assert!(a.bundle().borrow().authorities[0].tainted);
-    a.revoke(&first).await.unwrap();
+    a.revoke(Kind::X509, &first).await.unwrap();
     assert_eq!(a.bundle().borrow().authorities.len(), 1);
     assert!(a.bundle().borrow().authorities[0].id() != first);
-    assert!(a.revoke("nope").await.unwrap_err().to_string().contains("there is no authority `nope`"));
+    assert!(a.revoke(Kind::X509, "nope").await.unwrap_err().to_string().contains("there is no authority `nope`"));
 }
 
 /// A key manager whose `remove` fails on request.
@@ -156,14 +164,14 @@ async fn a_dropped_key_that_cannot_be_removed_costs_the_new_one_nothing() {
     let world = World::new().await;
     let keys = Arc::new(Stubborn::default());
     let a = Authorities::load(world.settings(keys.clone(), None)).await.unwrap();
-    a.prepare().await.unwrap();
+    a.prepare(Kind::X509).await.unwrap();
     keys.refuses.store(true, Ordering::SeqCst);
-    let second = a.prepare().await.unwrap();
-    assert_eq!(keys.names().await.unwrap().len(), 3, "the dropped one is still there");
-    a.activate(&second.id).await.unwrap();
+    let second = a.prepare(Kind::X509).await.unwrap();
+    assert_eq!(keys.names().await.unwrap().len(), 4, "the dropped one is still there, beside the JWT authority's");
+    a.activate(Kind::X509, &second.id).await.unwrap();
     keys.refuses.store(false, Ordering::SeqCst);
     a.rotate().await.unwrap();
-    assert_eq!(keys.names().await.unwrap().len(), 2, "swept as soon as it can be");
+    assert_eq!(keys.names().await.unwrap().len(), 3, "swept as soon as it can be");
 }
 
 #[tokio::test]
@@ -172,7 +180,12 @@ async fn the_key_of_a_crash_between_making_and_storing_is_swept_at_the_start() {
     drop(world.authorities().await);
     world.keys.generate("abandoned", KeyType::EcP256).await.unwrap();
     let a = world.authorities().await;
-    assert_eq!(world.keys.names().await.unwrap(), [a.journal()[0].key_name.clone()]);
+    let of = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    let recorded = a.journal().iter().map(|r| r.key_name.clone()).collect();
+    assert_eq!(of(world.keys.names().await.unwrap()), of(recorded));
 }
 
 #[tokio::test]
@@ -187,7 +200,7 @@ async fn a_clock_that_is_ahead_for_a_moment_costs_no_root_and_leaves_a_signer_th
     let bundle = a.bundle().borrow().clone();
     assert!(bundle.authorities.iter().any(|r| r.id() == first.id), "what it signed is still trusted");
     assert!(world.keys.get(&first.key_name).await.unwrap().is_some());
-    let active = a.journal().iter().find(|r| r.status == Status::Active).unwrap().clone();
+    let active = of_kind(&a, Kind::X509).into_iter().find(|r| r.status == Status::Active).unwrap();
     assert!(active.validity().0.unix_timestamp() <= world.now.load(Ordering::Relaxed), "one that is valid now signs");
 }
 
@@ -206,16 +219,16 @@ async fn revoking_takes_a_taint_and_no_command_does_without_an_id() {
     let world = World::new().await;
     let a = world.authorities().await;
     let first = a.journal()[0].id.clone();
-    let next = a.prepare().await.unwrap();
-    assert!(matches!(a.activate("").await, Err(AuthorityError::NoId)));
+    let next = a.prepare(Kind::X509).await.unwrap();
+    assert!(matches!(a.activate(Kind::X509, "").await, Err(AuthorityError::NoId)));
     assert_eq!(statuses(&a), ["active", "prepared"]);
-    a.activate(&next.id).await.unwrap();
-    assert!(matches!(a.revoke("").await, Err(AuthorityError::NoId)));
-    let why = a.revoke(&first).await.unwrap_err().to_string();
+    a.activate(Kind::X509, &next.id).await.unwrap();
+    assert!(matches!(a.revoke(Kind::X509, "").await, Err(AuthorityError::NoId)));
+    let why = a.revoke(Kind::X509, &first).await.unwrap_err().to_string();
     assert!(why.contains("not possible to revoke an untainted one") && why.contains("authority taint"), "{why}");
     assert_eq!(a.bundle().borrow().authorities.len(), 2);
-    a.taint(&first).await.unwrap();
-    a.revoke(&first).await.unwrap();
+    a.taint(Kind::X509, &first).await.unwrap();
+    a.revoke(Kind::X509, &first).await.unwrap();
 }
 
 #[tokio::test]
@@ -223,13 +236,13 @@ async fn a_journal_that_another_server_has_changed_is_not_overwritten() {
     let world = World::new().await;
     let one = world.authorities().await;
     let two = world.authorities().await;
-    two.prepare().await.unwrap();
-    let late = one.prepare().await.unwrap_err().to_string();
+    two.prepare(Kind::X509).await.unwrap();
+    let late = one.prepare(Kind::X509).await.unwrap_err().to_string();
     assert!(late.contains("another server has changed"), "{late}");
     assert_eq!(world.store.authorities().await.unwrap().value, *two.journal());
     // It has taken up what it had missed, and goes on from there.
     assert_eq!((one.journal(), one.bundle().borrow().clone()), (two.journal(), two.bundle().borrow().clone()));
-    one.prepare().await.unwrap();
+    one.prepare(Kind::X509).await.unwrap();
 }
 
 #[tokio::test]
@@ -238,10 +251,10 @@ async fn another_servers_revocation_is_taken_up_and_its_signer_too() {
     let one = world.authorities().await;
     let two = world.authorities().await;
     let first = one.journal()[0].id.clone();
-    let next = two.prepare().await.unwrap();
-    two.activate(&next.id).await.unwrap();
-    two.taint(&first).await.unwrap();
-    two.revoke(&first).await.unwrap();
+    let next = two.prepare(Kind::X509).await.unwrap();
+    two.activate(Kind::X509, &next.id).await.unwrap();
+    two.taint(Kind::X509, &first).await.unwrap();
+    two.revoke(Kind::X509, &first).await.unwrap();
     assert!(matches!(one.append(vec![], vec![]).await, Err(AuthorityError::Store(DataStoreError::Overtaken))));
     assert!(one.bundle().borrow().authorities.iter().all(|a| a.id() != first), "revoked here too");
     assert_eq!(statuses(&one), ["active"]);
@@ -259,14 +272,15 @@ async fn a_bundle_that_the_store_has_lost_is_made_again_from_the_journal() {
     let world = World::new().await;
     let before = world.authorities().await;
     let first = before.journal()[0].id.clone();
-    let next = before.prepare().await.unwrap();
-    before.activate(&next.id).await.unwrap();
-    before.taint(&first).await.unwrap();
+    let next = before.prepare(Kind::X509).await.unwrap();
+    before.activate(Kind::X509, &next.id).await.unwrap();
+    before.taint(Kind::X509, &first).await.unwrap();
     let bundle = before.bundle().borrow().clone();
     drop(before);
     world.store.delete_bundle("td").await.unwrap();
     let after = world.authorities().await;
     let again = after.bundle().borrow().clone();
+    assert_eq!(again.jwt_authorities, bundle.jwt_authorities);
     assert_eq!(
         again.authorities, bundle.authorities,
         "what was signed is still trusted, what was tainted is still tainted"
@@ -281,11 +295,11 @@ async fn an_authority_that_is_trusted_can_be_revoked_however_many_came_after_it(
     let a = world.authorities().await;
     let first = a.journal()[0].id.clone();
     for _ in 0..JOURNAL_LENGTH + 2 {
-        let next = a.prepare().await.unwrap();
-        a.activate(&next.id).await.unwrap();
+        let next = a.prepare(Kind::X509).await.unwrap();
+        a.activate(Kind::X509, &next.id).await.unwrap();
     }
-    a.taint(&first).await.unwrap();
-    a.revoke(&first).await.unwrap();
+    a.taint(Kind::X509, &first).await.unwrap();
+    a.revoke(Kind::X509, &first).await.unwrap();
     assert!(a.bundle().borrow().authorities.iter().all(|r| r.id() != first));
 }
 
@@ -319,7 +333,7 @@ async fn an_upstream_that_hangs_holds_up_nobody_who_looks_or_changes_something_e
     let (told, done) = tokio::sync::oneshot::channel::<()>();
     let preparing = async {
         tokio::select! {
-            made = a.prepare() => Some(made.map(|_| ())),
+            made = a.prepare(Kind::X509) => Some(made.map(|_| ())),
             _ = done => None,
         }
     };
@@ -327,7 +341,7 @@ async fn an_upstream_that_hangs_holds_up_nobody_who_looks_or_changes_something_e
         while hangs.0.load(Ordering::SeqCst) == 0 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(a.journal().len(), 1, "while the upstream is asked");
+        assert_eq!(statuses(&a), ["active"], "while the upstream is asked");
         let elsewhere = PrivateKey::generate(KeyType::EcP256).unwrap();
         let root = issue_root(&TrustDomain::new("td").unwrap(), &elsewhere, Duration::from_secs(60), a.now()).unwrap();
         let appended = a.append(vec![X509Authority::from_der(root.to_vec()).unwrap()], vec![]);
@@ -338,7 +352,7 @@ async fn an_upstream_that_hangs_holds_up_nobody_who_looks_or_changes_something_e
     let (given_up, ()) = tokio::join!(preparing, looking);
     assert!(given_up.is_none(), "the upstream was still being asked");
     a.rotate().await.unwrap();
-    assert_eq!(world.keys.names().await.unwrap().len(), 1, "no key is left behind");
+    assert_eq!(world.keys.names().await.unwrap().len(), 2, "no key is left behind");
 }
 
 /// An upstream that signs with a CA of its own once it is released.
@@ -376,21 +390,21 @@ impl UpstreamAuthority for Waits {
 async fn what_was_made_for_a_journal_that_has_changed_meanwhile_is_dropped() {
     let world = World::new().await;
     let before = world.authorities().await;
-    let prepared = before.prepare().await.unwrap();
+    let prepared = before.prepare(Kind::X509).await.unwrap();
     drop(before);
     let waits = Arc::new(Waits { asked: Default::default(), released: Default::default() });
     let a = Authorities::load(world.settings(world.keys.clone(), Some(waits.clone()))).await.unwrap();
     let meanwhile = async {
         waits.asked.notified().await;
-        a.activate(&prepared.id).await.unwrap();
+        a.activate(Kind::X509, &prepared.id).await.unwrap();
         waits.released.notify_one();
     };
-    let (made, ()) = tokio::join!(a.prepare(), meanwhile);
+    let (made, ()) = tokio::join!(a.prepare(Kind::X509), meanwhile);
     assert!(matches!(made, Err(AuthorityError::Changed)), "{made:?}");
     assert_eq!(statuses(&a), ["old", "active"]);
-    assert_eq!(world.keys.names().await.unwrap().len(), 2, "no key is left behind");
+    assert_eq!(world.keys.names().await.unwrap().len(), 3, "no key is left behind");
     waits.released.notify_one();
-    a.prepare().await.unwrap();
+    a.prepare(Kind::X509).await.unwrap();
     assert_eq!(statuses(&a), ["old", "active", "prepared"]);
 }
 
@@ -408,13 +422,18 @@ async fn keys_of_others_are_published_until_they_end_and_an_id_names_one_key() {
     let before = a.bundle().borrow().sequence;
     a.append(vec![], vec![lasting.clone(), ending.clone()]).await.unwrap();
     a.append(vec![], vec![lasting.clone()]).await.unwrap();
-    assert_eq!(a.bundle().borrow().jwt_authorities, [lasting.clone(), ending]);
+    let others = |a: &Authorities| -> Vec<JwtAuthority> {
+        let own: Vec<_> = of_kind(a, Kind::Jwt).into_iter().map(|r| r.id).collect();
+        let bundle = a.bundle().borrow().clone();
+        bundle.jwt_authorities.iter().filter(|k| own.iter().all(|id| id != k.key_id())).cloned().collect()
+    };
+    assert_eq!(others(&a), [lasting.clone(), ending]);
     assert_eq!(a.bundle().borrow().sequence, before + 1, "the second changed nothing");
     let other = a.append(vec![], vec![key("lasting", None)]).await.unwrap_err();
     assert!(matches!(&other, AuthorityError::KeyIdTaken(id) if id == "lasting"), "{other}");
     a.rotate().await.unwrap();
-    assert_eq!(a.bundle().borrow().jwt_authorities, std::slice::from_ref(&lasting));
-    assert_eq!(world.authorities().await.bundle().borrow().jwt_authorities, [lasting], "the store has it");
+    assert_eq!(others(&a), std::slice::from_ref(&lasting));
+    assert_eq!(others(&world.authorities().await), [lasting], "the store has it");
 }
 
 /// What a key of [`Moody`] does.
@@ -500,13 +519,16 @@ async fn a_key_that_does_not_sign_issues_nothing_and_leaves_nothing_behind() {
     let (journal, bundle) = (a.journal(), a.bundle().borrow().clone());
     for (mood, told) in [(Mood::Refuses, "no such slot"), (Mood::Lies, "not by its own public key")] {
         keys.1.send_replace(mood);
-        let why = a.prepare().await.unwrap_err();
-        assert!(matches!(why, AuthorityError::Sign(_)) && why.to_string().contains(told), "{why}");
-        assert_eq!((a.journal(), a.bundle().borrow().clone()), (journal.clone(), bundle.clone()));
-        assert_eq!(keys.names().await.unwrap().len(), 1, "no key is left behind");
+        for kind in [Kind::X509, Kind::Jwt] {
+            let why = a.prepare(kind).await.unwrap_err();
+            assert!(matches!(why, AuthorityError::Sign(_)) && why.to_string().contains(told), "{why}");
+            assert_eq!((a.journal(), a.bundle().borrow().clone()), (journal.clone(), bundle.clone()));
+            assert_eq!(keys.names().await.unwrap().len(), 2, "no key is left behind");
+        }
     }
     keys.1.send_replace(Mood::Refuses);
     assert!(matches!(sign_leaf(&a).await, Err(AuthorityError::Sign(SignError::Failed(_)))));
+    assert!(matches!(sign_token(&a, 60).await, Err(AuthorityError::Sign(SignError::Failed(_)))));
     keys.1.send_replace(Mood::Signs);
     assert_eq!(sign_leaf(&a).await.unwrap().facts.authority_id, journal[0].id);
 }
@@ -515,22 +537,24 @@ async fn a_key_that_does_not_sign_issues_nothing_and_leaves_nothing_behind() {
 async fn a_key_that_hangs_holds_up_nobody_who_changes_something_else_and_is_given_up() {
     let (world, keys) = (World::new().await, Moody::new());
     let a = Authorities::load(world.settings(keys.clone(), None)).await.unwrap();
-    let first = a.prepare().await.unwrap();
+    let first = a.prepare(Kind::X509).await.unwrap();
     keys.1.send_replace(Mood::Hangs);
     let meanwhile = async {
-        while keys.names().await.unwrap().len() < 3 {
+        while keys.names().await.unwrap().len() < 4 {
             tokio::task::yield_now().await;
         }
         // The next authority's key is there and has not signed yet.
-        let activated = a.activate(&first.id);
+        let activated = a.activate(Kind::X509, &first.id);
         tokio::time::timeout(Duration::from_secs(5), activated).await.expect("the journal is free").unwrap();
         tokio::time::pause();
         let late = sign_leaf(&a).await;
         assert!(matches!(late, Err(AuthorityError::Sign(SignError::Timeout(_)))), "{late:?}");
         tokio::time::resume();
     };
-    let (made, ()) = tokio::join!(a.prepare(), meanwhile);
+    let (made, ()) = tokio::join!(a.prepare(Kind::X509), meanwhile);
     assert!(matches!(made, Err(AuthorityError::Sign(SignError::Timeout(_)))), "{made:?}");
     assert_eq!(statuses(&a), ["old", "active"]);
-    assert_eq!(keys.names().await.unwrap().len(), 2, "no key is left behind");
+    assert_eq!(keys.names().await.unwrap().len(), 3, "no key is left behind");
 }
+
+mod jwt;
