@@ -146,6 +146,18 @@ fn wrong_input_gets_one_line_and_exit_code_2() {
         (vec!["authority", "activate"], 1, "no authority is prepared; run `countersign authority prepare` first"),
         (vec!["authority", "taint", "--id", "00"], 1, "there is no authority `00`"),
         (
+            vec!["authority", "activate", "--kind", "jwt"],
+            1,
+            "no authority is prepared; run `countersign authority prepare --kind jwt` first",
+        ),
+        (vec!["authority", "taint", "--kind", "jwt", "--id", "00"], 1, "there is no authority `00`"),
+        (vec!["mint", "jwt", "--spiffe-id", "spiffe://test.local/a", "--audience", ""], 1, "none may be empty"),
+        (
+            vec!["mint", "jwt", "--spiffe-id", "spiffe://elsewhere/a", "--audience", "db"],
+            1,
+            "it must be a workload's ID of trust domain `test.local`",
+        ),
+        (
             vec!["mint", "x509", "--spiffe-id", "spiffe://test.local/a", "--write", "/no/such/folder"],
             2,
             "--write: /no/such/folder is no folder",
@@ -252,6 +264,53 @@ fn authorities_are_prepared_activated_tainted_and_revoked() {
     let bundle = server.json(&["bundle", "show"]);
     assert_eq!(bundle["authorities"].as_array().unwrap().len(), 1);
     assert_eq!(bundle["authorities"][0]["id"], prepared.as_str());
+}
+
+#[test]
+fn jwt_authorities_rotate_by_hand_and_tokens_of_a_revoked_one_are_good_for_nobody() {
+    if !able(&[]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &["--jwt-issuer", "https://issuer.test"]);
+    let minted = |ttl: &str| {
+        let id = format!("spiffe://{TD}/a");
+        server.json(&["mint", "jwt", "--spiffe-id", &id, "--audience", "db", "--audience", "cache", "--ttl", ttl])
+    };
+    // What anybody with the bundle of the moment says of a token.
+    let judge = |minted: &serde_json::Value, audience: &str| {
+        let socket = server.socket().display().to_string();
+        let shown = run(&mut countersign(&["bundle", "show", "--format", "spiffe", "--socket", &socket]));
+        let td = countersign_identity::TrustDomain::new(TD).unwrap();
+        let bundle = countersign_identity::bundle_document::read(td, shown.as_bytes()).unwrap();
+        let bundles = std::iter::once(bundle).collect();
+        let now = time::OffsetDateTime::now_utc();
+        countersign_identity::jwt_svid::verify(minted["token"].as_str().unwrap(), audience, &bundles, now)
+    };
+    let old = minted("10m");
+    let claims = judge(&old, "cache").unwrap().claims;
+    assert_eq!((&claims["iss"], &claims["aud"]), (&"https://issuer.test".into(), &serde_json::json!(["db", "cache"])));
+    assert!(judge(&old, "web").is_err());
+    let ended = server.json(&["authority", "show"])["jwt"]["active"]["expires_at"].as_i64().unwrap();
+    assert_eq!(minted("400d")["expires_at"].as_i64(), Some(ended), "no longer than its authority");
+    let show = || server.json(&["authority", "show"])["jwt"].clone();
+    let first = show()["active"]["id"].as_str().unwrap().to_owned();
+    let prepared = server.json(&["authority", "prepare", "--kind", "jwt"])["prepared"]["id"].clone();
+    assert_eq!(server.json(&["bundle", "show"])["jwt_authorities"].as_array().unwrap().len(), 2);
+    assert_eq!(server.json(&["authority", "activate", "--kind", "jwt"])["active"]["id"], prepared);
+    assert_eq!((&show()["old"]["id"], &show()["active"]["id"]), (&first.as_str().into(), &prepared));
+    assert!(judge(&minted("10m"), "db").is_ok() && judge(&old, "db").is_ok());
+    let socket = server.socket().display().to_string();
+    let revoke = ["authority", "revoke", "--kind", "jwt", "--id", &first, "--socket", &socket];
+    let (code, said) = outcome(&mut countersign(&revoke));
+    assert!(code == 1 && said.contains("not possible to revoke an untainted one"), "{said}");
+    server.json(&["authority", "taint", "--kind", "jwt", "--id", &first]);
+    assert!(judge(&old, "db").is_ok(), "a taint alone refuses nobody");
+    server.json(&["authority", "revoke", "--kind", "jwt", "--id", &first]);
+    assert!(judge(&old, "db").unwrap_err().to_string().contains(&first));
+    let signed: Vec<_> = server.audit().into_iter().filter(|l| l["kind"] == "jwt_svid").collect();
+    assert_eq!(signed.len(), 3);
+    assert!(signed.iter().all(|l| l["spiffe_id"] == format!("spiffe://{TD}/a") && l["outcome"] == "signed"));
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub enum Outcome {
 pub struct Record<'a> {
     /// Whether the request was signed or refused.
     pub outcome: Outcome,
-    /// Kind of certificate: `x509_svid`, `agent_svid` or `server_svid`.
+    /// Kind of certificate: `x509_svid`, `agent_svid`, `server_svid` or `jwt_svid`.
     pub kind: &'static str,
     /// The caller: a SPIFFE ID, `local:uid=<uid>`, `anonymous@<address>`; for calls over a rate limit
     /// `address@<address>`.
@@ -37,7 +37,7 @@ pub struct Record<'a> {
     /// The SPIFFE ID that was requested.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub spiffe_id: &'a str,
-    /// Serial of the certificate, lower-case hex.
+    /// Serial of the certificate, lower-case hex; tokens have none.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub serial: &'a str,
     /// When the certificate expires, RFC 3339.

@@ -13,6 +13,9 @@ use tokio::sync::watch;
 /// one could expire before its renewal.
 pub const MIN_SVID_TTL: Duration = Duration::from_secs(10);
 
+/// Lifetime of a JWT-SVID whose entry sets none (SPIRE: 5 minutes).
+pub const JWT_SVID_TTL: Duration = Duration::from_secs(300);
+
 /// Settings of a server. Every combination of valid fields is a valid server.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -26,6 +29,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Lifetimes and key types of new certificates; may change while the server runs.
     pub issuance: watch::Receiver<Issuance>,
+    /// Who JWT-SVIDs say issued them (`iss`); `None` names nobody.
+    pub jwt_issuer: Option<String>,
     /// Where the private keys of authorities are stored.
     pub key_manager: KeyManagerKind,
     /// Files of the upstream CA; `None` makes the server its own root.

@@ -60,6 +60,8 @@ pub struct Core {
     /// By agent: attestations whose evidence was verified.
     pub attest_limit: RateLimit<SpiffeId>,
     pub sign_limit: RateLimit<Group>,
+    /// As many again (SPIRE): JWT-SVIDs.
+    pub token_limit: RateLimit<Group>,
     /// Random ID of this run of the server: revisions of another run are not comparable.
     pub epoch: String,
     pub started_at: OffsetDateTime,
@@ -125,17 +127,12 @@ impl Core {
         let issued = match signed {
             Ok(issued) => issued,
             Err(error) => {
-                let reason = match error {
-                    AuthorityError::Issue(_) => "bad_request",
-                    AuthorityError::Sign(_) => "no_signature",
-                    _ => "no_authority",
-                };
                 self.refuse(
                     request.kind,
                     request.caller,
                     request.entry_id,
                     &request.id.to_string(),
-                    reason,
+                    refused_as(&error),
                     &error.to_string(),
                 );
                 return Err(status_of(&error));
@@ -259,6 +256,15 @@ impl Core {
             self.refuse_over_limit("x509_svid", peer.address.ip().to_canonical());
             Err(Status::resource_exhausted("too many signatures asked for from this address; slow down"))
         }
+    }
+}
+
+/// The reason in metrics for what an authority has not signed.
+pub fn refused_as(error: &AuthorityError) -> &'static str {
+    match error {
+        AuthorityError::Issue(_) => "bad_request",
+        AuthorityError::Sign(_) => "no_signature",
+        _ => "no_authority",
     }
 }
 

@@ -28,6 +28,7 @@ mod signing_ca;
 mod signing_jwt;
 #[cfg(test)]
 mod testing;
+mod tokens;
 pub mod upstream_authority;
 
 use std::net::SocketAddr;
@@ -226,6 +227,7 @@ async fn assemble_on(
         attempts: attempts::Attempts::default(),
         attest_limit: rate_limit::RateLimit::new(1, 10),
         sign_limit: rate_limit::RateLimit::new(500, 2_000),
+        token_limit: rate_limit::RateLimit::new(500, 2_000),
         epoch: hex::encode(epoch),
         started_at: clock(),
         tasks: TaskTracker::new(),

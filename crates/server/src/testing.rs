@@ -49,6 +49,7 @@ pub fn config(dir: &Path) -> Config {
         admin_socket: dir.join("server.sock"),
         data_dir: dir.to_owned(),
         issuance: tokio::sync::watch::channel(issuance).1,
+        jwt_issuer: None,
         key_manager: KeyManagerKind::Memory,
         upstream: None,
         x509pop_ca: None,

@@ -1,22 +1,21 @@
 //! `countersign authority`: shows and changes the signing authorities.
 
+mod kind;
+
 use anyhow::Result;
 use clap::Subcommand;
-use countersign_api::spire::localauthority::local_authority_client::LocalAuthorityClient;
-use countersign_api::spire::localauthority::{
-    ActivateX509AuthorityRequest, AuthorityState, GetX509AuthorityStateRequest, PrepareX509AuthorityRequest,
-    RevokeX509AuthorityRequest, TaintX509AuthorityRequest,
-};
-use serde_json::{Value, json};
+use countersign_api::spire::localauthority::AuthorityState;
+use serde_json::{Map, Value, json};
 
+use self::kind::{Authorities, Kind, States};
 use super::output::{Output, Table};
 use super::when;
-use crate::clients::{ServerArg, client, refused};
+use crate::clients::ServerArg;
 
 /// Show, rotate, taint and revoke the signing authorities.
 #[derive(Subcommand)]
 pub enum AuthorityCommand {
-    /// Show the active, the prepared and the old authority.
+    /// Show the active, the prepared and the old authority of X509- and of JWT-SVIDs.
     Show {
         #[command(flatten)]
         server: ServerArg,
@@ -27,6 +26,9 @@ pub enum AuthorityCommand {
     Prepare {
         #[command(flatten)]
         server: ServerArg,
+        /// What the authority signs: x509 or jwt.
+        #[arg(long, value_name = "KIND", default_value = "x509")]
+        kind: Kind,
         #[command(flatten)]
         output: Output,
     },
@@ -34,6 +36,9 @@ pub enum AuthorityCommand {
     Activate {
         #[command(flatten)]
         server: ServerArg,
+        /// What the authority signs: x509 or jwt.
+        #[arg(long, value_name = "KIND", default_value = "x509")]
+        kind: Kind,
         /// ID of the authority [default: the prepared one].
         #[arg(long)]
         id: Option<String>,
@@ -44,6 +49,9 @@ pub enum AuthorityCommand {
     Taint {
         #[command(flatten)]
         server: ServerArg,
+        /// What the authority signs: x509 or jwt.
+        #[arg(long, value_name = "KIND", default_value = "x509")]
+        kind: Kind,
         /// ID of the authority, from `countersign authority show`.
         #[arg(long)]
         id: String,
@@ -54,6 +62,9 @@ pub enum AuthorityCommand {
     Revoke {
         #[command(flatten)]
         server: ServerArg,
+        /// What the authority signs: x509 or jwt.
+        #[arg(long, value_name = "KIND", default_value = "x509")]
+        kind: Kind,
         /// ID of the authority, from `countersign authority show`.
         #[arg(long)]
         id: String,
@@ -67,13 +78,34 @@ pub enum AuthorityCommand {
 
 fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) -> Result<()> {
     let mut table = Table::new(&["status", "id", "expires"]);
-    let mut all = serde_json::Map::new();
     for (status, state) in states {
         if let Some(s) = state {
             table.row(vec![(*status).to_owned(), s.authority_id.clone(), when(s.expires_at)]);
-            all.insert((*status).to_owned(), json!({ "id": s.authority_id, "expires_at": s.expires_at }));
         }
     }
+    Ok(output.print(&table, &Value::Object(facts(states)))?)
+}
+
+fn facts(states: &[(&str, Option<AuthorityState>)]) -> Map<String, Value> {
+    let known = states.iter().filter_map(|(status, state)| Some((status, state.as_ref()?)));
+    let fact = |s: &AuthorityState| json!({ "id": s.authority_id, "expires_at": s.expires_at });
+    known.map(|(status, state)| ((*status).to_owned(), fact(state))).collect()
+}
+
+/// Prints both kinds. As JSON the X.509 authorities stand at the top, where they were before there were others.
+fn print_all(output: &Output, x509: States, jwt: States) -> Result<()> {
+    let by_status = |s: States| [("active", s.active), ("prepared", s.prepared), ("old", s.old)];
+    let (x509, jwt) = (by_status(x509), by_status(jwt));
+    let mut table = Table::new(&["kind", "status", "id", "expires"]);
+    for (kind, states) in [("x509", &x509), ("jwt", &jwt)] {
+        for (status, state) in states {
+            if let Some(s) = state {
+                table.row(vec![kind.into(), (*status).into(), s.authority_id.clone(), when(s.expires_at)]);
+            }
+        }
+    }
+    let mut all = facts(&x509);
+    all.insert("jwt".into(), Value::Object(facts(&jwt)));
     Ok(output.print(&table, &Value::Object(all))?)
 }
 
@@ -81,58 +113,46 @@ fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) -> Result<(
 pub async fn run(command: AuthorityCommand) -> Result<()> {
     match command {
         AuthorityCommand::Show { server, output } => {
-            let mut client = client!(LocalAuthorityClient, server.channel()?);
-            let s =
-                client.get_x509_authority_state(GetX509AuthorityStateRequest {}).await.map_err(refused)?.into_inner();
-            print(&output, &[("active", s.active), ("prepared", s.prepared), ("old", s.old)])?;
+            let x509 = Authorities::of(&server, Kind::X509)?.states().await?;
+            let jwt = Authorities::of(&server, Kind::Jwt)?.states().await?;
+            print_all(&output, x509, jwt)?;
         }
-        AuthorityCommand::Prepare { server, output } => {
-            let mut client = client!(LocalAuthorityClient, server.channel()?);
-            let s = client.prepare_x509_authority(PrepareX509AuthorityRequest {}).await.map_err(refused)?.into_inner();
-            print(&output, &[("prepared", s.prepared_authority)])?;
+        AuthorityCommand::Prepare { server, kind, output } => {
+            let prepared = Authorities::of(&server, kind)?.prepare().await?;
+            print(&output, &[("prepared", prepared)])?;
         }
-        AuthorityCommand::Activate { server, id, output } => {
-            let mut client = client!(LocalAuthorityClient, server.channel()?);
+        AuthorityCommand::Activate { server, kind, id, output } => {
+            let mut authorities = Authorities::of(&server, kind)?;
             let id = if let Some(id) = id {
                 id
             } else {
-                let found = client.get_x509_authority_state(GetX509AuthorityStateRequest {}).await;
-                let prepared = found.map_err(refused)?.into_inner().prepared;
+                let prepared = authorities.states().await?.prepared;
                 prepared.map(|p| p.authority_id).ok_or_else(|| {
-                    anyhow::anyhow!("no authority is prepared; run `countersign authority prepare` first")
+                    let kind = if kind == Kind::Jwt { " --kind jwt" } else { "" };
+                    anyhow::anyhow!("no authority is prepared; run `countersign authority prepare{kind}` first")
                 })?
             };
-            let s = client
-                .activate_x509_authority(ActivateX509AuthorityRequest { authority_id: id })
-                .await
-                .map_err(refused)?
-                .into_inner();
-            print(&output, &[("active", s.activated_authority)])?;
+            print(&output, &[("active", authorities.activate(&id).await?)])?;
         }
-        AuthorityCommand::Taint { server, id, output } => {
-            let mut client = client!(LocalAuthorityClient, server.channel()?);
-            let s = client
-                .taint_x509_authority(TaintX509AuthorityRequest { authority_id: id })
-                .await
-                .map_err(refused)?
-                .into_inner();
-            print(&output, &[("tainted", s.tainted_authority)])?;
+        AuthorityCommand::Taint { server, kind, id, output } => {
+            let tainted = Authorities::of(&server, kind)?.taint(&id).await?;
+            print(&output, &[("tainted", tainted)])?;
             eprintln!(
-                "agents renew what it signed now. Revoke it once `countersign status` shows its ID at no agent and sidecar: that cuts each connection which still depends on it"
+                "{}",
+                match kind {
+                    Kind::X509 =>
+                        "agents renew what it signed now. Revoke it once `countersign status` shows its ID at no agent and sidecar: that cuts each connection which still depends on it",
+                    Kind::Jwt =>
+                        "agents give out none of its tokens any more. Revoke it to have those refused that workloads still hold",
+                }
             );
         }
-        AuthorityCommand::Revoke { server, id, force, output } => {
-            let mut client = client!(LocalAuthorityClient, server.channel()?);
+        AuthorityCommand::Revoke { server, kind, id, force, output } => {
+            let mut authorities = Authorities::of(&server, kind)?;
             if force {
-                let taint = TaintX509AuthorityRequest { authority_id: id.clone() };
-                client.taint_x509_authority(taint).await.map_err(refused)?;
+                authorities.taint(&id).await?;
             }
-            let s = client
-                .revoke_x509_authority(RevokeX509AuthorityRequest { authority_id: id })
-                .await
-                .map_err(refused)?
-                .into_inner();
-            print(&output, &[("revoked", s.revoked_authority)])?;
+            print(&output, &[("revoked", authorities.revoke(&id).await?)])?;
         }
     }
     Ok(())

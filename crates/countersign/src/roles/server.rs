@@ -24,6 +24,9 @@ const MIN_TTL: Duration = countersign_server::MIN_SVID_TTL;
 /// An authority must outlive the preparation, publication and activation of its successor.
 const MIN_CA_TTL: Duration = Duration::from_secs(20);
 
+/// Longest issuer of JWT-SVIDs, in bytes: each token holds it.
+const MAX_ISSUER_BYTES: usize = 1_024;
+
 /// Run the certificate authority.
 ///
 /// The server holds the signing keys and the registration entries, attests agents, and signs SVIDs.
@@ -71,6 +74,9 @@ pub struct ServerSettings {
     /// flags, and changes take effect while the server runs.
     #[arg(long, value_name = "DIR")]
     live_settings: Option<PathBuf>,
+    /// Who JWT-SVIDs say issued them (claim iss), such as the URL of an OIDC discovery document [default: nobody].
+    #[arg(long, value_name = "ISSUER")]
+    jwt_issuer: Option<String>,
     /// Where to store the authorities' private keys: disk or memory [default: disk].
     #[arg(long, value_name = "KIND")]
     key_manager: Option<String>,
@@ -119,8 +125,8 @@ pub struct ServerSettings {
 impl ServerSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
-            trust_domain, bind, socket, data_dir, ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type, live_settings, key_manager, upstream_cert,
-            upstream_key, upstream_bundle, x509pop_ca, k8s_psat_cluster, k8s_psat_allow, k8s_psat_audience,
+            trust_domain, bind, socket, data_dir, ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type, live_settings, jwt_issuer, key_manager,
+            upstream_cert, upstream_key, upstream_bundle, x509pop_ca, k8s_psat_cluster, k8s_psat_allow, k8s_psat_audience,
             k8s_psat_node_labels, k8s_psat_pod_labels, k8s_bundle_configmap, k8s_webhook_label, audit_log, metrics,
         })
     }
@@ -184,6 +190,7 @@ impl ServerSettings {
             admin_socket: self.socket.unwrap_or_else(|| SERVER_SOCKET.into()),
             data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/countersign/server".into()),
             issuance,
+            jwt_issuer: self.jwt_issuer.map(issuer).transpose()?,
             key_manager: match self.key_manager.as_deref() {
                 None | Some("disk") => KeyManagerKind::Disk,
                 Some("memory") => KeyManagerKind::Memory,
@@ -253,6 +260,13 @@ fn config_map(text: &str) -> Result<BundleConfigMap, Mistake> {
         }
         _ => Err(Mistake::flag("--k8s-bundle-configmap", &format!("`{text}` is no namespace/name"))),
     }
+}
+
+fn issuer(text: String) -> Result<String, Mistake> {
+    if text.is_empty() || text.len() > MAX_ISSUER_BYTES || text.chars().any(char::is_control) {
+        return Err(Mistake::flag("--jwt-issuer", &format!("it must be 1 to {MAX_ISSUER_BYTES} bytes of text")));
+    }
+    Ok(text)
 }
 
 fn label(text: String) -> Result<String, Mistake> {

@@ -1,9 +1,10 @@
-//! `spire.api.server.svid.v1`: signing. JWT-SVIDs and downstream authorities return Unimplemented.
+//! `spire.api.server.svid.v1`: signing. Downstream authorities return Unimplemented.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_api::convert::id_to_wire;
+use countersign_api::convert::{id_from_wire, id_to_wire};
 use countersign_api::spire::svid::svid_server::Svid;
 use countersign_api::spire::svid::{
     BatchNewX509svidRequest, BatchNewX509svidResponse, MintJwtsvidRequest, MintJwtsvidResponse, MintX509svidRequest,
@@ -11,16 +12,20 @@ use countersign_api::spire::svid::{
     NewJwtsvidResponse, NewX509svidParams, batch_new_x509svid_response,
 };
 use countersign_api::spire::types;
-use countersign_identity::SpiffeId;
+use countersign_identity::profile::jwt::Audience;
 use countersign_identity::profile::{Issued, RequestedKey};
 use countersign_identity::trust_domain::{is_reserved, parse_workload_id};
+use countersign_identity::{Entry, EntryId, SpiffeId};
 use futures::StreamExt;
 use tonic::{Request, Response, Status};
 
 use super::{Endpoint, invalid, item_status};
 use crate::agents::AttestedAgent;
 use crate::caller::Caller;
+use crate::config::JWT_SVID_TTL;
 use crate::core::{Core, SigningRequest};
+use crate::signing_jwt::IssuedToken;
+use crate::tokens::{self, TokenSigning};
 
 /// Most requests per batch (SPIRE: 500).
 const MAX_BATCH: usize = 500;
@@ -37,8 +42,50 @@ pub(super) fn svid_to_wire(id: &SpiffeId, issued: &Issued, hint: &str) -> types:
     }
 }
 
+/// Encodes a signed token; `hint` is the entry's, or empty.
+fn token_to_wire(id: &SpiffeId, issued: IssuedToken, hint: &str) -> types::Jwtsvid {
+    types::Jwtsvid {
+        token: issued.token,
+        id: Some(id_to_wire(id)),
+        expires_at: issued.expires_at.unix_timestamp(),
+        issued_at: issued.issued_at.unix_timestamp(),
+        hint: hint.to_owned(),
+    }
+}
+
 fn not_yet<T>(what: &str) -> Result<Response<T>, Status> {
     Err(Status::unimplemented(format!("{what} not served by this version")))
+}
+
+/// The entry with this ID, if this agent may have SVIDs for it now.
+fn authorized(core: &Core, kind: &'static str, agent: &AttestedAgent, id: &EntryId) -> Result<Arc<Entry>, Status> {
+    core.entries.authorized_one(agent, id).filter(|e| !e.is_expired(core.now())).ok_or_else(|| {
+        let why = "the entry does not exist or is not this agent's";
+        core.refuse(kind, &agent.id.to_string(), id.as_str(), "", "not_authorized", why);
+        Status::not_found(why)
+    })
+}
+
+/// The lifetime that is asked for, in seconds; zero stands for `default`.
+fn ttl_or(seconds: i32, default: Duration) -> Result<Duration, Status> {
+    match u64::try_from(seconds) {
+        Ok(0) => Ok(default),
+        Ok(seconds) => Ok(Duration::from_secs(seconds)),
+        Err(_) => Err(invalid(format!("ttl: {seconds} is below zero"))),
+    }
+}
+
+impl Endpoint {
+    /// Refuses to mint what is not a workload's of our own trust domain.
+    fn refuse_foreign(&self, kind: &'static str, caller: &str, id: &SpiffeId) -> Result<(), Status> {
+        let td = self.0.trust_domain();
+        if id.is_member_of(td) && !is_reserved(id) {
+            return Ok(());
+        }
+        let why = format!("`{id}` cannot be minted: it must be a workload's ID of trust domain `{td}`");
+        self.0.refuse(kind, caller, "", &id.to_string(), "bad_request", &why);
+        Err(invalid(why))
+    }
 }
 
 /// Signs one request of a batch.
@@ -49,11 +96,7 @@ async fn batch_item(
     asked: &NewX509svidParams,
 ) -> Result<types::X509svid, Status> {
     let id = asked.entry_id.parse().map_err(invalid)?;
-    let entry = core.entries.authorized_one(agent, &id).filter(|e| !e.is_expired(core.now())).ok_or_else(|| {
-        let why = "the entry does not exist or is not this agent's";
-        core.refuse("x509_svid", &agent.id.to_string(), &asked.entry_id, "", "not_authorized", why);
-        Status::not_found(why)
-    })?;
+    let entry = authorized(core, "x509_svid", agent, &id)?;
     let issued = core.sign_entry(caller, &entry, &asked.csr).await?;
     Ok(svid_to_wire(&entry.spiffe_id, &issued, &entry.hint))
 }
@@ -68,17 +111,8 @@ impl Svid for Endpoint {
         let request = request.into_inner();
         let key = RequestedKey::from_csr(&request.csr).map_err(invalid)?;
         let id = parse_workload_id(key.uri().ok_or_else(|| invalid("the CSR has no URI name"))?).map_err(invalid)?;
-        let td = self.0.trust_domain();
-        if !id.is_member_of(td) || is_reserved(&id) {
-            let why = format!("`{id}` cannot be minted: it must be a workload's ID of trust domain `{td}`");
-            self.0.refuse("x509_svid", &caller.to_string(), "", &id.to_string(), "bad_request", &why);
-            return Err(invalid(why));
-        }
-        let ttl = match u64::try_from(request.ttl) {
-            Ok(0) => self.0.issuance().svid_ttl,
-            Ok(seconds) => Duration::from_secs(seconds),
-            Err(_) => return Err(invalid(format!("ttl: {} is below zero", request.ttl))),
-        };
+        self.refuse_foreign("x509_svid", &caller.to_string(), &id)?;
+        let ttl = ttl_or(request.ttl, self.0.issuance().svid_ttl)?;
         let issued = self
             .0
             .sign(&SigningRequest {
@@ -119,12 +153,33 @@ impl Svid for Endpoint {
         Ok(Response::new(BatchNewX509svidResponse { results: results.collect().await }))
     }
 
-    async fn mint_jwtsvid(&self, _: Request<MintJwtsvidRequest>) -> Result<Response<MintJwtsvidResponse>, Status> {
-        not_yet("JWT-SVIDs are")
+    async fn mint_jwtsvid(
+        &self,
+        request: Request<MintJwtsvidRequest>,
+    ) -> Result<Response<MintJwtsvidResponse>, Status> {
+        let caller = Caller::operator(&self.0, &request)?.to_string();
+        let asked = request.into_inner();
+        let id = id_from_wire("id", asked.id).map_err(invalid)?;
+        self.refuse_foreign(tokens::KIND, &caller, &id)?;
+        let audience = Audience::new(asked.audience).map_err(invalid)?;
+        let ttl = ttl_or(asked.ttl, JWT_SVID_TTL)?;
+        let signing = TokenSigning { caller: &caller, entry_id: "", id: &id, audience: &audience, ttl };
+        let issued = self.0.sign_token(&signing).await?;
+        Ok(Response::new(MintJwtsvidResponse { svid: Some(token_to_wire(&id, issued, "")) }))
     }
 
-    async fn new_jwtsvid(&self, _: Request<NewJwtsvidRequest>) -> Result<Response<NewJwtsvidResponse>, Status> {
-        not_yet("JWT-SVIDs are")
+    async fn new_jwtsvid(&self, request: Request<NewJwtsvidRequest>) -> Result<Response<NewJwtsvidResponse>, Status> {
+        let agent = Caller::agent(&self.0, &request)?;
+        self.0.within_token_limit(&request)?;
+        let (caller, asked) = (agent.id.to_string(), request.into_inner());
+        let audience = Audience::new(asked.audience).map_err(invalid)?;
+        let id = asked.entry_id.parse().map_err(invalid)?;
+        let entry = authorized(&self.0, tokens::KIND, &agent, &id)?;
+        let ttl = entry.jwt_svid_ttl.unwrap_or(JWT_SVID_TTL);
+        let signing =
+            TokenSigning { caller: &caller, entry_id: id.as_str(), id: &entry.spiffe_id, audience: &audience, ttl };
+        let issued = self.0.sign_token(&signing).await?;
+        Ok(Response::new(NewJwtsvidResponse { svid: Some(token_to_wire(&entry.spiffe_id, issued, &entry.hint)) }))
     }
 
     async fn new_downstream_x509ca(
@@ -134,3 +189,6 @@ impl Svid for Endpoint {
         not_yet("downstream authorities are")
     }
 }
+
+#[cfg(test)]
+mod tests;
