@@ -23,6 +23,7 @@ pub mod store;
 mod sync;
 #[cfg(test)]
 mod testing;
+mod tokens;
 pub mod workload_attestor;
 
 use std::sync::Arc;
@@ -120,10 +121,12 @@ pub async fn run(
         }
         None => None,
     };
+    let cache: Arc<cache::Cache> = Arc::default();
     let core = Arc::new(Core {
+        tokens: tokens::Tokens::new(link.clone(), cache.clone(), metrics.clone()),
         attestors,
         started_at: clock(),
-        cache: Arc::default(),
+        cache,
         directory: Subscriptions::with_room_for(MAX_ADDRESSES),
         own_socket: OwnSocket::at(config.socket.clone()),
         followers: Quota::new(MAX_ADDRESSES, MAX_ADDRESSES_PER_CALLER),

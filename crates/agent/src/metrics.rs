@@ -48,6 +48,8 @@ pub struct Metrics {
     pub registry: Registry,
     /// Number of SVIDs that the server signed for us.
     pub svids_signed: Counter,
+    /// Number of JWT-SVIDs that the server signed for us.
+    pub tokens_signed: Counter,
     /// Number of signing calls that failed or returned fewer SVIDs than requested.
     pub signing_failures: Counter,
     /// Number of callers that were attested.
@@ -82,6 +84,8 @@ impl Default for Metrics {
         let refused = Family::<Reason, Counter>::default();
         let (svids, first_expiry) = (Gauge::default(), Gauge::default());
         registry.register("svids_signed", "SVIDs that the server signed for this agent", svids_signed.clone());
+        let tokens_signed = Counter::default();
+        registry.register("jwt_svids_signed", "JWT-SVIDs that the server signed for this agent", tokens_signed.clone());
         registry.register(
             "signing_failures",
             "Calls to the server that got no or not all signatures",
@@ -126,6 +130,7 @@ impl Default for Metrics {
             source_up,
             served_by,
             svids_signed,
+            tokens_signed,
             signing_failures,
             attestations,
             streams,

@@ -10,11 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use countersign_identity::bundle::pem_block;
+use countersign_identity::profile::jwt::{Audience, TokenAuthority, TokenRequest, unsigned_token};
 use countersign_identity::profile::{
     Issued, LeafRequest, RequestedKey, SigningAuthority, issue_leaf, issue_root, request,
 };
 use countersign_identity::trust_domain::parse_trust_domain;
-use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Svid};
+use countersign_identity::{
+    Entry, JwtAuthority, KeyType, LocalKey, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Svid,
+};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -66,6 +69,31 @@ impl Ca {
         let key = PrivateKey::generate(KeyType::EcP256).unwrap();
         let issued = self.sign(&id(path), &request(&key, None).unwrap(), ttl, now);
         X509Svid::new(issued.chain, key).unwrap()
+    }
+}
+
+/// A JWT authority that signs.
+#[derive(Clone)]
+pub struct Jwt(Arc<LocalKey>, &'static str);
+
+impl Jwt {
+    /// One whose key has this ID.
+    pub fn new(key_id: &'static str) -> Self {
+        Self(Arc::new(LocalKey::new(&PrivateKey::generate(KeyType::EcP256).unwrap()).unwrap()), key_id)
+    }
+
+    /// As bundles have it.
+    pub fn authority(&self) -> JwtAuthority {
+        JwtAuthority::new(self.1, self.0.public_side().key).unwrap()
+    }
+
+    /// A token of `id` for these audiences.
+    pub fn token(&self, id: &SpiffeId, audience: &[String], ttl: Duration, now: OffsetDateTime) -> String {
+        let audience = Audience::new(audience.to_vec()).unwrap();
+        let request = TokenRequest { id, audience: &audience, ttl, issuer: None };
+        let (algorithm, not_after) = (self.0.public_side().algorithm, now + Duration::from_secs(86_400));
+        let unsigned = unsigned_token(&request, &TokenAuthority { key_id: self.1, algorithm, not_after }, now).unwrap();
+        unsigned.signed(&self.0.sign(unsigned.content()).unwrap()).unwrap()
     }
 }
 

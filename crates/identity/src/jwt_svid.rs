@@ -69,6 +69,8 @@ pub struct JwtSvid {
     pub claims: Map<String, Value>,
     /// Its end.
     pub expires_at: OffsetDateTime,
+    /// ID of the JWT authority that signed it.
+    pub key_id: String,
 }
 
 /// How a token is signed (JWT-SVID 2.1). Neither `none` nor a shared secret is among them.
@@ -134,7 +136,7 @@ pub fn verify(token: &str, audience: &str, bundles: &BundleSet, now: OffsetDateT
     if !audiences(&claims)?.contains(&audience) {
         return Err(wrong("aud", "does not have the audience that was asked for"));
     }
-    Ok(JwtSvid { id, expires_at, claims })
+    Ok(JwtSvid { id, expires_at, claims, key_id })
 }
 
 fn wrong(claim: &'static str, why: &str) -> JwtError {

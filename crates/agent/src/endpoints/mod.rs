@@ -3,6 +3,7 @@
 pub mod directory;
 pub mod identities;
 mod status;
+mod tokens;
 mod workload;
 
 use std::pin::Pin;
@@ -37,6 +38,7 @@ use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::own_socket::OwnSocket;
 use crate::peer::{PeerError, look_up, unchanged};
+use crate::tokens::Tokens;
 use crate::workload_attestor::{EveryFact, WorkloadAttestor};
 
 /// A stream of responses.
@@ -48,6 +50,7 @@ pub struct Core {
     pub clock: Clock,
     pub link: Arc<Link>,
     pub cache: Arc<Cache>,
+    pub tokens: Tokens,
     pub attestors: Vec<Arc<dyn WorkloadAttestor>>,
     pub directory: Subscriptions,
     /// Bounds the number of addresses that each caller follows.
@@ -201,11 +204,18 @@ impl Core {
     async fn caller_changed(&self, attested: &Attested) -> Status {
         loop {
             tokio::time::sleep(CALLER_CHECK).await;
-            if let Err(error) = unchanged(&attested.peer) {
-                self.metrics.refused(error.code());
-                return Status::permission_denied(format!("no identity issued: {error}"));
+            if let Err(status) = self.still(attested) {
+                return status;
             }
         }
+    }
+
+    /// Whether the caller is who it was when it was attested. Errors: PermissionDenied if it has ended or changed.
+    fn still(&self, attested: &Attested) -> Result<(), Status> {
+        unchanged(&attested.peer).map(drop).map_err(|error| {
+            self.metrics.refused(error.code());
+            Status::permission_denied(format!("no identity issued: {error}"))
+        })
     }
 
     /// Resolves once a caller that was attested in part is attested whole; never for one that was already. Errors:
@@ -272,16 +282,19 @@ pub mod tests {
     pub fn core(dir: &std::path::Path) -> Core {
         let bundle = Ca::new(OffsetDateTime::now_utc()).bundle();
         let config = Arc::new(config(dir, "127.0.0.1:1".into(), &bundle, join_token()));
+        let link = Arc::new(Link::new(config.clone(), system_clock()).unwrap());
+        let (cache, metrics) = (Arc::<Cache>::default(), Arc::<Metrics>::default());
         Core {
-            link: Arc::new(Link::new(config.clone(), system_clock()).unwrap()),
+            tokens: Tokens::new(link.clone(), cache.clone(), metrics.clone()),
+            link,
             own_socket: OwnSocket::at(config.socket.clone()),
             config,
             clock: system_clock(),
-            cache: Arc::default(),
+            cache,
             attestors: vec![],
             directory: Subscriptions::default(),
             followers: Quota::new(1, 1),
-            metrics: Arc::default(),
+            metrics,
             said: Sampled::default(),
             started_at: OffsetDateTime::now_utc(),
             tasks: TaskTracker::new(),

@@ -1,4 +1,4 @@
-//! The SPIFFE Workload API: X.509-SVIDs, bundles of both kinds, and whether a JWT-SVID is one. JWT-SVIDs themselves are not issued.
+//! The SPIFFE Workload API: SVIDs and bundles of both kinds, and whether a JWT-SVID is one.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,13 +15,12 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::tokens::Asked;
 use super::{Attested, BoxStream, Core, Endpoint, last_word};
 use crate::cache::Cached;
 
 /// How long a call waits for an SVID that is not signed yet.
 const FIRST_SVID_PATIENCE: Duration = Duration::from_secs(10);
-/// The message for who wants a JWT-SVID.
-const NOT_YET: &str = "JWT-SVIDs are not issued by this version";
 
 fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
     let values: Vec<_> = request.metadata().get_all("workload.spiffe.io").iter().collect();
@@ -50,10 +49,7 @@ impl Feed for Svids {
         let now = core.now();
         let state = core.cache.read();
         let bundle = state.bundle.as_ref()?;
-        let mut identities: Vec<&Cached> = identities.iter().collect();
-        // The oldest entry is the default and stays so, whatever is added later. Attestation waits for facts that an older entry
-        // may lack (`Cache::is_settled`).
-        identities.sort_by(|a, b| (a.entry.created_at, &a.entry.id).cmp(&(b.entry.created_at, &b.entry.id)));
+        let identities = in_order(identities);
         let mut hints = std::collections::HashSet::new();
         let svids: Vec<X509svid> = identities
             .iter()
@@ -73,6 +69,14 @@ impl Feed for Svids {
             .collect();
         (!svids.is_empty()).then_some(X509svidResponse { svids, crl: vec![], federated_bundles })
     }
+}
+
+/// The default first: the oldest entry, and it stays so, whatever is added later. Attestation waits for facts that an older entry may
+/// lack (`Cache::is_settled`).
+pub(super) fn in_order(identities: &[Cached]) -> Vec<&Cached> {
+    let mut identities: Vec<&Cached> = identities.iter().collect();
+    identities.sort_by(|a, b| (a.entry.created_at, &a.entry.id).cmp(&(b.entry.created_at, &b.entry.id)));
+    identities
 }
 
 struct Bundles;
@@ -253,7 +257,9 @@ impl SpiffeWorkloadApi for Endpoint {
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
         check_header(&request)?;
-        Err(Status::unimplemented(NOT_YET))
+        let asked = Asked::new(request.get_ref())?;
+        let attested = self.0.attest(&request).await?;
+        Ok(Response::new(JwtsvidResponse { svids: self.0.jwt_svids(attested, &asked).await? }))
     }
 
     async fn fetch_jwt_bundles(
@@ -370,5 +376,62 @@ mod tests {
         assert_eq!(both, ["spiffe://test.local/container".to_owned(), pods]);
         let quiet = tokio::time::timeout(Duration::from_secs(120), stream.next()).await;
         assert!(quiet.is_err(), "what is whole is left alone");
+    }
+
+    /// A core whose caller has entries with these IDs, hints and names, and a request of that caller.
+    fn with_entries(
+        dir: &std::path::Path,
+        entries: &[&str],
+        asked: JwtsvidRequest,
+    ) -> (Arc<Core>, Request<JwtsvidRequest>) {
+        let mut core = core(dir);
+        let kubelet = Arc::new(Kubelet::default());
+        kubelet.0.store(true, Ordering::Relaxed);
+        core.attestors = vec![kubelet];
+        core.cache.change(|state| {
+            state.synced = true;
+            for name in entries {
+                let mut one = cached(name, 1);
+                let entry = Arc::get_mut(&mut one.entry).unwrap();
+                entry.selectors = std::iter::once(POD.parse().unwrap()).collect();
+                entry.store_svid = *name == "stored";
+                state.entries.insert(one.entry.id.clone(), one);
+            }
+        });
+        let mut request = Request::new(asked);
+        request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
+        (Arc::new(core), request)
+    }
+
+    #[tokio::test]
+    async fn a_token_of_an_identity_that_the_caller_has_not_is_refused_before_the_server_is_asked() {
+        let asked = |audience: &[&str], id: &str| JwtsvidRequest {
+            audience: audience.iter().map(|&a| a.into()).collect(),
+            spiffe_id: id.into(),
+        };
+        let own = "spiffe://test.local/pod";
+        for (entries, asked, code) in [
+            (&["pod"][..], asked(&[], own), tonic::Code::InvalidArgument),
+            (&["pod"], asked(&["db", ""], own), tonic::Code::InvalidArgument),
+            (&["pod"], asked(&["db"], "https://test.local/pod"), tonic::Code::InvalidArgument),
+            (&["pod"], asked(&["db"], "spiffe://test.local"), tonic::Code::InvalidArgument),
+            (&["pod"], asked(&["db"], "spiffe://test.local/other"), tonic::Code::PermissionDenied),
+            (&["pod"], asked(&["db"], "spiffe://elsewhere/pod"), tonic::Code::PermissionDenied),
+            (&["stored"], asked(&["db"], "spiffe://test.local/stored"), tonic::Code::PermissionDenied),
+            (&["stored"], asked(&["db"], ""), tonic::Code::PermissionDenied),
+            (&[], asked(&["db"], ""), tonic::Code::PermissionDenied),
+            // This one is its own, and this agent has no server.
+            (&["pod"], asked(&["db"], own), tonic::Code::Unavailable),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let (core, mut request) = with_entries(dir.path(), entries, asked.clone());
+            let (caller, _other_end) = tokio::net::UnixStream::pair().unwrap();
+            request.extensions_mut().insert(peer_credentials(&caller).unwrap());
+            let refused = Endpoint(core).fetch_jwtsvid(request).await.unwrap_err();
+            assert_eq!(refused.code(), code, "{asked:?}: {refused}");
+        }
+        let (core, _) = with_entries(tempfile::tempdir().unwrap().path(), &["pod"], asked(&["db"], own));
+        let without_header = Endpoint(core).fetch_jwtsvid(Request::new(asked(&["db"], own))).await.unwrap_err();
+        assert_eq!(without_header.code(), tonic::Code::InvalidArgument);
     }
 }

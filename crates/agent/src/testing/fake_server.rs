@@ -74,7 +74,12 @@ struct Inner {
     attestations: usize,
     renewals: usize,
     signing_calls: Vec<Vec<String>>,
+    /// How it answers who wants a token.
+    tokens: Tokens,
+    token_calls: usize,
 }
+
+type Tokens = Box<dyn Fn(&NewJwtsvidRequest) -> Result<String, Status> + Send>;
 
 impl FakeServer {
     /// Starts a server with a new authority.
@@ -95,6 +100,8 @@ impl FakeServer {
             attestations: 0,
             renewals: 0,
             signing_calls: vec![],
+            tokens: Box::new(|_| Err(Status::unimplemented("not in tests"))),
+            token_calls: 0,
         };
         let address = listener.local_addr().unwrap().to_string();
         let server = Self { address, inner: Arc::new(Mutex::new(inner)), pushed };
@@ -196,6 +203,16 @@ impl FakeServer {
         self.lock().signing_calls.clone()
     }
 
+    /// Answers like this who wants a token.
+    pub fn answer_tokens(&self, answer: impl Fn(&NewJwtsvidRequest) -> Result<String, Status> + Send + 'static) {
+        self.lock().tokens = Box::new(answer);
+    }
+
+    /// Number of calls for a token.
+    pub fn token_calls(&self) -> usize {
+        self.lock().token_calls
+    }
+
     fn sign_agent(&self, csr: &[u8]) -> types::X509svid {
         let inner = self.lock();
         let agent = inner.agent.clone();
@@ -290,8 +307,11 @@ impl Svid for FakeServer {
     async fn mint_jwtsvid(&self, _: Request<MintJwtsvidRequest>) -> Answer<MintJwtsvidResponse> {
         no()
     }
-    async fn new_jwtsvid(&self, _: Request<NewJwtsvidRequest>) -> Answer<NewJwtsvidResponse> {
-        no()
+    async fn new_jwtsvid(&self, request: Request<NewJwtsvidRequest>) -> Answer<NewJwtsvidResponse> {
+        let mut inner = self.lock();
+        inner.token_calls += 1;
+        let token = (inner.tokens)(request.get_ref())?;
+        Ok(Response::new(NewJwtsvidResponse { svid: Some(types::Jwtsvid { token, ..Default::default() }) }))
     }
     async fn new_downstream_x509ca(
         &self,

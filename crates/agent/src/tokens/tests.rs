@@ -1,0 +1,170 @@
+//! Which token a workload gets, and when the server is asked for another one.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use super::*;
+use crate::config::Evidence;
+use crate::testing::{FakeServer, Jwt, config, entry, id};
+
+/// An attested agent, and its server with one JWT authority.
+struct World {
+    server: FakeServer,
+    tokens: Tokens,
+    cache: Arc<Cache>,
+    ahead: Arc<AtomicI64>,
+    jwt: Jwt,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    async fn new() -> Self {
+        let (dir, server, jwt) = (tempfile::tempdir().unwrap(), FakeServer::start().await, Jwt::new("k1"));
+        let evidence = Evidence::JoinToken(Zeroizing::new("token".into()));
+        let config = Arc::new(config(dir.path(), server.address.clone(), &server.bundle(), evidence));
+        let ahead = Arc::<AtomicI64>::default();
+        let clock = {
+            let ahead = ahead.clone();
+            move || OffsetDateTime::now_utc() + time::Duration::seconds(ahead.load(Ordering::Relaxed))
+        };
+        let link = Arc::new(Link::new(config, Arc::new(clock)).unwrap());
+        link.attest().await.unwrap();
+        let cache = Arc::<Cache>::default();
+        let tokens = Tokens::new(link, cache.clone(), Arc::default());
+        let world = Self { server, tokens, cache, ahead, jwt, _dir: dir };
+        world.publish(vec![world.jwt.authority()]);
+        world.sign("/web", 300);
+        world
+    }
+
+    fn publish(&self, jwt_authorities: Vec<countersign_identity::JwtAuthority>) {
+        let bundle = TrustBundle { jwt_authorities, ..self.server.bundle() };
+        self.cache.change(|state| state.bundle = Some(Arc::new(bundle)));
+    }
+
+    /// Lets the server sign for this identity, with this lifetime in seconds.
+    fn sign(&self, path: &str, ttl: u64) {
+        let (jwt, id, ahead) = (self.jwt.clone(), id(path), self.ahead.clone());
+        self.server.answer_tokens(move |asked| {
+            let now = OffsetDateTime::now_utc() + time::Duration::seconds(ahead.load(Ordering::Relaxed));
+            Ok(jwt.token(&id, &asked.audience, Duration::from_secs(ttl), now))
+        });
+    }
+
+    async fn get(&self, name: &str) -> Result<Arc<Token>, Status> {
+        self.tokens.get(&entry("web", 1), &Audience::new(vec![name.into()]).unwrap()).await
+    }
+
+    fn pass(&self, seconds: i64) {
+        self.ahead.fetch_add(seconds, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test]
+async fn a_token_is_asked_for_once_until_half_of_its_life_and_for_each_audience() {
+    let world = World::new().await;
+    let first = world.get("db").await.unwrap();
+    assert_eq!(first.id, id("/web"));
+    assert!(Arc::ptr_eq(&first, &world.get("db").await.unwrap()));
+    // Half of it is 150 s, with a jitter of 15 s.
+    world.pass(130);
+    assert!(Arc::ptr_eq(&first, &world.get("db").await.unwrap()));
+    assert_eq!(world.server.token_calls(), 1);
+    assert!(!Arc::ptr_eq(&first, &world.get("cache").await.unwrap()));
+    world.pass(40);
+    let second = world.get("db").await.unwrap();
+    assert!(second.expires_at > first.expires_at);
+    assert_eq!(world.server.token_calls(), 3);
+}
+
+#[tokio::test]
+async fn of_many_who_want_the_same_one_asks_the_server() {
+    let world = World::new().await;
+    let all = futures::future::join_all((0..50).map(|_| world.get("db"))).await;
+    assert!(all.iter().all(Result::is_ok));
+    assert_eq!(world.server.token_calls(), 1);
+    assert!(world.tokens.turns.lock().unwrap().is_empty(), "nothing is left of the turns");
+}
+
+#[tokio::test]
+async fn a_token_for_an_entry_that_has_changed_is_replaced() {
+    let world = World::new().await;
+    let audience = Audience::new(vec!["db".into()]).unwrap();
+    world.get("db").await.unwrap();
+    let changed = entry("web", 2);
+    world.tokens.get(&changed, &audience).await.unwrap();
+    assert_eq!(world.server.token_calls(), 2);
+    // One that has another identity now gets no token of the former.
+    let mut moved = entry("web", 2);
+    moved.spiffe_id = id("/moved");
+    assert_eq!(world.tokens.get(&moved, &audience).await.err().unwrap().code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn with_the_server_away_a_token_is_good_until_it_ends_and_what_the_server_refuses_nobody_gets() {
+    let world = World::new().await;
+    let first = world.get("db").await.unwrap();
+    world.server.answer_tokens(|_| Err(Status::unavailable("away")));
+    world.pass(200);
+    assert!(Arc::ptr_eq(&first, &world.get("db").await.unwrap()));
+    world.server.answer_tokens(|_| Err(Status::permission_denied("banned")));
+    let refused = world.get("db").await.err().unwrap();
+    assert!(refused.message().contains("could not fetch JWT-SVID") && refused.message().contains("banned"));
+    world.server.answer_tokens(|_| Err(Status::unavailable("away")));
+    world.pass(100);
+    assert_eq!(world.get("db").await.err().unwrap().code(), Code::Unavailable, "it has ended");
+}
+
+#[tokio::test]
+async fn a_token_of_a_tainted_key_is_replaced_at_once_and_of_a_revoked_one_given_to_nobody() {
+    let world = World::new().await;
+    let first = world.get("db").await.unwrap();
+    let mut tainted = world.jwt.authority();
+    tainted.tainted = true;
+    let next = Jwt::new("k2");
+    world.publish(vec![tainted.clone(), next.authority()]);
+    world.server.answer_tokens(|_| Err(Status::unavailable("away")));
+    assert!(Arc::ptr_eq(&first, &world.get("db").await.unwrap()), "peers still accept it");
+    let signer = next.clone();
+    world.server.answer_tokens(move |asked| {
+        Ok(signer.token(&id("/web"), &asked.audience, Duration::from_secs(300), OffsetDateTime::now_utc()))
+    });
+    assert_eq!(world.get("db").await.unwrap().key_id, "k2");
+    world.publish(vec![]);
+    world.server.answer_tokens(|_| Err(Status::unavailable("away")));
+    assert_eq!(world.get("db").await.err().unwrap().code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn a_token_that_peers_would_refuse_is_given_to_nobody() {
+    let world = World::new().await;
+    let stranger = Jwt::new("k1");
+    let forged = stranger.token(&id("/web"), &["db".into()], Duration::from_secs(300), OffsetDateTime::now_utc());
+    world.sign("/other", 300);
+    let other = world.get("db").await.err().unwrap();
+    assert!(other.message().contains("a change is under way"), "{other}");
+    for answer in [forged, "garbage".to_owned(), String::new()] {
+        world.server.answer_tokens(move |_| Ok(answer.clone()));
+        let refused = world.get("db").await.err().unwrap();
+        assert!(refused.message().contains("of no use"), "{refused}");
+    }
+    // For another audience than was asked for.
+    let jwt = world.jwt.clone();
+    world.server.answer_tokens(move |_| {
+        Ok(jwt.token(&id("/web"), &["web".into()], Duration::from_secs(300), OffsetDateTime::now_utc()))
+    });
+    assert!(world.get("db").await.err().unwrap().message().contains("`aud`"));
+}
+
+#[tokio::test]
+async fn a_key_that_comes_with_the_next_bundle_is_waited_for() {
+    let world = World::new().await;
+    world.publish(vec![]);
+    let publish = async {
+        while world.server.token_calls() == 0 {
+            tokio::task::yield_now().await;
+        }
+        world.publish(vec![world.jwt.authority()]);
+    };
+    let (got, ()) = tokio::join!(world.get("db"), publish);
+    got.unwrap();
+}
