@@ -26,7 +26,7 @@ enum Story {
     Backup,
 }
 
-const RUNNERS: [(&str, &str, Runner); 10] = [
+const RUNNERS: [(&str, &str, Runner); 11] = [
     (
         "README.md",
         "cargo run -- up --verify",
@@ -54,6 +54,27 @@ const RUNNERS: [(&str, &str, Runner); 10] = [
     ("docs/guide.md", "countersign up examples/mesh.yaml --verify", Runner::Here(Story::Mesh)),
     ("docs/guide.md", "countersign server --trust-domain example.org", Runner::Here(Story::ByHand)),
     ("docs/operations.md", "systemctl stop countersign-server", Runner::Here(Story::Backup)),
+    (
+        "docs/operations.md",
+        "countersign authority prepare --kind jwt && countersign authority activate --kind jwt",
+        Runner::There(&[
+            (
+                "countersign authority prepare --kind jwt && countersign authority activate --kind jwt",
+                "tests/operator.rs",
+                r#"["authority", "activate", "--kind", "jwt"]"#,
+            ),
+            (
+                "countersign authority taint --kind jwt --id OLD",
+                "tests/operator.rs",
+                r#"["authority", "taint", "--kind", "jwt", "--id", &first]"#,
+            ),
+            (
+                "countersign authority revoke --kind jwt --id OLD",
+                "tests/operator.rs",
+                r#"["authority", "revoke", "--kind", "jwt", "--id", &first]"#,
+            ),
+        ]),
+    ),
     (
         "docs/operations.md",
         "countersign bundle set --trust-domain partner.example --path partner.json --format spiffe",

@@ -229,3 +229,114 @@ for bad in ((token, "you"), (unknown, "me"), (token[:-4] + "AAAA", "me")):
     }
     assert_eq!(lines.len(), 5, "{said}");
 }
+
+#[test]
+fn the_pypi_client_fetches_tokens_that_its_peers_accept_until_their_key_is_revoked() {
+    let Some(python) = python() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (server, agent) = world(dir.path());
+    let client = r#"
+import sys
+from spiffe import WorkloadApiClient, SpiffeId
+client, (me, known) = WorkloadApiClient(sys.argv[1]), sys.argv[2:]
+def say(what):
+    try: print(what())
+    except Exception as e: print("refused", repr(e).replace("\n", " "))
+if known: say(lambda: client.validate_jwt_svid(known, "db").spiffe_id)
+svid = client.fetch_jwt_svid({"db", "cache"}, SpiffeId(me))
+print(svid.token)
+print(svid.spiffe_id, *sorted(svid.audience))
+print(client.validate_jwt_svid(svid.token, "cache").spiffe_id)
+say(lambda: client.validate_jwt_svid(svid.token, "web").spiffe_id)
+say(lambda: client.fetch_jwt_svid({"db"}, SpiffeId(me + "/other")).spiffe_id)
+print(len(client.fetch_jwt_svids({"db"})))
+"#;
+    let me = format!("spiffe://{TD}/me");
+    let ask = |known: &str| {
+        let socket = format!("unix://{}", server.agent_socket().display());
+        run(Command::new(&python).args(["-c", client, &socket, &me, known]))
+    };
+    wait_for("the first SVID", Duration::from_secs(20), || agent.log().contains("SVID ready").then_some(()));
+    let said = ask("");
+    let lines: Vec<&str> = said.lines().collect();
+    let token = lines[0].to_owned();
+    assert_eq!(lines[1..3], [&format!("{me} cache db"), &me], "{said}");
+    for (line, why) in lines[3..].iter().zip(["`aud`", "is none of the caller's"]) {
+        assert!(line.starts_with("refused") && line.contains(why), "{said}");
+    }
+    assert_eq!(lines[5], "1", "{said}");
+    assert_eq!(
+        ask(&token).lines().collect::<Vec<_>>()[..2],
+        [me.as_str(), &token],
+        "the same one, and it is still good"
+    );
+    // Another key signs, and what the first one signed is good until it is revoked.
+    let first = server.json(&["authority", "show"])["jwt"]["active"]["id"].as_str().unwrap().to_owned();
+    server.json(&["authority", "prepare", "--kind", "jwt"]);
+    server.json(&["authority", "activate", "--kind", "jwt"]);
+    server.json(&["authority", "taint", "--kind", "jwt", "--id", &first]);
+    let renewed = wait_for("a token of the new key", Duration::from_secs(10), || {
+        let said = ask(&token);
+        let lines: Vec<&str> = said.lines().collect();
+        assert_eq!(lines[0], me, "a tainted key's tokens are still accepted: {said}");
+        (lines[1] != token).then(|| lines[1].to_owned())
+    });
+    server.json(&["authority", "revoke", "--kind", "jwt", "--id", &first]);
+    wait_for("the revocation", Duration::from_secs(10), || ask(&token).starts_with("refused").then_some(()));
+    assert_eq!(ask(&renewed).lines().next(), Some(me.as_str()));
+    let audit = std::fs::read_to_string(dir.path().join("audit.log")).unwrap();
+    assert!(audit.contains("jwt_svid") && !audit.contains(&token[token.len() - 20..]), "no token in the audit log");
+    assert!(!agent.log().contains(&token[token.len() - 20..]), "nor in the agent's");
+}
+
+#[test]
+fn a_token_is_fetched_and_validated_by_hand_and_wrong_input_is_told() {
+    if !able(&[]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (mut server, agent) = world(dir.path());
+    wait_for("the first SVID", Duration::from_secs(20), || agent.log().contains("SVID ready").then_some(()));
+    let socket = server.agent_socket().display().to_string();
+    let jwt = |args: &[&str]| {
+        let all = [&["jwt"], args, &["--socket", &socket]].concat();
+        crate::support::outcome(&mut crate::support::countersign(&all))
+    };
+    let fetch = |audience: &str| {
+        let (code, said) = jwt(&["fetch", "--audience", audience, "--output", "json"]);
+        (code == 0).then(|| serde_json::from_str::<serde_json::Value>(&said).unwrap()[0].clone()).ok_or(said)
+    };
+    let fetched = fetch("db").unwrap();
+    assert_eq!(fetched["spiffe_id"], format!("spiffe://{TD}/me"));
+    let token = fetched["token"].as_str().unwrap();
+    let (code, said) = jwt(&["validate", "--audience", "db", "--svid", token]);
+    assert!(code == 0 && said.contains(&format!("spiffe://{TD}/me")), "{said}");
+    for (args, why) in [
+        (&["validate", "--audience", "web", "--svid", token][..], "does not have the audience"),
+        (&["validate", "--audience", "db", "--svid", "x.y.z"], "no JSON object"),
+        (&["fetch", "--audience", ""], "audience must be specified"),
+        (&["fetch", "--audience", "db", "--spiffe-id", "spiffe://test.local/other"], "is none of the caller's"),
+        (&["fetch", "--audience", "db", "--spiffe-id", "me"], "invalid requested SPIFFE ID"),
+    ] {
+        let (code, said) = jwt(args);
+        assert!(code == 1 && said.contains(why), "{args:?}: {said}");
+    }
+    // An entry's own lifetime, which no token outlives its authority by.
+    let entry = server.json(&["entry", "show"])[0]["id"].as_str().unwrap().to_owned();
+    server.json(&["entry", "update", "--id", &entry, "--jwt-svid-ttl", "400d"]);
+    let end = server.json(&["authority", "show"])["jwt"]["active"]["expires_at"].as_i64().unwrap();
+    let lives = || {
+        let issued: Vec<_> = server.audit().into_iter().filter(|l| l["kind"] == "jwt_svid").collect();
+        let end = issued.last().unwrap()["expires_at"].as_str().unwrap().to_owned();
+        time::OffsetDateTime::parse(&end, &time::format_description::well_known::Rfc3339).unwrap().unix_timestamp()
+    };
+    wait_for("a token of the entry as it is now", Duration::from_secs(10), || {
+        fetch("db").unwrap();
+        (lives() == end).then_some(())
+    });
+    // With the server away the token at hand is given out, and no other one.
+    let token = fetch("db").unwrap();
+    server.kill();
+    assert_eq!(fetch("db").unwrap(), token);
+    assert!(fetch("cache").unwrap_err().contains("could not fetch JWT-SVID"));
+}

@@ -64,6 +64,9 @@ enum Command {
     /// Fetch SVIDs from the agent, as a workload would.
     #[command(subcommand)]
     X509(operator::x509::X509Command),
+    /// Fetch and validate JWT-SVIDs at the agent, as a workload would.
+    #[command(subcommand)]
+    Jwt(operator::jwt::JwtCommand),
     Status(operator::status::StatusArgs),
     /// Print a completion script for a shell.
     Completion {
@@ -151,6 +154,7 @@ impl Cli {
             Command::Authority(command) => done(operator::block(operator::authority::run(command))),
             Command::Mint(command) => done(operator::block(operator::mint::run(command))),
             Command::X509(command) => done(operator::block(operator::x509::run(command))),
+            Command::Jwt(command) => done(operator::block(operator::jwt::run(command))),
             Command::Status(args) => done(operator::block(operator::status::run(args))),
             Command::Completion { shell } => {
                 let mut script = vec![];

@@ -96,6 +96,9 @@ pub struct Fields {
     /// Lifetime of the SVID, such as 30m [default: the server's --svid-ttl].
     #[arg(long, value_name = "TTL")]
     x509_svid_ttl: Option<Ttl>,
+    /// Lifetime of the workload's JWT-SVIDs, such as 10m [default: 5m].
+    #[arg(long, value_name = "TTL")]
+    jwt_svid_ttl: Option<Ttl>,
     /// DNS name in the certificate; may be repeated.
     #[arg(long)]
     dns_name: Vec<String>,
@@ -116,7 +119,9 @@ pub struct Fields {
 impl Fields {
     fn fill(&self, entry: &mut types::Entry) -> Result<()> {
         entry.selectors = selectors(&self.selector)?;
-        entry.x509_svid_ttl = self.x509_svid_ttl.map_or(0, |t| t.0.as_secs().try_into().unwrap_or(i32::MAX));
+        let seconds = |ttl: Option<Ttl>| ttl.map_or(0, |t| t.0.as_secs().try_into().unwrap_or(i32::MAX));
+        entry.x509_svid_ttl = seconds(self.x509_svid_ttl);
+        entry.jwt_svid_ttl = seconds(self.jwt_svid_ttl);
         entry.dns_names.clone_from(&self.dns_name);
         entry.federates_with.clone_from(&self.federates_with);
         entry.hint = self.hint.clone().unwrap_or_default();
@@ -133,6 +138,7 @@ fn json_of(e: &types::Entry) -> Value {
         "parent_id": shown(e.parent_id.as_ref()),
         "selectors": e.selectors.iter().map(|s| format!("{}:{}", s.r#type, s.value)).collect::<Vec<_>>(),
         "x509_svid_ttl_seconds": e.x509_svid_ttl,
+        "jwt_svid_ttl_seconds": e.jwt_svid_ttl,
         "dns_names": e.dns_names,
         "federates_with": e.federates_with,
         "hint": e.hint,
@@ -258,6 +264,7 @@ pub async fn run(command: EntryCommand) -> Result<()> {
                 parent_id: parent_id.is_some(),
                 selectors: !fields.selector.is_empty(),
                 x509_svid_ttl: fields.x509_svid_ttl.is_some(),
+                jwt_svid_ttl: fields.jwt_svid_ttl.is_some(),
                 dns_names: !fields.dns_name.is_empty(),
                 federates_with: !fields.federates_with.is_empty(),
                 hint: fields.hint.is_some(),

@@ -3,6 +3,7 @@
 pub mod authority;
 pub mod bundle;
 pub mod entry;
+pub mod jwt;
 pub mod mint;
 pub mod node;
 pub mod output;

@@ -41,12 +41,18 @@ pub enum X509Command {
 pub struct AgentArg {
     /// Unix socket of the agent.
     #[arg(long, env = "COUNTERSIGN_AGENT_SOCKET", default_value = AGENT_SOCKET, value_name = "PATH")]
-    socket: PathBuf,
+    pub(super) socket: PathBuf,
+}
+
+/// A call of a workload: the agent wants this header, so that no browser is tricked into one (SPIFFE Workload Endpoint 6).
+pub(super) fn workload_call<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
+    request
 }
 
 async fn open(agent: &AgentArg) -> Result<Streaming<X509svidResponse>> {
-    let mut request = Request::new(X509svidRequest {});
-    request.metadata_mut().insert("workload.spiffe.io", MetadataValue::from_static("true"));
+    let request = workload_call(X509svidRequest {});
     let mut client = client!(SpiffeWorkloadApiClient, channel(&agent.socket, "agent")?);
     Ok(client.fetch_x509svid(request).await.map_err(|s| anyhow!("{}", s.message().to_owned()))?.into_inner())
 }
