@@ -177,7 +177,11 @@ fn what_is_read_while_a_sidecar_is_admitted_is_whole() {
     let (asked, admitting) = (redirect.clone(), world.here.clone());
     put(&world.here, &redirect, Backend::Nftables);
     let writer = std::thread::spawn(move || {
-        admitting.run(|| Ok((0..300).for_each(|id| admit(Cgroup { id, level: 1 }).unwrap()))).unwrap();
+        let all = || {
+            (0..300).for_each(|id| admit(Cgroup { id, level: 1 }).unwrap());
+            Ok(())
+        };
+        admitting.run(all).unwrap();
     });
     let torn = world.here.run(move || {
         let read = std::iter::from_fn(|| Some(installed().unwrap())).take_while(|_| !writer.is_finished());

@@ -3,8 +3,7 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use super::*;
-use crate::config::Evidence;
-use crate::testing::{FakeServer, Jwt, config, entry, id};
+use crate::testing::{FakeServer, Jwt, config, entry, id, join_token};
 
 /// An attested agent, and its server with one JWT authority.
 struct World {
@@ -19,8 +18,7 @@ struct World {
 impl World {
     async fn new() -> Self {
         let (dir, server, jwt) = (tempfile::tempdir().unwrap(), FakeServer::start().await, Jwt::new("k1"));
-        let evidence = Evidence::JoinToken(Zeroizing::new("token".into()));
-        let config = Arc::new(config(dir.path(), server.address.clone(), &server.bundle(), evidence));
+        let config = Arc::new(config(dir.path(), server.address.clone(), &server.bundle(), join_token()));
         let ahead = Arc::<AtomicI64>::default();
         let clock = {
             let ahead = ahead.clone();
