@@ -160,3 +160,36 @@ async fn nobody_changes_our_keys_by_appending_them() {
     a.append(vec![], vec![own]).await.unwrap();
     assert_eq!(*a.bundle().borrow(), before);
 }
+
+/// Leaves the store as a server without JWT authorities had it.
+async fn forget_jwt(world: &World, a: &Authorities) -> Vec<Record> {
+    let (x509, version) = (of_kind(a, Kind::X509), world.store.authorities().await.unwrap().version);
+    let bundle = TrustBundle { jwt_authorities: vec![], ..TrustBundle::clone(&a.bundle().borrow()) };
+    assert!(matches!(world.store.put_authorities(&x509, &bundle, version).await.unwrap(), Written::Stored(_)));
+    x509
+}
+
+#[tokio::test]
+async fn a_server_from_before_there_were_jwt_authorities_gets_one_and_keeps_the_others() {
+    let world = World::new().await;
+    let x509 = forget_jwt(&world, &world.authorities().await).await;
+    let a = world.authorities().await;
+    assert_eq!(of_kind(&a, Kind::X509), x509);
+    assert_eq!((jwt_statuses(&a), published(&a).len()), (vec!["active"], 1));
+    assert!(judge(&a, &sign_token(&a, 60).await.unwrap()).is_ok());
+}
+
+#[tokio::test]
+async fn a_jwt_authority_that_cannot_be_made_keeps_no_server_from_signing_certificates() {
+    let (world, keys) = (World::new().await, Moody::new());
+    let first = Authorities::load(world.settings(keys.clone(), None)).await.unwrap();
+    forget_jwt(&world, &first).await;
+    keys.1.send_replace(Mood::Refuses);
+    let a = Authorities::load(world.settings(keys.clone(), None)).await.unwrap();
+    assert!(matches!(sign_token(&a, 60).await, Err(AuthorityError::NotReady)));
+    assert!(published(&a).is_empty());
+    keys.1.send_replace(Mood::Signs);
+    sign_leaf(&a).await.unwrap();
+    a.rotate().await.unwrap();
+    assert!(judge(&a, &sign_token(&a, 60).await.unwrap()).is_ok());
+}
