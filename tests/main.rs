@@ -18,6 +18,7 @@ mod pki;
 mod programs;
 mod refusals;
 mod rotation;
+mod seams;
 mod sidecar;
 mod strangers;
 mod support;
