@@ -26,8 +26,8 @@ pub struct Installer {
 }
 
 impl Installer {
-    /// An installer for what these containers ask for. `by_cgroup`: whether sidecars can be told by their cgroups on this node; otherwise they
-    /// are told by their user ID, whatever a pod asks for.
+    /// An installer for what these containers ask for. `by_cgroup`: whether sidecars can be told by their cgroups on this
+    /// node; otherwise they are told by their user ID, whatever a pod asks for.
     pub fn new(askers: Askers, by_cgroup: bool) -> Self {
         Self { askers, by_cgroup, own: RESOLV_CONF.into(), turns: Turns::default() }
     }

@@ -1,5 +1,5 @@
-//! What a pod asks for, by the API server's word alone: its sidecar's argument `--redirect` has the flags of its redirect, or those
-//! of its init container `redirect --validate` where the sidecar does not hold the pod up.
+//! What a pod asks for, by the API server's word alone: its sidecar's argument `--redirect` has the flags of its
+//! redirect, or those of its init container `redirect --validate` where the sidecar does not hold the pod up.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

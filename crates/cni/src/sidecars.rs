@@ -1,5 +1,5 @@
-//! The service for sidecars: one that asks is told that its pod's redirect is in force, and, if it is its pod's sidecar, admitted to
-//! pass it.
+//! The service for sidecars: one that asks, and is its pod's sidecar, is told that the pod's redirect is in force and
+//! admitted to pass it.
 //!
 //! Any process of the node's pods may connect. Who it is, is known by the kernel's word on its cgroup; that its container is the
 //! sidecar, by the runtime's record or the API server's. Neither is the caller's to change: an app that takes on the sidecar's
@@ -171,8 +171,8 @@ impl Sidecars {
         }
     }
 
-    /// For a node that tells sidecars by their user ID: `false`, if the caller's redirect does so too. One from before the setting was
-    /// changed still asks for a cgroup, and nothing of its sidecar passes.
+    /// For a node that tells sidecars by their user ID: `false`, if the caller's redirect does so too. One from before the
+    /// setting was changed still asks for a cgroup, and nothing of its sidecar passes.
     async fn by_user_id(&self, netns: OwnedFd) -> Result<bool, Status> {
         let asks = self.turns.run(move || run_in(netns.as_fd(), || Ok(is_asked_for()))).await.map_err(unavailable)?;
         if asks.map_err(unreadable)? {

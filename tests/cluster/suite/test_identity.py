@@ -2,7 +2,7 @@
 import json, re, subprocess as sp, unittest
 
 import cluster, images, mesh
-from mesh import NAMESPACE, TRUST_DOMAIN, get, kubectl, pods, wait
+from mesh import NAMESPACE, TRUST_DOMAIN, get, kubectl, pods, run_in, wait
 
 
 def proxy_log(ns, pod):
@@ -234,6 +234,24 @@ class Identity(unittest.TestCase):
                        text=True, stdout=sp.PIPE, check=True).stdout for name in ("first", "second"))
             self.assertIn("BEGIN PUBLIC KEY", first)
             self.assertNotEqual(first, second)
+
+    def test_a_pods_token_is_good_for_its_audience_and_in_another_pod_of_another_node(self):
+        with mesh.namespace("tokens") as ns:
+            mesh.deploy(ns, *(mesh.deployment(n.name, ["sleep", "infinity"], spec=f"nodeName: {n.name}")
+                              for n in cluster.NODES))
+            first, second = (mesh.pod_of(ns, n.name) for n in cluster.NODES)
+            jwt = lambda pod, *command, check=True: run_in(
+                ns, pod, "/countersign", "jwt", *command, "--socket=/run/countersign/agent/agent.sock",
+                "--output=json", container="countersign-proxy", check=check)
+            (token,) = [svid["token"] for svid in json.loads(jwt(first, "fetch", "--audience=shop"))]
+            good = json.loads(jwt(second, "validate", "--audience=shop", f"--svid={token}"))
+            self.assertEqual(good["spiffe_id"], f"spiffe://{TRUST_DOMAIN}/ns/{ns}/sa/default")
+            for audience, svid in (("bank", token), ("shop", token[:-4] + "AAAA")):
+                refused = jwt(second, "validate", f"--audience={audience}", f"--svid={svid}", check=False)
+                self.assertNotEqual(refused.returncode, 0, refused.stdout)
+            others = jwt(first, "fetch", "--audience=shop", f"--spiffe-id=spiffe://{TRUST_DOMAIN}/ns/shop/sa/default",
+                         check=False)
+            self.assertNotEqual(others.returncode, 0, others.stdout)
 
     def test_another_container_of_the_node_gets_its_own_identity_or_none(self):
         with mesh.namespace("own-only") as ns:

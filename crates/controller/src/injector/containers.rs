@@ -10,8 +10,8 @@ use super::{PROXY_UID, REDIRECT, SIDECAR, Sidecar, VALIDATOR_UID};
 /// Folder of the agent's socket in the sidecar, and of the socket where the node's CNI component answers sidecars.
 const SOCKET_DIR: &str = "/run/countersign/agent";
 
-/// The flags of a pod's redirect. They decide about other protocols for the pod's life, because the sidecar, which learns of changes
-/// of the mode, may not change rules.
+/// The flags of a pod's redirect. They decide about other protocols for the pod's life, because the sidecar, which
+/// learns of changes of the mode, may not change rules.
 pub fn redirect_flags(sidecar: &Sidecar, settings: &Settings, mode: Mode) -> Vec<String> {
     let mut flags = vec![format!("--proxy-uid={PROXY_UID}"), "--in-pod".to_owned()];
     if sidecar.cni {
@@ -35,8 +35,8 @@ pub fn redirect_flags(sidecar: &Sidecar, settings: &Settings, mode: Mode) -> Vec
     flags
 }
 
-/// The init container that installs the redirect before anything else in the pod runs. With the CNI plugin it waits for the plugin to
-/// have done so. `None` where the sidecar waits itself, before all other containers.
+/// The init container that installs the redirect before anything else in the pod runs. With the CNI plugin it waits for
+/// the plugin to have done so. `None` where the sidecar waits itself, before all other containers.
 pub fn redirect(sidecar: &Sidecar, flags: &[String], resources: Value) -> Option<Value> {
     if sidecar.waits_for_redirect() {
         return None;

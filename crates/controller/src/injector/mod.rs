@@ -126,8 +126,8 @@ impl Sidecar {
         }
     }
 
-    /// Whether the sidecar waits itself until the CNI plugin has installed the redirect, and holds up all other containers meanwhile.
-    /// A plain one does not hold up init containers.
+    /// Whether the sidecar waits itself until the CNI plugin has installed the redirect, and holds up all other
+    /// containers meanwhile. A plain one does not hold up init containers.
     pub fn waits_for_redirect(&self) -> bool {
         self.cni && self.native
     }

@@ -16,9 +16,9 @@ use crate::stop::for_role;
 ///
 /// It copies itself into the node's folder of plugins and adds the plugin to the network configuration that the
 /// container runtime uses, again and again if another tool rewrites either. The plugin hands it each new pod's network
-/// namespace. A pod whose native sidecar has the argument `--redirect`, or whose init container `countersign-redirect` the arguments
-/// `redirect --validate …`, gets the redirect that they describe, any other pod nothing. It needs root with `CAP_SYS_ADMIN` and `CAP_NET_ADMIN`, and
-/// `CAP_SYS_PTRACE` for --repair.
+/// namespace. A pod whose native sidecar has the argument `--redirect`, or whose init container `countersign-redirect`
+/// the arguments `redirect --validate …`, gets the redirect that they describe, any other pod nothing. It needs root
+/// with `CAP_SYS_ADMIN` and `CAP_NET_ADMIN`, and `CAP_SYS_PTRACE` for --repair.
 #[derive(Debug, clap::Args)]
 pub struct CniNodeArgs {
     /// Name of this node.

@@ -280,9 +280,10 @@ fn asking(socket: Option<PathBuf>, redirect: Option<&str>) -> Result<Option<Aski
         let flags: Vec<String> = flags.split_whitespace().map(ToOwned::to_owned).collect();
         order(&flags, &BTreeSet::new()).map_err(|why| Mistake::flag("--redirect", &why))?;
     }
-    let Some(socket) = socket else {
-        let alone = redirect.map(|_| Mistake::flag("--redirect", "needs --cni-socket: nobody else installs it"));
-        return alone.map_or(Ok(None), Err);
+    let socket = match (socket, redirect) {
+        (Some(socket), _) => socket,
+        (None, None) => return Ok(None),
+        (None, Some(_)) => return Err(Mistake::flag("--redirect", "needs --cni-socket: nobody else installs it")),
     };
     let from = |name| std::env::var(name).unwrap_or_default();
     Ok(Some(Asking {
