@@ -143,12 +143,20 @@ class Injection(unittest.TestCase):
         with mesh.namespace("relabelled") as ns:
             self.submit(ns, plain())
             kubectl("-n", ns, "label", "pod", "web", "countersign.dev/inject=disabled")
-            pod = get("-n", ns, "pod", "web")
-            pod["spec"]["ephemeralContainers"] = [{"name": "sly", "image": images.BOX, "imagePullPolicy": "Never",
-                                                   "securityContext": {"runAsUser": 2102}}]
-            done = kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-",
-                           input=json.dumps(pod), check=False)
-            self.assertIn("runs as UID 2102", done.stderr)
+
+            def replaced(**more):
+                pod = get("-n", ns, "pod", "web")
+                pod["spec"]["ephemeralContainers"] = [{"name": "sly", "image": images.BOX, "imagePullPolicy": "Never",
+                                                       "securityContext": {"runAsUser": 2102}}]
+                pod["status"].update(more)
+                return kubectl("replace", "--raw", f"/api/v1/namespaces/{ns}/pods/web/ephemeralcontainers", "-f", "-",
+                               input=json.dumps(pod), check=False).stderr
+            # It would run before the redirect. What the request says of the pod's status does not count.
+            started = [{"name": "countersign-proxy", "started": True, "ready": True, "image": "", "imageID": "",
+                        "restartCount": 0}]
+            self.assertIn("the sidecar has not started", replaced(initContainerStatuses=started))
+            kubectl("-n", ns, "wait", "pod/web", "--for=condition=Ready", "--timeout=60s")
+            self.assertIn("runs as UID 2102", replaced())
 
     def test_sidecar_and_redirect_are_confined(self):
         with mesh.namespace("confined") as ns:
