@@ -7,7 +7,7 @@ import cluster, images, mesh
 TOGETHER = [f"suite.test_{name}" for name in ("traffic", "identity", "tenants", "injection", "limits", "support")]
 AT_ONCE = 3
 # These change the mesh, one after the other: in the cluster of the ones above, and in another.
-FIRST = [f"suite.test_{name}" for name in ("faults", "rotation", "operator", "check")]
+FIRST = [f"suite.test_{name}" for name in ("operator", "check", "faults", "rotation")]
 SECOND = [f"suite.test_{name}" for name in (
     "bootstrap", "csi", "services", "repair", "plain", "rbac.Rbac.test_nothing_that_is_needed_is_refused", "cni",
     "install", "uninstall", "helm", "guide")]

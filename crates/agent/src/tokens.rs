@@ -37,8 +37,11 @@ pub struct Tokens {
     metrics: Arc<Metrics>,
     held: Mutex<Held>,
     /// What is being fetched now: of several who want the same, one asks the server.
-    turns: Mutex<HashMap<Asked, Arc<tokio::sync::Mutex<()>>>>,
+    turns: Mutex<HashMap<Asked, Arc<tokio::sync::Mutex<LastFailure>>>>,
 }
+
+/// When a fetch last failed, and why: whoever waited meanwhile has the same answer.
+type LastFailure = Option<(Instant, Status)>;
 
 /// What our bundle says of a token's key.
 #[derive(Debug, PartialEq, Eq)]
@@ -62,15 +65,21 @@ impl Tokens {
         if let Some(token) = self.fresh(entry, &asked) {
             return Ok(token);
         }
-        let turn = Turn { tokens: self, lock: self.turn(&asked), asked: &asked };
-        let _turn = turn.lock.lock().await;
+        let (turn, came) = (Turn { tokens: self, lock: self.turn(&asked), asked: &asked }, Instant::now());
+        let mut failure = turn.lock.lock().await;
         // Whoever was first has fetched it.
         if let Some(token) = self.fresh(entry, &asked) {
             return Ok(token);
         }
         let at_hand = self.good_enough(entry, &asked);
         let patience = if at_hand.is_some() { REFRESH_PATIENCE } else { CALL_TIMEOUT };
-        match (self.fetch(entry, audience, patience).await, at_hand) {
+        let (fetched, at) = match failure.take().filter(|(at, _)| *at >= came) {
+            Some((at, status)) => (Err(status), at),
+            None => (self.fetch(entry, audience, patience).await, Instant::now()),
+        };
+        *failure = fetched.as_ref().err().map(|status| (at, status.clone()));
+        drop(failure);
+        match (fetched, at_hand) {
             (Ok(token), _) => {
                 let token = Arc::new(token);
                 self.held().put(asked.clone(), token.clone(), self.link.now());
@@ -89,7 +98,7 @@ impl Tokens {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn turn(&self, asked: &Asked) -> Arc<tokio::sync::Mutex<()>> {
+    fn turn(&self, asked: &Asked) -> Arc<tokio::sync::Mutex<LastFailure>> {
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         turns.entry(asked.clone()).or_default().clone()
     }
@@ -121,7 +130,8 @@ impl Tokens {
 
     async fn fetch(&self, entry: &Entry, audience: &Audience, patience: Duration) -> Result<Token, Status> {
         if self.link.identity().borrow().is_none() {
-            return Err(Status::unavailable("the agent is not attested"));
+            // After a ban or an eviction, too: what is at hand is nobody's any more.
+            return Err(Status::failed_precondition("the agent is not attested"));
         }
         let asked = NewJwtsvidRequest { entry_id: entry.id.to_string(), audience: audience.names().to_vec() };
         let mut client = SvidClient::new(self.link.signing_channel());
@@ -162,7 +172,8 @@ impl Tokens {
                 Ok(svid) => return Ok(svid),
                 Err(JwtError::UnknownKey { .. } | JwtError::NoBundle(_))
                     if timeout_at(until, versions.changed()).await.is_ok_and(|changed| changed.is_ok()) => {}
-                Err(error) => return Err(Status::internal(format!("the server's token is of no use: {error}"))),
+                // Our bundle may lag behind the server's, and our clock.
+                Err(error) => return Err(Status::unknown(format!("the server's token is of no use here: {error}"))),
             }
         }
     }
@@ -171,7 +182,7 @@ impl Tokens {
 /// One who waits for what is being fetched. What nobody waits for any more is forgotten.
 struct Turn<'a> {
     tokens: &'a Tokens,
-    lock: Arc<tokio::sync::Mutex<()>>,
+    lock: Arc<tokio::sync::Mutex<LastFailure>>,
     asked: &'a Asked,
 }
 

@@ -43,6 +43,9 @@ pub struct Record<'a> {
     /// When the certificate expires, RFC 3339.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub expires_at: &'a str,
+    /// For whom a token is; certificates have none.
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    pub audience: &'a [String],
     /// ID of the signing authority.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub authority_id: &'a str,
@@ -194,6 +197,7 @@ mod tests {
             spiffe_id: "",
             serial: "",
             expires_at: "",
+            audience: &[],
             authority_id: "",
             reason: "",
         }

@@ -147,6 +147,7 @@ impl Core {
             spiffe_id: &request.id.to_string(),
             serial: &issued.facts.serial,
             expires_at: &rfc3339(issued.facts.not_after),
+            audience: &[],
             authority_id: &issued.facts.authority_id,
             reason: "",
         };
@@ -179,6 +180,7 @@ impl Core {
             spiffe_id,
             serial: "",
             expires_at: "",
+            audience: &[],
             authority_id: "",
             reason,
         };

@@ -48,6 +48,7 @@ impl Core {
             spiffe_id: &spiffe_id,
             serial: "",
             expires_at: &rfc3339(issued.expires_at),
+            audience: asked.audience.names(),
             authority_id: &issued.authority_id,
             reason: "",
         };

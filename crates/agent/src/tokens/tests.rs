@@ -84,6 +84,31 @@ async fn of_many_who_want_the_same_one_asks_the_server() {
 }
 
 #[tokio::test]
+async fn of_many_who_wait_for_a_server_that_fails_one_asks_and_all_know() {
+    let world = World::new().await;
+    world.server.answer_tokens(|_| Err(Status::unavailable("away")));
+    let all = futures::future::join_all((0..50).map(|_| world.get("db"))).await;
+    assert!(all.iter().all(|got| got.as_ref().is_err_and(|status| status.message().contains("away"))));
+    assert_eq!(world.server.token_calls(), 1);
+    assert!(world.get("db").await.is_err());
+    assert_eq!(world.server.token_calls(), 2, "who comes later asks again");
+}
+
+#[tokio::test]
+async fn a_good_token_is_given_out_where_the_new_one_does_not_verify_here() {
+    let world = World::new().await;
+    let first = world.get("db").await.unwrap();
+    let other = Jwt::new("k1");
+    world.server.answer_tokens(move |asked| {
+        Ok(other.token(&id("/web"), &asked.audience, Duration::from_secs(300), OffsetDateTime::now_utc()))
+    });
+    world.pass(200);
+    assert!(Arc::ptr_eq(&first, &world.get("db").await.unwrap()));
+    world.pass(100);
+    assert_eq!(world.get("db").await.err().unwrap().code(), Code::Unavailable, "it has ended");
+}
+
+#[tokio::test]
 async fn a_token_for_an_entry_that_has_changed_is_replaced() {
     let world = World::new().await;
     let audience = Audience::new(vec!["db".into()]).unwrap();

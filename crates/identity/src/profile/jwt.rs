@@ -31,6 +31,9 @@ pub enum AudienceError {
     /// There are too many, or they are too long.
     #[error("more than {MAX_AUDIENCES} audiences, or more than {MAX_AUDIENCE_BYTES} bytes of them")]
     TooMuch,
+    /// One has characters that nobody writes, each of which is six in a token.
+    #[error("an audience has control characters")]
+    Control,
 }
 
 impl Audience {
@@ -41,6 +44,9 @@ impl Audience {
         }
         if names.len() > MAX_AUDIENCES || names.iter().map(String::len).sum::<usize>() > MAX_AUDIENCE_BYTES {
             return Err(AudienceError::TooMuch);
+        }
+        if names.iter().any(|name| name.contains(char::is_control)) {
+            return Err(AudienceError::Control);
         }
         Ok(Self(names))
     }
@@ -219,6 +225,7 @@ mod tests {
     fn an_audience_is_at_least_one_name_and_bounded() {
         assert_eq!(audience(&[]), Err(AudienceError::Missing));
         assert_eq!(audience(&["db", ""]), Err(AudienceError::Missing));
+        assert_eq!(audience(&["db", "a\nb"]), Err(AudienceError::Control));
         assert!(audience(&["x"; MAX_AUDIENCES]).is_ok());
         assert_eq!(audience(&["x"; MAX_AUDIENCES + 1]), Err(AudienceError::TooMuch));
         assert_eq!(Audience::new(vec!["x".repeat(MAX_AUDIENCE_BYTES + 1)]), Err(AudienceError::TooMuch));

@@ -146,12 +146,18 @@ impl Authorities {
         let making = self.making.lock().await;
         let now = self.now();
         self.sweep(&making).await;
-        self.renew(Kind::X509, &making, now).await?;
+        // Neither kind depends on the other: an upstream that is away signs no CA, and tokens need none.
+        let x509 = self.renew_ca(&making, now).await;
+        let jwt = self.renew(Kind::Jwt, &making, now).await;
+        x509.and(jwt)
+    }
+
+    async fn renew_ca(&self, making: &Making, now: OffsetDateTime) -> Result<(), AuthorityError> {
+        self.renew(Kind::X509, making, now).await?;
         // After it: the bundle now holds the new authority and cannot become empty.
         self.forget_ended(now).await?;
-        self.sweep(&making).await;
-        // Last, so that X509-SVIDs depend on nothing of it.
-        self.renew(Kind::Jwt, &making, now).await
+        self.sweep(making).await;
+        Ok(())
     }
 
     /// Prepares and activates what is due of a kind.

@@ -3,7 +3,7 @@
 use countersign_identity::{TrustBundle, X509Authority};
 
 use super::active::Signing;
-use super::{AuthorityError, Public, Record, Settings, Status};
+use super::{AuthorityError, Kind, Public, Record, Settings, Status};
 use crate::datastore::{Version, Versioned};
 use crate::key_manager::Keys;
 
@@ -32,16 +32,28 @@ impl Stored {
 pub async fn take_up_keys(keys: &Keys, records: &mut [Record]) -> Result<Vec<Signing>, AuthorityError> {
     let mut active = vec![];
     for record in records.iter_mut().filter(|r| matches!(r.status, Status::Active | Status::Prepared)) {
-        match keys.get(&record.key_name).await? {
-            Some(key) if record.status == Status::Active => active.push(Signing::new(record, key)?),
-            Some(_) => {}
-            None => {
+        match key_of(keys, record).await {
+            Ok(Some(signing)) if record.status == Status::Active => active.push(signing),
+            Ok(Some(_)) => {}
+            // X509-SVIDs depend on nothing of it. The next rotation makes another authority.
+            Err(error) if record.kind() == Kind::Jwt => {
+                tracing::error!(authority = record.id, %error, "its key cannot be used; it stays trusted until it ends");
+                record.status = Status::Old;
+            }
+            Err(error) => return Err(error),
+            Ok(None) => {
                 tracing::warn!(authority = record.id, "its key is gone; it stays trusted until it ends");
                 record.status = Status::Old;
             }
         }
     }
     Ok(active)
+}
+
+/// A record's authority with its key; `None` if the key is gone.
+async fn key_of(keys: &Keys, record: &Record) -> Result<Option<Signing>, AuthorityError> {
+    let Some(key) = keys.get(&record.key_name).await? else { return Ok(None) };
+    Ok(Some(Signing::new(record, key)?))
 }
 
 /// The roots of a journal, for a bundle that was lost.

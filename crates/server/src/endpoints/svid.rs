@@ -108,6 +108,7 @@ impl Svid for Endpoint {
         request: Request<MintX509svidRequest>,
     ) -> Result<Response<MintX509svidResponse>, Status> {
         let caller = Caller::operator(&self.0, &request)?;
+        self.0.within_sign_limit(&request, 1)?;
         let request = request.into_inner();
         let key = RequestedKey::from_csr(&request.csr).map_err(invalid)?;
         let id = parse_workload_id(key.uri().ok_or_else(|| invalid("the CSR has no URI name"))?).map_err(invalid)?;
@@ -158,6 +159,7 @@ impl Svid for Endpoint {
         request: Request<MintJwtsvidRequest>,
     ) -> Result<Response<MintJwtsvidResponse>, Status> {
         let caller = Caller::operator(&self.0, &request)?.to_string();
+        self.0.within_token_limit(&request)?;
         let asked = request.into_inner();
         let id = id_from_wire("id", asked.id).map_err(invalid)?;
         self.refuse_foreign(tokens::KIND, &caller, &id)?;

@@ -81,6 +81,7 @@ async fn an_operator_mints_tokens_that_end_with_their_authority_at_the_latest() 
     let audit = world.audit();
     let kind = "\"kind\":\"jwt_svid\"";
     assert!(audit.lines().filter(|l| l.contains(kind) && l.contains("spiffe://td/web")).count() == 3, "{audit}");
+    assert!(audit.contains("\"audience\":[\"db\""), "{audit}");
     assert!(!audit.contains(&minted.token[minted.token.len() - 20..]), "the token itself is told to its holder alone");
 }
 

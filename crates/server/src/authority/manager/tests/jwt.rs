@@ -193,3 +193,75 @@ async fn a_jwt_authority_that_cannot_be_made_keeps_no_server_from_signing_certif
     a.rotate().await.unwrap();
     assert!(judge(&a, &sign_token(&a, 60).await.unwrap()).is_ok());
 }
+
+/// An upstream that does not answer.
+struct Away;
+
+#[async_trait::async_trait]
+impl UpstreamAuthority for Away {
+    fn name(&self) -> String {
+        "away".into()
+    }
+
+    async fn sign_intermediate(
+        &self,
+        _: &TrustDomain,
+        _: &[u8],
+        _: Duration,
+        _: OffsetDateTime,
+    ) -> Result<crate::upstream_authority::UpstreamSigned, crate::upstream_authority::UpstreamError> {
+        let (upstream, why) = ("away".to_owned(), "no answer".to_owned());
+        Err(crate::upstream_authority::UpstreamError::Unreachable { upstream, why })
+    }
+}
+
+#[tokio::test]
+async fn with_the_upstream_away_tokens_are_signed_on_and_on() {
+    let world = World::new().await;
+    drop(world.authorities().await);
+    let a = Authorities::load(world.settings(world.keys.clone(), Some(Arc::new(Away)))).await.unwrap();
+    world.pass(296);
+    assert!(a.rotate().await.is_err(), "no CA is signed");
+    assert_eq!((statuses(&a), jwt_statuses(&a)), (vec!["active"], vec!["active", "prepared"]));
+    world.pass(203);
+    assert!(a.rotate().await.is_err());
+    assert_eq!(jwt_statuses(&a), ["old", "active"]);
+    world.pass(112);
+    assert!(judge(&a, &sign_token(&a, 60).await.unwrap()).is_ok(), "the first one has ended");
+}
+
+/// A key manager one of whose keys cannot be had.
+struct Withholds(Arc<Memory>, String);
+
+#[async_trait::async_trait]
+impl KeyManager for Withholds {
+    async fn generate(&self, name: &str, key_type: KeyType) -> Result<Arc<dyn Signer>, KeyManagerError> {
+        self.0.generate(name, key_type).await
+    }
+
+    async fn get(&self, name: &str) -> Result<Option<Arc<dyn Signer>>, KeyManagerError> {
+        if name == self.1 { Err(KeyManagerError::BrokenOff("slot 3".into())) } else { self.0.get(name).await }
+    }
+
+    async fn names(&self) -> Result<Vec<String>, KeyManagerError> {
+        self.0.names().await
+    }
+
+    async fn remove(&self, name: &str) -> Result<(), KeyManagerError> {
+        self.0.remove(name).await
+    }
+}
+
+#[tokio::test]
+async fn a_jwt_key_that_cannot_be_read_stops_no_server_and_is_replaced() {
+    let world = World::new().await;
+    let record = of_kind(&world.authorities().await, Kind::Jwt)[0].clone();
+    let withholds = Arc::new(Withholds(world.keys.clone(), record.key_name));
+    let a = Authorities::load(world.settings(withholds, None)).await.unwrap();
+    assert_eq!((statuses(&a), jwt_statuses(&a)), (vec!["active"], vec!["old", "active"]));
+    assert!(published(&a).contains(&record.id), "its tokens are good until they end");
+    assert_ne!(sign_token(&a, 60).await.unwrap().authority_id, record.id);
+    let of_ca = of_kind(&a, Kind::X509)[0].key_name.clone();
+    let withholds = Arc::new(Withholds(world.keys.clone(), of_ca));
+    assert!(Authorities::load(world.settings(withholds, None)).await.is_err(), "without its CA a server says why");
+}
