@@ -284,7 +284,11 @@ fn put_first(spec: &mut Value, list: &str, container: Value) {
 /// redirected too. The presence of the sidecar decides, not a label, which may have changed since.
 ///
 /// `before`: the pod as the API server has it. A kubelet starts ephemeral containers before all others, so before the redirect.
-pub fn judge_ephemeral(pod: &Value, before: Option<&Value>) -> Result<(), Refused> {
+/// What else the request says of the pod the API server drops, so it counts for nothing.
+pub fn judge_ephemeral(asked: &Value, before: Option<&Value>) -> Result<(), Refused> {
+    let mut pod = before.unwrap_or(asked).clone();
+    pod["spec"]["ephemeralContainers"] = asked["spec"]["ephemeralContainers"].clone();
+    let pod = &pod;
     let lists = ["initContainers", "containers"];
     let mut all = lists.iter().flat_map(|list| pod["spec"][*list].as_array().into_iter().flatten());
     if !all.any(|c| c["name"] == SIDECAR) {
@@ -301,7 +305,7 @@ pub fn judge_ephemeral(pod: &Value, before: Option<&Value>) -> Result<(), Refuse
 /// Takes from the new ephemeral containers of a strict pod what its other containers do not have either. `before`: the pod without
 /// them; those that are there already cannot be changed.
 pub fn confine_ephemeral(pod: &mut Value, before: Option<&Value>, leave: &Leave, namespace: &str) {
-    if leave.is_given(namespace) || !drops_other_protocols(pod) {
+    if leave.is_given(namespace) || !drops_other_protocols(before.unwrap_or(pod)) {
         return;
     }
     let names = |pod: &Value| -> Vec<String> {

@@ -416,6 +416,15 @@ fn an_ephemeral_container_of_a_strict_pod_waits_for_the_sidecar() {
     }
     assert_eq!(judge_ephemeral(&stored("initContainerStatuses", true), Some(&pod)), Err(Refused::Early), "as stored");
     assert_eq!(judge_ephemeral(&pod, None), Err(Refused::Early));
+    let mut forged = pod.clone();
+    forged["spec"]["initContainers"] = json!([]);
+    assert_eq!(judge_ephemeral(&forged, Some(&pod)), Err(Refused::Early), "a request without our containers");
+    forged["spec"]["ephemeralContainers"] = json!([{ "name": "sly", "securityContext": { "runAsUser": 2102 } }]);
+    let running = stored("initContainerStatuses", true);
+    assert_eq!(judge_ephemeral(&forged, Some(&running)), Err(Refused::ProxyUid("sly".into())));
+    confine_ephemeral(&mut forged, Some(&running), &Leave::default(), "shop");
+    let drop = &forged["spec"]["ephemeralContainers"][0]["securityContext"]["capabilities"]["drop"];
+    assert_eq!(*drop, json!(["NET_RAW"]));
     let mut permissive = self::pod();
     inject(&mut permissive, &sidecar(), &asks()).unwrap();
     assert_eq!(judge_ephemeral(&permissive, None), Ok(()));
