@@ -41,7 +41,7 @@ class Node:
     def run(self, *command, **options):
         """Runs a command inside all of the node's namespaces."""
         init = (self.dir / "init").read_text()
-        return sp.run(["nsenter", "-t", init, "-n", "-m", "-p", "--", *map(str, command)], text=True, **options)
+        return run(["nsenter", "-t", init, "-n", "-m", "-p", "--", *command], **options)
 
     def stop(self, program):
         """Kills a program and keeps it down."""
@@ -59,7 +59,7 @@ NODES = [Node(1), Node(2)]
 
 
 def sh(command, **options):
-    return sp.run(command, shell=True, check=True, text=True, executable="/bin/bash", **options)
+    return run(["bash", "-c", command], check=True, **options)
 
 
 def pki():
@@ -221,10 +221,15 @@ def kubectl_command(*args):
     return operators(binaries.build() / "kubectl", *args)
 
 
+def run(command, timeout=300, **options):
+    """Runs a command that is killed where it is not done in time: the whole suite would wait with it."""
+    return sp.run([*map(str, command)], text=True, timeout=timeout, **options)
+
+
 def kubectl(*args, check=True, **options):
     """Runs kubectl; its output, or without `check` what became of it."""
     options.setdefault("stdout", sp.PIPE)
-    done = sp.run(kubectl_command(*args), text=True, stderr=sp.PIPE, **options)
+    done = run(kubectl_command(*args), stderr=sp.PIPE, **options)
     if check and done.returncode:
         raise RuntimeError(f"kubectl {' '.join(map(str, args))}: {done.stderr.strip()}")
     return done.stdout if check else done

@@ -1,5 +1,5 @@
 """`tests/cluster/run`: the cluster up, its tests, the cluster down. The whole suite has two clusters, at once."""
-import concurrent.futures, os, pathlib, re, subprocess as sp, sys, tempfile, time, unittest
+import concurrent.futures, os, pathlib, re, signal, subprocess as sp, sys, tempfile, time, unittest
 
 import cluster, images, mesh
 
@@ -11,6 +11,8 @@ FIRST = [f"suite.test_{name}" for name in ("operator", "check", "faults", "rotat
 SECOND = [f"suite.test_{name}" for name in (
     "bootstrap", "csi", "services", "repair", "plain", "rbac.Rbac.test_nothing_that_is_needed_is_refused", "cni",
     "install", "uninstall", "helm", "guide")]
+# Seconds that the tests of a module may take: several times what the longest does.
+LONGEST = 900
 # At the end in the first cluster, by what was done in both.
 LAST = "suite.test_rbac"
 # The second cluster's `COUNTERSIGN_CLUSTER`.
@@ -79,17 +81,24 @@ def run(names, only=lambda case: True):
 
 
 def command(tag, *args):
-    """This script for one of the clusters, in a process of its own."""
-    return sp.run([sys.executable, "-B", __file__, *args], stdout=sp.PIPE, stderr=sp.STDOUT, text=True,
-                  env={**os.environ, "COUNTERSIGN_CLUSTER": tag})
+    """This script for one of the clusters, in a process of its own: what it printed, and whether it did its work."""
+    child = sp.Popen([sys.executable, "-B", __file__, *args], stdout=sp.PIPE, stderr=sp.STDOUT, text=True,
+                     env={**os.environ, "COUNTERSIGN_CLUSTER": tag}, start_new_session=True)
+    try:
+        printed, _ = child.communicate(timeout=LONGEST)
+    except sp.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        printed, _ = child.communicate()
+        printed += f"\n{' '.join(args)} was not done after {LONGEST} s"
+    return printed.rstrip(), child.returncode == 0
 
 
 def run_apart(tag, name, which="--apart"):
     """Runs a module's tests in one of the clusters, and prints what it says at its end; the same numbers."""
     began = time.monotonic()
-    done = command(tag, which, name)
-    print(f"{done.stdout.rstrip()}\n{name} took {time.monotonic() - began:.0f} s in cluster {tag or 1}\n", flush=True)
-    told = re.search(r"^apart: (\d+) passed; (\d+) failed$", done.stdout, re.MULTILINE)
+    printed, _ = command(tag, which, name)
+    print(f"{printed}\n{name} took {time.monotonic() - began:.0f} s in cluster {tag or 1}\n", flush=True)
+    told = re.search(r"^apart: (\d+) passed; (\d+) failed$", printed, re.MULTILINE)
     return (int(told[1]), int(told[2])) if told else (0, 1)
 
 
@@ -108,9 +117,9 @@ def in_second(built):
 
 def begin(tag, built):
     began = time.monotonic()
-    done = command(tag, "--begin", built)
-    print(f"{done.stdout.rstrip()}\ncluster {tag or 1} took {time.monotonic() - began:.0f} s\n", flush=True)
-    if done.returncode:
+    printed, up = command(tag, "--begin", built)
+    print(f"{printed}\ncluster {tag or 1} took {time.monotonic() - began:.0f} s\n", flush=True)
+    if not up:
         raise SystemExit(f"cluster {tag or 1} did not come up")
 
 
@@ -124,7 +133,7 @@ def whole():
             results = [numbers for lane in lanes for numbers in lane.result()]
             results.append(run_apart(cluster.TAG, LAST))
     finally:
-        print(command(OTHER, "down").stdout, end="")
+        print(command(OTHER, "down")[0])
     return [sum(numbers) for numbers in zip(*results)]
 
 

@@ -81,6 +81,18 @@ def pods(namespace, selector):
     return sorted((p for p in found if not p["metadata"].get("deletionTimestamp")), key=lambda p: p["metadata"]["name"])
 
 
+def delete_pods(namespace, *which):
+    """Deletes pods, by name or by `-l` and a selector, and waits until they are gone. It is not kubectl that waits: it
+    did so for half an hour once, for pods that others had replaced within seconds."""
+    found = get("-n", namespace, "pods", *which)
+    uid = lambda pod: pod["metadata"]["uid"]
+    # The next pod of a StatefulSet has the same name.
+    old = {*map(uid, found.get("items", [found]))}
+    kubectl("-n", namespace, "delete", "pods", *which, "--wait=false")
+    gone = lambda: old.isdisjoint(map(uid, get("-n", namespace, "pods")["items"]))
+    wait(f"the end of pods {' '.join(which)}", gone, 120)
+
+
 def logs(namespace, pod, container, **options):
     return kubectl("-n", namespace, "logs", pod, "-c", container, **options)
 

@@ -123,7 +123,7 @@ class Check(unittest.TestCase):
                 self.assertIn("countersign install", last["mend"])
                 self.assertIn("ClusterRoleBinding countersign-server", last["mend"])
                 # The registrar starts anew, so that no watch lives on that was allowed when it began.
-                kubectl("-n", NAMESPACE, "delete", "pod", "countersign-server-0")
+                mesh.delete_pods(NAMESPACE, "countersign-server-0")
                 kubectl("-n", ns, "apply", "-f", "-", input=bare("late"))
                 self.caused("pod/late", ns, "RBAC", "there is no ClusterRoleBinding countersign-server")
         with without("clusterrolebinding/countersign-agent"):

@@ -102,7 +102,7 @@ class Csi(unittest.TestCase):
         self.assertEqual(identity(ns, node.name), own)
         # The agent's pod is deleted, and its driver with it: the socket is another one, in the same folder.
         agent = mesh.agent_on(node.name)
-        kubectl("-n", NAMESPACE, "delete", "pod", agent)
+        mesh.delete_pods(NAMESPACE, agent)
         mesh.ready()
         self.assertNotEqual(mesh.agent_on(node.name), agent)
         self.assertEqual(wait("the same mount to reach the new agent", lambda: identity(ns, node.name), 30), own)

@@ -54,7 +54,7 @@ class Faults(unittest.TestCase):
     def test_agent_pods_deleted(self):
         with mesh.namespace("no-agent") as ns:
             def break_it():
-                kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app.kubernetes.io/component=agent")
+                mesh.delete_pods(NAMESPACE, "-l", "app.kubernetes.io/component=agent")
                 mesh.ready()
                 time.sleep(2)
             self.under_load(ns, break_it)
@@ -63,7 +63,7 @@ class Faults(unittest.TestCase):
     def test_server_pod_deleted(self):
         with mesh.namespace("no-server") as ns:
             def break_it():
-                kubectl("-n", NAMESPACE, "delete", "pod", "countersign-server-0")
+                mesh.delete_pods(NAMESPACE, "countersign-server-0")
                 mesh.ready()
                 time.sleep(2)
             self.under_load(ns, break_it)
@@ -124,7 +124,7 @@ class Faults(unittest.TestCase):
                 # Both start anew, so that nobody waits for the end of a watch that was allowed.
                 tasks = server.run("ctr", "-n", "k8s.io", "task", "ls", stdout=sp.PIPE, check=True).stdout
                 server.run("kill", next(line.split()[1] for line in tasks.splitlines() if line.startswith(registrar)))
-                kubectl("-n", NAMESPACE, "delete", "pod", mesh.agent_on("node2"))
+                mesh.delete_pods(NAMESPACE, mesh.agent_on("node2"))
                 agents = lambda: mesh.pods(NAMESPACE, "app.kubernetes.io/component=agent")
                 agent = wait("the next agent", lambda: next((p["metadata"]["name"] for p in agents()
                                                              if p["spec"].get("nodeName") == "node2"), None), 20)
@@ -149,7 +149,7 @@ class Faults(unittest.TestCase):
     def test_injectors_deleted(self):
         with mesh.namespace("no-injector") as ns:
             def break_it():
-                kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app.kubernetes.io/component=injector")
+                mesh.delete_pods(NAMESPACE, "-l", "app.kubernetes.io/component=injector")
                 mesh.ready()
             self.under_load(ns, break_it)
             self.new_pod_works(ns)

@@ -62,7 +62,7 @@ class Identity(unittest.TestCase):
                 self.assertEqual(entry["parent_id"], f"spiffe://{TRUST_DOMAIN}/spire/agent/k8s_psat/test/{nodes[node]}")
                 self.assertEqual(entry["selectors"], [f"k8s:pod-uid:{uid}"])
                 self.assertEqual(entry["dns_names"], [f"web.{ns}.svc"])
-            kubectl("-n", ns, "delete", "pod", running[0]["metadata"]["name"])
+            mesh.delete_pods(ns, running[0]["metadata"]["name"])
             gone = running[0]["metadata"]["name"]
             wait("its object to go with the pod",
                  lambda: kubectl("-n", ns, "get", "spiffeid", gone, check=False).returncode != 0, 20)
@@ -75,7 +75,7 @@ class Identity(unittest.TestCase):
             kubectl("-n", "kube-public", "wait", "pod/idle", "--for=condition=Ready", "--timeout=60s")
             self.assertEqual(get("-n", "kube-public", "spiffeids")["items"], [])
         finally:
-            kubectl("-n", "kube-public", "delete", "pod", "idle")
+            mesh.delete_pods("kube-public", "idle")
 
     def test_15_the_agent_holds_the_svid_before_anybody_asks(self):
         with mesh.namespace("before", inject=False) as ns:
@@ -302,7 +302,7 @@ sys.exit("the pid was not to be had")
             mesh.deploy(ns, stateful.replace("spec:\n  replicas", "spec:\n  serviceName: db\n  replicas"))
             first_uid = get("-n", ns, "pod", "db-0")["metadata"]["uid"]
             first = self.entry_of(ns, "db-0")
-            kubectl("-n", ns, "delete", "pod", "db-0")
+            mesh.delete_pods(ns, "db-0")
             kubectl("-n", ns, "rollout", "status", "statefulset/db", "--timeout=60s")
             pod = get("-n", ns, "pod", "db-0")
             self.assertNotEqual(pod["metadata"]["uid"], first_uid)

@@ -88,7 +88,7 @@ class Rbac(unittest.TestCase):
             kubectl("-n", NAMESPACE, "delete", "lease", "countersign-registrar")
             wait("a leader", lambda: kubectl("-n", NAMESPACE, "get", "lease", "countersign-registrar", check=False)
                  .returncode == 0, 60)
-            kubectl("-n", NAMESPACE, "delete", "pods", "-l", COUNTERSIGN)
+            mesh.delete_pods(NAMESPACE, "-l", COUNTERSIGN)
             mesh.ready()
             spiffeids = lambda: get("-n", ns, "spiffeids")["items"]
             wait("its identity", spiffeids, 30)

@@ -47,7 +47,7 @@ def patch(*what, **change):
 
 
 def restart_agents():
-    kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app.kubernetes.io/component=agent")
+    mesh.delete_pods(NAMESPACE, "-l", "app.kubernetes.io/component=agent")
     mesh.ready()
 
 
@@ -132,7 +132,7 @@ class Repair(unittest.TestCase):
             try:
                 last = self.failed("settings", "no ConfigMap countersign-mesh, so the mesh is strict")
                 self.assertIn("countersign install", last["mend"])
-                kubectl("-n", NAMESPACE, "delete", "pod", "countersign-server-0")
+                mesh.delete_pods(NAMESPACE, "countersign-server-0")
                 restart_agents()
                 self.a_new_pod_works(ns)
                 refused = run_in(bare, pod_of(bare, "stranger"), "curl", "-sS", "-m", "5", f"http://fresh.{ns}:8080/",
@@ -220,7 +220,7 @@ class Repair(unittest.TestCase):
                 last = recovered(ns, last)
                 self.assertIn("the server has none", found()["volume"]["found"])
                 kubectl("-n", ns, "delete", "deployment", "fresh")
-                kubectl("-n", NAMESPACE, "delete", "pod", "countersign-server-0")
+                mesh.delete_pods(NAMESPACE, "countersign-server-0")
                 last = recovered(ns, last)
             finally:
                 remove_set()

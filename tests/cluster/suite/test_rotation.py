@@ -64,7 +64,7 @@ class Rotation(unittest.TestCase):
             node.run("bash", "-c", "rm -rf /var/lib/countersign/*")
         mesh.install("server.upstreamSecret=upstream", "server.caTTL=2m", "server.svidTTL=40s")
         wait("the new root in the ConfigMap", lambda: certificates(configmap()) == certificates(root), 30)
-        kubectl("-n", NAMESPACE, "delete", "pods", "-l", "app.kubernetes.io/component=agent")
+        mesh.delete_pods(NAMESPACE, "-l", "app.kubernetes.io/component=agent")
         kubectl("-n", NAMESPACE, "rollout", "restart", "deployment/countersign-injector")
         mesh.ready()
         with mesh.namespace("rotation") as ns:

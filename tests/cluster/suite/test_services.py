@@ -126,7 +126,7 @@ class Services(unittest.TestCase):
             self.assertGreater(len(seen), 1, ns)
         # It moves when its endpoint goes, and stays with the next one.
         stuck = next(iter(call(MESHED, "node1", f"sticky.{MESHED}", number=1))).split()[0]
-        kubectl("-n", MESHED, "delete", "pod", stuck)
+        mesh.delete_pods(MESHED, stuck)
         moved = call(MESHED, "node1", f"sticky.{MESHED}")
         self.assertEqual(list(moved.values()), [24], moved)
         self.assertNotIn(stuck, str(moved))

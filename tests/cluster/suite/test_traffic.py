@@ -138,7 +138,7 @@ class Traffic(unittest.TestCase):
             pod = pod_of(ns, "web")
             follow = sp.Popen(cluster.kubectl_command("-n", ns, "logs", "-f", pod, "-c", "app"), stdout=sp.PIPE,
                               stderr=sp.STDOUT, text=True)
-            kubectl("-n", ns, "delete", "pod", pod)
+            mesh.delete_pods(ns, pod)
             said = follow.communicate(timeout=60)[0]
             self.assertIn("GET /tmp", said, "the HTTPS probe")
             self.assertIn("GET /etc/hostname", said, "the preStop hook")
