@@ -95,6 +95,19 @@ impl Entries {
         self.index.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The index in which what has expired by now does not count.
+    fn index_at(&self, now: OffsetDateTime) -> std::sync::RwLockReadGuard<'_, Index> {
+        self.expire(now);
+        self.index()
+    }
+
+    /// Makes a change of each entry that has expired by now, of which agents are notified.
+    pub fn expire(&self, now: OffsetDateTime) {
+        if !self.index().is_of(now) {
+            self.change(|index| index.advance(now));
+        }
+    }
+
     /// Notifies of each change, with the new revision.
     pub fn revisions(&self) -> watch::Receiver<u64> {
         self.revision.subscribe()
@@ -127,7 +140,7 @@ impl Entries {
 
     /// Whether an unexpired `admin` entry exists for this ID.
     pub fn is_admin(&self, id: &SpiffeId, now: OffsetDateTime) -> bool {
-        self.index().admins(&id.to_string()).any(|e| !e.is_expired(now))
+        self.index_at(now).is_admin(&id.to_string())
     }
 
     /// Adds entries. Existing ones are reported and left unchanged. If the store fails, nothing has changed.
@@ -253,23 +266,21 @@ impl Entries {
         done
     }
 
-    /// All entries that an agent may serve: its own, those of its aliases, and everything below them.
-    pub fn authorized(&self, agent: &AttestedAgent) -> Vec<Arc<Entry>> {
-        self.index().authorized(agent)
+    /// All entries that an agent may serve now: its own, those of its aliases, and everything below them. An expired entry is
+    /// none of them, and leads to none.
+    pub fn authorized(&self, agent: &AttestedAgent, now: OffsetDateTime) -> Vec<Arc<Entry>> {
+        self.index_at(now).authorized(agent)
     }
 
-    /// One entry, if the agent may serve it.
-    pub fn authorized_one(&self, agent: &AttestedAgent, id: &EntryId) -> Option<Arc<Entry>> {
-        let index = self.index();
-        let entry = index.get(id)?;
-        let is_own = entry.parent_id == agent.id;
-        (is_own || index.reaches(&index.starts(agent), &entry.parent_id.to_string())).then(|| entry.clone())
+    /// One entry, if the agent may serve it now.
+    pub fn authorized_one(&self, agent: &AttestedAgent, id: &EntryId, now: OffsetDateTime) -> Option<Arc<Entry>> {
+        self.index_at(now).authorized_one(agent, id).cloned()
     }
 
     /// What changed for an agent since `revision`, with the current revision. A snapshot if `revision` is too old or
     /// unknown.
-    pub fn since(&self, agent: &AttestedAgent, revision: Option<u64>) -> (u64, Update) {
-        self.index().since(agent, revision)
+    pub fn since(&self, agent: &AttestedAgent, revision: Option<u64>, now: OffsetDateTime) -> (u64, Update) {
+        self.index_at(now).since(agent, revision)
     }
 }
 

@@ -12,10 +12,14 @@ use crate::own_svid::OwnSvid;
 /// Interval between two checks for due work; shorter if the CA lifetime is short.
 const CHECK: Duration = Duration::from_secs(10);
 
+/// Interval between two looks for entries that have expired.
+const EXPIRY: Duration = Duration::from_secs(1);
+
 /// Starts all jobs; they end with the server.
 pub fn start(core: &Arc<Core>, own: &Arc<OwnSvid>) {
     core.tasks.spawn(rotate(core.clone()));
     core.tasks.spawn(renew_own_svid(core.clone(), own.clone()));
+    core.tasks.spawn(expire_entries(core.clone()));
     core.tasks.spawn(observe(core.clone(), own.clone()));
     core.tasks.spawn(reopen_audit(core.clone()));
 }
@@ -63,6 +67,13 @@ async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
         if !go_on {
             return;
         }
+    }
+}
+
+/// Tells agents of entries that expire, as soon as they do: what hangs below an expired entry goes with it.
+async fn expire_entries(core: Arc<Core>) {
+    while pause(&core, EXPIRY).await {
+        core.entries.expire(core.now());
     }
 }
 

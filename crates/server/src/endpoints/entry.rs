@@ -287,15 +287,8 @@ impl EntryService for Endpoint {
     ) -> Result<Response<GetAuthorizedEntriesResponse>, Status> {
         let agent = Caller::agent(&self.0, &request)?;
         let mask = request.into_inner().output_mask;
-        let now = self.0.now();
-        let entries = self
-            .0
-            .entries
-            .authorized(&agent)
-            .iter()
-            .filter(|e| !e.is_expired(now))
-            .map(|e| masks::entry(entry_to_wire(e), mask))
-            .collect();
+        let entries = self.0.entries.authorized(&agent, self.0.now());
+        let entries = entries.iter().map(|e| masks::entry(entry_to_wire(e), mask)).collect();
         Ok(Response::new(GetAuthorizedEntriesResponse { entries }))
     }
 
@@ -308,8 +301,7 @@ impl EntryService for Endpoint {
         let cut_off = cut_off(&self.0, &request);
         let mut requests = request.into_inner();
         let first = requests.message().await?.ok_or_else(|| invalid("the first message is missing"))?;
-        let now = self.0.now();
-        let entries: Vec<_> = self.0.entries.authorized(&agent).into_iter().filter(|e| !e.is_expired(now)).collect();
+        let entries = self.0.entries.authorized(&agent, self.0.now());
         let (tx, rx) = mpsc::channel(4);
         let core = self.0.clone();
         self.0.tasks.spawn(async move {

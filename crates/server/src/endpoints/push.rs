@@ -106,7 +106,7 @@ impl Stream {
             if self.epoch != epoch {
                 (self.epoch, self.revision) = (epoch, None);
             }
-            let (revision, update) = core.entries.since(&agent, self.revision);
+            let (revision, update) = core.entries.since(&agent, self.revision, core.now());
             let (snapshot, upserted, removed) = match update {
                 Update::Snapshot(entries) => (true, entries, vec![]),
                 Update::Delta { upserted, removed } => (false, upserted, removed),

@@ -59,7 +59,7 @@ fn not_yet<T>(what: &str) -> Result<Response<T>, Status> {
 
 /// The entry with this ID, if this agent may have SVIDs for it now.
 fn authorized(core: &Core, kind: &'static str, agent: &AttestedAgent, id: &EntryId) -> Result<Arc<Entry>, Status> {
-    core.entries.authorized_one(agent, id).filter(|e| !e.is_expired(core.now())).ok_or_else(|| {
+    core.entries.authorized_one(agent, id, core.now()).ok_or_else(|| {
         let why = "the entry does not exist or is not this agent's";
         core.refuse(kind, &agent.id.to_string(), id.as_str(), "", "not_authorized", why);
         Status::not_found(why)

@@ -6,6 +6,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use countersign_identity::{Entry, EntryId, Selector};
+use time::OffsetDateTime;
 
 use super::Update;
 use crate::agents::AttestedAgent;
@@ -25,6 +26,10 @@ pub struct Index {
     aliases: HashMap<Selector, BTreeSet<EntryId>>,
     /// Entries with `admin`, by SPIFFE ID.
     admins: HashMap<String, BTreeSet<EntryId>>,
+    /// Entries that expire, by when.
+    ends: BTreeMap<OffsetDateTime, BTreeSet<EntryId>>,
+    /// What has expired by now counts as if it were not there, and so does what only hangs below it.
+    now: OffsetDateTime,
     log: VecDeque<Change>,
     /// Grows by one with each change.
     pub revision: u64,
@@ -82,6 +87,8 @@ impl Index {
             by_spiffe_id: HashMap::new(),
             aliases: HashMap::new(),
             admins: HashMap::new(),
+            ends: BTreeMap::new(),
+            now: OffsetDateTime::UNIX_EPOCH,
             log: VecDeque::new(),
             revision: 0,
         }
@@ -109,9 +116,14 @@ impl Index {
         siblings.iter().filter_map(|id| self.by_id.get(id)).find(|e| e.registers_the_same_as(entry))
     }
 
-    /// The `admin` entries of a SPIFFE ID, including expired ones.
-    pub fn admins(&self, spiffe_id: &str) -> impl Iterator<Item = &Arc<Entry>> {
-        self.admins.get(spiffe_id).into_iter().flatten().filter_map(|id| self.by_id.get(id))
+    /// Whether a SPIFFE ID has an `admin` entry.
+    pub fn is_admin(&self, spiffe_id: &str) -> bool {
+        self.admins.get(spiffe_id).is_some_and(|ids| ids.iter().any(|id| self.live(id).is_some()))
+    }
+
+    /// An entry that exists and has not expired.
+    fn live(&self, id: &EntryId) -> Option<&Arc<Entry>> {
+        self.by_id.get(id).filter(|e| !e.is_expired(self.now))
     }
 
     /// Adds or replaces an entry.
@@ -140,6 +152,31 @@ impl Index {
         }
     }
 
+    /// Whether the answers of now are those of `now`: no entry expires between the two.
+    pub fn is_of(&self, now: OffsetDateTime) -> bool {
+        self.ends_between(now).next().is_none()
+    }
+
+    /// Brings the index to another time, which is a change of each entry that expires on the way. Of time that went backwards
+    /// too: the entries are there again.
+    pub fn advance(&mut self, now: OffsetDateTime) {
+        let changed: Vec<EntryId> = self.ends_between(now).cloned().collect();
+        self.now = now;
+        for entry in changed {
+            let Some(entry) = self.by_id.get(&entry).cloned() else { continue };
+            let structural = self.is_structural(&entry);
+            self.record(entry.id.clone(), vec![Link::of(&entry)], structural);
+        }
+    }
+
+    /// An entry expires at its end and not after it.
+    fn ends_between(&self, now: OffsetDateTime) -> impl Iterator<Item = &EntryId> {
+        let between = (Bound::Excluded(self.now.min(now)), Bound::Included(self.now.max(now)));
+        // A range that excludes both its ends must not be empty, and this one is no range where the time stands still.
+        let ends = (self.now != now).then(|| self.ends.range(between));
+        ends.into_iter().flatten().flat_map(|(_, ids)| ids)
+    }
+
     /// Clears the log of changes after loading, which no agent has seen.
     pub fn clear_log(&mut self) {
         self.log.clear();
@@ -161,6 +198,9 @@ impl Index {
         if entry.admin {
             self.admins.entry(spiffe_id.clone()).or_default().insert(id.clone());
         }
+        if let Some(end) = entry.expires_at {
+            self.ends.entry(end).or_default().insert(id.clone());
+        }
         self.by_parent.entry(parent.clone()).or_default().insert(id.clone());
         self.by_spiffe_id.entry(spiffe_id).or_default().entry(parent).or_default().insert(id.clone());
     }
@@ -173,6 +213,14 @@ impl Index {
         }
         if entry.admin {
             take_out(&mut self.admins, &spiffe_id, id);
+        }
+        if let Some(end) = entry.expires_at
+            && let Some(ids) = self.ends.get_mut(&end)
+        {
+            ids.remove(id);
+            if ids.is_empty() {
+                self.ends.remove(&end);
+            }
         }
         take_out(&mut self.by_parent, &parent, id);
         if let Some(by_parent) = self.by_spiffe_id.get_mut(&spiffe_id) {
@@ -207,18 +255,31 @@ impl Index {
     }
 
     fn children(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
-        self.by_parent.get(parent).into_iter().flatten().filter_map(|id| self.by_id.get(id))
+        self.by_parent.get(parent).into_iter().flatten().filter_map(|id| self.live(id))
+    }
+
+    /// The parents of a SPIFFE ID's entries.
+    fn parents(&self, spiffe_id: &str) -> impl Iterator<Item = &str> {
+        let by_parent = self.by_spiffe_id.get(spiffe_id).into_iter().flatten();
+        by_parent.filter(|(_, ids)| ids.iter().any(|id| self.live(id).is_some())).map(|(parent, _)| parent.as_str())
     }
 
     /// The SPIFFE IDs at which an agent's part of the tree starts.
-    pub fn starts(&self, agent: &AttestedAgent) -> Starts {
+    fn starts(&self, agent: &AttestedAgent) -> Starts {
         let aliases = agent.selectors.iter().filter_map(|s| self.aliases.get(s)).flatten();
-        let aliases = aliases.filter_map(|id| self.by_id.get(id)).filter(|e| e.applies_to(&agent.selectors));
+        let aliases = aliases.filter_map(|id| self.live(id)).filter(|e| e.applies_to(&agent.selectors));
         Starts(std::iter::once(agent.id.to_string()).chain(aliases.map(|e| e.spiffe_id.to_string())).collect())
     }
 
+    /// One entry, if the agent may hand it out.
+    pub fn authorized_one(&self, agent: &AttestedAgent, id: &EntryId) -> Option<&Arc<Entry>> {
+        let entry = self.live(id)?;
+        let is_own = entry.parent_id == agent.id;
+        (is_own || self.reaches(&self.starts(agent), &entry.parent_id.to_string())).then_some(entry)
+    }
+
     /// Whether what hangs below `parent` is in the part of the tree that begins there.
-    pub fn reaches(&self, starts: &Starts, parent: &str) -> bool {
+    fn reaches(&self, starts: &Starts, parent: &str) -> bool {
         self.has_reached(starts, parent, &Past::default())
     }
 
@@ -232,7 +293,7 @@ impl Index {
             }
             // Two entries may be each other's parent, so each ID is visited once.
             if seen.insert(at) {
-                todo.extend(self.by_spiffe_id.get(at).into_iter().flat_map(BTreeMap::keys).map(String::as_str));
+                todo.extend(self.parents(at));
                 todo.extend(past.0.get(at).into_iter().flatten());
             }
         }
@@ -258,7 +319,7 @@ impl Index {
             if !seen.insert(&change.id) {
                 continue;
             }
-            match self.get(&change.id) {
+            match self.live(&change.id) {
                 Some(e) if self.reaches(&starts, &e.parent_id.to_string()) => upserted.push(e.clone()),
                 _ => removed.push(change.id.clone()),
             }

@@ -9,6 +9,9 @@ use crate::datastore::Sqlite;
 use countersign_identity::SpiffeId;
 use time::OffsetDateTime;
 
+/// Before any entry of these tests expires.
+const EARLY: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
+
 fn entry(id: &str, spiffe: &str, parent: &str, selector: &str) -> Entry {
     Entry {
         id: id.parse().unwrap(),
@@ -79,9 +82,9 @@ async fn an_agent_gets_its_own_entries_its_aliases_and_what_hangs_below() {
         ],
     )
     .await;
-    assert_eq!(ids(e.authorized(&agent("1", "x:rack:7"))), ["below", "grouped", "own"]);
-    assert_eq!(ids(e.authorized(&agent("1", "x:rack:8"))), ["below", "own"]);
-    assert_eq!(ids(e.authorized(&agent("2", "x:rack:8"))), ["other"]);
+    assert_eq!(ids(e.authorized(&agent("1", "x:rack:7"), EARLY)), ["below", "grouped", "own"]);
+    assert_eq!(ids(e.authorized(&agent("1", "x:rack:8"), EARLY)), ["below", "own"]);
+    assert_eq!(ids(e.authorized(&agent("2", "x:rack:8"), EARLY)), ["other"]);
 }
 
 #[tokio::test]
@@ -89,27 +92,30 @@ async fn a_change_reaches_the_agent_it_concerns_and_costs_what_was_missed() {
     let dir = tempfile::tempdir().unwrap();
     let e = entries(&dir).await;
     let (one, two) = (agent("1", "x:y:z"), agent("2", "x:y:z"));
-    let (start, first) = e.since(&one, None);
+    let (start, first) = e.since(&one, None, EARLY);
     assert_eq!(first, Update::Snapshot(vec![]));
     put(&e, vec![entry("a", "/a", "/spire/agent/x/1", "unix:uid:1")]).await;
-    let (rev, update) = e.since(&one, Some(start));
+    let (rev, update) = e.since(&one, Some(start), EARLY);
     assert!(
         matches!(update, Update::Delta { upserted, removed } if ids(upserted.clone()) == ["a"] && removed.is_empty())
     );
     let nothing = Update::Delta { upserted: vec![], removed: vec![] };
-    assert_eq!(e.since(&two, Some(start)).1, nothing, "another agent learns nothing of it");
-    assert_eq!(e.since(&one, Some(rev)).1, nothing);
+    assert_eq!(e.since(&two, Some(start), EARLY).1, nothing, "another agent learns nothing of it");
+    assert_eq!(e.since(&one, Some(rev), EARLY).1, nothing);
     // It moves to the other agent: one loses it, two gains it.
     put(&e, vec![entry("a", "/a", "/spire/agent/x/2", "unix:uid:1")]).await;
     assert!(
-        matches!(e.since(&one, Some(rev)).1, Update::Delta { upserted, removed } if upserted.is_empty() && removed.len() == 1)
+        matches!(e.since(&one, Some(rev), EARLY).1, Update::Delta { upserted, removed } if upserted.is_empty() && removed.len() == 1)
     );
     assert!(
-        matches!(e.since(&two, Some(rev)).1, Update::Delta { upserted, removed } if upserted.len() == 1 && removed.is_empty())
+        matches!(e.since(&two, Some(rev), EARLY).1, Update::Delta { upserted, removed } if upserted.len() == 1 && removed.is_empty())
     );
     e.delete(&["a".parse().unwrap()]).await.unwrap();
-    assert!(matches!(e.since(&two, Some(rev)).1, Update::Delta { removed, .. } if removed.len() == 1));
-    assert!(matches!(e.since(&one, Some(rev + 1_000_000)).1, Update::Snapshot(_)), "a revision from another world");
+    assert!(matches!(e.since(&two, Some(rev), EARLY).1, Update::Delta { removed, .. } if removed.len() == 1));
+    assert!(
+        matches!(e.since(&one, Some(rev + 1_000_000), EARLY).1, Update::Snapshot(_)),
+        "a revision from another world"
+    );
 }
 
 #[tokio::test]
@@ -124,9 +130,9 @@ async fn an_entry_goes_with_its_parent_in_whatever_order_they_are_deleted() {
             vec![entry("parent", "/a", "/spire/agent/x/1", "unix:uid:1"), entry("child", "/b", "/a", "unix:uid:2")],
         )
         .await;
-        let (revision, _) = e.since(&one, None);
+        let (revision, _) = e.since(&one, None, EARLY);
         e.delete(&order.map(Clone::clone)).await.unwrap();
-        match e.since(&one, Some(revision)).1 {
+        match e.since(&one, Some(revision), EARLY).1 {
             Update::Snapshot(all) => assert!(all.is_empty()),
             Update::Delta { removed, .. } => {
                 assert!(removed.contains(&child) && removed.contains(&parent), "{removed:?}");
@@ -136,10 +142,10 @@ async fn an_entry_goes_with_its_parent_in_whatever_order_they_are_deleted() {
     // The same when the parent stays and goes by another name.
     put(&e, vec![entry("parent", "/a", "/spire/agent/x/1", "unix:uid:1"), entry("child", "/b", "/a", "unix:uid:2")])
         .await;
-    let (revision, _) = e.since(&one, None);
+    let (revision, _) = e.since(&one, None, EARLY);
     e.delete(std::slice::from_ref(&child)).await.unwrap();
     put(&e, vec![entry("parent", "/c", "/spire/agent/x/1", "unix:uid:1")]).await;
-    assert!(matches!(e.since(&one, Some(revision)).1, Update::Delta { removed, .. } if removed == [child]));
+    assert!(matches!(e.since(&one, Some(revision), EARLY).1, Update::Delta { removed, .. } if removed == [child]));
 }
 
 #[tokio::test]
@@ -148,6 +154,55 @@ async fn what_was_stored_is_there_after_a_restart() {
     let before = entry("a", "/a", "/spire/agent/x/1", "unix:uid:1");
     put(&entries(&dir).await, vec![before.clone()]).await;
     assert_eq!(*entries(&dir).await.get(&"a".parse().unwrap()).unwrap(), before);
+}
+
+#[tokio::test]
+async fn an_expired_entry_is_served_to_nobody_and_leads_to_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let e = entries(&dir).await;
+    let one = agent("1", "x:rack:7");
+    let end = EARLY + Duration::from_secs(60);
+    let ends = |entry| Entry { expires_at: Some(end), ..entry };
+    put(
+        &e,
+        vec![
+            ends(entry("alias", "/group", "/spire/server", "x:rack:7")),
+            entry("grouped", "/c", "/group", "unix:uid:3"),
+            ends(entry("parent", "/a", "/spire/agent/x/1", "unix:uid:1")),
+            entry("below", "/b", "/a", "unix:uid:2"),
+            entry("own", "/d", "/spire/agent/x/1", "unix:uid:4"),
+        ],
+    )
+    .await;
+    let served = |now| ids(e.authorized(&one, now));
+    let one_by_one = |now| {
+        let mut found = e.page(None, 9, |_| true);
+        found.retain(|entry| e.authorized_one(&one, &entry.id, now).is_some());
+        ids(found)
+    };
+    let before = end - Duration::from_nanos(1);
+    assert_eq!(served(before), ["below", "grouped", "own", "parent"]);
+    assert_eq!(one_by_one(before), served(before));
+    let (revision, _) = e.since(&one, None, before);
+    let mut told = e.revisions();
+    told.mark_unchanged();
+    e.expire(before);
+    assert!(!told.has_changed().unwrap(), "nothing has expired yet");
+    e.expire(end);
+    assert!(told.has_changed().unwrap(), "agents are told at once");
+    assert_eq!(served(end), ["own"]);
+    assert_eq!(one_by_one(end), ["own"]);
+    let mut held = e.authorized(&one, before);
+    match e.since(&one, Some(revision), end).1 {
+        Update::Snapshot(all) => held = all,
+        Update::Delta { removed, .. } => held.retain(|entry| !removed.contains(&entry.id)),
+    }
+    assert_eq!(ids(held), ["own"]);
+    // One that is prolonged leads on.
+    let later =
+        |before: &Entry| Ok::<_, ()>(Entry { expires_at: Some(end + Duration::from_secs(1)), ..before.clone() });
+    e.update(&"alias".parse().unwrap(), later).await.unwrap();
+    assert_eq!(served(end), ["grouped", "own"]);
 }
 
 mod model;

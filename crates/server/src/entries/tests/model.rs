@@ -25,11 +25,18 @@ fn random_entry(numbers: &mut Numbers, id: u64) -> Entry {
         made.selectors.insert(format!("x:row:{}", numbers.below(2)).parse().unwrap());
     }
     made.admin = numbers.below(4) == 0;
+    made.expires_at = (numbers.below(3) == 0).then(|| at(1 + numbers.below(50)));
     made
 }
 
+/// A point in time, in seconds after `EARLY`.
+fn at(seconds: u64) -> OffsetDateTime {
+    EARLY + Duration::from_secs(seconds)
+}
+
 /// The entries that an agent may serve, by repeating until nothing is added.
-fn naive(all: &[Entry], agent: &AttestedAgent) -> BTreeSet<EntryId> {
+fn naive(all: &[Entry], agent: &AttestedAgent, now: OffsetDateTime) -> BTreeSet<EntryId> {
+    let all: Vec<&Entry> = all.iter().filter(|e| !e.is_expired(now)).collect();
     let root = "spiffe://td/spire/server";
     let mut parents = BTreeSet::from([agent.id.to_string()]);
     let aliases = all.iter().filter(|e| e.parent_id.to_string() == root && e.applies_to(&agent.selectors));
@@ -51,22 +58,23 @@ fn agents() -> [AttestedAgent; 3] {
     [agent("1", "x:rack:0"), both, agent("3", "x:rack:2")]
 }
 
-async fn assert_like_the_model(e: &Entries, store: &dyn DataStore) {
+async fn assert_like_the_model(e: &Entries, store: &dyn DataStore, now: OffsetDateTime) {
     let all: Vec<Entry> = store.entries().await.unwrap().into_iter().map(|v| v.value).collect();
     assert_eq!(e.len(), all.len());
     for agent in agents() {
-        let wanted = naive(&all, &agent);
-        let found: Vec<EntryId> = e.authorized(&agent).iter().map(|e| e.id.clone()).collect();
+        let wanted = naive(&all, &agent, now);
+        let found: Vec<EntryId> = e.authorized(&agent, now).iter().map(|e| e.id.clone()).collect();
         assert_eq!(found.len(), wanted.len(), "nothing twice");
         assert_eq!(found.into_iter().collect::<BTreeSet<_>>(), wanted);
         for entry in &all {
-            assert_eq!(e.authorized_one(&agent, &entry.id).is_some(), wanted.contains(&entry.id), "{}", entry.id);
+            let may = e.authorized_one(&agent, &entry.id, now).is_some();
+            assert_eq!(may, wanted.contains(&entry.id), "{}", entry.id);
         }
     }
     for n in 0..8 {
         let id = SpiffeId::new(format!("spiffe://td/w{n}")).unwrap();
-        let is_admin = all.iter().any(|e| e.admin && e.spiffe_id == id);
-        assert_eq!(e.is_admin(&id, OffsetDateTime::UNIX_EPOCH), is_admin);
+        let is_admin = all.iter().any(|e| e.admin && e.spiffe_id == id && !e.is_expired(now));
+        assert_eq!(e.is_admin(&id, now), is_admin);
     }
 }
 
@@ -91,18 +99,20 @@ async fn the_index_answers_as_the_model_does_and_deltas_lead_to_the_same_set() {
     let mut numbers = Numbers(9);
     // What each agent holds, maintained from the updates it receives.
     let mut held = agents().map(|a| (a, None, BTreeSet::<EntryId>::new()));
-    for step in 0..400 {
+    for step in 0..800 {
         change(&e, &mut numbers).await;
+        // Time goes on, and at times back.
+        let time = at(step / 20 + numbers.below(4));
         for (agent, revision, set) in &mut held {
             if numbers.below(3) == 0 {
-                let (now, update) = e.since(agent, *revision);
+                let (now, update) = e.since(agent, *revision, time);
                 *revision = Some(now);
                 heard(set, update);
-                assert_eq!(*set, e.authorized(agent).iter().map(|e| e.id.clone()).collect(), "step {step}");
+                assert_eq!(*set, e.authorized(agent, time).iter().map(|e| e.id.clone()).collect(), "step {step}");
             }
         }
         if step % 10 == 0 {
-            assert_like_the_model(&e, store.as_ref()).await;
+            assert_like_the_model(&e, store.as_ref(), time).await;
         }
     }
 }
@@ -114,7 +124,10 @@ fn thin_entry(numbers: &mut Numbers, id: u64) -> Entry {
         1..=3 => format!("/spire/agent/x/{}", 1 + numbers.below(3)),
         _ => format!("/w{}", numbers.below(8)),
     };
-    entry(&format!("e{id}"), &format!("/w{}", numbers.below(8)), &parent, &format!("x:rack:{}", numbers.below(3)))
+    let mut made =
+        entry(&format!("e{id}"), &format!("/w{}", numbers.below(8)), &parent, &format!("x:rack:{}", numbers.below(3)));
+    made.expires_at = (numbers.below(3) == 0).then(|| at(1 + numbers.below(20_000)));
+    made
 }
 
 /// What an agent holds once it has heard this.
@@ -144,6 +157,7 @@ fn an_agent_that_hears_of_several_changes_at_once_holds_what_it_would_after_each
                 index.insert(Arc::new(thin_entry(&mut numbers, id)));
             }
         }
+        index.advance(at(round));
         for (agent, revision, set) in &mut held {
             let (now, update) = index.since(agent, *revision);
             *revision = Some(now);
@@ -175,8 +189,8 @@ async fn writers_at_once_leave_index_and_store_the_same() {
     for writer in writers {
         writer.await.unwrap();
     }
-    assert_like_the_model(&e, store.as_ref()).await;
-    assert_like_the_model(&Entries::load(store.clone(), &td).await.unwrap(), store.as_ref()).await;
+    assert_like_the_model(&e, store.as_ref(), at(25)).await;
+    assert_like_the_model(&Entries::load(store.clone(), &td).await.unwrap(), store.as_ref(), at(25)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -234,17 +248,17 @@ async fn a_hundred_thousand_entries() {
     let node = agent("1", "x:rack:0");
     let start = Instant::now();
     for n in 0..10_000u32 {
-        assert!(e.authorized_one(&node, &format!("e{}", n * 10).parse().unwrap()).is_some());
+        assert!(e.authorized_one(&node, &format!("e{}", n * 10).parse().unwrap(), EARLY).is_some());
     }
     time("authorized_one below a node alias", 10_000, start);
     let admin = SpiffeId::new("spiffe://td/w7").unwrap();
     let start = Instant::now();
     for _ in 0..10_000 {
-        assert!(e.is_admin(&admin, OffsetDateTime::UNIX_EPOCH));
+        assert!(e.is_admin(&admin, EARLY));
     }
     time("is_admin", 10_000, start);
     let start = Instant::now();
-    assert_eq!(e.authorized(&node).len(), 100_000);
+    assert_eq!(e.authorized(&node, EARLY).len(), 100_000);
     time("authorized, all of them", 1, start);
     let start = Instant::now();
     for n in 0..100u32 {
