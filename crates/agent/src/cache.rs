@@ -164,6 +164,9 @@ fn closest_miss(state: &State, attested: &SelectorSet) -> String {
         state.entries.values().map(|c| (missing(&c.entry.selectors, attested), &c.entry)).min_by_key(|(m, _)| m.len());
     match nearest {
         None => format!("attested {have}; this agent has no registration entries"),
+        Some((lacking, entry)) if lacking.is_empty() => {
+            format!("attested {have}; the entry that these match, `{}`, has expired", entry.spiffe_id)
+        }
         Some((lacking, entry)) => {
             let lacking = list(&mut lacking.iter().map(ToString::to_string));
             format!("attested {have}; the closest entry, `{}`, also needs {lacking}", entry.spiffe_id)

@@ -7,12 +7,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use countersign_api::rate_limit::RateLimit;
+use countersign_api::sampled::Sampled;
 use countersign_api::spire::svid::NewJwtsvidRequest;
 use countersign_api::spire::svid::svid_client::SvidClient;
 use countersign_identity::jwt_svid::{JwtError, JwtSvid, verify};
 use countersign_identity::profile::jwt::Audience;
 use countersign_identity::rotation::renew_at;
-use countersign_identity::{BundleSet, Entry, TrustBundle};
+use countersign_identity::{BundleSet, Entry, EntryId, TrustBundle};
 use time::OffsetDateTime;
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::{Code, Status};
@@ -23,12 +25,16 @@ use crate::link::{CALL_TIMEOUT, Link, describe};
 use crate::metrics::Metrics;
 
 pub use held::Token;
-use held::{Asked, Held, MAX_TOKENS};
+use held::{Asked, Held, MAX_OF_ENTRY, MAX_TOKENS};
 
 /// Longest wait for a newer token while the one at hand is still good.
 const REFRESH_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest wait for the key of a new token to come with the bundle.
 const KEY_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Tokens that the server is asked for on behalf of one entry, a second and at once. A workload chooses its audiences, and the
+/// server counts what all of a node ask for, and writes each down.
+const FETCHES: (u32, u32) = (20, 100);
 
 /// The tokens, and the way to new ones.
 pub struct Tokens {
@@ -38,6 +44,10 @@ pub struct Tokens {
     held: Mutex<Held>,
     /// What is being fetched now: of several who want the same, one asks the server.
     turns: Mutex<HashMap<Asked, Arc<tokio::sync::Mutex<LastFailure>>>>,
+    /// Each entry has its share of calls of the server.
+    fetches: RateLimit<EntryId>,
+    /// And of lines in the log.
+    said: Sampled<EntryId>,
 }
 
 /// When a fetch last failed, and why: whoever waited meanwhile has the same answer.
@@ -56,10 +66,19 @@ enum Key {
 impl Tokens {
     /// None yet.
     pub fn new(link: Arc<Link>, cache: Arc<Cache>, metrics: Arc<Metrics>) -> Self {
-        Self { link, cache, metrics, held: Mutex::new(Held::new(MAX_TOKENS)), turns: Mutex::default() }
+        Self {
+            link,
+            cache,
+            metrics,
+            held: Mutex::new(Held::new(MAX_TOKENS, MAX_OF_ENTRY)),
+            turns: Mutex::default(),
+            fetches: RateLimit::new(FETCHES.0, FETCHES.1),
+            said: Sampled::default(),
+        }
     }
 
-    /// A token for an entry's identity, from memory or from the server. Errors: Unavailable, with the reason.
+    /// A token for an entry's identity, from memory or from the server. Errors: `ResourceExhausted` if too many are asked for;
+    /// Unavailable, with the reason.
     pub async fn get(&self, entry: &Entry, audience: &Audience) -> Result<Arc<Token>, Status> {
         let asked = Asked::new(&entry.id, audience);
         if let Some(token) = self.fresh(entry, &asked) {
@@ -87,10 +106,22 @@ impl Tokens {
             }
             // Also with the server away it is good until it ends. What the server refuses, nobody gets.
             (Err(status), Some(token)) if is_passing(&status) => {
-                tracing::warn!(spiffe_id = %entry.spiffe_id, failed = describe(&status), "cannot renew a JWT-SVID; its workload gets the one at hand");
+                if let Some(unsaid) =
+                    self.said.next(entry.id.clone(), "JWT-SVID not renewed", Instant::now().into_std())
+                {
+                    let failed = describe(&status);
+                    tracing::warn!(spiffe_id = %entry.spiffe_id, failed, unsaid, "cannot renew a JWT-SVID; its workload gets the one at hand");
+                }
                 Ok(token)
             }
-            (Err(status), _) => Err(Status::unavailable(format!("could not fetch JWT-SVID: {}", describe(&status)))),
+            (Err(status), _) => {
+                let why = format!("could not fetch JWT-SVID: {}", describe(&status));
+                Err(if status.code() == Code::ResourceExhausted {
+                    Status::resource_exhausted(why)
+                } else {
+                    Status::unavailable(why)
+                })
+            }
         }
     }
 
@@ -133,6 +164,12 @@ impl Tokens {
             // After a ban or an eviction, too: what is at hand is nobody's any more.
             return Err(Status::failed_precondition("the agent is not attested"));
         }
+        if !self.fetches.take(entry.id.clone(), 1, Instant::now().into_std()) {
+            return Err(Status::resource_exhausted(format!(
+                "`{}` has asked for too many new tokens ({} a second on average, {} at once); ask for the same audiences again",
+                entry.spiffe_id, FETCHES.0, FETCHES.1
+            )));
+        }
         let asked = NewJwtsvidRequest { entry_id: entry.id.to_string(), audience: audience.names().to_vec() };
         let mut client = SvidClient::new(self.link.signing_channel());
         let answer = timeout(patience, client.new_jwtsvid(asked)).await;
@@ -167,8 +204,7 @@ impl Tokens {
             versions.mark_unchanged();
             let bundle = self.cache.read().bundle.clone();
             let bundles: BundleSet = bundle.iter().map(|bundle| TrustBundle::clone(bundle)).collect();
-            let first = audience.names().first().map_or("", String::as_str);
-            match verify(token, first, &bundles, self.link.now()) {
+            match verify_for_all(token, audience, &bundles, self.link.now()) {
                 Ok(svid) => return Ok(svid),
                 Err(JwtError::UnknownKey { .. } | JwtError::NoBundle(_))
                     if timeout_at(until, versions.changed()).await.is_ok_and(|changed| changed.is_ok()) => {}
@@ -194,6 +230,17 @@ impl Drop for Turn<'_> {
             turns.remove(self.asked);
         }
     }
+}
+
+/// A token as each of those verifies it that it is for.
+fn verify_for_all(
+    token: &str,
+    audience: &Audience,
+    bundles: &BundleSet,
+    now: OffsetDateTime,
+) -> Result<JwtSvid, JwtError> {
+    let verified = audience.names().iter().map(|name| verify(token, name, bundles, now));
+    verified.reduce(Result::and).unwrap_or(Err(JwtError::NoAudience))
 }
 
 /// Whether the server may answer otherwise in a moment.

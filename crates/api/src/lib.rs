@@ -24,6 +24,7 @@ pub mod peer;
 pub mod peer_credentials;
 pub mod portions;
 pub mod process;
+pub mod rate_limit;
 pub mod reopen;
 pub mod sampled;
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use countersign_api::clock::Clock;
+use countersign_api::rate_limit::RateLimit;
 use countersign_identity::profile::{Issued, LeafRequest, RequestedKey};
 use countersign_identity::shown::sentence;
 use countersign_identity::{Entry, SpiffeId, TrustDomain};
@@ -27,7 +28,6 @@ use crate::federated::FederatedBundles;
 use crate::key_manager::KeyManagerError;
 use crate::metrics::Metrics;
 use crate::node_attestor::NodeAttestor;
-use crate::rate_limit::RateLimit;
 use crate::refusals::{Group, Refusals, Refused};
 use crate::upstream_authority::UpstreamError;
 
@@ -278,9 +278,11 @@ pub fn status_of(error: &AuthorityError) -> Status {
         AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::Untainted(_) => {
             Status::failed_precondition(text)
         }
-        AuthorityError::NoId | AuthorityError::Issue(_) | AuthorityError::Bundle(_) | AuthorityError::KeyIdTaken(_) => {
-            Status::invalid_argument(text)
-        }
+        AuthorityError::NoId
+        | AuthorityError::Issue(_)
+        | AuthorityError::Bundle(_)
+        | AuthorityError::KeyIdTaken(_)
+        | AuthorityError::KeyKnown { .. } => Status::invalid_argument(text),
         AuthorityError::NotReady
         | AuthorityError::Store(_)
         | AuthorityError::Sign(_)

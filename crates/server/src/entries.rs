@@ -2,7 +2,7 @@
 //! something changed.
 //!
 //! One writer at a time: the state that a change is based on is read under the lock, and the store accepts the change
-//! only if no other server has changed the same entry since.
+//! only if no other server has changed the same entry since. Time alone changes no entry, only which of them count.
 
 mod index;
 
@@ -20,6 +20,9 @@ use index::Index;
 
 /// Most attempts at a change while other servers write the same entries.
 const MAX_TRIES: usize = 16;
+
+/// Most expired entries that are deleted at once: other changes wait meanwhile.
+const MOST_PRUNED: usize = 1_000;
 
 /// All entries, in memory and written through to the store.
 pub struct Entries {
@@ -76,12 +79,17 @@ pub enum UpdateError<E> {
 
 impl Entries {
     /// Loads all entries from the store.
-    pub async fn load(store: Arc<dyn DataStore>, td: &TrustDomain) -> Result<Self, DataStoreError> {
+    pub async fn load(
+        store: Arc<dyn DataStore>,
+        td: &TrustDomain,
+        now: OffsetDateTime,
+    ) -> Result<Self, DataStoreError> {
         let (mut index, mut versions) = (Index::new(server_id(td).to_string()), HashMap::new());
         for Versioned { value, version } in store.entries().await? {
             versions.insert(value.id.clone(), version);
             index.insert(Arc::new(value));
         }
+        index.advance(now);
         index.clear_log();
         Ok(Self {
             store,
@@ -103,8 +111,13 @@ impl Entries {
 
     /// Makes a change of each entry that has expired by now, of which agents are notified.
     pub fn expire(&self, now: OffsetDateTime) {
-        if !self.index().is_of(now) {
-            self.change(|index| index.advance(now));
+        if self.index().is_behind(now) {
+            self.change(|index| {
+                // Another one may have been first.
+                if index.is_behind(now) {
+                    index.advance(now);
+                }
+            });
         }
     }
 
@@ -217,6 +230,25 @@ impl Entries {
     /// Deletes entries; returns which of them existed. If the store fails, nothing has changed.
     pub async fn delete(&self, ids: &[EntryId]) -> Result<Vec<bool>, DataStoreError> {
         let mut versions = self.writer.lock().await;
+        self.delete_as(&mut versions, ids).await
+    }
+
+    /// Deletes entries that expired by `until`; returns how many. Errors: as [`Entries::delete`].
+    pub async fn prune(&self, until: OffsetDateTime) -> Result<usize, DataStoreError> {
+        // Locked before looking: one that is being prolonged is not deleted.
+        let mut versions = self.writer.lock().await;
+        let ended = self.index().ended_by(until, MOST_PRUNED);
+        if !ended.is_empty() {
+            self.delete_as(&mut versions, &ended).await?;
+        }
+        Ok(ended.len())
+    }
+
+    async fn delete_as(
+        &self,
+        versions: &mut HashMap<EntryId, Version>,
+        ids: &[EntryId],
+    ) -> Result<Vec<bool>, DataStoreError> {
         self.store.delete_entries(ids).await?;
         Ok(self.change(|index| {
             let was = |id| {
@@ -262,7 +294,8 @@ impl Entries {
         let done = change(&mut index);
         let revision = index.revision;
         drop(index);
-        self.revision.send_replace(revision);
+        // Of two that change it at once the later may be here first.
+        self.revision.send_if_modified(|told| std::mem::replace(told, revision.max(*told)) < revision);
         done
     }
 

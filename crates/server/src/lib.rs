@@ -22,7 +22,6 @@ pub mod key_manager;
 pub mod metrics;
 pub mod node_attestor;
 mod own_svid;
-pub mod rate_limit;
 mod refusals;
 mod signing_ca;
 mod signing_jwt;
@@ -37,6 +36,7 @@ use std::sync::Arc;
 
 use countersign_api::clock::Clock;
 use countersign_api::graceful::{GRACE, take_leave};
+use countersign_api::rate_limit::RateLimit;
 use countersign_api::transport::{accept_tls, accept_unix, bind_unix};
 use countersign_api::{grpc, http};
 use tokio::net::TcpListener;
@@ -218,16 +218,16 @@ async fn assemble_on(
     let mut epoch = [0u8; 8];
     rand::fill(&mut epoch);
     Ok(Core {
-        entries: entries::Entries::load(store.clone(), &td).await.map_err(store_error)?,
+        entries: entries::Entries::load(store.clone(), &td, clock()).await.map_err(store_error)?,
         agents: agents::Agents::load(store.clone()).await.map_err(store_error)?,
         federated: federated::FederatedBundles::load(store.clone(), &td).await.map_err(store_error)?,
         directory: directory::Directory::default(),
         metrics: metrics::Metrics::default(),
         refusals: refusals::Refusals::default(),
         attempts: attempts::Attempts::default(),
-        attest_limit: rate_limit::RateLimit::new(1, 10),
-        sign_limit: rate_limit::RateLimit::new(500, 2_000),
-        token_limit: rate_limit::RateLimit::new(500, 2_000),
+        attest_limit: RateLimit::new(1, 10),
+        sign_limit: RateLimit::new(500, 2_000),
+        token_limit: RateLimit::new(500, 2_000),
         epoch: hex::encode(epoch),
         started_at: clock(),
         tasks: TaskTracker::new(),

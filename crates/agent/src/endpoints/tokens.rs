@@ -13,6 +13,7 @@ use tonic::Status;
 use super::workload::in_order;
 use super::{Attested, Core, Wanted};
 use crate::cache::Cached;
+use crate::tokens::Token;
 
 /// Tokens of one call that are fetched at once.
 const AT_ONCE: usize = 8;
@@ -49,33 +50,37 @@ impl Core {
             attested = self.prove(attested.peer, Wanted::EveryFact).await?;
         }
         let entries = self.entitled(&attested, asked)?;
-        let fetched = futures::stream::iter(entries).map(|entry| async move {
+        let calls = futures::stream::iter(entries).map(|entry| async move {
             let token = self.tokens.get(&entry, &asked.audience).await?;
             Ok::<_, Status>((entry, token))
         });
-        let fetched: Vec<_> = fetched.buffered(AT_ONCE).try_collect().await?;
+        let fetched: Vec<_> = calls.buffered(AT_ONCE).try_collect().await?;
         // Meanwhile the caller may have changed, and its entries too.
         self.still(&attested)?;
         let entitled = self.entitled(&attested, asked)?;
-        let mut hints = HashSet::new();
-        Ok(fetched
-            .into_iter()
-            .filter(|(entry, _)| entitled.iter().any(|e| e.id == entry.id && e.spiffe_id == entry.spiffe_id))
-            // Hints are unique within a response: the first of two equal ones counts (SPIFFE Workload API 6.2.1).
-            .filter(|(entry, _)| entry.hint.is_empty() || hints.insert(entry.hint.clone()))
-            .map(|(entry, token)| Jwtsvid {
-                spiffe_id: token.id.to_string(),
-                svid: token.text.to_string(),
-                hint: entry.hint.clone(),
-            })
-            .collect())
+        let is_still =
+            |fetched: &Entry| entitled.iter().any(|e| e.id == fetched.id && e.spiffe_id == fetched.spiffe_id);
+        if !fetched.iter().all(|(entry, _)| is_still(entry)) {
+            // Without it another identity might come first, or none.
+            return Err(Status::unavailable("the caller's identities have changed meanwhile; ask again"));
+        }
+        let told = |(entry, token): (Arc<Entry>, Arc<Token>)| Jwtsvid {
+            spiffe_id: token.id.to_string(),
+            svid: token.text.to_string(),
+            hint: entry.hint.clone(),
+        };
+        Ok(fetched.into_iter().map(told).collect())
     }
 
-    /// The entries that the caller may have tokens of now; at least one.
-    fn entitled(&self, attested: &Attested, asked: &Asked) -> Result<Vec<Arc<Entry>>, Status> {
+    /// The entries that the caller may have tokens of now; at least one. Of several with the same hint the first.
+    pub(super) fn entitled(&self, attested: &Attested, asked: &Asked) -> Result<Vec<Arc<Entry>>, Status> {
         let identities = self.identities(attested)?;
         let is_asked = |c: &&Cached| !c.entry.store_svid && asked.id.as_ref().is_none_or(|id| *id == c.entry.spiffe_id);
-        let found: Vec<_> = in_order(&identities).into_iter().filter(is_asked).map(|c| c.entry.clone()).collect();
+        // Hints are unique within a response: the first of two equal ones counts (SPIFFE Workload API 6.2.1).
+        let mut hints = HashSet::new();
+        let is_first = |c: &&Cached| c.entry.hint.is_empty() || hints.insert(c.entry.hint.clone());
+        let found = in_order(&identities).into_iter().filter(is_asked).filter(is_first);
+        let found: Vec<_> = found.map(|c| c.entry.clone()).collect();
         match &asked.id {
             _ if !found.is_empty() => Ok(found),
             // A selector that is not known yet may be the one that the entry requires.

@@ -404,6 +404,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn of_two_identities_with_the_same_hint_one_has_a_token() {
+        let dir = tempfile::tempdir().unwrap();
+        let asked = JwtsvidRequest { audience: vec!["db".into()], ..JwtsvidRequest::default() };
+        let (core, _) = with_entries(dir.path(), &["a", "b", "c"], asked.clone());
+        core.cache.change(|state| {
+            for one in state.entries.values_mut() {
+                let entry = Arc::make_mut(&mut one.entry);
+                entry.hint = if entry.id.as_str() == "c" { "other" } else { "same" }.into();
+            }
+        });
+        let (caller, _other_end) = tokio::net::UnixStream::pair().unwrap();
+        let peer = peer_credentials(&caller).unwrap();
+        let attested = Attested { peer, selectors: std::iter::once(POD.parse().unwrap()).collect(), in_part: false };
+        let entitled = core.entitled(&attested, &Asked::new(&asked).unwrap()).unwrap();
+        let ids: Vec<_> = entitled.iter().map(|e| e.id.as_str()).collect();
+        assert_eq!(ids, ["a", "c"]);
+    }
+
+    #[tokio::test]
     async fn a_token_of_an_identity_that_the_caller_has_not_is_refused_before_the_server_is_asked() {
         let asked = |audience: &[&str], id: &str| JwtsvidRequest {
             audience: audience.iter().map(|&a| a.into()).collect(),

@@ -10,6 +10,8 @@ use zeroize::Zeroizing;
 
 /// Most tokens that are kept (SPIRE: 1,000).
 pub const MAX_TOKENS: usize = 1_000;
+/// Most of them for one entry: a workload chooses its audiences, and must not push out what others use.
+pub const MAX_OF_ENTRY: usize = 64;
 /// Longest token that is kept, in bytes: with [`MAX_TOKENS`] a bound on the memory that callers can have used for them.
 const MAX_KEPT_BYTES: usize = 4 * 1024;
 
@@ -53,12 +55,13 @@ pub struct Held {
     tokens: HashMap<Asked, (Arc<Token>, u64)>,
     turn: u64,
     most: usize,
+    most_of_entry: usize,
 }
 
 impl Held {
-    /// Holds this many at most.
-    pub fn new(most: usize) -> Self {
-        Self { tokens: HashMap::new(), turn: 0, most }
+    /// Holds this many at most, and of them this many of one entry.
+    pub fn new(most: usize, most_of_entry: usize) -> Self {
+        Self { tokens: HashMap::new(), turn: 0, most, most_of_entry }
     }
 
     /// The token for this, if one is at hand. It may have ended.
@@ -75,12 +78,22 @@ impl Held {
             return;
         }
         self.turn += 1;
+        let entry = asked.entry.clone();
         self.tokens.insert(asked, (token, self.turn));
-        if self.tokens.len() > self.most {
-            self.tokens.retain(|_, (token, _)| token.expires_at > now);
+        self.make_room(self.most_of_entry, now, |asked| asked.entry == entry);
+        self.make_room(self.most, now, |_| true);
+    }
+
+    /// Where there are more of these than may be, those go that have ended, and if there are none, the one that was not used for the
+    /// longest.
+    fn make_room(&mut self, most: usize, now: OffsetDateTime, of: impl Fn(&Asked) -> bool) {
+        let is_over = |tokens: &HashMap<Asked, _>| tokens.keys().filter(|asked| of(asked)).count() > most;
+        if is_over(&self.tokens) {
+            self.tokens.retain(|asked, (token, _)| token.expires_at > now || !of(asked));
         }
-        if self.tokens.len() > self.most {
-            let longest_unused = self.tokens.iter().min_by_key(|(_, (_, used))| *used).map(|(asked, _)| asked.clone());
+        if is_over(&self.tokens) {
+            let these = self.tokens.iter().filter(|(asked, _)| of(asked));
+            let longest_unused = these.min_by_key(|(_, (_, used))| *used).map(|(asked, _)| asked.clone());
             longest_unused.map(|asked| self.tokens.remove(&asked));
         }
     }
@@ -111,7 +124,7 @@ mod tests {
 
     #[test]
     fn there_are_never_more_than_may_be_and_the_longest_unused_goes_first() {
-        let mut held = Held::new(3);
+        let mut held = Held::new(3, 9);
         for name in ["a", "b", "c"] {
             held.put(asked(name), token(name, 100), T0);
         }
@@ -130,6 +143,19 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_that_asks_for_ever_new_audiences_pushes_out_its_own_alone() {
+        let mut held = Held::new(10, 3);
+        let other = Asked::new(&"other".parse().unwrap(), &Audience::new(vec!["db".into()]).unwrap());
+        held.put(other.clone(), token("x", 100), T0);
+        for n in 0..100 {
+            held.put(asked(&n.to_string()), token("x", 100), T0);
+        }
+        assert_eq!(held.tokens.len(), 4);
+        assert!(held.get(&other).is_some());
+        assert!(held.get(&asked("97")).is_some() && held.get(&asked("96")).is_none());
+    }
+
+    #[test]
     fn who_names_the_same_audiences_in_another_order_wants_the_same() {
         let of = |names: &[&str]| {
             let names = names.iter().map(|&n| n.to_owned()).collect();
@@ -141,7 +167,7 @@ mod tests {
 
     #[test]
     fn a_token_of_unusual_length_is_not_kept() {
-        let mut held = Held::new(3);
+        let mut held = Held::new(3, 3);
         held.put(asked("a"), token(&"x".repeat(MAX_KEPT_BYTES + 1), 100), T0);
         assert!(held.get(&asked("a")).is_none());
     }

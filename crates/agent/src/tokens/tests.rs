@@ -182,12 +182,44 @@ async fn a_token_that_peers_would_refuse_is_given_to_nobody() {
 async fn a_key_that_comes_with_the_next_bundle_is_waited_for() {
     let world = World::new().await;
     world.publish(vec![]);
-    let publish = async {
-        while world.server.token_calls() == 0 {
-            tokio::task::yield_now().await;
+    let mut got = std::pin::pin!(world.get("db"));
+    // The server's answer has long been here by then.
+    assert!(timeout(Duration::from_millis(500), &mut got).await.is_err(), "it waits");
+    assert_eq!(world.server.token_calls(), 1);
+    world.publish(vec![world.jwt.authority()]);
+    got.await.unwrap();
+    assert_eq!(world.server.token_calls(), 1, "for the key, and asks for no other token");
+}
+
+#[tokio::test]
+async fn who_asks_for_ever_new_audiences_is_held_up_alone() {
+    let world = World::new().await;
+    let mut refused = None;
+    for n in 0..1_000 {
+        if let Err(status) = world.get(&n.to_string()).await {
+            refused = Some(status);
+            break;
         }
-        world.publish(vec![world.jwt.authority()]);
-    };
-    let (got, ()) = tokio::join!(world.get("db"), publish);
-    got.unwrap();
+    }
+    let refused = refused.expect("no bound");
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("ask for the same audiences again"), "{refused}");
+    let calls = world.server.token_calls();
+    let bound = usize::try_from(FETCHES.1).unwrap();
+    assert!(calls >= bound && calls < 3 * bound, "{calls}");
+    // Another entry is not held up.
+    world.sign("/other", 300);
+    world.tokens.get(&entry("other", 1), &Audience::new(vec!["db".into()]).unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_token_has_to_be_for_all_whom_it_was_asked_for() {
+    let world = World::new().await;
+    let jwt = world.jwt.clone();
+    world.server.answer_tokens(move |_| {
+        Ok(jwt.token(&id("/web"), &["db".into()], Duration::from_secs(300), OffsetDateTime::now_utc()))
+    });
+    let both = Audience::new(vec!["db".into(), "cache".into()]).unwrap();
+    let refused = world.tokens.get(&entry("web", 1), &both).await.err().unwrap();
+    assert!(refused.message().contains("`aud`"), "{refused}");
 }

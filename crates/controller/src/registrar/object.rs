@@ -27,6 +27,8 @@ pub struct Wanted {
     selectors: BTreeSet<(String, String)>,
     dns_names: Vec<String>,
     federates_with: Vec<String>,
+    /// Nobody has set anything else of the entry, such as an end, by which the pod would lose its identity.
+    is_ours_alone: bool,
 }
 
 /// Whose entry one is: SPIFFE ID, parent and selectors, of which the server has one entry at most.
@@ -50,6 +52,7 @@ impl Wanted {
             selectors: entry.selectors.iter().map(|s| (s.r#type.clone(), s.value.clone())).collect(),
             dns_names: entry.dns_names.clone(),
             federates_with: entry.federates_with.clone(),
+            is_ours_alone: is_plain(entry),
         }
     }
 
@@ -73,6 +76,14 @@ impl Wanted {
             ..Entry::default()
         })
     }
+}
+
+/// Whether an entry has nothing but what [`Wanted::entry`] gives to it, and what the server counts.
+fn is_plain(entry: &Entry) -> bool {
+    let Entry { id, spiffe_id, parent_id, selectors, dns_names, federates_with, .. } = entry.clone();
+    let (revision_number, created_at) = (entry.revision_number, entry.created_at);
+    let ours = Entry { id, spiffe_id, parent_id, selectors, dns_names, federates_with, ..Entry::default() };
+    *entry == Entry { revision_number, created_at, ..ours }
 }
 
 /// Turns the list of a `spiffe.io/federatesWith` annotation into names. One that an entry could not hold is no list: the pod is
@@ -191,6 +202,7 @@ pub fn entry_of(object: &SpiffeID, within: Option<&str>) -> Wanted {
         selectors,
         dns_names: object.spec.dns_names.clone(),
         federates_with: object.spec.federates_with.clone(),
+        is_ours_alone: true,
     }
 }
 
@@ -247,6 +259,20 @@ mod tests {
         };
         let trust_domain = TrustDomain::new("td").unwrap();
         object_of(&pod, &store, &ServiceIndex::of(&store), &config, &trust_domain).unwrap()
+    }
+
+    #[test]
+    fn an_entry_that_somebody_gave_an_end_is_not_the_one_that_is_wanted() {
+        let object = object_with("", 1);
+        let want = entry_of(&object, None);
+        let ours = Entry { revision_number: 7, created_at: 9, ..want.entry("k8s.u").unwrap() };
+        assert_eq!(Wanted::read(&ours), want);
+        let ends = Entry { expires_at: 1, ..ours.clone() };
+        let admin = Entry { admin: true, ..ours.clone() };
+        let hinted = Entry { hint: "x".into(), ..ours };
+        for other in [ends, admin, hinted] {
+            assert_ne!(Wanted::read(&other), want, "{other:?}");
+        }
     }
 
     #[test]

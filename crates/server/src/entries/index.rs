@@ -14,6 +14,9 @@ use crate::agents::AttestedAgent;
 /// Most changes that are remembered; an agent that missed more gets a snapshot.
 const LOG_LENGTH: usize = 20_000;
 
+/// A clock that is behind by more was set back.
+const CLOCK_STEP: time::Duration = time::Duration::seconds(5);
+
 /// All entries with their indexes.
 pub struct Index {
     /// The server's own ID: entries below it are node aliases.
@@ -152,9 +155,10 @@ impl Index {
         }
     }
 
-    /// Whether the answers of now are those of `now`: no entry expires between the two.
-    pub fn is_of(&self, now: OffsetDateTime) -> bool {
-        self.ends_between(now).next().is_none()
+    /// Whether an entry expires between the time of the index and `now`. A caller that looked at the clock before another one
+    /// takes nothing back: only a clock that was set back does.
+    pub fn is_behind(&self, now: OffsetDateTime) -> bool {
+        (self.now <= now || self.now - now > CLOCK_STEP) && self.ends_between(now).next().is_some()
     }
 
     /// Brings the index to another time, which is a change of each entry that expires on the way. Of time that went backwards
@@ -162,11 +166,22 @@ impl Index {
     pub fn advance(&mut self, now: OffsetDateTime) {
         let changed: Vec<EntryId> = self.ends_between(now).cloned().collect();
         self.now = now;
+        if changed.len() > LOG_LENGTH {
+            // More than is remembered: each agent gets a snapshot.
+            self.log.clear();
+            self.revision += 1;
+            return;
+        }
         for entry in changed {
             let Some(entry) = self.by_id.get(&entry).cloned() else { continue };
             let structural = self.is_structural(&entry);
             self.record(entry.id.clone(), vec![Link::of(&entry)], structural);
         }
+    }
+
+    /// At most `most` entries that expired by `until`, those first that expired first.
+    pub fn ended_by(&self, until: OffsetDateTime, most: usize) -> Vec<EntryId> {
+        self.ends.range(..=until).flat_map(|(_, ids)| ids).take(most).cloned().collect()
     }
 
     /// An entry expires at its end and not after it.

@@ -59,7 +59,7 @@ async fn put(entries: &Entries, list: Vec<Entry>) {
 
 async fn entries(dir: &tempfile::TempDir) -> Entries {
     let store = Arc::new(Sqlite::open(&dir.path().join("db"), &TrustDomain::new("td").unwrap()).await.unwrap());
-    Entries::load(store, &TrustDomain::new("td").unwrap()).await.unwrap()
+    Entries::load(store, &TrustDomain::new("td").unwrap(), EARLY).await.unwrap()
 }
 
 fn ids(mut list: Vec<Arc<Entry>>) -> Vec<String> {
@@ -192,17 +192,49 @@ async fn an_expired_entry_is_served_to_nobody_and_leads_to_none() {
     assert!(told.has_changed().unwrap(), "agents are told at once");
     assert_eq!(served(end), ["own"]);
     assert_eq!(one_by_one(end), ["own"]);
-    let mut held = e.authorized(&one, before);
+    // Who looked at the clock a moment earlier takes nothing back, but a clock that was set back does.
+    assert_eq!(served(before), ["own"]);
+    let mut held = e.authorized(&one, EARLY);
+    assert_eq!(held.len(), 4);
     match e.since(&one, Some(revision), end).1 {
         Update::Snapshot(all) => held = all,
         Update::Delta { removed, .. } => held.retain(|entry| !removed.contains(&entry.id)),
     }
     assert_eq!(ids(held), ["own"]);
+    // So it is after a restart, and what has changed since is not all that ever expired.
+    let again = Entries::load(e.store.clone(), &TrustDomain::new("td").unwrap(), end).await.unwrap();
+    assert_eq!(ids(again.authorized(&one, end)), ["own"]);
+    assert!(matches!(again.since(&one, Some(*again.revisions().borrow()), end).1, Update::Delta { .. }));
     // One that is prolonged leads on.
     let later =
         |before: &Entry| Ok::<_, ()>(Entry { expires_at: Some(end + Duration::from_secs(1)), ..before.clone() });
     e.update(&"alias".parse().unwrap(), later).await.unwrap();
     assert_eq!(served(end), ["grouped", "own"]);
+    // What has expired is deleted, and nothing else.
+    assert_eq!(e.prune(end - Duration::from_secs(1)).await.unwrap(), 0);
+    assert_eq!(e.prune(end).await.unwrap(), 1);
+    assert!(e.get(&"parent".parse().unwrap()).is_none() && e.len() == 4);
+    assert_eq!(e.store.entries().await.unwrap().len(), 4);
+}
+
+#[test]
+fn when_more_expire_at_once_than_is_remembered_agents_get_what_is_left() {
+    let mut index = Index::new("spiffe://td/spire/server".into());
+    let one = agent("1", "x:y:z");
+    for n in 0..=20_000 {
+        let mut made = entry(&format!("e{n}"), "/a", "/spire/agent/x/1", &format!("unix:uid:{n}"));
+        made.expires_at = (n > 0).then_some(EARLY + Duration::from_secs(60));
+        index.insert(Arc::new(made));
+    }
+    let mut made = entry("last", "/a", "/spire/agent/x/1", "unix:gid:1");
+    made.expires_at = Some(EARLY + Duration::from_secs(60));
+    index.insert(Arc::new(made));
+    let (revision, _) = index.since(&one, None);
+    index.advance(EARLY + Duration::from_secs(60));
+    let (now, update) = index.since(&one, Some(revision));
+    assert!(now > revision);
+    assert!(matches!(update, Update::Snapshot(all) if ids(all.clone()) == ["e0"]));
+    assert!(matches!(index.since(&one, Some(now)).1, Update::Delta { upserted, .. } if upserted.is_empty()));
 }
 
 mod model;

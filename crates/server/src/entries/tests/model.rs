@@ -25,7 +25,7 @@ fn random_entry(numbers: &mut Numbers, id: u64) -> Entry {
         made.selectors.insert(format!("x:row:{}", numbers.below(2)).parse().unwrap());
     }
     made.admin = numbers.below(4) == 0;
-    made.expires_at = (numbers.below(3) == 0).then(|| at(1 + numbers.below(50)));
+    made.expires_at = (numbers.below(3) == 0).then(|| at(10 * (1 + numbers.below(50))));
     made
 }
 
@@ -95,14 +95,14 @@ async fn the_index_answers_as_the_model_does_and_deltas_lead_to_the_same_set() {
     let dir = tempfile::tempdir().unwrap();
     let td = TrustDomain::new("td").unwrap();
     let store: Arc<dyn DataStore> = Arc::new(Sqlite::open(&dir.path().join("db"), &td).await.unwrap());
-    let e = Entries::load(store.clone(), &td).await.unwrap();
+    let e = Entries::load(store.clone(), &td, EARLY).await.unwrap();
     let mut numbers = Numbers(9);
     // What each agent holds, maintained from the updates it receives.
     let mut held = agents().map(|a| (a, None, BTreeSet::<EntryId>::new()));
     for step in 0..800 {
         change(&e, &mut numbers).await;
         // Time goes on, and at times back.
-        let time = at(step / 20 + numbers.below(4));
+        let time = at(10 * (step / 20 + numbers.below(4)));
         for (agent, revision, set) in &mut held {
             if numbers.below(3) == 0 {
                 let (now, update) = e.since(agent, *revision, time);
@@ -174,7 +174,7 @@ async fn writers_at_once_leave_index_and_store_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let td = TrustDomain::new("td").unwrap();
     let store: Arc<dyn DataStore> = Arc::new(Sqlite::open(&dir.path().join("db"), &td).await.unwrap());
-    let e = Arc::new(Entries::load(store.clone(), &td).await.unwrap());
+    let e = Arc::new(Entries::load(store.clone(), &td, EARLY).await.unwrap());
     let writers: Vec<_> = (0..6u64)
         .map(|seed| {
             let e = e.clone();
@@ -189,8 +189,8 @@ async fn writers_at_once_leave_index_and_store_the_same() {
     for writer in writers {
         writer.await.unwrap();
     }
-    assert_like_the_model(&e, store.as_ref(), at(25)).await;
-    assert_like_the_model(&Entries::load(store.clone(), &td).await.unwrap(), store.as_ref(), at(25)).await;
+    assert_like_the_model(&e, store.as_ref(), at(250)).await;
+    assert_like_the_model(&Entries::load(store.clone(), &td, EARLY).await.unwrap(), store.as_ref(), at(250)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -198,10 +198,10 @@ async fn of_updates_at_once_none_is_lost_and_each_has_a_revision_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let td = TrustDomain::new("td").unwrap();
     let store: Arc<dyn DataStore> = Arc::new(Sqlite::open(&dir.path().join("db"), &td).await.unwrap());
-    let one = Arc::new(Entries::load(store.clone(), &td).await.unwrap());
+    let one = Arc::new(Entries::load(store.clone(), &td, EARLY).await.unwrap());
     put(&one, vec![entry("a", "/a", "/spire/agent/x/1", "unix:uid:1")]).await;
     // A second server on the same store, which sees the first one's changes only when it writes itself.
-    let two = Arc::new(Entries::load(store.clone(), &td).await.unwrap());
+    let two = Arc::new(Entries::load(store.clone(), &td, EARLY).await.unwrap());
     let writers: Vec<_> = (0..40)
         .map(|n| {
             let server = if n % 2 == 0 { one.clone() } else { two.clone() };

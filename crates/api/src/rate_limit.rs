@@ -1,14 +1,14 @@
-//! Token buckets by source, so that one caller cannot keep the signer busy.
+//! Token buckets by source, so that one caller cannot keep a signer busy.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// Sources remembered; full buckets are forgotten first.
+/// Most sources that are remembered. Full buckets are forgotten first, then the one that was not asked for the longest.
 const MAX_SOURCES: usize = 10_000;
 
-/// A rate limit with one bucket per source: an agent, or a [`Group`](crate::refusals::Group) of addresses.
+/// A rate limit with one bucket per source, such as an agent, a group of addresses, or an entry.
 pub struct RateLimit<K> {
     per_second: f64,
     burst: f64,
@@ -20,7 +20,7 @@ struct Bucket {
     filled: Instant,
 }
 
-impl<K: Eq + Hash> RateLimit<K> {
+impl<K: Clone + Eq + Hash> RateLimit<K> {
     /// Allows `per_second` on average, and `burst` at once.
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self { per_second: per_second.into(), burst: burst.into(), buckets: Mutex::default() }
@@ -33,6 +33,10 @@ impl<K: Eq + Hash> RateLimit<K> {
             |b: &Bucket| (b.tokens + now.duration_since(b.filled).as_secs_f64() * self.per_second).min(self.burst);
         if buckets.len() >= MAX_SOURCES {
             buckets.retain(|_, b| refilled(b) < self.burst);
+        }
+        if buckets.len() >= MAX_SOURCES && !buckets.contains_key(&source) {
+            let oldest = buckets.iter().min_by_key(|(_, b)| b.filled).map(|(source, _)| source.clone());
+            oldest.map(|source| buckets.remove(&source));
         }
         let bucket = buckets.entry(source).or_insert(Bucket { tokens: self.burst, filled: now });
         bucket.tokens = refilled(bucket);
@@ -48,7 +52,6 @@ impl<K: Eq + Hash> RateLimit<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::refusals::Group;
     use std::net::IpAddr;
     use std::time::Duration;
 
@@ -65,12 +68,13 @@ mod tests {
     }
 
     #[test]
-    fn the_addresses_of_an_ipv6_network_share_a_bucket() {
+    fn sources_are_bounded_also_where_each_has_taken_something() {
         let limit = RateLimit::new(1, 2);
         let t = Instant::now();
-        let group = |address: String| Group::of(address.parse().unwrap());
-        let passed = (1..100).filter(|n| limit.take(group(format!("2001:db8::{n}")), 1, t)).count();
-        assert_eq!(passed, 2);
-        assert!(limit.take(group("2001:db8:0:1::1".into()), 1, t), "another network");
+        for source in 0..MAX_SOURCES + 10 {
+            assert!(limit.take(source, 2, t + Duration::from_micros(u64::try_from(source).unwrap())));
+        }
+        assert_eq!(limit.buckets.lock().unwrap().len(), MAX_SOURCES);
+        assert!(!limit.take(MAX_SOURCES, 2, t + Duration::from_secs(1)), "the newest are known");
     }
 }
