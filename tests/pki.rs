@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use crate::support::roles::{Server, TD};
 use crate::support::{able, countersign, outcome, run, sh};
@@ -53,6 +54,44 @@ fn openssl_verifies_a_leaf_up_to_the_upstream_root() {
     ));
     assert_eq!(roots.lines().skip(1).collect::<Vec<_>>(), ["1", "3"]);
     assert!(roots.contains("Corp Root"), "{roots}");
+}
+
+/// As docs/operations.md has it: the next root first, then a CA below it.
+#[test]
+fn an_upstreams_root_is_replaced_while_the_server_runs() {
+    if !able(&["openssl"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    upstream(dir.path(), "");
+    let next = dir.path().join("next");
+    std::fs::create_dir(&next).unwrap();
+    upstream(&next, "");
+    // The two have one name and different keys, as the roots of a company often do.
+    let flags = upstream_flags(dir.path());
+    let server = Server::start(dir.path(), &flags.each_ref().map(String::as_str));
+    let bundle = || run(&mut server.operator(&["bundle", "show"])).matches("BEGIN CERTIFICATE").count();
+    assert_eq!(bundle(), 1);
+    sh(&format!(
+        "cd {} && cp root.crt former.crt && cat root.crt next/root.crt > both && mv both root.crt",
+        dir.path().display()
+    ));
+    crate::support::wait_for("the next root", Duration::from_secs(30), || (bundle() == 2).then_some(()));
+    let at = dir.path().display();
+    // What is signed is below the former root until certificate and key are replaced.
+    let verified = |root: &str, minted: &Path| {
+        let verify =
+            format!("cd {} && openssl verify -CAfile {at}/{root} -untrusted svid.pem svid.pem", minted.display());
+        outcome(Command::new("sh").args(["-c", &verify])).0 == 0
+    };
+    let before = server.mint("/ns/default/sa/web", "before", &["--ttl", "10m"]);
+    assert!(verified("former.crt", &before) && !verified("next/root.crt", &before));
+    sh(&format!("cd {at} && mv next/inter.key next/inter.crt ."));
+    let prepared = server.json(&["authority", "prepare"])["prepared"]["id"].clone();
+    assert_eq!(server.json(&["authority", "activate"])["active"]["id"], prepared);
+    let after = server.mint("/ns/default/sa/web", "after", &["--ttl", "10m"]);
+    assert!(verified("next/root.crt", &after));
+    assert_eq!(bundle(), 2, "the former root stays");
 }
 
 #[test]
@@ -140,9 +179,8 @@ fn one_svid_can_be_followed_by_serial_from_issue_to_replacement() {
     ]);
     let id = entry[0]["id"].as_str().unwrap().to_owned();
     let of_entry = || server.audit().into_iter().filter(|l| l["entry_id"] == id.as_str()).collect::<Vec<_>>();
-    let two = crate::support::wait_for("a renewal", std::time::Duration::from_secs(30), || {
-        Some(of_entry()).filter(|l| l.len() >= 2)
-    });
+    let two =
+        crate::support::wait_for("a renewal", Duration::from_secs(30), || Some(of_entry()).filter(|l| l.len() >= 2));
     for line in &two {
         assert_eq!(
             (&line["outcome"], &line["kind"], line["caller"].as_str().unwrap()),

@@ -15,9 +15,15 @@ const CHECK: Duration = Duration::from_secs(10);
 /// Interval between two looks for entries that have expired.
 const EXPIRY: Duration = Duration::from_secs(1);
 
+/// Interval between two deletions of expired entries.
+const PRUNING: Duration = Duration::from_secs(60);
+/// How long an expired entry is kept: an operator may prolong it, and a clock that is ahead for a moment deletes nothing.
+const KEPT_EXPIRED: Duration = Duration::from_secs(3_600);
+
 /// Starts all jobs; they end with the server.
 pub fn start(core: &Arc<Core>, own: &Arc<OwnSvid>) {
     core.tasks.spawn(rotate(core.clone()));
+    core.tasks.spawn(follow_upstream(core.clone()));
     core.tasks.spawn(renew_own_svid(core.clone(), own.clone()));
     core.tasks.spawn(expire_entries(core.clone()));
     core.tasks.spawn(observe(core.clone(), own.clone()));
@@ -50,6 +56,24 @@ async fn rotate(core: Arc<Core>) {
     }
 }
 
+/// Publishes the upstream's roots when they change.
+async fn follow_upstream(core: Arc<Core>) {
+    let mut told = String::new();
+    while pause(&core, CHECK).await {
+        let followed = tokio::select! {
+            followed = core.authorities.follow_upstream() => followed,
+            // Safe to cancel, as a rotation is.
+            () = core.shutdown.cancelled() => return,
+        };
+        // Once for each reason: an upstream may be away for days.
+        let now = followed.err().map(|error| error.to_string()).unwrap_or_default();
+        if now != told && !now.is_empty() {
+            tracing::warn!(error = now, "cannot look for new roots of the upstream authority; trying again");
+        }
+        told = now;
+    }
+}
+
 /// Renews the server's own SVID when due, and at once after a change of the bundle: its authority may be revoked or
 /// tainted.
 async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
@@ -70,10 +94,21 @@ async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
     }
 }
 
-/// Tells agents of entries that expire, as soon as they do: what hangs below an expired entry goes with it.
+/// Tells agents of entries that expire, as soon as they do: what hangs below an expired entry goes with it. Deletes them later
+/// (SPIRE: at once).
 async fn expire_entries(core: Arc<Core>) {
+    let mut prune_at = core.now();
     while pause(&core, EXPIRY).await {
-        core.entries.expire(core.now());
+        let now = core.now();
+        core.entries.expire(now);
+        if now >= prune_at {
+            prune_at = now + PRUNING;
+            match core.entries.prune(now - KEPT_EXPIRED).await {
+                Ok(0) => {}
+                Ok(entries) => tracing::info!(entries, "expired entries deleted"),
+                Err(error) => tracing::error!(%error, "cannot delete expired entries; trying again"),
+            }
+        }
     }
 }
 

@@ -25,7 +25,9 @@ pub enum AuthorityError {
         needed: &'static str,
     },
     /// The roots belong to the upstream authority and cannot be tainted here.
-    #[error("the roots come from the upstream authority; taint or revoke them there, then restart with the new files")]
+    #[error(
+        "the roots come from the upstream authority, and cannot be tainted or revoked here: each is trusted until it ends"
+    )]
     Upstream,
     /// No authority is active yet.
     #[error("no authority is active yet")]
@@ -43,6 +45,18 @@ pub enum AuthorityError {
     /// The bundle has another JWT authority with this key ID.
     #[error("the trust bundle has another JWT authority with the ID `{}`", countersign_identity::shown::shown(_0))]
     KeyIdTaken(String),
+    /// The bundle has the same key under another ID.
+    #[error(
+        "the trust bundle has the key of `{}` as `{}`; one that is under two IDs would outlive its revocation",
+        countersign_identity::shown::shown(key_id),
+        countersign_identity::shown::shown(as_id)
+    )]
+    KeyKnown {
+        /// ID of the key that was to be added.
+        key_id: String,
+        /// ID that it has.
+        as_id: String,
+    },
     /// Another authority was prepared or activated while this one was being signed, so it was dropped.
     #[error(
         "the authorities changed while the next one was being signed, so it was dropped; look at them (`countersign \

@@ -14,7 +14,7 @@ const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 /// How long an expired authority is kept: its own lifetime, but at least the first and at most the second. A clock that
 /// is ahead for a moment must not delete keys and roots. (SPIRE keeps them for a day; with a lifetime of seconds a day
 /// would keep thousands.)
-const GRACE: (Duration, Duration) = (Duration::from_secs(3_600), Duration::from_secs(86_400));
+pub const GRACE: (Duration, Duration) = (Duration::from_secs(3_600), Duration::from_secs(86_400));
 
 /// The work that is due for the active authority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

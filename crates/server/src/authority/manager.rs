@@ -13,7 +13,7 @@ use tokio::sync::{Mutex, watch};
 
 use super::active::{Active, Signing};
 use super::journal::{Journal, set_status};
-use super::lifecycle::{Due, is_forgotten, is_usable};
+use super::lifecycle::{Due, GRACE, is_forgotten, is_usable};
 use super::making::{Making, refresh_hint};
 use super::stored::{Stored, retire_intermediates, roots_of, take_up_keys};
 use super::upstream_call::{DEADLINE, UpstreamCall};
@@ -178,6 +178,27 @@ impl Authorities {
         Ok(())
     }
 
+    /// Publishes the roots that the upstream names now. One that it names no more stays until it ends: something below it may be in
+    /// use. Errors: it cannot be asked, or the store refuses.
+    pub async fn follow_upstream(&self) -> Result<(), AuthorityError> {
+        let Some(upstream) = &self.upstream else { return Ok(()) };
+        let (mut roots, now) = (upstream.roots().await?, self.now());
+        // What has ended would come and go with each look.
+        roots.retain(|root| root.not_after() > now);
+        let is_new = |root: &X509Authority| !self.bundle.borrow().authorities.iter().any(|a| a.der() == root.der());
+        if !roots.iter().any(is_new) {
+            return Ok(());
+        }
+        let mut journal = self.writer.lock().await;
+        let fresh: Vec<_> = roots.iter().filter(|root| is_new(root)).map(|root| root.id().to_owned()).collect();
+        let next = journal.records.clone();
+        self.commit(&mut journal, next, |bundle| add_missing(bundle, roots)).await?;
+        for authority in fresh {
+            tracing::info!(authority, "root of the upstream authority added to the trust bundle");
+        }
+        Ok(())
+    }
+
     /// Prepares a new authority of a kind now. It replaces one that was prepared before.
     pub async fn prepare(&self, kind: Kind) -> Result<Record, AuthorityError> {
         let making = self.making.lock().await;
@@ -242,7 +263,11 @@ impl Authorities {
         let next = journal.records.iter().filter(|r| r.kind() != kind || r.id != id).cloned().collect();
         self.commit(&mut journal, next, |bundle| match kind {
             Kind::X509 => bundle.authorities.retain(|a| a.id() != id),
-            Kind::Jwt => bundle.jwt_authorities.retain(|a| a.key_id() != id),
+            Kind::Jwt => {
+                // Also under another ID, where the store has it from a version that took it twice.
+                let revoked = bundle.jwt_authorities.iter().find(|a| a.key_id() == id).map(|a| a.key().clone());
+                bundle.jwt_authorities.retain(|a| Some(a.key()) != revoked.as_ref());
+            }
         })
         .await?;
         journal.unswept = true;
@@ -266,6 +291,13 @@ impl Authorities {
         let mut journal = self.writer.lock().await;
         let mut all = self.bundle.borrow().jwt_authorities.clone();
         for key in keys {
+            // Under another ID it would outlive the revocation of the one.
+            if let Some(twin) = all.iter().find(|a| a.key() == key.key() && a.key_id() != key.key_id()) {
+                return Err(AuthorityError::KeyKnown {
+                    key_id: key.key_id().to_owned(),
+                    as_id: twin.key_id().to_owned(),
+                });
+            }
             match all.iter_mut().find(|a| a.key_id() == key.key_id()) {
                 None => all.push(key),
                 Some(known) if known.der() == key.der() && journal.named(Kind::Jwt, key.key_id()).is_ok() => {}
@@ -291,7 +323,7 @@ impl Authorities {
         let root_over = |a: &X509Authority| is_forgotten((a.not_before(), a.not_after()), now);
         // A key of ours is kept as long as its record is: a clock that is ahead for a moment must not take it away.
         let own: Vec<String> = next.iter().filter(|r| r.kind() == Kind::Jwt).map(|r| r.id.clone()).collect();
-        let key_over = |a: &JwtAuthority| a.is_over(now) && !own.iter().any(|id| id == a.key_id());
+        let key_over = |a: &JwtAuthority| a.is_over(now - GRACE.0) && !own.iter().any(|id| id == a.key_id());
         let has_ended = |bundle: &TrustBundle| {
             bundle.authorities.iter().any(root_over) || bundle.jwt_authorities.iter().any(key_over)
         };

@@ -11,5 +11,6 @@ mod stored;
 mod upstream_call;
 
 pub use error::AuthorityError;
+pub use lifecycle::validity_of;
 pub use manager::{Authorities, Settings};
 pub use record::{Kind, Public, Record, Status};

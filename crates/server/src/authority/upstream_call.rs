@@ -1,10 +1,13 @@
 //! Calls the upstream authority with a deadline: an upstream that hangs must not block this server.
+//!
+//! Each call has its own thread: reading from a file system that hangs blocks the thread, which the runtime would miss, even at
+//! shutdown.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use countersign_identity::TrustDomain;
+use countersign_identity::{TrustDomain, X509Authority};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
@@ -24,24 +27,23 @@ impl Drop for Busy {
     }
 }
 
-/// Calls the upstream, one call at a time.
+/// Calls the upstream, one call of a kind at a time.
 pub struct UpstreamCall {
     upstream: Arc<dyn UpstreamAuthority>,
-    busy: Arc<AtomicBool>,
+    signing: Arc<AtomicBool>,
+    naming: Arc<AtomicBool>,
     deadline: Duration,
 }
 
 impl UpstreamCall {
     /// Calls `upstream`, each time for at most `deadline`.
     pub fn new(upstream: Arc<dyn UpstreamAuthority>, deadline: Duration) -> Self {
-        Self { upstream, busy: Arc::default(), deadline }
+        Self { upstream, signing: Arc::default(), naming: Arc::default(), deadline }
     }
 
     /// Has a CA certificate signed for `key`, of which the upstream gets a request only, and checks the answer. Errors:
     /// the upstream's, with [`UpstreamError::Timeout`] after the deadline.
-    ///
-    /// Runs on its own thread: reading from a file system that hangs blocks the thread, which the runtime would miss,
-    /// even at shutdown. While a call has not returned, no other one is started.
+    /// While a call has not returned, no other one is started.
     pub async fn sign_intermediate(
         &self,
         trust_domain: &TrustDomain,
@@ -49,26 +51,45 @@ impl UpstreamCall {
         ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, AuthorityError> {
-        if self.busy.swap(true, Ordering::SeqCst) {
-            return Err(UpstreamError::Timeout(self.deadline).into());
-        }
         // A request that cannot be made must not leave it busy.
-        let busy = Busy(self.busy.clone());
+        let busy = self.begin(&self.signing)?;
         let csr = request_intermediate(trust_domain, &**key).await?;
-        let (answer, answered) = oneshot::channel();
         let (upstream, asked_for) = (self.upstream.clone(), trust_domain.clone());
+        let call = async move { upstream.sign_intermediate(&asked_for, &csr, ttl, now).await };
+        let signed = self.apart(busy, call).await?;
+        Ok(signed.checked(&self.upstream.name(), trust_domain, key, now).await?)
+    }
+
+    /// The roots that the upstream names now. Errors as [`Self::sign_intermediate`].
+    pub async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+        let (busy, upstream) = (self.begin(&self.naming)?, self.upstream.clone());
+        self.apart(busy, async move { upstream.roots().await }).await
+    }
+
+    fn begin(&self, kind: &Arc<AtomicBool>) -> Result<Busy, UpstreamError> {
+        let is_busy = kind.swap(true, Ordering::SeqCst);
+        if is_busy { Err(UpstreamError::Timeout(self.deadline)) } else { Ok(Busy(kind.clone())) }
+    }
+
+    /// Runs a call on a thread of its own, and waits for it until the deadline.
+    async fn apart<T: Send + 'static>(
+        &self,
+        busy: Busy,
+        call: impl Future<Output = Result<T, UpstreamError>> + Send + 'static,
+    ) -> Result<T, UpstreamError> {
+        let (answer, answered) = oneshot::channel();
         let runtime = tokio::runtime::Handle::current();
         std::thread::spawn(move || {
             // Cleared even if the call panics.
-            let signed = runtime.block_on(upstream.sign_intermediate(&asked_for, &csr, ttl, now));
+            let answered = runtime.block_on(call);
             drop(busy);
             // The caller may have given up already.
-            let _ = answer.send(signed);
+            let _ = answer.send(answered);
         });
         match tokio::time::timeout(self.deadline, answered).await {
-            Ok(Ok(signed)) => Ok(signed?.checked(&self.upstream.name(), trust_domain, key, now).await?),
+            Ok(Ok(answered)) => answered,
             // The thread ended without an answer, or is still running.
-            Ok(Err(_)) | Err(_) => Err(UpstreamError::Timeout(self.deadline).into()),
+            Ok(Err(_)) | Err(_) => Err(UpstreamError::Timeout(self.deadline)),
         }
     }
 }
@@ -98,6 +119,11 @@ mod tests {
             self.0.fetch_add(1, Ordering::SeqCst);
             std::future::pending().await
         }
+
+        async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            std::future::pending().await
+        }
     }
 
     #[tokio::test]
@@ -110,5 +136,10 @@ mod tests {
             assert!(matches!(signed, Err(AuthorityError::Unsigned(UpstreamError::Timeout(_)))));
         }
         assert!(hangs.0.load(Ordering::SeqCst) <= 1);
+        // Nor do its roots, which it is asked for beside.
+        for _ in 0..3 {
+            assert!(matches!(call.roots().await, Err(UpstreamError::Timeout(_))));
+        }
+        assert!(hangs.0.load(Ordering::SeqCst) <= 2);
     }
 }

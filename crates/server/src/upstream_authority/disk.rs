@@ -11,6 +11,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::probe::probe;
 use super::{UpstreamAuthority, UpstreamError, UpstreamSigned, pem};
+use crate::authority::validity_of;
 use crate::config::UpstreamDisk;
 use crate::key_manager::ephemeral;
 use crate::signing_ca::request_intermediate;
@@ -25,6 +26,8 @@ struct Loaded {
     signer: SigningAuthority,
     above: Vec<CertificateDer<'static>>,
     roots: Vec<X509Authority>,
+    /// When the first certificate of the path ends, that of the root included.
+    ends_at: OffsetDateTime,
 }
 
 impl Disk {
@@ -54,7 +57,9 @@ impl Disk {
         let loaded = self.load(now)?;
         let refused = |why: IssueError| UpstreamError::Refused { upstream: self.name(), why: why.to_string() };
         let key = RequestedKey::from_csr(csr).map_err(refused)?;
-        let own = issue_intermediate(trust_domain, &key, ttl, now, &loaded.signer).map_err(refused)?;
+        // Nothing below is accepted longer than all above it.
+        let left = Duration::try_from(loaded.ends_at - now).unwrap_or_default();
+        let own = issue_intermediate(trust_domain, &key, ttl.min(left), now, &loaded.signer).map_err(refused)?;
         Ok(UpstreamSigned { chain: std::iter::once(own).chain(loaded.above).collect(), roots: loaded.roots })
     }
 
@@ -66,29 +71,44 @@ impl Disk {
         let key = pem::key(&self.0.key)?;
         let signer = SigningAuthority::new(chain[0].clone(), vec![], &key)
             .map_err(|e| wrong(format!("{e} (key: {})", self.0.key.display())))?;
-        let roots = if let Some(bundle) = &self.0.bundle {
-            pem::certificates(bundle)?
-        } else {
-            let last = chain.last().cloned().into_iter().collect::<Vec<_>>();
-            if !last.first().is_some_and(is_self_signed) {
-                return Err(wrong("the last certificate is not self-signed, so the root is unknown; name the file with the roots as `bundle`".into()));
-            }
+        let roots = self.roots_of(chain.last())?;
+        if self.0.bundle.is_none() {
             chain.pop();
-            last
-        };
-        let roots = roots
-            .iter()
-            .map(|der| {
-                let path = self.0.bundle.as_ref().unwrap_or(path);
-                X509Authority::from_der(der.to_vec()).map_err(|e| UpstreamError::in_file(path, e.to_string()))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        }
         // A peer's path ends at the first certificate that it trusts. That one and those above it are not sent, because
         // certificates outside of the path are rejected.
         let end = chain.iter().position(|c| roots.iter().any(|r| r.der() == c)).unwrap_or(chain.len());
+        let root = chain.get(end).map(|c| validity_of(c).1).or_else(|| end_of_root(&roots, chain.last()));
         chain.truncate(end);
-        Ok(Loaded { signer, above: chain, roots })
+        let path = chain.iter().map(|c| validity_of(c).1).chain(root);
+        let ends_at = path.min().unwrap_or_else(|| signer.not_after());
+        Ok(Loaded { signer, above: chain, roots, ends_at })
     }
+
+    /// The roots of the bundle, or the last certificate of the chain if there is none.
+    fn roots_of(&self, last: Option<&CertificateDer<'static>>) -> Result<Vec<X509Authority>, UpstreamError> {
+        let (path, roots) = match (&self.0.bundle, last) {
+            (Some(bundle), _) => (bundle, pem::certificates(bundle)?),
+            (None, Some(last)) if is_self_signed(last) => (&self.0.certificate, vec![last.clone()]),
+            (None, _) => {
+                let why = "the last certificate is not self-signed, so the root is unknown; name the file with the roots as `bundle`";
+                return Err(UpstreamError::in_file(&self.0.certificate, why.into()));
+            }
+        };
+        let parsed = roots.iter().map(|der| X509Authority::from_der(der.to_vec()));
+        parsed.map(|root| root.map_err(|e| UpstreamError::in_file(path, e.to_string()))).collect()
+    }
+}
+
+/// When the root ends that this certificate is below, or the upstream itself is; of several with its name, the last.
+fn end_of_root(roots: &[X509Authority], below: Option<&CertificateDer<'_>>) -> Option<OffsetDateTime> {
+    let below = below.and_then(|der| X509Certificate::from_der(der).ok());
+    let is_above = |root: &&X509Authority| match (&below, X509Certificate::from_der(root.der())) {
+        (Some((_, below)), Ok((_, root))) => root.subject() == below.issuer(),
+        (None, _) => true,
+        (_, Err(_)) => false,
+    };
+    roots.iter().filter(is_above).map(X509Authority::not_after).max()
 }
 
 fn is_self_signed(cert: &CertificateDer<'_>) -> bool {
@@ -141,6 +161,11 @@ impl UpstreamAuthority for Disk {
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError> {
         self.sign(trust_domain, csr, ttl, now)
+    }
+
+    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+        let chain = if self.0.bundle.is_some() { vec![] } else { pem::certificates(&self.0.certificate)? };
+        self.roots_of(chain.last())
     }
 }
 

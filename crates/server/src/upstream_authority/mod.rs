@@ -116,4 +116,8 @@ pub trait UpstreamAuthority: Send + Sync {
         ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError>;
+
+    /// The roots that peers must trust, as they are known now; none, if it names them with each signature alone. Asked every few
+    /// seconds: whoever replaces a root names the next one before anything is signed below it, by us or by another server.
+    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError>;
 }

@@ -7,6 +7,7 @@ use super::*;
 use crate::authority::journal::JOURNAL_LENGTH;
 use crate::datastore::Sqlite;
 use crate::key_manager::{KeyManager, KeyManagerError, Memory, SignError, Signer};
+use crate::upstream_authority::{UpstreamError, UpstreamSigned};
 use countersign_identity::profile::{SigningAuthority, issue_root};
 use countersign_identity::{KeyType, PrivateKey, SignatureAlgorithm};
 use jwt::sign_token;
@@ -318,9 +319,13 @@ impl UpstreamAuthority for Hangs {
         _: &[u8],
         _: Duration,
         _: OffsetDateTime,
-    ) -> Result<crate::upstream_authority::UpstreamSigned, crate::upstream_authority::UpstreamError> {
+    ) -> Result<UpstreamSigned, UpstreamError> {
         self.0.fetch_add(1, Ordering::SeqCst);
         std::future::pending().await
+    }
+
+    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+        Ok(vec![])
     }
 }
 
@@ -373,7 +378,7 @@ impl UpstreamAuthority for Waits {
         csr: &[u8],
         ttl: Duration,
         now: OffsetDateTime,
-    ) -> Result<crate::upstream_authority::UpstreamSigned, crate::upstream_authority::UpstreamError> {
+    ) -> Result<UpstreamSigned, UpstreamError> {
         self.asked.notify_one();
         self.released.notified().await;
         let key = PrivateKey::generate(KeyType::EcP256).unwrap();
@@ -382,8 +387,73 @@ impl UpstreamAuthority for Waits {
         let requested = countersign_identity::profile::RequestedKey::from_csr(csr).unwrap();
         let own = countersign_identity::profile::issue_intermediate(td, &requested, ttl, now, &signer).unwrap();
         let roots = vec![X509Authority::from_der(root.to_vec()).unwrap()];
-        Ok(crate::upstream_authority::UpstreamSigned { chain: vec![own], roots })
+        Ok(UpstreamSigned { chain: vec![own], roots })
     }
+
+    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+        Ok(vec![])
+    }
+}
+
+/// An upstream that names roots and signs nothing.
+struct Names(std::sync::Mutex<Vec<X509Authority>>);
+
+#[async_trait::async_trait]
+impl UpstreamAuthority for Names {
+    fn name(&self) -> String {
+        "names".into()
+    }
+
+    async fn sign_intermediate(
+        &self,
+        _: &TrustDomain,
+        _: &[u8],
+        _: Duration,
+        _: OffsetDateTime,
+    ) -> Result<UpstreamSigned, UpstreamError> {
+        Err(UpstreamError::Refused { upstream: self.name(), why: "not today".into() })
+    }
+
+    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+        let roots = self.0.lock().unwrap().clone();
+        if roots.is_empty() {
+            return Err(UpstreamError::Unreachable { upstream: self.name(), why: "away".into() });
+        }
+        Ok(roots)
+    }
+}
+
+#[tokio::test]
+async fn a_root_that_the_upstream_names_is_published_before_anything_is_signed_below_it_and_stays() {
+    let world = World::new().await;
+    drop(world.authorities().await);
+    let root = |ttl: u64, at: OffsetDateTime| {
+        let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+        let der = issue_root(&TrustDomain::new("td").unwrap(), &key, Duration::from_secs(ttl), at).unwrap();
+        X509Authority::from_der(der.to_vec()).unwrap()
+    };
+    let names = Arc::new(Names(Default::default()));
+    let a = Authorities::load(world.settings(world.keys.clone(), Some(names.clone()))).await.unwrap();
+    let before = a.bundle().borrow().clone();
+    assert!(matches!(a.follow_upstream().await, Err(AuthorityError::Unsigned(UpstreamError::Unreachable { .. }))));
+    let (first, second) = (root(3_600, a.now()), root(3_600, a.now()));
+    let ended = root(60, a.now() - Duration::from_secs(600));
+    *names.0.lock().unwrap() = vec![first.clone(), ended.clone()];
+    let mut told = a.bundle();
+    told.mark_unchanged();
+    a.follow_upstream().await.unwrap();
+    assert!(told.has_changed().unwrap(), "agents are told");
+    let has =
+        |a: &Authorities, root: &X509Authority| a.bundle().borrow().authorities.iter().any(|r| r.der() == root.der());
+    assert!(has(&a, &first) && !has(&a, &ended) && before.authorities.iter().all(|root| has(&a, root)));
+    let sequence = a.bundle().borrow().sequence;
+    assert_eq!(sequence, before.sequence + 1);
+    a.follow_upstream().await.unwrap();
+    assert_eq!(a.bundle().borrow().sequence, sequence, "nothing has changed");
+    *names.0.lock().unwrap() = vec![second.clone()];
+    a.follow_upstream().await.unwrap();
+    assert!(has(&a, &first) && has(&a, &second));
+    assert!(has(&world.authorities().await, &second), "the store has it");
 }
 
 #[tokio::test]
@@ -418,22 +488,31 @@ async fn keys_of_others_are_published_until_they_end_and_an_id_names_one_key() {
         key.expires_at = ends.map(|seconds| a.now() + time::Duration::seconds(seconds));
         key
     };
-    let (lasting, ending) = (key("lasting", None), key("ending", Some(0)));
+    let (lasting, ended) = (key("lasting", None), key("ended", Some(-3_600)));
+    let ending = key("ending", Some(-3_000));
     let before = a.bundle().borrow().sequence;
-    a.append(vec![], vec![lasting.clone(), ending.clone()]).await.unwrap();
+    a.append(vec![], vec![lasting.clone(), ended.clone(), ending.clone()]).await.unwrap();
     a.append(vec![], vec![lasting.clone()]).await.unwrap();
     let others = |a: &Authorities| -> Vec<JwtAuthority> {
         let own: Vec<_> = of_kind(a, Kind::Jwt).into_iter().map(|r| r.id).collect();
         let bundle = a.bundle().borrow().clone();
         bundle.jwt_authorities.iter().filter(|k| own.iter().all(|id| id != k.key_id())).cloned().collect()
     };
-    assert_eq!(others(&a), [lasting.clone(), ending]);
+    assert_eq!(others(&a), [lasting.clone(), ended, ending.clone()]);
     assert_eq!(a.bundle().borrow().sequence, before + 1, "the second changed nothing");
     let other = a.append(vec![], vec![key("lasting", None)]).await.unwrap_err();
     assert!(matches!(&other, AuthorityError::KeyIdTaken(id) if id == "lasting"), "{other}");
+    // Under two IDs a key would outlive its revocation: one of others as little as our own.
+    let own = a.bundle().borrow().jwt_authorities.iter().find(|k| k.key_id() != "lasting").unwrap().clone();
+    for known in [&own, &lasting] {
+        let twin = JwtAuthority::new("twin", known.der()).unwrap();
+        let refused = a.append(vec![], vec![twin]).await.unwrap_err();
+        assert!(matches!(&refused, AuthorityError::KeyKnown { as_id, .. } if as_id == known.key_id()), "{refused}");
+    }
     a.rotate().await.unwrap();
-    assert_eq!(others(&a), std::slice::from_ref(&lasting));
-    assert_eq!(others(&world.authorities().await), [lasting], "the store has it");
+    // A clock that is ahead for a moment takes nothing away.
+    assert_eq!(others(&a), [lasting.clone(), ending.clone()]);
+    assert_eq!(others(&world.authorities().await), [lasting, ending], "the store has it");
 }
 
 /// What a key of [`Moody`] does.

@@ -76,6 +76,43 @@ async fn an_upstream_that_peers_would_believe_is_taken_and_sends_nothing_beyond_
 }
 
 #[tokio::test]
+async fn our_ca_ends_with_the_first_certificate_above_it_the_root_included() {
+    // The root ends in an hour; the issuing CA would be valid for a day.
+    let pki = Pki::new(|ca| ca.not_after = OffsetDateTime::now_utc() + Duration::from_secs(86_400));
+    let td = TrustDomain::new("example.org").unwrap();
+    let key = ephemeral(KeyType::EcP256).unwrap();
+    let csr = request_intermediate(&td, &*key).await.unwrap();
+    let end = async |bundle: &str| {
+        let disk = pki.load(bundle).await.unwrap_or_else(|e| panic!("{e}"));
+        let (ttl, now) = (Duration::from_secs(7_200), OffsetDateTime::now_utc());
+        let signed = disk.sign_intermediate(&td, &csr, ttl, now).await.unwrap();
+        (X509Authority::from_der(signed.chain[0].to_vec()).unwrap().not_after() - now).whole_minutes()
+    };
+    assert!((58..=60).contains(&end("root.pem").await));
+    // Where peers trust the issuing CA itself, the root does not matter.
+    let issuing = std::fs::read_to_string(pki.dir.path().join("issuing.pem")).unwrap();
+    pki.write("both.pem", &[issuing, std::fs::read_to_string(pki.dir.path().join("root.pem")).unwrap()].concat());
+    assert!((118..=120).contains(&end("both.pem").await));
+}
+
+#[tokio::test]
+async fn roots_are_those_of_the_files_as_they_are_now() {
+    let pki = Pki::new(|_| {});
+    let disk = pki.load("root.pem").await.unwrap_or_else(|e| panic!("{e}"));
+    let read = |name: &str| std::fs::read_to_string(pki.dir.path().join(name)).unwrap();
+    assert_eq!(disk.roots().await.unwrap().len(), 1);
+    pki.write("root.pem", &[read("root.pem"), read("stranger.pem")].concat());
+    assert_eq!(disk.roots().await.unwrap().len(), 2);
+    // One that is being written.
+    let whole = read("root.pem");
+    pki.write("root.pem", &whole[..whole.len() / 3]);
+    let torn = disk.roots().await.unwrap_err();
+    assert!(matches!(&torn, UpstreamError::Malformed { upstream, .. } if upstream.ends_with("root.pem")), "{torn}");
+    std::fs::remove_file(pki.dir.path().join("root.pem")).unwrap();
+    assert!(matches!(disk.roots().await, Err(UpstreamError::Unreachable { .. })));
+}
+
+#[tokio::test]
 async fn a_bundle_without_the_upstreams_root_is_refused_at_start() {
     let why = Pki::new(|_| {}).load("stranger.pem").await.err().unwrap();
     assert!(why.contains("issuing.pem") && why.contains("every peer would refuse the SVIDs of `example.org`"), "{why}");

@@ -209,9 +209,13 @@ impl UpstreamAuthority for Away {
         _: &[u8],
         _: Duration,
         _: OffsetDateTime,
-    ) -> Result<crate::upstream_authority::UpstreamSigned, crate::upstream_authority::UpstreamError> {
+    ) -> Result<UpstreamSigned, UpstreamError> {
         let (upstream, why) = ("away".to_owned(), "no answer".to_owned());
-        Err(crate::upstream_authority::UpstreamError::Unreachable { upstream, why })
+        Err(UpstreamError::Unreachable { upstream, why })
+    }
+
+    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+        Err(UpstreamError::Unreachable { upstream: self.name(), why: "no answer".into() })
     }
 }
 
