@@ -258,7 +258,10 @@ fn authorities_are_prepared_activated_tainted_and_revoked() {
     assert_eq!(server.json(&["authority", "activate"])["active"]["id"], prepared.as_str());
     assert_eq!(server.json(&["authority", "show"])["old"]["id"], first.as_str());
     assert_eq!(serial(), before, "an old authority's SVIDs live on");
+    assert_eq!(server.json(&["authority", "show"])["old"]["tainted"], false);
     server.json(&["authority", "taint", "--id", &first]);
+    assert_eq!(server.json(&["authority", "show"])["old"]["tainted"], true);
+    assert!(run(&mut server.operator(&["authority", "show"])).contains("tainted"));
     wait_for("the SVID to be renewed at once", Duration::from_secs(10), || (serial() != before).then_some(()));
     server.json(&["authority", "revoke", "--id", &first]);
     let bundle = server.json(&["bundle", "show"]);

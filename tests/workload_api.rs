@@ -310,7 +310,11 @@ fn a_token_is_fetched_and_validated_by_hand_and_wrong_input_is_told() {
     assert_eq!(fetched["spiffe_id"], format!("spiffe://{TD}/me"));
     let token = fetched["token"].as_str().unwrap();
     let (code, said) = jwt(&["validate", "--audience", "db", "--svid", token]);
-    assert!(code == 0 && said.contains(&format!("spiffe://{TD}/me")), "{said}");
+    assert!(code == 0 && said.contains(&format!("spiffe://{TD}/me")) && said.contains("db"), "{said}");
+    let (_, told) = jwt(&["validate", "--audience", "db", "--svid", token, "--output", "json"]);
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert_eq!((&told["claims"]["exp"], &told["claims"]["aud"][0]), (&fetched["expires_at"], &"db".into()), "{told}");
+    assert!(told["claims"]["exp"].is_i64());
     for (args, why) in [
         (&["validate", "--audience", "web", "--svid", token][..], "does not have the audience"),
         (&["validate", "--audience", "db", "--svid", "x.y.z"], "no JSON object"),
@@ -321,6 +325,12 @@ fn a_token_is_fetched_and_validated_by_hand_and_wrong_input_is_told() {
         let (code, said) = jwt(args);
         assert!(code == 1 && said.contains(why), "{args:?}: {said}");
     }
+    let (code, said) = jwt(&["fetch", "--audience", "db", "--spiffe-id", ""]);
+    assert!(code == 2 && said.contains("--spiffe-id: it is empty"), "{said}");
+    // The server's socket instead of the agent's.
+    let mixed_up = ["jwt", "fetch", "--audience", "db", "--socket", &server.socket().display().to_string()];
+    let (code, said) = crate::support::outcome(&mut crate::support::countersign(&mixed_up));
+    assert!(code == 1 && said.contains("is it the socket of another role?"), "{said}");
     // An entry's own lifetime, which no token outlives its authority by.
     let entry = server.json(&["entry", "show"])[0]["id"].as_str().unwrap().to_owned();
     server.json(&["entry", "update", "--id", &entry, "--jwt-svid-ttl", "400d"]);

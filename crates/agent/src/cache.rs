@@ -163,7 +163,9 @@ fn closest_miss(state: &State, attested: &SelectorSet) -> String {
     let nearest =
         state.entries.values().map(|c| (missing(&c.entry.selectors, attested), &c.entry)).min_by_key(|(m, _)| m.len());
     match nearest {
-        None => format!("attested {have}; this agent has no registration entries"),
+        None => {
+            format!("attested {have}; this agent has no registration entries; `countersign entry create` makes one")
+        }
         Some((lacking, entry)) if lacking.is_empty() => {
             format!("attested {have}; the entry that these match, `{}`, has expired", entry.spiffe_id)
         }

@@ -3,6 +3,7 @@
 
 mod attestation_state;
 pub mod cache;
+pub mod claims;
 pub mod config;
 mod endpoints;
 #[cfg(fuzzing)]

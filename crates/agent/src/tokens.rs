@@ -21,7 +21,7 @@ use tonic::{Code, Status};
 use zeroize::Zeroizing;
 
 use crate::cache::Cache;
-use crate::link::{CALL_TIMEOUT, Link, describe};
+use crate::link::{Link, describe};
 use crate::metrics::Metrics;
 
 pub use held::Token;
@@ -29,6 +29,8 @@ use held::{Asked, Held, MAX_OF_ENTRY, MAX_TOKENS};
 
 /// Longest wait for a newer token while the one at hand is still good.
 const REFRESH_PATIENCE: Duration = Duration::from_secs(2);
+/// Longest wait for a token where there is none at hand. Callers wait longer, so that they hear who did not answer.
+const FETCH_PATIENCE: Duration = Duration::from_secs(8);
 /// Longest wait for the key of a new token to come with the bundle.
 const KEY_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -91,7 +93,7 @@ impl Tokens {
             return Ok(token);
         }
         let at_hand = self.good_enough(entry, &asked);
-        let patience = if at_hand.is_some() { REFRESH_PATIENCE } else { CALL_TIMEOUT };
+        let patience = if at_hand.is_some() { REFRESH_PATIENCE } else { FETCH_PATIENCE };
         let (fetched, at) = match failure.take().filter(|(at, _)| *at >= came) {
             Some((at, status)) => (Err(status), at),
             None => (self.fetch(entry, audience, patience).await, Instant::now()),

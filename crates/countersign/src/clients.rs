@@ -123,8 +123,17 @@ pub fn channel(socket: &Path, role: &str) -> anyhow::Result<Asking> {
         }
         Err(e) => return Err(anyhow!("cannot reach {shown}: {e}")),
     }
-    connect_unix(socket, CONNECT).with_context(|| format!("cannot reach the {role} at {}", socket.display()))?;
-    Ok(Asking::at(socket, role))
+    match connect_unix(socket, CONNECT) {
+        Ok(_) => Ok(Asking::at(socket, role)),
+        // What a role that has ended leaves behind.
+        Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => Err(anyhow!(
+            "no {role} listens at {shown} any more: has it ended? Look at its log (name another place with --socket)"
+        )),
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            Err(anyhow!("this user may not use {shown}; run it as root, or as the user that the {role} runs as"))
+        }
+        Err(e) => Err(e).with_context(|| format!("cannot reach the {role} at {shown}")),
+    }
 }
 
 /// A client of a service with our bound on message sizes.
@@ -140,6 +149,15 @@ pub(crate) use client;
 /// Longest message that is sent or received, in bytes.
 pub const MAX_MESSAGE: usize = MAX_MESSAGE_BYTES;
 
+/// What the other side says. One that does not know the call at all says nothing.
+pub fn message_of(status: &Status) -> &str {
+    match (status.code(), status.message()) {
+        (Code::Unimplemented, "") => "whoever listens there does not know this call: is it the socket of another role?",
+        (_, "") => "the call failed without a reason",
+        (_, said) => said,
+    }
+}
+
 /// Converts a failed call to an error with a hint at the next step.
 pub fn refused(status: Status) -> anyhow::Error {
     let hint = match status.code() {
@@ -147,5 +165,5 @@ pub fn refused(status: Status) -> anyhow::Error {
         Code::PermissionDenied => " (run it as root, or as the user that the role runs as)",
         _ => "",
     };
-    anyhow!("{}{hint}", status.message())
+    anyhow!("{}{hint}", message_of(&status))
 }

@@ -56,8 +56,13 @@ pub enum JwtError {
     #[error("the token's signature is wrong")]
     Signature,
     /// It has ended.
-    #[error("the token expired at {0}")]
-    Expired(OffsetDateTime),
+    #[error("the token expired at {at}, and it is {now} here")]
+    Expired {
+        /// Its end.
+        at: OffsetDateTime,
+        /// The time here.
+        now: OffsetDateTime,
+    },
 }
 
 /// A token that was verified.
@@ -139,6 +144,12 @@ pub fn verify(token: &str, audience: &str, bundles: &BundleSet, now: OffsetDateT
     Ok(JwtSvid { id, expires_at, claims, key_id })
 }
 
+/// The claims of a token, to be shown: nothing is verified. `None` if it has none.
+pub fn unverified_claims(token: &str) -> Option<Map<String, Value>> {
+    let payload = token.split('.').nth(1)?;
+    object(payload, "").ok()
+}
+
 fn wrong(claim: &'static str, why: &str) -> JwtError {
     JwtError::Claim { claim, why: why.to_owned() }
 }
@@ -188,7 +199,7 @@ fn time(claims: &Map<String, Value>, claim: &'static str) -> Result<Option<Offse
 fn lifetime(claims: &Map<String, Value>, now: OffsetDateTime) -> Result<OffsetDateTime, JwtError> {
     let expires_at = time(claims, "exp")?.ok_or_else(|| wrong("exp", "is missing"))?;
     if expires_at <= now {
-        return Err(JwtError::Expired(expires_at));
+        return Err(JwtError::Expired { at: expires_at, now });
     }
     for claim in ["nbf", "iat"] {
         if time(claims, claim)?.is_some_and(|from| from > now + CLOCK_SKEW) {
@@ -349,7 +360,7 @@ mod tests {
             ("no end", Box::new(|_, c| drop(c.as_object_mut().unwrap().remove("exp"))), Box::new(claim("exp"))),
             ("an end that is no time", Box::new(|_, c| c["exp"] = "never".into()), Box::new(claim("exp"))),
             ("an endless end", Box::new(|_, c| c["exp"] = json!(1e300)), Box::new(claim("exp"))),
-            ("ended", Box::new(|_, c| c["exp"] = json!(NOW)), Box::new(|e| matches!(e, JwtError::Expired(_)))),
+            ("ended", Box::new(|_, c| c["exp"] = json!(NOW)), Box::new(|e| matches!(e, JwtError::Expired { .. }))),
             ("not begun", Box::new(|_, c| c["nbf"] = json!(NOW + 61)), Box::new(claim("nbf"))),
             ("of the future", Box::new(|_, c| c["iat"] = json!(NOW + 61)), Box::new(claim("iat"))),
         ];

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+
 use countersign_api::workload::spiffe_workload_api_server::SpiffeWorkloadApi;
 use countersign_api::workload::{
     JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
@@ -18,6 +19,7 @@ use tonic::{Request, Response, Status};
 use super::tokens::Asked;
 use super::{Attested, BoxStream, Core, Endpoint, last_word};
 use crate::cache::Cached;
+use crate::claims::to_struct;
 
 /// How long a call waits for an SVID that is not signed yet.
 const FIRST_SVID_PATIENCE: Duration = Duration::from_secs(10);
@@ -136,26 +138,6 @@ fn told(
         *audience = serde_json::Value::Array(vec![audience.take()]);
     }
     claims
-}
-
-/// Claims as gRPC has them. A number beyond a float's whole numbers loses its last digits, as everywhere in this format.
-fn to_struct(claims: serde_json::Map<String, serde_json::Value>) -> prost_types::Struct {
-    let fields = claims.into_iter().map(|(key, value)| (key, to_value(value)));
-    prost_types::Struct { fields: fields.collect() }
-}
-
-fn to_value(value: serde_json::Value) -> prost_types::Value {
-    use prost_types::value::Kind;
-    use serde_json::Value::{Array, Bool, Null, Number, Object, String};
-    let kind = match value {
-        Null => Kind::NullValue(0),
-        Bool(flag) => Kind::BoolValue(flag),
-        Number(number) => Kind::NumberValue(number.as_f64().unwrap_or_default()),
-        String(text) => Kind::StringValue(text),
-        Array(all) => Kind::ListValue(prost_types::ListValue { values: all.into_iter().map(to_value).collect() }),
-        Object(fields) => Kind::StructValue(to_struct(fields)),
-    };
-    prost_types::Value { kind: Some(kind) }
 }
 
 fn federated<'a>(state: &'a crate::cache::State, identities: &[&Cached]) -> impl Iterator<Item = &'a Arc<TrustBundle>> {

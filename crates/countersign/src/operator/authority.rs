@@ -2,13 +2,16 @@
 
 mod kind;
 
+use std::collections::HashSet;
+
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::localauthority::AuthorityState;
+use countersign_identity::TrustBundle;
 use serde_json::{Map, Value, json};
 
 use self::kind::{Authorities, Kind, States};
-use super::output::{Output, Table};
+use super::output::{Output, Table, told};
 use super::when;
 use crate::clients::ServerArg;
 
@@ -45,7 +48,7 @@ pub enum AuthorityCommand {
         #[command(flatten)]
         output: Output,
     },
-    /// Mark an old authority as compromised: everything it signed is renewed at once.
+    /// Mark an old authority as compromised: agents renew the SVIDs that it signed, and give out none of its tokens, at once.
     Taint {
         #[command(flatten)]
         server: ServerArg,
@@ -58,7 +61,7 @@ pub enum AuthorityCommand {
         #[command(flatten)]
         output: Output,
     },
-    /// Remove a tainted authority from the bundle: nothing under it is trusted any more, and its connections are cut.
+    /// Remove a tainted authority from the bundle: nothing under it is trusted any more, and connections of its SVIDs are cut.
     Revoke {
         #[command(flatten)]
         server: ServerArg,
@@ -92,18 +95,33 @@ fn facts(states: &[(&str, Option<AuthorityState>)]) -> Map<String, Value> {
     known.map(|(status, state)| ((*status).to_owned(), fact(state))).collect()
 }
 
+/// IDs of the authorities that the bundle has as tainted, which the state of an authority does not say (SPIRE API).
+fn tainted(bundle: &TrustBundle) -> HashSet<String> {
+    let x509 = bundle.authorities.iter().filter(|a| a.tainted).map(|a| a.id().to_owned());
+    let jwt = bundle.jwt_authorities.iter().filter(|a| a.tainted).map(|a| a.key_id().to_owned());
+    x509.chain(jwt).collect()
+}
+
 /// Prints both kinds. As JSON the X.509 authorities stand at the top, where they were before there were others.
-fn print_all(output: &Output, x509: States, jwt: States) -> Result<()> {
+fn print_all(output: &Output, x509: States, jwt: States, tainted: &HashSet<String>) -> Result<()> {
     let by_status = |s: States| [("active", s.active), ("prepared", s.prepared), ("old", s.old)];
     let (x509, jwt) = (by_status(x509), by_status(jwt));
     let mut table = Table::new(&["kind", "status", "id", "expires"]);
     for (kind, states) in [("x509", &x509), ("jwt", &jwt)] {
         for (status, state) in states {
             if let Some(s) = state {
-                table.row(vec![kind.into(), (*status).into(), s.authority_id.clone(), when(s.expires_at)]);
+                let status = if tainted.contains(&s.authority_id) { "tainted" } else { status };
+                table.row(vec![kind.into(), status.into(), s.authority_id.clone(), when(s.expires_at)]);
             }
         }
     }
+    let facts = |states: &[_]| {
+        let mut facts = facts(states);
+        for fact in facts.values_mut() {
+            fact["tainted"] = fact["id"].as_str().is_some_and(|id| tainted.contains(id)).into();
+        }
+        facts
+    };
     let mut all = facts(&x509);
     all.insert("jwt".into(), Value::Object(facts(&jwt)));
     Ok(output.print(&table, &Value::Object(all))?)
@@ -115,10 +133,17 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
         AuthorityCommand::Show { server, output } => {
             let x509 = Authorities::of(&server, Kind::X509)?.states().await?;
             let jwt = Authorities::of(&server, Kind::Jwt)?.states().await?;
-            print_all(&output, x509, jwt)?;
+            let bundle = super::bundle::own(server.channel()?).await?;
+            print_all(&output, x509, jwt, &tainted(&bundle))?;
         }
         AuthorityCommand::Prepare { server, kind, output } => {
-            let prepared = Authorities::of(&server, kind)?.prepare().await?;
+            let mut authorities = Authorities::of(&server, kind)?;
+            let before = authorities.states().await?.prepared;
+            let prepared = authorities.prepare().await?;
+            if let Some(before) = before {
+                // Whoever has it in a copy of the bundle has no use for it.
+                eprintln!("it replaces authority {}, which was prepared before", told(&before.authority_id));
+            }
             print(&output, &[("prepared", prepared)])?;
         }
         AuthorityCommand::Activate { server, kind, id, output } => {

@@ -80,6 +80,10 @@ async fn jwt(args: JwtArgs) -> Result<()> {
     let asked = MintJwtsvidRequest { id, audience, ttl: seconds(ttl) };
     let minted = client!(SvidClient, server.channel()?).mint_jwtsvid(asked).await.map_err(refused)?;
     let svid = minted.into_inner().svid.context("the server's answer holds no SVID")?;
+    let shorter = |asked: Ttl| i128::from(svid.expires_at - svid.issued_at) < i128::from(asked.0.as_secs());
+    if ttl.is_some_and(shorter) {
+        eprintln!("the token ends at {}, sooner than asked for: its authority ends then", when(svid.expires_at));
+    }
     if output.is_json() {
         let all = json!({ "spiffe_id": spiffe_id, "expires_at": svid.expires_at, "token": svid.token });
         crate::stdout::line(&json_text(&all))?;

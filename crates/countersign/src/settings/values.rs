@@ -32,7 +32,7 @@ impl FromStr for Ttl {
             rest = &rest[digits + 1..];
         }
         if total == 0 || total > 100 * 365 * 86_400 {
-            return Err(wrong());
+            return Err(if text.is_empty() { wrong() } else { format!("`{text}` is out of range: 1s to 36500d") });
         }
         Ok(Self(Duration::from_secs(total)))
     }
@@ -80,5 +80,6 @@ mod tests {
         for bad in ["", "20", "s", "1x", "-1s", "0s", "1.5h", "99999999999999999999s", "1h 2m"] {
             assert!(bad.parse::<Ttl>().is_err(), "{bad:?}");
         }
+        assert_eq!("0s".parse::<Ttl>().unwrap_err(), "`0s` is out of range: 1s to 36500d");
     }
 }

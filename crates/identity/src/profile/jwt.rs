@@ -207,7 +207,10 @@ mod tests {
                 let expected = json!({ "sub": "spiffe://td/web", "aud": ["db", "cache"], "iss": "https://issuer",
                     "iat": NOW, "exp": NOW + 300 });
                 assert_eq!(Value::Object(svid.claims), expected);
-                assert_eq!(verify(&token, "db", &bundles, at(300)), Err(JwtError::Expired(at(300))));
+                assert_eq!(
+                    verify(&token, "db", &bundles, at(300)),
+                    Err(JwtError::Expired { at: at(300), now: at(300) })
+                );
                 assert!(matches!(verify(&token, "web", &bundles, at(0)), Err(JwtError::Claim { claim: "aud", .. })));
             }
         }

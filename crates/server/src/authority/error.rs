@@ -12,7 +12,7 @@ use crate::upstream_authority::UpstreamError;
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
     /// There is no authority with this ID.
-    #[error("there is no authority `{0}`; `countersign authority show` lists them")]
+    #[error("there is no authority `{0}` of this kind; `countersign authority show` lists those of both kinds")]
     Unknown(String),
     /// The authority is not in the state that the command requires.
     #[error("authority `{id}` is {status}; {needed}")]
@@ -39,7 +39,7 @@ pub enum AuthorityError {
     /// cut off.
     #[error(
         "authority `{0}` is not tainted, and it is not possible to revoke an untainted one: what it signed was not renewed \
-         and would be cut off; run `countersign authority taint --id {0}` first and give agents a minute to renew"
+         and would be cut off; run `countersign authority taint` with the same arguments first, and wait until that is done"
     )]
     Untainted(String),
     /// The bundle has another JWT authority with this key ID.

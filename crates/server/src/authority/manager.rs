@@ -242,7 +242,11 @@ impl Authorities {
         let mut next = journal.records.clone();
         let record = set_status(&mut next, id, Status::Tainted);
         self.commit(&mut journal, next, |bundle| taint_in(bundle, kind, id)).await?;
-        tracing::warn!(authority = id, kind = kind.as_str(), "authority tainted; everything it signed is renewed now");
+        let follows = match kind {
+            Kind::X509 => "agents renew what it signed",
+            Kind::Jwt => "agents give out none of its tokens",
+        };
+        tracing::warn!(authority = id, kind = kind.as_str(), "authority tainted; {follows}");
         record.ok_or_else(|| AuthorityError::Unknown(id.to_owned()))
     }
 
