@@ -14,18 +14,19 @@ use countersign_api::spire::svid::svid_client::SvidClient;
 use countersign_identity::jwt_svid::{JwtError, JwtSvid, verify};
 use countersign_identity::profile::jwt::Audience;
 use countersign_identity::rotation::renew_at;
-use countersign_identity::{BundleSet, Entry, EntryId, TrustBundle};
+use countersign_identity::{BundleSet, Entry, TrustBundle};
 use time::OffsetDateTime;
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::{Code, Status};
 use zeroize::Zeroizing;
 
 use crate::cache::Cache;
+use crate::endpoints::Follower as Caller;
 use crate::link::{Link, describe};
 use crate::metrics::Metrics;
 
 pub use held::Token;
-use held::{Asked, Held, MAX_OF_ENTRY, MAX_TOKENS};
+use held::{Asked, Held, MAX_TOKENS};
 
 /// Longest wait for a newer token while the one at hand is still good.
 const REFRESH_PATIENCE: Duration = Duration::from_secs(2);
@@ -34,7 +35,7 @@ const FETCH_PATIENCE: Duration = Duration::from_secs(8);
 /// Longest wait for the key of a new token to come with the bundle.
 const KEY_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Tokens that the server is asked for on behalf of one entry, a second and at once. A workload chooses its audiences, and the
+/// Tokens that the server is asked for on behalf of one caller, a second and at once. A workload chooses its audiences, and the
 /// server counts what all of a node ask for, and writes each down.
 const FETCHES: (u32, u32) = (20, 100);
 
@@ -46,10 +47,10 @@ pub struct Tokens {
     held: Mutex<Held>,
     /// What is being fetched now: of several who want the same, one asks the server.
     turns: Mutex<HashMap<Asked, Arc<tokio::sync::Mutex<LastFailure>>>>,
-    /// Each entry has its share of calls of the server.
-    fetches: RateLimit<EntryId>,
+    /// Each caller has its share of calls of the server.
+    fetches: RateLimit<Caller>,
     /// And of lines in the log.
-    said: Sampled<EntryId>,
+    said: Sampled<Caller>,
 }
 
 /// When a fetch last failed, and why: whoever waited meanwhile has the same answer.
@@ -72,7 +73,7 @@ impl Tokens {
             link,
             cache,
             metrics,
-            held: Mutex::new(Held::new(MAX_TOKENS, MAX_OF_ENTRY)),
+            held: Mutex::new(Held::new(MAX_TOKENS)),
             turns: Mutex::default(),
             fetches: RateLimit::new(FETCHES.0, FETCHES.1),
             said: Sampled::default(),
@@ -81,7 +82,7 @@ impl Tokens {
 
     /// A token for an entry's identity, from memory or from the server. Errors: `ResourceExhausted` if too many are asked for;
     /// Unavailable, with the reason.
-    pub async fn get(&self, entry: &Entry, audience: &Audience) -> Result<Arc<Token>, Status> {
+    pub async fn get(&self, entry: &Entry, audience: &Audience, caller: &Caller) -> Result<Arc<Token>, Status> {
         let asked = Asked::new(&entry.id, audience);
         if let Some(token) = self.fresh(entry, &asked) {
             return Ok(token);
@@ -96,20 +97,19 @@ impl Tokens {
         let patience = if at_hand.is_some() { REFRESH_PATIENCE } else { FETCH_PATIENCE };
         let (fetched, at) = match failure.take().filter(|(at, _)| *at >= came) {
             Some((at, status)) => (Err(status), at),
-            None => (self.fetch(entry, audience, patience).await, Instant::now()),
+            None => (self.fetch_for(caller, entry, audience, patience).await, Instant::now()),
         };
         *failure = fetched.as_ref().err().map(|status| (at, status.clone()));
         drop(failure);
         match (fetched, at_hand) {
             (Ok(token), _) => {
                 let token = Arc::new(token);
-                self.held().put(asked.clone(), token.clone(), self.link.now());
+                self.held().put(asked.clone(), token.clone(), caller, self.link.now());
                 Ok(token)
             }
             // Also with the server away it is good until it ends. What the server refuses, nobody gets.
             (Err(status), Some(token)) if is_passing(&status) => {
-                if let Some(unsaid) =
-                    self.said.next(entry.id.clone(), "JWT-SVID not renewed", Instant::now().into_std())
+                if let Some(unsaid) = self.said.next(caller.clone(), "JWT-SVID not renewed", Instant::now().into_std())
                 {
                     let failed = describe(&status);
                     tracing::warn!(spiffe_id = %entry.spiffe_id, failed, unsaid, "cannot renew a JWT-SVID; its workload gets the one at hand");
@@ -161,16 +161,31 @@ impl Tokens {
         }
     }
 
+    /// Fetches one within the caller's share, of which nothing is taken by a server that does not answer.
+    async fn fetch_for(
+        &self,
+        caller: &Caller,
+        entry: &Entry,
+        audience: &Audience,
+        patience: Duration,
+    ) -> Result<Token, Status> {
+        if !self.fetches.take(caller.clone(), 1, Instant::now().into_std()) {
+            return Err(Status::resource_exhausted(format!(
+                "{caller} has asked for too many new tokens ({} a second on average, {} at once); ask for the same audiences again",
+                FETCHES.0, FETCHES.1
+            )));
+        }
+        let fetched = self.fetch(entry, audience, patience).await;
+        if matches!(&fetched, Err(s) if matches!(s.code(), Code::Unavailable | Code::DeadlineExceeded)) {
+            self.fetches.give_back(caller, 1);
+        }
+        fetched
+    }
+
     async fn fetch(&self, entry: &Entry, audience: &Audience, patience: Duration) -> Result<Token, Status> {
         if self.link.identity().borrow().is_none() {
             // After a ban or an eviction, too: what is at hand is nobody's any more.
             return Err(Status::failed_precondition("the agent is not attested"));
-        }
-        if !self.fetches.take(entry.id.clone(), 1, Instant::now().into_std()) {
-            return Err(Status::resource_exhausted(format!(
-                "`{}` has asked for too many new tokens ({} a second on average, {} at once); ask for the same audiences again",
-                entry.spiffe_id, FETCHES.0, FETCHES.1
-            )));
         }
         let asked = NewJwtsvidRequest { entry_id: entry.id.to_string(), audience: audience.names().to_vec() };
         let mut client = SvidClient::new(self.link.signing_channel());
@@ -241,8 +256,16 @@ fn verify_for_all(
     bundles: &BundleSet,
     now: OffsetDateTime,
 ) -> Result<JwtSvid, JwtError> {
-    let verified = audience.names().iter().map(|name| verify(token, name, bundles, now));
-    verified.reduce(Result::and).unwrap_or(Err(JwtError::NoAudience))
+    let first = audience.names().first().ok_or(JwtError::NoAudience)?;
+    let svid = verify(token, first, bundles, now)?;
+    let aud = svid.claims.get("aud");
+    let is_for = |name: &String| {
+        aud.is_some_and(|aud| aud == name || aud.as_array().is_some_and(|all| all.iter().any(|a| a == name)))
+    };
+    if audience.names().iter().all(is_for) {
+        return Ok(svid);
+    }
+    Err(JwtError::Claim { claim: "aud", why: "does not have all the audiences that were asked for".into() })
 }
 
 /// Whether the server may answer otherwise in a moment.

@@ -47,6 +47,14 @@ impl<K: Clone + Eq + Hash> RateLimit<K> {
         }
         enough
     }
+
+    /// Gives tokens back that were taken for nothing.
+    pub fn give_back(&self, source: &K, count: u32) {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bucket) = buckets.get_mut(source) {
+            bucket.tokens = (bucket.tokens + f64::from(count)).min(self.burst);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -65,6 +73,8 @@ mod tests {
         assert!(limit.take(b, 2, t));
         assert!(limit.take(a, 1, t + Duration::from_secs(1)));
         assert!(!limit.take(a, 1, t + Duration::from_secs(1)));
+        limit.give_back(&a, 1);
+        assert!(limit.take(a, 1, t + Duration::from_secs(1)));
     }
 
     #[test]

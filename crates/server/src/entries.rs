@@ -240,6 +240,7 @@ impl Entries {
         let ended = self.index().ended_by(until, MOST_PRUNED);
         if !ended.is_empty() {
             self.delete_as(&mut versions, &ended).await?;
+            ended.iter().for_each(|id| tracing::info!(entry = id.as_str(), "entry deleted: it expired long ago"));
         }
         Ok(ended.len())
     }

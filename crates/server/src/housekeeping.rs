@@ -17,7 +17,8 @@ const EXPIRY: Duration = Duration::from_secs(1);
 
 /// Interval between two deletions of expired entries.
 const PRUNING: Duration = Duration::from_secs(60);
-/// How long an expired entry is kept: an operator may prolong it, and a clock that is ahead for a moment deletes nothing.
+/// How long an expired entry is kept at least, and how long the server has run before it deletes any: an operator may prolong it, and
+/// a clock that is ahead deletes nothing.
 const KEPT_EXPIRED: Duration = Duration::from_secs(3_600);
 
 /// Starts all jobs; they end with the server.
@@ -26,6 +27,7 @@ pub fn start(core: &Arc<Core>, own: &Arc<OwnSvid>) {
     core.tasks.spawn(follow_upstream(core.clone()));
     core.tasks.spawn(renew_own_svid(core.clone(), own.clone()));
     core.tasks.spawn(expire_entries(core.clone()));
+    core.tasks.spawn(prune_entries(core.clone()));
     core.tasks.spawn(observe(core.clone(), own.clone()));
     core.tasks.spawn(reopen_audit(core.clone()));
 }
@@ -94,20 +96,28 @@ async fn renew_own_svid(core: Arc<Core>, own: Arc<OwnSvid>) {
     }
 }
 
-/// Tells agents of entries that expire, as soon as they do: what hangs below an expired entry goes with it. Deletes them later
-/// (SPIRE: at once).
+/// Tells agents of entries that expire, as soon as they do: what hangs below an expired entry goes with it.
 async fn expire_entries(core: Arc<Core>) {
-    let mut prune_at = core.now();
     while pause(&core, EXPIRY).await {
-        let now = core.now();
-        core.entries.expire(now);
-        if now >= prune_at {
-            prune_at = now + PRUNING;
-            match core.entries.prune(now - KEPT_EXPIRED).await {
-                Ok(0) => {}
-                Ok(entries) => tracing::info!(entries, "expired entries deleted"),
-                Err(error) => tracing::error!(%error, "cannot delete expired entries; trying again"),
-            }
+        core.entries.expire(core.now());
+    }
+}
+
+/// Deletes entries some time after they have expired (SPIRE: at once).
+async fn prune_entries(core: Arc<Core>) {
+    let (began, started) = (core.now(), std::time::Instant::now());
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(PRUNING) => {}
+            () = core.shutdown.cancelled() => return,
+        }
+        // Of a clock that jumps ahead, as of one that is wrong until the network has set it, nothing is believed at once.
+        let now = core.now().min(began + started.elapsed());
+        if started.elapsed() < KEPT_EXPIRED {
+            continue;
+        }
+        if let Err(error) = core.entries.prune(now - KEPT_EXPIRED).await {
+            tracing::error!(%error, "cannot delete expired entries; trying again");
         }
     }
 }

@@ -30,7 +30,7 @@ use tonic::codegen::http;
 use tonic::service::Routes;
 use tonic::{Code, Request, Status};
 
-use self::directory::Follower;
+pub use self::directory::Follower;
 use self::identities::Identities;
 use crate::cache::{Cache, Cached, NoIdentity};
 use crate::config::Config;

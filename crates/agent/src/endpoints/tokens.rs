@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt};
 use tonic::Status;
 
 use super::workload::in_order;
-use super::{Attested, Core, Wanted};
+use super::{Attested, Core, Follower, Wanted};
 use crate::cache::Cached;
 use crate::tokens::Token;
 
@@ -50,8 +50,9 @@ impl Core {
             attested = self.prove(attested.peer, Wanted::EveryFact).await?;
         }
         let entries = self.entitled(&attested, asked)?;
+        let caller = &Follower::of(&attested);
         let calls = futures::stream::iter(entries).map(|entry| async move {
-            let token = self.tokens.get(&entry, &asked.audience).await?;
+            let token = self.tokens.get(&entry, &asked.audience, caller).await?;
             Ok::<_, Status>((entry, token))
         });
         let fetched: Vec<_> = calls.buffered(AT_ONCE).try_collect().await?;

@@ -1,4 +1,5 @@
-//! The tokens at hand: a bounded number, of which those go first that nobody has asked for the longest.
+//! The tokens at hand: a bounded number. When there are too many, one of the caller's goes who has the most, for callers choose their
+//! audiences: the one that nobody has asked for the longest.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,10 +9,10 @@ use countersign_identity::{EntryId, SpiffeId};
 use time::OffsetDateTime;
 use zeroize::Zeroizing;
 
+use crate::endpoints::Follower as Caller;
+
 /// Most tokens that are kept (SPIRE: 1,000).
 pub const MAX_TOKENS: usize = 1_000;
-/// Most of them for one entry: a workload chooses its audiences, and must not push out what others use.
-pub const MAX_OF_ENTRY: usize = 64;
 /// Longest token that is kept, in bytes: with [`MAX_TOKENS`] a bound on the memory that callers can have used for them.
 const MAX_KEPT_BYTES: usize = 4 * 1024;
 
@@ -51,51 +52,58 @@ pub struct Token {
 
 /// Tokens by what they were asked for.
 pub struct Held {
-    /// Each with the turn in which it was used last.
-    tokens: HashMap<Asked, (Arc<Token>, u64)>,
+    tokens: HashMap<Asked, Kept>,
     turn: u64,
     most: usize,
-    most_of_entry: usize,
+}
+
+struct Kept {
+    token: Arc<Token>,
+    /// Who had it fetched.
+    caller: Caller,
+    /// The turn in which it was used last.
+    used: u64,
 }
 
 impl Held {
-    /// Holds this many at most, and of them this many of one entry.
-    pub fn new(most: usize, most_of_entry: usize) -> Self {
-        Self { tokens: HashMap::new(), turn: 0, most, most_of_entry }
+    /// Holds this many at most.
+    pub fn new(most: usize) -> Self {
+        Self { tokens: HashMap::new(), turn: 0, most }
     }
 
     /// The token for this, if one is at hand. It may have ended.
     pub fn get(&mut self, asked: &Asked) -> Option<Arc<Token>> {
         self.turn += 1;
-        let (token, used) = self.tokens.get_mut(asked)?;
-        *used = self.turn;
-        Some(token.clone())
+        let kept = self.tokens.get_mut(asked)?;
+        kept.used = self.turn;
+        Some(kept.token.clone())
     }
 
     /// Keeps a token instead of the one before, unless it is very long. When there are too many, those go first that have ended.
-    pub fn put(&mut self, asked: Asked, token: Arc<Token>, now: OffsetDateTime) {
+    pub fn put(&mut self, asked: Asked, token: Arc<Token>, caller: &Caller, now: OffsetDateTime) {
         if token.text.len() > MAX_KEPT_BYTES {
             return;
         }
         self.turn += 1;
-        let entry = asked.entry.clone();
-        self.tokens.insert(asked, (token, self.turn));
-        self.make_room(self.most_of_entry, now, |asked| asked.entry == entry);
-        self.make_room(self.most, now, |_| true);
-    }
-
-    /// Where there are more of these than may be, those go that have ended, and if there are none, the one that was not used for the
-    /// longest.
-    fn make_room(&mut self, most: usize, now: OffsetDateTime, of: impl Fn(&Asked) -> bool) {
-        let is_over = |tokens: &HashMap<Asked, _>| tokens.keys().filter(|asked| of(asked)).count() > most;
-        if is_over(&self.tokens) {
-            self.tokens.retain(|asked, (token, _)| token.expires_at > now || !of(asked));
+        self.tokens.insert(asked, Kept { token, caller: caller.clone(), used: self.turn });
+        if self.tokens.len() > self.most {
+            self.tokens.retain(|_, kept| kept.token.expires_at > now);
         }
-        if is_over(&self.tokens) {
-            let these = self.tokens.iter().filter(|(asked, _)| of(asked));
-            let longest_unused = these.min_by_key(|(_, (_, used))| *used).map(|(asked, _)| asked.clone());
+        if self.tokens.len() > self.most {
+            let greatest = self.greatest();
+            let its = self.tokens.iter().filter(|(_, kept)| Some(&kept.caller) == greatest.as_ref());
+            let longest_unused = its.min_by_key(|(_, kept)| kept.used).map(|(asked, _)| asked.clone());
             longest_unused.map(|asked| self.tokens.remove(&asked));
         }
+    }
+
+    /// The caller who has the most.
+    fn greatest(&self) -> Option<Caller> {
+        let mut each: HashMap<&Caller, usize> = HashMap::new();
+        for kept in self.tokens.values() {
+            *each.entry(&kept.caller).or_default() += 1;
+        }
+        each.into_iter().max_by_key(|(_, count)| *count).map(|(caller, _)| caller.clone())
     }
 }
 
@@ -104,6 +112,7 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
+    const CALLER: Caller = Caller::User(1);
     const T0: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
 
     fn asked(name: &str) -> Asked {
@@ -124,35 +133,36 @@ mod tests {
 
     #[test]
     fn there_are_never_more_than_may_be_and_the_longest_unused_goes_first() {
-        let mut held = Held::new(3, 9);
+        let mut held = Held::new(3);
         for name in ["a", "b", "c"] {
-            held.put(asked(name), token(name, 100), T0);
+            held.put(asked(name), token(name, 100), &CALLER, T0);
         }
         assert!(held.get(&asked("a")).is_some());
-        held.put(asked("d"), token("d", 100), T0);
+        held.put(asked("d"), token("d", 100), &CALLER, T0);
         let has = |held: &mut Held, names: [&str; 4]| names.map(|name| held.get(&asked(name)).is_some());
         assert_eq!(has(&mut held, ["a", "b", "c", "d"]), [true, false, true, true]);
         // One that has ended goes before one that was used long ago.
-        held.put(asked("c"), token("c", 5), T0);
-        held.put(asked("b"), token("b", 100), T0 + Duration::from_secs(6));
+        held.put(asked("c"), token("c", 5), &CALLER, T0);
+        held.put(asked("b"), token("b", 100), &CALLER, T0 + Duration::from_secs(6));
         assert_eq!(has(&mut held, ["a", "b", "c", "d"]), [true, true, false, true]);
         for n in 0..1_000 {
-            held.put(asked(&n.to_string()), token("x", 100), T0);
+            held.put(asked(&n.to_string()), token("x", 100), &CALLER, T0);
             assert!(held.tokens.len() <= 3);
         }
     }
 
     #[test]
-    fn an_entry_that_asks_for_ever_new_audiences_pushes_out_its_own_alone() {
-        let mut held = Held::new(10, 3);
-        let other = Asked::new(&"other".parse().unwrap(), &Audience::new(vec!["db".into()]).unwrap());
-        held.put(other.clone(), token("x", 100), T0);
+    fn who_asks_for_ever_new_audiences_pushes_out_his_own_alone_with_however_many_identities() {
+        let mut held = Held::new(10);
+        let other = Asked::new(&"e".parse().unwrap(), &Audience::new(vec!["db".into()]).unwrap());
+        held.put(other.clone(), token("x", 100), &Caller::User(2), T0);
         for n in 0..100 {
-            held.put(asked(&n.to_string()), token("x", 100), T0);
+            let entry = format!("e{}", n % 20).parse().unwrap();
+            let asked = Asked::new(&entry, &Audience::new(vec![n.to_string()]).unwrap());
+            held.put(asked, token("x", 100), &CALLER, T0);
         }
-        assert_eq!(held.tokens.len(), 4);
+        assert_eq!(held.tokens.len(), 10);
         assert!(held.get(&other).is_some());
-        assert!(held.get(&asked("97")).is_some() && held.get(&asked("96")).is_none());
     }
 
     #[test]
@@ -167,8 +177,8 @@ mod tests {
 
     #[test]
     fn a_token_of_unusual_length_is_not_kept() {
-        let mut held = Held::new(3, 3);
-        held.put(asked("a"), token(&"x".repeat(MAX_KEPT_BYTES + 1), 100), T0);
+        let mut held = Held::new(3);
+        held.put(asked("a"), token(&"x".repeat(MAX_KEPT_BYTES + 1), 100), &CALLER, T0);
         assert!(held.get(&asked("a")).is_none());
     }
 }

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use super::*;
 use crate::testing::{FakeServer, Jwt, config, entry, id, join_token};
 
+const CALLER: Caller = Caller::User(1);
+
 /// An attested agent, and its server with one JWT authority.
 struct World {
     server: FakeServer,
@@ -49,7 +51,7 @@ impl World {
     }
 
     async fn get(&self, name: &str) -> Result<Arc<Token>, Status> {
-        self.tokens.get(&entry("web", 1), &Audience::new(vec![name.into()]).unwrap()).await
+        self.tokens.get(&entry("web", 1), &Audience::new(vec![name.into()]).unwrap(), &CALLER).await
     }
 
     fn pass(&self, seconds: i64) {
@@ -114,12 +116,12 @@ async fn a_token_for_an_entry_that_has_changed_is_replaced() {
     let audience = Audience::new(vec!["db".into()]).unwrap();
     world.get("db").await.unwrap();
     let changed = entry("web", 2);
-    world.tokens.get(&changed, &audience).await.unwrap();
+    world.tokens.get(&changed, &audience, &CALLER).await.unwrap();
     assert_eq!(world.server.token_calls(), 2);
     // One that has another identity now gets no token of the former.
     let mut moved = entry("web", 2);
     moved.spiffe_id = id("/moved");
-    assert_eq!(world.tokens.get(&moved, &audience).await.err().unwrap().code(), Code::Unavailable);
+    assert_eq!(world.tokens.get(&moved, &audience, &CALLER).await.err().unwrap().code(), Code::Unavailable);
 }
 
 #[tokio::test]
@@ -207,9 +209,16 @@ async fn who_asks_for_ever_new_audiences_is_held_up_alone() {
     let calls = world.server.token_calls();
     let bound = usize::try_from(FETCHES.1).unwrap();
     assert!(calls >= bound && calls < 3 * bound, "{calls}");
-    // Another entry is not held up.
-    world.sign("/other", 300);
-    world.tokens.get(&entry("other", 1), &Audience::new(vec!["db".into()]).unwrap()).await.unwrap();
+    // Whoever else has the same identity is not.
+    let audience = Audience::new(vec!["other".into()]).unwrap();
+    world.tokens.get(&entry("web", 1), &audience, &Caller::User(2)).await.unwrap();
+    // Nor is he told so where the server is away, however often he asks.
+    world.server.answer_tokens(|_| Err(Status::unavailable("away")));
+    for _ in 0..150 {
+        let away =
+            world.tokens.get(&entry("web", 1), &Audience::new(vec!["x".into()]).unwrap(), &Caller::User(3)).await;
+        assert_eq!(away.err().unwrap().code(), Code::Unavailable);
+    }
 }
 
 #[tokio::test]
@@ -220,6 +229,6 @@ async fn a_token_has_to_be_for_all_whom_it_was_asked_for() {
         Ok(jwt.token(&id("/web"), &["db".into()], Duration::from_secs(300), OffsetDateTime::now_utc()))
     });
     let both = Audience::new(vec!["db".into(), "cache".into()]).unwrap();
-    let refused = world.tokens.get(&entry("web", 1), &both).await.err().unwrap();
+    let refused = world.tokens.get(&entry("web", 1), &both, &CALLER).await.err().unwrap();
     assert!(refused.message().contains("`aud`"), "{refused}");
 }

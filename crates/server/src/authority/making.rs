@@ -97,7 +97,9 @@ impl Authorities {
         ca_ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<Record, AuthorityError> {
-        let Made { record, roots } = made;
+        let Made { record, mut roots } = made;
+        // What has ended would come with each authority and go with the next look.
+        roots.retain(|root| root.not_after() > now);
         let kind = record.kind();
         let is_prepared = |r: &&Record| r.kind() == kind && r.status == Status::Prepared;
         let dropped: Vec<String> = journal.records.iter().filter(is_prepared).map(|r| r.id.clone()).collect();

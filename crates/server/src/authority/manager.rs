@@ -190,11 +190,12 @@ impl Authorities {
             return Ok(());
         }
         let mut journal = self.writer.lock().await;
-        let fresh: Vec<_> = roots.iter().filter(|root| is_new(root)).map(|root| root.id().to_owned()).collect();
+        let fresh: Vec<_> = roots.iter().filter(|root| is_new(root)).cloned().collect();
         let next = journal.records.clone();
         self.commit(&mut journal, next, |bundle| add_missing(bundle, roots)).await?;
-        for authority in fresh {
-            tracing::info!(authority, "root of the upstream authority added to the trust bundle");
+        for root in fresh {
+            let (authority, until) = (root.id(), root.not_after());
+            tracing::warn!(authority, %until, "root of the upstream authority added to the trust bundle, for good until it ends");
         }
         Ok(())
     }

@@ -79,13 +79,17 @@ impl UpstreamCall {
     ) -> Result<T, UpstreamError> {
         let (answer, answered) = oneshot::channel();
         let runtime = tokio::runtime::Handle::current();
-        std::thread::spawn(move || {
+        let run = move || {
             // Cleared even if the call panics.
             let answered = runtime.block_on(call);
             drop(busy);
             // The caller may have given up already.
             let _ = answer.send(answered);
-        });
+        };
+        std::thread::Builder::new().name("upstream".into()).spawn(run).map_err(|e| UpstreamError::Unreachable {
+            upstream: self.upstream.name(),
+            why: format!("no thread for the call: {e}"),
+        })?;
         match tokio::time::timeout(self.deadline, answered).await {
             Ok(Ok(answered)) => answered,
             // The thread ended without an answer, or is still running.

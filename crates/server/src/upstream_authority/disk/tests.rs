@@ -49,6 +49,17 @@ impl Pki {
     }
 }
 
+/// Another root with the name of the first, which ends in a day.
+fn successor() -> String {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "Corp Root");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params.not_before = OffsetDateTime::now_utc() - Duration::from_secs(60);
+    params.not_after = OffsetDateTime::now_utc() + Duration::from_secs(86_400);
+    params.self_signed(&KeyPair::generate().unwrap()).unwrap().pem()
+}
+
 /// Name constraints (2.5.29.30) on URIs of one host: `subtrees` 0 permits, 1 excludes.
 fn uri_constraint(subtrees: u8, host: &str) -> CustomExtension {
     let tlv = |tag: u8, content: &[u8]| [&[tag, u8::try_from(content.len()).unwrap()], content].concat();
@@ -89,6 +100,9 @@ async fn our_ca_ends_with_the_first_certificate_above_it_the_root_included() {
         (X509Authority::from_der(signed.chain[0].to_vec()).unwrap().not_after() - now).whole_minutes()
     };
     assert!((58..=60).contains(&end("root.pem").await));
+    // The next root has the same name, and ends later.
+    pki.write("next.pem", &[std::fs::read_to_string(pki.dir.path().join("root.pem")).unwrap(), successor()].concat());
+    assert!((58..=60).contains(&end("next.pem").await));
     // Where peers trust the issuing CA itself, the root does not matter.
     let issuing = std::fs::read_to_string(pki.dir.path().join("issuing.pem")).unwrap();
     pki.write("both.pem", &[issuing, std::fs::read_to_string(pki.dir.path().join("root.pem")).unwrap()].concat());
