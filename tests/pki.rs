@@ -91,10 +91,17 @@ fn an_upstreams_root_is_replaced_while_the_server_runs() {
     assert_eq!(server.json(&["authority", "activate"])["active"]["id"], prepared);
     let after = server.mint("/ns/default/sa/web", "after", &["--ttl", "10m"]);
     assert!(verified("next/root.crt", &after));
-    // The former root stays, whatever the file says.
-    sh(&format!("cd {at} && mv next/root.crt root.crt"));
-    std::thread::sleep(Duration::from_secs(12));
-    assert_eq!(bundle(), 2);
+    // The former root stays, although the file does not name it any more: by the time that the third is there, it was read.
+    let third = next.join("third");
+    std::fs::create_dir(&third).unwrap();
+    upstream(&third, "");
+    sh(&format!("cd {at}/next && cat root.crt third/root.crt > both && mv both ../root.crt"));
+    crate::support::wait_for("the third root", Duration::from_secs(30), || (bundle() == 3).then_some(()));
+    let kept = server.bundle();
+    assert!(
+        outcome(Command::new("openssl").args(["verify", "-CAfile"]).arg(kept).arg(dir.path().join("former.crt"))).0
+            == 0
+    );
 }
 
 #[test]

@@ -258,11 +258,7 @@ fn verify_for_all(
 ) -> Result<JwtSvid, JwtError> {
     let first = audience.names().first().ok_or(JwtError::NoAudience)?;
     let svid = verify(token, first, bundles, now)?;
-    let aud = svid.claims.get("aud");
-    let is_for = |name: &String| {
-        aud.is_some_and(|aud| aud == name || aud.as_array().is_some_and(|all| all.iter().any(|a| a == name)))
-    };
-    if audience.names().iter().all(is_for) {
+    if audience.names().iter().all(|name| svid.is_for(name)) {
         return Ok(svid);
     }
     Err(JwtError::Claim { claim: "aud", why: "does not have all the audiences that were asked for".into() })

@@ -78,6 +78,13 @@ pub struct JwtSvid {
     pub key_id: String,
 }
 
+impl JwtSvid {
+    /// Whether it is for this one among others.
+    pub fn is_for(&self, audience: &str) -> bool {
+        audiences(&self.claims).is_ok_and(|all| all.contains(&audience))
+    }
+}
+
 /// How a token is signed (JWT-SVID 2.1). Neither `none` nor a shared secret is among them.
 #[derive(Clone, Copy)]
 enum Algorithm {

@@ -395,8 +395,15 @@ impl UpstreamAuthority for Waits {
     }
 }
 
-/// An upstream that names roots and signs nothing.
+/// An upstream that signs nothing, and names the roots that it is given; without any it does not answer.
+#[derive(Default)]
 struct Names(std::sync::Mutex<Vec<X509Authority>>);
+
+impl Names {
+    fn away(&self) -> UpstreamError {
+        UpstreamError::Unreachable { upstream: self.name(), why: "no answer".into() }
+    }
+}
 
 #[async_trait::async_trait]
 impl UpstreamAuthority for Names {
@@ -411,15 +418,12 @@ impl UpstreamAuthority for Names {
         _: Duration,
         _: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError> {
-        Err(UpstreamError::Refused { upstream: self.name(), why: "not today".into() })
+        Err(self.away())
     }
 
     async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
         let roots = self.0.lock().unwrap().clone();
-        if roots.is_empty() {
-            return Err(UpstreamError::Unreachable { upstream: self.name(), why: "away".into() });
-        }
-        Ok(roots)
+        if roots.is_empty() { Err(self.away()) } else { Ok(roots) }
     }
 }
 
@@ -432,7 +436,7 @@ async fn a_root_that_the_upstream_names_is_published_before_anything_is_signed_b
         let der = issue_root(&TrustDomain::new("td").unwrap(), &key, Duration::from_secs(ttl), at).unwrap();
         X509Authority::from_der(der.to_vec()).unwrap()
     };
-    let names = Arc::new(Names(Default::default()));
+    let names = Arc::<Names>::default();
     let a = Authorities::load(world.settings(world.keys.clone(), Some(names.clone()))).await.unwrap();
     let before = a.bundle().borrow().clone();
     assert!(matches!(a.follow_upstream().await, Err(AuthorityError::Unsigned(UpstreamError::Unreachable { .. }))));
