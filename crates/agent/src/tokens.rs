@@ -99,7 +99,9 @@ impl Tokens {
             Some((at, status)) => (Err(status), at),
             None => (self.fetch_for(caller, entry, audience, patience).await, Instant::now()),
         };
-        *failure = fetched.as_ref().err().map(|status| (at, status.clone()));
+        // One caller's share is nothing to another who waits for the same.
+        let shared = fetched.as_ref().err().filter(|status| status.code() != Code::ResourceExhausted);
+        *failure = shared.map(|status| (at, status.clone()));
         drop(failure);
         match (fetched, at_hand) {
             (Ok(token), _) => {
