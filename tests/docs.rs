@@ -26,7 +26,7 @@ enum Story {
     Backup,
 }
 
-const RUNNERS: [(&str, &str, Runner); 11] = [
+const RUNNERS: [(&str, &str, Runner); 12] = [
     (
         "README.md",
         "cargo run -- up --verify",
@@ -54,6 +54,22 @@ const RUNNERS: [(&str, &str, Runner); 11] = [
     ("docs/guide.md", "countersign up examples/mesh.yaml --verify", Runner::Here(Story::Mesh)),
     ("docs/guide.md", "countersign server --trust-domain example.org", Runner::Here(Story::ByHand)),
     ("docs/operations.md", "systemctl stop countersign-server", Runner::Here(Story::Backup)),
+    (
+        "docs/operations.md",
+        "countersign authority taint --kind upstream --id ROOT",
+        Runner::There(&[
+            (
+                "countersign authority taint --kind upstream --id ROOT",
+                "tests/pki.rs",
+                r#"["authority", what, "--kind", "upstream", "--id", &stolen]"#,
+            ),
+            (
+                "countersign authority revoke --kind upstream --id ROOT",
+                "tests/pki.rs",
+                r#"upstream_root(&server, "revoke")"#,
+            ),
+        ]),
+    ),
     (
         "docs/operations.md",
         "countersign authority prepare --kind jwt && countersign authority activate --kind jwt",

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::support::roles::{Server, TD};
-use crate::support::{able, countersign, outcome, run, sh};
+use crate::support::{able, countersign, outcome, run, sh, wait_for};
 
 /// An upstream root, and an intermediate below it with a path length, made by openssl.
 fn upstream(dir: &Path, pathlen: &str) {
@@ -76,7 +76,7 @@ fn an_upstreams_root_is_replaced_while_the_server_runs() {
         "cd {} && cp root.crt former.crt && cat root.crt next/root.crt > both && mv both root.crt",
         dir.path().display()
     ));
-    crate::support::wait_for("the next root", Duration::from_secs(30), || (bundle() == 2).then_some(()));
+    wait_for("the next root", Duration::from_secs(30), || (bundle() == 2).then_some(()));
     let at = dir.path().display();
     // What is signed is below the former root until certificate and key are replaced.
     let verified = |root: &str, minted: &Path| {
@@ -96,12 +96,78 @@ fn an_upstreams_root_is_replaced_while_the_server_runs() {
     std::fs::create_dir(&third).unwrap();
     upstream(&third, "");
     sh(&format!("cd {at}/next && cat root.crt third/root.crt > both && mv both ../root.crt"));
-    crate::support::wait_for("the third root", Duration::from_secs(30), || (bundle() == 3).then_some(()));
+    wait_for("the third root", Duration::from_secs(30), || (bundle() == 3).then_some(()));
     let kept = server.bundle();
     assert!(
         outcome(Command::new("openssl").args(["verify", "-CAfile"]).arg(kept).arg(dir.path().join("former.crt"))).0
             == 0
     );
+}
+
+/// As docs/operations.md has it for a root whose key is lost to somebody else.
+#[test]
+fn a_stolen_root_of_the_upstream_is_tainted_and_revoked_and_the_file_does_not_bring_it_back() {
+    if !able(&["openssl"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    upstream(dir.path(), "");
+    let next = dir.path().join("next");
+    std::fs::create_dir(&next).unwrap();
+    upstream(&next, "");
+    let flags = upstream_flags(dir.path());
+    let mut server = Server::start(dir.path(), &flags.each_ref().map(String::as_str));
+    let (agent, parent) = server.agent();
+    let id = format!("spiffe://{TD}/me");
+    server.json(&["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unix:uid:0"]);
+    wait_for("the SVID", Duration::from_secs(20), || agent.log().contains("SVID ready").then_some(()));
+    let socket = server.agent_socket().display().to_string();
+    let serial = || {
+        let said = run(&mut countersign(&["x509", "fetch", "--output", "json", "--socket", &socket]));
+        serde_json::from_str::<serde_json::Value>(&said).unwrap()[0]["serial"].as_str().unwrap().to_owned()
+    };
+    let before = serial();
+    let root = |server: &Server, n: usize| server.json(&["authority", "show"])["roots"][n].clone();
+    let stolen = root(&server, 0)["id"].as_str().unwrap().to_owned();
+    assert_eq!(server.json(&["authority", "show"])["active"]["upstream_id"], stolen.as_str());
+    let upstream_root = |server: &Server, what: &str| {
+        outcome(&mut server.operator(&["authority", what, "--kind", "upstream", "--id", &stolen]))
+    };
+    let (code, said) = upstream_root(&server, "taint");
+    assert!(code == 1 && said.contains("the active authority") && said.contains("prepare and activate"), "{said}");
+
+    // The successor, and what the server signs with below it.
+    let at = dir.path().display();
+    sh(&format!("cd {at} && cat root.crt next/root.crt > both && cp both kept && mv both root.crt"));
+    wait_for("the next root", Duration::from_secs(30), || root(&server, 1)["id"].as_str().map(drop));
+    sh(&format!("cd {at} && mv next/inter.key next/inter.crt ."));
+    let activated = server.json(&["authority", "prepare"])["prepared"]["id"].clone();
+    assert_eq!(server.json(&["authority", "activate"])["active"]["id"], activated);
+    let (code, said) = upstream_root(&server, "revoke");
+    assert!(code == 1 && said.contains("not tainted"), "{said}");
+    let (code, said) = upstream_root(&server, "taint");
+    assert!(code == 0 && said.contains(&stolen), "{said}");
+    assert!(run(&mut server.operator(&["authority", "show"])).contains("tainted"));
+    wait_for("the SVID to be renewed at once", Duration::from_secs(20), || (serial() != before).then_some(()));
+    wait_for("the agent to renew itself", Duration::from_secs(20), || {
+        agent.log().contains("agent SVID renewed").then_some(())
+    });
+    assert_eq!(upstream_root(&server, "revoke").0, 0);
+    let only = |server: &Server| server.json(&["bundle", "show"])["authorities"].as_array().unwrap().len() == 1;
+    assert!(only(&server));
+    // The file still has it, when the server runs and when it starts.
+    wait_for("the server to say so", Duration::from_secs(30), || {
+        server.log().contains("roots that were revoked here").then_some(())
+    });
+    server.again();
+    wait_for("the server to say so again", Duration::from_secs(30), || {
+        server.log().contains("roots that were revoked here").then_some(())
+    });
+    assert!(only(&server));
+    let (code, said) = outcome(&mut server.operator(&["authority", "taint", "--kind", "upstream", "--id", &stolen]));
+    assert!(code == 1 && said.contains("no root"), "{said}");
+    let fetched = outcome(&mut countersign(&["x509", "fetch", "--socket", &socket])).1;
+    assert!(fetched.contains("/me"), "{fetched}");
 }
 
 #[test]
@@ -189,8 +255,7 @@ fn one_svid_can_be_followed_by_serial_from_issue_to_replacement() {
     ]);
     let id = entry[0]["id"].as_str().unwrap().to_owned();
     let of_entry = || server.audit().into_iter().filter(|l| l["entry_id"] == id.as_str()).collect::<Vec<_>>();
-    let two =
-        crate::support::wait_for("a renewal", Duration::from_secs(30), || Some(of_entry()).filter(|l| l.len() >= 2));
+    let two = wait_for("a renewal", Duration::from_secs(30), || Some(of_entry()).filter(|l| l.len() >= 2));
     for line in &two {
         assert_eq!(
             (&line["outcome"], &line["kind"], line["caller"].as_str().unwrap()),

@@ -155,6 +155,11 @@ impl Server {
         }
     }
 
+    /// What it has logged since it was started last.
+    pub fn log(&self) -> String {
+        self.role.as_ref().map(Role::log).unwrap_or_default()
+    }
+
     /// Its operator socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("server.sock")

@@ -14,15 +14,8 @@ pub fn is_due(
     now: OffsetDateTime,
 ) -> bool {
     let of_life = svid.renew_at(jitter) <= now;
-    let of_trust = bundle.is_some_and(|bundle| !is_below_good_root(svid, bundle));
+    let of_trust = bundle.is_some_and(|bundle| !svid.is_below_good_authority(bundle));
     (of_life || of_trust) && is_rested(obtained, svid.remaining(obtained), of_trust, now)
-}
-
-/// Whether the root directly above an SVID is in the bundle and not tainted. An SVID with intermediates is renewed by
-/// its lifetime only, because the bundle does not show which intermediate is tainted.
-fn is_below_good_root(svid: &X509Svid, bundle: &TrustBundle) -> bool {
-    let id = &svid.facts().authority_id;
-    svid.chain().len() > 1 || bundle.authorities.iter().any(|a| a.id() == id && !a.tainted)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,7 +48,12 @@ pub struct AuthorityKey([u8; 32]);
 
 impl AuthorityKey {
     fn of(cert: &X509Certificate<'_>) -> Self {
-        Self(sha256(cert.public_key().raw))
+        Self::of_public_key(cert.public_key().raw)
+    }
+
+    /// The digest of a key in PKIX DER (RFC 5280, 4.1.2.7).
+    pub fn of_public_key(der: &[u8]) -> Self {
+        Self(sha256(der))
     }
 
     /// The SHA-256 digest of the `subjectPublicKeyInfo`.
@@ -56,9 +62,26 @@ impl AuthorityKey {
     }
 }
 
+impl fmt::Display for AuthorityKey {
+    /// In lower-case hex.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl FromStr for AuthorityKey {
+    type Err = hex::FromHexError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut key = [0; 32];
+        hex::decode_to_slice(text, &mut key)?;
+        Ok(Self(key))
+    }
+}
+
 impl fmt::Debug for AuthorityKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "AuthorityKey({})", hex::encode(self.0))
+        write!(f, "AuthorityKey({self})")
     }
 }
 
@@ -75,6 +98,7 @@ pub struct X509Authority {
     not_after: OffsetDateTime,
     id: String,
     key: AuthorityKey,
+    subject: Box<[u8]>,
     /// Still trusted, but no longer used for signing: agents and workloads with an SVID under it renew at once.
     pub tainted: bool,
 }
@@ -99,7 +123,8 @@ impl X509Authority {
         let (not_before, not_after) =
             (cert.validity().not_before.to_datetime(), cert.validity().not_after.to_datetime());
         let (id, key) = (authority_id(&cert), AuthorityKey::of(&cert));
-        Ok(Self { anchor, not_before, not_after, id, key, tainted: false, der })
+        let subject = cert.subject().as_raw().into();
+        Ok(Self { anchor, not_before, not_after, id, key, subject, tainted: false, der })
     }
 
     /// The CA certificate in DER.
@@ -136,6 +161,30 @@ impl X509Authority {
     /// The digest of its public key, which identifies the authority everywhere inside the code.
     pub fn key(&self) -> AuthorityKey {
         self.key
+    }
+
+    /// The name of its certificate's subject in DER.
+    pub fn subject(&self) -> &[u8] {
+        &self.subject
+    }
+
+    /// Whether a certificate names this authority as its issuer and has its signature. A root and its successor often have one name.
+    pub fn has_issued(&self, der: &CertificateDer<'_>) -> bool {
+        let (Ok((_, below)), Ok((_, own))) = (X509Certificate::from_der(der), X509Certificate::from_der(&self.der))
+        else {
+            return false;
+        };
+        let key = &own.public_key().subject_public_key.data;
+        let (message, signature) = (below.tbs_certificate.as_ref(), &below.signature_value.data);
+        // An algorithm for another kind of key fails, whatever is signed.
+        own.subject() == below.issuer()
+            && webpki::ALL_VERIFICATION_ALGS.iter().any(|a| a.verify_signature(key, message, signature).is_ok())
+    }
+
+    /// Whether `chain`, a CA certificate with those above it, depends on this authority's key.
+    pub fn is_above(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let has_key = |der| X509Certificate::from_der(der).is_ok_and(|(_, c)| AuthorityKey::of(&c) == self.key);
+        chain.iter().any(|der| has_key(der) || self.has_issued(der))
     }
 }
 

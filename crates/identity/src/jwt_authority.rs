@@ -14,6 +14,7 @@ use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey as Parsed;
 use x509_parser::x509::SubjectPublicKeyInfo;
 
+use crate::bundle::AuthorityKey;
 use crate::der::{bit_string, integer, sequence};
 use crate::shown::shown;
 
@@ -306,6 +307,11 @@ impl JwtAuthority {
     /// The key itself.
     pub fn key(&self) -> &PublicKey {
         &self.key
+    }
+
+    /// The digest of the key, whatever ID it is under.
+    pub fn digest(&self) -> AuthorityKey {
+        AuthorityKey::of_public_key(&self.der)
     }
 
     /// Whether it has ended.

@@ -7,7 +7,8 @@ use spiffe::SpiffeId;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::bundle::authority_key_id;
+use crate::bundle::{TrustBundle, authority_key_id};
+use crate::issuer::Above;
 use crate::key::PrivateKey;
 use crate::path::check_bounds;
 use crate::rotation;
@@ -38,6 +39,7 @@ pub struct X509Svid {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKey,
     facts: LeafFacts,
+    above: Above,
 }
 
 /// What a leaf says apart from its SPIFFE ID.
@@ -83,7 +85,8 @@ impl X509Svid {
             return Err(SvidError::KeyMismatch(id));
         }
         let facts = LeafFacts::of(&cert);
-        Ok(Self { id, facts, key, chain })
+        let above = Above::of(&chain).map_err(Refusal::Malformed)?;
+        Ok(Self { id, facts, key, chain, above })
     }
 
     /// The SPIFFE ID that the leaf certifies.
@@ -104,6 +107,12 @@ impl X509Svid {
     /// Serial number, validity and issuer of the leaf.
     pub fn facts(&self) -> &LeafFacts {
         &self.facts
+    }
+
+    /// Whether the bundle of its trust domain has the authority that it is below, and has none that it is below as tainted. Says
+    /// nothing of validity: see [`crate::verify`].
+    pub fn is_below_good_authority(&self, bundle: &TrustBundle) -> bool {
+        self.above.is_good(&self.chain, bundle)
     }
 
     /// Whether the SVID has expired at `now`.

@@ -275,10 +275,15 @@ pub fn status_of(error: &AuthorityError) -> Status {
     let text = error.to_string();
     match error {
         AuthorityError::Unknown(_) => Status::not_found(text),
-        AuthorityError::State { .. } | AuthorityError::Upstream | AuthorityError::Untainted(_) => {
-            Status::failed_precondition(text)
-        }
+        AuthorityError::State { .. }
+        | AuthorityError::Upstream
+        | AuthorityError::NoUpstream(_)
+        | AuthorityError::Untainted(_)
+        | AuthorityError::Distrusted(_) => Status::failed_precondition(text),
         AuthorityError::NoId
+        | AuthorityError::UnknownRoot(_)
+        | AuthorityError::RootInUse { .. }
+        | AuthorityError::Revoked(_)
         | AuthorityError::Issue(_)
         | AuthorityError::Bundle(_)
         | AuthorityError::KeyIdTaken(_)

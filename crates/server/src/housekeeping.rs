@@ -67,10 +67,16 @@ async fn follow_upstream(core: Arc<Core>) {
             // Safe to cancel, as a rotation is.
             () = core.shutdown.cancelled() => return,
         };
+        let (now, what) = match followed {
+            Ok(revoked) => (
+                revoked.join(" "),
+                "the upstream authority names roots that were revoked here; they stay out of the trust bundle",
+            ),
+            Err(error) => (error.to_string(), "cannot look for new roots of the upstream authority; trying again"),
+        };
         // Once for each reason: an upstream may be away for days.
-        let now = followed.err().map(|error| error.to_string()).unwrap_or_default();
         if now != told && !now.is_empty() {
-            tracing::warn!(error = now, "cannot look for new roots of the upstream authority; trying again");
+            tracing::warn!(reason = now, "{what}");
         }
         told = now;
     }

@@ -49,9 +49,7 @@ impl OwnSvid {
     pub async fn renew_if_due(&self) -> Result<(), ServerError> {
         let current = self.current.load_full();
         let bundle = self.core.authorities.bundle().borrow().clone();
-        let authority = &current.svid.facts().authority_id;
-        let under_upstream = self.core.config.upstream.is_some();
-        let gone = !under_upstream && !bundle.authorities.iter().any(|a| a.id() == authority && !a.tainted);
+        let gone = !current.svid.is_below_good_authority(&bundle);
         let now = self.core.now();
         let due = gone || current.svid.renew_at(current.jitter) <= now;
         if due && is_rested(current.obtained, current.svid.remaining(current.obtained), gone, now) {

@@ -7,10 +7,10 @@ use std::collections::HashSet;
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::localauthority::AuthorityState;
-use countersign_identity::TrustBundle;
+use countersign_identity::{TrustBundle, X509Authority};
 use serde_json::{Map, Value, json};
 
-use self::kind::{Authorities, Kind, States};
+use self::kind::{Authorities, Kind, States, Trusted};
 use super::output::{Output, Table, told};
 use super::when;
 use crate::clients::ServerArg;
@@ -18,7 +18,7 @@ use crate::clients::ServerArg;
 /// Show, rotate, taint and revoke the signing authorities.
 #[derive(Subcommand)]
 pub enum AuthorityCommand {
-    /// Show the active, the prepared and the old authority of X509- and of JWT-SVIDs.
+    /// Show the active, the prepared and the old authority of X509- and of JWT-SVIDs, and the other roots of the trust bundle.
     Show {
         #[command(flatten)]
         server: ServerArg,
@@ -52,22 +52,22 @@ pub enum AuthorityCommand {
     Taint {
         #[command(flatten)]
         server: ServerArg,
-        /// What the authority signs: x509 or jwt.
+        /// What the authority signs, x509 or jwt; upstream for a root of the CA above this server.
         #[arg(long, value_name = "KIND", default_value = "x509")]
-        kind: Kind,
+        kind: Trusted,
         /// ID of the authority, from `countersign authority show`.
         #[arg(long)]
         id: String,
         #[command(flatten)]
         output: Output,
     },
-    /// Remove a tainted authority from the bundle: nothing under it is trusted any more, and connections of its SVIDs are cut.
+    /// Remove a tainted authority from the bundle, for good: nothing under it is trusted any more, and connections of its SVIDs are cut.
     Revoke {
         #[command(flatten)]
         server: ServerArg,
-        /// What the authority signs: x509 or jwt.
+        /// What the authority signs, x509 or jwt; upstream for a root of the CA above this server.
         #[arg(long, value_name = "KIND", default_value = "x509")]
-        kind: Kind,
+        kind: Trusted,
         /// ID of the authority, from `countersign authority show`.
         #[arg(long)]
         id: String,
@@ -91,8 +91,19 @@ fn print(output: &Output, states: &[(&str, Option<AuthorityState>)]) -> Result<(
 
 fn facts(states: &[(&str, Option<AuthorityState>)]) -> Map<String, Value> {
     let known = states.iter().filter_map(|(status, state)| Some((status, state.as_ref()?)));
-    let fact = |s: &AuthorityState| json!({ "id": s.authority_id, "expires_at": s.expires_at });
+    let fact = |s: &AuthorityState| {
+        let mut fact = json!({ "id": s.authority_id, "expires_at": s.expires_at });
+        if !s.upstream_authority_subject_key_id.is_empty() {
+            fact["upstream_id"] = s.upstream_authority_subject_key_id.as_str().into();
+        }
+        fact
+    };
     known.map(|(status, state)| ((*status).to_owned(), fact(state))).collect()
+}
+
+/// Whether an authority, or the root that it is below, is one of these.
+fn is_tainted(state: &AuthorityState, tainted: &HashSet<String>) -> bool {
+    [&state.authority_id, &state.upstream_authority_subject_key_id].into_iter().any(|id| tainted.contains(id))
 }
 
 /// IDs of the authorities that the bundle has as tainted, which the state of an authority does not say (SPIRE API).
@@ -102,28 +113,48 @@ fn tainted(bundle: &TrustBundle) -> HashSet<String> {
     x509.chain(jwt).collect()
 }
 
+/// The roots of the bundle that are none of these authorities: those of the upstream, of other parties, and our own older ones.
+fn other_roots<'a>(
+    bundle: &'a TrustBundle,
+    shown: &[(&str, Option<AuthorityState>)],
+) -> impl Iterator<Item = &'a X509Authority> {
+    let ids: HashSet<_> = shown.iter().filter_map(|(_, s)| s.as_ref()).map(|s| s.authority_id.clone()).collect();
+    bundle.authorities.iter().filter(move |root| !ids.contains(root.id()))
+}
+
 /// Prints both kinds. As JSON the X.509 authorities stand at the top, where they were before there were others.
-fn print_all(output: &Output, x509: States, jwt: States, tainted: &HashSet<String>) -> Result<()> {
+fn print_all(output: &Output, x509: States, jwt: States, bundle: &TrustBundle) -> Result<()> {
+    let tainted = tainted(bundle);
     let by_status = |s: States| [("active", s.active), ("prepared", s.prepared), ("old", s.old)];
     let (x509, jwt) = (by_status(x509), by_status(jwt));
-    let mut table = Table::new(&["kind", "status", "id", "expires"]);
+    let mut table = Table::new(&["kind", "status", "id", "expires", "below"]);
     for (kind, states) in [("x509", &x509), ("jwt", &jwt)] {
         for (status, state) in states {
             if let Some(s) = state {
-                let status = if tainted.contains(&s.authority_id) { "tainted" } else { status };
-                table.row(vec![kind.into(), status.into(), s.authority_id.clone(), when(s.expires_at)]);
+                let status = if is_tainted(s, &tainted) { "tainted" } else { status };
+                let below = s.upstream_authority_subject_key_id.clone();
+                table.row(vec![kind.into(), status.into(), s.authority_id.clone(), when(s.expires_at), below]);
             }
         }
     }
-    let facts = |states: &[_]| {
+    for root in other_roots(bundle, &x509) {
+        let status = if root.tainted { "tainted" } else { "trusted" };
+        let ends = when(root.not_after().unix_timestamp());
+        table.row(vec!["root".into(), status.into(), root.id().to_owned(), ends, String::new()]);
+    }
+    let facts = |states: &[(&str, Option<AuthorityState>)]| {
         let mut facts = facts(states);
-        for fact in facts.values_mut() {
-            fact["tainted"] = fact["id"].as_str().is_some_and(|id| tainted.contains(id)).into();
+        for (status, state) in states {
+            if let Some(fact) = facts.get_mut(*status) {
+                fact["tainted"] = state.as_ref().is_some_and(|s| is_tainted(s, &tainted)).into();
+            }
         }
         facts
     };
     let mut all = facts(&x509);
     all.insert("jwt".into(), Value::Object(facts(&jwt)));
+    let root = |root: &X509Authority| json!({ "id": root.id(), "expires_at": root.not_after().unix_timestamp(), "tainted": root.tainted });
+    all.insert("roots".into(), other_roots(bundle, &x509).map(root).collect());
     Ok(output.print(&table, &Value::Object(all))?)
 }
 
@@ -134,7 +165,7 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
             let x509 = Authorities::of(&server, Kind::X509)?.states().await?;
             let jwt = Authorities::of(&server, Kind::Jwt)?.states().await?;
             let bundle = super::bundle::own(server.channel()?).await?;
-            print_all(&output, x509, jwt, &tainted(&bundle))?;
+            print_all(&output, x509, jwt, &bundle)?;
         }
         AuthorityCommand::Prepare { server, kind, output } => {
             let mut authorities = Authorities::of(&server, kind)?;
@@ -160,24 +191,25 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
             print(&output, &[("active", authorities.activate(&id).await?)])?;
         }
         AuthorityCommand::Taint { server, kind, id, output } => {
-            let tainted = Authorities::of(&server, kind)?.taint(&id).await?;
+            let tainted = kind.taint(&server, &id).await?;
             print(&output, &[("tainted", tainted)])?;
             eprintln!(
                 "{}",
                 match kind {
-                    Kind::X509 =>
+                    Trusted::Upstream =>
+                        "agents renew what is below it now. Revoke it once `countersign status` shows none of the authorities below it (column BELOW of `countersign authority show`) at an agent or sidecar: that cuts each connection which still depends on it",
+                    Trusted::Own(Kind::X509) =>
                         "agents renew what it signed now. Revoke it once `countersign status` shows its ID at no agent and sidecar: that cuts each connection which still depends on it",
-                    Kind::Jwt =>
+                    Trusted::Own(Kind::Jwt) =>
                         "agents give out none of its tokens any more. Revoke it to have those refused that workloads still hold",
                 }
             );
         }
         AuthorityCommand::Revoke { server, kind, id, force, output } => {
-            let mut authorities = Authorities::of(&server, kind)?;
             if force {
-                authorities.taint(&id).await?;
+                kind.taint(&server, &id).await?;
             }
-            print(&output, &[("revoked", authorities.revoke(&id).await?)])?;
+            print(&output, &[("revoked", kind.revoke(&server, &id).await?)])?;
         }
     }
     Ok(())

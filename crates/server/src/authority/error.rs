@@ -24,11 +24,49 @@ pub enum AuthorityError {
         /// The required state, and the next step.
         needed: &'static str,
     },
-    /// The roots belong to the upstream authority and cannot be tainted here.
+    /// Below an upstream authority the bundle has its roots and not our authorities.
     #[error(
-        "the roots come from the upstream authority, and cannot be tainted or revoked here: each is trusted until it ends"
+        "local authority can't be tainted or revoked if there is an upstream authority: the bundle has the upstream's roots; name one \
+         of them (`countersign authority show`, and `--kind upstream`)"
     )]
     Upstream,
+    /// There is no upstream authority, and our own authorities are no roots of one.
+    #[error(
+        "upstream authority is not configured, and `{}` is no root of another; our own authorities are tainted and revoked with \
+         `--kind x509`",
+        countersign_identity::shown::shown(_0)
+    )]
+    NoUpstream(String),
+    /// The bundle has no root with this ID.
+    #[error(
+        "the trust bundle has no root `{}`; `countersign authority show` lists them",
+        countersign_identity::shown::shown(_0)
+    )]
+    UnknownRoot(String),
+    /// The authority that signs, or will sign next, is below this root.
+    #[error(
+        "unable to use upstream authority `{root}`: the {status} authority `{id}` is below it; have the upstream sign below another \
+         root, then prepare and activate a new authority"
+    )]
+    RootInUse {
+        /// ID of the root.
+        root: String,
+        /// ID of our authority.
+        id: String,
+        /// State of our authority.
+        status: Status,
+    },
+    /// The upstream signed below a root that is tainted or revoked here.
+    #[error(
+        "the upstream authority still signs below the root `{0}`, which is tainted or revoked here; have it sign below another one"
+    )]
+    Distrusted(String),
+    /// The key was revoked here, for good.
+    #[error(
+        "the key of authority `{}` was revoked here and is not trusted again; a new authority needs a new key",
+        countersign_identity::shown::shown(_0)
+    )]
+    Revoked(String),
     /// No authority is active yet.
     #[error("no authority is active yet")]
     NotReady,

@@ -3,7 +3,7 @@
 use countersign_identity::TrustBundle;
 use time::OffsetDateTime;
 
-use super::{AuthorityError, Kind, Record, Status};
+use super::{AuthorityError, Kind, Record, RevokedKeys, Status};
 use crate::datastore::Version;
 
 /// Authorities of a kind that are kept in the journal (SPIRE: 10), and besides them all that are still trusted.
@@ -13,6 +13,8 @@ pub const JOURNAL_LENGTH: usize = 10;
 pub struct Journal {
     /// Authorities of both kinds, the oldest first.
     pub records: Vec<Record>,
+    /// Keys that the bundle never has again.
+    pub revoked: RevokedKeys,
     /// Its version in the store.
     pub version: Version,
     /// Whether the key manager may hold keys without a record.

@@ -98,6 +98,7 @@ impl Authorities {
         now: OffsetDateTime,
     ) -> Result<Record, AuthorityError> {
         let Made { record, mut roots } = made;
+        self.refuse_distrusted(journal, &record, &roots)?;
         // What has ended would come with each authority and go with the next look.
         roots.retain(|root| root.not_after() > now);
         let kind = record.kind();

@@ -9,7 +9,7 @@ use countersign_identity::profile::jwt::TokenRequest;
 use countersign_identity::profile::{Issued, LeafRequest};
 use countersign_identity::{JwtAuthority, TrustBundle, TrustDomain, X509Authority};
 use time::OffsetDateTime;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, MutexGuard, watch};
 
 use super::active::{Active, Signing};
 use super::journal::{Journal, set_status};
@@ -17,7 +17,7 @@ use super::lifecycle::{Due, GRACE, is_forgotten, is_usable};
 use super::making::{Making, refresh_hint};
 use super::stored::{Stored, retire_intermediates, roots_of, take_up_keys};
 use super::upstream_call::{DEADLINE, UpstreamCall};
-use super::{AuthorityError, Kind, Record, Status};
+use super::{AuthorityError, Kind, Record, Status, StoredJournal};
 use crate::config::Issuance;
 use crate::datastore::{DataStore, DataStoreError, Written};
 use crate::key_manager::Keys;
@@ -58,7 +58,7 @@ impl Authorities {
     /// Loads the journal of an earlier run or starts a new one, and rotates. Afterwards one authority is active.
     /// Errors: none could be activated.
     pub async fn load(settings: Settings) -> Result<Self, AuthorityError> {
-        let Stored { mut records, version, bundle } = Stored::read(&settings).await?;
+        let Stored { mut records, revoked, version, bundle } = Stored::read(&settings).await?;
         let is_lost = bundle.is_none() && !records.is_empty();
         if is_lost {
             tracing::error!("the store has authorities and no trust bundle: it is made again from their roots");
@@ -76,7 +76,7 @@ impl Authorities {
             journal: ArcSwap::from_pointee(records.clone()),
             // A crash between generating a key and storing its record leaves a key without a record.
             making: Mutex::new(Making),
-            writer: Mutex::new(Journal { records, version, unswept: true }),
+            writer: Mutex::new(Journal { records, revoked, version, unswept: true }),
             active: Active::default(),
             bundle: watch::Sender::new(Arc::new(bundle)),
         };
@@ -178,28 +178,6 @@ impl Authorities {
         Ok(())
     }
 
-    /// Publishes the roots that the upstream names now. One that it names no more stays until it ends: something below it may be in
-    /// use. Errors: it cannot be asked, or the store refuses.
-    pub async fn follow_upstream(&self) -> Result<(), AuthorityError> {
-        let Some(upstream) = &self.upstream else { return Ok(()) };
-        let (mut roots, now) = (upstream.roots().await?, self.now());
-        // What has ended would come and go with each look.
-        roots.retain(|root| root.not_after() > now);
-        let is_new = |root: &X509Authority| !self.bundle.borrow().authorities.iter().any(|a| a.der() == root.der());
-        if !roots.iter().any(is_new) {
-            return Ok(());
-        }
-        let mut journal = self.writer.lock().await;
-        let fresh: Vec<_> = roots.iter().filter(|root| is_new(root)).cloned().collect();
-        let next = journal.records.clone();
-        self.commit(&mut journal, next, |bundle| add_missing(bundle, roots)).await?;
-        for root in fresh {
-            let (authority, until) = (root.id(), root.not_after());
-            tracing::warn!(authority, %until, "root of the upstream authority added to the trust bundle, for good until it ends");
-        }
-        Ok(())
-    }
-
     /// Prepares a new authority of a kind now. It replaces one that was prepared before.
     pub async fn prepare(&self, kind: Kind) -> Result<Record, AuthorityError> {
         let making = self.making.lock().await;
@@ -265,27 +243,26 @@ impl Authorities {
                 return Err(AuthorityError::State { id: id.to_owned(), status, needed });
             }
         }
-        let next = journal.records.iter().filter(|r| r.kind() != kind || r.id != id).cloned().collect();
-        self.commit(&mut journal, next, |bundle| match kind {
-            Kind::X509 => bundle.authorities.retain(|a| a.id() != id),
-            Kind::Jwt => {
-                // Also under another ID, where the store has it from a version that took it twice.
-                let revoked = bundle.jwt_authorities.iter().find(|a| a.key_id() == id).map(|a| a.key().clone());
-                bundle.jwt_authorities.retain(|a| Some(a.key()) != revoked.as_ref());
-            }
-        })
-        .await?;
+        let records = journal.records.iter().filter(|r| r.kind() != kind || r.id != id).cloned().collect();
+        // By its key, so that it goes under every ID and certificate that somebody gave it.
+        let revoked = journal.revoked.with(record.key());
+        self.commit_all(&mut journal, StoredJournal { records, revoked }, |_| {}).await?;
+        self.sweep_after(journal).await;
+        tracing::warn!(authority = id, kind = kind.as_str(), "authority revoked; nothing under it is trusted any more");
+        Ok(record)
+    }
+
+    /// Removes the keys of records that are gone now.
+    pub(super) async fn sweep_after(&self, mut journal: MutexGuard<'_, Journal>) {
         journal.unswept = true;
         drop(journal);
         // A key that is being made has no record yet. The rotation that is due next sweeps instead.
         if let Ok(making) = self.making.try_lock() {
             self.sweep(&making).await;
         }
-        tracing::warn!(authority = id, kind = kind.as_str(), "authority revoked; nothing under it is trusted any more");
-        Ok(record)
     }
 
-    /// Roots that are the upstream's are not ours to distrust.
+    /// Roots that are the upstream's are known by other IDs than our authorities.
     fn refuse_upstreams(&self, kind: Kind) -> Result<(), AuthorityError> {
         if kind == Kind::X509 && self.settings.upstream.is_some() { Err(AuthorityError::Upstream) } else { Ok(()) }
     }
@@ -294,8 +271,14 @@ impl Authorities {
     /// another one.
     pub async fn append(&self, more: Vec<X509Authority>, keys: Vec<JwtAuthority>) -> Result<(), AuthorityError> {
         let mut journal = self.writer.lock().await;
+        if let Some(root) = more.iter().find(|root| journal.revoked.has(root.key())) {
+            return Err(AuthorityError::Revoked(root.id().to_owned()));
+        }
         let mut all = self.bundle.borrow().jwt_authorities.clone();
         for key in keys {
+            if journal.revoked.has(key.digest()) {
+                return Err(AuthorityError::Revoked(key.key_id().to_owned()));
+            }
             // Under another ID it would outlive the revocation of the one.
             if let Some(twin) = all.iter().find(|a| a.key() == key.key() && a.key_id() != key.key_id()) {
                 return Err(AuthorityError::KeyKnown {
@@ -349,10 +332,10 @@ impl Authorities {
 
     /// Takes up what another server has written: its revocations hold here too, and the next change is made from it.
     async fn take_up(&self, journal: &mut Journal) -> Result<(), AuthorityError> {
-        let Stored { mut records, version, bundle } = Stored::read(&self.settings).await?;
+        let Stored { mut records, revoked, version, bundle } = Stored::read(&self.settings).await?;
         let active = take_up_keys(&self.settings.keys, &mut records).await?;
         self.journal.store(Arc::new(records.clone()));
-        (journal.records, journal.version) = (records, version);
+        (journal.records, journal.revoked, journal.version) = (records, revoked, version);
         // Published before it is signed with. A bundle that the store has lost stays as it is here.
         if let Some(bundle) = bundle
             && bundle != **self.bundle.borrow()
@@ -363,15 +346,27 @@ impl Authorities {
         Ok(())
     }
 
-    /// Stores the journal and the bundle together, then publishes. If the store refuses, nothing has changed.
+    /// Stores these records and the bundle together, then publishes. If the store refuses, nothing has changed.
     pub(super) async fn commit(
         &self,
         journal: &mut Journal,
-        next: Vec<Record>,
+        records: Vec<Record>,
+        change: impl FnOnce(&mut TrustBundle),
+    ) -> Result<(), AuthorityError> {
+        let next = StoredJournal { records, revoked: journal.revoked.clone() };
+        self.commit_all(journal, next, change).await
+    }
+
+    /// [`Self::commit`] with the keys that are revoked. Whatever a change does, the bundle has none of them.
+    pub(super) async fn commit_all(
+        &self,
+        journal: &mut Journal,
+        next: StoredJournal,
         change: impl FnOnce(&mut TrustBundle),
     ) -> Result<(), AuthorityError> {
         let mut bundle = TrustBundle::clone(&self.bundle.borrow());
         change(&mut bundle);
+        next.revoked.apply(&mut bundle);
         let changed = bundle != **self.bundle.borrow();
         if changed {
             bundle.sequence += 1;
@@ -384,8 +379,8 @@ impl Authorities {
                 return Err(DataStoreError::Overtaken.into());
             }
         }
-        self.journal.store(Arc::new(next.clone()));
-        journal.records = next;
+        self.journal.store(Arc::new(next.records.clone()));
+        (journal.records, journal.revoked) = (next.records, next.revoked);
         if changed {
             self.bundle.send_replace(Arc::new(bundle));
         }
@@ -393,7 +388,7 @@ impl Authorities {
     }
 }
 
-fn taint_in(bundle: &mut TrustBundle, kind: Kind, id: &str) {
+pub(super) fn taint_in(bundle: &mut TrustBundle, kind: Kind, id: &str) {
     match kind {
         Kind::X509 => bundle.authorities.iter_mut().filter(|a| a.id() == id).for_each(|a| a.tainted = true),
         Kind::Jwt => bundle.jwt_authorities.iter_mut().filter(|a| a.key_id() == id).for_each(|a| a.tainted = true),

@@ -7,10 +7,13 @@ mod lifecycle;
 mod making;
 mod manager;
 mod record;
+mod revoked;
 mod stored;
 mod upstream_call;
+mod upstream_roots;
 
 pub use error::AuthorityError;
 pub use lifecycle::validity_of;
 pub use manager::{Authorities, Settings};
-pub use record::{Kind, Public, Record, Status};
+pub use record::{Kind, Public, Record, Status, StoredJournal};
+pub use revoked::RevokedKeys;

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use countersign_identity::{JwtAuthority, TrustBundle};
+use countersign_identity::{AuthorityKey, JwtAuthority, TrustBundle, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 
-use super::lifecycle;
+use super::{RevokedKeys, lifecycle};
 
 /// What an authority signs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +70,15 @@ impl FromStr for Status {
     }
 }
 
+/// What the store has of the authorities, beside the bundle.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StoredJournal {
+    /// Authorities of both kinds, the oldest first.
+    pub records: Vec<Record>,
+    /// Keys that were revoked, by whichever server.
+    pub revoked: RevokedKeys,
+}
+
 /// An authority in the journal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
@@ -117,6 +126,23 @@ impl Record {
             Public::X509 { certificate, .. } => lifecycle::validity_of(certificate),
             // One without an end would never be followed by another.
             Public::Jwt { key, not_before } => (*not_before, key.expires_at.unwrap_or(*not_before)),
+        }
+    }
+
+    /// The digest of its key; `None` if its certificate cannot be parsed, which it was before it came here.
+    pub fn key(&self) -> Option<AuthorityKey> {
+        match &self.public {
+            Public::X509 { certificate, .. } => X509Authority::from_der(certificate.to_vec()).ok().map(|a| a.key()),
+            Public::Jwt { key, .. } => Some(key.digest()),
+        }
+    }
+
+    /// Whether it signs certificates and depends on this root's key.
+    pub fn is_below(&self, root: &X509Authority) -> bool {
+        match &self.public {
+            Public::X509 { certificate, chain } if chain.is_empty() => root.is_above(std::slice::from_ref(certificate)),
+            Public::X509 { chain, .. } => root.is_above(chain),
+            Public::Jwt { .. } => false,
         }
     }
 

@@ -3,7 +3,7 @@
 use countersign_identity::{TrustBundle, X509Authority};
 
 use super::active::Signing;
-use super::{AuthorityError, Kind, Public, Record, Settings, Status};
+use super::{AuthorityError, Kind, Public, Record, RevokedKeys, Settings, Status, StoredJournal};
 use crate::datastore::{Version, Versioned};
 use crate::key_manager::Keys;
 
@@ -11,6 +11,8 @@ use crate::key_manager::Keys;
 pub struct Stored {
     /// Oldest first.
     pub records: Vec<Record>,
+    /// Keys that were revoked.
+    pub revoked: RevokedKeys,
     /// The state of journal and bundle together.
     pub version: Version,
     /// `None` when the store has none, or an empty one.
@@ -20,10 +22,15 @@ pub struct Stored {
 impl Stored {
     /// Reads both.
     pub async fn read(settings: &Settings) -> Result<Self, AuthorityError> {
-        let Versioned { value: records, version } = settings.store.authorities().await?;
+        let Versioned { value: StoredJournal { records, revoked }, version } = settings.store.authorities().await?;
         let mut bundles = settings.store.bundles().await?.into_iter().map(|b| b.value);
-        let bundle = bundles.find(|b| b.trust_domain == settings.trust_domain && !b.authorities.is_empty());
-        Ok(Self { records, version, bundle })
+        let own = bundles.find(|b| b.trust_domain == settings.trust_domain).map(|mut bundle| {
+            // A version that remembers no revocations may have written it.
+            revoked.apply(&mut bundle);
+            bundle
+        });
+        let bundle = own.filter(|bundle| !bundle.authorities.is_empty());
+        Ok(Self { records, revoked, version, bundle })
     }
 }
 

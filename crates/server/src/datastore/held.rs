@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::{DataStore, DataStoreError, JoinToken, Version, Versioned, Written};
 use crate::agents::AttestedAgent;
-use crate::authority::Record;
+use crate::authority::StoredJournal;
 
 /// As the store below, which answers a change only while it is not held.
 pub struct Held {
@@ -100,13 +100,13 @@ impl DataStore for Held {
         self.answer(self.below.delete_bundle(trust_domain).await).await
     }
 
-    async fn authorities(&self) -> Result<Versioned<Vec<Record>>, DataStoreError> {
+    async fn authorities(&self) -> Result<Versioned<StoredJournal>, DataStoreError> {
         self.below.authorities().await
     }
 
     async fn put_authorities(
         &self,
-        journal: &[Record],
+        journal: &StoredJournal,
         bundle: &TrustBundle,
         from: Version,
     ) -> Result<Written, DataStoreError> {

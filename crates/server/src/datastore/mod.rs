@@ -9,7 +9,7 @@ use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle, TrustDomain};
 use time::OffsetDateTime;
 
 use crate::agents::AttestedAgent;
-use crate::authority::Record;
+use crate::authority::StoredJournal;
 
 #[cfg(test)]
 pub(crate) use held::Held;
@@ -134,12 +134,13 @@ pub trait DataStore: Send + Sync {
     async fn put_bundle(&self, bundle: &TrustBundle, from: Option<Version>) -> Result<Written, DataStoreError>;
     /// Deletes a trust domain's bundle, if it exists.
     async fn delete_bundle(&self, trust_domain: &str) -> Result<(), DataStoreError>;
-    /// The journal of authorities, the oldest first, with the common version of journal and own bundle.
-    async fn authorities(&self) -> Result<Versioned<Vec<Record>>, DataStoreError>;
-    /// Replaces the journal and our own bundle in one transaction. An empty bundle is rejected.
+    /// The journal of authorities, with the common version of journal and own bundle.
+    async fn authorities(&self) -> Result<Versioned<StoredJournal>, DataStoreError>;
+    /// Replaces the journal and our own bundle in one transaction. An empty bundle is rejected. Revoked keys are added only: those
+    /// that the store has stay.
     async fn put_authorities(
         &self,
-        journal: &[Record],
+        journal: &StoredJournal,
         bundle: &TrustBundle,
         from: Version,
     ) -> Result<Written, DataStoreError>;

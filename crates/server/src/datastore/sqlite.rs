@@ -20,7 +20,7 @@ use time::OffsetDateTime;
 
 use super::{DataStore, DataStoreError, JoinToken, Version, Versioned, Written};
 use crate::agents::AttestedAgent;
-use crate::authority::Record;
+use crate::authority::StoredJournal;
 
 /// Name of the fact that holds the version of journal and own bundle.
 const AUTHORITIES_VERSION: &str = "authorities_version";
@@ -268,7 +268,7 @@ impl DataStore for Sqlite {
         Ok(())
     }
 
-    async fn authorities(&self) -> Result<Versioned<Vec<Record>>, DataStoreError> {
+    async fn authorities(&self) -> Result<Versioned<StoredJournal>, DataStoreError> {
         let mut tx = self.0.begin().await?;
         let version = authorities_version(&mut tx).await?;
         Ok(Versioned { value: journal::read(&mut tx).await?, version })
@@ -276,7 +276,7 @@ impl DataStore for Sqlite {
 
     async fn put_authorities(
         &self,
-        journal: &[Record],
+        journal: &StoredJournal,
         bundle: &TrustBundle,
         from: Version,
     ) -> Result<Written, DataStoreError> {

@@ -21,18 +21,38 @@ use crate::authority::{AuthorityError, Kind, Record, Status as Life};
 use crate::caller::Caller;
 use crate::core::{Core, status_of};
 
-fn state(record: &Record) -> AuthorityState {
-    AuthorityState { authority_id: record.id.clone(), expires_at: record.validity().1.unix_timestamp() }
-}
-
 impl Endpoint {
+    fn state(&self, record: &Record) -> AuthorityState {
+        AuthorityState {
+            authority_id: record.id.clone(),
+            expires_at: record.validity().1.unix_timestamp(),
+            upstream_authority_subject_key_id: self.0.authorities.root_above(record).unwrap_or_default(),
+        }
+    }
+
     /// The newest authority of this kind in one of these states.
     fn newest(&self, kind: Kind, states: &[Life]) -> Option<AuthorityState> {
         let journal = self.0.authorities.journal();
-        journal.iter().rev().find(|r| r.kind() == kind && states.contains(&r.status)).map(state)
+        journal.iter().rev().find(|r| r.kind() == kind && states.contains(&r.status)).map(|r| self.state(r))
     }
 
     /// Makes an operator's change to its end.
+    async fn changed<T, F, R>(
+        &self,
+        request: &Request<T>,
+        change: impl FnOnce(Arc<Core>) -> F + Send,
+    ) -> Result<R, Status>
+    where
+        T: Sync,
+        R: Send + 'static,
+        F: Future<Output = Result<R, AuthorityError>> + Send + 'static,
+    {
+        Caller::operator(&self.0, request)?;
+        let changed = change(self.0.clone());
+        self.0.to_the_end(|_| async move { changed.await.map_err(|e| status_of(&e)) }).await
+    }
+
+    /// [`Self::changed`] of an authority of ours.
     async fn change<T, F>(
         &self,
         request: &Request<T>,
@@ -42,10 +62,7 @@ impl Endpoint {
         T: Sync,
         F: Future<Output = Result<Record, AuthorityError>> + Send + 'static,
     {
-        Caller::operator(&self.0, request)?;
-        let changed = change(self.0.clone());
-        let to_the_end = |_| async move { changed.await.map_err(|e| status_of(&e)) };
-        Ok(Some(state(&self.0.to_the_end(to_the_end).await?)))
+        Ok(Some(self.state(&self.changed(request, change).await?)))
     }
 }
 
@@ -104,16 +121,22 @@ impl LocalAuthority for Endpoint {
 
     async fn taint_x509_upstream_authority(
         &self,
-        _: Request<TaintX509UpstreamAuthorityRequest>,
+        request: Request<TaintX509UpstreamAuthorityRequest>,
     ) -> Result<Response<TaintX509UpstreamAuthorityResponse>, Status> {
-        Err(Status::unimplemented("upstream authorities cannot be tainted by this version"))
+        let id = request.get_ref().subject_key_id.clone();
+        let root = self.changed(&request, |core| async move { core.authorities.taint_root(&id).await }).await?;
+        let upstream_authority_subject_key_id = root.id().to_owned();
+        Ok(Response::new(TaintX509UpstreamAuthorityResponse { upstream_authority_subject_key_id }))
     }
 
     async fn revoke_x509_upstream_authority(
         &self,
-        _: Request<RevokeX509UpstreamAuthorityRequest>,
+        request: Request<RevokeX509UpstreamAuthorityRequest>,
     ) -> Result<Response<RevokeX509UpstreamAuthorityResponse>, Status> {
-        Err(Status::unimplemented("upstream authorities cannot be revoked by this version"))
+        let id = request.get_ref().subject_key_id.clone();
+        let root = self.changed(&request, |core| async move { core.authorities.revoke_root(&id).await }).await?;
+        let upstream_authority_subject_key_id = root.id().to_owned();
+        Ok(Response::new(RevokeX509UpstreamAuthorityResponse { upstream_authority_subject_key_id }))
     }
 
     async fn get_jwt_authority_state(

@@ -66,7 +66,7 @@ async fn agree(core: &Core, store: &dyn DataStore) -> bool {
     let (own, foreign): (Vec<_>, Vec<_>) = stored.partition(|b| b.trust_domain == td());
     let federated: Vec<_> = core.federated.all().values().map(|b| TrustBundle::clone(b)).collect();
     let bundle = TrustBundle::clone(&core.authorities.bundle().borrow());
-    let journal = store.authorities().await.unwrap().value;
+    let journal = store.authorities().await.unwrap().value.records;
     agents == core.agents.list()
         && entries == known
         && foreign == federated

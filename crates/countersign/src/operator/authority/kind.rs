@@ -7,9 +7,11 @@ use countersign_api::spire::localauthority::local_authority_client::LocalAuthori
 use countersign_api::spire::localauthority::{
     ActivateJwtAuthorityRequest, ActivateX509AuthorityRequest, AuthorityState, GetJwtAuthorityStateRequest,
     GetX509AuthorityStateRequest, PrepareJwtAuthorityRequest, PrepareX509AuthorityRequest, RevokeJwtAuthorityRequest,
-    RevokeX509AuthorityRequest, TaintJwtAuthorityRequest, TaintX509AuthorityRequest,
+    RevokeX509AuthorityRequest, RevokeX509UpstreamAuthorityRequest, TaintJwtAuthorityRequest,
+    TaintX509AuthorityRequest, TaintX509UpstreamAuthorityRequest,
 };
 
+use super::super::bundle::own as own_bundle;
 use crate::clients::{Asking, ServerArg, client, refused};
 
 /// What an authority signs.
@@ -31,6 +33,63 @@ impl FromStr for Kind {
             _ => Err("is neither x509 nor jwt".to_owned()),
         }
     }
+}
+
+/// What is tainted and revoked: an authority of the server, or a root of the CA above it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trusted {
+    /// Signs for the server.
+    Own(Kind),
+    /// A root that the upstream named, or that somebody else appended to the bundle.
+    Upstream,
+}
+
+impl FromStr for Trusted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "upstream" => Ok(Self::Upstream),
+            _ => text.parse().map(Self::Own).map_err(|_: String| "is none of x509, jwt and upstream".to_owned()),
+        }
+    }
+}
+
+impl Trusted {
+    /// Marks it as compromised.
+    pub async fn taint(self, server: &ServerArg, id: &str) -> Result<Option<AuthorityState>> {
+        let Self::Own(kind) = self else {
+            let root = root(server, id).await?;
+            let asked = TaintX509UpstreamAuthorityRequest { subject_key_id: id.to_owned() };
+            let mut client = client!(LocalAuthorityClient, server.channel()?);
+            client.taint_x509_upstream_authority(asked).await.map_err(refused)?;
+            return Ok(root);
+        };
+        Authorities::of(server, kind)?.taint(id).await
+    }
+
+    /// Removes it from the bundle once it is tainted.
+    pub async fn revoke(self, server: &ServerArg, id: &str) -> Result<Option<AuthorityState>> {
+        let Self::Own(kind) = self else {
+            let root = root(server, id).await?;
+            let asked = RevokeX509UpstreamAuthorityRequest { subject_key_id: id.to_owned() };
+            let mut client = client!(LocalAuthorityClient, server.channel()?);
+            client.revoke_x509_upstream_authority(asked).await.map_err(refused)?;
+            return Ok(root);
+        };
+        Authorities::of(server, kind)?.revoke(id).await
+    }
+}
+
+/// What the bundle says of a root, which the answer to a change does not; `None` if it has none with this ID.
+async fn root(server: &ServerArg, id: &str) -> Result<Option<AuthorityState>> {
+    let bundle = own_bundle(server.channel()?).await?;
+    let found = bundle.authorities.iter().find(|root| root.id().eq_ignore_ascii_case(id));
+    Ok(found.map(|root| AuthorityState {
+        authority_id: root.id().to_owned(),
+        expires_at: root.not_after().unix_timestamp(),
+        ..AuthorityState::default()
+    }))
 }
 
 /// The newest authority in each state; `None` where there is none.

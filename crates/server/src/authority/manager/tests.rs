@@ -240,7 +240,7 @@ async fn a_journal_that_another_server_has_changed_is_not_overwritten() {
     two.prepare(Kind::X509).await.unwrap();
     let late = one.prepare(Kind::X509).await.unwrap_err().to_string();
     assert!(late.contains("another server has changed"), "{late}");
-    assert_eq!(world.store.authorities().await.unwrap().value, *two.journal());
+    assert_eq!(world.store.authorities().await.unwrap().value.records, *two.journal());
     // It has taken up what it had missed, and goes on from there.
     assert_eq!((one.journal(), one.bundle().borrow().clone()), (two.journal(), two.bundle().borrow().clone()));
     one.prepare(Kind::X509).await.unwrap();
@@ -641,3 +641,4 @@ async fn a_key_that_hangs_holds_up_nobody_who_changes_something_else_and_is_give
 }
 
 mod jwt;
+mod upstream_roots;

@@ -1,4 +1,4 @@
-//! The journal of authorities: a table for each kind, with positions of one list.
+//! The journal of authorities: a table for each kind, with positions of one list, and the keys that were revoked.
 
 use countersign_identity::JwtAuthority;
 use sqlx::sqlite::SqliteRow;
@@ -6,11 +6,23 @@ use sqlx::{Row, SqliteConnection};
 use time::OffsetDateTime;
 
 use super::bad_row;
-use crate::authority::{Public, Record};
+use crate::authority::{Public, Record, RevokedKeys, StoredJournal};
 use crate::datastore::DataStoreError;
 
-/// All authorities, the oldest first.
-pub async fn read(tx: &mut SqliteConnection) -> Result<Vec<Record>, DataStoreError> {
+/// All authorities and all revoked keys.
+pub async fn read(tx: &mut SqliteConnection) -> Result<StoredJournal, DataStoreError> {
+    Ok(StoredJournal { records: records(tx).await?, revoked: revoked(tx).await? })
+}
+
+async fn revoked(tx: &mut SqliteConnection) -> Result<RevokedKeys, DataStoreError> {
+    let read = |row: &SqliteRow| {
+        let key: &str = row.get("public_key_sha256");
+        key.parse().map_err(|e| bad_row("revoked key", key.to_owned(), e))
+    };
+    sqlx::query("SELECT public_key_sha256 FROM revoked_keys").fetch_all(tx).await?.iter().map(read).collect()
+}
+
+async fn records(tx: &mut SqliteConnection) -> Result<Vec<Record>, DataStoreError> {
     let x509 = sqlx::query("SELECT id, position, status, key_name, certificate, chain FROM authorities");
     let mut all = x509.fetch_all(&mut *tx).await?.iter().map(x509_of).collect::<Result<Vec<_>, _>>()?;
     let jwt =
@@ -22,12 +34,16 @@ pub async fn read(tx: &mut SqliteConnection) -> Result<Vec<Record>, DataStoreErr
     Ok(all.into_iter().map(|(_, record)| record).collect())
 }
 
-/// Writes these instead of all that are there.
-pub async fn replace(tx: &mut SqliteConnection, journal: &[Record]) -> Result<(), DataStoreError> {
+/// Writes these authorities instead of all that are there, and adds the revoked keys.
+pub async fn replace(tx: &mut SqliteConnection, journal: &StoredJournal) -> Result<(), DataStoreError> {
     sqlx::query("DELETE FROM authorities").execute(&mut *tx).await?;
     sqlx::query("DELETE FROM jwt_authorities").execute(&mut *tx).await?;
-    for (position, record) in (0..).zip(journal) {
+    for (position, record) in (0..).zip(&journal.records) {
         put(tx, position, record).await?;
+    }
+    for key in journal.revoked.iter() {
+        let add = sqlx::query("INSERT INTO revoked_keys (public_key_sha256) VALUES (?) ON CONFLICT DO NOTHING");
+        add.bind(key.to_string()).execute(&mut *tx).await?;
     }
     Ok(())
 }

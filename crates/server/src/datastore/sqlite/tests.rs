@@ -76,6 +76,6 @@ async fn no_bundle_is_replaced_by_an_empty_one() {
     let store = open(&dir, "td").await.unwrap();
     let empty = TrustBundle { sequence: 1, ..TrustBundle::empty(td("td")) };
     assert!(matches!(store.put_bundle(&empty, None).await, Err(DataStoreError::EmptyBundle(_))));
-    let own = store.put_authorities(&[], &empty, Version::FIRST).await;
+    let own = store.put_authorities(&StoredJournal::default(), &empty, Version::FIRST).await;
     assert!(matches!(own, Err(DataStoreError::EmptyBundle(_))));
 }

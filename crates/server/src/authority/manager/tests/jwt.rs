@@ -165,7 +165,14 @@ async fn nobody_changes_our_keys_by_appending_them() {
 async fn forget_jwt(world: &World, a: &Authorities) -> Vec<Record> {
     let (x509, version) = (of_kind(a, Kind::X509), world.store.authorities().await.unwrap().version);
     let bundle = TrustBundle { jwt_authorities: vec![], ..TrustBundle::clone(&a.bundle().borrow()) };
-    assert!(matches!(world.store.put_authorities(&x509, &bundle, version).await.unwrap(), Written::Stored(_)));
+    assert!(matches!(
+        world
+            .store
+            .put_authorities(&StoredJournal { records: x509.clone(), ..Default::default() }, &bundle, version)
+            .await
+            .unwrap(),
+        Written::Stored(_)
+    ));
     x509
 }
 

@@ -1,0 +1,125 @@
+//! The roots of the upstream authority: taken up when it names them, tainted and revoked by an operator.
+//!
+//! They are known by the bundle alone. So are roots of an upstream that is not configured any more, and of other parties
+//! (`AppendBundle`).
+
+use countersign_identity::X509Authority;
+
+use super::journal::Journal;
+use super::manager::{Authorities, add_missing, taint_in};
+use super::{AuthorityError, Kind, Record, Status, StoredJournal};
+
+impl Authorities {
+    /// Publishes the roots that the upstream names now. One that it names no more stays until it ends or is revoked: something below
+    /// it may be in use. Answers the IDs of those that were revoked here and that it names all the same. Errors: it cannot be asked,
+    /// or the store refuses.
+    pub async fn follow_upstream(&self) -> Result<Vec<String>, AuthorityError> {
+        let Some(upstream) = &self.upstream else { return Ok(vec![]) };
+        let (roots, now) = (upstream.roots().await?, self.now());
+        let mut journal = self.writer.lock().await;
+        let (revoked, mut roots): (Vec<_>, Vec<_>) =
+            roots.into_iter().partition(|root| journal.revoked.has(root.key()));
+        let revoked = revoked.iter().map(|root| root.id().to_owned()).collect();
+        // What has ended would come and go with each look.
+        roots.retain(|root| root.not_after() > now);
+        let is_new = |root: &&X509Authority| !self.bundle.borrow().authorities.iter().any(|a| a.der() == root.der());
+        let fresh: Vec<_> = roots.iter().filter(is_new).cloned().collect();
+        if fresh.is_empty() {
+            return Ok(revoked);
+        }
+        let next = journal.records.clone();
+        self.commit(&mut journal, next, |bundle| add_missing(bundle, roots)).await?;
+        for root in fresh {
+            let (authority, until) = (root.id(), root.not_after());
+            tracing::warn!(authority, %until, "root of the upstream authority added to the trust bundle");
+        }
+        Ok(revoked)
+    }
+
+    /// Marks a root as compromised: every SVID below it is renewed at once. Errors: the bundle has none with this ID, or the
+    /// authority that signs is below it.
+    pub async fn taint_root(&self, id: &str) -> Result<X509Authority, AuthorityError> {
+        let mut journal = self.writer.lock().await;
+        let (id, roots) = self.roots_named(&journal, id)?;
+        let root = roots[0].clone();
+        if roots.iter().all(|root| root.tainted) {
+            return Ok(root);
+        }
+        let mut records = journal.records.clone();
+        records.iter_mut().filter(|r| is_below(r, &roots)).for_each(|r| r.status = Status::Tainted);
+        self.commit(&mut journal, records, |bundle| taint_in(bundle, Kind::X509, &id)).await?;
+        tracing::warn!(authority = id, "root of an upstream authority tainted; agents renew what is below it");
+        Ok(root)
+    }
+
+    /// Removes a tainted root from the bundle, for good: nothing below its key is trusted any more, whoever names it again. Errors
+    /// as [`Self::taint_root`], or it is not tainted.
+    pub async fn revoke_root(&self, id: &str) -> Result<X509Authority, AuthorityError> {
+        let mut journal = self.writer.lock().await;
+        let (id, roots) = self.roots_named(&journal, id)?;
+        // Tainted first: by then agents have renewed, so that the revocation cuts off only what did not.
+        if !roots.iter().all(|root| root.tainted) {
+            return Err(AuthorityError::Untainted(id));
+        }
+        let records = journal.records.iter().filter(|r| !is_below(r, &roots)).cloned().collect();
+        let revoked = journal.revoked.with(roots.iter().map(X509Authority::key));
+        self.commit_all(&mut journal, StoredJournal { records, revoked }, |_| {}).await?;
+        self.sweep_after(journal).await;
+        tracing::warn!(authority = id, "root of an upstream authority revoked; nothing below it is trusted any more");
+        Ok(roots[0].clone())
+    }
+
+    /// The ID of the root that an authority of ours is below; `None` where it is a root itself or signs no certificates.
+    pub fn root_above(&self, record: &Record) -> Option<String> {
+        let bundle = self.bundle.borrow().clone();
+        let above = bundle.authorities.iter().find(|root| root.id() != record.id && record.is_below(root));
+        above.map(|root| root.id().to_owned())
+    }
+
+    /// The roots with this ID, at least one, that no authority of ours signs below, and the ID as the bundle has it.
+    fn roots_named(&self, journal: &Journal, id: &str) -> Result<(String, Vec<X509Authority>), AuthorityError> {
+        if id.is_empty() {
+            return Err(AuthorityError::NoId);
+        }
+        let id = id.to_lowercase();
+        let bundle = self.bundle.borrow().clone();
+        let roots: Vec<_> = bundle.authorities.iter().filter(|a| a.id() == id).cloned().collect();
+        let is_ours = journal.named(Kind::X509, &id).is_ok();
+        if self.upstream.is_none() && (is_ours || roots.is_empty()) {
+            return Err(AuthorityError::NoUpstream(id));
+        }
+        if roots.is_empty() {
+            return Err(AuthorityError::UnknownRoot(id));
+        }
+        for status in [Status::Active, Status::Prepared] {
+            if let Some(signs) = journal.find(Kind::X509, status).filter(|r| is_below(r, &roots)) {
+                return Err(AuthorityError::RootInUse { root: id, id: signs.id.clone(), status });
+            }
+        }
+        Ok((id, roots))
+    }
+
+    /// Refuses an authority that everybody would renew away from at once, or that nobody would trust: one that all of the roots that
+    /// the upstream named for it are tainted or revoked.
+    pub(super) fn refuse_distrusted(
+        &self,
+        journal: &Journal,
+        record: &Record,
+        roots: &[X509Authority],
+    ) -> Result<(), AuthorityError> {
+        let bundle = self.bundle.borrow().clone();
+        let is_tainted = |root: &X509Authority| bundle.authorities.iter().any(|a| a.tainted && a.key() == root.key());
+        let is_distrusted = |root: &X509Authority| journal.revoked.has(root.key()) || is_tainted(root);
+        let above: Vec<_> = roots.iter().filter(|root| record.is_below(root)).collect();
+        match above.first() {
+            Some(root) if above.iter().all(|root| is_distrusted(root)) => {
+                Err(AuthorityError::Distrusted(root.id().to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_below(record: &Record, roots: &[X509Authority]) -> bool {
+    roots.iter().any(|root| record.is_below(root))
+}
