@@ -90,7 +90,7 @@ impl Jwt {
     /// A token of `id` for these audiences.
     pub fn token(&self, id: &SpiffeId, audience: &[String], ttl: Duration, now: OffsetDateTime) -> String {
         let audience = Audience::new(audience.to_vec()).unwrap();
-        let request = TokenRequest { id, audience: &audience, ttl, issuer: None };
+        let request = TokenRequest { id, audience: &audience, ttl, issuer: None, token_id: None };
         let (algorithm, not_after) = (self.0.public_side().algorithm, now + Duration::from_secs(86_400));
         let unsigned = unsigned_token(&request, &TokenAuthority { key_id: self.1, algorithm, not_after }, now).unwrap();
         unsigned.signed(&self.0.sign(unsigned.content()).unwrap()).unwrap()
@@ -113,6 +113,7 @@ pub fn entry(name: &str, revision: i64) -> Entry {
         expires_at: None,
         hint: String::new(),
         store_svid: false,
+        additional: Default::default(),
         revision,
         created_at: OffsetDateTime::UNIX_EPOCH,
     }

@@ -83,6 +83,11 @@ impl Tokens {
     /// A token for an entry's identity, from memory or from the server. Errors: `ResourceExhausted` if too many are asked for;
     /// Unavailable, with the reason.
     pub async fn get(&self, entry: &Entry, audience: &Audience, caller: &Caller) -> Result<Arc<Token>, Status> {
+        if entry.additional.jwt_svid_include_jti {
+            // Each has an ID of its own: none is given out twice.
+            let fetched = self.fetch_for(caller, entry, audience, FETCH_PATIENCE).await;
+            return fetched.map(Arc::new).map_err(|status| told(&status));
+        }
         let asked = Asked::new(&entry.id, audience);
         if let Some(token) = self.fresh(entry, &asked) {
             return Ok(token);
@@ -118,14 +123,7 @@ impl Tokens {
                 }
                 Ok(token)
             }
-            (Err(status), _) => {
-                let why = format!("could not fetch JWT-SVID: {}", describe(&status));
-                Err(if status.code() == Code::ResourceExhausted {
-                    Status::resource_exhausted(why)
-                } else {
-                    Status::unavailable(why)
-                })
-            }
+            (Err(status), _) => Err(told(&status)),
         }
     }
 
@@ -232,6 +230,12 @@ impl Tokens {
             }
         }
     }
+}
+
+/// Why there is no token, as its caller is told.
+fn told(status: &Status) -> Status {
+    let why = format!("could not fetch JWT-SVID: {}", describe(status));
+    if status.code() == Code::ResourceExhausted { Status::resource_exhausted(why) } else { Status::unavailable(why) }
 }
 
 /// One who waits for what is being fetched. What nobody waits for any more is forgotten.

@@ -10,8 +10,11 @@ use countersign_identity::policy::{Egress, Mode, Policy};
 use countersign_identity::selector::{SelectorError, SelectorSet};
 use countersign_identity::shown::shown;
 use countersign_identity::trust_domain::{IdError, parse_id, parse_trust_domain, parse_workload_id};
-use countersign_identity::{Entry, EntryId, JwtAuthority, Selector, SpiffeId, TrustBundle, TrustDomain, X509Authority};
+use countersign_identity::{
+    AdditionalAttributes, Entry, EntryId, JwtAuthority, Selector, SpiffeId, TrustBundle, TrustDomain, X509Authority,
+};
 use time::OffsetDateTime;
+use x509_parser::num_bigint::BigUint;
 
 use crate::push;
 use crate::spire::types;
@@ -108,6 +111,7 @@ pub fn entry_from_wire(e: types::Entry, fresh_id: impl FnOnce() -> EntryId) -> R
         expires_at: time_from_wire("expires_at", e.expires_at)?,
         hint: e.hint,
         store_svid: e.store_svid,
+        additional: additional_from_wire(e.additional_attributes),
         revision: e.revision_number,
         created_at: time_from_wire("created_at", e.created_at)?.unwrap_or(OffsetDateTime::UNIX_EPOCH),
     })
@@ -131,7 +135,23 @@ pub fn entry_to_wire(e: &Entry) -> types::Entry {
         store_svid: e.store_svid,
         hint: e.hint.clone(),
         created_at: e.created_at.unix_timestamp(),
+        additional_attributes: additional_to_wire(e.additional),
     }
+}
+
+fn additional_from_wire(wire: Option<types::entry::AdditionalAttributes>) -> AdditionalAttributes {
+    wire.map_or_else(AdditionalAttributes::default, |a| AdditionalAttributes {
+        disable_x509_svid_prefetch: a.disable_x509_svid_prefetch,
+        jwt_svid_include_jti: a.jwt_svid_include_jti,
+    })
+}
+
+/// None where none is set.
+fn additional_to_wire(a: AdditionalAttributes) -> Option<types::entry::AdditionalAttributes> {
+    (a != AdditionalAttributes::default()).then_some(types::entry::AdditionalAttributes {
+        disable_x509_svid_prefetch: a.disable_x509_svid_prefetch,
+        jwt_svid_include_jti: a.jwt_svid_include_jti,
+    })
 }
 
 /// Parses a JWT authority.
@@ -397,6 +417,20 @@ pub fn service_to_wire(s: &Service) -> push::Service {
         ports,
         claimed_ports,
     }
+}
+
+/// Encodes a serial number in hex as SPIRE's API has it, in decimal. Empty for what is none.
+pub fn serial_to_wire(hex: &str) -> String {
+    radix(hex, 16, 10)
+}
+
+/// A serial number in lower-case hex, as certificates and logs have it. Empty for what is none.
+pub fn serial_from_wire(decimal: &str) -> String {
+    radix(decimal, 10, 16)
+}
+
+fn radix(number: &str, from: u32, to: u32) -> String {
+    BigUint::parse_bytes(number.as_bytes(), from).map_or_else(String::new, |number| number.to_str_radix(to))
 }
 
 /// Parses a trust domain name, with or without `spiffe://`.

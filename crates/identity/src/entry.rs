@@ -115,6 +115,15 @@ pub enum EntryError {
     Federation(String),
 }
 
+/// Rarely used attributes of an entry (SPIRE API, types.Entry.AdditionalAttributes).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AdditionalAttributes {
+    /// Tells an agent that the workload will hardly ask for X509-SVIDs. Our agents sign them ahead all the same.
+    pub disable_x509_svid_prefetch: bool,
+    /// Whether each JWT-SVID has an ID of its own (`jti`), and none is given out twice.
+    pub jwt_svid_include_jti: bool,
+}
+
 /// A registration entry (SPIRE API, types.Entry).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -144,6 +153,8 @@ pub struct Entry {
     pub hint: String,
     /// Whether the SVID is meant for an SVID store (SPIRE API). Our agents have none and skip such entries.
     pub store_svid: bool,
+    /// What the field `additional_attributes` of SPIRE's API says.
+    pub additional: AdditionalAttributes,
     /// Revision number, incremented by each update.
     pub revision: i64,
     /// Creation time, set by the server.
@@ -250,6 +261,7 @@ mod tests {
             expires_at: None,
             hint: String::new(),
             store_svid: false,
+            additional: AdditionalAttributes::default(),
             revision: 0,
             created_at: OffsetDateTime::UNIX_EPOCH,
         }

@@ -27,7 +27,7 @@ pub mod trust_domain;
 pub mod verify;
 
 pub use bundle::{AuthorityKey, BundleSet, TrustBundle, X509Authority};
-pub use entry::{Entry, EntryId};
+pub use entry::{AdditionalAttributes, Entry, EntryId};
 pub use jwt_authority::JwtAuthority;
 pub use key::{KeyType, PrivateKey};
 pub use local_key::LocalKey;

@@ -176,7 +176,8 @@ pub fn denied_status(denied: Denied, id: &SpiffeId) -> Status {
         Denied::NotActive => {
             (Reason::AgentNotActive, format!("agent `{id}` uses an SVID that was replaced; it must attest again"))
         }
-        Denied::Banned => (Reason::AgentBanned, format!("agent `{id}` is banned")),
+        // SPIRE's words in front, which clients match on.
+        Denied::Banned => (Reason::AgentBanned, format!("agent is banned: `{id}`")),
     };
     countersign_api::denied::denied(reason, message)
 }

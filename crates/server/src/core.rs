@@ -274,13 +274,14 @@ pub fn refused_as(error: &AuthorityError) -> &'static str {
 pub fn status_of(error: &AuthorityError) -> Status {
     let text = error.to_string();
     match error {
-        AuthorityError::Unknown(_) => Status::not_found(text),
-        AuthorityError::State { .. }
-        | AuthorityError::Upstream
+        AuthorityError::Upstream
         | AuthorityError::NoUpstream(_)
         | AuthorityError::Untainted(_)
         | AuthorityError::Distrusted(_) => Status::failed_precondition(text),
+        // As SPIRE: the ID is no valid argument.
         AuthorityError::NoId
+        | AuthorityError::Unknown(_)
+        | AuthorityError::State { .. }
         | AuthorityError::UnknownRoot(_)
         | AuthorityError::RootInUse { .. }
         | AuthorityError::Revoked(_)

@@ -330,7 +330,9 @@ mod tests {
         }
         failed.acquire_many(40).await.unwrap().forget();
         for _ in 0..3 {
-            let asked = AgentClient::new(admin.clone()).create_join_token(CreateJoinTokenRequest::default()).await;
+            let asked = AgentClient::new(admin.clone())
+                .create_join_token(CreateJoinTokenRequest { ttl: 60, ..Default::default() })
+                .await;
             attest(connect(), &asked.unwrap().into_inner().value).await.unwrap();
         }
         // And it is still being flooded.

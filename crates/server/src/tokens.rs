@@ -27,13 +27,22 @@ pub struct TokenSigning<'a> {
     pub audience: &'a Audience,
     /// Lifetime that is requested.
     pub ttl: Duration,
+    /// Whether it has an ID of its own.
+    pub with_id: bool,
 }
 
 impl Core {
     /// Signs, and keeps the record of it either way. The token itself is recorded nowhere.
     pub async fn sign_token(&self, asked: &TokenSigning<'_>) -> Result<IssuedToken, Status> {
         let issuer = self.config.jwt_issuer.as_deref();
-        let request = TokenRequest { id: asked.id, audience: asked.audience, ttl: asked.ttl, issuer };
+        let token_id = asked.with_id.then(fresh_token_id);
+        let request = TokenRequest {
+            id: asked.id,
+            audience: asked.audience,
+            ttl: asked.ttl,
+            issuer,
+            token_id: token_id.as_deref(),
+        };
         let spiffe_id = asked.id.to_string();
         let issued = self.authorities.sign_token(&request).await.map_err(|error| {
             self.refuse(KIND, asked.caller, asked.entry_id, &spiffe_id, refused_as(&error), &error.to_string());
@@ -65,4 +74,13 @@ impl Core {
         self.refuse_over_limit(KIND, peer.address.ip().to_canonical());
         Err(Status::resource_exhausted("too many tokens asked for from this address; slow down"))
     }
+}
+
+/// An ID that no other token has (RFC 7519, 4.1.7): 122 random bits, written as SPIRE's are (RFC 9562, 5.4).
+fn fresh_token_id() -> String {
+    let mut bytes: [u8; 16] = rand::random();
+    bytes[6] = 0x40 | bytes[6] & 0x0f;
+    bytes[8] = 0x80 | bytes[8] & 0x3f;
+    let text = hex::encode(bytes);
+    [&text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..]].join("-")
 }

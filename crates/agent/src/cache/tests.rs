@@ -28,6 +28,7 @@ fn cache(entries: &[(&str, &[&str])]) -> Cache {
                 expires_at: (*name == "ended").then_some(OffsetDateTime::UNIX_EPOCH),
                 hint: String::new(),
                 store_svid: false,
+                additional: Default::default(),
                 revision: 0,
                 created_at: OffsetDateTime::UNIX_EPOCH,
             };

@@ -77,6 +77,21 @@ async fn a_token_is_asked_for_once_until_half_of_its_life_and_for_each_audience(
 }
 
 #[tokio::test]
+async fn a_token_with_an_id_of_its_own_is_given_out_once() {
+    let world = World::new().await;
+    let mut entry = entry("web", 1);
+    entry.additional.jwt_svid_include_jti = true;
+    let audience = Audience::new(vec!["db".into()]).unwrap();
+    for calls in 1..=3 {
+        world.tokens.get(&entry, &audience, &CALLER).await.unwrap();
+        assert_eq!(world.server.token_calls(), calls);
+    }
+    world.server.answer_tokens(|_| Err(Status::unavailable("away")));
+    let refused = world.tokens.get(&entry, &audience, &CALLER).await.err().unwrap();
+    assert_eq!(refused.code(), Code::Unavailable, "none is kept");
+}
+
+#[tokio::test]
 async fn of_many_who_want_the_same_one_asks_the_server() {
     let world = World::new().await;
     let all = futures::future::join_all((0..50).map(|_| world.get("db"))).await;

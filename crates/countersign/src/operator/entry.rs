@@ -9,6 +9,7 @@ use countersign_api::spire::entry::{
     BatchCreateEntryRequest, BatchDeleteEntryRequest, BatchUpdateEntryRequest, GetEntryRequest, ListEntriesRequest,
     list_entries_request,
 };
+use countersign_api::spire::types::entry::AdditionalAttributes;
 use countersign_api::spire::types::{self, EntryMask};
 use serde_json::{Value, json};
 
@@ -114,6 +115,12 @@ pub struct Fields {
     /// Allow the workload to request an intermediate authority.
     #[arg(long)]
     downstream: bool,
+    /// Give each JWT-SVID of the workload an ID of its own (`jti`); the agent then gives out none twice.
+    #[arg(long)]
+    jwt_svid_include_jti: bool,
+    /// Tell agents that the workload will hardly ask for X509-SVIDs (spire-agent then signs none ahead).
+    #[arg(long)]
+    disable_x509_svid_prefetch: bool,
 }
 
 impl Fields {
@@ -127,6 +134,10 @@ impl Fields {
         entry.hint = self.hint.clone().unwrap_or_default();
         entry.admin = self.admin;
         entry.downstream = self.downstream;
+        entry.additional_attributes = Some(AdditionalAttributes {
+            disable_x509_svid_prefetch: self.disable_x509_svid_prefetch,
+            jwt_svid_include_jti: self.jwt_svid_include_jti,
+        });
         Ok(())
     }
 }
@@ -144,6 +155,8 @@ fn json_of(e: &types::Entry) -> Value {
         "hint": e.hint,
         "admin": e.admin,
         "downstream": e.downstream,
+        "jwt_svid_include_jti": e.additional_attributes.is_some_and(|a| a.jwt_svid_include_jti),
+        "disable_x509_svid_prefetch": e.additional_attributes.is_some_and(|a| a.disable_x509_svid_prefetch),
         "expires_at": e.expires_at,
         "revision": e.revision_number,
         "created_at": e.created_at,
@@ -259,6 +272,16 @@ pub async fn run(command: EntryCommand) -> Result<()> {
         EntryCommand::Update { server, id, spiffe_id, parent_id, fields, output } => {
             let mut entry = types::Entry { id, ..types::Entry::default() };
             fields.fill(&mut entry)?;
+            if let Some(asked) = &mut entry.additional_attributes
+                && *asked != AdditionalAttributes::default()
+            {
+                // They are changed together: what is not named here stays.
+                let request = GetEntryRequest { id: entry.id.clone(), output_mask: None };
+                let before = client!(EntryClient, server.channel()?).get_entry(request).await.map_err(refused)?;
+                let before = before.into_inner().additional_attributes.unwrap_or_default();
+                asked.jwt_svid_include_jti |= before.jwt_svid_include_jti;
+                asked.disable_x509_svid_prefetch |= before.disable_x509_svid_prefetch;
+            }
             let mask = EntryMask {
                 spiffe_id: spiffe_id.is_some(),
                 parent_id: parent_id.is_some(),
@@ -270,6 +293,7 @@ pub async fn run(command: EntryCommand) -> Result<()> {
                 hint: fields.hint.is_some(),
                 admin: fields.admin,
                 downstream: fields.downstream,
+                additional_attributes: fields.jwt_svid_include_jti || fields.disable_x509_svid_prefetch,
                 ..EntryMask::default()
             };
             entry.spiffe_id = spiffe_id.map(|id| workload_id("--spiffe-id", &id)).transpose()?;

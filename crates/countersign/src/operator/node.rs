@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use clap::Subcommand;
+use countersign_api::convert::serial_from_wire;
 use countersign_api::spire::agent::agent_client::AgentClient;
 use countersign_api::spire::agent::{BanAgentRequest, DeleteAgentRequest, ListAgentsRequest};
 use serde_json::{Value, json};
@@ -61,7 +62,7 @@ pub async fn run(command: NodeCommand) -> Result<()> {
                 table.row(vec![
                     id.clone(),
                     a.attestation_type.clone(),
-                    a.x509svid_serial_number.clone(),
+                    serial_from_wire(&a.x509svid_serial_number),
                     when(a.x509svid_expires_at),
                     a.banned.to_string(),
                     a.can_reattest.to_string(),
@@ -69,7 +70,7 @@ pub async fn run(command: NodeCommand) -> Result<()> {
                 all.push(json!({
                     "spiffe_id": id,
                     "attestation_type": a.attestation_type,
-                    "serial": a.x509svid_serial_number,
+                    "serial": serial_from_wire(&a.x509svid_serial_number),
                     "expires_at": a.x509svid_expires_at,
                     "banned": a.banned,
                     "can_reattest": a.can_reattest,

@@ -67,6 +67,8 @@ pub struct TokenRequest<'a> {
     pub ttl: Duration,
     /// Who is named as its issuer (`iss`); `None` names nobody.
     pub issuer: Option<&'a str>,
+    /// ID of the token (`jti`); `None` for none.
+    pub token_id: Option<&'a str>,
 }
 
 /// The JWT authority that a token is made for: its key signs later.
@@ -110,6 +112,9 @@ pub fn unsigned_token(
     claims.insert("iat".into(), issued_at.unix_timestamp().into());
     if let Some(issuer) = req.issuer {
         claims.insert("iss".into(), issuer.into());
+    }
+    if let Some(id) = req.token_id {
+        claims.insert("jti".into(), id.into());
     }
     let header = json!({ "alg": jws_name(authority.algorithm), "kid": authority.key_id, "typ": "JWT" });
     let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
@@ -184,7 +189,7 @@ mod tests {
     fn issue(key: &LocalKey, ttl: u64, issuer: Option<&str>) -> Result<(UnsignedToken, String), IssueError> {
         let id = SpiffeId::new("spiffe://td/web").unwrap();
         let audience = audience(&["db", "cache"]).unwrap();
-        let req = TokenRequest { id: &id, audience: &audience, ttl: Duration::from_secs(ttl), issuer };
+        let req = TokenRequest { id: &id, audience: &audience, ttl: Duration::from_secs(ttl), issuer, token_id: None };
         let authority = TokenAuthority { key_id: "k1", algorithm: key.public_side().algorithm, not_after: at(600) };
         let unsigned = unsigned_token(&req, &authority, at(0))?;
         let token = unsigned.signed(&key.sign(unsigned.content()).unwrap())?;

@@ -22,6 +22,7 @@ fn admin_entry(id: &SpiffeId) -> Entry {
         expires_at: None,
         hint: String::new(),
         store_svid: false,
+        additional: Default::default(),
         revision: 0,
         created_at: time::OffsetDateTime::UNIX_EPOCH,
     }

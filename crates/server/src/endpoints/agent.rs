@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use countersign_api::convert::{id_from_wire, id_to_wire, selectors_from_wire, selectors_to_wire};
+use countersign_api::convert::{id_from_wire, id_to_wire, selectors_from_wire, selectors_to_wire, serial_to_wire};
 use countersign_api::peer::TlsPeer;
 use countersign_api::spire::agent::agent_server::Agent;
 use countersign_api::spire::agent::attest_agent_request::Step as Asked;
@@ -19,6 +19,8 @@ use countersign_identity::selector::SelectorSet;
 use countersign_identity::shown::{sentence, shown};
 use countersign_identity::trust_domain::{agent_id, server_id};
 use countersign_identity::{Entry, Selector, SpiffeId};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -35,9 +37,6 @@ use crate::node_attestor::{AttestError, AttestedNode, Challenger, MAX_PAYLOAD_BY
 
 /// Longest attestation, including challenges.
 const ATTESTATION_TIMEOUT: Duration = Duration::from_secs(30);
-/// Lifetime of a join token whose request sets none.
-const TOKEN_TTL: Duration = Duration::from_secs(600);
-
 struct StreamChallenger {
     attempt: Attempt,
     requests: Streaming<AttestAgentRequest>,
@@ -76,13 +75,18 @@ impl StreamChallenger {
     }
 }
 
+/// What attestation found out. An agent's own ID is a selector too, for its aliases, of which SPIRE's API has nothing.
+fn node_selectors(agent: &AttestedAgent) -> SelectorSet {
+    agent.selectors.difference(&own_id_selector(&agent.id)).cloned().collect()
+}
+
 fn agent_to_wire(agent: &AttestedAgent) -> types::Agent {
     types::Agent {
         id: Some(id_to_wire(&agent.id)),
         attestation_type: agent.attestation_type.clone(),
-        x509svid_serial_number: agent.serial.clone(),
+        x509svid_serial_number: serial_to_wire(&agent.serial),
         x509svid_expires_at: agent.expires_at.unix_timestamp(),
-        selectors: selectors_to_wire(&agent.selectors),
+        selectors: selectors_to_wire(&node_selectors(agent)),
         banned: agent.banned,
         can_reattest: agent.can_reattest,
     }
@@ -193,6 +197,7 @@ fn alias_entry(core: &Core, alias: SpiffeId, agent: &SpiffeId) -> Result<Entry, 
         expires_at: None,
         hint: String::new(),
         store_svid: false,
+        additional: Default::default(),
         revision: 0,
         created_at: core.now(),
     };
@@ -200,39 +205,65 @@ fn alias_entry(core: &Core, alias: SpiffeId, agent: &SpiffeId) -> Result<Entry, 
     Ok(entry)
 }
 
-/// Filter of CountAgents and ListAgents.
+/// Filter of CountAgents and ListAgents, whose wire messages are alike.
+#[derive(Default)]
 struct Filter {
     attestation_type: String,
-    selectors: Option<types::SelectorMatch>,
+    selectors: Option<(SelectorSet, i32)>,
     banned: Option<bool>,
     can_reattest: Option<bool>,
+    expires_before: Option<OffsetDateTime>,
+}
+
+/// Parses the filter of either message.
+macro_rules! filter {
+    ($f:expr) => {
+        $f.map(|f| {
+            let selectors = f
+                .by_selector_match
+                .map(|m| Ok::<_, Status>((selectors_from_wire(m.selectors).map_err(invalid)?, m.r#match)));
+            Ok::<_, Status>(Filter {
+                attestation_type: f.by_attestation_type,
+                selectors: selectors.transpose()?,
+                banned: f.by_banned,
+                can_reattest: f.by_can_reattest,
+                expires_before: expires_before(&f.by_expires_before)?,
+            })
+        })
+        .transpose()
+        .map(Option::unwrap_or_default)
+    };
+}
+
+/// Parses a time as SPIRE writes it here: date, time, offset, and the offset's hours once more. SPIRE takes what it cannot read for no
+/// filter; whoever purges by it would evict every agent.
+fn expires_before(text: &str) -> Result<Option<OffsetDateTime>, Status> {
+    let malformed = || invalid("by_expires_before: write a time as in `2026-11-28 15:04:05 +0000 +00`");
+    let time = match text.split(' ').collect::<Vec<_>>()[..] {
+        [""] => return Ok(None),
+        [date, time, offset, hours] if offset.strip_prefix(hours).is_some_and(|minutes| minutes.len() == 2) => {
+            format!("{date}T{time}{hours}:{}", &offset[hours.len()..])
+        }
+        _ => return Err(malformed()),
+    };
+    OffsetDateTime::parse(&time, &Rfc3339).map(Some).map_err(|_| malformed())
 }
 
 impl Filter {
-    fn matches(&self, agent: &AttestedAgent) -> Result<bool, Status> {
-        let selectors = match &self.selectors {
-            None => true,
-            Some(m) => {
-                let wanted = selectors_from_wire(m.selectors.clone()).map_err(invalid)?;
-                super::entry::sets_match(&wanted, &agent.selectors, m.r#match)
-            }
-        };
-        Ok(selectors
+    fn matches(&self, agent: &AttestedAgent) -> bool {
+        let has_selectors =
+            |(wanted, how): &(SelectorSet, i32)| super::entry::sets_match(wanted, &node_selectors(agent), *how);
+        self.selectors.as_ref().is_none_or(has_selectors)
             && (self.attestation_type.is_empty() || self.attestation_type == agent.attestation_type)
             && self.banned.is_none_or(|b| b == agent.banned)
-            && self.can_reattest.is_none_or(|c| c == agent.can_reattest))
+            && self.can_reattest.is_none_or(|c| c == agent.can_reattest)
+            && self.expires_before.is_none_or(|time| agent.expires_at < time)
     }
 }
 
 impl Endpoint {
-    fn agents_matching(&self, filter: Option<Filter>) -> Result<Vec<types::Agent>, Status> {
-        let mut found = vec![];
-        for agent in self.0.agents.list() {
-            if filter.as_ref().map_or(Ok(true), |f| f.matches(&agent))? {
-                found.push(agent_to_wire(&agent));
-            }
-        }
-        Ok(found)
+    fn agents_matching(&self, filter: &Filter) -> Vec<types::Agent> {
+        self.0.agents.list().iter().filter(|agent| filter.matches(agent)).map(|agent| agent_to_wire(agent)).collect()
     }
 
     fn known_agent(&self, id: Option<types::Spiffeid>) -> Result<Arc<AttestedAgent>, Status> {
@@ -250,30 +281,20 @@ impl Agent for Endpoint {
         request: Request<CountAgentsRequest>,
     ) -> Result<Response<CountAgentsResponse>, Status> {
         Caller::operator(&self.0, &request)?;
-        let filter = request.into_inner().filter.map(|f| Filter {
-            attestation_type: f.by_attestation_type,
-            selectors: f.by_selector_match,
-            banned: f.by_banned,
-            can_reattest: f.by_can_reattest,
-        });
-        let count = self.agents_matching(filter)?.len().try_into().unwrap_or(i32::MAX);
+        let filter = filter!(request.into_inner().filter)?;
+        let count = self.agents_matching(&filter).len().try_into().unwrap_or(i32::MAX);
         Ok(Response::new(CountAgentsResponse { count }))
     }
 
     async fn list_agents(&self, request: Request<ListAgentsRequest>) -> Result<Response<ListAgentsResponse>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
-        let filter = request.filter.map(|f| Filter {
-            attestation_type: f.by_attestation_type,
-            selectors: f.by_selector_match,
-            banned: f.by_banned,
-            can_reattest: f.by_can_reattest,
-        });
+        let filter = filter!(request.filter)?;
         let name = |a: &types::Agent| {
             a.id.as_ref().map(|id| format!("spiffe://{}{}", id.trust_domain, id.path)).unwrap_or_default()
         };
         let (page, next_page_token) =
-            paging::page(self.agents_matching(filter)?, request.page_size, &request.page_token, name);
+            paging::page(self.agents_matching(&filter), request.page_size, &request.page_token, name);
         let agents = page.into_iter().map(|a| masks::agent(a, request.output_mask)).collect();
         Ok(Response::new(ListAgentsResponse { agents, next_page_token }))
     }
@@ -405,11 +426,8 @@ impl Agent for Endpoint {
     ) -> Result<Response<types::JoinToken>, Status> {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
-        let ttl = match u64::try_from(request.ttl) {
-            Ok(0) => TOKEN_TTL,
-            Ok(seconds) => Duration::from_secs(seconds),
-            Err(_) => return Err(invalid(format!("ttl: {} is below zero", request.ttl))),
-        };
+        let seconds = u64::try_from(request.ttl).ok().filter(|seconds| *seconds > 0);
+        let ttl = Duration::from_secs(seconds.ok_or_else(|| invalid("ttl is required, you must provide one"))?);
         let token = if request.token.is_empty() { random_token()? } else { request.token };
         // The token becomes the last segment of the agent's SPIFFE ID.
         agent_id(self.0.trust_domain(), "join_token", &token)
@@ -440,22 +458,4 @@ fn random_token() -> Result<String, Status> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_node_sent_comes_back_escaped_and_cut() {
-        let sent = format!("k8s_psat payload: unknown field `{}\u{1b}[2J\n`", "a".repeat(60_000));
-        for error in [
-            AttestError::Malformed(sent.clone()),
-            AttestError::Refused(sent.clone()),
-            AttestError::Unavailable(format!("\u{1b}{sent}")),
-        ] {
-            let status = attest_status(error);
-            assert!(status.message().len() < MAX_REASON + 100, "{}", status.message().len());
-            assert!(!status.message().contains(char::is_control));
-        }
-        let plain = AttestError::Refused("service account `a:b` may not attest nodes".into());
-        assert_eq!(attest_status(plain).message(), "service account `a:b` may not attest nodes");
-    }
-}
+mod tests;

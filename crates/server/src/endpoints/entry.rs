@@ -170,7 +170,7 @@ impl EntryService for Endpoint {
         let after = Some(request.page_token.as_str()).filter(|t| !t.is_empty()).map(Self::entry_id).transpose()?;
         let size = paging::size(request.page_size);
         // One more than the page holds shows whether there is another page.
-        let mut page = self.0.entries.page(after.as_ref(), size + 1, wanted);
+        let mut page = self.0.entries.page(after.as_ref(), size.saturating_add(1), wanted);
         let mut entries: Vec<_> =
             page.iter().take(size).map(|e| masks::entry(entry_to_wire(e), request.output_mask)).collect();
         // A page of large entries is shorter: it must fit into a message.

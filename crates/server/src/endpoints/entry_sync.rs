@@ -44,7 +44,11 @@ impl Sync {
         }
         let mut pages = self.entries.chunks(REVISIONS_PAGE).peekable();
         while let Some(page) = pages.next() {
-            let revision = |e: &Arc<Entry>| EntryRevision { id: e.id.to_string(), revision_number: e.revision };
+            let revision = |e: &Arc<Entry>| EntryRevision {
+                id: e.id.to_string(),
+                revision_number: e.revision,
+                created_at: e.created_at.unix_timestamp(),
+            };
             let entry_revisions = page.iter().map(revision).collect();
             self.send(SyncAuthorizedEntriesResponse { entry_revisions, entries: vec![], more: pages.peek().is_some() })
                 .await?;

@@ -33,7 +33,8 @@ mask!(
     store_svid,
     jwt_svid_ttl,
     hint,
-    created_at
+    created_at,
+    additional_attributes
 );
 mask!(bundle, Bundle, BundleMask, x509_authorities, jwt_authorities, refresh_hint, sequence_number);
 mask!(
@@ -69,6 +70,7 @@ pub fn update_entry(before: types::Entry, change: types::Entry, mask: Option<typ
         dns_names,
         store_svid,
         jwt_svid_ttl,
-        hint
+        hint,
+        additional_attributes
     )
 }

@@ -165,7 +165,7 @@ impl Svid for Endpoint {
         self.refuse_foreign(tokens::KIND, &caller, &id)?;
         let audience = Audience::new(asked.audience).map_err(invalid)?;
         let ttl = ttl_or(asked.ttl, JWT_SVID_TTL)?;
-        let signing = TokenSigning { caller: &caller, entry_id: "", id: &id, audience: &audience, ttl };
+        let signing = TokenSigning { caller: &caller, entry_id: "", id: &id, audience: &audience, ttl, with_id: false };
         let issued = self.0.sign_token(&signing).await?;
         Ok(Response::new(MintJwtsvidResponse { svid: Some(token_to_wire(&id, issued, "")) }))
     }
@@ -178,8 +178,14 @@ impl Svid for Endpoint {
         let id = asked.entry_id.parse().map_err(invalid)?;
         let entry = authorized(&self.0, tokens::KIND, &agent, &id)?;
         let ttl = entry.jwt_svid_ttl.unwrap_or(JWT_SVID_TTL);
-        let signing =
-            TokenSigning { caller: &caller, entry_id: id.as_str(), id: &entry.spiffe_id, audience: &audience, ttl };
+        let signing = TokenSigning {
+            caller: &caller,
+            entry_id: id.as_str(),
+            id: &entry.spiffe_id,
+            audience: &audience,
+            ttl,
+            with_id: entry.additional.jwt_svid_include_jti,
+        };
         let issued = self.0.sign_token(&signing).await?;
         Ok(Response::new(NewJwtsvidResponse { svid: Some(token_to_wire(&entry.spiffe_id, issued, &entry.hint)) }))
     }

@@ -50,6 +50,7 @@ fn entry() -> Entry {
         expires_at: None,
         hint: String::new(),
         store_svid: false,
+        additional: Default::default(),
         revision: 0,
         created_at: time::OffsetDateTime::UNIX_EPOCH,
     }

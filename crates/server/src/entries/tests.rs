@@ -27,6 +27,7 @@ fn entry(id: &str, spiffe: &str, parent: &str, selector: &str) -> Entry {
         expires_at: None,
         hint: String::new(),
         store_svid: false,
+        additional: Default::default(),
         revision: 0,
         created_at: OffsetDateTime::UNIX_EPOCH,
     }

@@ -30,17 +30,15 @@ impl NodeAttestor for JoinToken {
     async fn attest(&self, payload: &[u8], _: &mut dyn Challenger) -> Result<AttestedNode, AttestError> {
         let token =
             std::str::from_utf8(payload).map_err(|_| AttestError::Malformed("the join token is not text".into()))?;
-        let refused = || {
-            AttestError::Refused(
-                "join token is unknown, already used, or expired; make another with `countersign token generate`"
-                    .into(),
-            )
-        };
+        // SPIRE's words in front, which clients match on.
+        let refused =
+            |why: &str| AttestError::Malformed(format!("{why}; make another with `countersign token generate`"));
+        let unknown = || refused("join token does not exist or has already been used");
         // Removed before its expiry is checked: the first attempt uses the token up, whatever the outcome, so it cannot
         // be tried again.
-        let token = self.store.take_token(token).await?.ok_or_else(refused)?;
+        let token = self.store.take_token(token).await?.ok_or_else(unknown)?;
         if token.expires_at <= (self.clock)() {
-            return Err(refused());
+            return Err(refused("join token expired"));
         }
         let id = agent_id(&self.trust_domain, "join_token", &token.token)
             .map_err(|e| AttestError::Malformed(e.to_string()))?;

@@ -42,6 +42,7 @@ impl World {
             expires_at: None,
             hint: String::new(),
             store_svid: false,
+            additional: Default::default(),
             revision: 0,
             created_at: time::OffsetDateTime::UNIX_EPOCH,
         };
@@ -137,6 +138,26 @@ async fn an_agent_gets_tokens_for_its_own_entries_with_their_lifetime_and_hint()
     let workload = call(&world.core, &SpiffeId::new("spiffe://td/web").unwrap()).await;
     let refused = world.endpoint.new_jwtsvid(workload.map(|()| asked("own", &["db"]))).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn tokens_of_an_entry_that_wants_it_have_an_id_each() {
+    let world = World::new().await;
+    let (own, request) = agent_call(&world.core, "1").await;
+    world.entry("own", &own, |e| e.additional.jwt_svid_include_jti = true).await;
+    world.entry("plain", &own, |e| e.spiffe_id = SpiffeId::new("spiffe://td/plain").unwrap()).await;
+    let extensions = request.extensions().clone();
+    let id_of = |entry: &str| {
+        let mut request = Request::new(asked(entry, &["db"]));
+        *request.extensions_mut() = extensions.clone();
+        async {
+            let token = world.endpoint.new_jwtsvid(request).await.unwrap().into_inner().svid.unwrap().token;
+            world.judge(&token, "db").claims.get("jti").map(|id| id.as_str().unwrap().to_owned())
+        }
+    };
+    let (one, two) = (id_of("own").await.unwrap(), id_of("own").await.unwrap());
+    assert!(one != two && one.len() == 36 && one.as_bytes()[14] == b'4', "{one} {two}");
+    assert_eq!(id_of("plain").await, None);
 }
 
 #[tokio::test]

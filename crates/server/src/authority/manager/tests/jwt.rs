@@ -10,7 +10,7 @@ use super::*;
 pub async fn sign_token(a: &Authorities, ttl: u64) -> Result<IssuedToken, AuthorityError> {
     let (id, audience) = (SpiffeId::new("spiffe://td/web").unwrap(), Audience::new(vec!["db".into()]).unwrap());
     let ttl = Duration::from_secs(ttl);
-    a.sign_token(&TokenRequest { id: &id, audience: &audience, ttl, issuer: None }).await
+    a.sign_token(&TokenRequest { id: &id, audience: &audience, ttl, issuer: None, token_id: None }).await
 }
 
 /// How somebody with our bundle of the moment judges a token.
