@@ -26,7 +26,7 @@ enum Story {
     Backup,
 }
 
-const RUNNERS: [(&str, &str, Runner); 12] = [
+const RUNNERS: [(&str, &str, Runner); 13] = [
     (
         "README.md",
         "cargo run -- up --verify",
@@ -104,6 +104,22 @@ const RUNNERS: [(&str, &str, Runner); 12] = [
                 "countersign entry update --id ID --federates-with partner.example",
                 "tests/workload_api.rs",
                 r#"["entry", "update", "--id""#,
+            ),
+        ]),
+    ),
+    (
+        "docs/nested.md",
+        "countersign entry create --spiffe-id spiffe://example.org/server/east --parent-id AGENT --selector unix:uid:900 --downstream",
+        Runner::There(&[
+            (
+                "countersign entry create --spiffe-id spiffe://example.org/server/east --parent-id AGENT --selector unix:uid:900 --downstream",
+                "tests/nested.rs",
+                r#"node.register(&root, "below", &["--downstream"]);"#,
+            ),
+            (
+                "countersign server --trust-domain example.org --upstream-spire root.example.org:8081 --upstream-spire-workload-api /run/countersign/agent.sock",
+                "tests/nested.rs",
+                r#"&["--upstream-spire", &address, "--upstream-spire-workload-api", &node.socket]"#,
             ),
         ]),
     ),

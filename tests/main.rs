@@ -13,6 +13,7 @@ mod fidelity;
 mod first_minutes;
 mod machine;
 mod metrics;
+mod nested;
 mod operator;
 mod pki;
 mod programs;

@@ -167,19 +167,31 @@ pub fn issue_intermediate(
     now: OffsetDateTime,
     upstream: &SigningAuthority,
 ) -> Result<CertificateDer<'static>, IssueError> {
-    if upstream.not_after() <= now {
-        return Err(IssueError::AuthorityExpired(upstream.not_after()));
-    }
     let expected = id_of(td)?.to_string();
     if key.uri() != Some(expected.as_str()) {
         let found = key.uri().map_or_else(|| "no URI name".into(), |uri| format!("`{}`", shown(uri)));
         return Err(IssueError::Csr(format!("expected a request for `{expected}`, found {found}")));
     }
+    let cert = unsigned_intermediate(td, key, ttl, now, upstream.ca())?;
+    Ok(upstream.sign(&cert)?.into())
+}
+
+/// A CA certificate for a trust domain under one whose key signs later, valid no longer than that one. What the request says apart from
+/// its key is not looked at.
+pub fn unsigned_intermediate(
+    td: &TrustDomain,
+    key: &RequestedKey,
+    ttl: Duration,
+    now: OffsetDateTime,
+    upstream: &CaCertificate,
+) -> Result<Unsigned, IssueError> {
+    if upstream.not_after() <= now {
+        return Err(IssueError::AuthorityExpired(upstream.not_after()));
+    }
     let mut params = ca_params(td, ttl, now, Some(upstream.not_after()))?;
     params.use_authority_key_identifier_extension = true;
-    let cert = params.signed_by(&key.key, &upstream.ca().issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
-    let cert = CertificateDer::from(upstream.sign(&Unsigned::from_der(cert.der())?)?);
-    let (_, parsed) = X509Certificate::from_der(&cert).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let cert = params.signed_by(&key.key, &upstream.issuer).map_err(|e| IssueError::Sign(e.to_string()))?;
+    let (_, parsed) = X509Certificate::from_der(cert.der()).map_err(|e| IssueError::Sign(e.to_string()))?;
     let (_, above) =
         X509Certificate::from_der(upstream.certificate()).map_err(|e| IssueError::Authority(e.to_string()))?;
     // rcgen encodes the issuer's name anew, and verifiers compare names byte for byte: on a mismatch no path would
@@ -190,7 +202,7 @@ pub fn issue_intermediate(
             above.subject()
         )));
     }
-    Ok(cert)
+    Unsigned::from_der(cert.der())
 }
 
 /// The content of a leaf.

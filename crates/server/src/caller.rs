@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use countersign_api::denied::Reason;
 use countersign_api::peer::{TlsPeer, UnixPeer};
-use countersign_identity::SpiffeId;
 use countersign_identity::verify::VerifiedPeer;
+use countersign_identity::{Entry, SpiffeId};
 use tonic::{Extensions, Request, Status};
 
 use crate::agents::{AttestedAgent, Denied};
@@ -117,6 +117,27 @@ impl Caller {
             Self::Agent(agent) => Ok(agent),
             other => Err(Status::permission_denied(format!("{other} may not call this: it takes an attested agent"))),
         }
+    }
+}
+
+/// A server below ours, as a workload with a `downstream` entry.
+pub struct Downstream {
+    /// Who it is.
+    pub id: SpiffeId,
+    /// Its entry.
+    pub entry: Arc<Entry>,
+}
+
+impl Downstream {
+    /// Accepts workloads with a `downstream` entry, admins or not. Errors: PermissionDenied for others.
+    pub fn of<T>(core: &Core, request: &Request<T>) -> Result<Self, Status> {
+        let caller = Caller::of(core, request)?;
+        if let Caller::Admin(id) | Caller::Workload(id) = &caller
+            && let Some(entry) = core.entries.downstream(id, core.now())
+        {
+            return Ok(Self { id: id.clone(), entry });
+        }
+        Err(Status::permission_denied(format!("{caller} may not call this: it takes a downstream entry")))
     }
 }
 

@@ -33,8 +33,8 @@ pub struct Config {
     pub jwt_issuer: Option<String>,
     /// Where the private keys of authorities are stored.
     pub key_manager: KeyManagerKind,
-    /// Files of the upstream CA; `None` makes the server its own root.
-    pub upstream: Option<UpstreamDisk>,
+    /// The authority above; `None` makes the server its own root.
+    pub upstream: Option<Upstream>,
     /// CA bundle that the certificates of `x509pop` agents must chain to; `None` disables the attestor.
     pub x509pop_ca: Option<PathBuf>,
     /// The cluster whose agents attest with service account tokens; `None` disables the attestor.
@@ -98,6 +98,24 @@ pub enum KeyManagerKind {
     Disk,
     /// In memory only: a restarted server creates a new authority.
     Memory,
+}
+
+/// The authority above a server.
+#[derive(Debug, Clone)]
+pub enum Upstream {
+    /// A CA from files.
+    Disk(UpstreamDisk),
+    /// A SPIRE-compatible server of the same trust domain.
+    Spire(UpstreamSpire),
+}
+
+/// A server above ours.
+#[derive(Debug, Clone)]
+pub struct UpstreamSpire {
+    /// Its address for agents, `HOST:PORT`.
+    pub address: String,
+    /// Socket of the Workload API that this server has its identity from: of an agent of the server above.
+    pub workload_api: PathBuf,
 }
 
 /// Files of an upstream authority.

@@ -19,7 +19,7 @@ use crate::attempts::Attempts;
 use crate::audit::{Audit, Outcome, Record, rfc3339};
 use crate::authority::{Authorities, AuthorityError};
 use crate::bundle_publisher::BundlePublisher;
-use crate::caller::Caller;
+use crate::caller::{Caller, Downstream};
 use crate::config::{Config, Issuance};
 use crate::datastore::{DataStore, DataStoreError};
 use crate::directory::Directory;
@@ -72,7 +72,7 @@ pub struct Core {
 
 /// A certificate to be signed.
 pub struct SigningRequest<'a> {
-    /// For audit and metrics: `x509_svid`, `agent_svid`, `server_svid`.
+    /// For audit and metrics: `x509_svid`, `agent_svid`, `server_svid`, `downstream_ca`.
     pub kind: &'static str,
     /// The caller, as the audit log names it.
     pub caller: &'a str,
@@ -124,6 +124,22 @@ impl Core {
             }
             Err(error) => Err(error.into()),
         };
+        self.record(request, signed)
+    }
+
+    /// Signs the CA certificate of a server below, and keeps the record of it either way.
+    pub async fn sign_downstream(&self, caller: &Downstream, csr: &[u8], ttl: Duration) -> Result<Issued, Status> {
+        let signed = match RequestedKey::from_csr(csr) {
+            Ok(key) => self.authorities.sign_downstream(&key, ttl).await,
+            Err(error) => Err(error.into()),
+        };
+        let (id, entry_id) = (caller.id.to_string(), caller.entry.id.as_str());
+        let asked =
+            SigningRequest { kind: "downstream_ca", caller: &id, entry_id, id: &caller.id, dns_names: &[], ttl, csr };
+        self.record(&asked, signed)
+    }
+
+    fn record(&self, request: &SigningRequest<'_>, signed: Result<Issued, AuthorityError>) -> Result<Issued, Status> {
         let issued = match signed {
             Ok(issued) => issued,
             Err(error) => {
@@ -297,6 +313,7 @@ pub fn status_of(error: &AuthorityError) -> Status {
             Status::unavailable(text)
         }
         AuthorityError::Changed => Status::aborted(text),
+        AuthorityError::TooManyKeys => Status::resource_exhausted(text),
         AuthorityError::Key(_) | AuthorityError::Unsigned(_) => Status::internal(text),
     }
 }

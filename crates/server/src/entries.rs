@@ -156,6 +156,11 @@ impl Entries {
         self.index_at(now).is_admin(&id.to_string())
     }
 
+    /// An entry that lets this SPIFFE ID be a server below ours; `None` if there is none.
+    pub fn downstream(&self, id: &SpiffeId, now: OffsetDateTime) -> Option<Arc<Entry>> {
+        self.index_at(now).downstream(&id.to_string()).cloned()
+    }
+
     /// Adds entries. Existing ones are reported and left unchanged. If the store fails, nothing has changed.
     pub async fn create(&self, entries: Vec<Entry>) -> Result<Vec<Created>, DataStoreError> {
         let mut versions = self.writer.lock().await;

@@ -43,7 +43,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{BundleConfigMap, Config, Issuance, KeyManagerKind, MIN_SVID_TTL, PsatCluster, UpstreamDisk};
+pub use config::{
+    BundleConfigMap, Config, Issuance, KeyManagerKind, MIN_SVID_TTL, PsatCluster, Upstream, UpstreamDisk, UpstreamSpire,
+};
 
 use crate::core::Core;
 use crate::data_dir::DataDir;
@@ -174,9 +176,13 @@ async fn assemble_on(
         KeyManagerKind::Memory => Arc::<key_manager::Memory>::default(),
     };
     let upstream: Option<Arc<dyn upstream_authority::UpstreamAuthority>> = match &config.upstream {
-        Some(files) => {
+        Some(Upstream::Disk(files)) => {
             let disk = upstream_authority::Disk::new(files.clone(), &config.trust_domain, clock()).await?;
             Some(Arc::new(disk))
+        }
+        Some(Upstream::Spire(above)) => {
+            let td = config.trust_domain.clone();
+            Some(Arc::new(upstream_authority::Spire::new(above.clone(), td, shutdown.clone())))
         }
         None => None,
     };

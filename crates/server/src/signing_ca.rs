@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use countersign_identity::TrustDomain;
 use countersign_identity::profile::{
-    CaCertificate, IssueError, Issued, LeafRequest, Unsigned, unsigned_intermediate_request, unsigned_leaf,
-    unsigned_root,
+    CaCertificate, IssueError, Issued, LeafRequest, RequestedKey, Unsigned, unsigned_intermediate,
+    unsigned_intermediate_request, unsigned_leaf, unsigned_root,
 };
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
@@ -45,6 +45,18 @@ impl SigningCa {
     pub async fn issue(&self, request: &LeafRequest<'_>, now: OffsetDateTime) -> Result<Issued, SigningError> {
         let leaf = signed(&*self.key, &unsigned_leaf(request, &self.ca, now)?).await?;
         Ok(self.ca.issued(leaf)?)
+    }
+
+    /// Issues a CA certificate for a server below, with the chain that its SVIDs will have.
+    pub async fn issue_intermediate(
+        &self,
+        trust_domain: &TrustDomain,
+        key: &RequestedKey,
+        ttl: Duration,
+        now: OffsetDateTime,
+    ) -> Result<Issued, SigningError> {
+        let ca = signed(&*self.key, &unsigned_intermediate(trust_domain, key, ttl, now, &self.ca)?).await?;
+        Ok(self.ca.issued(ca)?)
     }
 }
 

@@ -115,6 +115,13 @@ pub struct Fields {
     /// Allow the workload to request an intermediate authority.
     #[arg(long)]
     downstream: bool,
+    #[command(flatten)]
+    additional: Additional,
+}
+
+/// Attributes that few entries have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::Args)]
+struct Additional {
     /// Give each JWT-SVID of the workload an ID of its own (`jti`); the agent then gives out none twice.
     #[arg(long)]
     jwt_svid_include_jti: bool,
@@ -135,8 +142,8 @@ impl Fields {
         entry.admin = self.admin;
         entry.downstream = self.downstream;
         entry.additional_attributes = Some(AdditionalAttributes {
-            disable_x509_svid_prefetch: self.disable_x509_svid_prefetch,
-            jwt_svid_include_jti: self.jwt_svid_include_jti,
+            disable_x509_svid_prefetch: self.additional.disable_x509_svid_prefetch,
+            jwt_svid_include_jti: self.additional.jwt_svid_include_jti,
         });
         Ok(())
     }
@@ -293,7 +300,8 @@ pub async fn run(command: EntryCommand) -> Result<()> {
                 hint: fields.hint.is_some(),
                 admin: fields.admin,
                 downstream: fields.downstream,
-                additional_attributes: fields.jwt_svid_include_jti || fields.disable_x509_svid_prefetch,
+                additional_attributes: fields.additional.jwt_svid_include_jti
+                    || fields.additional.disable_x509_svid_prefetch,
                 ..EntryMask::default()
             };
             entry.spiffe_id = spiffe_id.map(|id| workload_id("--spiffe-id", &id)).transpose()?;

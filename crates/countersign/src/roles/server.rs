@@ -9,11 +9,13 @@ use countersign_api::clock::system_clock;
 use countersign_api::reopen::Reopen;
 use countersign_identity::KeyType;
 use countersign_identity::trust_domain::parse_trust_domain;
-use countersign_server::{BundleConfigMap, Config, Issuance, KeyManagerKind, PsatCluster, UpstreamDisk};
+use countersign_server::{
+    BundleConfigMap, Config, Issuance, KeyManagerKind, PsatCluster, Upstream, UpstreamDisk, UpstreamSpire,
+};
 use serde::Deserialize;
 
 use super::{ConfigFile, merge};
-use crate::clients::SERVER_SOCKET;
+use crate::clients::{AGENT_SOCKET, SERVER_SOCKET};
 use crate::logging::LogArgs;
 use crate::settings::{Live, Mistake, Ttl, live};
 use crate::stop::{ReadyFile, for_role};
@@ -86,6 +88,12 @@ pub struct ServerSettings {
     /// PEM private key (PKCS#8) of the upstream CA.
     #[arg(long, value_name = "FILE")]
     upstream_key: Option<PathBuf>,
+    /// Address HOST:PORT of a SPIRE-compatible server of the same trust domain, below which this one is. Its bundle is this server's then.
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["upstream_cert", "upstream_key", "upstream_bundle"])]
+    upstream_spire: Option<String>,
+    /// Socket of an agent of the server above, from which this one has its identity there [default: /run/countersign/agent.sock].
+    #[arg(long, value_name = "SOCKET", requires = "upstream_spire")]
+    upstream_spire_workload_api: Option<PathBuf>,
     /// PEM roots above the upstream CA, if it is not a root itself.
     #[arg(long, value_name = "FILE")]
     upstream_bundle: Option<PathBuf>,
@@ -126,7 +134,7 @@ impl ServerSettings {
     fn over(self, file: Self) -> Self {
         merge!(self, file, {
             trust_domain, bind, socket, data_dir, ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type, live_settings, jwt_issuer, key_manager,
-            upstream_cert, upstream_key, upstream_bundle, x509pop_ca, k8s_psat_cluster, k8s_psat_allow, k8s_psat_audience,
+            upstream_cert, upstream_key, upstream_spire, upstream_spire_workload_api, upstream_bundle, x509pop_ca, k8s_psat_cluster, k8s_psat_allow, k8s_psat_audience,
             k8s_psat_node_labels, k8s_psat_pod_labels, k8s_bundle_configmap, k8s_webhook_label, audit_log, metrics,
         })
     }
@@ -174,8 +182,20 @@ impl ServerSettings {
         })?;
         let upstream = match (self.upstream_cert, self.upstream_key, self.upstream_bundle) {
             (None, None, None) => None,
-            (Some(certificate), Some(key), bundle) => Some(UpstreamDisk { certificate, key, bundle }),
+            (Some(certificate), Some(key), bundle) => Some(Upstream::Disk(UpstreamDisk { certificate, key, bundle })),
             _ => return Err(Mistake("an upstream authority needs both --upstream-cert and --upstream-key".into())),
+        };
+        let upstream = match (self.upstream_spire, upstream) {
+            (None, upstream) => upstream,
+            (Some(_), Some(_)) => {
+                return Err(Mistake(
+                    "there is one upstream authority: leave out --upstream-spire, or --upstream-cert".into(),
+                ));
+            }
+            (Some(address), None) => Some(Upstream::Spire(UpstreamSpire {
+                address: upstream_address(address)?,
+                workload_api: self.upstream_spire_workload_api.unwrap_or_else(|| AGENT_SOCKET.into()),
+            })),
         };
         let k8s_psat = psat(
             self.k8s_psat_cluster,
@@ -212,6 +232,14 @@ impl ServerSettings {
         };
         Ok((config, follow))
     }
+}
+
+fn upstream_address(address: String) -> Result<String, Mistake> {
+    if countersign_api::names::split(&address).is_none() {
+        let why = format!("`{address}` is no address: write host:port, as in 10.0.0.1:8081");
+        return Err(Mistake::flag("--upstream-spire", &why));
+    }
+    Ok(address)
 }
 
 fn psat(
@@ -346,6 +374,8 @@ mod tests {
             "upstream_cert",
             "upstream_key",
             "upstream_bundle",
+            "upstream_spire",
+            "upstream_spire_workload_api",
             "x509pop_ca",
             "k8s_psat_cluster",
             "k8s_psat_allow",

@@ -95,6 +95,9 @@ pub enum AuthorityError {
         /// ID that it has.
         as_id: String,
     },
+    /// The bundle has room for no more keys of servers below.
+    #[error("the trust bundle has too many JWT authorities to take another; those that have ended go an hour later")]
+    TooManyKeys,
     /// Another authority was prepared or activated while this one was being signed, so it was dropped.
     #[error(
         "the authorities changed while the next one was being signed, so it was dropped; look at them (`countersign \

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use countersign_identity::profile::IssueError;
-use countersign_identity::{KeyType, X509Authority};
+use countersign_identity::{JwtAuthority, KeyType, X509Authority};
 use time::OffsetDateTime;
 
 use super::journal::{Journal, shorten};
@@ -25,6 +25,8 @@ struct Made {
     record: Record,
     /// The roots that peers must trust for it.
     roots: Vec<X509Authority>,
+    /// Keys of other servers, which came with its publication.
+    keys: Vec<JwtAuthority>,
 }
 
 impl Authorities {
@@ -78,7 +80,7 @@ impl Authorities {
         };
         let id = X509Authority::from_der(certificate.to_vec())?.id().to_owned();
         let public = Public::X509 { certificate, chain };
-        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots })
+        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots, keys: vec![] })
     }
 
     /// A new key for tokens, under an ID that no other key has.
@@ -86,8 +88,10 @@ impl Authorities {
         let (id, key_name) = (random_name()?, random_name()?);
         let key = self.settings.keys.generate(&key_name, key_type).await?;
         let (key, not_before) = new_authority(&id, &*key, ttl, now).await?;
+        // Above first: what is signed with it is for everybody there.
+        let keys = self.publish_above(&key).await?;
         let public = Public::Jwt { key, not_before };
-        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots: vec![] })
+        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots: vec![], keys })
     }
 
     async fn publish_prepared(
@@ -97,7 +101,7 @@ impl Authorities {
         ca_ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<Record, AuthorityError> {
-        let Made { record, mut roots } = made;
+        let Made { record, mut roots, keys: others } = made;
         self.refuse_distrusted(journal, &record, &roots)?;
         // What has ended would come with each authority and go with the next look.
         roots.retain(|root| root.not_after() > now);
@@ -117,6 +121,7 @@ impl Authorities {
             add_missing(bundle, roots);
             // All that the journal has: also what a bundle that was lost had.
             add_missing_keys(bundle, keys);
+            add_missing_keys(bundle, others);
         })
         .await?;
         Ok(record)

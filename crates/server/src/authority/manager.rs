@@ -2,11 +2,13 @@
 //! use.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use countersign_api::clock::Clock;
 use countersign_identity::profile::jwt::TokenRequest;
-use countersign_identity::profile::{Issued, LeafRequest};
+use countersign_identity::profile::{Issued, LeafRequest, RequestedKey};
 use countersign_identity::{JwtAuthority, TrustBundle, TrustDomain, X509Authority};
 use time::OffsetDateTime;
 use tokio::sync::{Mutex, MutexGuard, watch};
@@ -52,7 +54,12 @@ pub struct Authorities {
     journal: ArcSwap<Vec<Record>>,
     active: Active,
     pub(super) bundle: watch::Sender<Arc<TrustBundle>>,
+    /// How many keys were handed to the upstream, and came back from it: a look at its bundle that began before says nothing of them.
+    pub(super) published: AtomicU64,
 }
+
+/// Most keys of JWT-SVIDs in the bundle for servers below ours to add to.
+const MAX_KEYS: usize = 1_000;
 
 impl Authorities {
     /// Loads the journal of an earlier run or starts a new one, and rotates. Afterwards one authority is active.
@@ -79,6 +86,7 @@ impl Authorities {
             writer: Mutex::new(Journal { records, revoked, version, unswept: true }),
             active: Active::default(),
             bundle: watch::Sender::new(Arc::new(bundle)),
+            published: AtomicU64::new(0),
         };
         authorities.active.replace(active);
         if is_lost {
@@ -135,6 +143,12 @@ impl Authorities {
         Ok(active.issue(request, self.now()).await?)
     }
 
+    /// Signs a CA certificate for a server below with the active authority. Errors as [`Authorities::sign`].
+    pub async fn sign_downstream(&self, key: &RequestedKey, ttl: Duration) -> Result<Issued, AuthorityError> {
+        let active = self.active.x509.load_full().ok_or(AuthorityError::NotReady)?;
+        Ok(active.issue_intermediate(&self.settings.trust_domain, key, ttl, self.now()).await?)
+    }
+
     /// Signs a token with the active JWT authority. Errors as [`Authorities::sign`].
     pub async fn sign_token(&self, request: &TokenRequest<'_>) -> Result<IssuedToken, AuthorityError> {
         let active = self.active.jwt.load_full().ok_or(AuthorityError::NotReady)?;
@@ -165,7 +179,9 @@ impl Authorities {
         let (due, mut prepared) = {
             let journal = self.writer.lock().await;
             let ready = journal.find(kind, Status::Prepared).filter(|r| is_usable(r, now)).cloned();
-            (Due::at(now, journal.find(kind, Status::Active)), ready)
+            let active = journal.find(kind, Status::Active);
+            // The upstream, or another server below it, has tainted or revoked the root of the active one.
+            (Due::at(now, active.filter(|active| !self.is_distrusted(active))), ready)
         };
         if due.prepare && prepared.is_none() {
             prepared = Some(self.make(kind, making, now).await?);
@@ -267,6 +283,36 @@ impl Authorities {
         if kind == Kind::X509 && self.settings.upstream.is_some() { Err(AuthorityError::Upstream) } else { Ok(()) }
     }
 
+    /// Publishes a key that a server below ours will sign tokens with, here and above. Answers all keys of the bundle then.
+    pub async fn publish_jwt_key(&self, key: JwtAuthority) -> Result<Vec<JwtAuthority>, AuthorityError> {
+        if self.bundle.borrow().jwt_authorities.len() >= MAX_KEYS {
+            return Err(AuthorityError::TooManyKeys);
+        }
+        let above = self.publish_above(&key).await?;
+        // Whoever has only seen a key must not give it another end, nor take its taint away.
+        let is_known = |known: &JwtAuthority| known.key_id() == key.key_id() && known.key() == key.key();
+        let fresh = (!self.bundle.borrow().jwt_authorities.iter().any(is_known)).then_some(key);
+        self.append(vec![], fresh.into_iter().chain(above).collect()).await?;
+        Ok(self.bundle.borrow().jwt_authorities.clone())
+    }
+
+    /// Publishes a key to the upstream, if there is one that publishes keys. Answers those of others that it has.
+    pub(super) async fn publish_above(&self, key: &JwtAuthority) -> Result<Vec<JwtAuthority>, AuthorityError> {
+        let Some(upstream) = &self.upstream else { return Ok(vec![]) };
+        self.published.fetch_add(1, Ordering::SeqCst);
+        let mut named = upstream.publish_jwt_key(key).await?.unwrap_or_default();
+        self.published.fetch_add(1, Ordering::SeqCst);
+        let now = self.now();
+        let known = self.bundle.borrow().clone();
+        // Ours come with our records; of others a key has the first ID that it came under.
+        named.retain(|other| {
+            !other.is_over(now)
+                && other.key() != key.key()
+                && !known.jwt_authorities.iter().any(|a| a.key_id() == other.key_id() || a.key() == other.key())
+        });
+        Ok(named)
+    }
+
     /// Adds authorities that another party signs with (SPIRE: AppendBundle). Of our own, nothing changes. Errors: a key has the ID of
     /// another one.
     pub async fn append(&self, more: Vec<X509Authority>, keys: Vec<JwtAuthority>) -> Result<(), AuthorityError> {
@@ -289,8 +335,12 @@ impl Authorities {
             match all.iter_mut().find(|a| a.key_id() == key.key_id()) {
                 None => all.push(key),
                 Some(known) if known.der() == key.der() && journal.named(Kind::Jwt, key.key_id()).is_ok() => {}
-                // Its end may be another one now.
-                Some(known) if known.der() == key.der() => *known = key,
+                // Its end may be another one now; a taint stays.
+                Some(known) if known.der() == key.der() => {
+                    let tainted = known.tainted || key.tainted;
+                    *known = key;
+                    known.tainted = tainted;
+                }
                 // A token names its key by the ID alone.
                 Some(_) => return Err(AuthorityError::KeyIdTaken(key.key_id().to_owned())),
             }

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use countersign_identity::{TrustDomain, X509Authority};
+use countersign_identity::{JwtAuthority, TrustDomain};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
 use super::AuthorityError;
 use crate::key_manager::Signer;
 use crate::signing_ca::request_intermediate;
-use crate::upstream_authority::{UpstreamAuthority, UpstreamError, UpstreamSigned};
+use crate::upstream_authority::{UpstreamAuthority, UpstreamBundle, UpstreamError, UpstreamSigned};
 
 /// Longest call to the upstream for one signature.
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -32,13 +32,14 @@ pub struct UpstreamCall {
     upstream: Arc<dyn UpstreamAuthority>,
     signing: Arc<AtomicBool>,
     naming: Arc<AtomicBool>,
+    publishing: Arc<AtomicBool>,
     deadline: Duration,
 }
 
 impl UpstreamCall {
     /// Calls `upstream`, each time for at most `deadline`.
     pub fn new(upstream: Arc<dyn UpstreamAuthority>, deadline: Duration) -> Self {
-        Self { upstream, signing: Arc::default(), naming: Arc::default(), deadline }
+        Self { upstream, signing: Arc::default(), naming: Arc::default(), publishing: Arc::default(), deadline }
     }
 
     /// Has a CA certificate signed for `key`, of which the upstream gets a request only, and checks the answer. Errors:
@@ -60,10 +61,16 @@ impl UpstreamCall {
         Ok(signed.checked(&self.upstream.name(), trust_domain, key, now).await?)
     }
 
-    /// The roots that the upstream names now. Errors as [`Self::sign_intermediate`].
-    pub async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+    /// What the upstream names now. Errors as [`Self::sign_intermediate`].
+    pub async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
         let (busy, upstream) = (self.begin(&self.naming)?, self.upstream.clone());
-        self.apart(busy, async move { upstream.roots().await }).await
+        self.apart(busy, async move { upstream.bundle().await }).await
+    }
+
+    /// Publishes a key for tokens. Errors as [`Self::sign_intermediate`].
+    pub async fn publish_jwt_key(&self, key: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
+        let (busy, upstream, key) = (self.begin(&self.publishing)?, self.upstream.clone(), key.clone());
+        self.apart(busy, async move { upstream.publish_jwt_key(&key).await }).await
     }
 
     fn begin(&self, kind: &Arc<AtomicBool>) -> Result<Busy, UpstreamError> {
@@ -124,7 +131,12 @@ mod tests {
             std::future::pending().await
         }
 
-        async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+        async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            std::future::pending().await
+        }
+
+        async fn publish_jwt_key(&self, _: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
             self.0.fetch_add(1, Ordering::SeqCst);
             std::future::pending().await
         }
@@ -142,7 +154,7 @@ mod tests {
         assert!(hangs.0.load(Ordering::SeqCst) <= 1);
         // Nor do its roots, which it is asked for beside.
         for _ in 0..3 {
-            assert!(matches!(call.roots().await, Err(UpstreamError::Timeout(_))));
+            assert!(matches!(call.bundle().await, Err(UpstreamError::Timeout(_))));
         }
         assert!(hangs.0.load(Ordering::SeqCst) <= 2);
     }

@@ -3,37 +3,67 @@
 //! They are known by the bundle alone. So are roots of an upstream that is not configured any more, and of other parties
 //! (`AppendBundle`).
 
-use countersign_identity::X509Authority;
+use std::sync::atomic::Ordering;
+
+use countersign_identity::{TrustBundle, X509Authority};
 
 use super::journal::Journal;
-use super::manager::{Authorities, add_missing, taint_in};
-use super::{AuthorityError, Kind, Record, Status, StoredJournal};
+use super::manager::{Authorities, add_missing, add_missing_keys, taint_in};
+use super::{AuthorityError, Kind, Record, RevokedKeys, Status, StoredJournal};
+use crate::upstream_authority::UpstreamBundle;
 
 impl Authorities {
-    /// Publishes the roots that the upstream names now. One that it names no more stays until it ends or is revoked: something below
-    /// it may be in use. Answers the IDs of those that were revoked here and that it names all the same. Errors: it cannot be asked,
-    /// or the store refuses.
+    /// Publishes what the upstream names now. A root that it names no more stays until it ends or is revoked: something below it may
+    /// be in use; but where its bundle is the trust domain's, what it has tainted is tainted, and what it has removed is removed.
+    /// Answers the IDs of those that were revoked here and that it names all the same. Errors: it cannot be asked, or the store
+    /// refuses.
     pub async fn follow_upstream(&self) -> Result<Vec<String>, AuthorityError> {
         let Some(upstream) = &self.upstream else { return Ok(vec![]) };
-        let (roots, now) = (upstream.roots().await?, self.now());
+        let published = self.published.load(Ordering::SeqCst);
+        let (mut named, now) = (upstream.bundle().await?, self.now());
         let mut journal = self.writer.lock().await;
-        let (revoked, mut roots): (Vec<_>, Vec<_>) =
-            roots.into_iter().partition(|root| journal.revoked.has(root.key()));
-        let revoked = revoked.iter().map(|root| root.id().to_owned()).collect();
+        let refused = refused(&named, &journal.revoked);
         // What has ended would come and go with each look.
-        roots.retain(|root| root.not_after() > now);
-        let is_new = |root: &&X509Authority| !self.bundle.borrow().authorities.iter().any(|a| a.der() == root.der());
-        let fresh: Vec<_> = roots.iter().filter(is_new).cloned().collect();
-        if fresh.is_empty() {
-            return Ok(revoked);
+        named.roots.retain(|root| root.not_after() > now);
+        named.keys.retain(|key| !key.is_over(now));
+        // A key that was published meanwhile is in the next answer.
+        let is_whole = named.is_whole && published == self.published.load(Ordering::SeqCst) && !named.roots.is_empty();
+        let before = self.bundle.borrow().clone();
+        let records = journal.records.clone();
+        let change = |bundle: &mut TrustBundle| {
+            add_missing(bundle, named.roots.clone());
+            add_missing_keys(bundle, named.keys.clone());
+            if is_whole {
+                keep_whole(bundle, &named, &records);
+            }
+        };
+        let mut after = TrustBundle::clone(&before);
+        change(&mut after);
+        journal.revoked.apply(&mut after);
+        if after == *before {
+            return Ok(refused);
         }
-        let next = journal.records.clone();
-        self.commit(&mut journal, next, |bundle| add_missing(bundle, roots)).await?;
-        for root in fresh {
+        self.commit(&mut journal, records.clone(), change).await?;
+        let is_new = |root: &&X509Authority| !before.authorities.iter().any(|a| a.der() == root.der());
+        for root in after.authorities.iter().filter(is_new) {
             let (authority, until) = (root.id(), root.not_after());
             tracing::warn!(authority, %until, "root of the upstream authority added to the trust bundle");
         }
-        Ok(revoked)
+        let is_gone = |root: &&X509Authority| !after.authorities.iter().any(|a| a.der() == root.der());
+        for root in before.authorities.iter().filter(is_gone) {
+            tracing::warn!(authority = root.id(), "root removed from the trust bundle, as the upstream has");
+        }
+        Ok(refused)
+    }
+
+    /// Whether everything below an authority of ours is to be renewed, or is trusted by nobody: it is below no good root.
+    pub(super) fn is_distrusted(&self, record: &Record) -> bool {
+        let bundle = self.bundle.borrow().clone();
+        let mut above = bundle.authorities.iter().filter(|root| record.is_below(root)).peekable();
+        record.kind() == Kind::X509
+            && self.upstream.is_some()
+            && above.peek().is_some()
+            && above.all(|root| root.tainted)
     }
 
     /// Marks a root as compromised: every SVID below it is renewed at once. Errors: the bundle has none with this ID, or the
@@ -122,4 +152,28 @@ impl Authorities {
 
 fn is_below(record: &Record, roots: &[X509Authority]) -> bool {
     roots.iter().any(|root| record.is_below(root))
+}
+
+/// What the upstream names although it was revoked here.
+fn refused(named: &UpstreamBundle, revoked: &RevokedKeys) -> Vec<String> {
+    let roots = named.roots.iter().filter(|root| revoked.has(root.key())).map(|root| root.id().to_owned());
+    let keys = named.keys.iter().filter(|key| revoked.has(key.digest())).map(|key| key.key_id().to_owned());
+    roots.chain(keys).collect()
+}
+
+/// Makes a bundle what the upstream's is, whose word is the trust domain's, apart from what these records of ours need.
+fn keep_whole(bundle: &mut TrustBundle, named: &UpstreamBundle, records: &[Record]) {
+    // One that we sign below stays until we sign below another.
+    let signs = |r: &&Record| matches!(r.status, Status::Active | Status::Prepared);
+    let is_needed = |root: &X509Authority| records.iter().any(|r| r.id == root.id() || signs(&r) && r.is_below(root));
+    bundle.authorities.retain(|root| named.roots.iter().any(|a| a.der() == root.der()) || is_needed(root));
+    for root in &mut bundle.authorities {
+        let is_gone = !named.roots.iter().any(|a| a.key() == root.key());
+        root.tainted |= is_gone || named.roots.iter().any(|a| a.tainted && a.key() == root.key());
+    }
+    let is_ours = |id: &str| records.iter().any(|r| r.kind() == Kind::Jwt && r.id == id);
+    bundle.jwt_authorities.retain(|key| named.keys.iter().any(|a| a.key() == key.key()) || is_ours(key.key_id()));
+    for key in &mut bundle.jwt_authorities {
+        key.tainted |= named.keys.iter().any(|a| a.tainted && a.key() == key.key());
+    }
 }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use countersign_api::convert::{bundle_from_wire, bundle_to_wire, jwt_authority_from_wire, trust_domain_from_wire};
+use countersign_api::convert::{
+    bundle_from_wire, bundle_to_wire, jwt_authority_from_wire, jwt_authority_to_wire, trust_domain_from_wire,
+};
 use countersign_api::spire::bundle::batch_delete_federated_bundle_request::Mode;
 use countersign_api::spire::bundle::bundle_server::Bundle;
 use countersign_api::spire::bundle::{
@@ -16,11 +18,12 @@ use countersign_api::spire::bundle::{
     batch_set_federated_bundle_response, batch_update_federated_bundle_response,
 };
 use countersign_api::spire::types;
+use countersign_identity::shown::shown;
 use countersign_identity::{TrustBundle, TrustDomain, X509Authority};
 use tonic::{Request, Response, Status};
 
 use super::{Endpoint, invalid, item_status, masks, paging};
-use crate::caller::Caller;
+use crate::caller::{Caller, Downstream};
 use crate::core::{Core, status_of, store_status};
 use crate::federated::{Expect, SetError};
 
@@ -146,9 +149,26 @@ impl Bundle for Endpoint {
 
     async fn publish_jwt_authority(
         &self,
-        _: Request<PublishJwtAuthorityRequest>,
+        request: Request<PublishJwtAuthorityRequest>,
     ) -> Result<Response<PublishJwtAuthorityResponse>, Status> {
-        Err(Status::unimplemented("downstream servers are not served by this version"))
+        let caller = Downstream::of(&self.0, &request)?;
+        self.0.within_sign_limit(&request, 1)?;
+        let key = request.into_inner().jwt_authority.ok_or_else(|| invalid("missing JWT authority"))?;
+        let mut key = jwt_authority_from_wire(key).map_err(|e| invalid(format!("invalid JWT authority: {e}")))?;
+        // One without an end would stay for good, whatever becomes of the server below.
+        if key.expires_at.is_none_or(|end| end <= self.0.now()) {
+            return Err(invalid("invalid JWT authority: it needs an end that is ahead"));
+        }
+        key.tainted = false;
+        let publish = |core: Arc<Core>| async move {
+            let key_id = key.key_id().to_owned();
+            let all = core.authorities.publish_jwt_key(key).await.map_err(|e| status_of(&e))?;
+            tracing::info!(authority = shown(&key_id).to_string(), server = %caller.id, "JWT authority of a server below published");
+            Ok(all)
+        };
+        let all = self.0.to_the_end(publish).await?;
+        let jwt_authorities = all.iter().map(jwt_authority_to_wire).collect();
+        Ok(Response::new(PublishJwtAuthorityResponse { jwt_authorities }))
     }
 
     async fn list_federated_bundles(

@@ -1,4 +1,4 @@
-//! `spire.api.server.svid.v1`: signing. Downstream authorities return Unimplemented.
+//! `spire.api.server.svid.v1`: signing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status};
 
 use super::{Endpoint, invalid, item_status};
 use crate::agents::AttestedAgent;
-use crate::caller::Caller;
+use crate::caller::{Caller, Downstream};
 use crate::config::JWT_SVID_TTL;
 use crate::core::{Core, SigningRequest};
 use crate::signing_jwt::IssuedToken;
@@ -51,10 +51,6 @@ fn token_to_wire(id: &SpiffeId, issued: IssuedToken, hint: &str) -> types::Jwtsv
         issued_at: issued.issued_at.unix_timestamp(),
         hint: hint.to_owned(),
     }
-}
-
-fn not_yet<T>(what: &str) -> Result<Response<T>, Status> {
-    Err(Status::unimplemented(format!("{what} not served by this version")))
 }
 
 /// The entry with this ID, if this agent may have SVIDs for it now.
@@ -192,9 +188,18 @@ impl Svid for Endpoint {
 
     async fn new_downstream_x509ca(
         &self,
-        _: Request<NewDownstreamX509caRequest>,
+        request: Request<NewDownstreamX509caRequest>,
     ) -> Result<Response<NewDownstreamX509caResponse>, Status> {
-        not_yet("downstream authorities are")
+        let caller = Downstream::of(&self.0, &request)?;
+        self.0.within_sign_limit(&request, 1)?;
+        let asked = request.into_inner();
+        let ttl = ttl_or(asked.preferred_ttl, self.0.issuance().ca_ttl)?;
+        let issued = self.0.sign_downstream(&caller, &asked.csr, ttl).await?;
+        let bundle = self.0.authorities.bundle().borrow().clone();
+        Ok(Response::new(NewDownstreamX509caResponse {
+            ca_cert_chain: issued.chain.iter().map(|c| c.to_vec()).collect(),
+            x509_authorities: bundle.authorities.iter().map(|root| root.der().to_vec()).collect(),
+        }))
     }
 }
 

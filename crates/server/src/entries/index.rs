@@ -124,6 +124,12 @@ impl Index {
         self.admins.get(spiffe_id).is_some_and(|ids| ids.iter().any(|id| self.live(id).is_some()))
     }
 
+    /// The first `downstream` entry of a SPIFFE ID; `None` if it has none.
+    pub fn downstream(&self, spiffe_id: &str) -> Option<&Arc<Entry>> {
+        let ids = self.by_spiffe_id.get(spiffe_id)?.values().flatten();
+        ids.filter_map(|id| self.live(id)).find(|e| e.downstream)
+    }
+
     /// An entry that exists and has not expired.
     fn live(&self, id: &EntryId) -> Option<&Arc<Entry>> {
         self.by_id.get(id).filter(|e| !e.is_expired(self.now))

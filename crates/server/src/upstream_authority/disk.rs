@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_identity::profile::{IssueError, RequestedKey, SigningAuthority, issue_intermediate};
-use countersign_identity::{KeyType, TrustDomain, X509Authority};
+use countersign_identity::{JwtAuthority, KeyType, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::probe::probe;
-use super::{UpstreamAuthority, UpstreamError, UpstreamSigned, pem};
+use super::{UpstreamAuthority, UpstreamBundle, UpstreamError, UpstreamSigned, pem};
 use crate::authority::validity_of;
 use crate::config::UpstreamDisk;
 use crate::key_manager::ephemeral;
@@ -160,8 +160,13 @@ impl UpstreamAuthority for Disk {
 
     /// Of a bundle alone: it is the list of roots that its writer has to vouch for. That a chain ends with a root is judged with each
     /// signature, together with its order and its key.
-    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
-        if self.0.bundle.is_some() { self.roots_of(None) } else { Ok(vec![]) }
+    async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
+        let roots = if self.0.bundle.is_some() { self.roots_of(None)? } else { vec![] };
+        Ok(UpstreamBundle { roots, ..UpstreamBundle::default() })
+    }
+
+    async fn publish_jwt_key(&self, _: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
+        Ok(None)
     }
 }
 

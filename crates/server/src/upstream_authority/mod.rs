@@ -3,6 +3,7 @@
 mod disk;
 mod pem;
 mod probe;
+mod spire;
 
 use std::io;
 use std::path::Path;
@@ -10,13 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_identity::{TrustDomain, X509Authority};
+use countersign_identity::{JwtAuthority, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 
 use crate::key_manager::Signer;
 
 pub use disk::Disk;
+pub use spire::Spire;
 
 /// Why the upstream authority has not signed. `upstream` names the file or address that was asked.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +102,17 @@ impl UpstreamSigned {
     }
 }
 
+/// What an upstream names.
+#[derive(Debug, Clone, Default)]
+pub struct UpstreamBundle {
+    /// Roots, with those tainted that it has tainted.
+    pub roots: Vec<X509Authority>,
+    /// Keys of JWT-SVIDs, likewise.
+    pub keys: Vec<JwtAuthority>,
+    /// Whether it is the bundle of the trust domain: what it has no more is trusted no more, but for our own authorities.
+    pub is_whole: bool,
+}
+
 /// Signs our authorities.
 #[async_trait]
 pub trait UpstreamAuthority: Send + Sync {
@@ -117,7 +130,11 @@ pub trait UpstreamAuthority: Send + Sync {
         now: OffsetDateTime,
     ) -> Result<UpstreamSigned, UpstreamError>;
 
-    /// The roots that peers must trust, as they are known now; none, if it names them with each signature alone. Asked every few
-    /// seconds: whoever replaces a root names the next one before anything is signed below it, by us or by another server.
-    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError>;
+    /// What peers must trust, as it is known now; nothing, if it names roots with each signature alone. Asked every few seconds:
+    /// whoever replaces a root names the next one before anything is signed below it, by us or by another server.
+    async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError>;
+
+    /// Publishes a key that this server will sign tokens with to all servers below the upstream. Answers all keys that it has then;
+    /// `None` if it publishes none.
+    async fn publish_jwt_key(&self, key: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError>;
 }

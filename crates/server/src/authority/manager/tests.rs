@@ -7,7 +7,7 @@ use super::*;
 use crate::authority::journal::JOURNAL_LENGTH;
 use crate::datastore::Sqlite;
 use crate::key_manager::{KeyManager, KeyManagerError, Memory, SignError, Signer};
-use crate::upstream_authority::{UpstreamError, UpstreamSigned};
+use crate::upstream_authority::{UpstreamBundle, UpstreamError, UpstreamSigned};
 use countersign_identity::profile::{SigningAuthority, issue_root};
 use countersign_identity::{KeyType, PrivateKey, SignatureAlgorithm};
 use jwt::sign_token;
@@ -324,8 +324,12 @@ impl UpstreamAuthority for Hangs {
         std::future::pending().await
     }
 
-    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
-        Ok(vec![])
+    async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
+        Ok(UpstreamBundle::default())
+    }
+
+    async fn publish_jwt_key(&self, _: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
+        Ok(None)
     }
 }
 
@@ -390,8 +394,12 @@ impl UpstreamAuthority for Waits {
         Ok(UpstreamSigned { chain: vec![own], roots })
     }
 
-    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
-        Ok(vec![])
+    async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
+        Ok(UpstreamBundle::default())
+    }
+
+    async fn publish_jwt_key(&self, _: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
+        Ok(None)
     }
 }
 
@@ -421,9 +429,13 @@ impl UpstreamAuthority for Names {
         Err(self.away())
     }
 
-    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
+    async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
         let roots = self.0.lock().unwrap().clone();
-        if roots.is_empty() { Err(self.away()) } else { Ok(roots) }
+        if roots.is_empty() { Err(self.away()) } else { Ok(UpstreamBundle { roots, ..Default::default() }) }
+    }
+
+    async fn publish_jwt_key(&self, _: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
+        Ok(None)
     }
 }
 

@@ -168,3 +168,81 @@ async fn an_address_that_asks_for_too_many_tokens_is_refused_and_its_certificate
     assert_eq!(refused.code(), Code::ResourceExhausted);
     world.core.within_sign_limit(&request, 500).unwrap();
 }
+
+#[tokio::test]
+async fn a_server_below_gets_a_ca_whose_svids_everybody_accepts_and_publishes_its_keys() {
+    use countersign_api::spire::bundle::PublishJwtAuthorityRequest;
+    use countersign_api::spire::bundle::bundle_server::Bundle;
+    use countersign_identity::profile::{SigningAuthority, issue_leaf, request};
+    use countersign_identity::verify::{PeerRole, verify_chain};
+    use countersign_identity::{JwtAuthority, KeyType, PrivateKey, X509Authority};
+    let world = World::new().await;
+    let (agent, agents) = agent_call(&world.core, "1").await;
+    let id = SpiffeId::new("spiffe://td/web").unwrap();
+    let call_of = call(&world.core, &id).await;
+    let key = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let asked = |ttl: i32| NewDownstreamX509caRequest { csr: request(&key, None).unwrap(), preferred_ttl: ttl };
+    let with = |message, of: &Request<()>| {
+        let mut request = Request::new(message);
+        *request.extensions_mut() = of.extensions().clone();
+        request
+    };
+    let jwt = |id: &str, seconds: Option<i64>| {
+        let public = PrivateKey::generate(KeyType::EcP256).unwrap().public_der().unwrap();
+        let mut key = JwtAuthority::new(id, &public).unwrap();
+        key.expires_at = seconds.map(|seconds| world.core.now() + time::Duration::seconds(seconds));
+        let jwt_authority = Some(countersign_api::convert::jwt_authority_to_wire(&key));
+        PublishJwtAuthorityRequest { jwt_authority }
+    };
+    // Neither an operator, nor an agent, nor any workload.
+    for refused in [
+        world.endpoint.new_downstream_x509ca(local(asked(0))).await.unwrap_err(),
+        world.endpoint.new_downstream_x509ca(with(asked(0), &agents)).await.unwrap_err(),
+        world.endpoint.new_downstream_x509ca(with(asked(0), &call_of)).await.unwrap_err(),
+    ] {
+        assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+    }
+    let mut foreign = Request::new(jwt("k", Some(60)));
+    *foreign.extensions_mut() = call_of.extensions().clone();
+    assert_eq!(world.endpoint.publish_jwt_authority(foreign).await.unwrap_err().code(), Code::PermissionDenied);
+
+    world.entry("below", &agent, |e| e.downstream = true).await;
+    let malformed = NewDownstreamX509caRequest { csr: vec![0; 9], preferred_ttl: 0 };
+    for wrong in [malformed, asked(-1)] {
+        let refused = world.endpoint.new_downstream_x509ca(with(wrong, &call_of)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    }
+    let signed = world.endpoint.new_downstream_x509ca(with(asked(600), &call_of)).await.unwrap().into_inner();
+    let bundle = TrustBundle::clone(&world.core.authorities.bundle().borrow());
+    assert_eq!(signed.x509_authorities, [bundle.authorities[0].der().to_vec()]);
+    let chain: Vec<_> = signed.ca_cert_chain.into_iter().map(rustls::pki_types::CertificateDer::from).collect();
+    let end = X509Authority::from_der(chain[0].to_vec()).unwrap().not_after();
+    assert!((end - world.core.now() - Duration::from_secs(600)).abs() < Duration::from_secs(5));
+    // An SVID below it, as any peer verifies it.
+    let ca = SigningAuthority::new(chain[0].clone(), chain, &key).unwrap();
+    let leaf_key = PrivateKey::generate(KeyType::EcP256).unwrap();
+    let leaf_key = RequestedKey::from_csr(&request(&leaf_key, None).unwrap()).unwrap();
+    let ttl = Duration::from_secs(60);
+    let leaf = countersign_identity::profile::LeafRequest { id: &id, dns_names: &[], key: &leaf_key, ttl };
+    let issued = issue_leaf(&leaf, &ca, world.core.now()).unwrap();
+    let bundles: BundleSet = std::iter::once(bundle).collect();
+    assert_eq!(verify_chain(&issued.chain, &bundles, world.core.now(), PeerRole::Server).unwrap().id, id);
+    assert!(world.audit().lines().any(|l| l.contains("downstream_ca") && l.contains("\"below\"")), "{}", world.audit());
+    let long = world.endpoint.new_downstream_x509ca(with(asked(i32::MAX), &call_of)).await.unwrap().into_inner();
+    let end = X509Authority::from_der(long.ca_cert_chain[0].clone()).unwrap().not_after();
+    assert!(end <= world.core.authorities.journal()[0].validity().1, "no longer than its authority");
+
+    let publish = |message: PublishJwtAuthorityRequest| {
+        let mut request = Request::new(message);
+        *request.extensions_mut() = call_of.extensions().clone();
+        world.endpoint.publish_jwt_authority(request)
+    };
+    let own = world.core.authorities.bundle().borrow().jwt_authorities[0].key_id().to_owned();
+    for wrong in
+        [PublishJwtAuthorityRequest { jwt_authority: None }, jwt("k", None), jwt("k", Some(-1)), jwt(&own, Some(60))]
+    {
+        assert_eq!(publish(wrong).await.unwrap_err().code(), Code::InvalidArgument);
+    }
+    let all = publish(jwt("k", Some(60))).await.unwrap().into_inner().jwt_authorities;
+    assert_eq!(all.iter().map(|k| k.key_id.as_str()).collect::<Vec<_>>(), [own.as_str(), "k"]);
+}

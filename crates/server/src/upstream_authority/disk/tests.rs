@@ -114,16 +114,16 @@ async fn roots_are_those_of_the_files_as_they_are_now() {
     let pki = Pki::new(|_| {});
     let disk = pki.load("root.pem").await.unwrap_or_else(|e| panic!("{e}"));
     let read = |name: &str| std::fs::read_to_string(pki.dir.path().join(name)).unwrap();
-    assert_eq!(disk.roots().await.unwrap().len(), 1);
+    assert_eq!(disk.bundle().await.unwrap().roots.len(), 1);
     pki.write("root.pem", &[read("root.pem"), read("stranger.pem")].concat());
-    assert_eq!(disk.roots().await.unwrap().len(), 2);
+    assert_eq!(disk.bundle().await.unwrap().roots.len(), 2);
     // One that is being written.
     let whole = read("root.pem");
     pki.write("root.pem", &whole[..whole.len() / 3]);
-    let torn = disk.roots().await.unwrap_err();
+    let torn = disk.bundle().await.unwrap_err();
     assert!(matches!(&torn, UpstreamError::Malformed { upstream, .. } if upstream.ends_with("root.pem")), "{torn}");
     std::fs::remove_file(pki.dir.path().join("root.pem")).unwrap();
-    assert!(matches!(disk.roots().await, Err(UpstreamError::Unreachable { .. })));
+    assert!(matches!(disk.bundle().await, Err(UpstreamError::Unreachable { .. })));
 }
 
 #[tokio::test]

@@ -10,6 +10,8 @@ use super::*;
 struct Signs {
     below: StdMutex<Root>,
     named: StdMutex<Vec<X509Authority>>,
+    keys: StdMutex<Vec<JwtAuthority>>,
+    is_whole: bool,
 }
 
 #[derive(Clone)]
@@ -54,14 +56,29 @@ impl UpstreamAuthority for Signs {
         Ok(UpstreamSigned { chain: vec![own], roots: vec![root.authority] })
     }
 
-    async fn roots(&self) -> Result<Vec<X509Authority>, UpstreamError> {
-        Ok(self.named.lock().unwrap().clone())
+    async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
+        let (roots, keys) = (self.named.lock().unwrap().clone(), self.keys.lock().unwrap().clone());
+        Ok(UpstreamBundle { roots, keys, is_whole: self.is_whole })
+    }
+
+    async fn publish_jwt_key(&self, key: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
+        if !self.is_whole {
+            return Ok(None);
+        }
+        let mut keys = self.keys.lock().unwrap();
+        keys.push(key.clone());
+        Ok(Some(keys.clone()))
     }
 }
 
 impl Signs {
     fn below(root: &Root) -> Arc<Self> {
-        Arc::new(Self { below: StdMutex::new(root.clone()), named: StdMutex::default() })
+        Arc::new(Self {
+            below: StdMutex::new(root.clone()),
+            named: StdMutex::default(),
+            keys: StdMutex::default(),
+            is_whole: false,
+        })
     }
 
     fn switch(&self, root: &Root) {
@@ -192,4 +209,108 @@ async fn an_authority_of_ours_that_was_revoked_is_not_taken_up_again() {
         assert!(matches!(refused, AuthorityError::Revoked(_)), "{refused}");
     }
     assert_eq!(*again.bundle().borrow(), before);
+}
+
+/// A server below another one of its trust domain, with that server's root.
+async fn below(world: &World) -> (Authorities, Arc<Signs>, Root) {
+    let root = Root::new(OffsetDateTime::from_unix_timestamp(world.now.load(Ordering::Relaxed)).unwrap());
+    let upstream = Arc::new(Signs {
+        below: StdMutex::new(root.clone()),
+        named: StdMutex::new(vec![root.authority.clone()]),
+        keys: StdMutex::default(),
+        is_whole: true,
+    });
+    let a = Authorities::load(world.settings(world.keys.clone(), Some(upstream.clone()))).await.unwrap();
+    (a, upstream, root)
+}
+
+fn tainted(root: &Root) -> X509Authority {
+    let mut authority = root.authority.clone();
+    authority.tainted = true;
+    authority
+}
+
+#[tokio::test]
+async fn a_server_below_another_moves_from_a_root_that_is_tainted_above_and_drops_it_once_it_is_revoked_there() {
+    let world = World::new().await;
+    let (a, upstream, first) = below(&world).await;
+    assert_eq!((roots(&a), a.follow_upstream().await.unwrap().len()), (vec![first.id().to_owned()], 0));
+    let second = Root::new(a.now());
+    // The other signs below the second root by now, and has tainted the first.
+    upstream.switch(&second);
+    *upstream.named.lock().unwrap() = vec![tainted(&first), second.authority.clone()];
+    a.follow_upstream().await.unwrap();
+    a.rotate().await.unwrap();
+    assert_eq!(statuses(&a), ["old", "active"]);
+    let active = of_kind(&a, Kind::X509).pop().unwrap();
+    assert_eq!(a.root_above(&active).unwrap(), second.id());
+    a.rotate().await.unwrap();
+    assert_eq!(statuses(&a), ["old", "active"], "once");
+    *upstream.named.lock().unwrap() = vec![second.authority.clone()];
+    a.follow_upstream().await.unwrap();
+    assert_eq!(roots(&a), [second.id()]);
+    // Revoked without a warning, what we sign below stays until we sign below another: but everybody renews.
+    let third = Root::new(a.now());
+    *upstream.named.lock().unwrap() = vec![third.authority.clone()];
+    a.follow_upstream().await.unwrap();
+    assert_eq!(roots(&a), [format!("{}!", second.id()), third.id().into()]);
+    upstream.switch(&third);
+    a.rotate().await.unwrap();
+    a.follow_upstream().await.unwrap();
+    assert_eq!(roots(&a), [third.id()]);
+    // An answer without any root is none.
+    upstream.named.lock().unwrap().clear();
+    a.follow_upstream().await.unwrap();
+    assert_eq!(roots(&a), [third.id()]);
+}
+
+#[tokio::test]
+async fn keys_of_tokens_are_published_above_first_and_come_from_there() {
+    let world = World::new().await;
+    let (a, upstream, _) = below(&world).await;
+    let ids = |a: &Authorities| -> Vec<String> {
+        a.bundle().borrow().jwt_authorities.iter().map(|k| k.key_id().to_owned()).collect()
+    };
+    let own = ids(&a);
+    assert_eq!(upstream.keys.lock().unwrap().iter().map(JwtAuthority::key_id).collect::<Vec<_>>(), own);
+    let key = |id: &str, seconds: i64| {
+        let public = PrivateKey::generate(KeyType::EcP256).unwrap().public_der().unwrap();
+        let mut key = JwtAuthority::new(id, &public).unwrap();
+        key.expires_at = Some(a.now() + time::Duration::seconds(seconds));
+        key
+    };
+    // Of a server beside ours.
+    let (sibling, ended) = (key("sibling", 600), key("ended", -1));
+    upstream.keys.lock().unwrap().extend([sibling.clone(), ended]);
+    a.follow_upstream().await.unwrap();
+    assert_eq!(ids(&a), [&own[0], "sibling"]);
+    // Of a server below ours, whose key goes up; whoever has only seen a key changes nothing of it.
+    let all = a.publish_jwt_key(key("below", 600)).await.unwrap();
+    assert_eq!(all.iter().map(JwtAuthority::key_id).collect::<Vec<_>>(), [own[0].as_str(), "sibling", "below"]);
+    assert!(upstream.keys.lock().unwrap().iter().any(|k| k.key_id() == "below"));
+    let mut longer = sibling.clone();
+    longer.expires_at = Some(a.now() + time::Duration::seconds(9_000));
+    a.publish_jwt_key(longer).await.unwrap();
+    let known = |id: &str| a.bundle().borrow().jwt_authorities.iter().find(|k| k.key_id() == id).cloned();
+    assert_eq!(known("sibling").unwrap().expires_at, sibling.expires_at);
+    assert!(matches!(a.publish_jwt_key(key("sibling", 600)).await, Err(AuthorityError::KeyIdTaken(_))));
+    // Tainted above, then revoked there; ours stays whatever is said above, for we sign with it.
+    upstream.keys.lock().unwrap().retain(|k| k.key_id() == "below");
+    upstream.keys.lock().unwrap()[0].tainted = true;
+    a.follow_upstream().await.unwrap();
+    assert_eq!(ids(&a), [&own[0], "below"]);
+    assert!(known("below").unwrap().tainted);
+}
+
+#[tokio::test]
+async fn a_server_that_was_its_own_root_moves_below_the_other_one_at_once() {
+    let world = World::new().await;
+    let own = roots(&world.authorities().await)[0].clone();
+    let (a, _, root) = below(&world).await;
+    assert_eq!((roots(&a), statuses(&a)), (vec![own.clone()], vec!["active"]));
+    a.follow_upstream().await.unwrap();
+    a.rotate().await.unwrap();
+    assert_eq!(statuses(&a), ["old", "active"]);
+    // What the old one signed is good until it ends, and renewed now.
+    assert_eq!(roots(&a), [format!("{own}!"), root.id().into()]);
 }
