@@ -270,6 +270,32 @@ fn authorities_are_prepared_activated_tainted_and_revoked() {
 }
 
 #[test]
+fn a_server_logs_in_more_detail_until_it_is_told_otherwise() {
+    if !able(&[]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), &[]);
+    let level = |args: &[&str]| server.json(&[&["logger"], args].concat())["level"].as_str().unwrap().to_owned();
+    assert_eq!(level(&["get"]), "info");
+    // The creation of an entry is told at level info.
+    let told = |name: &str| {
+        let id = format!("spiffe://{TD}/{name}");
+        let parent = format!("spiffe://{TD}/node");
+        server.json(&["entry", "create", "--spiffe-id", &id, "--parent-id", &parent, "--selector", "unix:uid:1"]);
+        server.log().matches("entry created").count()
+    };
+    assert_eq!(told("a"), 1);
+    assert_eq!(level(&["set", "--level", "warn"]), "warn");
+    assert_eq!(told("b"), 1);
+    assert!(server.log().contains("level of logging changed"), "{}", server.log());
+    assert_eq!(level(&["reset"]), "info");
+    assert_eq!(told("c"), 2);
+    let (code, said) = outcome(&mut server.operator(&["logger", "set", "--level", "loud"]));
+    assert!(code == 2 && said.contains("warn"), "{said}");
+}
+
+#[test]
 fn jwt_authorities_rotate_by_hand_and_tokens_of_a_revoked_one_are_good_for_nobody() {
     if !able(&[]) {
         return;

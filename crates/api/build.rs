@@ -8,6 +8,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "spire/svid.proto",
         "spire/bundle.proto",
         "spire/localauthority.proto",
+        "spire/logger.proto",
+        "spire/debug.proto",
         "countersign/v1.proto",
         "csi/v1.proto",
         "csi/registration.proto",

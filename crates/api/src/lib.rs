@@ -16,6 +16,7 @@ pub mod graceful;
 pub mod grpc;
 pub mod http;
 pub mod http_client;
+pub mod log_levels;
 pub mod log_writer;
 pub mod memory;
 pub mod names;
@@ -96,9 +97,24 @@ pub mod spire {
                     tonic::include_proto!("spire.api.server.localauthority.v1");
                 }
             }
+            /// Generated code of the package `spire.api.server.logger`.
+            pub mod logger {
+                /// Generated code of the package `spire.api.server.logger.v1`.
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.logger.v1");
+                }
+            }
+            /// Generated code of the package `spire.api.server.debug`.
+            pub mod debug {
+                /// Generated code of the package `spire.api.server.debug.v1`.
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.debug.v1");
+                }
+            }
         }
     }
     pub use api::server::{agent::v1 as agent, bundle::v1 as bundle, entry::v1 as entry};
+    pub use api::server::{debug::v1 as debug, logger::v1 as logger};
     pub use api::server::{localauthority::v1 as localauthority, svid::v1 as svid};
     pub use api::types;
 }

@@ -52,6 +52,9 @@ enum Command {
     /// Generate join tokens, with which agents attest.
     #[command(subcommand)]
     Token(operator::token::TokenCommand),
+    /// Show and change how much a running server logs.
+    #[command(subcommand)]
+    Logger(operator::logger::LoggerCommand),
     /// Show trust bundles, and set those of foreign trust domains.
     #[command(subcommand)]
     Bundle(operator::bundle::BundleCommand),
@@ -150,6 +153,7 @@ impl Cli {
             Command::Entry(command) => done(operator::block(operator::entry::run(command))),
             Command::Node(command) => done(operator::block(operator::node::run(command))),
             Command::Token(command) => done(operator::block(operator::token::run(command))),
+            Command::Logger(command) => done(operator::block(operator::logger::run(command))),
             Command::Bundle(command) => done(operator::block(operator::bundle::run(command))),
             Command::Authority(command) => done(operator::block(operator::authority::run(command))),
             Command::Mint(command) => done(operator::block(operator::mint::run(command))),

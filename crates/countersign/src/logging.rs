@@ -9,10 +9,12 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use countersign_api::log_levels::LogLevels;
 use countersign_api::log_writer::{LogWriter, Sink};
+use tracing::Level;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt;
 use tracing_subscriber::prelude::*;
+use tracing_subscriber::{fmt, reload};
 
 use crate::settings::Mistake;
 
@@ -37,7 +39,7 @@ pub struct LogArgs {
 
 impl LogArgs {
     /// Starts logging. Errors: the filter is invalid.
-    pub fn start(&self) -> Result<(), Mistake> {
+    pub fn start(&self) -> Result<LogLevels, Mistake> {
         let filter =
             Targets::from_str(&self.log).map_err(|e| Mistake::flag("--log", &format!("`{}`: {e}", self.log)))?;
         // Our own watches say the same in one line of words; this logs the whole structure of an answer.
@@ -55,10 +57,32 @@ impl LogArgs {
         // What fails is a write to standard error; to say so there is the macro that panics when nobody reads any more.
         let layer = fmt::layer().log_internal_errors(false).with_writer(|| Line).with_ansi(io::stderr().is_terminal());
         let layer = if self.log_format == "json" { layer.json().boxed() } else { layer.boxed() };
+        let launch = filter.clone();
+        let (filter, handle) = reload::Layer::new(filter);
         // The same holds for a second start here.
         let _ = tracing_subscriber::registry().with(layer.with_filter(filter)).try_init();
-        Ok(())
+        let started_with = own_level(&launch);
+        Ok(LogLevels::new(started_with, move |level| {
+            let filter = level.map_or_else(|| launch.clone(), |level| changed(&launch, level));
+            handle.reload(filter).map_err(|e| e.to_string())
+        }))
     }
+}
+
+/// The most detailed level of our own lines under a filter.
+fn own_level(filter: &Targets) -> Level {
+    let levels = [Level::TRACE, Level::DEBUG, Level::INFO, Level::WARN, Level::ERROR];
+    let shown = levels.into_iter().find(|level| filter.would_enable("countersign", level));
+    shown.unwrap_or(Level::ERROR)
+}
+
+/// A filter with another level. Libraries never say more than at the start: in detail they log what they send.
+fn changed(launch: &Targets, level: Level) -> Targets {
+    let libraries = launch.default_level().unwrap_or(LevelFilter::OFF).min(LevelFilter::from_level(level));
+    Targets::new()
+        .with_default(libraries)
+        .with_target("kube_runtime::watcher", LevelFilter::ERROR)
+        .with_target("countersign", level)
 }
 
 /// Waits, for a bounded time, until everything logged was written. Called when the process ends.

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use countersign_api::log_levels::LogLevels;
 use countersign_api::reopen::Reopen;
 use countersign_identity::{KeyType, TrustDomain};
 use tokio::sync::watch;
@@ -47,6 +48,8 @@ pub struct Config {
     pub audit_log: Option<PathBuf>,
     /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
     pub metrics: Option<SocketAddr>,
+    /// How much the server logs.
+    pub log_levels: LogLevels,
     /// Signals that the audit log is to be reopened (SIGHUP).
     pub reopen: Reopen,
 }

@@ -4,11 +4,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use countersign_api::clock::Clock;
 use countersign_api::rate_limit::RateLimit;
 use countersign_identity::profile::{Issued, LeafRequest, RequestedKey};
 use countersign_identity::shown::sentence;
 use countersign_identity::{Entry, SpiffeId, TrustDomain};
+use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -65,6 +67,8 @@ pub struct Core {
     /// Random ID of this run of the server: revisions of another run are not comparable.
     pub epoch: String,
     pub started_at: OffsetDateTime,
+    /// The chain of the server's own SVID; empty before there is one.
+    pub own_chain: ArcSwap<Vec<CertificateDer<'static>>>,
     /// Streams and other tasks. All end with `shutdown`, and the server waits for them.
     pub tasks: TaskTracker,
     pub shutdown: CancellationToken,

@@ -236,6 +236,7 @@ async fn assemble_on(
         token_limit: RateLimit::new(500, 2_000),
         epoch: hex::encode(epoch),
         started_at: clock(),
+        own_chain: Default::default(),
         tasks: TaskTracker::new(),
         audit,
         attestors,

@@ -78,6 +78,7 @@ async fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
         .map_err(|e| failed(e.message().to_owned()))?;
     let svid = X509Svid::new(issued.chain, key).map_err(|e| failed(e.to_string()))?;
     let tls = tls_of(core, &svid)?;
+    core.own_chain.store(Arc::new(svid.chain().to_vec()));
     Ok(Current { svid, tls, jitter: rand::random_range(-1.0..=1.0), obtained: core.now() })
 }
 

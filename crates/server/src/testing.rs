@@ -58,6 +58,7 @@ pub fn config(dir: &Path) -> Config {
         k8s_webhook_label: None,
         audit_log: Some(dir.join("audit.log")),
         metrics: None,
+        log_levels: countersign_api::log_levels::LogLevels::new(tracing::Level::INFO, |_| Ok(())),
         reopen: Default::default(),
     }
 }

@@ -4,6 +4,7 @@ pub mod authority;
 pub mod bundle;
 pub mod entry;
 pub mod jwt;
+pub mod logger;
 pub mod mint;
 pub mod node;
 pub mod output;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use countersign_api::clock::system_clock;
+use countersign_api::log_levels::LogLevels;
 use countersign_api::reopen::Reopen;
 use countersign_identity::KeyType;
 use countersign_identity::trust_domain::parse_trust_domain;
@@ -228,6 +229,7 @@ impl ServerSettings {
             k8s_webhook_label: self.k8s_webhook_label.map(label).transpose()?,
             audit_log: self.audit_log,
             metrics: self.metrics,
+            log_levels: LogLevels::fixed(tracing::Level::INFO),
             reopen: Reopen::default(),
         };
         Ok((config, follow))
@@ -308,11 +310,11 @@ fn label(text: String) -> Result<String, Mistake> {
 pub fn run(args: ServerArgs) -> Result<()> {
     super::write_privately();
     super::hide_memory();
-    args.log.start()?;
+    let log_levels = args.log.start()?;
     let (config, follow) = args.settings.over(args.config.load()?).config()?;
     super::runtime()?.block_on(async {
         let (stop, reopen) = for_role()?;
-        let config = Config { reopen, ..config };
+        let config = Config { reopen, log_levels, ..config };
         let _followed = follow.map(Live::start);
         countersign_server::run(config, system_clock(), stop, |address| args.ready.write(&address.to_string()))
             .await

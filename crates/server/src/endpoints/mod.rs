@@ -3,10 +3,12 @@
 mod agent;
 mod bundle;
 mod by_caller;
+mod debug;
 mod directory;
 mod entry;
 mod entry_sync;
 mod local_authority;
+mod logger;
 mod masks;
 mod paging;
 mod push;
@@ -21,8 +23,10 @@ use countersign_api::push::push_server::PushServer;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::spire::agent::agent_server::AgentServer;
 use countersign_api::spire::bundle::bundle_server::BundleServer;
+use countersign_api::spire::debug::debug_server::DebugServer;
 use countersign_api::spire::entry::entry_server::EntryServer;
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthorityServer;
+use countersign_api::spire::logger::logger_server::LoggerServer;
 use countersign_api::spire::svid::svid_server::SvidServer;
 use countersign_api::spire::types;
 use futures::Stream;
@@ -51,6 +55,8 @@ async fn routes(core: &Arc<Core>, longest: usize) -> Routes {
         .add_service(SvidServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(BundleServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(LocalAuthorityServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(LoggerServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(DebugServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(PushServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(StatusServer::new(endpoint).max_decoding_message_size(longest))
