@@ -18,6 +18,7 @@ pub mod peer;
 mod refusal;
 mod renewal;
 mod retries;
+mod secret_names;
 mod signing;
 mod socket_link;
 pub mod store;
@@ -43,6 +44,7 @@ use tokio_util::task::TaskTracker;
 
 pub use config::Config;
 pub use link::LinkError;
+pub use secret_names::{SecretNameError, SecretNames};
 pub use socket_link::LinkName;
 
 use crate::endpoints::Core;
