@@ -295,3 +295,24 @@ fn an_envoy_without_an_entry_starts_to_work_when_it_has_one() {
     create("late");
     wait_for("the certificate", Duration::from_secs(60), || serial(way_in));
 }
+
+#[test]
+fn an_envoy_that_goes_without_the_spiffe_validator_has_plain_roots_and_no_way_to_all_bundles() {
+    let Some(world) = World::new("1h") else { return };
+    let way_in = free_port();
+    let node = ("cluster: web }", "cluster: web, metadata: { disable_spiffe_cert_validation: true } }".to_owned());
+    let inbound = |port: u16| (IN, format!("address: 127.0.0.1, port_value: {port}"));
+    let own_bundle = ("name: ALL", "name: ROOTCA".to_owned());
+    let _web = world.envoy("web", WEB, &[node.clone(), inbound(way_in), own_bundle]);
+    let minted = |name: &str| world.server.mint(&format!("/{name}"), name, &[]);
+    let (client, other) = (minted("client"), minted("other"));
+    let pretender = foreign(world.dir.path(), "pretender", &format!("spiffe://{TD}/client"));
+    wait_for("the client", Duration::from_secs(30), || is_accepted(way_in, Some(&client)).then_some(()));
+    for certificate in [None, Some(&other), Some(&pretender)] {
+        assert!(!is_accepted(way_in, certificate.map(PathBuf::as_path)), "{certificate:?}");
+    }
+    let all = world.envoy("all", WEB, &[node, inbound(free_port())]);
+    let log = || std::fs::read_to_string(&all.log).unwrap().replace("%20", " ").replace("%60", "`");
+    let why = "`ALL` needs Envoy's SPIFFE validator";
+    wait_for("the reason", Duration::from_secs(30), || log().contains(why).then_some(()));
+}

@@ -93,7 +93,7 @@ pub fn bounds() -> impl Fn(&http::Request<Body>) -> Judged<LocalSource> + Clone 
     let limits = |name, total, per_group| Limits { name, total, per_group };
     let total = calls::that_fit(24_576);
     let open = limits("open calls", total, total / 3 * 2);
-    let long = Calls::new(open, limits("unfinished directory and secret requests", 256, 64));
+    let long = Calls::new(open, limits("unfinished long requests", 256, 64));
     let other = Calls::new(open, limits("unfinished requests", 2_048, 256));
     move |request| {
         let path = request.uri().path();
@@ -281,7 +281,24 @@ pub mod tests {
 
     /// A log in memory.
     #[derive(Clone, Default)]
-    struct Log(Arc<Mutex<Vec<u8>>>);
+    pub struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Log {
+        pub fn text(&self) -> String {
+            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+        }
+    }
+
+    /// What this thread logs from now on, until the rest is dropped.
+    pub fn log() -> (Log, (tracing::Dispatch, tracing::subscriber::DefaultGuard)) {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        // While there is one subscriber alone, a thread without it, such as another test's, that comes to a log statement first
+        // switches the statement off for all threads.
+        let second = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
+        (log, (second, tracing::subscriber::set_default(subscriber)))
+    }
 
     impl Write for Log {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -324,13 +341,7 @@ pub mod tests {
         let (caller, _other_end) = tokio::net::UnixStream::pair().unwrap();
         let mut request = Request::new(());
         request.extensions_mut().insert(peer_credentials(&caller).unwrap());
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-        // While there is one subscriber alone, a thread without it, such as another test's, that comes to a log statement first
-        // switches the statement off for all threads.
-        let _second = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
-        let _guard = tracing::subscriber::set_default(subscriber);
+        let (log, _logging) = log();
         let began = Instant::now();
         for _ in 0..1_000 {
             tracing::callsite::rebuild_interest_cache();
@@ -338,7 +349,7 @@ pub mod tests {
             assert_eq!(core.identities(&attested).err().unwrap().code(), tonic::Code::PermissionDenied);
         }
         core.tell_unsaid(Instant::now() + Duration::from_secs(3_600));
-        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let text = log.text();
         // Twenty lines in each window of ten seconds, and one that tells of the rest.
         let windows = usize::try_from(began.elapsed().as_secs() / 10).unwrap() + 1;
         for kind in ["caller attested", "no identity issued"] {

@@ -5,7 +5,7 @@ use std::process::Command;
 use countersign_api::sds::{DeltaDiscoveryRequest, DiscoveryRequest};
 use tonic::Code;
 
-use super::super::{Entitled, Protocol, StateOfTheWorld};
+use super::super::{Entitled, Protocol, Rejection, StateOfTheWorld};
 use super::state_of_the_world::{asked, without_spiffe_validator};
 use super::*;
 
@@ -110,4 +110,28 @@ async fn the_streams_of_a_caller_that_ends_end_too() {
     assert_eq!(ended.code(), Code::PermissionDenied, "{ended}");
     let again = world.client.clone().fetch_secrets(asked(&["default"])).await.unwrap_err();
     assert_eq!(again.code(), Code::PermissionDenied, "{again}");
+}
+
+#[tokio::test]
+async fn an_envoy_that_rejects_everything_leaves_a_few_lines_and_forges_none() {
+    let world = World::new().await;
+    let (own, _other_end) = UnixStream::pair().unwrap();
+    let peer = peer_credentials(&own).unwrap();
+    let attested = crate::endpoints::Attested { peer, selectors: std::collections::BTreeSet::new(), in_part: false };
+    let (log, _logging) = crate::endpoints::tests::log();
+    let reason = format!("no key\n2026 WARN forged\u{1b}[2J {}", "x".repeat(100_000));
+    for _ in 0..1_000 {
+        tracing::callsite::rebuild_interest_cache();
+        world.core.secrets_rejected(&attested, &Rejection(reason.clone()));
+    }
+    let text = log.text();
+    let lines: Vec<_> = text.lines().filter(|line| line.contains("an Envoy has rejected its secrets")).collect();
+    assert!((1..=100).contains(&lines.len()), "{}", lines.len());
+    assert!(
+        lines.iter().all(|line| line.contains(r"no key\n2026 WARN forged\u{1b}[2J") && line.len() < 1_000),
+        "{}",
+        lines[0]
+    );
+    assert!(!text.lines().any(|line| line.starts_with("2026 WARN")));
+    assert_eq!(world.core.metrics.secrets_rejected.get(), 1_000);
 }
