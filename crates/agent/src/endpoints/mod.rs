@@ -3,7 +3,7 @@
 
 pub mod directory;
 pub mod identities;
-mod secrets;
+pub mod secrets;
 mod status;
 mod streams;
 mod tokens;

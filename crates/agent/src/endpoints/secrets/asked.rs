@@ -65,6 +65,16 @@ impl Wanted {
     }
 }
 
+#[cfg(fuzzing)]
+impl Wanted {
+    /// # Panics
+    /// If it takes more memory than a stream may.
+    pub fn assert_bounded(&self) {
+        assert!(self.names.len() <= MAX_NAMES && self.names.iter().map(String::len).sum::<usize>() <= MAX_NAMES_BYTES);
+        assert!(!self.names.contains("") && !self.names.contains(EVERYTHING));
+    }
+}
+
 /// Errors: InvalidArgument if resources of another type are asked for.
 pub fn check_type(url: &str) -> Result<(), Status> {
     if url.is_empty() || url == SECRET_TYPE {

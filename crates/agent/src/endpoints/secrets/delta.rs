@@ -141,3 +141,11 @@ impl Delta {
         !wanted.names.iter().all(|name| has(&name)) || (wanted.everything && self.held.is_empty())
     }
 }
+
+#[cfg(fuzzing)]
+impl Delta {
+    /// The names that are wanted so far.
+    pub fn wanted(&self) -> Option<&Wanted> {
+        self.wanted.as_ref()
+    }
+}

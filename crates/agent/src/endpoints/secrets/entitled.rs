@@ -50,7 +50,12 @@ impl Entitled {
     /// Errors: the caller has no identity.
     pub fn of(core: &Core, attested: &Attested) -> Result<Self, Status> {
         let identities = core.identities(attested)?;
-        let identities = in_order(&identities);
+        let mut identities = in_order(&identities);
+        // They are signed for a store, never for a caller.
+        identities.retain(|identity| !identity.entry.store_svid);
+        if identities.is_empty() && !attested.in_part {
+            return Err(Status::permission_denied("no identity issued: the caller's entries are stored elsewhere"));
+        }
         let svids: Vec<_> = ready(&identities, core.now()).map(|(_, svid)| svid.clone()).collect();
         let state = core.cache.read();
         let federated: Vec<_> = with_certificates(federated(&state, &identities)).cloned().collect();

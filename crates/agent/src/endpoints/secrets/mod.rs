@@ -182,3 +182,27 @@ impl SecretDiscoveryService for Endpoint {
         Ok(Response::new(response))
     }
 }
+
+/// Hears requests as they may come from anybody, each with its length before it; the first byte says by which protocol.
+#[cfg(fuzzing)]
+pub fn hear(data: &[u8]) {
+    fn all<P: Protocol + Default>(mut data: &[u8], wanted: fn(&P) -> Option<&asked::Wanted>)
+    where
+        P::Request: prost::Message + Default,
+    {
+        let mut protocol = P::default();
+        while let Ok(request) = <P::Request as prost::Message>::decode_length_delimited(&mut data) {
+            if protocol.hear(request, false).is_err() {
+                return;
+            }
+            if let Some(wanted) = wanted(&protocol) {
+                wanted.assert_bounded();
+            }
+        }
+    }
+    match data.split_first() {
+        Some((0, data)) => all::<StateOfTheWorld>(data, StateOfTheWorld::wanted),
+        Some((_, data)) => all::<Delta>(data, Delta::wanted),
+        None => {}
+    }
+}

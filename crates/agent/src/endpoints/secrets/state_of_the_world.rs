@@ -85,3 +85,11 @@ impl Protocol for StateOfTheWorld {
         self.owes
     }
 }
+
+#[cfg(fuzzing)]
+impl StateOfTheWorld {
+    /// The names that are wanted so far.
+    pub fn wanted(&self) -> Option<&Wanted> {
+        self.wanted.as_ref()
+    }
+}
