@@ -123,9 +123,15 @@ os.execv('/bin/sleep', ['sleep', '60'])";
     let mut stream = world.client.clone().stream_secrets(hear).await.unwrap().into_inner();
     ask.send(asked(&["default"])).await.unwrap();
     stream.message().await.unwrap().unwrap();
+    // One that waits for an SVID meanwhile does not get it.
+    let unsigned = world.core.cache.change(|state| state.entries.get_mut(&key("second")).unwrap().svid.take());
+    let mut client = world.client.clone();
+    let waiting = tokio::spawn(async move { client.fetch_secrets(asked(&[SECOND])).await });
     std::fs::write(dir.path().join("caller.go"), "").unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(20), stream.message()).await.unwrap().unwrap_err();
     assert_eq!(ended.code(), Code::PermissionDenied, "{ended}");
+    world.core.cache.change(|state| state.entries.get_mut(&key("second")).unwrap().svid = unsigned);
+    assert_eq!(waiting.await.unwrap().unwrap_err().code(), Code::PermissionDenied);
     let again = world.client.clone().fetch_secrets(asked(&["default"])).await.unwrap_err();
     assert!(again.message().contains("has changed its executable"), "{again}");
     child.kill().unwrap();
