@@ -151,6 +151,8 @@ pub async fn run(
         .layer(CallLayer(endpoints::bounds()))
         .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
+    // Large, and needed once: it need not be moved about with this future.
+    let serve = Box::pin(serve);
     tracing::info!(trust_domain = %core.config.trust_domain, server = core.config.server, socket = %core.config.socket.display(), "agent ready");
     ready();
     let serving = async {
