@@ -17,20 +17,20 @@ const MAX_NAMES_BYTES: usize = 16 * 1024;
 
 /// The names that a stream asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wanted {
+pub struct Subscription {
     /// Whether all that the caller may have is wanted.
     pub everything: bool,
     /// What is wanted by name.
     pub names: BTreeSet<String>,
 }
 
-impl Wanted {
+impl Subscription {
     /// The names of a request that tells all of them; none means everything. Errors: InvalidArgument.
     pub fn all_of(names: Vec<String>) -> Result<Self, Status> {
-        let mut wanted = Self::default();
-        wanted.add(names)?;
-        wanted.everything |= wanted.names.is_empty();
-        Ok(wanted)
+        let mut subscription = Self::default();
+        subscription.add(names)?;
+        subscription.everything |= subscription.names.is_empty();
+        Ok(subscription)
     }
 
     /// Adds names; empty ones count as none. Errors: InvalidArgument if they are too many or too long.
@@ -66,7 +66,7 @@ impl Wanted {
 }
 
 #[cfg(fuzzing)]
-impl Wanted {
+impl Subscription {
     /// # Panics
     /// If it takes more memory than a stream may.
     pub fn assert_bounded(&self) {
@@ -166,13 +166,13 @@ mod tests {
     #[test]
     fn names_are_bounded_in_number_and_length() {
         let numbered = |count: usize, length: usize| (0..count).map(|n| format!("{n:0length$}")).collect::<Vec<_>>();
-        assert_eq!(Wanted::all_of(numbered(MAX_NAMES, 3)).unwrap().names.len(), MAX_NAMES);
+        assert_eq!(Subscription::all_of(numbered(MAX_NAMES, 3)).unwrap().names.len(), MAX_NAMES);
         for names in [numbered(MAX_NAMES + 1, 3), numbered(1, MAX_ID_BYTES + 1), numbered(9, MAX_ID_BYTES)] {
-            assert_eq!(Wanted::all_of(names).unwrap_err().code(), tonic::Code::InvalidArgument);
+            assert_eq!(Subscription::all_of(names).unwrap_err().code(), tonic::Code::InvalidArgument);
         }
-        let mut wanted = Wanted::all_of(numbered(MAX_NAMES, 3)).unwrap();
-        assert!(wanted.add(vec!["one more".into()]).is_err(), "whatever the number of requests");
-        let everything = Wanted::all_of(vec![String::new()]).unwrap();
+        let mut subscription = Subscription::all_of(numbered(MAX_NAMES, 3)).unwrap();
+        assert!(subscription.add(vec!["one more".into()]).is_err(), "whatever the number of requests");
+        let everything = Subscription::all_of(vec![String::new()]).unwrap();
         assert!(everything.everything && everything.names.is_empty());
     }
 }

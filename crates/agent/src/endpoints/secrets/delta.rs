@@ -8,10 +8,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use countersign_api::sds::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, SECRET_TYPE};
 use tonic::Status;
 
-use super::asked::{Validator, Wanted, check_type};
+use super::asked::{Subscription, Validator, check_type};
 use super::entitled::{Entitled, Resolved};
-use super::secret::{Content, Version};
-use super::{Protocol, Rejection, nonce};
+use super::secret::{Material, Version};
+use super::{Heard, Protocol, Rejection, nonce};
 
 /// Most responses that are remembered until an Envoy says what became of them.
 const MAX_UNANSWERED: usize = 16;
@@ -19,7 +19,7 @@ const MAX_UNANSWERED: usize = 16;
 /// One stream. Nothing is sent before the first request.
 #[derive(Default)]
 pub struct Delta {
-    wanted: Option<Wanted>,
+    subscription: Option<Subscription>,
     validator: Validator,
     /// What the Envoy holds.
     held: BTreeMap<String, Version>,
@@ -34,52 +34,51 @@ impl Protocol for Delta {
     type Request = DeltaDiscoveryRequest;
     type Response = DeltaDiscoveryResponse;
 
-    fn hear(
-        &mut self,
-        request: DeltaDiscoveryRequest,
-        disable_spiffe_validation: bool,
-    ) -> Result<Option<Rejection>, Status> {
+    fn hear(&mut self, request: DeltaDiscoveryRequest, disable_spiffe_validation: bool) -> Result<Heard, Status> {
         check_type(&request.type_url)?;
-        let is_first = self.wanted.is_none();
+        let is_first = self.subscription.is_none();
+        let names_some = !request.resource_names_subscribe.is_empty() || !request.resource_names_unsubscribe.is_empty();
+        let before = self.validator;
         if let Some(node) = request.node.or_else(|| is_first.then(Node::default)) {
             self.validator = Validator::of(&node, disable_spiffe_validation);
         }
-        let wanted = self.wanted.get_or_insert_default();
+        let subscription = self.subscription.get_or_insert_default();
         // Taken away first: a name in both lists is one that the Envoy has dropped and wants again.
         for name in &request.resource_names_unsubscribe {
-            wanted.remove(name);
+            subscription.remove(name);
         }
         // What is asked for is sent, whether the Envoy has had it or not: it may have dropped it meanwhile.
         for name in request.resource_names_unsubscribe.iter().chain(&request.resource_names_subscribe) {
             self.held.remove(name);
             self.removed.remove(name);
         }
-        let had_everything = wanted.everything;
+        let had_everything = subscription.everything;
         // A stream that begins without a name wants everything.
-        wanted.everything |= is_first && request.resource_names_subscribe.iter().all(String::is_empty);
-        wanted.add(request.resource_names_subscribe)?;
+        subscription.everything |= is_first && request.resource_names_subscribe.iter().all(String::is_empty);
+        subscription.add(request.resource_names_subscribe)?;
         if is_first {
             // What it holds from a stream before this one, which may have been another agent's.
             let versions = request.initial_resource_versions.into_iter();
             self.held = versions.map(|(name, version)| (name, Version::told(version))).collect();
-        } else if wanted.everything && !had_everything {
+        } else if subscription.everything && !had_everything {
             self.held.clear();
         }
-        self.held.retain(|name, _| wanted.everything || wanted.names.contains(name));
+        self.held.retain(|name, _| subscription.everything || subscription.names.contains(name));
         let answered = self.unanswered.iter().position(|nonce| *nonce == request.response_nonce);
         let answered = answered.and_then(|at| self.unanswered.remove(at));
-        Ok(request.error_detail.filter(|_| answered.is_some()).map(|error| Rejection(error.message)))
+        let rejection = request.error_detail.filter(|_| answered.is_some()).map(|error| Rejection(error.message));
+        Ok(Heard { rejection, is_change: is_first || names_some || self.validator != before })
     }
 
     fn due(&mut self, entitled: &Entitled) -> Result<Option<DeltaDiscoveryResponse>, Status> {
-        let Some(wanted) = &self.wanted else { return Ok(None) };
-        let found = entitled.resolve(wanted, self.validator)?;
+        let Some(subscription) = &self.subscription else { return Ok(None) };
+        let found = entitled.resolve(subscription, self.validator)?;
         let refused = |name: &&String| !self.held.contains_key(*name) && !self.removed.contains(*name);
         let refused: Vec<String> = found.unknown.iter().filter(refused).cloned().collect();
         if !refused.is_empty() {
             return Err(entitled.refusal(&refused));
         }
-        self.owes = found.is_waiting && self.lacks_some(wanted, &found);
+        self.owes = found.is_waiting && self.lacks_some(subscription, &found);
         let resources = self.changed(&found);
         let removed_resources = self.gone(entitled, &found);
         if resources.is_empty() && removed_resources.is_empty() {
@@ -116,11 +115,11 @@ impl Protocol for Delta {
 impl Delta {
     /// What the Envoy does not hold as it is.
     fn changed(&self, found: &Resolved) -> Vec<Resource> {
-        let resource = |(name, content): (&String, &Content)| {
-            let version = content.version(self.validator);
+        let resource = |(name, material): (&String, &Material)| {
+            let version = material.version(self.validator);
             (self.held.get(name) != Some(&version)).then(|| Resource {
                 version: version.as_str().to_owned(),
-                resource: Some(content.secret(name, self.validator)),
+                resource: Some(material.secret(name, self.validator)),
                 name: name.clone(),
             })
         };
@@ -134,18 +133,18 @@ impl Delta {
     }
 
     /// Whether it wants something that it has no version of.
-    fn lacks_some(&self, wanted: &Wanted, found: &Resolved) -> bool {
+    fn lacks_some(&self, subscription: &Subscription, found: &Resolved) -> bool {
         let has = |name: &&String| {
             self.held.contains_key(*name) || found.ready.contains_key(*name) || found.unknown.contains(*name)
         };
-        !wanted.names.iter().all(|name| has(&name)) || (wanted.everything && self.held.is_empty())
+        !subscription.names.iter().all(|name| has(&name)) || (subscription.everything && self.held.is_empty())
     }
 }
 
 #[cfg(fuzzing)]
 impl Delta {
-    /// The names that are wanted so far.
-    pub fn wanted(&self) -> Option<&Wanted> {
-        self.wanted.as_ref()
+    /// What is asked for so far.
+    pub fn subscription(&self) -> Option<&Subscription> {
+        self.subscription.as_ref()
     }
 }

@@ -7,8 +7,8 @@ use countersign_identity::shown::shown;
 use countersign_identity::{TrustBundle, X509Svid};
 use tonic::Status;
 
-use super::asked::{Validator, Wanted};
-use super::secret::Content;
+use super::asked::{Subscription, Validator};
+use super::secret::Material;
 use crate::cache::Cached;
 use crate::config::Config;
 use crate::endpoints::workload::{federated, in_order, ready, with_certificates};
@@ -31,7 +31,7 @@ pub struct Entitled {
 
 /// What a name leads to.
 enum Found {
-    Ready(Content),
+    Ready(Material),
     NotYet,
     Unknown,
 }
@@ -39,7 +39,7 @@ enum Found {
 /// What became of names.
 pub struct Resolved {
     /// What is ready, by name.
-    pub ready: BTreeMap<String, Content>,
+    pub ready: BTreeMap<String, Material>,
     /// What may be had later: names, or everything while there is nothing.
     pub is_waiting: bool,
     /// Names that this caller may not have.
@@ -72,18 +72,18 @@ impl Entitled {
     }
 
     /// What is wanted, as far as there is some. Errors: `FailedPrecondition` if an Envoy without the SPIFFE validator wants all bundles.
-    pub fn resolve(&self, wanted: &Wanted, validator: Validator) -> Result<Resolved, Status> {
+    pub fn resolve(&self, subscription: &Subscription, validator: Validator) -> Result<Resolved, Status> {
         let mut resolved = Resolved { ready: BTreeMap::new(), is_waiting: false, unknown: vec![] };
-        if wanted.everything {
+        if subscription.everything {
             resolved.ready = self.everything();
             resolved.is_waiting = self.bundle.is_none() || self.svids.is_empty();
         }
-        for name in &wanted.names {
+        for name in &subscription.names {
             match self.find(name) {
-                Found::Ready(Content::AllBundles(_)) if validator == Validator::Chain => {
+                Found::Ready(Material::AllBundles(_)) if validator == Validator::Chain => {
                     return Err(no_spiffe_validator(name));
                 }
-                Found::Ready(content) => drop(resolved.ready.insert(name.clone(), content)),
+                Found::Ready(material) => drop(resolved.ready.insert(name.clone(), material)),
                 Found::NotYet => resolved.is_waiting = true,
                 Found::Unknown => resolved.unknown.push(name.clone()),
             }
@@ -105,33 +105,33 @@ impl Entitled {
 
     fn find(&self, name: &str) -> Found {
         let found = match self.config.sds.names.meaning(name) {
-            Some(Special::Svid) => self.svids.first().cloned().map(Content::Svid),
-            Some(Special::Bundle) => self.bundle.clone().map(Content::Bundle),
+            Some(Special::Svid) => self.svids.first().cloned().map(Material::Svid),
+            Some(Special::Bundle) => self.bundle.clone().map(Material::Bundle),
             Some(Special::AllBundles) => {
-                self.bundle.as_ref().map(|_| Content::AllBundles(self.bundles().cloned().collect()))
+                self.bundle.as_ref().map(|_| Material::AllBundles(self.bundles().cloned().collect()))
             }
             None => {
                 let bundle = self.bundles().find(|b| bundle_name(b.trust_domain.as_ref()) == name);
                 let svid = || self.svids.iter().find(|svid| svid.id().to_string() == name);
                 match bundle {
-                    Some(bundle) => Some(Content::Bundle(bundle.clone())),
-                    None => svid().cloned().map(Content::Svid),
+                    Some(bundle) => Some(Material::Bundle(bundle.clone())),
+                    None => svid().cloned().map(Material::Svid),
                 }
             }
         };
         let is_expected = self.config.sds.names.meaning(name).is_some() || self.expected.contains(name);
         match found {
-            Some(content) => Found::Ready(content),
+            Some(material) => Found::Ready(material),
             // A selector that is not known yet may be the one that an entry requires.
             None if is_expected || self.in_part => Found::NotYet,
             None => Found::Unknown,
         }
     }
 
-    fn everything(&self) -> BTreeMap<String, Content> {
-        let bundles = self.bundles().map(|b| (bundle_name(b.trust_domain.as_ref()), Content::Bundle(b.clone())));
+    fn everything(&self) -> BTreeMap<String, Material> {
+        let bundles = self.bundles().map(|b| (bundle_name(b.trust_domain.as_ref()), Material::Bundle(b.clone())));
         // Of several SVIDs with one ID the oldest entry's, as by name.
-        let svids = self.svids.iter().rev().map(|svid| (svid.id().to_string(), Content::Svid(svid.clone())));
+        let svids = self.svids.iter().rev().map(|svid| (svid.id().to_string(), Material::Svid(svid.clone())));
         bundles.chain(svids).collect()
     }
 

@@ -24,7 +24,7 @@ use self::delta::Delta;
 use self::entitled::Entitled;
 use self::state_of_the_world::StateOfTheWorld;
 use super::streams::Feed;
-use super::{Attested, BoxStream, Core, Endpoint, Follower, Wanted as Facts};
+use super::{Attested, BoxStream, Core, Endpoint, Follower, Wanted};
 
 /// How long a request waits for a secret that is not ready yet: longer than an attestation in part stays so (`IN_PART`).
 const PATIENCE: Duration = Duration::from_secs(12);
@@ -36,14 +36,23 @@ trait Protocol: Send + 'static {
     type Request: Send + 'static;
     type Response: Send + 'static;
 
-    /// Takes a request up. Returns the reason of an Envoy that has rejected what it was sent. Errors: InvalidArgument.
-    fn hear(&mut self, request: Self::Request, disable_spiffe_validation: bool) -> Result<Option<Rejection>, Status>;
+    /// Takes a request up. Errors: InvalidArgument.
+    fn hear(&mut self, request: Self::Request, disable_spiffe_validation: bool) -> Result<Heard, Status>;
 
     /// The next response; `None` while there is nothing new. Errors: InvalidArgument if the caller may not have what it wants.
     fn due(&mut self, entitled: &Entitled) -> Result<Option<Self::Response>, Status>;
 
     /// Whether a request is not answered yet, because a secret is not ready.
     fn owes(&self) -> bool;
+}
+
+/// What a request said.
+#[derive(Default)]
+struct Heard {
+    /// The response before it is rejected.
+    rejection: Option<Rejection>,
+    /// Something else is asked for than before.
+    is_change: bool,
 }
 
 /// What an Envoy says of a response that it rejects.
@@ -68,30 +77,41 @@ impl<P: Protocol> Feed for Session<P> {
         let mut versions = core.cache.versions();
         let patience = tokio::time::sleep(PATIENCE);
         tokio::pin!(patience);
+        let mut may_be_due = true;
         loop {
-            // Room first: what is made then is as new as can be, and is never lost between here and the channel.
-            let room = tx.reserve().await.ok()?;
-            versions.mark_unchanged();
-            let due = Entitled::of(core, attested).and_then(|entitled| self.protocol.due(&entitled));
-            match due {
-                Ok(Some(response)) => room.send(Ok(response)),
-                Ok(None) => drop(room),
-                Err(status) => return Some(core.secret_refused(attested, status)),
+            if may_be_due {
+                // Room first: what is made then is as new as can be, and is never lost between here and the channel.
+                let room = tx.reserve().await.ok()?;
+                versions.mark_unchanged();
+                let due = Entitled::of(core, attested).and_then(|entitled| self.protocol.due(&entitled));
+                match due {
+                    Ok(Some(response)) => room.send(Ok(response)),
+                    Ok(None) => drop(room),
+                    Err(status) => return Some(core.secret_refused(attested, status)),
+                }
             }
             tokio::select! {
-                changed = versions.changed() => changed.ok()?,
-                request = self.requests.message() => match request {
-                    Ok(request) => {
-                        let heard = self.protocol.hear(request?, core.config.sds.disable_spiffe_validation);
-                        match heard {
-                            Ok(Some(rejection)) => core.secrets_rejected(attested, &rejection),
-                            Ok(None) => {}
-                            Err(status) => return Some(core.secret_refused(attested, status)),
+                changed = versions.changed() => {
+                    changed.ok()?;
+                    may_be_due = true;
+                }
+                request = self.requests.message() => {
+                    let request = match request {
+                        Ok(request) => request?,
+                        Err(status) => return Some(status),
+                    };
+                    match self.protocol.hear(request, core.config.sds.disable_spiffe_validation) {
+                        Ok(heard) => {
+                            heard.rejection.iter().for_each(|rejection| core.secrets_rejected(attested, rejection));
+                            // Acknowledgements cost nothing, however many they are.
+                            may_be_due = heard.is_change;
                         }
+                        Err(status) => return Some(core.secret_refused(attested, status)),
+                    }
+                    if may_be_due {
                         patience.as_mut().reset(tokio::time::Instant::now() + PATIENCE);
                     }
-                    Err(status) => return Some(status),
-                },
+                }
                 () = tx.closed() => return None,
                 () = &mut patience, if self.protocol.owes() => return Some(not_ready()),
             }
@@ -172,7 +192,7 @@ impl SecretDiscoveryService for Endpoint {
         let mut attested = self.0.attest(&request).await?;
         // A name that is unknown so far may be an identity that needs more than it was attested by.
         if attested.in_part {
-            attested = self.0.prove(attested.peer, Facts::EveryFact).await?;
+            attested = self.0.prove(attested.peer, Wanted::EveryFact).await?;
         }
         let answer = tokio::time::timeout(PATIENCE, self.0.secrets(&attested, request.into_inner())).await;
         let answer = answer.unwrap_or_else(|_| Err(not_ready()));
@@ -186,7 +206,7 @@ impl SecretDiscoveryService for Endpoint {
 /// Hears requests as they may come from anybody, each with its length before it; the first byte says by which protocol.
 #[cfg(fuzzing)]
 pub fn hear(data: &[u8]) {
-    fn all<P: Protocol + Default>(mut data: &[u8], wanted: fn(&P) -> Option<&asked::Wanted>)
+    fn all<P: Protocol + Default>(mut data: &[u8], subscribed: fn(&P) -> Option<&asked::Subscription>)
     where
         P::Request: prost::Message + Default,
     {
@@ -195,14 +215,14 @@ pub fn hear(data: &[u8]) {
             if protocol.hear(request, false).is_err() {
                 return;
             }
-            if let Some(wanted) = wanted(&protocol) {
-                wanted.assert_bounded();
+            if let Some(subscription) = subscribed(&protocol) {
+                subscription.assert_bounded();
             }
         }
     }
     match data.split_first() {
-        Some((0, data)) => all::<StateOfTheWorld>(data, StateOfTheWorld::wanted),
-        Some((_, data)) => all::<Delta>(data, Delta::wanted),
+        Some((0, data)) => all::<StateOfTheWorld>(data, StateOfTheWorld::subscription),
+        Some((_, data)) => all::<Delta>(data, Delta::subscription),
         None => {}
     }
 }

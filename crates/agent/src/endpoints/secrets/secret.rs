@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use super::asked::Validator;
 
 /// What a secret is made of.
-pub enum Content {
+pub enum Material {
     /// A certificate and its key.
     Svid(Arc<X509Svid>),
     /// The roots of one trust domain.
@@ -28,7 +28,7 @@ pub enum Content {
     AllBundles(Vec<Arc<TrustBundle>>),
 }
 
-impl Content {
+impl Material {
     /// Equal for equal secrets, also after a restart. Made of certificates alone: a key is as its certificate is.
     pub fn version(&self, validator: Validator) -> Version {
         let mut version = Version::of();
@@ -42,12 +42,12 @@ impl Content {
 
     /// The secret of this name.
     pub fn secret(&self, name: &str, validator: Validator) -> Any {
-        let content = match self {
+        let material = match self {
             Self::Svid(svid) => Type::TlsCertificate(certificate(svid)),
             Self::Bundle(bundle) => Type::ValidationContext(validation(std::slice::from_ref(bundle), validator)),
             Self::AllBundles(bundles) => Type::ValidationContext(validation(bundles, validator)),
         };
-        let mut secret = Secret { name: name.to_owned(), r#type: Some(content) };
+        let mut secret = Secret { name: name.to_owned(), r#type: Some(material) };
         let value = secret.encode_to_vec();
         wipe(&mut secret);
         Any { type_url: SECRET_TYPE.into(), value }

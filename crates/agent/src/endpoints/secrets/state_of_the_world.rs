@@ -3,15 +3,15 @@
 use countersign_api::sds::{DiscoveryRequest, DiscoveryResponse, Node, SECRET_TYPE};
 use tonic::Status;
 
-use super::asked::{Validator, Wanted, check_type};
+use super::asked::{Subscription, Validator, check_type};
 use super::entitled::Entitled;
 use super::secret::Version;
-use super::{Protocol, Rejection, nonce};
+use super::{Heard, Protocol, Rejection, nonce};
 
 /// One stream. Nothing is sent before the first request.
 #[derive(Default)]
 pub struct StateOfTheWorld {
-    wanted: Option<Wanted>,
+    subscription: Option<Subscription>,
     validator: Validator,
     /// Whether the last request has no response yet.
     owes: bool,
@@ -28,36 +28,32 @@ impl Protocol for StateOfTheWorld {
     type Request = DiscoveryRequest;
     type Response = DiscoveryResponse;
 
-    fn hear(
-        &mut self,
-        request: DiscoveryRequest,
-        disable_spiffe_validation: bool,
-    ) -> Result<Option<Rejection>, Status> {
+    fn hear(&mut self, request: DiscoveryRequest, disable_spiffe_validation: bool) -> Result<Heard, Status> {
         check_type(&request.type_url)?;
         let mut rejection = None;
         if let Some(sent) = &mut self.sent {
             // It was written before the last response was read. An Envoy says all of it again when it acknowledges that one.
             if sent.nonce != request.response_nonce {
-                return Ok(None);
+                return Ok(Heard::default());
             }
             let is_first = !std::mem::replace(&mut sent.is_rejected, request.error_detail.is_some());
             rejection = request.error_detail.filter(|_| is_first).map(|error| Rejection(error.message));
         }
+        let before = self.validator;
         // Later requests may leave it out.
-        if let Some(node) = request.node.or_else(|| self.wanted.is_none().then(Node::default)) {
+        if let Some(node) = request.node.or_else(|| self.subscription.is_none().then(Node::default)) {
             self.validator = Validator::of(&node, disable_spiffe_validation);
         }
-        let wanted = Some(Wanted::all_of(request.resource_names)?);
-        if self.wanted != wanted {
-            self.wanted = wanted;
-            self.owes = true;
-        }
-        Ok(rejection)
+        let subscription = Some(Subscription::all_of(request.resource_names)?);
+        let is_change = self.subscription != subscription || self.validator != before;
+        self.subscription = subscription;
+        self.owes |= is_change;
+        Ok(Heard { rejection, is_change })
     }
 
     fn due(&mut self, entitled: &Entitled) -> Result<Option<DiscoveryResponse>, Status> {
-        let Some(wanted) = &self.wanted else { return Ok(None) };
-        let found = entitled.resolve(wanted, self.validator)?;
+        let Some(subscription) = &self.subscription else { return Ok(None) };
+        let found = entitled.resolve(subscription, self.validator)?;
         if !found.unknown.is_empty() {
             return Err(entitled.refusal(&found.unknown));
         }
@@ -72,7 +68,7 @@ impl Protocol for StateOfTheWorld {
         let nonce = nonce();
         let response = DiscoveryResponse {
             version_info: version.as_str().to_owned(),
-            resources: found.ready.iter().map(|(name, content)| content.secret(name, validator)).collect(),
+            resources: found.ready.iter().map(|(name, material)| material.secret(name, validator)).collect(),
             type_url: SECRET_TYPE.into(),
             nonce: nonce.clone(),
         };
@@ -88,8 +84,8 @@ impl Protocol for StateOfTheWorld {
 
 #[cfg(fuzzing)]
 impl StateOfTheWorld {
-    /// The names that are wanted so far.
-    pub fn wanted(&self) -> Option<&Wanted> {
-        self.wanted.as_ref()
+    /// What is asked for so far.
+    pub fn subscription(&self) -> Option<&Subscription> {
+        self.subscription.as_ref()
     }
 }
