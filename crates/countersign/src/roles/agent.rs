@@ -114,7 +114,7 @@ pub struct AgentSettings {
     /// uids.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     foreign_namespaces: Option<bool>,
-    /// Name by which Envoys ask for the default SVID of their own [default: default].
+    /// Name by which Envoys ask for their default SVID [default: default].
     #[arg(long, value_name = "NAME")]
     sds_default_svid_name: Option<String>,
     /// Name by which Envoys ask for the trust domain's own bundle [default: ROOTCA].
