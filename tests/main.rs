@@ -8,6 +8,7 @@ mod backup;
 mod bad_input;
 mod cni;
 mod docs;
+mod envoy;
 mod faults;
 mod fidelity;
 mod first_minutes;

@@ -1,13 +1,12 @@
 //! Unmodified SPIFFE clients get their SVID from the agent and follow its rotation: `PyPI`'s and crates.io's.
 
 use std::collections::HashSet;
-use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::process::Command;
 use std::time::Duration;
 
 use crate::support::roles::{Server, TD};
-use crate::support::{able, run, wait_for};
+use crate::support::{able, python, run, wait_for};
 
 /// A server with short lives, its agent, and an entry for this very user.
 fn world(dir: &std::path::Path) -> (Server, crate::support::roles::Role) {
@@ -27,16 +26,6 @@ fn world(dir: &std::path::Path) -> (Server, crate::support::roles::Role) {
         "me.test",
     ]);
     (server, agent)
-}
-
-/// A Python with the `spiffe` client; `None`, and said, where there is none or the test cannot run. In CI that is a failure.
-fn python() -> Option<OsString> {
-    let python = std::env::var_os("COUNTERSIGN_TEST_PYTHON");
-    if python.is_none() {
-        assert!(std::env::var_os("CI").is_none(), "tests/run sets COUNTERSIGN_TEST_PYTHON");
-        eprintln!("skipped: no Python with the `spiffe` client; tests/run installs one");
-    }
-    python.filter(|_| able(&[]))
 }
 
 #[test]

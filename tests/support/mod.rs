@@ -6,6 +6,7 @@ pub mod pages;
 pub mod reader;
 pub mod roles;
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -28,6 +29,17 @@ pub fn able(programs: &[&str]) -> bool {
     assert!(std::env::var_os("CI").is_none(), "nothing may be skipped in CI: {}", missing.join(", "));
     eprintln!("skipped: {}", missing.join(", "));
     false
+}
+
+/// A Python with what `tests/requirements.txt` lists; `None`, and said, where there is none or the test cannot run. In CI that is a
+/// failure.
+pub fn python() -> Option<OsString> {
+    let python = std::env::var_os("COUNTERSIGN_TEST_PYTHON");
+    if python.is_none() {
+        assert!(std::env::var_os("CI").is_none(), "tests/run sets COUNTERSIGN_TEST_PYTHON");
+        eprintln!("skipped: no Python with tests/requirements.txt; tests/run installs one");
+    }
+    python.filter(|_| able(&[]))
 }
 
 /// Finds a program on the PATH and in the places where Debian keeps servers.

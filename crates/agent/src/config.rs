@@ -10,6 +10,7 @@ pub use countersign_watch::node::NodeName;
 use tokio::sync::watch;
 
 use crate::node_attestor::NodeAttestor;
+use crate::secret_names::SecretNames;
 use crate::socket_link::LinkName;
 
 /// Settings of an agent. Every combination of valid fields is a valid agent.
@@ -43,8 +44,19 @@ pub struct Config {
     pub foreign_namespaces: bool,
     /// Where this node's pods are learnt from; `None` disables attestation by pod.
     pub pods: Option<PodSources>,
+    /// Secrets for Envoys.
+    pub sds: SdsConfig,
     /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
     pub metrics: Option<SocketAddr>,
+}
+
+/// How secrets are given to Envoys (SDS).
+#[derive(Debug, Clone, Default)]
+pub struct SdsConfig {
+    /// Names that stand for no SPIFFE ID.
+    pub names: SecretNames,
+    /// Whether bundles are given as plain certificates, without Envoy's SPIFFE validator, to an Envoy that does not say otherwise.
+    pub disable_spiffe_validation: bool,
 }
 
 /// Where an agent learns which pods its node has. Every source is a peer whose certificate is verified.

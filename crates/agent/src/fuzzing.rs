@@ -2,6 +2,14 @@
 
 use countersign_watch::cgroup::container_of;
 
+/// Hears the input as requests of an Envoy, by either protocol.
+///
+/// # Panics
+/// If more is kept of them than a stream may have.
+pub fn secrets(data: &[u8]) {
+    crate::endpoints::secrets::hear(data);
+}
+
 /// Parses the input as `/proc/PID/cgroup`.
 ///
 /// # Panics

@@ -18,6 +18,7 @@ pub mod peer;
 mod refusal;
 mod renewal;
 mod retries;
+mod secret_names;
 mod signing;
 mod socket_link;
 pub mod store;
@@ -43,6 +44,7 @@ use tokio_util::task::TaskTracker;
 
 pub use config::Config;
 pub use link::LinkError;
+pub use secret_names::{SecretNameError, SecretNames};
 pub use socket_link::LinkName;
 
 use crate::endpoints::Core;
@@ -149,6 +151,8 @@ pub async fn run(
         .layer(CallLayer(endpoints::bounds()))
         .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
+    // Large, and needed once: it need not be moved about with this future.
+    let serve = Box::pin(serve);
     tracing::info!(trust_domain = %core.config.trust_domain, server = core.config.server, socket = %core.config.socket.display(), "agent ready");
     ready();
     let serving = async {

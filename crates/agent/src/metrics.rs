@@ -56,6 +56,8 @@ pub struct Metrics {
     pub attestations: Counter,
     /// Number of open streams of workloads and sidecars.
     pub streams: Gauge,
+    /// Number of responses that Envoys have rejected.
+    pub secrets_rejected: Counter,
     /// Number of watches of the API server that failed, by kind.
     pub watch_errors: Family<Kind, Counter>,
     source_up: Family<BySource, Gauge>,
@@ -94,6 +96,8 @@ impl Default for Metrics {
         registry.register("attestations", "Callers that were attested", attestations.clone());
         registry.register("streams", "Open streams of workloads and sidecars", streams.clone());
         registry.register("callers_refused", "Callers that were refused, by reason", refused.clone());
+        let secrets_rejected = Counter::default();
+        registry.register("secrets_rejected", "Responses that Envoys have rejected", secrets_rejected.clone());
         // Without their names: whoever reaches the page would learn which identities this node's pods have.
         registry.register("svids", "SVIDs of workloads that are ready", svids.clone());
         registry.register(
@@ -134,6 +138,7 @@ impl Default for Metrics {
             signing_failures,
             attestations,
             streams,
+            secrets_rejected,
             refused,
             svids,
             first_expiry,

@@ -22,7 +22,7 @@ use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use crate::cache::Cached;
-use crate::config::Config;
+use crate::config::{Config, SdsConfig};
 use crate::node_attestor::{JoinToken, NodeAttestor};
 
 pub use fake_server::FakeServer;
@@ -153,6 +153,7 @@ pub fn config(dir: &Path, server: String, bundle: &TrustBundle, attestor: Arc<dy
         hash_limit: 0,
         foreign_namespaces: true,
         pods: None,
+        sds: SdsConfig::default(),
         metrics: None,
     }
 }

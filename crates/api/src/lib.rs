@@ -1,5 +1,5 @@
-//! Wire formats and transports: generated code for the SPIFFE Workload API, the SPIRE server API, `countersign.v1` and CSI,
-//! parsing conversions ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
+//! Wire formats and transports: generated code for the SPIFFE Workload API, the SPIRE server API, `countersign.v1`, CSI and
+//! Envoy's secret discovery service, parsing conversions ([`convert`]), and gRPC over TLS and Unix sockets ([`transport`], [`tls`]).
 
 pub mod accept;
 pub mod admission;
@@ -140,4 +140,36 @@ pub mod csi {
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod plugin_registration {
     tonic::include_proto!("pluginregistration");
+}
+
+/// Generated code of Envoy's secret discovery service (SDS v3).
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod sds {
+    tonic::include_proto!("envoy.service.secret.v3");
+
+    /// Type URL of [`Secret`], the type of every resource.
+    pub const SECRET_TYPE: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+    /// Type URL of [`SpiffeCertValidatorConfig`].
+    pub const SPIFFE_VALIDATOR_TYPE: &str =
+        "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig";
+    /// Name of Envoy's SPIFFE certificate validator (Envoy 1.18 and later).
+    pub const SPIFFE_VALIDATOR: &str = "envoy.tls.cert_validator.spiffe";
+
+    impl std::fmt::Debug for DataSource {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "DataSource({} bytes)", self.inline_bytes.len())
+        }
+    }
+
+    impl std::fmt::Debug for DiscoveryResponse {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "DiscoveryResponse(version {}, {} resources)", self.version_info, self.resources.len())
+        }
+    }
+
+    impl std::fmt::Debug for Resource {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "Resource({}, version {})", self.name, self.version)
+        }
+    }
 }

@@ -1,8 +1,11 @@
-//! The services on the agent's Unix socket: the SPIFFE Workload API, the directory, status and health.
+//! The services on the agent's Unix socket: the SPIFFE Workload API, Envoy's secret discovery service, the directory, status and
+//! health.
 
 pub mod directory;
 pub mod identities;
+pub mod secrets;
 mod status;
+mod streams;
 mod tokens;
 mod workload;
 
@@ -18,6 +21,7 @@ use countersign_api::peer::UnixPeer;
 use countersign_api::push::directory_server::DirectoryServer;
 use countersign_api::push::status_server::StatusServer;
 use countersign_api::sampled::{Sampled, Unsaid};
+use countersign_api::sds::secret_discovery_service_server::SecretDiscoveryServiceServer;
 use countersign_api::workload::spiffe_workload_api_server::SpiffeWorkloadApiServer;
 use countersign_identity::selector::SelectorSet;
 use futures::Stream;
@@ -72,8 +76,16 @@ struct Endpoint(Arc<Core>);
 const MAX_REQUEST_BYTES: usize = 16 * 1024;
 /// Longest request of the directory, in bytes: every address that one caller may follow.
 const MAX_RESOLVE_BYTES: usize = 256 * 1024;
-/// Method with a stream of requests.
-const RESOLVE: &str = "/countersign.v1.Directory/Resolve";
+/// Longest request for secrets, in bytes. An Envoy lists all its extensions in each first request of a stream.
+const MAX_SECRETS_BYTES: usize = 256 * 1024;
+/// Methods with a stream of requests.
+const STREAMS: [&str; 3] = [
+    "/countersign.v1.Directory/Resolve",
+    "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
+    "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
+];
+/// The method with one request that may be as long as theirs.
+const FETCH_SECRETS: &str = "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets";
 
 /// Bounds on callers' calls, by their users: whoever may enter the socket's folder may call. Calls that are open
 /// take half of the agent's memory at most, one that is not whole as much as its request may have.
@@ -81,11 +93,12 @@ pub fn bounds() -> impl Fn(&http::Request<Body>) -> Judged<LocalSource> + Clone 
     let limits = |name, total, per_group| Limits { name, total, per_group };
     let total = calls::that_fit(24_576);
     let open = limits("open calls", total, total / 3 * 2);
-    let resolve = Calls::new(open, limits("unfinished directory requests", 256, 64));
+    let long = Calls::new(open, limits("unfinished long requests", 256, 64));
     let other = Calls::new(open, limits("unfinished requests", 2_048, 256));
     move |request| {
-        let streams = request.uri().path() == RESOLVE;
-        let calls = if streams { &resolve } else { &other }.clone();
+        let path = request.uri().path();
+        let streams = STREAMS.contains(&path);
+        let calls = if streams || path == FETCH_SECRETS { &long } else { &other }.clone();
         Judged { calls, source: LocalSource::of(request), streams }
     }
 }
@@ -98,6 +111,7 @@ pub async fn routes(core: &Arc<Core>) -> Routes {
     Routes::new(health)
         .add_service(SpiffeWorkloadApiServer::new(endpoint.clone()).max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(MAX_RESOLVE_BYTES))
+        .add_service(SecretDiscoveryServiceServer::new(endpoint.clone()).max_decoding_message_size(MAX_SECRETS_BYTES))
         .add_service(StatusServer::new(endpoint).max_decoding_message_size(MAX_REQUEST_BYTES))
 }
 
@@ -267,7 +281,24 @@ pub mod tests {
 
     /// A log in memory.
     #[derive(Clone, Default)]
-    struct Log(Arc<Mutex<Vec<u8>>>);
+    pub struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Log {
+        pub fn text(&self) -> String {
+            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+        }
+    }
+
+    /// What this thread logs from now on, until the rest is dropped.
+    pub fn log() -> (Log, (tracing::Dispatch, tracing::subscriber::DefaultGuard)) {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        // While there is one subscriber alone, a thread without it, such as another test's, that comes to a log statement first
+        // switches the statement off for all threads.
+        let second = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
+        (log, (second, tracing::subscriber::set_default(subscriber)))
+    }
 
     impl Write for Log {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -310,13 +341,7 @@ pub mod tests {
         let (caller, _other_end) = tokio::net::UnixStream::pair().unwrap();
         let mut request = Request::new(());
         request.extensions_mut().insert(peer_credentials(&caller).unwrap());
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-        // While there is one subscriber alone, a thread without it, such as another test's, that comes to a log statement first
-        // switches the statement off for all threads.
-        let _second = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
-        let _guard = tracing::subscriber::set_default(subscriber);
+        let (log, _logging) = log();
         let began = Instant::now();
         for _ in 0..1_000 {
             tracing::callsite::rebuild_interest_cache();
@@ -324,7 +349,7 @@ pub mod tests {
             assert_eq!(core.identities(&attested).err().unwrap().code(), tonic::Code::PermissionDenied);
         }
         core.tell_unsaid(Instant::now() + Duration::from_secs(3_600));
-        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let text = log.text();
         // Twenty lines in each window of ten seconds, and one that tells of the rest.
         let windows = usize::try_from(began.elapsed().as_secs() / 10).unwrap() + 1;
         for kind in ["caller attested", "no identity issued"] {

@@ -10,13 +10,14 @@ use countersign_api::workload::{
     JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
     ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest, X509svidResponse,
 };
-use countersign_identity::{BundleSet, TrustBundle, jwt_svid};
+use countersign_identity::{BundleSet, TrustBundle, X509Svid, jwt_svid};
+use time::OffsetDateTime;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::streams::Feed;
 use super::tokens::Asked;
-use super::{Attested, BoxStream, Core, Endpoint, last_word};
+use super::{Attested, BoxStream, Core, Endpoint};
 use crate::cache::Cached;
 use crate::claims::to_struct;
 
@@ -35,7 +36,7 @@ fn check_header<T>(request: &Request<T>) -> Result<(), Status> {
 }
 
 /// The content of a stream. Each message is a complete state.
-trait Feed: Send + Sync + 'static {
+trait Content: Send + Sync + 'static {
     type Message: Clone + PartialEq + Send + 'static;
     /// The current message; `None` if it is not ready yet.
     fn message(core: &Core, identities: &[Cached]) -> Option<Self::Message>;
@@ -43,7 +44,7 @@ trait Feed: Send + Sync + 'static {
 
 struct Svids;
 
-impl Feed for Svids {
+impl Content for Svids {
     type Message = X509svidResponse;
 
     fn message(core: &Core, identities: &[Cached]) -> Option<X509svidResponse> {
@@ -52,9 +53,7 @@ impl Feed for Svids {
         let bundle = state.bundle.as_ref()?;
         let identities = in_order(identities);
         let mut hints = std::collections::HashSet::new();
-        let svids: Vec<X509svid> = identities
-            .iter()
-            .filter_map(|c| Some((c, c.svid.as_ref().filter(|s| !s.is_expired(now))?)))
+        let svids: Vec<X509svid> = ready(&identities, now)
             // Hints are unique within a response: the first of two equal ones counts (SPIFFE Workload API 5.2.1).
             .filter(|(c, _)| c.entry.hint.is_empty() || hints.insert(&c.entry.hint))
             .map(|(c, svid)| X509svid {
@@ -80,9 +79,17 @@ pub(super) fn in_order(identities: &[Cached]) -> Vec<&Cached> {
     identities
 }
 
+/// Those of them whose SVID is signed and not expired.
+pub(super) fn ready<'a>(
+    identities: &[&'a Cached],
+    now: OffsetDateTime,
+) -> impl Iterator<Item = (&'a Cached, &'a Arc<X509Svid>)> {
+    identities.iter().filter_map(move |c| Some((*c, c.svid.as_ref().filter(|s| !s.is_expired(now))?)))
+}
+
 struct Bundles;
 
-impl Feed for Bundles {
+impl Content for Bundles {
     type Message = X509BundlesResponse;
 
     fn message(core: &Core, identities: &[Cached]) -> Option<X509BundlesResponse> {
@@ -98,7 +105,7 @@ impl Feed for Bundles {
 
 struct JwtBundles;
 
-impl Feed for JwtBundles {
+impl Content for JwtBundles {
     type Message = JwtBundlesResponse;
 
     fn message(core: &Core, identities: &[Cached]) -> Option<JwtBundlesResponse> {
@@ -139,73 +146,63 @@ fn told(
     claims
 }
 
-fn federated<'a>(state: &'a crate::cache::State, identities: &[&Cached]) -> impl Iterator<Item = &'a Arc<TrustBundle>> {
+pub(super) fn federated<'a>(
+    state: &'a crate::cache::State,
+    identities: &[&Cached],
+) -> impl Iterator<Item = &'a Arc<TrustBundle>> {
     let wanted: std::collections::BTreeSet<String> =
         identities.iter().flat_map(|c| c.entry.federates_with.iter().map(ToString::to_string)).collect();
     state.federated.iter().filter(move |(td, _)| wanted.contains(*td)).map(|(_, b)| b)
 }
 
 /// Those with X.509 authorities: an empty list of certificates is no bundle, and some clients refuse the whole message for it.
-fn with_certificates<'a>(
+pub(super) fn with_certificates<'a>(
     bundles: impl Iterator<Item = &'a Arc<TrustBundle>>,
 ) -> impl Iterator<Item = &'a Arc<TrustBundle>> {
     bundles.filter(|bundle| !bundle.authorities.is_empty())
 }
 
-impl Endpoint {
-    fn stream<F: Feed>(&self, mut attested: Attested) -> BoxStream<F::Message> {
-        let (tx, rx) = mpsc::channel(1);
-        let core = self.0.clone();
-        self.0.tasks.spawn(async move {
-            core.metrics.streams.inc();
-            let mut sent = None;
-            let ended = loop {
-                tokio::select! {
-                    ended = feed::<F>(&core, &attested, &mut sent, &tx) => break ended,
-                    status = core.caller_changed(&attested) => break Some(status),
-                    whole = core.completed(&attested) => match whole {
-                        Ok(whole) => attested = whole,
-                        Err(status) => break Some(status),
-                    },
-                    () = core.shutdown.cancelled() => break Some(Status::unavailable("the agent is shutting down")),
-                }
-            };
-            core.metrics.streams.dec();
-            if let Some(status) = ended {
-                last_word(&tx, status).await;
-            }
-        });
-        Box::pin(ReceiverStream::new(rx))
+/// A stream of one content: each message that differs from the one that was sent last.
+struct Complete<C: Content> {
+    sent: Option<C::Message>,
+}
+
+impl<C: Content> Default for Complete<C> {
+    fn default() -> Self {
+        Self { sent: None }
     }
 }
 
-/// Sends each message that differs from the one that was `sent` last, until the caller disconnects (`None`) or no longer has an
-/// identity.
-async fn feed<F: Feed>(
-    core: &Core,
-    attested: &Attested,
-    sent: &mut Option<F::Message>,
-    tx: &mpsc::Sender<Result<F::Message, Status>>,
-) -> Option<Status> {
-    let mut versions = core.cache.versions();
-    let patience = tokio::time::sleep(FIRST_SVID_PATIENCE);
-    tokio::pin!(patience);
-    loop {
-        versions.mark_unchanged();
-        match core.identities(attested) {
-            Err(status) => return Some(status),
-            Ok(identities) => {
-                let message = F::message(core, &identities);
-                if message.is_some() && message != *sent {
-                    tx.send(Ok(message.clone()?)).await.ok()?;
-                    *sent = message;
+#[async_trait]
+impl<C: Content> Feed for Complete<C> {
+    type Message = C::Message;
+
+    async fn feed(
+        &mut self,
+        core: &Core,
+        attested: &Attested,
+        tx: &mpsc::Sender<Result<C::Message, Status>>,
+    ) -> Option<Status> {
+        let mut versions = core.cache.versions();
+        let patience = tokio::time::sleep(FIRST_SVID_PATIENCE);
+        tokio::pin!(patience);
+        loop {
+            versions.mark_unchanged();
+            match core.identities(attested) {
+                Err(status) => return Some(status),
+                Ok(identities) => {
+                    let message = C::message(core, &identities);
+                    if message.is_some() && message != self.sent {
+                        tx.send(Ok(message.clone()?)).await.ok()?;
+                        self.sent = message;
+                    }
                 }
             }
-        }
-        tokio::select! {
-            changed = versions.changed() => changed.ok()?,
-            () = tx.closed() => return None,
-            () = &mut patience, if sent.is_none() => return Some(Status::unavailable("the SVID is not signed yet; is the server reachable from the agent?")),
+            tokio::select! {
+                changed = versions.changed() => changed.ok()?,
+                () = tx.closed() => return None,
+                () = &mut patience, if self.sent.is_none() => return Some(Status::unavailable("the SVID is not signed yet; is the server reachable from the agent?")),
+            }
         }
     }
 }
@@ -223,7 +220,7 @@ impl SpiffeWorkloadApi for Endpoint {
         check_header(&request)?;
         let attested = self.0.attest(&request).await?;
         self.0.identities(&attested)?;
-        Ok(Response::new(self.stream::<Svids>(attested)))
+        Ok(Response::new(self.stream(attested, Complete::<Svids>::default())))
     }
 
     async fn fetch_x509_bundles(
@@ -233,7 +230,7 @@ impl SpiffeWorkloadApi for Endpoint {
         check_header(&request)?;
         let attested = self.0.attest(&request).await?;
         self.0.identities(&attested)?;
-        Ok(Response::new(self.stream::<Bundles>(attested)))
+        Ok(Response::new(self.stream(attested, Complete::<Bundles>::default())))
     }
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
@@ -250,7 +247,7 @@ impl SpiffeWorkloadApi for Endpoint {
         check_header(&request)?;
         let attested = self.0.attest(&request).await?;
         self.0.identities(&attested)?;
-        Ok(Response::new(self.stream::<JwtBundles>(attested)))
+        Ok(Response::new(self.stream(attested, Complete::<JwtBundles>::default())))
     }
 
     async fn validate_jwtsvid(

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use countersign_agent::Config;
-use countersign_agent::config::{Kubelet, NodeName, PodSources, Sources};
+use countersign_agent::config::{Kubelet, NodeName, PodSources, SdsConfig, Sources};
 use countersign_agent::node_attestor::{JoinToken, K8sPsat, NodeAttestor, X509Pop};
+use countersign_agent::{Config, SecretNames};
 use countersign_api::clock::system_clock;
 use countersign_api::files::read_bounded;
 use countersign_identity::KeyType;
@@ -114,6 +114,19 @@ pub struct AgentSettings {
     /// uids.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     foreign_namespaces: Option<bool>,
+    /// Name by which Envoys ask for their default SVID [default: default].
+    #[arg(long, value_name = "NAME")]
+    sds_default_svid_name: Option<String>,
+    /// Name by which Envoys ask for the trust domain's own bundle [default: ROOTCA].
+    #[arg(long, value_name = "NAME")]
+    sds_default_bundle_name: Option<String>,
+    /// Name by which Envoys ask for all bundles, federated ones included [default: ALL].
+    #[arg(long, value_name = "NAME")]
+    sds_default_all_bundles_name: Option<String>,
+    /// Give Envoys bundles without Envoy's SPIFFE certificate validator, unless their node metadata says otherwise. Such an Envoy
+    /// accepts any certificate that chains to the bundle.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    sds_disable_spiffe_cert_validation: Option<bool>,
     /// Serve /metrics, /ready and /live on this address [default: off].
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
@@ -124,7 +137,8 @@ impl AgentSettings {
         merge!(self, file, {
             trust_domain, server, socket, socket_link, data_dir, trust_bundle, join_token_file, x509pop_cert, x509pop_key, k8s_psat_cluster,
             k8s_psat_token, node_name, kubelet, kubelet_ca, kubelet_token, namespace_labels, workload_key_type, live_settings,
-            sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, metrics,
+            sync_interval, discover_workload_path, workload_size_limit, foreign_namespaces, sds_default_svid_name,
+            sds_default_bundle_name, sds_default_all_bundles_name, sds_disable_spiffe_cert_validation, metrics,
         })
     }
 
@@ -170,6 +184,19 @@ impl AgentSettings {
                 kubelet(self.kubelet, self.kubelet_ca, self.kubelet_token)?,
                 self.namespace_labels.unwrap_or(false),
             )?,
+            sds: SdsConfig {
+                names: SecretNames::new(
+                    self.sds_default_svid_name,
+                    self.sds_default_bundle_name,
+                    self.sds_default_all_bundles_name,
+                )
+                .map_err(|e| {
+                    Mistake(format!(
+                        "--sds-default-svid-name, --sds-default-bundle-name, --sds-default-all-bundles-name: {e}"
+                    ))
+                })?,
+                disable_spiffe_validation: self.sds_disable_spiffe_cert_validation.unwrap_or(false),
+            },
             metrics: self.metrics,
         };
         Ok((config, follow))
@@ -329,6 +356,10 @@ mod tests {
             "discover_workload_path",
             "workload_size_limit",
             "foreign_namespaces",
+            "sds_default_svid_name",
+            "sds_default_bundle_name",
+            "sds_default_all_bundles_name",
+            "sds_disable_spiffe_cert_validation",
             "metrics",
         ] {
             assert!(text.contains(&format!("{key}:")), "{key} is not in the example");
