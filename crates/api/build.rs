@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "spire/svid.proto",
         "spire/bundle.proto",
         "spire/localauthority.proto",
+        "spire/trustdomain.proto",
         "countersign/v1.proto",
         "csi/v1.proto",
         "csi/registration.proto",

@@ -16,7 +16,7 @@ pub mod datastore;
 pub mod directory;
 mod endpoints;
 pub mod entries;
-pub mod federated;
+pub mod federation;
 mod housekeeping;
 pub mod key_manager;
 pub mod metrics;
@@ -43,7 +43,10 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{BundleConfigMap, Config, Issuance, KeyManagerKind, MIN_SVID_TTL, PsatCluster, UpstreamDisk};
+pub use config::{
+    BundleConfigMap, BundleEndpoint, CertificateFiles, Config, EndpointAuthentication, Issuance, KeyManagerKind,
+    MIN_SVID_TTL, PsatCluster, UpstreamDisk,
+};
 
 use crate::core::Core;
 use crate::data_dir::DataDir;
@@ -84,6 +87,9 @@ pub enum ServerError {
     /// There is no Kubernetes configuration; holds the client's error.
     #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
     Kubernetes(String),
+    /// The files of the bundle endpoint's certificate cannot be used.
+    #[error(transparent)]
+    Certificate(#[from] federation::CertificateError),
     /// The server's own TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] countersign_api::tls::TlsError),
@@ -112,6 +118,10 @@ pub async fn run(
         Some(bind) => Some(TcpListener::bind(bind).await.map_err(io("listen on", bind))?),
         None => None,
     };
+    let bundle_endpoint = match &config.bundle_endpoint {
+        Some(endpoint) => Some(federation::endpoint::Listening::new(endpoint).await?),
+        None => None,
+    };
     // A server that fails to start must not leave its socket behind.
     let socket = config.admin_socket.clone();
     let assembled = async {
@@ -124,6 +134,12 @@ pub async fn run(
     if let Some(listener) = metrics {
         let core = core.clone();
         core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
+    }
+    if let Some(endpoint) = bundle_endpoint {
+        if let Ok(address) = endpoint.address() {
+            tracing::info!(%address, "bundle endpoint ready");
+        }
+        endpoint.serve(&core, &own);
     }
     housekeeping::start(&core, &own);
     for publisher in &core.publishers {
@@ -220,7 +236,9 @@ async fn assemble_on(
     Ok(Core {
         entries: entries::Entries::load(store.clone(), &td, clock()).await.map_err(store_error)?,
         agents: agents::Agents::load(store.clone()).await.map_err(store_error)?,
-        federated: federated::FederatedBundles::load(store.clone(), &td).await.map_err(store_error)?,
+        federated: federation::bundles::FederatedBundles::load(store.clone(), &td).await.map_err(store_error)?,
+        relationships: federation::relationships::Relationships::load(store.clone(), &td).await.map_err(store_error)?,
+        refresher: federation::refresh::Refresher::default(),
         directory: directory::Directory::default(),
         metrics: metrics::Metrics::default(),
         refusals: refusals::Refusals::default(),

@@ -56,6 +56,7 @@ pub fn config(dir: &Path) -> Config {
         k8s_psat: None,
         k8s_bundle: None,
         k8s_webhook_label: None,
+        bundle_endpoint: None,
         audit_log: Some(dir.join("audit.log")),
         metrics: None,
         reopen: Default::default(),

@@ -142,7 +142,8 @@ async fn closed(stream: &mut TcpStream) {
 #[tokio::test]
 async fn heads_idle_connections_and_whole_lives_have_an_end() {
     let ms = Duration::from_millis;
-    let served = served_within(Deadlines { head: ms(300), life: ms(1_000), last_answer: ms(100) }).await;
+    let served =
+        served_within(Deadlines { handshake: ms(300), head: ms(300), life: ms(1_000), last_answer: ms(100) }).await;
     let began = std::time::Instant::now();
     let (mut silent, mut idle) = (dial(STRANGER, served.at).await, dial(STRANGER, served.at).await);
     ask(&mut idle, "/ready").await.unwrap();

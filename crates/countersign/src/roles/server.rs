@@ -206,6 +206,7 @@ impl ServerSettings {
             k8s_psat,
             k8s_bundle: self.k8s_bundle_configmap.as_deref().map(config_map).transpose()?,
             k8s_webhook_label: self.k8s_webhook_label.map(label).transpose()?,
+            bundle_endpoint: None,
             audit_log: self.audit_log,
             metrics: self.metrics,
             reopen: Reopen::default(),

@@ -187,7 +187,7 @@ mod tests {
         let bundle = countersign_identity::TrustBundle::clone(&core.authorities.bundle().borrow());
         let trust_domain = countersign_identity::TrustDomain::new("partner").unwrap();
         let foreign = countersign_identity::TrustBundle { trust_domain, ..bundle };
-        core.federated.set(foreign, crate::federated::Expect::Any).await.unwrap();
+        core.federated.set(foreign, crate::federation::bundles::Expect::Any).await.unwrap();
         assert!(open.next().await.unwrap().unwrap().snapshot);
     }
 

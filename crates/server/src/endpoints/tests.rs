@@ -176,7 +176,7 @@ async fn our_own_bundle_cannot_be_deleted_as_a_foreign_one() {
         assert_eq!(core.store.bundles().await.unwrap()[0].value, *own);
     }
     let stolen = TrustBundle { trust_domain: td(), ..foreign_bundle() };
-    assert!(core.federated.set(stolen, crate::federated::Expect::Any).await.is_err());
+    assert!(core.federated.set(stolen, crate::federation::bundles::Expect::Any).await.is_err());
     assert_eq!(core.store.bundles().await.unwrap().len(), 1);
 }
 
