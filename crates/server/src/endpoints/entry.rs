@@ -106,9 +106,24 @@ impl Endpoint {
         }
     }
 
+    /// Refuses to federate with a trust domain whose bundle is not here (SPIRE): its workloads would be refused, and nobody told why.
+    /// What the entry had `before` is not judged.
+    fn check_federated(&self, entry: &Entry, before: Option<&Entry>) -> Result<(), Status> {
+        let had = |td| before.is_some_and(|before| before.federates_with.contains(td));
+        let known = self.0.federated.all();
+        match entry.federates_with.iter().find(|td| !had(td) && !known.contains_key(td.as_str())) {
+            Some(td) => Err(Status::failed_precondition(format!(
+                "federates_with: no bundle of `{td}` is here; federate with it first (`countersign federation create`), or set its \
+                 bundle (`countersign bundle set`)"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn parse_new(&self, wire: types::Entry) -> Result<Entry, Status> {
         let mut entry = entry_from_wire(wire, fresh_entry_id).map_err(invalid)?;
         self.check(&entry)?;
+        self.check_federated(&entry, None)?;
         entry.revision = 0;
         entry.created_at = self.0.now();
         Ok(entry)
@@ -136,6 +151,7 @@ async fn update(
         let merged = masks::update_entry(entry_to_wire(before), wire.clone(), mask);
         let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
         endpoint.check(&entry)?;
+        endpoint.check_federated(&entry, Some(before))?;
         Ok(entry)
     };
     let entry = endpoint.0.entries.update(&id, change).await.map_err(|error| match error {

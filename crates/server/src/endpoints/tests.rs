@@ -35,7 +35,7 @@ fn foreign_bundle() -> TrustBundle {
     TrustBundle { authorities, sequence: 1, ..TrustBundle::empty(partner) }
 }
 
-fn entry() -> Entry {
+pub fn entry() -> Entry {
     Entry {
         id: "e".parse().unwrap(),
         spiffe_id: SpiffeId::new("spiffe://td/e").unwrap(),
@@ -195,4 +195,34 @@ async fn refused_attestations_of_one_network_leave_one_short_line_and_a_count() 
     assert_eq!(told.len(), 2, "{told:?}");
     assert!(told[0].len() < 8_000, "{}", told[0].len());
     assert!(told[1].contains("999 more refused attestations") && told[1].contains("2001:db8::/64"), "{}", told[1]);
+}
+
+#[tokio::test]
+async fn an_entry_federates_only_with_trust_domains_whose_bundle_is_here() {
+    let dir = tempfile::tempdir().unwrap();
+    let core = server(&dir).await;
+    let endpoint = Endpoint(core.clone());
+    let create = async || {
+        let request = BatchCreateEntryRequest { entries: vec![entry_to_wire(&entry())], ..Default::default() };
+        let answer = endpoint.batch_create_entry(local(request)).await.unwrap().into_inner();
+        answer.results[0].status.clone().unwrap()
+    };
+    let refused = create().await;
+    assert_eq!(refused.code, i32::from(Code::FailedPrecondition));
+    assert!(refused.message.contains("no bundle of `partner`") && core.entries.is_empty(), "{}", refused.message);
+    core.federated.set(foreign_bundle(), crate::federation::bundles::Expect::New).await.unwrap();
+    assert_eq!(create().await.code, 0);
+    let update = async |change: Entry, mask: Option<types::EntryMask>| {
+        let entries = vec![entry_to_wire(&change)];
+        let request = BatchUpdateEntryRequest { entries, input_mask: mask, ..Default::default() };
+        let answer = endpoint.batch_update_entry(local(request)).await.unwrap().into_inner();
+        answer.results[0].status.clone().unwrap().code
+    };
+    let more = ["partner", "unknown"].map(|td| TrustDomain::new(td).unwrap()).into();
+    let with_more = Entry { federates_with: more, ..entry() };
+    assert_eq!(update(with_more.clone(), None).await, i32::from(Code::FailedPrecondition));
+    assert_eq!(core.entries.get(&entry().id).unwrap().federates_with, entry().federates_with);
+    // What is not being changed is not judged.
+    let hint = types::EntryMask { hint: true, ..Default::default() };
+    assert_eq!(update(Entry { hint: "h".into(), ..with_more }, Some(hint)).await, 0);
 }
