@@ -92,7 +92,16 @@ impl Default for Metrics {
             own_expiry.clone(),
         );
         let federation = FederationMetrics::default();
-        federation.register(&mut registry);
+        registry.register(
+            "federation_last_refresh_timestamp_seconds",
+            "When the bundle of each federation relationship was last fetched, seconds since 1970; 0 for not yet",
+            federation.last_success.clone(),
+        );
+        registry.register(
+            "federation_refresh_failures",
+            "Fetches of foreign bundles that failed, by trust domain",
+            federation.failures.clone(),
+        );
         Self {
             registry,
             signed,

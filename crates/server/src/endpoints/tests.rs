@@ -18,7 +18,13 @@ use countersign_api::spire::localauthority::{
     ActivateJwtAuthorityRequest, ActivateX509AuthorityRequest, PrepareJwtAuthorityRequest, PrepareX509AuthorityRequest,
     RevokeJwtAuthorityRequest, RevokeX509AuthorityRequest, TaintJwtAuthorityRequest, TaintX509AuthorityRequest,
 };
+use countersign_api::spire::trustdomain::trust_domain_server::TrustDomain as TrustDomainService;
+use countersign_api::spire::trustdomain::{
+    BatchCreateFederationRelationshipRequest, BatchDeleteFederationRelationshipRequest,
+    BatchUpdateFederationRelationshipRequest,
+};
 use countersign_api::spire::types;
+use countersign_api::spire::types::federation_relationship::BundleEndpointProfile;
 use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Authority};
 
 use super::*;
@@ -67,7 +73,10 @@ async fn agree(core: &Core, store: &dyn DataStore) -> bool {
     let federated: Vec<_> = core.federated.all().values().map(|b| TrustBundle::clone(b)).collect();
     let bundle = TrustBundle::clone(&core.authorities.bundle().borrow());
     let journal = store.authorities().await.unwrap().value;
-    agents == core.agents.list()
+    let relationships = store.relationships().await.unwrap().into_iter().map(|r| r.value).collect::<Vec<_>>();
+    let related: Vec<_> = core.relationships.all().values().map(|r| r.as_ref().clone()).collect();
+    relationships == related
+        && agents == core.agents.list()
         && entries == known
         && foreign == federated
         && own == [bundle]
@@ -129,6 +138,30 @@ async fn a_call_that_is_cut_off_at_its_commit_leaves_memory_as_the_store_is() {
     let delete = BatchDeleteEntryRequest { ids: vec!["e".into()] };
     world.cut_off("delete", endpoint.batch_delete_entry(local(delete))).await;
     assert!(world.core.entries.is_empty() && world.core.agents.standing(&banned).is_err());
+}
+
+#[tokio::test]
+async fn a_relationships_change_that_is_cut_off_holds_with_its_bundle() {
+    let world = World::new().await;
+    let endpoint = &world.endpoint;
+    let relationship = |bundle: Option<TrustBundle>| types::FederationRelationship {
+        trust_domain: "partner".into(),
+        bundle_endpoint_url: "https://partner.test/".into(),
+        bundle_endpoint_profile: Some(BundleEndpointProfile::HttpsWeb(types::HttpsWebProfile {})),
+        trust_domain_bundle: bundle.map(|b| bundle_to_wire(&b)),
+    };
+    let one = vec![relationship(Some(foreign_bundle()))];
+    let create = BatchCreateFederationRelationshipRequest { federation_relationships: one, output_mask: None };
+    world.cut_off("create", endpoint.batch_create_federation_relationship(local(create))).await;
+    assert_eq!((world.core.relationships.all().len(), world.core.federated.all().len()), (1, 1));
+    let next = foreign_bundle();
+    let one = vec![relationship(Some(next.clone()))];
+    let update = BatchUpdateFederationRelationshipRequest { federation_relationships: one, ..Default::default() };
+    world.cut_off("update", endpoint.batch_update_federation_relationship(local(update))).await;
+    assert_eq!(world.core.federated.get("partner").unwrap().authorities, next.authorities);
+    let delete = BatchDeleteFederationRelationshipRequest { trust_domains: vec!["partner".into()] };
+    world.cut_off("delete", endpoint.batch_delete_federation_relationship(local(delete))).await;
+    assert!(world.core.relationships.all().is_empty());
 }
 
 #[tokio::test]

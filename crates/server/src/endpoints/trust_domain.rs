@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use countersign_api::convert::{bundle_to_wire, trust_domain_from_wire};
+use countersign_api::portions::first_portion;
 use countersign_api::spire::trustdomain::trust_domain_server::TrustDomain as TrustDomainService;
 use countersign_api::spire::trustdomain::{
     BatchCreateFederationRelationshipRequest, BatchCreateFederationRelationshipResponse,
@@ -167,11 +168,19 @@ impl TrustDomainService for Endpoint {
         Caller::operator(&self.0, &request)?;
         let request = request.into_inner();
         let all = self.0.relationships.all().values().cloned().collect();
-        let (page, next_page_token) =
+        let (page, mut next_page_token) =
             paging::page(all, request.page_size, &request.page_token, |r: &Arc<Relationship>| {
                 r.trust_domain.to_string()
             });
-        let federation_relationships = page.iter().map(|r| self.relationship_to_wire(r, request.output_mask)).collect();
+        let mut federation_relationships: Vec<_> =
+            page.iter().map(|r| self.relationship_to_wire(r, request.output_mask)).collect();
+        // A page of large bundles is shorter: it must fit into a message.
+        federation_relationships.truncate(first_portion(&federation_relationships, page.len()));
+        if let Some(last) = federation_relationships.last()
+            && federation_relationships.len() < page.len()
+        {
+            next_page_token.clone_from(&last.trust_domain);
+        }
         Ok(Response::new(ListFederationRelationshipsResponse { federation_relationships, next_page_token }))
     }
 

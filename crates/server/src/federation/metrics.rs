@@ -5,7 +5,6 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
 use time::OffsetDateTime;
 
 /// The label `trust_domain`: the foreign one.
@@ -17,25 +16,13 @@ pub struct ForeignLabels {
 /// Metrics of all relationships.
 #[derive(Default)]
 pub struct FederationMetrics {
-    last_success: Family<ForeignLabels, Gauge>,
-    failures: Family<ForeignLabels, Counter>,
+    /// When each bundle was last fetched, seconds since 1970.
+    pub last_success: Family<ForeignLabels, Gauge>,
+    /// Fetches that failed.
+    pub failures: Family<ForeignLabels, Counter>,
 }
 
 impl FederationMetrics {
-    /// Adds them to a registry.
-    pub fn register(&self, registry: &mut Registry) {
-        registry.register(
-            "federation_last_refresh_timestamp_seconds",
-            "When the bundle of each federation relationship was last fetched, seconds since 1970; 0 for not yet",
-            self.last_success.clone(),
-        );
-        registry.register(
-            "federation_refresh_failures",
-            "Fetches of foreign bundles that failed, by trust domain",
-            self.failures.clone(),
-        );
-    }
-
     /// A relationship is followed from now on.
     pub fn begin(&self, trust_domain: &str) {
         drop(self.last_success.get_or_create(&labels(trust_domain)));

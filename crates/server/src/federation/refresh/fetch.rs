@@ -15,8 +15,8 @@ use crate::federation::relationship::{EndpointUrl, UrlError};
 
 /// Longest fetch, redirects included.
 pub const DEADLINE: Duration = Duration::from_secs(30);
-/// Longest document, in bytes: some hundred authorities.
-const MAX_DOCUMENT_BYTES: usize = 1024 * 1024;
+/// Longest document, in bytes: a hundred authorities, and still as many trust domains' bundles as an entry may name fit into a message.
+const MAX_DOCUMENT_BYTES: usize = 256 * 1024;
 /// Most redirects that are followed.
 const MAX_REDIRECTS: usize = 5;
 

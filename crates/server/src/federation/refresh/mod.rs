@@ -24,6 +24,8 @@ use super::bundles::SetError;
 use super::relationship::{Profile, Relationship};
 use crate::core::{Core, MAX_REASON};
 
+/// Attempts of one refresh, while others change the bundle that it would replace.
+const TRIES: usize = 3;
 /// Fetches at once; others wait for their turn.
 const FETCHES_AT_ONCE: usize = 16;
 
@@ -161,10 +163,17 @@ fn tell(core: &Core, relationship: &Relationship, told: &mut String, error: Opti
 /// Fetches the bundle of a relationship and stores it if it is another one. Returns the bundle that is stored then.
 pub async fn refresh(core: &Arc<Core>, relationship: &Arc<Relationship>) -> Result<Arc<TrustBundle>, RefreshError> {
     let name = relationship.trust_domain.as_str();
-    let refreshed = refresh_uncounted(core, relationship).await;
+    let mut refreshed = refresh_uncounted(core, relationship).await;
+    for _ in 1..TRIES {
+        match refreshed {
+            Err(RefreshError::Overtaken) if is_current(core, relationship) => {}
+            _ => break,
+        }
+        refreshed = refresh_uncounted(core, relationship).await;
+    }
     match &refreshed {
         // Its metrics went with it.
-        _ if core.relationships.get(&relationship.trust_domain).as_ref() != Some(relationship) => {}
+        _ if !is_current(core, relationship) => {}
         Ok(_) => core.metrics.federation.fetched(name, core.now()),
         Err(_) => core.metrics.federation.failed(name),
     }
@@ -198,7 +207,7 @@ async fn store(
     fetched: TrustBundle,
     before: Option<Arc<TrustBundle>>,
 ) -> Result<Arc<TrustBundle>, RefreshError> {
-    if core.relationships.get(&relationship.trust_domain).as_ref() != Some(relationship) {
+    if !is_current(core, relationship) {
         return Err(RefreshError::Overtaken);
     }
     let (sequence, last) = (fetched.sequence, before.as_ref().map_or(0, |b| b.sequence));
@@ -209,6 +218,11 @@ async fn store(
     let went_back = sequence != 0 && sequence < last;
     tracing::info!(%trust_domain, sequence = stored.sequence, went_back, authorities, jwt_authorities = keys, "bundle of a foreign trust domain refreshed");
     Ok(stored)
+}
+
+/// Whether the relationship is still the one that its trust domain has.
+fn is_current(core: &Core, relationship: &Arc<Relationship>) -> bool {
+    core.relationships.get(&relationship.trust_domain).as_ref() == Some(relationship)
 }
 
 /// Whether a fetched bundle is the one that is stored, which has a number of its own if its document has none.

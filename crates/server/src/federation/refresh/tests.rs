@@ -169,7 +169,7 @@ async fn no_answer_that_is_not_a_whole_bundle_takes_the_place_of_the_last_good_o
         ("not a SPIFFE bundle", ok("<html>")),
         ("not a SPIFFE bundle", ok("")),
         ("x5c", ok(r#"{"keys":[{"use":"x509-svid","kty":"EC","x5c":[]}]}"#)),
-        ("1048576 bytes", ok(&" ".repeat(1024 * 1024 + 1))),
+        ("262144 bytes", ok(&" ".repeat(256 * 1024 + 1))),
         ("up to its end", "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{".into()),
         ("404", "HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n".into()),
         ("204", "HTTP/1.1 204 No\r\n\r\n".into()),
@@ -229,6 +229,23 @@ async fn a_document_without_a_number_is_stored_once_and_a_number_may_go_back() {
     assert_eq!((first.sequence, first.refresh_hint), (6, Duration::from_secs(7)), "it counts on");
     assert!(Arc::ptr_eq(&refresh(&core, &with).await.unwrap(), &first));
     assert_eq!(refresh(&core, &with).await.unwrap().sequence, 3);
+}
+
+#[tokio::test]
+async fn an_endpoint_of_a_third_trust_domain_is_verified_by_that_ones_bundle_and_changes_its_own_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let core = server(&dir).await;
+    let served = TrustBundle { sequence: 4, ..crate::testing::bundle() };
+    let host = Wrong::start(|_, _| vec![ok(&bundle_document::write(&served))]).await;
+    let third = TrustDomain::new("third").unwrap();
+    let with = Relationship { trust_domain: third.clone(), ..relationship(host.at, "spiffe://partner/e") };
+    // Its own bundle vouches for nobody of `partner`.
+    let with = add(&core, with, Some(TrustBundle { trust_domain: third.clone(), ..host.bundle.clone() })).await;
+    assert!(matches!(refresh(&core, &with).await, Err(RefreshError::NoBundle { .. })));
+    core.federated.set(host.bundle.clone(), Expect::New).await.unwrap();
+    let refreshed = refresh(&core, &with).await.unwrap();
+    assert_eq!((&refreshed.trust_domain, &refreshed.authorities), (&third, &served.authorities));
+    assert_eq!(known(&core), host.bundle);
 }
 
 #[tokio::test]
