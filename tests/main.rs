@@ -9,6 +9,7 @@ mod bad_input;
 mod cni;
 mod docs;
 mod faults;
+mod federation;
 mod fidelity;
 mod first_minutes;
 mod machine;
