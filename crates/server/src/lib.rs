@@ -113,13 +113,13 @@ pub async fn run(
     let _data_dir = DataDir::take(&config.data_dir).map_err(io("use the data folder", config.data_dir.display()))?;
     let tcp = TcpListener::bind(config.bind).await.map_err(io("listen on", config.bind))?;
     let address = tcp.local_addr().map_err(io("listen on", config.bind))?;
+    let bundle_endpoint = match &config.bundle_endpoint {
+        Some(endpoint) => Some(federation::endpoint::Listening::new(endpoint).await?),
+        None => None,
+    };
     let unix = bind_unix(&config.admin_socket, 0o600).map_err(io("listen on", config.admin_socket.display()))?;
     let metrics = match config.metrics {
         Some(bind) => Some(TcpListener::bind(bind).await.map_err(io("listen on", bind))?),
-        None => None,
-    };
-    let bundle_endpoint = match &config.bundle_endpoint {
-        Some(endpoint) => Some(federation::endpoint::Listening::new(endpoint).await?),
         None => None,
     };
     // A server that fails to start must not leave its socket behind.

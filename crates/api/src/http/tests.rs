@@ -164,3 +164,21 @@ async fn heads_idle_connections_and_whole_lives_have_an_end() {
     closed(&mut waits).await;
     assert!((ms(1_000)..ms(2_000)).contains(&began.elapsed()), "{:?}", began.elapsed());
 }
+
+#[tokio::test]
+async fn a_handshake_that_never_ends_is_given_up() {
+    let ms = Duration::from_millis;
+    let deadlines = Deadlines { handshake: ms(200), ..DEADLINES };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let open = |stream: TcpStream| async move {
+        let never: io::Result<TcpStream> = std::future::pending().await;
+        drop(stream);
+        never
+    };
+    let serving = serve_opened(deadlines, TLS_LIMITS, open, listener, pages(|_| None), CancellationToken::new());
+    let _task = AbortOnDropHandle::new(tokio::spawn(serving));
+    let began = std::time::Instant::now();
+    closed(&mut dial(STRANGER, at).await).await;
+    assert!((ms(150)..ms(2_000)).contains(&began.elapsed()), "{:?}", began.elapsed());
+}
