@@ -26,7 +26,7 @@ enum Story {
     Backup,
 }
 
-const RUNNERS: [(&str, &str, Runner); 13] = [
+const RUNNERS: [(&str, &str, Runner); 21] = [
     (
         "README.md",
         "cargo run -- up --verify",
@@ -120,6 +120,92 @@ const RUNNERS: [(&str, &str, Runner); 13] = [
                 "countersign server --trust-domain example.org --upstream-spire root.example.org:8081 --upstream-spire-workload-api /run/countersign/agent.sock",
                 "tests/nested.rs",
                 r#"&["--upstream-spire", &address, "--upstream-spire-workload-api", &node.socket]"#,
+            ),
+        ]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign server --trust-domain here.example --bundle-endpoint 0.0.0.0:8443",
+        Runner::There(&[(
+            "countersign server --trust-domain here.example --bundle-endpoint 0.0.0.0:8443",
+            "tests/federation.rs",
+            r#""--bundle-endpoint", &endpoint]"#,
+        )]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign bundle show --format spiffe > here.json",
+        Runner::There(&[(
+            "countersign bundle show --format spiffe > here.json",
+            "tests/federation.rs",
+            r#"["bundle", "show", "--format", "spiffe"]"#,
+        )]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign federation create --trust-domain partner.example --bundle-endpoint-url https://partner.example:8443 --endpoint-spiffe-id spiffe://partner.example/spire/server --trust-domain-bundle-path partner.json --trust-domain-bundle-format spiffe",
+        Runner::There(&[(
+            "countersign federation create --trust-domain partner.example --bundle-endpoint-url https://partner.example:8443 --endpoint-spiffe-id spiffe://partner.example/spire/server --trust-domain-bundle-path partner.json --trust-domain-bundle-format spiffe",
+            "tests/federation.rs",
+            r#"["federation", "create", "--trust-domain", name"#,
+        )]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign federation refresh --trust-domain partner.example",
+        Runner::There(&[
+            (
+                "countersign federation refresh --trust-domain partner.example",
+                "tests/federation.rs",
+                r#"["federation", "refresh", "--trust-domain""#,
+            ),
+            (
+                "countersign federation show --trust-domain partner.example",
+                "tests/federation.rs",
+                r#"["federation", "show", "--trust-domain""#,
+            ),
+        ]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign entry update --id ID --federates-with partner.example",
+        Runner::There(&[(
+            "countersign entry update --id ID --federates-with partner.example",
+            "tests/workload_api.rs",
+            r#"["entry", "update", "--id""#,
+        )]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign server --trust-domain here.example --bundle-endpoint 0.0.0.0:8443 --bundle-endpoint-cert web.crt --bundle-endpoint-key web.key",
+        Runner::There(&[(
+            "countersign server --trust-domain here.example --bundle-endpoint 0.0.0.0:8443 --bundle-endpoint-cert web.crt --bundle-endpoint-key web.key",
+            "tests/federation.rs",
+            r#"["--bundle-endpoint-cert""#,
+        )]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign federation create --trust-domain partner.example --bundle-endpoint-url https://partner.example:8443 --bundle-endpoint-profile https_web",
+        Runner::There(&[(
+            "countersign federation create --trust-domain partner.example --bundle-endpoint-url https://partner.example:8443 --bundle-endpoint-profile https_web",
+            "tests/federation.rs",
+            r#""--bundle-endpoint-profile", "https_web"]"#,
+        )]),
+    ),
+    (
+        "docs/federation.md",
+        "countersign federation delete --trust-domain partner.example",
+        Runner::There(&[
+            (
+                "countersign federation delete --trust-domain partner.example",
+                "tests/federation.rs",
+                r#"["federation", "delete", "--trust-domain""#,
+            ),
+            (
+                "countersign bundle delete --trust-domain partner.example --mode dissociate",
+                "tests/federation.rs",
+                r#"["bundle", "delete", "--trust-domain", PARTNER]"#,
             ),
         ]),
     ),

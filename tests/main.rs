@@ -10,6 +10,7 @@ mod cni;
 mod docs;
 mod envoy;
 mod faults;
+mod federation;
 mod fidelity;
 mod first_minutes;
 mod machine;

@@ -18,6 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "spire/localauthority.proto",
         "spire/logger.proto",
         "spire/debug.proto",
+        "spire/trustdomain.proto",
         "countersign/v1.proto",
         "csi/v1.proto",
         "csi/registration.proto",

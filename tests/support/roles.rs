@@ -113,12 +113,25 @@ pub struct Server {
     pub dir: PathBuf,
     /// Where agents connect.
     pub address: SocketAddr,
+    /// Its trust domain.
+    pub trust_domain: String,
+    variable: Option<(&'static str, PathBuf)>,
     args: Vec<String>,
 }
 
 impl Server {
     /// Starts one; `more` goes to its command line.
     pub fn start(dir: &Path, more: &[&str]) -> Self {
+        Self::start_as(dir, TD, more)
+    }
+
+    /// Starts one for this trust domain.
+    pub fn start_as(dir: &Path, trust_domain: &str, more: &[&str]) -> Self {
+        Self::start_in(dir, trust_domain, more, None)
+    }
+
+    /// The same with a variable in its environment.
+    pub fn start_in(dir: &Path, trust_domain: &str, more: &[&str], variable: Option<(&'static str, PathBuf)>) -> Self {
         let address: SocketAddr = format!("127.0.0.1:{}", free_port()).parse().unwrap();
         let place = |n: &str| dir.join(n).display().to_string();
         let (bind, socket, data, audit) =
@@ -126,7 +139,7 @@ impl Server {
         let args = [
             "server",
             "--trust-domain",
-            TD,
+            trust_domain,
             "--bind",
             &bind,
             "--socket",
@@ -137,7 +150,8 @@ impl Server {
             &audit,
         ];
         let args: Vec<String> = args.iter().chain(more).map(|a| (*a).to_owned()).collect();
-        let mut server = Self { role: None, dir: dir.to_owned(), address, args };
+        let mut server =
+            Self { role: None, dir: dir.to_owned(), address, trust_domain: trust_domain.to_owned(), variable, args };
         server.again();
         server
     }
@@ -145,7 +159,10 @@ impl Server {
     /// Starts it again with the same arguments.
     pub fn again(&mut self) {
         self.role = None;
-        self.role = Some(Role::start(&self.dir, "server", &self.args));
+        self.role = Some(match &self.variable {
+            Some((name, value)) => Role::start_with(&self.dir, "server", &self.args, (name, value)),
+            None => Role::start(&self.dir, "server", &self.args),
+        });
     }
 
     /// Kills it.
@@ -205,7 +222,7 @@ impl Server {
         let args = [
             "agent",
             "--trust-domain",
-            TD,
+            &self.trust_domain,
             "--server",
             &server,
             "--socket",
@@ -227,7 +244,7 @@ impl Server {
         let token = self.token(&[]);
         let agent = Role::start(&self.dir, "agent", &self.agent_args(&token));
         wait_for("the agent to attest", Duration::from_secs(20), || agent.log().contains("attested").then_some(()));
-        (agent, format!("spiffe://{TD}/spire/agent/join_token/{token}"))
+        (agent, format!("spiffe://{}/spire/agent/join_token/{token}", self.trust_domain))
     }
 
     /// Where the agent listens.
@@ -239,7 +256,7 @@ impl Server {
     pub fn mint(&self, id: &str, folder: &str, more: &[&str]) -> PathBuf {
         let dir = self.dir.join(folder);
         std::fs::create_dir_all(&dir).unwrap();
-        let id = format!("spiffe://{TD}{id}");
+        let id = format!("spiffe://{}{id}", self.trust_domain);
         run(self.operator(&["mint", "x509", "--spiffe-id", &id, "--write"]).arg(&dir).args(more));
         dir
     }

@@ -96,7 +96,7 @@ pub fn time_from_wire(name: &'static str, seconds: i64) -> Result<Option<OffsetD
 
 /// Parses an entry. `fresh_id` generates the entry ID if the message has none. [`Entry::check`] is left to the caller.
 pub fn entry_from_wire(e: types::Entry, fresh_id: impl FnOnce() -> EntryId) -> Result<Entry, ParseError> {
-    let federates_with = e.federates_with.iter().map(|td| parse_trust_domain(td)).collect::<Result<_, _>>()?;
+    let federates_with = e.federates_with.iter().map(|td| trust_domain_from_wire(td)).collect::<Result<_, _>>()?;
     Ok(Entry {
         id: if e.id.is_empty() { fresh_id() } else { e.id.parse()? },
         spiffe_id: id_from_wire("spiffe_id", e.spiffe_id)?,

@@ -1,4 +1,4 @@
-//! The small HTTP/1.1 server behind `/metrics`, `/ready` and `/live` of every role.
+//! The small HTTP/1.1 server behind `/metrics`, `/ready` and `/live` of every role, and behind a bundle endpoint over TLS.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -10,21 +10,30 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::accept::Door;
 use crate::admission::{Admission, Limits, Seat};
 use crate::near::Near;
+use crate::transport::HANDSHAKE_TIMEOUT;
 
 /// Connections served at once. Those of the node itself, its probes, keep their seats; any other is answered within the time
 /// that it takes so many others to connect after it.
 const LIMITS: Limits = Limits { name: "HTTP connections", total: 256, per_group: 64 };
 
+/// The same for what is served over TLS.
+const TLS_LIMITS: Limits = Limits { name: "HTTPS connections", total: 256, per_group: 64 };
+
 /// Bounds on the time of a connection.
 #[derive(Clone, Copy)]
 struct Deadlines {
+    /// Longest TLS handshake, where there is one.
+    handshake: Duration,
     /// Longest wait for a request's head, from the start of the connection or from the previous answer on: also the
     /// idle time of a kept-alive connection.
     head: Duration,
@@ -34,8 +43,12 @@ struct Deadlines {
     last_answer: Duration,
 }
 
-const DEADLINES: Deadlines =
-    Deadlines { head: Duration::from_secs(10), life: Duration::from_secs(120), last_answer: Duration::from_secs(10) };
+const DEADLINES: Deadlines = Deadlines {
+    handshake: HANDSHAKE_TIMEOUT,
+    head: Duration::from_secs(10),
+    life: Duration::from_secs(120),
+    last_answer: Duration::from_secs(10),
+};
 
 /// An HTTP response: status, content type and body.
 pub struct Answer {
@@ -51,6 +64,11 @@ impl Answer {
     /// A response in plain text.
     pub fn text(status: u16, text: impl Into<String>) -> Self {
         Self { status, kind: "text/plain; charset=utf-8", text: text.into() }
+    }
+
+    /// A JSON document.
+    pub fn json(text: impl Into<String>) -> Self {
+        Self { status: 200, kind: "application/json", text: text.into() }
     }
 
     /// A metrics page (OpenMetrics 1.0).
@@ -106,9 +124,37 @@ pub async fn serve(listener: TcpListener, handler: Arc<Handler>, shutdown: Cance
     serve_within(DEADLINES, listener, handler, shutdown).await;
 }
 
+/// Serves over TLS on `listener` until `shutdown`. `config` is called for each connection, so that a rotated certificate takes
+/// effect at once.
+pub async fn serve_tls(
+    listener: TcpListener,
+    config: impl Fn() -> Arc<ServerConfig>,
+    handler: Arc<Handler>,
+    shutdown: CancellationToken,
+) {
+    let open = |stream| TlsAcceptor::from(config()).accept(stream);
+    serve_opened(DEADLINES, TLS_LIMITS, open, listener, handler, shutdown).await;
+}
+
 async fn serve_within(deadlines: Deadlines, listener: TcpListener, handler: Arc<Handler>, shutdown: CancellationToken) {
+    let open = |stream| std::future::ready(Ok(stream));
+    serve_opened(deadlines, LIMITS, open, listener, handler, shutdown).await;
+}
+
+/// Serves on what `open` makes of each connection.
+async fn serve_opened<S, F>(
+    deadlines: Deadlines,
+    limits: Limits,
+    open: impl Fn(TcpStream) -> F,
+    listener: TcpListener,
+    handler: Arc<Handler>,
+    shutdown: CancellationToken,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: Future<Output = std::io::Result<S>> + Send + 'static,
+{
     let mut door = Door::new(listener);
-    let seats = Admission::<IpAddr>::new(LIMITS);
+    let seats = Admission::<IpAddr>::new(limits);
     let near = Near::of_this_process();
     let mut connections = JoinSet::new();
     loop {
@@ -127,15 +173,39 @@ async fn serve_within(deadlines: Deadlines, listener: TcpListener, handler: Arc<
             let (path, query) = (uri.path().to_owned(), uri.query().unwrap_or_default().to_owned());
             handler(Asked { path, query, local, near })
         });
-        connections.spawn(serve_one(deadlines, stream, seat, handler));
+        connections.spawn(serve_one(deadlines, open(stream), seat, handler));
     }
 }
 
 /// Answers a request on one connection, whose ends are known.
 type OneUri = dyn Fn(&hyper::Uri) -> Answering + Send + Sync;
 
-async fn serve_one(deadlines: Deadlines, stream: TcpStream, seat: Seat, handler: Arc<OneUri>) {
+async fn serve_one<S>(
+    deadlines: Deadlines,
+    opening: impl Future<Output = std::io::Result<S>>,
+    seat: Seat,
+    handler: Arc<OneUri>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let taken_away = seat.taken_away();
+    let served = async {
+        match tokio::time::timeout(deadlines.handshake, opening).await {
+            Ok(Ok(stream)) => serve_stream(deadlines, stream, &seat, handler).await,
+            Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
+            Err(_) => tracing::debug!("the TLS handshake took too long"),
+        }
+    };
+    tokio::select! {
+        () = served => {}
+        () = taken_away => {}
+    }
+}
+
+async fn serve_stream<S>(deadlines: Deadlines, stream: S, seat: &Seat, handler: Arc<OneUri>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = service_fn(move |request: Request<Incoming>| {
         let answering = (request.method() == hyper::Method::GET).then(|| handler(request.uri()));
         let busy = seat.busy();
@@ -152,18 +222,14 @@ async fn serve_one(deadlines: Deadlines, stream: TcpStream, seat: Seat, handler:
         .max_buf_size(16 * 1024)
         .serve_connection(TokioIo::new(stream), service);
     let mut served = std::pin::pin!(served);
-    let whole_life = async {
-        if let Ok(ended) = tokio::time::timeout(deadlines.life, served.as_mut()).await {
-            return ended;
-        }
+    let ended = if let Ok(ended) = tokio::time::timeout(deadlines.life, served.as_mut()).await {
+        ended
+    } else {
         served.as_mut().graceful_shutdown();
         tokio::time::timeout(deadlines.last_answer, served).await.unwrap_or(Ok(()))
     };
-    tokio::select! {
-        ended = whole_life => if let Err(error) = ended {
-            tracing::debug!(%error, "HTTP connection ended");
-        },
-        () = taken_away => {}
+    if let Err(error) = ended {
+        tracing::debug!(%error, "HTTP connection ended");
     }
 }
 

@@ -31,6 +31,8 @@ pub enum ClientError {
 pub struct Answered {
     /// Its status.
     pub status: StatusCode,
+    /// Where it redirects to, as it was written; `None` where it names no place, or one that is no text.
+    pub location: Option<String>,
     body: Incoming,
     _driver: AbortOnDropHandle<()>,
 }
@@ -64,7 +66,17 @@ where
     let driver = tokio::spawn(async move { drop(connection.await) });
     let driver = AbortOnDropHandle::new(driver);
     let (head, body) = sender.send_request(request).await.map_err(ClientError::NoAnswer)?.into_parts();
-    Ok(Answered { status: head.status, body, _driver: driver })
+    let location = head.headers.get(http::header::LOCATION).and_then(|l| l.to_str().ok()).map(str::to_owned);
+    Ok(Answered { status: head.status, location, body, _driver: driver })
+}
+
+/// GETs a path, and does not read the answer's body yet.
+pub async fn ask<S>(stream: S, host: &str, path: &str) -> Result<Answered, ClientError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let request = Request::get(path).header(http::header::HOST, host).body(Empty::new());
+    send(stream, request.map_err(ClientError::Request)?).await
 }
 
 /// GETs a path; reads at most `limit` bytes of the answer's body.
@@ -72,8 +84,7 @@ pub async fn get<S>(stream: S, host: &str, path: &str, limit: usize) -> Result<R
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let request = Request::get(path).header(http::header::HOST, host).body(Empty::new());
-    send(stream, request.map_err(ClientError::Request)?).await?.whole(limit).await
+    ask(stream, host, path).await?.whole(limit).await
 }
 
 #[cfg(test)]

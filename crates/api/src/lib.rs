@@ -33,6 +33,7 @@ pub mod sampled;
 mod test_support;
 pub mod tls;
 mod tls_accept;
+pub mod tls_connect;
 pub mod transport;
 mod unix_accept;
 mod unix_authority;
@@ -111,11 +112,18 @@ pub mod spire {
                     tonic::include_proto!("spire.api.server.debug.v1");
                 }
             }
+            /// Generated code of the package `spire.api.server.trustdomain`.
+            pub mod trustdomain {
+                /// Generated code of the package `spire.api.server.trustdomain.v1`.
+                pub mod v1 {
+                    tonic::include_proto!("spire.api.server.trustdomain.v1");
+                }
+            }
         }
     }
     pub use api::server::{agent::v1 as agent, bundle::v1 as bundle, entry::v1 as entry};
     pub use api::server::{debug::v1 as debug, logger::v1 as logger};
-    pub use api::server::{localauthority::v1 as localauthority, svid::v1 as svid};
+    pub use api::server::{localauthority::v1 as localauthority, svid::v1 as svid, trustdomain::v1 as trustdomain};
     pub use api::types;
 }
 

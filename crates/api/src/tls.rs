@@ -13,7 +13,8 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, ServerConnection, SignatureScheme, version,
+    ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, ServerConnection,
+    SignatureScheme, version,
 };
 use time::OffsetDateTime;
 
@@ -290,6 +291,18 @@ fn server_config_with(
     Ok(config)
 }
 
+/// A server configuration that presents `own` and asks clients for no certificate. Errors: rustls rejects the key.
+pub fn public_server_config(own: Arc<CertifiedKey>, alpn: &[&[u8]]) -> Result<ServerConfig, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&version::TLS13])?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(OneKey(own)));
+    config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    Ok(config)
+}
+
 /// A server configuration together with its verifier, for listeners that need the peer after the handshake.
 pub struct ServerTls {
     config: Arc<ServerConfig>,
@@ -339,6 +352,18 @@ pub fn client_config(
     config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
     config.resumption = rustls::client::Resumption::disabled();
     config.enable_sni = false;
+    Ok(config)
+}
+
+/// A client configuration that verifies the server as the web does: by a certificate for its name under one of `roots`. TLS 1.2 is
+/// spoken too, for such servers are not ours.
+pub fn web_client_config(roots: RootCertStore, alpn: &[&[u8]]) -> Result<ClientConfig, TlsError> {
+    let mut config = ClientConfig::builder_with_provider(aws_lc_rs::default_provider().into())
+        .with_protocol_versions(&[&version::TLS13, &version::TLS12])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|a| a.to_vec()).collect();
+    config.resumption = rustls::client::Resumption::disabled();
     Ok(config)
 }
 

@@ -58,6 +58,9 @@ enum Command {
     /// Show trust bundles, and set those of foreign trust domains.
     #[command(subcommand)]
     Bundle(operator::bundle::BundleCommand),
+    /// Federate with foreign trust domains: say where their bundles are fetched.
+    #[command(subcommand)]
+    Federation(operator::federation::FederationCommand),
     /// Show, rotate, taint and revoke the signing authorities.
     #[command(subcommand)]
     Authority(operator::authority::AuthorityCommand),
@@ -155,6 +158,7 @@ impl Cli {
             Command::Token(command) => done(operator::block(operator::token::run(command))),
             Command::Logger(command) => done(operator::block(operator::logger::run(command))),
             Command::Bundle(command) => done(operator::block(operator::bundle::run(command))),
+            Command::Federation(command) => done(operator::block(operator::federation::run(command))),
             Command::Authority(command) => done(operator::block(operator::authority::run(command))),
             Command::Mint(command) => done(operator::block(operator::mint::run(command))),
             Command::X509(command) => done(operator::block(operator::x509::run(command))),

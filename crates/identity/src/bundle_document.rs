@@ -181,4 +181,21 @@ mod tests {
         let bundle = bundle_of(&document);
         assert_eq!(bundle.jwt_authorities[0].jwk()["y"], document["keys"][0]["y"]);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_good_document_becomes_it_is_read_right_or_refused(at in 0..4_000_usize, byte: u8, cut: bool) {
+            static GOOD: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| write(&bundle()));
+            let mut text = GOOD.clone().into_bytes();
+            let at = at % text.len();
+            if cut {
+                text.truncate(at);
+            } else {
+                text[at] = byte;
+            }
+            if let Ok(bundle) = read(td(), &text) {
+                assert!(!bundle.is_empty() && bundle.trust_domain == td());
+            }
+        }
+    }
 }

@@ -44,6 +44,8 @@ pub struct Config {
     pub k8s_bundle: Option<BundleConfigMap>,
     /// Label `KEY=VALUE` of the webhook configurations whose caBundle follows our bundle; `None` updates none.
     pub k8s_webhook_label: Option<String>,
+    /// Where others fetch our trust bundle; `None` serves it nowhere.
+    pub bundle_endpoint: Option<BundleEndpoint>,
     /// Path of the audit log; `None` writes none.
     pub audit_log: Option<PathBuf>,
     /// Listening address of `/metrics`, `/ready` and `/live`; `None` serves none of them.
@@ -91,6 +93,33 @@ pub struct BundleConfigMap {
     pub name: String,
     /// Key in the ConfigMap's data.
     pub key: String,
+}
+
+/// A bundle endpoint (SPIFFE Federation 5).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BundleEndpoint {
+    /// Listening address (TLS).
+    pub bind: SocketAddr,
+    /// How it proves who it is.
+    pub authentication: EndpointAuthentication,
+}
+
+/// How a bundle endpoint proves who it is: its profile in the standard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndpointAuthentication {
+    /// By the server's own SVID.
+    HttpsSpiffe,
+    /// By a certificate for its host name.
+    HttpsWeb(CertificateFiles),
+}
+
+/// A certificate from files, which are read again when they change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertificateFiles {
+    /// PEM: the certificate, then any intermediates.
+    pub certificate: PathBuf,
+    /// PEM: its private key.
+    pub key: PathBuf,
 }
 
 /// Where the private keys of authorities are stored.

@@ -26,7 +26,9 @@ use crate::config::{Config, Issuance};
 use crate::datastore::{DataStore, DataStoreError};
 use crate::directory::Directory;
 use crate::entries::Entries;
-use crate::federated::FederatedBundles;
+use crate::federation::bundles::FederatedBundles;
+use crate::federation::refresh::Refresher;
+use crate::federation::relationships::Relationships;
 use crate::key_manager::KeyManagerError;
 use crate::metrics::Metrics;
 use crate::node_attestor::NodeAttestor;
@@ -50,6 +52,8 @@ pub struct Core {
     pub entries: Entries,
     pub agents: Agents,
     pub federated: FederatedBundles,
+    pub relationships: Relationships,
+    pub refresher: Refresher,
     pub directory: Directory,
     pub attestors: Vec<Box<dyn NodeAttestor>>,
     pub publishers: Vec<Arc<dyn BundlePublisher>>,

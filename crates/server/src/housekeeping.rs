@@ -30,6 +30,7 @@ pub fn start(core: &Arc<Core>, own: &Arc<OwnSvid>) {
     core.tasks.spawn(prune_entries(core.clone()));
     core.tasks.spawn(observe(core.clone(), own.clone()));
     core.tasks.spawn(reopen_audit(core.clone()));
+    core.tasks.spawn(crate::federation::refresh::keep(core.clone()));
 }
 
 /// Waits until it is time to look again, `most` at the latest; false when the server ends.

@@ -16,7 +16,7 @@ pub mod datastore;
 pub mod directory;
 mod endpoints;
 pub mod entries;
-pub mod federated;
+pub mod federation;
 mod housekeeping;
 pub mod key_manager;
 pub mod metrics;
@@ -44,7 +44,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use config::{
-    BundleConfigMap, Config, Issuance, KeyManagerKind, MIN_SVID_TTL, PsatCluster, Upstream, UpstreamDisk, UpstreamSpire,
+    BundleConfigMap, BundleEndpoint, CertificateFiles, Config, EndpointAuthentication, Issuance, KeyManagerKind,
+    MIN_SVID_TTL, PsatCluster, Upstream, UpstreamDisk, UpstreamSpire,
 };
 
 use crate::core::Core;
@@ -86,6 +87,9 @@ pub enum ServerError {
     /// There is no Kubernetes configuration; holds the client's error.
     #[error("cannot reach the Kubernetes API: {0}; run in a pod, or set KUBECONFIG")]
     Kubernetes(String),
+    /// The files of the bundle endpoint's certificate cannot be used.
+    #[error(transparent)]
+    Certificate(#[from] federation::CertificateError),
     /// The server's own TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] countersign_api::tls::TlsError),
@@ -109,6 +113,10 @@ pub async fn run(
     let _data_dir = DataDir::take(&config.data_dir).map_err(io("use the data folder", config.data_dir.display()))?;
     let tcp = TcpListener::bind(config.bind).await.map_err(io("listen on", config.bind))?;
     let address = tcp.local_addr().map_err(io("listen on", config.bind))?;
+    let bundle_endpoint = match &config.bundle_endpoint {
+        Some(endpoint) => Some(federation::endpoint::Listening::new(endpoint).await?),
+        None => None,
+    };
     let unix = bind_unix(&config.admin_socket, 0o600).map_err(io("listen on", config.admin_socket.display()))?;
     let metrics = match config.metrics {
         Some(bind) => Some(TcpListener::bind(bind).await.map_err(io("listen on", bind))?),
@@ -126,6 +134,12 @@ pub async fn run(
     if let Some(listener) = metrics {
         let core = core.clone();
         core.tasks.spawn(http::serve(listener, pages(core.clone()), shutdown.clone()));
+    }
+    if let Some(endpoint) = bundle_endpoint {
+        if let Ok(address) = endpoint.address() {
+            tracing::info!(%address, "bundle endpoint ready");
+        }
+        endpoint.serve(&core, &own);
     }
     housekeeping::start(&core, &own);
     for publisher in &core.publishers {
@@ -226,7 +240,9 @@ async fn assemble_on(
     Ok(Core {
         entries: entries::Entries::load(store.clone(), &td, clock()).await.map_err(store_error)?,
         agents: agents::Agents::load(store.clone()).await.map_err(store_error)?,
-        federated: federated::FederatedBundles::load(store.clone(), &td).await.map_err(store_error)?,
+        federated: federation::bundles::FederatedBundles::load(store.clone(), &td).await.map_err(store_error)?,
+        relationships: federation::relationships::Relationships::load(store.clone(), &td).await.map_err(store_error)?,
+        refresher: federation::refresh::Refresher::default(),
         directory: directory::Directory::default(),
         metrics: metrics::Metrics::default(),
         refusals: refusals::Refusals::default(),

@@ -12,6 +12,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use time::OffsetDateTime;
 
+use crate::federation::metrics::FederationMetrics;
+
 /// The label `kind`: what was signed.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct Kind {
@@ -50,6 +52,8 @@ pub struct Metrics {
     authority_expiry: Family<AuthorityLabels, Gauge>,
     root_expiry: Family<RootLabels, Gauge>,
     own_expiry: Gauge,
+    /// Of federation relationships.
+    pub federation: FederationMetrics,
     refused_counts: Mutex<BTreeMap<&'static str, u64>>,
 }
 
@@ -87,6 +91,17 @@ impl Default for Metrics {
             "When the server's own SVID ends, seconds since 1970",
             own_expiry.clone(),
         );
+        let federation = FederationMetrics::default();
+        registry.register(
+            "federation_last_refresh_timestamp_seconds",
+            "When the bundle of each federation relationship was last fetched, seconds since 1970; 0 for not yet",
+            federation.last_success.clone(),
+        );
+        registry.register(
+            "federation_refresh_failures",
+            "Fetches of foreign bundles that failed, by trust domain",
+            federation.failures.clone(),
+        );
         Self {
             registry,
             signed,
@@ -97,6 +112,7 @@ impl Default for Metrics {
             authority_expiry,
             root_expiry,
             own_expiry,
+            federation,
             refused_counts: Mutex::default(),
         }
     }

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use countersign_api::tls::{ServerTls, SvidVerifier, TlsError, certified_key};
+use countersign_api::tls::{ServerTls, SvidVerifier, TlsError, certified_key, public_server_config};
 use countersign_identity::profile::request;
 use countersign_identity::rotation::is_rested;
 use countersign_identity::trust_domain::server_id;
 use countersign_identity::{BundleSet, KeyType, PrivateKey, X509Svid};
+use rustls::ServerConfig;
 use time::OffsetDateTime;
 
 use crate::ServerError;
@@ -23,6 +24,7 @@ pub struct OwnSvid {
 struct Current {
     svid: X509Svid,
     tls: Arc<ServerTls>,
+    public_tls: Arc<ServerConfig>,
     jitter: f64,
     obtained: OffsetDateTime,
 }
@@ -37,6 +39,11 @@ impl OwnSvid {
     /// The current TLS configuration.
     pub fn tls(&self) -> Arc<ServerTls> {
         self.current.load().tls.clone()
+    }
+
+    /// The current TLS configuration for a bundle endpoint, which asks nobody for a certificate.
+    pub fn public_tls(&self) -> Arc<ServerConfig> {
+        self.current.load().public_tls.clone()
     }
 
     /// When the one of the moment ends.
@@ -79,7 +86,8 @@ async fn issue(core: &Arc<Core>) -> Result<Current, ServerError> {
     let svid = X509Svid::new(issued.chain, key).map_err(|e| failed(e.to_string()))?;
     let tls = tls_of(core, &svid)?;
     core.own_chain.store(Arc::new(svid.chain().to_vec()));
-    Ok(Current { svid, tls, jitter: rand::random_range(-1.0..=1.0), obtained: core.now() })
+    let public_tls = Arc::new(public_server_config(certified_key(&svid)?, &[b"http/1.1"])?);
+    Ok(Current { svid, tls, public_tls, jitter: rand::random_range(-1.0..=1.0), obtained: core.now() })
 }
 
 /// A TLS configuration for clients with an SVID of our trust domain or without a certificate (agents before

@@ -56,6 +56,7 @@ pub fn config(dir: &Path) -> Config {
         k8s_psat: None,
         k8s_bundle: None,
         k8s_webhook_label: None,
+        bundle_endpoint: None,
         audit_log: Some(dir.join("audit.log")),
         metrics: None,
         log_levels: countersign_api::log_levels::LogLevels::new(tracing::Level::INFO, |_| Ok(())),

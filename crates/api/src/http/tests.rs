@@ -142,7 +142,8 @@ async fn closed(stream: &mut TcpStream) {
 #[tokio::test]
 async fn heads_idle_connections_and_whole_lives_have_an_end() {
     let ms = Duration::from_millis;
-    let served = served_within(Deadlines { head: ms(300), life: ms(1_000), last_answer: ms(100) }).await;
+    let served =
+        served_within(Deadlines { handshake: ms(300), head: ms(300), life: ms(1_000), last_answer: ms(100) }).await;
     let began = std::time::Instant::now();
     let (mut silent, mut idle) = (dial(STRANGER, served.at).await, dial(STRANGER, served.at).await);
     ask(&mut idle, "/ready").await.unwrap();
@@ -162,4 +163,22 @@ async fn heads_idle_connections_and_whole_lives_have_an_end() {
     assert!(began.elapsed() >= ms(900), "{:?}", began.elapsed());
     closed(&mut waits).await;
     assert!((ms(1_000)..ms(2_000)).contains(&began.elapsed()), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_handshake_that_never_ends_is_given_up() {
+    let ms = Duration::from_millis;
+    let deadlines = Deadlines { handshake: ms(200), ..DEADLINES };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let open = |stream: TcpStream| async move {
+        let never: io::Result<TcpStream> = std::future::pending().await;
+        drop(stream);
+        never
+    };
+    let serving = serve_opened(deadlines, TLS_LIMITS, open, listener, pages(|_| None), CancellationToken::new());
+    let _task = AbortOnDropHandle::new(tokio::spawn(serving));
+    let began = std::time::Instant::now();
+    closed(&mut dial(STRANGER, at).await).await;
+    assert!((ms(150)..ms(2_000)).contains(&began.elapsed()), "{:?}", began.elapsed());
 }

@@ -41,7 +41,8 @@ pub struct Known {
     pub held: HashMap<String, Wanted>,
     /// IDs of the entries of each key, as of the last look at it.
     of_key: HashMap<Key, BTreeSet<String>>,
-    /// Keys of objects whose entry another entry keeps from being created.
+    /// Keys of objects whose entry cannot be there yet: another one is in its way, or a foreign bundle is missing. Looked at with each
+    /// pass.
     pub waiting: HashSet<Key>,
 }
 
@@ -148,7 +149,8 @@ pub async fn keep(server: &impl Entries, mut judged: Judged, known: &mut Option<
                         let why = format!("entry {id} of {namespace}/{name}: {}", refused.why);
                         kept.failed.push(Status::new(code.into(), why));
                     }
-                    if exists && refused.by_content {
+                    let lacks_bundle = code == Code::FailedPrecondition as i32;
+                    if (exists || lacks_bundle) && refused.by_content {
                         held.waiting.insert(claim.key);
                     }
                 }
@@ -228,6 +230,8 @@ fn judge(id: &str, fresh: bool, done: Done) -> Result<(), Refused> {
         Some(there) if exists => Err(Refused::by_content(format!(
             "entry {there} registers the same SPIFFE ID, parent and selectors already; this one follows when that is gone"
         ))),
+        // It federates with a trust domain whose bundle is not at the server: no failure, or one pod could hold up all others.
+        _ if done.code == Code::FailedPrecondition as i32 => Err(Refused::by_content(done.message)),
         _ => Err(Refused { why: done.message, by_content: done.code == Code::InvalidArgument as i32 }),
     }
 }
@@ -369,6 +373,7 @@ mod tests {
     #[test]
     fn what_is_refused_for_what_it_says_is_no_failure_and_what_the_server_cannot_do_is() {
         assert!(judge("k8s.1", true, done(Code::InvalidArgument, None)).unwrap_err().by_content);
+        assert!(judge("k8s.1", true, done(Code::FailedPrecondition, None)).unwrap_err().by_content);
         assert!(!judge("k8s.1", false, done(Code::NotFound, None)).unwrap_err().by_content);
         assert!(!judge("k8s.1", true, done(Code::Unavailable, None)).unwrap_err().by_content);
     }

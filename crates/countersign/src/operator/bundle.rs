@@ -1,15 +1,17 @@
 //! `countersign bundle`: shows and sets trust bundles.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::convert::{bundle_from_wire, bundle_to_wire};
+use countersign_api::spire::bundle::batch_delete_federated_bundle_request::Mode;
 use countersign_api::spire::bundle::bundle_client::BundleClient;
-use countersign_api::spire::bundle::{BatchSetFederatedBundleRequest, GetBundleRequest, GetFederatedBundleRequest};
-use countersign_identity::trust_domain::parse_trust_domain;
-use countersign_identity::{TrustBundle, bundle_document};
+use countersign_api::spire::bundle::{
+    BatchDeleteFederatedBundleRequest, BatchSetFederatedBundleRequest, GetBundleRequest, GetFederatedBundleRequest,
+};
+use countersign_identity::{TrustBundle, TrustDomain, bundle_document};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -48,6 +50,19 @@ pub enum BundleCommand {
         #[arg(long = "format", value_name = "FORMAT", default_value = "pem")]
         form: Form,
     },
+    /// Delete the bundle of a foreign trust domain: its workloads are trusted no longer. While there is a federation relationship
+    /// with it, its bundle may be fetched again.
+    Delete {
+        #[command(flatten)]
+        server: ServerArg,
+        /// Name of the foreign trust domain.
+        #[arg(long)]
+        trust_domain: String,
+        /// What becomes of entries that federate with it. restrict: while there are any, nothing is deleted. dissociate: they federate
+        /// with it no more. delete: they are deleted.
+        #[arg(long, value_name = "MODE", default_value = "restrict", value_parser = ["restrict", "dissociate", "delete"])]
+        mode: String,
+    },
 }
 
 /// How a bundle is written.
@@ -77,6 +92,21 @@ pub async fn own(channel: Asking) -> Result<TrustBundle> {
     Ok(bundle_from_wire(bundle.into_inner())?)
 }
 
+/// Reads a bundle from a file, or for `-` from standard input. `flags` are those for file and format.
+pub fn read_bundle(flags: (&str, &str), td: TrustDomain, path: &Path, form: Form) -> Result<TrustBundle, Mistake> {
+    let (flag, format) = flags;
+    let wrong = |why: String| Mistake::flag(flag, &format!("{}: {why}", path.display()));
+    let text = if path.as_os_str() == "-" { read_stdin() } else { read_file(path) };
+    let text = text.map_err(|e| Mistake::flag(flag, &e.0))?;
+    match form {
+        Form::Pem if text.trim_ascii_start().starts_with(b"{") => {
+            Err(wrong(format!("it is JSON, not PEM: a SPIFFE bundle needs {format} spiffe")))
+        }
+        Form::Pem => TrustBundle::from_pem(td, &text).map_err(|e| wrong(e.to_string())),
+        Form::Spiffe => bundle_document::read(td, &text).map_err(|e| wrong(e.to_string())),
+    }
+}
+
 /// Runs a subcommand and prints its result.
 pub async fn run(command: BundleCommand) -> Result<()> {
     match command {
@@ -84,7 +114,8 @@ pub async fn run(command: BundleCommand) -> Result<()> {
             let channel = server.channel()?;
             let bundle = match trust_domain {
                 None => own(channel).await?,
-                Some(trust_domain) => {
+                Some(name) => {
+                    let trust_domain = super::trust_domain("--trust-domain", &name)?.to_string();
                     let request = GetFederatedBundleRequest { trust_domain, output_mask: None };
                     let bundle = client!(BundleClient, channel).get_federated_bundle(request).await.map_err(refused)?;
                     bundle_from_wire(bundle.into_inner())?
@@ -110,17 +141,8 @@ pub async fn run(command: BundleCommand) -> Result<()> {
             }
         }
         BundleCommand::Set { server, trust_domain, path, form } => {
-            let td = parse_trust_domain(&trust_domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?;
-            let wrong = |why: String| Mistake::flag("--path", &format!("{}: {why}", path.display()));
-            let text = if path.as_os_str() == "-" { read_stdin() } else { read_file(&path) };
-            let text = text.map_err(|e| Mistake::flag("--path", &e.0))?;
-            let bundle = match form {
-                Form::Pem if text.trim_ascii_start().starts_with(b"{") => {
-                    return Err(wrong("it is JSON, not PEM: a SPIFFE bundle needs --format spiffe".into()).into());
-                }
-                Form::Pem => TrustBundle::from_pem(td, &text).map_err(|e| wrong(e.to_string()))?,
-                Form::Spiffe => bundle_document::read(td, &text).map_err(|e| wrong(e.to_string()))?,
-            };
+            let td = super::trust_domain("--trust-domain", &trust_domain)?;
+            let bundle = read_bundle(("--path", "--format"), td, &path, form)?;
             let channel = server.channel()?;
             let home = own(channel.clone()).await?.trust_domain;
             if home == bundle.trust_domain {
@@ -134,6 +156,19 @@ pub async fn run(command: BundleCommand) -> Result<()> {
             response.into_inner().results.into_iter().try_for_each(|r| ok(r.status))?;
             let (x509, jwt) = (bundle.authorities.len(), bundle.jwt_authorities.len());
             eprintln!("bundle of {trust_domain} set: {x509} X.509 and {jwt} JWT authorities");
+        }
+        BundleCommand::Delete { server, trust_domain: name, mode } => {
+            let td = super::trust_domain("--trust-domain", &name)?.to_string();
+            let mode = match mode.as_str() {
+                "dissociate" => Mode::Dissociate,
+                "delete" => Mode::Delete,
+                _ => Mode::Restrict,
+            };
+            let request = BatchDeleteFederatedBundleRequest { trust_domains: vec![td.clone()], mode: mode.into() };
+            let mut client = client!(BundleClient, server.channel()?);
+            let answer = client.batch_delete_federated_bundle(request).await.map_err(refused)?.into_inner();
+            answer.results.into_iter().try_for_each(|r| ok(r.status))?;
+            eprintln!("bundle of {td} deleted");
         }
     }
     Ok(())

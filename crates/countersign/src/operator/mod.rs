@@ -3,6 +3,7 @@
 pub mod authority;
 pub mod bundle;
 pub mod entry;
+pub mod federation;
 pub mod jwt;
 pub mod logger;
 pub mod mint;
@@ -14,8 +15,8 @@ pub mod x509;
 
 use anyhow::Result;
 use countersign_api::spire::types;
-use countersign_identity::trust_domain::{parse_id, parse_workload_id};
-use countersign_identity::{Selector, SpiffeId};
+use countersign_identity::trust_domain::{parse_id, parse_trust_domain, parse_workload_id};
+use countersign_identity::{Selector, SpiffeId, TrustDomain};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -51,6 +52,12 @@ fn workload_id(flag: &str, text: &str) -> Result<types::Spiffeid, Mistake> {
 
 fn any_id(flag: &str, text: &str) -> Result<SpiffeId, Mistake> {
     parse_id(text).map_err(|e| Mistake::flag(flag, &e.to_string()))
+}
+
+/// A trust domain, by its name or as `spiffe://NAME`.
+fn trust_domain(flag: &str, text: &str) -> Result<TrustDomain, Mistake> {
+    let name = text.strip_prefix("spiffe://").unwrap_or(text);
+    parse_trust_domain(name).map_err(|e| Mistake::flag(flag, &e.to_string()))
 }
 
 fn selectors(texts: &[String]) -> Result<Vec<types::Selector>, Mistake> {

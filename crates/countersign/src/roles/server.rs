@@ -11,7 +11,8 @@ use countersign_api::reopen::Reopen;
 use countersign_identity::KeyType;
 use countersign_identity::trust_domain::parse_trust_domain;
 use countersign_server::{
-    BundleConfigMap, Config, Issuance, KeyManagerKind, PsatCluster, Upstream, UpstreamDisk, UpstreamSpire,
+    BundleConfigMap, BundleEndpoint, CertificateFiles, Config, EndpointAuthentication, Issuance, KeyManagerKind,
+    PsatCluster, Upstream, UpstreamDisk, UpstreamSpire,
 };
 use serde::Deserialize;
 
@@ -123,6 +124,18 @@ pub struct ServerSettings {
     /// Keep the caBundle of mutating webhook configurations with this label, KEY=VALUE, equal to the trust bundle.
     #[arg(long, value_name = "KEY=VALUE")]
     k8s_webhook_label: Option<String>,
+    /// Serve the trust bundle on this address over https, for trust domains that federate with this one [default: off]. The endpoint
+    /// proves itself by the server's own SVID, `spiffe://TRUST_DOMAIN/spire/server` (profile `https_spiffe`), unless a certificate is
+    /// given.
+    #[arg(long, value_name = "ADDRESS")]
+    bundle_endpoint: Option<SocketAddr>,
+    /// PEM certificate for the host name of the bundle endpoint, with any intermediates behind it (profile `https_web`). Read again
+    /// when it changes.
+    #[arg(long, value_name = "FILE")]
+    bundle_endpoint_cert: Option<PathBuf>,
+    /// PEM private key of that certificate.
+    #[arg(long, value_name = "FILE")]
+    bundle_endpoint_key: Option<PathBuf>,
     /// Audit log: append one JSON line to this file for each SVID signed or refused [default: off].
     #[arg(long, value_name = "FILE")]
     audit_log: Option<PathBuf>,
@@ -136,7 +149,8 @@ impl ServerSettings {
         merge!(self, file, {
             trust_domain, bind, socket, data_dir, ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type, live_settings, jwt_issuer, key_manager,
             upstream_cert, upstream_key, upstream_spire, upstream_spire_workload_api, upstream_bundle, x509pop_ca, k8s_psat_cluster, k8s_psat_allow, k8s_psat_audience,
-            k8s_psat_node_labels, k8s_psat_pod_labels, k8s_bundle_configmap, k8s_webhook_label, audit_log, metrics,
+            k8s_psat_node_labels, k8s_psat_pod_labels, k8s_bundle_configmap, k8s_webhook_label, bundle_endpoint, bundle_endpoint_cert,
+            bundle_endpoint_key, audit_log, metrics,
         })
     }
 
@@ -227,6 +241,11 @@ impl ServerSettings {
             k8s_psat,
             k8s_bundle: self.k8s_bundle_configmap.as_deref().map(config_map).transpose()?,
             k8s_webhook_label: self.k8s_webhook_label.map(label).transpose()?,
+            bundle_endpoint: bundle_endpoint(
+                self.bundle_endpoint,
+                self.bundle_endpoint_cert,
+                self.bundle_endpoint_key,
+            )?,
             audit_log: self.audit_log,
             metrics: self.metrics,
             log_levels: LogLevels::fixed(tracing::Level::INFO),
@@ -283,6 +302,29 @@ fn psat(
     }))
 }
 
+fn bundle_endpoint(
+    bind: Option<SocketAddr>,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+) -> Result<Option<BundleEndpoint>, Mistake> {
+    let authentication = match (certificate, key) {
+        (None, None) => EndpointAuthentication::HttpsSpiffe,
+        (Some(certificate), Some(key)) => EndpointAuthentication::HttpsWeb(CertificateFiles { certificate, key }),
+        _ => {
+            let why =
+                "a certificate for the bundle endpoint needs both --bundle-endpoint-cert and --bundle-endpoint-key";
+            return Err(Mistake(why.into()));
+        }
+    };
+    match (bind, authentication) {
+        (Some(bind), authentication) => Ok(Some(BundleEndpoint { bind, authentication })),
+        (None, EndpointAuthentication::HttpsSpiffe) => Ok(None),
+        (None, EndpointAuthentication::HttpsWeb(_)) => {
+            Err(Mistake::flag("--bundle-endpoint-cert", "has no effect without --bundle-endpoint"))
+        }
+    }
+}
+
 fn config_map(text: &str) -> Result<BundleConfigMap, Mistake> {
     match text.split_once('/') {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
@@ -329,6 +371,7 @@ fn mistake_or_failure(error: countersign_server::ServerError) -> anyhow::Error {
         E::Store { source: countersign_server::datastore::DataStoreError::TrustDomain { .. }, .. }
         | E::Io { .. }
         | E::Upstream(_)
+        | E::Certificate(_)
         | E::X509Pop(_)
         | E::Keys(_)
         | E::Kubernetes(_) => Mistake(error.to_string()).into(),
@@ -355,6 +398,30 @@ mod tests {
         let authority = refused(ServerSettings { ca_ttl: ttl("15s"), svid_ttl: ttl("12s"), ..base() });
         assert!(authority.contains("--ca-ttl") && authority.contains("20 s"), "{authority}");
         assert!(ServerSettings { svid_ttl: ttl("20s"), ca_ttl: ttl("40s"), ..base() }.config().is_ok());
+    }
+
+    #[test]
+    fn a_bundle_endpoint_has_a_certificate_with_its_key_or_the_servers_svid() {
+        let base = || ServerSettings { trust_domain: Some("td".into()), ..Default::default() };
+        let bind = "127.0.0.1:8443".parse().ok();
+        let [cert, key] = ["c.pem", "k.pem"].map(|name| Some(PathBuf::from(name)));
+        let endpoint = |settings: ServerSettings| {
+            settings.config().map(|(config, _)| config.bundle_endpoint).map_err(|mistake| mistake.to_string())
+        };
+        assert_eq!(endpoint(base()), Ok(None));
+        let spiffe = endpoint(ServerSettings { bundle_endpoint: bind, ..base() }).unwrap().unwrap();
+        assert_eq!(spiffe.authentication, EndpointAuthentication::HttpsSpiffe);
+        let both = ServerSettings {
+            bundle_endpoint_cert: cert.clone(),
+            bundle_endpoint_key: key.clone(),
+            ..Default::default()
+        };
+        let web = ServerSettings { trust_domain: Some("td".into()), bundle_endpoint: bind, ..both };
+        assert!(matches!(endpoint(web).unwrap().unwrap().authentication, EndpointAuthentication::HttpsWeb(_)));
+        let half = ServerSettings { bundle_endpoint: bind, bundle_endpoint_cert: cert.clone(), ..base() };
+        assert!(endpoint(half).unwrap_err().contains("--bundle-endpoint-key"));
+        let nowhere = ServerSettings { bundle_endpoint_cert: cert, bundle_endpoint_key: key, ..base() };
+        assert!(endpoint(nowhere).unwrap_err().contains("without --bundle-endpoint"));
     }
 
     #[test]
@@ -386,6 +453,9 @@ mod tests {
             "k8s_psat_pod_labels",
             "k8s_bundle_configmap",
             "k8s_webhook_label",
+            "bundle_endpoint",
+            "bundle_endpoint_cert",
+            "bundle_endpoint_key",
             "audit_log",
             "metrics",
         ] {

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle};
+use countersign_identity::{Entry, EntryId, SpiffeId, TrustBundle, TrustDomain};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use super::{DataStore, DataStoreError, JoinToken, Version, Versioned, Written};
 use crate::agents::AttestedAgent;
 use crate::authority::StoredJournal;
+use crate::federation::relationship::Relationship;
 
 /// As the store below, which answers a change only while it is not held.
 pub struct Held {
@@ -98,6 +99,23 @@ impl DataStore for Held {
 
     async fn delete_bundle(&self, trust_domain: &str) -> Result<(), DataStoreError> {
         self.answer(self.below.delete_bundle(trust_domain).await).await
+    }
+
+    async fn relationships(&self) -> Result<Vec<Versioned<Relationship>>, DataStoreError> {
+        self.below.relationships().await
+    }
+
+    async fn put_relationship(
+        &self,
+        relationship: &Relationship,
+        from: Option<Version>,
+        bundle: Option<(&TrustBundle, Option<Version>)>,
+    ) -> Result<Written, DataStoreError> {
+        self.answer(self.below.put_relationship(relationship, from, bundle).await).await
+    }
+
+    async fn delete_relationship(&self, trust_domain: &TrustDomain) -> Result<(), DataStoreError> {
+        self.answer(self.below.delete_relationship(trust_domain).await).await
     }
 
     async fn authorities(&self) -> Result<Versioned<StoredJournal>, DataStoreError> {

@@ -1,4 +1,4 @@
-//! Persistent state: entries, nodes, join tokens, bundles and the journal of authorities.
+//! Persistent state: entries, nodes, join tokens, bundles, federation relationships and the journal of authorities.
 
 #[cfg(test)]
 mod held;
@@ -10,6 +10,7 @@ use time::OffsetDateTime;
 
 use crate::agents::AttestedAgent;
 use crate::authority::StoredJournal;
+use crate::federation::relationship::Relationship;
 
 #[cfg(test)]
 pub(crate) use held::Held;
@@ -134,6 +135,17 @@ pub trait DataStore: Send + Sync {
     async fn put_bundle(&self, bundle: &TrustBundle, from: Option<Version>) -> Result<Written, DataStoreError>;
     /// Deletes a trust domain's bundle, if it exists.
     async fn delete_bundle(&self, trust_domain: &str) -> Result<(), DataStoreError>;
+    /// All federation relationships, in no particular order.
+    async fn relationships(&self) -> Result<Vec<Versioned<Relationship>>, DataStoreError>;
+    /// Adds or replaces a federation relationship, and with it a bundle: both or neither. An empty bundle is rejected.
+    async fn put_relationship(
+        &self,
+        relationship: &Relationship,
+        from: Option<Version>,
+        bundle: Option<(&TrustBundle, Option<Version>)>,
+    ) -> Result<Written, DataStoreError>;
+    /// Deletes a federation relationship, if it exists. Its bundle stays.
+    async fn delete_relationship(&self, trust_domain: &TrustDomain) -> Result<(), DataStoreError>;
     /// The journal of authorities, with the common version of journal and own bundle.
     async fn authorities(&self) -> Result<Versioned<StoredJournal>, DataStoreError>;
     /// Replaces the journal and our own bundle in one transaction. An empty bundle is rejected. Revoked keys are added only: those

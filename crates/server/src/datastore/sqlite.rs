@@ -3,6 +3,7 @@
 mod journal;
 mod migrations;
 mod owner;
+mod relationships;
 
 use std::path::Path;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use time::OffsetDateTime;
 use super::{DataStore, DataStoreError, JoinToken, Version, Versioned, Written};
 use crate::agents::AttestedAgent;
 use crate::authority::StoredJournal;
+use crate::federation::relationship::Relationship;
 
 /// Name of the fact that holds the version of journal and own bundle.
 const AUTHORITIES_VERSION: &str = "authorities_version";
@@ -266,6 +268,38 @@ impl DataStore for Sqlite {
     async fn delete_bundle(&self, trust_domain: &str) -> Result<(), DataStoreError> {
         sqlx::query("DELETE FROM bundles WHERE trust_domain = ?").bind(trust_domain).execute(&self.0).await?;
         Ok(())
+    }
+
+    async fn relationships(&self) -> Result<Vec<Versioned<Relationship>>, DataStoreError> {
+        relationships::read(&self.0).await
+    }
+
+    async fn put_relationship(
+        &self,
+        relationship: &Relationship,
+        from: Option<Version>,
+        bundle: Option<(&TrustBundle, Option<Version>)>,
+    ) -> Result<Written, DataStoreError> {
+        if let Some((bundle, _)) = bundle {
+            refuse_empty(bundle, bundle.is_empty())?;
+        }
+        let to = Version::fresh();
+        let mut tx = self.0.begin().await?;
+        let stored = relationships::put(&mut tx, relationship, from, to).await?
+            && match bundle {
+                Some((bundle, from)) => put_bundle(&mut tx, bundle, from, to).await?,
+                None => true,
+            };
+        if !stored {
+            tx.rollback().await?;
+            return Ok(Written::Stale);
+        }
+        tx.commit().await?;
+        Ok(Written::Stored(to))
+    }
+
+    async fn delete_relationship(&self, trust_domain: &TrustDomain) -> Result<(), DataStoreError> {
+        relationships::delete(&self.0, trust_domain).await
     }
 
     async fn authorities(&self) -> Result<Versioned<StoredJournal>, DataStoreError> {

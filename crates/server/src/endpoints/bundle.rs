@@ -25,7 +25,7 @@ use tonic::{Request, Response, Status};
 use super::{Endpoint, invalid, item_status, masks, paging};
 use crate::caller::{Caller, Downstream};
 use crate::core::{Core, status_of, store_status};
-use crate::federated::{Expect, SetError};
+use crate::federation::bundles::{Expect, SetError};
 
 /// Most bundles per batch.
 const MAX_BATCH: usize = 1_000;
@@ -35,7 +35,8 @@ impl Endpoint {
         masks::bundle(bundle_to_wire(&self.0.authorities.bundle().borrow()), mask)
     }
 
-    fn parse_foreign(&self, wire: types::Bundle) -> Result<TrustBundle, Status> {
+    /// A foreign trust domain's bundle that a caller brings.
+    pub(super) fn parse_foreign(&self, wire: types::Bundle) -> Result<TrustBundle, Status> {
         let bundle = bundle_from_wire(wire).map_err(invalid)?;
         if bundle.trust_domain == *self.0.trust_domain() {
             return Err(invalid(format!(
@@ -80,7 +81,7 @@ impl Endpoint {
 }
 
 /// Why a foreign bundle was not set or removed, as a gRPC status.
-fn set_status(error: SetError) -> Status {
+pub(super) fn set_status(error: SetError) -> Status {
     match error {
         SetError::Exists(_) => Status::already_exists(error.to_string()),
         SetError::Unknown(_) => Status::not_found(error.to_string()),

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use countersign_api::convert::{entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire};
+use countersign_api::convert::{
+    entry_from_wire, entry_to_wire, id_from_wire, selectors_from_wire, trust_domain_from_wire,
+};
 use countersign_api::portions::first_portion;
 use countersign_api::spire::entry::entry_server::Entry as EntryService;
 use countersign_api::spire::entry::{
@@ -74,15 +76,17 @@ impl Filter {
         let selectors =
             self.selectors.map(|m| Ok::<_, Status>((selectors_from_wire(m.selectors).map_err(invalid)?, m.r#match)));
         let selectors = selectors.transpose()?;
-        let federates = self.federates_with.map(|m| (m.trust_domains.into_iter().collect::<BTreeSet<_>>(), m.r#match));
+        let federates = self.federates_with.map(|m| {
+            let named = m.trust_domains.iter().map(|td| trust_domain_from_wire(td));
+            Ok::<_, Status>((named.collect::<Result<BTreeSet<_>, _>>().map_err(invalid)?, m.r#match))
+        });
+        let federates = federates.transpose()?;
         let (hint, downstream) = (self.hint, self.downstream);
         Ok(move |e: &Entry| {
             spiffe_id.as_ref().is_none_or(|id| e.spiffe_id == *id)
                 && parent_id.as_ref().is_none_or(|id| e.parent_id == *id)
                 && selectors.as_ref().is_none_or(|(wanted, how)| sets_match(wanted, &e.selectors, *how))
-                && federates.as_ref().is_none_or(|(wanted, how)| {
-                    sets_match(wanted, &e.federates_with.iter().map(ToString::to_string).collect(), *how)
-                })
+                && federates.as_ref().is_none_or(|(wanted, how)| sets_match(wanted, &e.federates_with, *how))
                 && hint.as_ref().is_none_or(|h| e.hint == *h)
                 && downstream.is_none_or(|d| e.downstream == d)
         })
@@ -106,9 +110,24 @@ impl Endpoint {
         }
     }
 
+    /// Refuses to federate with a trust domain whose bundle is not here (SPIRE): its workloads would be refused, and nobody told why.
+    /// What the entry had `before` is not judged.
+    fn check_federated(&self, entry: &Entry, before: Option<&Entry>) -> Result<(), Status> {
+        let had = |td| before.is_some_and(|before| before.federates_with.contains(td));
+        let known = self.0.federated.all();
+        match entry.federates_with.iter().find(|td| !had(td) && !known.contains_key(td.as_str())) {
+            Some(td) => Err(Status::failed_precondition(format!(
+                "federates_with: no bundle of `{td}` is here; federate with it first (`countersign federation create`), or set its \
+                 bundle (`countersign bundle set`)"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn parse_new(&self, wire: types::Entry) -> Result<Entry, Status> {
         let mut entry = entry_from_wire(wire, fresh_entry_id).map_err(invalid)?;
         self.check(&entry)?;
+        self.check_federated(&entry, None)?;
         entry.revision = 0;
         entry.created_at = self.0.now();
         Ok(entry)
@@ -136,6 +155,7 @@ async fn update(
         let merged = masks::update_entry(entry_to_wire(before), wire.clone(), mask);
         let entry = entry_from_wire(merged, || id.clone()).map_err(invalid)?;
         endpoint.check(&entry)?;
+        endpoint.check_federated(&entry, Some(before))?;
         Ok(entry)
     };
     let entry = endpoint.0.entries.update(&id, change).await.map_err(|error| match error {

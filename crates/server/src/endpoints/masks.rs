@@ -38,6 +38,14 @@ mask!(
 );
 mask!(bundle, Bundle, BundleMask, x509_authorities, jwt_authorities, refresh_hint, sequence_number);
 mask!(
+    relationship,
+    FederationRelationship,
+    FederationRelationshipMask,
+    bundle_endpoint_url,
+    bundle_endpoint_profile,
+    trust_domain_bundle
+);
+mask!(
     agent,
     Agent,
     AgentMask,

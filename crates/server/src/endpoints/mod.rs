@@ -14,6 +14,7 @@ mod paging;
 mod push;
 mod status;
 mod svid;
+mod trust_domain;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use countersign_api::spire::entry::entry_server::EntryServer;
 use countersign_api::spire::localauthority::local_authority_server::LocalAuthorityServer;
 use countersign_api::spire::logger::logger_server::LoggerServer;
 use countersign_api::spire::svid::svid_server::SvidServer;
+use countersign_api::spire::trustdomain::trust_domain_server::TrustDomainServer;
 use countersign_api::spire::types;
 use futures::Stream;
 use tonic::service::Routes;
@@ -57,6 +59,7 @@ async fn routes(core: &Arc<Core>, longest: usize) -> Routes {
         .add_service(LocalAuthorityServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(LoggerServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(DebugServer::new(endpoint.clone()).max_decoding_message_size(longest))
+        .add_service(TrustDomainServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(PushServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(DirectoryServer::new(endpoint.clone()).max_decoding_message_size(longest))
         .add_service(StatusServer::new(endpoint).max_decoding_message_size(longest))

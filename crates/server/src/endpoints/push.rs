@@ -1,5 +1,7 @@
 //! `countersign.v1.Push`: sends each agent the changes that concern it, at once.
 
+mod federating;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -12,6 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use self::federating::Federating;
 use super::{BoxStream, Endpoint};
 use crate::agents::AttestedAgent;
 use crate::caller::{Caller, cut_off, denied_status};
@@ -92,8 +95,8 @@ impl Stream {
         let mut revisions = core.entries.revisions();
         let mut bundles = core.authorities.bundle();
         let mut foreign = core.federated.watch();
-        let mut first = true;
-        let (mut bundle_changed, mut foreign_changed) = (true, true);
+        let (mut first, mut bundle_changed) = (true, true);
+        let mut federating = Federating::default();
         loop {
             // Marked as seen before reading: a change in between is seen again and never lost.
             revisions.mark_unchanged();
@@ -113,13 +116,19 @@ impl Stream {
             };
             self.revision = Some(revision);
             let bundle = bundle_changed.then(|| bundle_to_wire(&bundles.borrow_and_update()));
-            let federated_whole = foreign_changed;
-            let federated_bundles = if foreign_changed {
-                foreign.borrow_and_update().values().map(|b| bundle_to_wire(b)).collect()
+            if snapshot {
+                federating.replace(&upserted);
+            } else if first {
+                // The agent knows its entries from an earlier stream, of which nothing is remembered here.
+                federating.replace(&core.entries.authorized(&agent, core.now()));
             } else {
-                vec![]
-            };
-            if first || snapshot || bundle.is_some() || foreign_changed || !upserted.is_empty() || !removed.is_empty() {
+                federating.change(&upserted, &removed);
+            }
+            let foreign_news = federating.news(&foreign.borrow_and_update());
+            // A stream begins with all of them, be it none: others that the agent holds are gone.
+            let federated_whole = first || foreign_news.is_some();
+            let federated_bundles = foreign_news.unwrap_or_default().iter().map(|b| bundle_to_wire(b)).collect();
+            if first || snapshot || bundle.is_some() || federated_whole || !upserted.is_empty() || !removed.is_empty() {
                 let message = WatchResponse {
                     epoch: self.epoch.clone(),
                     revision,
@@ -135,18 +144,14 @@ impl Stream {
                     self.tx.send(Ok(part)).await.ok()?;
                 }
             }
-            first = false;
-            (bundle_changed, foreign_changed) = (false, false);
+            (first, bundle_changed) = (false, false);
             tokio::select! {
                 changed = revisions.changed() => changed.ok()?,
                 changed = bundles.changed() => {
                     changed.ok()?;
                     bundle_changed = true;
                 }
-                changed = foreign.changed() => {
-                    changed.ok()?;
-                    foreign_changed = true;
-                }
+                changed = foreign.changed() => changed.ok()?,
                 () = self.tx.closed() => return None,
             }
         }
@@ -187,8 +192,63 @@ mod tests {
         let bundle = countersign_identity::TrustBundle::clone(&core.authorities.bundle().borrow());
         let trust_domain = countersign_identity::TrustDomain::new("partner").unwrap();
         let foreign = countersign_identity::TrustBundle { trust_domain, ..bundle };
-        core.federated.set(foreign, crate::federated::Expect::Any).await.unwrap();
+        core.federated.set(foreign, crate::federation::bundles::Expect::Any).await.unwrap();
         assert!(open.next().await.unwrap().unwrap().snapshot);
+    }
+
+    #[tokio::test]
+    async fn an_agent_is_told_the_bundles_that_its_own_entries_federate_with_and_no_others() {
+        use countersign_identity::{TrustBundle, TrustDomain};
+        let dir = tempfile::tempdir().unwrap();
+        let core = server(&dir).await;
+        let set = async |name: &str| {
+            let trust_domain = TrustDomain::new(name).unwrap();
+            let bundle = TrustBundle { trust_domain, ..crate::testing::bundle() };
+            core.federated.set(bundle, crate::federation::bundles::Expect::Any).await.unwrap();
+        };
+        let (agent, call) = agent_call(&core, "1").await;
+        let (other, _) = agent_call(&core, "2").await;
+        let entry = |id: &str, parent: &countersign_identity::SpiffeId, with: &[&str]| countersign_identity::Entry {
+            id: id.parse().unwrap(),
+            parent_id: parent.clone(),
+            federates_with: with.iter().map(|td| TrustDomain::new(td).unwrap()).collect(),
+            ..crate::endpoints::tests::entry()
+        };
+        set("partner").await;
+        set("another").await;
+        core.entries.create(vec![entry("a", &agent, &[]), entry("b", &other, &["another"])]).await.unwrap();
+        let extensions = call.into_parts().1;
+        let watch = async |epoch: &str, revision| {
+            let request = WatchRequest { epoch: epoch.to_owned(), revision };
+            let request = Request::from_parts(Default::default(), extensions.clone(), request);
+            let mut stream = Endpoint(core.clone()).watch(request).await.unwrap().into_inner();
+            (stream.next().await.unwrap().unwrap(), stream)
+        };
+        let names = |told: &WatchResponse| -> (bool, Vec<String>) {
+            (told.federated_whole, told.federated_bundles.iter().map(|b| b.trust_domain.clone()).collect())
+        };
+        let (first, mut stream) = watch("", 0).await;
+        assert_eq!(names(&first), (true, vec![]));
+        let update = async |with: &[&str]| {
+            let id = "a".parse().unwrap();
+            core.entries.update(&id, |_| Ok::<_, ()>(entry("a", &agent, with))).await.unwrap();
+        };
+        // With the entry comes the bundle that it needs.
+        update(&["partner"]).await;
+        let told = stream.next().await.unwrap().unwrap();
+        assert_eq!((told.upserted.len(), names(&told)), (1, (true, vec!["partner".to_owned()])));
+        // Another one's bundle is not its business; the next message is of its own.
+        set("another").await;
+        set("partner").await;
+        assert_eq!(names(&stream.next().await.unwrap().unwrap()), (true, vec!["partner".to_owned()]));
+        let (again, _) = watch(&told.epoch, told.revision).await;
+        assert_eq!(
+            (again.snapshot, names(&again)),
+            (false, (true, vec!["partner".to_owned()])),
+            "a stream that goes on"
+        );
+        update(&[]).await;
+        assert_eq!(names(&stream.next().await.unwrap().unwrap()), (true, vec![]));
     }
 
     #[test]

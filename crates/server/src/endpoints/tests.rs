@@ -18,7 +18,13 @@ use countersign_api::spire::localauthority::{
     ActivateJwtAuthorityRequest, ActivateX509AuthorityRequest, PrepareJwtAuthorityRequest, PrepareX509AuthorityRequest,
     RevokeJwtAuthorityRequest, RevokeX509AuthorityRequest, TaintJwtAuthorityRequest, TaintX509AuthorityRequest,
 };
+use countersign_api::spire::trustdomain::trust_domain_server::TrustDomain as TrustDomainService;
+use countersign_api::spire::trustdomain::{
+    BatchCreateFederationRelationshipRequest, BatchDeleteFederationRelationshipRequest,
+    BatchUpdateFederationRelationshipRequest,
+};
 use countersign_api::spire::types;
+use countersign_api::spire::types::federation_relationship::BundleEndpointProfile;
 use countersign_identity::{Entry, KeyType, PrivateKey, SpiffeId, TrustBundle, TrustDomain, X509Authority};
 
 use super::*;
@@ -35,7 +41,7 @@ fn foreign_bundle() -> TrustBundle {
     TrustBundle { authorities, sequence: 1, ..TrustBundle::empty(partner) }
 }
 
-fn entry() -> Entry {
+pub fn entry() -> Entry {
     Entry {
         id: "e".parse().unwrap(),
         spiffe_id: SpiffeId::new("spiffe://td/e").unwrap(),
@@ -68,7 +74,10 @@ async fn agree(core: &Core, store: &dyn DataStore) -> bool {
     let federated: Vec<_> = core.federated.all().values().map(|b| TrustBundle::clone(b)).collect();
     let bundle = TrustBundle::clone(&core.authorities.bundle().borrow());
     let journal = store.authorities().await.unwrap().value.records;
-    agents == core.agents.list()
+    let relationships = store.relationships().await.unwrap().into_iter().map(|r| r.value).collect::<Vec<_>>();
+    let related: Vec<_> = core.relationships.all().values().map(|r| r.as_ref().clone()).collect();
+    relationships == related
+        && agents == core.agents.list()
         && entries == known
         && foreign == federated
         && own == [bundle]
@@ -133,6 +142,30 @@ async fn a_call_that_is_cut_off_at_its_commit_leaves_memory_as_the_store_is() {
 }
 
 #[tokio::test]
+async fn a_relationships_change_that_is_cut_off_holds_with_its_bundle() {
+    let world = World::new().await;
+    let endpoint = &world.endpoint;
+    let relationship = |bundle: Option<TrustBundle>| types::FederationRelationship {
+        trust_domain: "partner".into(),
+        bundle_endpoint_url: "https://partner.test/".into(),
+        bundle_endpoint_profile: Some(BundleEndpointProfile::HttpsWeb(types::HttpsWebProfile {})),
+        trust_domain_bundle: bundle.map(|b| bundle_to_wire(&b)),
+    };
+    let one = vec![relationship(Some(foreign_bundle()))];
+    let create = BatchCreateFederationRelationshipRequest { federation_relationships: one, output_mask: None };
+    world.cut_off("create", endpoint.batch_create_federation_relationship(local(create))).await;
+    assert_eq!((world.core.relationships.all().len(), world.core.federated.all().len()), (1, 1));
+    let next = foreign_bundle();
+    let one = vec![relationship(Some(next.clone()))];
+    let update = BatchUpdateFederationRelationshipRequest { federation_relationships: one, ..Default::default() };
+    world.cut_off("update", endpoint.batch_update_federation_relationship(local(update))).await;
+    assert_eq!(world.core.federated.get("partner").unwrap().authorities, next.authorities);
+    let delete = BatchDeleteFederationRelationshipRequest { trust_domains: vec!["partner".into()] };
+    world.cut_off("delete", endpoint.batch_delete_federation_relationship(local(delete))).await;
+    assert!(world.core.relationships.all().is_empty());
+}
+
+#[tokio::test]
 async fn an_authoritys_change_that_is_cut_off_holds_and_the_next_one_goes_through() {
     let world = World::new().await;
     let endpoint = &world.endpoint;
@@ -177,7 +210,7 @@ async fn our_own_bundle_cannot_be_deleted_as_a_foreign_one() {
         assert_eq!(core.store.bundles().await.unwrap()[0].value, *own);
     }
     let stolen = TrustBundle { trust_domain: td(), ..foreign_bundle() };
-    assert!(core.federated.set(stolen, crate::federated::Expect::Any).await.is_err());
+    assert!(core.federated.set(stolen, crate::federation::bundles::Expect::Any).await.is_err());
     assert_eq!(core.store.bundles().await.unwrap().len(), 1);
 }
 
@@ -196,4 +229,34 @@ async fn refused_attestations_of_one_network_leave_one_short_line_and_a_count() 
     assert_eq!(told.len(), 2, "{told:?}");
     assert!(told[0].len() < 8_000, "{}", told[0].len());
     assert!(told[1].contains("999 more refused attestations") && told[1].contains("2001:db8::/64"), "{}", told[1]);
+}
+
+#[tokio::test]
+async fn an_entry_federates_only_with_trust_domains_whose_bundle_is_here() {
+    let dir = tempfile::tempdir().unwrap();
+    let core = server(&dir).await;
+    let endpoint = Endpoint(core.clone());
+    let create = async || {
+        let request = BatchCreateEntryRequest { entries: vec![entry_to_wire(&entry())], ..Default::default() };
+        let answer = endpoint.batch_create_entry(local(request)).await.unwrap().into_inner();
+        answer.results[0].status.clone().unwrap()
+    };
+    let refused = create().await;
+    assert_eq!(refused.code, i32::from(Code::FailedPrecondition));
+    assert!(refused.message.contains("no bundle of `partner`") && core.entries.is_empty(), "{}", refused.message);
+    core.federated.set(foreign_bundle(), crate::federation::bundles::Expect::New).await.unwrap();
+    assert_eq!(create().await.code, 0);
+    let update = async |change: Entry, mask: Option<types::EntryMask>| {
+        let entries = vec![entry_to_wire(&change)];
+        let request = BatchUpdateEntryRequest { entries, input_mask: mask, ..Default::default() };
+        let answer = endpoint.batch_update_entry(local(request)).await.unwrap().into_inner();
+        answer.results[0].status.clone().unwrap().code
+    };
+    let more = ["partner", "unknown"].map(|td| TrustDomain::new(td).unwrap()).into();
+    let with_more = Entry { federates_with: more, ..entry() };
+    assert_eq!(update(with_more.clone(), None).await, i32::from(Code::FailedPrecondition));
+    assert_eq!(core.entries.get(&entry().id).unwrap().federates_with, entry().federates_with);
+    // What is not being changed is not judged.
+    let hint = types::EntryMask { hint: true, ..Default::default() };
+    assert_eq!(update(Entry { hint: "h".into(), ..with_more }, Some(hint)).await, 0);
 }

@@ -8,11 +8,12 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 
 /// Number, title and statements of each step, as its file in `migrations/sqlite` is named. Steps are only ever added: a store
 /// holds the checksum of each step that it has taken, and is rejected if that step has changed.
-const STEPS: [(i64, &str, &str); 4] = [
+const STEPS: [(i64, &str, &str); 5] = [
     (1, "first", include_str!("../../../migrations/sqlite/0001_first.sql")),
     (2, "versions", include_str!("../../../migrations/sqlite/0002_versions.sql")),
     (3, "jwt authorities", include_str!("../../../migrations/sqlite/0003_jwt_authorities.sql")),
     (4, "revoked keys", include_str!("../../../migrations/sqlite/0004_revoked_keys.sql")),
+    (5, "federation", include_str!("../../../migrations/sqlite/0005_federation.sql")),
 ];
 
 /// Brings a store to today's schema.

@@ -79,3 +79,44 @@ async fn no_bundle_is_replaced_by_an_empty_one() {
     let own = store.put_authorities(&StoredJournal::default(), &empty, Version::FIRST).await;
     assert!(matches!(own, Err(DataStoreError::EmptyBundle(_))));
 }
+
+#[tokio::test]
+async fn a_relationship_and_its_bundle_are_written_together_or_not_at_all() {
+    use crate::federation::relationship::{Profile, Relationship};
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir, "td").await.unwrap();
+    let web = Relationship {
+        trust_domain: td("partner"),
+        url: "https://partner.test/bundle".parse().unwrap(),
+        profile: Profile::HttpsWeb,
+    };
+    let id = SpiffeId::new("spiffe://partner/spire/server").unwrap();
+    let spiffe = Relationship { profile: Profile::HttpsSpiffe(id), ..web.clone() };
+    let bundle = TrustBundle { trust_domain: td("partner"), ..crate::testing::bundle() };
+    let empty = TrustBundle::empty(td("partner"));
+    assert!(matches!(
+        store.put_relationship(&web, None, Some((&empty, None))).await,
+        Err(DataStoreError::EmptyBundle(_))
+    ));
+    assert!(store.relationships().await.unwrap().is_empty());
+    let Written::Stored(first) = store.put_relationship(&web, None, Some((&bundle, None))).await.unwrap() else {
+        panic!()
+    };
+    assert_eq!(store.relationships().await.unwrap(), [Versioned { value: web.clone(), version: first }]);
+    assert_eq!(store.bundles().await.unwrap(), [Versioned { value: bundle.clone(), version: first }]);
+    assert_eq!(store.put_relationship(&spiffe, None, None).await.unwrap(), Written::Stale, "it is there");
+    let over = Some((&bundle, None));
+    assert_eq!(
+        store.put_relationship(&spiffe, Some(first), over).await.unwrap(),
+        Written::Stale,
+        "the bundle is there"
+    );
+    assert_eq!(store.relationships().await.unwrap()[0].value, web);
+    let second = store.put_relationship(&spiffe, Some(first), None).await.unwrap();
+    assert!(matches!(second, Written::Stored(_)));
+    assert_eq!(store.put_relationship(&web, Some(first), None).await.unwrap(), Written::Stale, "it has changed");
+    assert_eq!(store.relationships().await.unwrap()[0].value, spiffe);
+    store.delete_relationship(&td("partner")).await.unwrap();
+    assert!(store.relationships().await.unwrap().is_empty());
+    assert_eq!(store.bundles().await.unwrap().len(), 1, "the bundle stays");
+}

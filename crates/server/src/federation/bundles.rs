@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use countersign_identity::{TrustBundle, TrustDomain};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::datastore::{DataStore, DataStoreError, Version, Versioned, Written};
 
@@ -72,28 +72,48 @@ impl FederatedBundles {
         self.bundles.borrow().clone()
     }
 
+    /// The bundle of this trust domain; `None` if there is none.
+    pub fn get(&self, trust_domain: &str) -> Option<Arc<TrustBundle>> {
+        self.bundles.borrow().get(trust_domain).cloned()
+    }
+
     /// Adds or replaces a bundle. Without a sequence number it gets the next one. An empty bundle is rejected.
-    pub async fn set(&self, mut bundle: TrustBundle, expect: Expect) -> Result<Arc<TrustBundle>, SetError> {
+    pub async fn set(&self, bundle: TrustBundle, expect: Expect) -> Result<Arc<TrustBundle>, SetError> {
+        self.change(bundle, expect).await?.store().await
+    }
+
+    /// Replaces `before` by a bundle that was fetched meanwhile. `None`, and nothing is changed, if somebody else has changed it
+    /// since: what was fetched may be older than that.
+    pub async fn refresh(
+        &self,
+        bundle: TrustBundle,
+        before: Option<&Arc<TrustBundle>>,
+    ) -> Result<Option<Arc<TrustBundle>>, SetError> {
+        let changing = self.change(bundle, Expect::Any).await?;
+        let same = match (&changing.known, before) {
+            (Some(known), Some(before)) => Arc::ptr_eq(known, before),
+            (known, before) => known.is_none() && before.is_none(),
+        };
+        if same { changing.store().await.map(Some) } else { Ok(None) }
+    }
+
+    /// Begins a change, and keeps others from the bundles until it ends. An empty bundle is rejected.
+    pub async fn change(&self, mut bundle: TrustBundle, expect: Expect) -> Result<Changing<'_>, SetError> {
         self.refuse_own(&bundle.trust_domain)?;
-        let mut versions = self.writer.lock().await;
-        let name = bundle.trust_domain.to_string();
-        let known = self.all().get(&name).cloned();
+        if bundle.is_empty() {
+            return Err(DataStoreError::EmptyBundle(bundle.trust_domain).into());
+        }
+        let versions = self.writer.lock().await;
+        let known = self.get(bundle.trust_domain.as_str());
         match (expect, &known) {
             (Expect::New, Some(_)) => return Err(SetError::Exists(bundle.trust_domain)),
             (Expect::Known, None) => return Err(SetError::Unknown(bundle.trust_domain)),
             _ => {}
         }
         if bundle.sequence == 0 {
-            bundle.sequence = known.map_or(1, |b| b.sequence + 1);
+            bundle.sequence = known.as_ref().map_or(1, |b| b.sequence.wrapping_add(1).max(1));
         }
-        let Written::Stored(version) = self.store.put_bundle(&bundle, versions.get(&name).copied()).await? else {
-            self.reload(&mut versions, &name).await?;
-            return Err(DataStoreError::Contended(format!("the bundle of `{name}`")).into());
-        };
-        versions.insert(name.clone(), version);
-        let bundle = Arc::new(bundle);
-        self.bundles.send_modify(|map| drop(Arc::make_mut(map).insert(name, bundle.clone())));
-        Ok(bundle)
+        Ok(Changing { bundles: self, versions, known, bundle })
     }
 
     /// Deletes one; whether it was there.
@@ -124,5 +144,48 @@ impl FederatedBundles {
         versions.insert(name.to_owned(), version);
         self.bundles.send_modify(|map| drop(Arc::make_mut(map).insert(name.to_owned(), Arc::new(value))));
         Ok(())
+    }
+}
+
+/// A change of one bundle that is being made. Dropped, it changes nothing.
+pub struct Changing<'a> {
+    bundles: &'a FederatedBundles,
+    versions: MutexGuard<'a, BTreeMap<String, Version>>,
+    known: Option<Arc<TrustBundle>>,
+    bundle: TrustBundle,
+}
+
+impl Changing<'_> {
+    /// The bundle to be stored.
+    pub fn bundle(&self) -> &TrustBundle {
+        &self.bundle
+    }
+
+    /// The version that it takes the place of; `None` for none.
+    pub fn from(&self) -> Option<Version> {
+        self.versions.get(self.bundle.trust_domain.as_str()).copied()
+    }
+
+    /// Writes it to the store.
+    async fn store(mut self) -> Result<Arc<TrustBundle>, SetError> {
+        let Written::Stored(version) = self.bundles.store.put_bundle(&self.bundle, self.from()).await? else {
+            self.overtaken().await?;
+            return Err(DataStoreError::Contended(format!("the bundle of `{}`", self.bundle.trust_domain)).into());
+        };
+        Ok(self.stored(version))
+    }
+
+    /// It is in the store, with this version.
+    pub fn stored(mut self, version: Version) -> Arc<TrustBundle> {
+        let name = self.bundle.trust_domain.to_string();
+        self.versions.insert(name.clone(), version);
+        let bundle = Arc::new(self.bundle);
+        self.bundles.bundles.send_modify(|map| drop(Arc::make_mut(map).insert(name, bundle.clone())));
+        bundle
+    }
+
+    /// Another server was first: takes up what it wrote.
+    pub async fn overtaken(&mut self) -> Result<(), DataStoreError> {
+        self.bundles.reload(&mut self.versions, self.bundle.trust_domain.as_str()).await
     }
 }
