@@ -9,8 +9,8 @@ use crate::support::{able, outcome, run, sh, wait_for};
 /// The two trust domains.
 const HERE: &str = "here.test";
 const PARTNER: &str = "partner.test";
-/// Longest wait for a refresh that comes by itself: the bundles ask for one every six seconds.
-const REFRESHED: Duration = Duration::from_secs(20);
+/// Longest wait for a refresh that comes by itself: the bundles ask for one every six seconds, and get one every fifteen.
+const REFRESHED: Duration = Duration::from_secs(45);
 
 /// A server with a bundle endpoint.
 struct Side {

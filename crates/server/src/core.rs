@@ -299,6 +299,7 @@ pub fn status_of(error: &AuthorityError) -> Status {
     let text = error.to_string();
     match error {
         AuthorityError::Upstream
+        | AuthorityError::Above(_)
         | AuthorityError::NoUpstream(_)
         | AuthorityError::Untainted(_)
         | AuthorityError::Distrusted(_) => Status::failed_precondition(text),

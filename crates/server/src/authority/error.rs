@@ -37,6 +37,9 @@ pub enum AuthorityError {
         countersign_identity::shown::shown(_0)
     )]
     NoUpstream(String),
+    /// The roots are those of the server above. Holds its name.
+    #[error("the trust bundle is that of {0}: taint and revoke its roots there, and this server follows")]
+    Above(String),
     /// The bundle has no root with this ID.
     #[error(
         "the trust bundle has no root `{}`; `countersign authority show` lists them",

@@ -43,7 +43,9 @@ pub fn is_usable(record: &Record, now: OffsetDateTime) -> bool {
 /// Whether an authority with this validity (start, end) expired so long ago that it may be deleted.
 pub fn is_forgotten((from, until): (OffsetDateTime, OffsetDateTime), now: OffsetDateTime) -> bool {
     let lifetime: Duration = (until - from).try_into().unwrap_or(Duration::ZERO);
-    until + lifetime.clamp(GRACE.0, GRACE.1) <= now
+    // RFC 5280, 4.1.2.5: what has no end of its own ends with the calendar.
+    let kept = lifetime.clamp(GRACE.0, GRACE.1).try_into().unwrap_or(time::Duration::MAX);
+    until.saturating_add(kept) <= now
 }
 
 /// Validity (start, end) of a certificate that was parsed before it entered the journal.
@@ -51,4 +53,16 @@ pub fn validity_of(certificate: &CertificateDer<'_>) -> (OffsetDateTime, OffsetD
     X509Certificate::from_der(certificate).map_or((OffsetDateTime::UNIX_EPOCH, OffsetDateTime::UNIX_EPOCH), |(_, c)| {
         (c.validity().not_before.to_datetime(), c.validity().not_after.to_datetime())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ends_with_the_calendar_is_kept() {
+        let last = OffsetDateTime::from_unix_timestamp(253_402_300_799).unwrap();
+        assert_eq!(last.year(), 9_999);
+        assert!(!is_forgotten((OffsetDateTime::UNIX_EPOCH, last), OffsetDateTime::UNIX_EPOCH));
+    }
 }

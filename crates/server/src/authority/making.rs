@@ -1,9 +1,10 @@
 //! Makes authorities, up to their publication, and removes the keys of those that are gone.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use countersign_identity::profile::IssueError;
-use countersign_identity::{JwtAuthority, KeyType, X509Authority};
+use countersign_identity::{KeyType, X509Authority};
 use time::OffsetDateTime;
 
 use super::journal::{Journal, shorten};
@@ -25,8 +26,6 @@ struct Made {
     record: Record,
     /// The roots that peers must trust for it.
     roots: Vec<X509Authority>,
-    /// Keys of other servers, which came with its publication.
-    keys: Vec<JwtAuthority>,
 }
 
 impl Authorities {
@@ -70,6 +69,7 @@ impl Authorities {
         let (td, key_name) = (&self.settings.trust_domain, random_name()?);
         let key = self.settings.keys.generate(&key_name, key_type).await?;
         let (certificate, chain, roots) = if let Some(upstream) = &self.upstream {
+            self.told_above.fetch_add(1, Ordering::SeqCst);
             let signed = upstream.sign_intermediate(td, &key, ttl, now).await?;
             let own = signed.chain.first().ok_or_else(|| IssueError::Sign("the upstream signed nothing".into()))?;
             (own.clone(), signed.chain, signed.roots)
@@ -80,7 +80,7 @@ impl Authorities {
         };
         let id = X509Authority::from_der(certificate.to_vec())?.id().to_owned();
         let public = Public::X509 { certificate, chain };
-        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots, keys: vec![] })
+        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots })
     }
 
     /// A new key for tokens, under an ID that no other key has.
@@ -88,10 +88,8 @@ impl Authorities {
         let (id, key_name) = (random_name()?, random_name()?);
         let key = self.settings.keys.generate(&key_name, key_type).await?;
         let (key, not_before) = new_authority(&id, &*key, ttl, now).await?;
-        // Above first: what is signed with it is for everybody there.
-        let keys = self.publish_above(&key).await?;
         let public = Public::Jwt { key, not_before };
-        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots: vec![], keys })
+        Ok(Made { record: Record { id, status: Status::Prepared, key_name, public }, roots: vec![] })
     }
 
     async fn publish_prepared(
@@ -101,7 +99,7 @@ impl Authorities {
         ca_ttl: Duration,
         now: OffsetDateTime,
     ) -> Result<Record, AuthorityError> {
-        let Made { record, mut roots, keys: others } = made;
+        let Made { record, mut roots } = made;
         self.refuse_distrusted(journal, &record, &roots)?;
         // What has ended would come with each authority and go with the next look.
         roots.retain(|root| root.not_after() > now);
@@ -121,7 +119,6 @@ impl Authorities {
             add_missing(bundle, roots);
             // All that the journal has: also what a bundle that was lost had.
             add_missing_keys(bundle, keys);
-            add_missing_keys(bundle, others);
         })
         .await?;
         Ok(record)

@@ -2,7 +2,7 @@
 //! use.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -19,7 +19,7 @@ use super::lifecycle::{Due, GRACE, is_forgotten, is_usable};
 use super::making::{Making, refresh_hint};
 use super::stored::{Stored, retire_intermediates, roots_of, take_up_keys};
 use super::upstream_call::{DEADLINE, UpstreamCall};
-use super::{AuthorityError, Kind, Record, Status, StoredJournal};
+use super::{AuthorityError, Kind, Public, Record, RevokedKeys, Status, StoredJournal};
 use crate::config::Issuance;
 use crate::datastore::{DataStore, DataStoreError, Written};
 use crate::key_manager::Keys;
@@ -54,12 +54,11 @@ pub struct Authorities {
     journal: ArcSwap<Vec<Record>>,
     active: Active,
     pub(super) bundle: watch::Sender<Arc<TrustBundle>>,
-    /// How many keys were handed to the upstream, and came back from it: a look at its bundle that began before says nothing of them.
-    pub(super) published: AtomicU64,
+    /// Counts what the upstream signs and publishes for us: a look at its bundle that began before says nothing of it.
+    pub(super) told_above: AtomicU64,
+    /// The keys of tokens that the upstream named last; `None` before it has.
+    pub(super) named_above: Mutex<Option<Vec<JwtAuthority>>>,
 }
-
-/// Most keys of JWT-SVIDs in the bundle for servers below ours to add to.
-const MAX_KEYS: usize = 1_000;
 
 impl Authorities {
     /// Loads the journal of an earlier run or starts a new one, and rotates. Afterwards one authority is active.
@@ -86,7 +85,8 @@ impl Authorities {
             writer: Mutex::new(Journal { records, revoked, version, unswept: true }),
             active: Active::default(),
             bundle: watch::Sender::new(Arc::new(bundle)),
-            published: AtomicU64::new(0),
+            told_above: AtomicU64::new(0),
+            named_above: Mutex::default(),
         };
         authorities.active.replace(active);
         if is_lost {
@@ -178,7 +178,8 @@ impl Authorities {
     async fn renew(&self, kind: Kind, making: &Making, now: OffsetDateTime) -> Result<(), AuthorityError> {
         let (due, mut prepared) = {
             let journal = self.writer.lock().await;
-            let ready = journal.find(kind, Status::Prepared).filter(|r| is_usable(r, now)).cloned();
+            let is_ready = |r: &&Record| is_usable(r, now) && !self.is_distrusted(r);
+            let ready = journal.find(kind, Status::Prepared).filter(is_ready).cloned();
             let active = journal.find(kind, Status::Active);
             // The upstream, or another server below it, has tainted or revoked the root of the active one.
             (Due::at(now, active.filter(|active| !self.is_distrusted(active))), ready)
@@ -203,6 +204,10 @@ impl Authorities {
     /// Makes this prepared authority the signing one.
     pub async fn activate(&self, kind: Kind, id: &str) -> Result<Record, AuthorityError> {
         let record = self.writer.lock().await.prepared(kind, id)?.clone();
+        // Whoever is below the upstream verifies its tokens from the first one on.
+        if let Some(key) = record.jwt_authority() {
+            self.ensure_above(&key).await?;
+        }
         let gone = || AuthorityError::Unknown(format!("{id} (its key is gone)"));
         // The key manager may take its time, so nothing is locked.
         let key = self.settings.keys.get(&record.key_name).await?.ok_or_else(gone)?;
@@ -224,6 +229,12 @@ impl Authorities {
     pub async fn taint(&self, kind: Kind, id: &str) -> Result<Record, AuthorityError> {
         self.refuse_upstreams(kind)?;
         let mut journal = self.writer.lock().await;
+        if let Some(record) = self.key_of_another(&journal, kind, id) {
+            let records = journal.records.clone();
+            self.commit(&mut journal, records, |bundle| taint_in(bundle, kind, id)).await?;
+            tracing::warn!(authority = id, "key of another server tainted; agents give out none of its tokens");
+            return Ok(record);
+        }
         let record = journal.named(kind, id)?.clone();
         // The active authority cannot be tainted: the renewed SVIDs would be under it again.
         match record.status {
@@ -249,7 +260,10 @@ impl Authorities {
     pub async fn revoke(&self, kind: Kind, id: &str) -> Result<Record, AuthorityError> {
         self.refuse_upstreams(kind)?;
         let mut journal = self.writer.lock().await;
-        let record = journal.named(kind, id)?.clone();
+        let record = match self.key_of_another(&journal, kind, id) {
+            Some(record) => record,
+            None => journal.named(kind, id)?.clone(),
+        };
         // Tainted first: by then agents have renewed, so that the revocation cuts off only what did not.
         match record.status {
             Status::Tainted => {}
@@ -278,39 +292,21 @@ impl Authorities {
         }
     }
 
+    /// A key of tokens that another server signs with: below ours, beside it, or of an `AppendBundle`. It is in the bundle alone.
+    fn key_of_another(&self, journal: &Journal, kind: Kind, id: &str) -> Option<Record> {
+        if kind != Kind::Jwt || journal.named(kind, id).is_ok() {
+            return None;
+        }
+        let bundle = self.bundle.borrow().clone();
+        let key = bundle.jwt_authorities.iter().find(|a| a.key_id() == id)?.clone();
+        let status = if key.tainted { Status::Tainted } else { Status::Old };
+        let public = Public::Jwt { key, not_before: OffsetDateTime::UNIX_EPOCH };
+        Some(Record { id: id.to_owned(), status, key_name: String::new(), public })
+    }
+
     /// Roots that are the upstream's are known by other IDs than our authorities.
     fn refuse_upstreams(&self, kind: Kind) -> Result<(), AuthorityError> {
         if kind == Kind::X509 && self.settings.upstream.is_some() { Err(AuthorityError::Upstream) } else { Ok(()) }
-    }
-
-    /// Publishes a key that a server below ours will sign tokens with, here and above. Answers all keys of the bundle then.
-    pub async fn publish_jwt_key(&self, key: JwtAuthority) -> Result<Vec<JwtAuthority>, AuthorityError> {
-        if self.bundle.borrow().jwt_authorities.len() >= MAX_KEYS {
-            return Err(AuthorityError::TooManyKeys);
-        }
-        let above = self.publish_above(&key).await?;
-        // Whoever has only seen a key must not give it another end, nor take its taint away.
-        let is_known = |known: &JwtAuthority| known.key_id() == key.key_id() && known.key() == key.key();
-        let fresh = (!self.bundle.borrow().jwt_authorities.iter().any(is_known)).then_some(key);
-        self.append(vec![], fresh.into_iter().chain(above).collect()).await?;
-        Ok(self.bundle.borrow().jwt_authorities.clone())
-    }
-
-    /// Publishes a key to the upstream, if there is one that publishes keys. Answers those of others that it has.
-    pub(super) async fn publish_above(&self, key: &JwtAuthority) -> Result<Vec<JwtAuthority>, AuthorityError> {
-        let Some(upstream) = &self.upstream else { return Ok(vec![]) };
-        self.published.fetch_add(1, Ordering::SeqCst);
-        let mut named = upstream.publish_jwt_key(key).await?.unwrap_or_default();
-        self.published.fetch_add(1, Ordering::SeqCst);
-        let now = self.now();
-        let known = self.bundle.borrow().clone();
-        // Ours come with our records; of others a key has the first ID that it came under.
-        named.retain(|other| {
-            !other.is_over(now)
-                && other.key() != key.key()
-                && !known.jwt_authorities.iter().any(|a| a.key_id() == other.key_id() || a.key() == other.key())
-        });
-        Ok(named)
     }
 
     /// Adds authorities that another party signs with (SPIRE: AppendBundle). Of our own, nothing changes. Errors: a key has the ID of
@@ -322,27 +318,16 @@ impl Authorities {
         }
         let mut all = self.bundle.borrow().jwt_authorities.clone();
         for key in keys {
-            if journal.revoked.has(key.digest()) {
-                return Err(AuthorityError::Revoked(key.key_id().to_owned()));
-            }
-            // Under another ID it would outlive the revocation of the one.
-            if let Some(twin) = all.iter().find(|a| a.key() == key.key() && a.key_id() != key.key_id()) {
-                return Err(AuthorityError::KeyKnown {
-                    key_id: key.key_id().to_owned(),
-                    as_id: twin.key_id().to_owned(),
-                });
-            }
+            judge(&key, &all, &journal.revoked)?;
             match all.iter_mut().find(|a| a.key_id() == key.key_id()) {
                 None => all.push(key),
-                Some(known) if known.der() == key.der() && journal.named(Kind::Jwt, key.key_id()).is_ok() => {}
+                Some(_) if journal.named(Kind::Jwt, key.key_id()).is_ok() => {}
                 // Its end may be another one now; a taint stays.
-                Some(known) if known.der() == key.der() => {
+                Some(known) => {
                     let tainted = known.tainted || key.tainted;
                     *known = key;
                     known.tainted = tainted;
                 }
-                // A token names its key by the ID alone.
-                Some(_) => return Err(AuthorityError::KeyIdTaken(key.key_id().to_owned())),
             }
         }
         let next = journal.records.clone();
@@ -435,6 +420,23 @@ impl Authorities {
             self.bundle.send_replace(Arc::new(bundle));
         }
         Ok(())
+    }
+}
+
+/// Whether a key for tokens may be added to these. Errors: it was revoked, is there under another ID, or its ID is another one's.
+pub(super) fn judge(key: &JwtAuthority, all: &[JwtAuthority], revoked: &RevokedKeys) -> Result<(), AuthorityError> {
+    let key_id = || key.key_id().to_owned();
+    if revoked.has(key.digest()) {
+        return Err(AuthorityError::Revoked(key_id()));
+    }
+    // Under another ID it would outlive the revocation of the one.
+    if let Some(twin) = all.iter().find(|a| a.key() == key.key() && a.key_id() != key.key_id()) {
+        return Err(AuthorityError::KeyKnown { key_id: key_id(), as_id: twin.key_id().to_owned() });
+    }
+    // A token names its key by the ID alone.
+    match all.iter().find(|a| a.key_id() == key.key_id()) {
+        Some(known) if known.key() != key.key() => Err(AuthorityError::KeyIdTaken(key_id())),
+        _ => Ok(()),
     }
 }
 

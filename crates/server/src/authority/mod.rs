@@ -6,6 +6,7 @@ mod journal;
 mod lifecycle;
 mod making;
 mod manager;
+mod published;
 mod record;
 mod revoked;
 mod stored;

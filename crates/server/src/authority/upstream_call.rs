@@ -33,13 +33,21 @@ pub struct UpstreamCall {
     signing: Arc<AtomicBool>,
     naming: Arc<AtomicBool>,
     publishing: Arc<AtomicBool>,
+    turn: tokio::sync::Mutex<()>,
     deadline: Duration,
 }
 
 impl UpstreamCall {
     /// Calls `upstream`, each time for at most `deadline`.
     pub fn new(upstream: Arc<dyn UpstreamAuthority>, deadline: Duration) -> Self {
-        Self { upstream, signing: Arc::default(), naming: Arc::default(), publishing: Arc::default(), deadline }
+        Self {
+            upstream,
+            signing: Arc::default(),
+            naming: Arc::default(),
+            publishing: Arc::default(),
+            turn: tokio::sync::Mutex::default(),
+            deadline,
+        }
     }
 
     /// Has a CA certificate signed for `key`, of which the upstream gets a request only, and checks the answer. Errors:
@@ -69,6 +77,9 @@ impl UpstreamCall {
 
     /// Publishes a key for tokens. Errors as [`Self::sign_intermediate`].
     pub async fn publish_jwt_key(&self, key: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
+        // Servers below wait for each other, and ours for them.
+        let turn = tokio::time::timeout(self.deadline, self.turn.lock()).await;
+        let _turn = turn.map_err(|_| UpstreamError::Timeout(self.deadline))?;
         let (busy, upstream, key) = (self.begin(&self.publishing)?, self.upstream.clone(), key.clone());
         self.apart(busy, async move { upstream.publish_jwt_key(&key).await }).await
     }

@@ -9,6 +9,7 @@ use countersign_identity::{TrustBundle, X509Authority};
 
 use super::journal::Journal;
 use super::manager::{Authorities, add_missing, add_missing_keys, taint_in};
+use super::published::is_new;
 use super::{AuthorityError, Kind, Record, RevokedKeys, Status, StoredJournal};
 use crate::upstream_authority::UpstreamBundle;
 
@@ -19,22 +20,37 @@ impl Authorities {
     /// refuses.
     pub async fn follow_upstream(&self) -> Result<Vec<String>, AuthorityError> {
         let Some(upstream) = &self.upstream else { return Ok(vec![]) };
-        let published = self.published.load(Ordering::SeqCst);
-        let (mut named, now) = (upstream.bundle().await?, self.now());
+        let told = self.told_above.load(Ordering::SeqCst);
+        let named = upstream.bundle().await?;
+        let (is_whole, keys) = (named.is_whole, named.keys.clone());
+        let refused = self.take_up_named(named, told).await?;
+        // Whatever becomes of our own keys, what was revoked above is revoked here by now.
+        if is_whole {
+            *self.named_above.lock().await = Some(keys.clone());
+            self.publish_own_keys(&keys).await?;
+        }
+        Ok(refused)
+    }
+
+    /// [`Self::follow_upstream`] once it has answered; `told`: what it had been asked for before that.
+    async fn take_up_named(&self, mut named: UpstreamBundle, told: u64) -> Result<Vec<String>, AuthorityError> {
+        let now = self.now();
         let mut journal = self.writer.lock().await;
         let refused = refused(&named, &journal.revoked);
+        // What was signed or published meanwhile is in the next answer.
+        let whole = (named.is_whole && told == self.told_above.load(Ordering::SeqCst) && !named.roots.is_empty())
+            .then(|| named.clone());
         // What has ended would come and go with each look.
         named.roots.retain(|root| root.not_after() > now);
-        named.keys.retain(|key| !key.is_over(now));
-        // A key that was published meanwhile is in the next answer.
-        let is_whole = named.is_whole && published == self.published.load(Ordering::SeqCst) && !named.roots.is_empty();
+        let known = self.bundle.borrow().jwt_authorities.clone();
+        named.keys.retain(|key| !key.is_over(now) && is_new(key, &known, &journal.revoked));
         let before = self.bundle.borrow().clone();
         let records = journal.records.clone();
         let change = |bundle: &mut TrustBundle| {
             add_missing(bundle, named.roots.clone());
             add_missing_keys(bundle, named.keys.clone());
-            if is_whole {
-                keep_whole(bundle, &named, &records);
+            if let Some(whole) = &whole {
+                keep_whole(bundle, whole, &records);
             }
         };
         let mut after = TrustBundle::clone(&before);
@@ -59,11 +75,8 @@ impl Authorities {
     /// Whether everything below an authority of ours is to be renewed, or is trusted by nobody: it is below no good root.
     pub(super) fn is_distrusted(&self, record: &Record) -> bool {
         let bundle = self.bundle.borrow().clone();
-        let mut above = bundle.authorities.iter().filter(|root| record.is_below(root)).peekable();
-        record.kind() == Kind::X509
-            && self.upstream.is_some()
-            && above.peek().is_some()
-            && above.all(|root| root.tainted)
+        let mut above = bundle.authorities.iter().filter(|root| record.is_below(root));
+        record.kind() == Kind::X509 && !bundle.authorities.is_empty() && above.all(|root| root.tainted)
     }
 
     /// Marks a root as compromised: every SVID below it is renewed at once. Errors: the bundle has none with this ID, or the
@@ -71,6 +84,7 @@ impl Authorities {
     pub async fn taint_root(&self, id: &str) -> Result<X509Authority, AuthorityError> {
         let mut journal = self.writer.lock().await;
         let (id, roots) = self.roots_named(&journal, id)?;
+        self.refuse_above()?;
         let root = roots[0].clone();
         if roots.iter().all(|root| root.tainted) {
             return Ok(root);
@@ -87,6 +101,7 @@ impl Authorities {
     pub async fn revoke_root(&self, id: &str) -> Result<X509Authority, AuthorityError> {
         let mut journal = self.writer.lock().await;
         let (id, roots) = self.roots_named(&journal, id)?;
+        self.refuse_above()?;
         // Tainted first: by then agents have renewed, so that the revocation cuts off only what did not.
         if !roots.iter().all(|root| root.tainted) {
             return Err(AuthorityError::Untainted(id));
@@ -97,6 +112,14 @@ impl Authorities {
         self.sweep_after(journal).await;
         tracing::warn!(authority = id, "root of an upstream authority revoked; nothing below it is trusted any more");
         Ok(roots[0].clone())
+    }
+
+    /// Where the bundle is that of a server above, its roots are tainted and revoked there.
+    fn refuse_above(&self) -> Result<(), AuthorityError> {
+        match &self.settings.upstream {
+            Some(upstream) if upstream.has_whole_bundle() => Err(AuthorityError::Above(upstream.name())),
+            _ => Ok(()),
+        }
     }
 
     /// The ID of the root that an authority of ours is below; `None` where it is a root itself or signs no certificates.
@@ -168,8 +191,9 @@ fn keep_whole(bundle: &mut TrustBundle, named: &UpstreamBundle, records: &[Recor
     let is_needed = |root: &X509Authority| records.iter().any(|r| r.id == root.id() || signs(&r) && r.is_below(root));
     bundle.authorities.retain(|root| named.roots.iter().any(|a| a.der() == root.der()) || is_needed(root));
     for root in &mut bundle.authorities {
-        let is_gone = !named.roots.iter().any(|a| a.key() == root.key());
-        root.tainted |= is_gone || named.roots.iter().any(|a| a.tainted && a.key() == root.key());
+        let mut as_named = named.roots.iter().filter(|a| a.key() == root.key()).peekable();
+        // What is missing is renewed away from, and trusted again should the next answer name it.
+        root.tainted = as_named.peek().is_none() || as_named.any(|a| a.tainted);
     }
     let is_ours = |id: &str| records.iter().any(|r| r.kind() == Kind::Jwt && r.id == id);
     bundle.jwt_authorities.retain(|key| named.keys.iter().any(|a| a.key() == key.key()) || is_ours(key.key_id()));

@@ -94,6 +94,10 @@ pub(super) fn set_status(error: SetError) -> Status {
 async fn delete_foreign(core: &Core, td: &TrustDomain, mode: Mode) -> Result<(), Status> {
     // First of all: nothing federates with ourselves, and no entry may be changed on the way to a refusal.
     core.federated.refuse_own(td).map_err(set_status)?;
+    let gone = || Status::not_found(format!("no bundle of `{td}` is here"));
+    if core.federated.get(td.as_str()).is_none() {
+        return Err(gone());
+    }
     let linked = core.entries.page(None, usize::MAX, |e| e.federates_with.contains(td));
     match mode {
         _ if linked.is_empty() => {}
@@ -106,11 +110,7 @@ async fn delete_foreign(core: &Core, td: &TrustDomain, mode: Mode) -> Result<(),
         }
         Mode::Dissociate => core.entries.dissociate(td).await.map_err(|e| store_status(&e))?,
     }
-    if core.federated.remove(td).await.map_err(set_status)? {
-        Ok(())
-    } else {
-        Err(Status::not_found(format!("no bundle of `{td}` is here")))
-    }
+    if core.federated.remove(td).await.map_err(set_status)? { Ok(()) } else { Err(gone()) }
 }
 
 #[async_trait]
@@ -156,9 +156,15 @@ impl Bundle for Endpoint {
         self.0.within_sign_limit(&request, 1)?;
         let key = request.into_inner().jwt_authority.ok_or_else(|| invalid("missing JWT authority"))?;
         let mut key = jwt_authority_from_wire(key).map_err(|e| invalid(format!("invalid JWT authority: {e}")))?;
-        // One without an end would stay for good, whatever becomes of the server below.
-        if key.expires_at.is_none_or(|end| end <= self.0.now()) {
-            return Err(invalid("invalid JWT authority: it needs an end that is ahead"));
+        // Without a near end it would stay for good, whatever becomes of the server below.
+        let longest = self.0.issuance().ca_ttl.mul_f64(1.1);
+        let (now, end) = (self.0.now(), key.expires_at);
+        if end.is_none_or(|end| end <= now || end > now.saturating_add(longest.try_into().unwrap_or_default())) {
+            return Err(invalid(format!(
+                "invalid JWT authority: it needs an end that is ahead, by no more than authorities of this server live \
+                 (--ca-ttl, {} s)",
+                self.0.issuance().ca_ttl.as_secs()
+            )));
         }
         key.tainted = false;
         let publish = |core: Arc<Core>| async move {

@@ -134,6 +134,11 @@ pub trait UpstreamAuthority: Send + Sync {
     /// whoever replaces a root names the next one before anything is signed below it, by us or by another server.
     async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError>;
 
+    /// Whether [`Self::bundle`] is that of the trust domain.
+    fn has_whole_bundle(&self) -> bool {
+        false
+    }
+
     /// Publishes a key that this server will sign tokens with to all servers below the upstream. Answers all keys that it has then;
     /// `None` if it publishes none.
     async fn publish_jwt_key(&self, key: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError>;

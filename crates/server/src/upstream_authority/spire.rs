@@ -3,18 +3,20 @@
 //! This server is a workload there, with a `downstream` entry: its SVID comes from the Workload API of an agent of that server.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use countersign_api::convert::{bundle_from_wire, jwt_authority_from_wire, jwt_authority_to_wire};
+use countersign_api::convert::{bundle_without_unknown_keys, jwt_authority_from_wire, jwt_authority_to_wire};
 use countersign_api::spire::bundle::bundle_client::BundleClient;
 use countersign_api::spire::bundle::{GetBundleRequest, PublishJwtAuthorityRequest};
 use countersign_api::spire::svid::NewDownstreamX509caRequest;
 use countersign_api::spire::svid::svid_client::SvidClient;
+use countersign_api::spire::types::JwtKey;
 use countersign_api::tls::{SvidVerifier, certified_key, client_config, only};
 use countersign_api::transport::{tls_channel, unix_channel};
 use countersign_api::workload_api::{Told, Update, follow};
+use countersign_identity::shown::sentence;
 use countersign_identity::trust_domain::{server_id, trust_domain_of};
 use countersign_identity::{JwtAuthority, TrustDomain, X509Authority};
 use rustls::pki_types::CertificateDer;
@@ -26,6 +28,7 @@ use tonic::{Code, Status};
 
 use super::{UpstreamAuthority, UpstreamBundle, UpstreamError, UpstreamSigned};
 use crate::config::UpstreamSpire;
+use crate::core::MAX_REASON;
 
 /// Longest wait for an identity from the agent, which may be starting with us.
 const IDENTITY_PATIENCE: Duration = Duration::from_secs(10);
@@ -49,6 +52,8 @@ pub struct Spire {
     identity: watch::Receiver<Identity>,
     /// The connection, and the identity that it was made with.
     connected: Mutex<Option<(Channel, Arc<Update>)>>,
+    /// What was said of keys that cannot be used.
+    left_out: std::sync::Mutex<String>,
 }
 
 impl Spire {
@@ -66,7 +71,7 @@ impl Spire {
                 }
             }),
         }));
-        Self { settings, trust_domain, identity, connected: Mutex::new(None) }
+        Self { settings, trust_domain, identity, connected: Mutex::new(None), left_out: Default::default() }
     }
 
     /// A connection as the identity of the moment. Errors: there is none, or it is of another trust domain.
@@ -137,8 +142,26 @@ impl Spire {
         }
     }
 
-    fn keys(&self, keys: Vec<countersign_api::spire::types::JwtKey>) -> Result<Vec<JwtAuthority>, UpstreamError> {
-        keys.into_iter().map(|key| jwt_authority_from_wire(key).map_err(|e| self.malformed(&e))).collect()
+    /// Those of the keys that can be used here.
+    fn keys(&self, keys: Vec<JwtKey>) -> Vec<JwtAuthority> {
+        let read: Vec<_> = keys.into_iter().map(jwt_authority_from_wire).collect();
+        let left_out: Vec<_> = read.iter().filter_map(|key| key.as_ref().err()).collect();
+        self.say_left_out(&left_out);
+        read.into_iter().flatten().collect()
+    }
+
+    /// Once for each set of them: they are there for as long as the bundle above has them.
+    fn say_left_out(&self, errors: &[impl std::fmt::Display]) {
+        let now: String = errors.iter().map(|error| format!("{error}; ")).collect();
+        let mut told = self.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+        if !now.is_empty() && *told != now {
+            tracing::warn!(
+                upstream = self.name(),
+                left_out = sentence(&now, MAX_REASON).to_string(),
+                "keys of its bundle cannot be used here; they are left out"
+            );
+            *told = now;
+        }
     }
 }
 
@@ -173,10 +196,16 @@ impl UpstreamAuthority for Spire {
         Ok(UpstreamSigned { chain, roots: roots.collect::<Result<_, _>>()? })
     }
 
+    fn has_whole_bundle(&self) -> bool {
+        true
+    }
+
     async fn bundle(&self) -> Result<UpstreamBundle, UpstreamError> {
         let answer = BundleClient::new(self.channel().await?).get_bundle(GetBundleRequest::default()).await;
         let answer = answer.map_err(|status| self.of_status(&status))?.into_inner();
-        let bundle = bundle_from_wire(answer).map_err(|e| self.malformed(&e))?;
+        // A key of a kind that is not known here is no reason to miss a revocation.
+        let (bundle, left_out) = bundle_without_unknown_keys(answer).map_err(|e| self.malformed(&e))?;
+        self.say_left_out(&left_out);
         if bundle.trust_domain != self.trust_domain {
             return Err(self.malformed(&format!("its bundle is of `{}`", bundle.trust_domain)));
         }
@@ -187,6 +216,6 @@ impl UpstreamAuthority for Spire {
         let asked = PublishJwtAuthorityRequest { jwt_authority: Some(jwt_authority_to_wire(key)) };
         let published = BundleClient::new(self.channel().await?).publish_jwt_authority(asked).await;
         let published = published.map_err(|status| self.of_status(&status))?.into_inner();
-        Ok(Some(self.keys(published.jwt_authorities)?))
+        Ok(Some(self.keys(published.jwt_authorities)))
     }
 }

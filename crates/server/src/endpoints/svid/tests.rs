@@ -238,9 +238,13 @@ async fn a_server_below_gets_a_ca_whose_svids_everybody_accepts_and_publishes_it
         world.endpoint.publish_jwt_authority(request)
     };
     let own = world.core.authorities.bundle().borrow().jwt_authorities[0].key_id().to_owned();
-    for wrong in
-        [PublishJwtAuthorityRequest { jwt_authority: None }, jwt("k", None), jwt("k", Some(-1)), jwt(&own, Some(60))]
-    {
+    for wrong in [
+        PublishJwtAuthorityRequest { jwt_authority: None },
+        jwt("k", None),
+        jwt("k", Some(-1)),
+        jwt("k", Some(400 * 86_400)),
+        jwt(&own, Some(60)),
+    ] {
         assert_eq!(publish(wrong).await.unwrap_err().code(), Code::InvalidArgument);
     }
     let all = publish(jwt("k", Some(60))).await.unwrap().into_inner().jwt_authorities;

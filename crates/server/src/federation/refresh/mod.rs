@@ -32,7 +32,7 @@ const FETCHES_AT_ONCE: usize = 16;
 /// What all fetches share.
 pub struct Refresher {
     turns: Semaphore,
-    lines: Sampled,
+    lines: Sampled<TrustDomain>,
 }
 
 impl Default for Refresher {
@@ -148,7 +148,7 @@ fn tell(core: &Core, relationship: &Relationship, told: &mut String, error: Opti
     if *told == now {
         return;
     }
-    let line = |kind| core.refresher.lines.next((), kind, Instant::now());
+    let line = |kind| core.refresher.lines.next(trust_domain.clone(), kind, Instant::now());
     if now.is_empty() {
         if let Some(unsaid) = line("refreshed again") {
             tracing::info!(%trust_domain, unsaid, "the bundle of a foreign trust domain is refreshed again");
@@ -187,10 +187,16 @@ async fn refresh_uncounted(
     let name = relationship.trust_domain.as_str();
     let _turn = core.refresher.turns.acquire().await.map_err(|_| RefreshError::Ending)?;
     let before = core.federated.get(name);
+    let trusted = endpoint_bundle(core, &relationship.profile);
     let proof = proof(core, &relationship.profile)?;
     let fetched = fetch(&relationship.trust_domain, &relationship.url, &proof).await?;
+    // What the endpoint was judged by may have been taken back while it was still sending.
+    if endpoint_bundle(core, &relationship.profile) != trusted {
+        return Err(RefreshError::Overtaken);
+    }
     if let Some(before) = before.as_ref().filter(|before| is_same(before, &fetched)) {
-        return Ok(before.clone());
+        let now = core.federated.get(name);
+        return now.filter(|now| Arc::ptr_eq(now, before)).ok_or(RefreshError::Overtaken);
     }
     // Whoever gives this up from here on does not leave memory behind the store.
     let (core, relationship) = (core.clone(), relationship.clone());
@@ -216,7 +222,9 @@ async fn store(
         (&stored.trust_domain, stored.authorities.len(), stored.jwt_authorities.len());
     // As SPIRE does, its endpoint is believed: it may have been restored from a backup.
     let went_back = sequence != 0 && sequence < last;
-    tracing::info!(%trust_domain, sequence = stored.sequence, went_back, authorities, jwt_authorities = keys, "bundle of a foreign trust domain refreshed");
+    if let Some(unsaid) = core.refresher.lines.next(trust_domain.clone(), "refreshed", Instant::now()) {
+        tracing::info!(%trust_domain, sequence = stored.sequence, went_back, authorities, jwt_authorities = keys, unsaid, "bundle of a foreign trust domain refreshed");
+    }
     Ok(stored)
 }
 

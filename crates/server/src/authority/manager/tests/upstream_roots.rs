@@ -12,6 +12,8 @@ struct Signs {
     named: StdMutex<Vec<X509Authority>>,
     keys: StdMutex<Vec<JwtAuthority>>,
     is_whole: bool,
+    /// Whether it publishes nothing.
+    refuses: std::sync::atomic::AtomicBool,
 }
 
 #[derive(Clone)]
@@ -61,9 +63,16 @@ impl UpstreamAuthority for Signs {
         Ok(UpstreamBundle { roots, keys, is_whole: self.is_whole })
     }
 
+    fn has_whole_bundle(&self) -> bool {
+        self.is_whole
+    }
+
     async fn publish_jwt_key(&self, key: &JwtAuthority) -> Result<Option<Vec<JwtAuthority>>, UpstreamError> {
         if !self.is_whole {
             return Ok(None);
+        }
+        if self.refuses.load(Ordering::SeqCst) {
+            return Err(UpstreamError::Unreachable { upstream: self.name(), why: "no answer".into() });
         }
         let mut keys = self.keys.lock().unwrap();
         keys.push(key.clone());
@@ -78,6 +87,7 @@ impl Signs {
             named: StdMutex::default(),
             keys: StdMutex::default(),
             is_whole: false,
+            refuses: Default::default(),
         })
     }
 
@@ -219,6 +229,7 @@ async fn below(world: &World) -> (Authorities, Arc<Signs>, Root) {
         named: StdMutex::new(vec![root.authority.clone()]),
         keys: StdMutex::default(),
         is_whole: true,
+        refuses: Default::default(),
     });
     let a = Authorities::load(world.settings(world.keys.clone(), Some(upstream.clone()))).await.unwrap();
     (a, upstream, root)
@@ -254,6 +265,15 @@ async fn a_server_below_another_moves_from_a_root_that_is_tainted_above_and_drop
     *upstream.named.lock().unwrap() = vec![third.authority.clone()];
     a.follow_upstream().await.unwrap();
     assert_eq!(roots(&a), [format!("{}!", second.id()), third.id().into()]);
+    // Should it have been a mistake, all is as before.
+    *upstream.named.lock().unwrap() = vec![second.authority.clone(), third.authority.clone()];
+    a.follow_upstream().await.unwrap();
+    a.rotate().await.unwrap();
+    assert_eq!((roots(&a), statuses(&a)), (vec![second.id().into(), third.id().into()], vec!["old", "active"]));
+    let refused = a.taint_root(third.id()).await.unwrap_err();
+    assert!(matches!(&refused, AuthorityError::Above(name) if name == "signs"), "{refused}");
+    *upstream.named.lock().unwrap() = vec![third.authority.clone()];
+    a.follow_upstream().await.unwrap();
     upstream.switch(&third);
     a.rotate().await.unwrap();
     a.follow_upstream().await.unwrap();
@@ -294,12 +314,41 @@ async fn keys_of_tokens_are_published_above_first_and_come_from_there() {
     let known = |id: &str| a.bundle().borrow().jwt_authorities.iter().find(|k| k.key_id() == id).cloned();
     assert_eq!(known("sibling").unwrap().expires_at, sibling.expires_at);
     assert!(matches!(a.publish_jwt_key(key("sibling", 600)).await, Err(AuthorityError::KeyIdTaken(_))));
-    // Tainted above, then revoked there; ours stays whatever is said above, for we sign with it.
+    // What cannot be taken here is not handed on either.
+    let before = upstream.keys.lock().unwrap().len();
+    let twin = JwtAuthority::new("twin", sibling.der()).unwrap();
+    assert!(matches!(a.publish_jwt_key(twin).await, Err(AuthorityError::KeyKnown { .. })));
+    assert_eq!(upstream.keys.lock().unwrap().len(), before);
+    // One that was revoked here and that the other still has holds up nobody.
+    a.taint(Kind::Jwt, "sibling").await.unwrap();
+    a.revoke(Kind::Jwt, "sibling").await.unwrap();
+    assert!(known("sibling").is_none());
+    a.publish_jwt_key(key("later", 600)).await.unwrap();
+    assert_eq!(a.follow_upstream().await.unwrap(), ["sibling"], "it is said once more");
+    assert!(known("sibling").is_none() && known("later").is_some());
+    // Tainted above, then revoked there; ours stays whatever is said above, for we sign with it, and it is published again.
     upstream.keys.lock().unwrap().retain(|k| k.key_id() == "below");
     upstream.keys.lock().unwrap()[0].tainted = true;
     a.follow_upstream().await.unwrap();
     assert_eq!(ids(&a), [&own[0], "below"]);
     assert!(known("below").unwrap().tainted);
+    assert!(upstream.keys.lock().unwrap().iter().any(|k| k.key_id() == own[0]));
+}
+
+#[tokio::test]
+async fn a_key_that_was_published_above_signs_once_it_is_there_and_is_tried_again_with_itself() {
+    let world = World::new().await;
+    let (a, upstream, _) = below(&world).await;
+    upstream.refuses.store(true, Ordering::SeqCst);
+    let next = a.prepare(Kind::Jwt).await.unwrap();
+    for _ in 0..2 {
+        assert!(a.activate(Kind::Jwt, &next.id).await.is_err());
+    }
+    upstream.refuses.store(false, Ordering::SeqCst);
+    a.activate(Kind::Jwt, &next.id).await.unwrap();
+    let above: Vec<_> = upstream.keys.lock().unwrap().iter().map(|k| k.key_id().to_owned()).collect();
+    assert_eq!(above.iter().filter(|id| **id == next.id).count(), 1);
+    assert_eq!(above.len(), 2, "no other was made");
 }
 
 #[tokio::test]
