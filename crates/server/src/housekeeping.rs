@@ -73,7 +73,7 @@ async fn follow_upstream(core: Arc<Core>) {
                 revoked.join(" "),
                 "the upstream authority names roots that were revoked here; they stay out of the trust bundle",
             ),
-            Err(error) => (error.to_string(), "cannot look for new roots of the upstream authority; trying again"),
+            Err(error) => (error.to_string(), "cannot follow the upstream authority; trying again"),
         };
         // Once for each reason: an upstream may be away for days.
         if now != told && !now.is_empty() {

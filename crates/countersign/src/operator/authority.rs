@@ -7,8 +7,9 @@ use std::collections::HashSet;
 use anyhow::Result;
 use clap::Subcommand;
 use countersign_api::spire::localauthority::AuthorityState;
-use countersign_identity::{TrustBundle, X509Authority};
+use countersign_identity::{JwtAuthority, TrustBundle, X509Authority};
 use serde_json::{Map, Value, json};
+use time::OffsetDateTime;
 
 use self::kind::{Authorities, Kind, States, Trusted};
 use super::output::{Output, Table, told};
@@ -18,7 +19,7 @@ use crate::clients::ServerArg;
 /// Show, rotate, taint and revoke the signing authorities.
 #[derive(Subcommand)]
 pub enum AuthorityCommand {
-    /// Show the active, the prepared and the old authority of X509- and of JWT-SVIDs, and the other roots of the trust bundle.
+    /// Show the active, the prepared and the old authority of X509- and of JWT-SVIDs, and what else the trust bundle has.
     Show {
         #[command(flatten)]
         server: ServerArg,
@@ -122,6 +123,15 @@ fn other_roots<'a>(
     bundle.authorities.iter().filter(move |root| !ids.contains(root.id()))
 }
 
+/// The keys of tokens of the bundle that are none of these: those of other servers, and our own older ones.
+fn other_keys<'a>(
+    bundle: &'a TrustBundle,
+    shown: &[(&str, Option<AuthorityState>)],
+) -> impl Iterator<Item = &'a JwtAuthority> {
+    let ids: HashSet<_> = shown.iter().filter_map(|(_, s)| s.as_ref()).map(|s| s.authority_id.clone()).collect();
+    bundle.jwt_authorities.iter().filter(move |key| !ids.contains(key.key_id()))
+}
+
 /// Prints both kinds. As JSON the X.509 authorities stand at the top, where they were before there were others.
 fn print_all(output: &Output, x509: States, jwt: States, bundle: &TrustBundle) -> Result<()> {
     let tainted = tainted(bundle);
@@ -142,6 +152,11 @@ fn print_all(output: &Output, x509: States, jwt: States, bundle: &TrustBundle) -
         let ends = when(root.not_after().unix_timestamp());
         table.row(vec!["root".into(), status.into(), root.id().to_owned(), ends, String::new()]);
     }
+    for key in other_keys(bundle, &jwt) {
+        let status = if key.tainted { "tainted" } else { "trusted" };
+        let ends = key.expires_at.map(|end| when(end.unix_timestamp())).unwrap_or_default();
+        table.row(vec!["jwt key".into(), status.into(), key.key_id().to_owned(), ends, String::new()]);
+    }
     let facts = |states: &[(&str, Option<AuthorityState>)]| {
         let mut facts = facts(states);
         for (status, state) in states {
@@ -155,6 +170,11 @@ fn print_all(output: &Output, x509: States, jwt: States, bundle: &TrustBundle) -
     all.insert("jwt".into(), Value::Object(facts(&jwt)));
     let root = |root: &X509Authority| json!({ "id": root.id(), "expires_at": root.not_after().unix_timestamp(), "tainted": root.tainted });
     all.insert("roots".into(), other_roots(bundle, &x509).map(root).collect());
+    let key = |key: &JwtAuthority| {
+        let expires_at = key.expires_at.map(OffsetDateTime::unix_timestamp);
+        json!({ "id": key.key_id(), "expires_at": expires_at, "tainted": key.tainted })
+    };
+    all.insert("jwt_keys".into(), other_keys(bundle, &jwt).map(key).collect());
     Ok(output.print(&table, &Value::Object(all))?)
 }
 
@@ -199,7 +219,7 @@ pub async fn run(command: AuthorityCommand) -> Result<()> {
                     Trusted::Upstream =>
                         "agents renew what is below it now. Revoke it once `countersign status` shows none of the authorities below it (column BELOW of `countersign authority show`) at an agent or sidecar: that cuts each connection which still depends on it",
                     Trusted::Own(Kind::X509) =>
-                        "agents renew what it signed now. Revoke it once `countersign status` shows its ID at no agent and sidecar: that cuts each connection which still depends on it",
+                        "agents renew what it signed now. Revoke it once `countersign status` shows its ID at no agent and sidecar, and `countersign authority show` at no server below this one (column BELOW): that cuts each connection which still depends on it, and locks out whoever has not renewed",
                     Trusted::Own(Kind::Jwt) =>
                         "agents give out none of its tokens any more. Revoke it to have those refused that workloads still hold",
                 }

@@ -15,7 +15,7 @@ use tonic::{Request, Streaming};
 
 use super::output::{Output, Table};
 use super::when;
-use crate::clients::{AGENT_SOCKET, channel, client, refused};
+use crate::clients::{AGENT_SOCKET, channel, client, message_of, refused};
 
 /// Fetch SVIDs from the agent, as a workload would.
 #[derive(Subcommand)]
@@ -54,7 +54,7 @@ pub(super) fn workload_call<T>(message: T) -> Request<T> {
 async fn open(agent: &AgentArg) -> Result<Streaming<X509svidResponse>> {
     let request = workload_call(X509svidRequest {});
     let mut client = client!(SpiffeWorkloadApiClient, channel(&agent.socket, "agent")?);
-    Ok(client.fetch_x509svid(request).await.map_err(|s| anyhow!("{}", s.message().to_owned()))?.into_inner())
+    Ok(client.fetch_x509svid(request).await.map_err(|s| anyhow!("{}", message_of(&s).to_owned()))?.into_inner())
 }
 
 /// The SVIDs in a response, without keys: SPIFFE ID, serial, expiry, and the same as JSON.

@@ -195,19 +195,28 @@ impl ServerSettings {
             }
             Ok(Issuance { ca_ttl, svid_ttl, agent_svid_ttl, ca_key_type: found.ca_key_type.unwrap_or(ca_key_type) })
         })?;
+        if self.upstream_spire.is_none() && self.upstream_spire_workload_api.is_some() {
+            // Without it this server would be another root of its trust domain.
+            return Err(Mistake(
+                "the Workload API of an upstream is given without the upstream: add --upstream-spire".into(),
+            ));
+        }
+        let has_files = self.upstream_cert.is_some() || self.upstream_key.is_some() || self.upstream_bundle.is_some();
+        if self.upstream_spire.is_some() && has_files {
+            return Err(Mistake(
+                "there is one upstream authority: leave out --upstream-spire, or --upstream-cert with --upstream-key and \
+                 --upstream-bundle"
+                    .into(),
+            ));
+        }
         let upstream = match (self.upstream_cert, self.upstream_key, self.upstream_bundle) {
             (None, None, None) => None,
             (Some(certificate), Some(key), bundle) => Some(Upstream::Disk(UpstreamDisk { certificate, key, bundle })),
             _ => return Err(Mistake("an upstream authority needs both --upstream-cert and --upstream-key".into())),
         };
-        let upstream = match (self.upstream_spire, upstream) {
-            (None, upstream) => upstream,
-            (Some(_), Some(_)) => {
-                return Err(Mistake(
-                    "there is one upstream authority: leave out --upstream-spire, or --upstream-cert".into(),
-                ));
-            }
-            (Some(address), None) => Some(Upstream::Spire(UpstreamSpire {
+        let upstream = match self.upstream_spire {
+            None => upstream,
+            Some(address) => Some(Upstream::Spire(UpstreamSpire {
                 address: upstream_address(address)?,
                 workload_api: self.upstream_spire_workload_api.unwrap_or_else(|| AGENT_SOCKET.into()),
             })),

@@ -12,7 +12,7 @@ use crate::upstream_authority::UpstreamError;
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
     /// There is no authority with this ID.
-    #[error("there is no authority `{0}` of this kind; `countersign authority show` lists those of both kinds")]
+    #[error("there is no authority `{0}` of this kind; `countersign authority show` lists those of all kinds (--kind)")]
     Unknown(String),
     /// The authority is not in the state that the command requires.
     #[error("authority `{id}` is {status}; {needed}")]

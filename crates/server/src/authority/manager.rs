@@ -1,6 +1,7 @@
 //! Prepares, activates, retires, taints and revokes authorities. Each one is published in the bundle before its first
 //! use.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -58,6 +59,8 @@ pub struct Authorities {
     pub(super) told_above: AtomicU64,
     /// The keys of tokens that the upstream named last; `None` before it has.
     pub(super) named_above: Mutex<Option<Vec<JwtAuthority>>>,
+    /// IDs of our keys of tokens that the upstream refuses, each with a record that goes at its end.
+    pub(super) refused_above: std::sync::Mutex<HashSet<String>>,
 }
 
 impl Authorities {
@@ -87,6 +90,7 @@ impl Authorities {
             bundle: watch::Sender::new(Arc::new(bundle)),
             told_above: AtomicU64::new(0),
             named_above: Mutex::default(),
+            refused_above: std::sync::Mutex::default(),
         };
         authorities.active.replace(active);
         if is_lost {
@@ -178,11 +182,14 @@ impl Authorities {
     async fn renew(&self, kind: Kind, making: &Making, now: OffsetDateTime) -> Result<(), AuthorityError> {
         let (due, mut prepared) = {
             let journal = self.writer.lock().await;
-            let is_ready = |r: &&Record| is_usable(r, now) && !self.is_distrusted(r);
+            let is_ready = |r: &&Record| is_usable(r, now) && !self.is_distrusted(r) && !self.is_refused_above(&r.id);
             let ready = journal.find(kind, Status::Prepared).filter(is_ready).cloned();
             let active = journal.find(kind, Status::Active);
             // The upstream, or another server below it, has tainted or revoked the root of the active one.
-            (Due::at(now, active.filter(|active| !self.is_distrusted(active))), ready)
+            (
+                Due::at(now, active.filter(|active| !self.is_distrusted(active) && !self.is_refused_above(&active.id))),
+                ready,
+            )
         };
         if due.prepare && prepared.is_none() {
             prepared = Some(self.make(kind, making, now).await?);
@@ -306,7 +313,10 @@ impl Authorities {
 
     /// Roots that are the upstream's are known by other IDs than our authorities.
     fn refuse_upstreams(&self, kind: Kind) -> Result<(), AuthorityError> {
-        if kind == Kind::X509 && self.settings.upstream.is_some() { Err(AuthorityError::Upstream) } else { Ok(()) }
+        match &self.settings.upstream {
+            Some(_) if kind == Kind::X509 => self.refuse_above().and(Err(AuthorityError::Upstream)),
+            _ => Ok(()),
+        }
     }
 
     /// Adds authorities that another party signs with (SPIRE: AppendBundle). Of our own, nothing changes. Errors: a key has the ID of

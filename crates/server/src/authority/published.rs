@@ -1,11 +1,13 @@
 //! Keys of JWT-SVIDs that are published to the servers above and below.
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use countersign_identity::JwtAuthority;
 
 use super::manager::{Authorities, add_missing_keys, judge};
 use super::{AuthorityError, Kind, RevokedKeys, Status};
+use crate::upstream_authority::UpstreamError;
 
 /// Most keys of JWT-SVIDs in the bundle for servers below ours to add to.
 const MAX_KEYS: usize = 1_000;
@@ -57,12 +59,29 @@ impl Authorities {
         let (now, journal) = (self.now(), self.journal());
         let signs = journal.iter().filter(|r| r.kind() == Kind::Jwt && r.status != Status::Tainted);
         for key in signs.filter_map(super::Record::jwt_authority).filter(|key| !key.is_over(now)) {
-            if !named.iter().any(|a| a.key() == key.key()) {
-                self.ensure_above(&key).await?;
-                tracing::info!(authority = key.key_id(), "key of JWT-SVIDs published at the server above");
+            if named.iter().any(|a| a.key() == key.key()) || self.is_refused_above(key.key_id()) {
+                continue;
+            }
+            match self.ensure_above(&key).await {
+                Ok(()) => tracing::info!(authority = key.key_id(), "key of JWT-SVIDs published at the server above"),
+                // Revoked there: the rotation makes another, and this one goes.
+                Err(AuthorityError::Unsigned(UpstreamError::Refused { why, .. })) => {
+                    tracing::error!(
+                        authority = key.key_id(),
+                        why,
+                        "the server above refuses the key of our JWT-SVIDs; it is replaced"
+                    );
+                    self.refused_above.lock().unwrap_or_else(PoisonError::into_inner).insert(key.key_id().to_owned());
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Whether the upstream has refused this key of ours: nobody there accepts what is signed with it.
+    pub(super) fn is_refused_above(&self, key_id: &str) -> bool {
+        self.refused_above.lock().unwrap_or_else(PoisonError::into_inner).contains(key_id)
     }
 
     /// Publishes a key to the upstream, if there is one that publishes keys. Answers those of others that it has.

@@ -50,7 +50,7 @@ impl Authorities {
             add_missing(bundle, named.roots.clone());
             add_missing_keys(bundle, named.keys.clone());
             if let Some(whole) = &whole {
-                keep_whole(bundle, whole, &records);
+                keep_whole(bundle, whole, &records, &|id| self.is_refused_above(id));
             }
         };
         let mut after = TrustBundle::clone(&before);
@@ -83,8 +83,8 @@ impl Authorities {
     /// authority that signs is below it.
     pub async fn taint_root(&self, id: &str) -> Result<X509Authority, AuthorityError> {
         let mut journal = self.writer.lock().await;
-        let (id, roots) = self.roots_named(&journal, id)?;
         self.refuse_above()?;
+        let (id, roots) = self.roots_named(&journal, id)?;
         let root = roots[0].clone();
         if roots.iter().all(|root| root.tainted) {
             return Ok(root);
@@ -100,8 +100,8 @@ impl Authorities {
     /// as [`Self::taint_root`], or it is not tainted.
     pub async fn revoke_root(&self, id: &str) -> Result<X509Authority, AuthorityError> {
         let mut journal = self.writer.lock().await;
-        let (id, roots) = self.roots_named(&journal, id)?;
         self.refuse_above()?;
+        let (id, roots) = self.roots_named(&journal, id)?;
         // Tainted first: by then agents have renewed, so that the revocation cuts off only what did not.
         if !roots.iter().all(|root| root.tainted) {
             return Err(AuthorityError::Untainted(id));
@@ -115,7 +115,7 @@ impl Authorities {
     }
 
     /// Where the bundle is that of a server above, its roots are tainted and revoked there.
-    fn refuse_above(&self) -> Result<(), AuthorityError> {
+    pub(super) fn refuse_above(&self) -> Result<(), AuthorityError> {
         match &self.settings.upstream {
             Some(upstream) if upstream.has_whole_bundle() => Err(AuthorityError::Above(upstream.name())),
             _ => Ok(()),
@@ -185,7 +185,7 @@ fn refused(named: &UpstreamBundle, revoked: &RevokedKeys) -> Vec<String> {
 }
 
 /// Makes a bundle what the upstream's is, whose word is the trust domain's, apart from what these records of ours need.
-fn keep_whole(bundle: &mut TrustBundle, named: &UpstreamBundle, records: &[Record]) {
+fn keep_whole(bundle: &mut TrustBundle, named: &UpstreamBundle, records: &[Record], is_refused: &dyn Fn(&str) -> bool) {
     // One that we sign below stays until we sign below another.
     let signs = |r: &&Record| matches!(r.status, Status::Active | Status::Prepared);
     let is_needed = |root: &X509Authority| records.iter().any(|r| r.id == root.id() || signs(&r) && r.is_below(root));
@@ -195,7 +195,9 @@ fn keep_whole(bundle: &mut TrustBundle, named: &UpstreamBundle, records: &[Recor
         // What is missing is renewed away from, and trusted again should the next answer name it.
         root.tainted = as_named.peek().is_none() || as_named.any(|a| a.tainted);
     }
-    let is_ours = |id: &str| records.iter().any(|r| r.kind() == Kind::Jwt && r.id == id);
+    // One that is refused above stays while it signs.
+    let is_kept = |r: &Record| r.status == Status::Active || !is_refused(&r.id);
+    let is_ours = |id: &str| records.iter().any(|r| r.kind() == Kind::Jwt && r.id == id && is_kept(r));
     bundle.jwt_authorities.retain(|key| named.keys.iter().any(|a| a.key() == key.key()) || is_ours(key.key_id()));
     for key in &mut bundle.jwt_authorities {
         key.tainted |= named.keys.iter().any(|a| a.tainted && a.key() == key.key());

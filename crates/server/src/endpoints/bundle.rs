@@ -102,7 +102,10 @@ async fn delete_foreign(core: &Core, td: &TrustDomain, mode: Mode) -> Result<(),
     match mode {
         _ if linked.is_empty() => {}
         Mode::Restrict => {
-            return Err(Status::failed_precondition(format!("{} entries federate with `{td}`", linked.len())));
+            return Err(Status::failed_precondition(format!(
+                "{} of the entries federate with `{td}`: have it taken out of them (mode dissociate), or delete them with it (mode delete)",
+                linked.len()
+            )));
         }
         Mode::Delete => {
             let ids: Vec<_> = linked.iter().map(|e| e.id.clone()).collect();

@@ -67,7 +67,7 @@ impl Spire {
             // What the agent gave out before is good until it ends.
             Told::Ended(status) => tell.send_modify(|identity| {
                 if !matches!(identity, Identity::Known(_)) {
-                    *identity = Identity::None(status.message().to_owned());
+                    *identity = Identity::None(said(&status));
                 }
             }),
         }));
@@ -101,7 +101,8 @@ impl Spire {
             Ok(Ok(Identity::Known(update))) => Err(UpstreamError::Refused {
                 upstream: self.name(),
                 why: format!(
-                    "the Workload API gives this server `{}`, and an upstream of this kind is of the same trust domain, `{}`",
+                    "the Workload API gives this server `{}`, and an upstream of this kind is of the same trust domain, `{}`: correct \
+                     --trust-domain, or --upstream-spire-workload-api",
                     update.svid.id(),
                     self.trust_domain
                 ),
@@ -129,7 +130,7 @@ impl Spire {
     }
 
     fn of_status(&self, status: &Status) -> UpstreamError {
-        let (upstream, why) = (self.name(), status.message().to_owned());
+        let (upstream, why) = (self.name(), said(status));
         match status.code() {
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
                 UpstreamError::Unreachable { upstream, why }
@@ -162,6 +163,17 @@ impl Spire {
             );
             *told = now;
         }
+    }
+}
+
+/// What the other side says. One that does not know the call says nothing.
+fn said(status: &Status) -> String {
+    match (status.code(), status.message()) {
+        (Code::Unimplemented, "") => {
+            "whoever listens there does not know this call; is it another program's?".to_owned()
+        }
+        (code, "") => code.to_string(),
+        (_, message) => message.to_owned(),
     }
 }
 

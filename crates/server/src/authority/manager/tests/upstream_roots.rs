@@ -14,6 +14,8 @@ struct Signs {
     is_whole: bool,
     /// Whether it publishes nothing.
     refuses: std::sync::atomic::AtomicBool,
+    /// IDs of keys that it takes from nobody.
+    revoked: StdMutex<Vec<String>>,
 }
 
 #[derive(Clone)]
@@ -74,6 +76,9 @@ impl UpstreamAuthority for Signs {
         if self.refuses.load(Ordering::SeqCst) {
             return Err(UpstreamError::Unreachable { upstream: self.name(), why: "no answer".into() });
         }
+        if self.revoked.lock().unwrap().iter().any(|id| id == key.key_id()) {
+            return Err(UpstreamError::Refused { upstream: self.name(), why: "it was revoked".into() });
+        }
         let mut keys = self.keys.lock().unwrap();
         keys.push(key.clone());
         Ok(Some(keys.clone()))
@@ -88,6 +93,7 @@ impl Signs {
             keys: StdMutex::default(),
             is_whole: false,
             refuses: Default::default(),
+            revoked: Default::default(),
         })
     }
 
@@ -230,6 +236,7 @@ async fn below(world: &World) -> (Authorities, Arc<Signs>, Root) {
         keys: StdMutex::default(),
         is_whole: true,
         refuses: Default::default(),
+        revoked: Default::default(),
     });
     let a = Authorities::load(world.settings(world.keys.clone(), Some(upstream.clone()))).await.unwrap();
     (a, upstream, root)
@@ -349,6 +356,23 @@ async fn a_key_that_was_published_above_signs_once_it_is_there_and_is_tried_agai
     let above: Vec<_> = upstream.keys.lock().unwrap().iter().map(|k| k.key_id().to_owned()).collect();
     assert_eq!(above.iter().filter(|id| **id == next.id).count(), 1);
     assert_eq!(above.len(), 2, "no other was made");
+}
+
+#[tokio::test]
+async fn a_key_of_ours_that_was_revoked_above_is_replaced() {
+    let world = World::new().await;
+    let (a, upstream, _) = below(&world).await;
+    let first = of_kind(&a, Kind::Jwt)[0].id.clone();
+    upstream.keys.lock().unwrap().clear();
+    upstream.revoked.lock().unwrap().push(first.clone());
+    a.follow_upstream().await.unwrap();
+    a.rotate().await.unwrap();
+    let active = of_kind(&a, Kind::Jwt).pop().unwrap();
+    assert!(active.id != first && active.status == Status::Active);
+    a.follow_upstream().await.unwrap();
+    let keys = a.bundle().borrow().jwt_authorities.clone();
+    assert_eq!(keys.iter().map(JwtAuthority::key_id).collect::<Vec<_>>(), [active.id.as_str()]);
+    assert_eq!(upstream.keys.lock().unwrap().len(), 1);
 }
 
 #[tokio::test]
