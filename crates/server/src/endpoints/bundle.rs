@@ -103,7 +103,7 @@ async fn delete_foreign(core: &Core, td: &TrustDomain, mode: Mode) -> Result<(),
         _ if linked.is_empty() => {}
         Mode::Restrict => {
             return Err(Status::failed_precondition(format!(
-                "{} of the entries federate with `{td}`: have it taken out of them (mode dissociate), or delete them with it (mode delete)",
+                "{} entries federate with `{td}`: have it taken out of them (mode dissociate), or delete them with it (mode delete)",
                 linked.len()
             )));
         }
