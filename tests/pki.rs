@@ -1,6 +1,6 @@
 //! Certificates as foreign eyes see them: openssl, and the extensions one by one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -19,6 +19,14 @@ fn upstream(dir: &Path, pathlen: &str) {
         printf 'basicConstraints=critical,CA:TRUE{pathlen}\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n' > inter.ext
         openssl x509 -req -in inter.csr -CA root.crt -CAkey root.key -CAcreateserial -days 20 -extfile inter.ext -out inter.crt 2>/dev/null"
     ));
+}
+
+/// Another upstream in a folder below, with the same names and other keys, as the roots of a company often have.
+fn successor(dir: &Path) -> PathBuf {
+    let next = dir.join("next");
+    std::fs::create_dir(&next).unwrap();
+    upstream(&next, "");
+    next
 }
 
 fn upstream_flags(dir: &Path) -> [String; 6] {
@@ -64,10 +72,7 @@ fn an_upstreams_root_is_replaced_while_the_server_runs() {
     }
     let dir = tempfile::tempdir().unwrap();
     upstream(dir.path(), "");
-    let next = dir.path().join("next");
-    std::fs::create_dir(&next).unwrap();
-    upstream(&next, "");
-    // The two have one name and different keys, as the roots of a company often do.
+    let next = successor(dir.path());
     let flags = upstream_flags(dir.path());
     let server = Server::start(dir.path(), &flags.each_ref().map(String::as_str));
     let bundle = || run(&mut server.operator(&["bundle", "show"])).matches("BEGIN CERTIFICATE").count();
@@ -112,9 +117,7 @@ fn a_stolen_root_of_the_upstream_is_tainted_and_revoked_and_the_file_does_not_br
     }
     let dir = tempfile::tempdir().unwrap();
     upstream(dir.path(), "");
-    let next = dir.path().join("next");
-    std::fs::create_dir(&next).unwrap();
-    upstream(&next, "");
+    successor(dir.path());
     let flags = upstream_flags(dir.path());
     let mut server = Server::start(dir.path(), &flags.each_ref().map(String::as_str));
     let (agent, parent) = server.agent();

@@ -28,6 +28,7 @@ pub mod process;
 pub mod rate_limit;
 pub mod reopen;
 pub mod sampled;
+pub mod status;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod test_support;

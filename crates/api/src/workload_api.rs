@@ -11,6 +11,7 @@ use tonic::{Code, Request, Status};
 use zeroize::Zeroize;
 
 use crate::backoff::Backoff;
+use crate::status::message_of;
 use crate::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use crate::workload::{X509svidRequest, X509svidResponse};
 
@@ -55,9 +56,9 @@ pub async fn follow(channel: Channel, shutdown: CancellationToken, mut told: imp
         }
         let delay = backoff.next_delay();
         if served {
-            tracing::info!(status = ended.message(), "the agent has ended its stream; asking again in {delay:.1?}");
+            tracing::info!(status = message_of(&ended), "the agent has ended its stream; asking again in {delay:.1?}");
         } else {
-            tracing::warn!(status = ended.message(), "no identity from the agent; trying again in {delay:.1?}");
+            tracing::warn!(status = message_of(&ended), "no identity from the agent; trying again in {delay:.1?}");
         }
         told(Told::Ended(ended));
         tokio::select! {

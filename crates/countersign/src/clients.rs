@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::settings::Mistake;
 use crate::up;
 use anyhow::{Context, anyhow};
+use countersign_api::status::message_of;
 use countersign_api::transport::{MAX_MESSAGE_BYTES, connect_unix, unix_channel};
 use tonic::body::Body;
 use tonic::client::GrpcService;
@@ -148,15 +149,6 @@ pub(crate) use client;
 
 /// Longest message that is sent or received, in bytes.
 pub const MAX_MESSAGE: usize = MAX_MESSAGE_BYTES;
-
-/// What the other side says. One that does not know the call at all says nothing.
-pub fn message_of(status: &Status) -> &str {
-    match (status.code(), status.message()) {
-        (Code::Unimplemented, "") => "whoever listens there does not know this call: is it the socket of another role?",
-        (_, "") => "the call failed without a reason",
-        (_, said) => said,
-    }
-}
 
 /// Converts a failed call to an error with a hint at the next step.
 pub fn refused(status: Status) -> anyhow::Error {

@@ -3,6 +3,7 @@
 use anyhow::{Result, anyhow};
 use clap::Subcommand;
 use countersign_agent::claims::from_struct;
+use countersign_api::status::message_of;
 use countersign_api::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use countersign_api::workload::{Jwtsvid, JwtsvidRequest, ValidateJwtsvidRequest};
 use countersign_identity::jwt_svid::unverified_claims;
@@ -12,7 +13,7 @@ use tonic::Status;
 use super::output::{Output, Table};
 use super::when;
 use super::x509::{AgentArg, workload_call};
-use crate::clients::{channel, client, message_of};
+use crate::clients::{channel, client};
 use crate::settings::Mistake;
 
 /// Fetch and validate JWT-SVIDs at the agent, as a workload would.

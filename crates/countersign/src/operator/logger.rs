@@ -42,15 +42,15 @@ pub enum LoggerCommand {
 /// A level of logging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Level {
-    /// Failures.
+    /// What has failed.
     Error,
-    /// And what may lead to one.
+    /// Also what may lead to a failure.
     Warn,
-    /// And what happened.
+    /// Also what happened.
     Info,
-    /// And why.
+    /// Also why it happened.
     Debug,
-    /// And every step.
+    /// Also each step on the way.
     Trace,
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Subcommand;
+use countersign_api::status::message_of;
 use countersign_api::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use countersign_api::workload::{X509svidRequest, X509svidResponse};
 use countersign_api::workload_api::split_der;
@@ -15,7 +16,7 @@ use tonic::{Request, Streaming};
 
 use super::output::{Output, Table};
 use super::when;
-use crate::clients::{AGENT_SOCKET, channel, client, message_of, refused};
+use crate::clients::{AGENT_SOCKET, channel, client, refused};
 
 /// Fetch SVIDs from the agent, as a workload would.
 #[derive(Subcommand)]

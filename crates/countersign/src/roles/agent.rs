@@ -153,12 +153,7 @@ impl AgentSettings {
             live(self.live_settings, move |found| Ok(found.workload_key_type.unwrap_or(key_type)))?;
         let domain = self.trust_domain.ok_or_else(|| Mistake::missing("--trust-domain", "trust_domain"))?;
         let server = self.server.ok_or_else(|| Mistake::missing("--server", "server"))?;
-        if countersign_api::names::split(&server).is_none() {
-            return Err(Mistake::flag(
-                "--server",
-                &format!("`{server}` is no address: write host:port, as in 10.0.0.1:8081"),
-            ));
-        }
+        let server = super::address("--server", server)?;
         let config = Config {
             trust_domain: parse_trust_domain(&domain).map_err(|e| Mistake::flag("--trust-domain", &e.to_string()))?,
             server,
@@ -277,9 +272,7 @@ fn kubelet(address: Option<String>, ca: Option<PathBuf>, token: Option<PathBuf>)
             Some((flag, _)) => Err(Mistake::flag(flag, "has no effect without --kubelet")),
         };
     };
-    if countersign_api::names::split(&address).is_none() {
-        return Err(Mistake::flag("--kubelet", &format!("`{address}` is no address: write host:port")));
-    }
+    let address = super::address("--kubelet", address)?;
     let account = |file: &str| PathBuf::from("/var/run/secrets/kubernetes.io/serviceaccount").join(file);
     let (ca, token) = (ca.unwrap_or_else(|| account("ca.crt")), token.unwrap_or_else(|| account("token")));
     Ok(Some(Kubelet { address, ca, token }))

@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::logging::LogArgs;
+use crate::settings::Mistake;
 use crate::stop::ReadyFile;
 
 /// Takes each field from the flags, otherwise from the file.
@@ -56,6 +57,14 @@ pub struct SupervisorArgs {
     /// What it logs.
     #[command(flatten)]
     pub log: LogArgs,
+}
+
+/// An address `HOST:PORT`, as this flag has it.
+fn address(flag: &str, text: String) -> Result<String, Mistake> {
+    if countersign_api::names::split(&text).is_none() {
+        return Err(Mistake::flag(flag, &format!("`{text}` is no address: write host:port, as in 10.0.0.1:8081")));
+    }
+    Ok(text)
 }
 
 /// Sets the umask so that files of a role are private unless it decides otherwise: keys, databases and sockets start as

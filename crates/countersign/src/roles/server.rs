@@ -217,7 +217,7 @@ impl ServerSettings {
         let upstream = match self.upstream_spire {
             None => upstream,
             Some(address) => Some(Upstream::Spire(UpstreamSpire {
-                address: upstream_address(address)?,
+                address: super::address("--upstream-spire", address)?,
                 workload_api: self.upstream_spire_workload_api.unwrap_or_else(|| AGENT_SOCKET.into()),
             })),
         };
@@ -262,14 +262,6 @@ impl ServerSettings {
         };
         Ok((config, follow))
     }
-}
-
-fn upstream_address(address: String) -> Result<String, Mistake> {
-    if countersign_api::names::split(&address).is_none() {
-        let why = format!("`{address}` is no address: write host:port, as in 10.0.0.1:8081");
-        return Err(Mistake::flag("--upstream-spire", &why));
-    }
-    Ok(address)
 }
 
 fn psat(

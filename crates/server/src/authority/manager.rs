@@ -57,8 +57,8 @@ pub struct Authorities {
     pub(super) bundle: watch::Sender<Arc<TrustBundle>>,
     /// Counts what the upstream signs and publishes for us: a look at its bundle that began before says nothing of it.
     pub(super) told_above: AtomicU64,
-    /// The keys of tokens that the upstream named last; `None` before it has.
-    pub(super) named_above: Mutex<Option<Vec<JwtAuthority>>>,
+    /// The keys of tokens that the upstream named last; none before it has.
+    pub(super) named_above: Mutex<Vec<JwtAuthority>>,
     /// IDs of our keys of tokens that the upstream refuses, each with a record that goes at its end.
     pub(super) refused_above: std::sync::Mutex<HashSet<String>>,
 }

@@ -44,11 +44,13 @@ impl Authorities {
     /// Publishes a key of ours above, unless the upstream has it already. Each key is ours for as long as its record is, so that a
     /// failure is tried again with the same.
     pub(super) async fn ensure_above(&self, key: &JwtAuthority) -> Result<(), AuthorityError> {
-        let is_there = |named: &Vec<JwtAuthority>| named.iter().any(|a| a.key() == key.key());
-        if self.named_above.lock().await.as_ref().is_some_and(is_there) {
+        if self.named_above.lock().await.iter().any(|a| a.key() == key.key()) {
             return Ok(());
         }
         let others = self.publish_above(key).await?;
+        if others.is_empty() {
+            return Ok(());
+        }
         let mut journal = self.writer.lock().await;
         let records = journal.records.clone();
         self.commit(&mut journal, records, |bundle| add_missing_keys(bundle, others)).await
@@ -91,7 +93,7 @@ impl Authorities {
         let answered = upstream.publish_jwt_key(key).await;
         self.told_above.fetch_add(1, Ordering::SeqCst);
         let Some(mut named) = answered? else { return Ok(vec![]) };
-        *self.named_above.lock().await = Some(named.clone());
+        self.named_above.lock().await.clone_from(&named);
         let now = self.now();
         let revoked = self.writer.lock().await.revoked.clone();
         let bundle = self.bundle.borrow().clone();

@@ -26,7 +26,7 @@ impl Authorities {
         let refused = self.take_up_named(named, told).await?;
         // Whatever becomes of our own keys, what was revoked above is revoked here by now.
         if is_whole {
-            *self.named_above.lock().await = Some(keys.clone());
+            self.named_above.lock().await.clone_from(&keys);
             self.publish_own_keys(&keys).await?;
         }
         Ok(refused)

@@ -13,6 +13,7 @@ use countersign_api::spire::bundle::{GetBundleRequest, PublishJwtAuthorityReques
 use countersign_api::spire::svid::NewDownstreamX509caRequest;
 use countersign_api::spire::svid::svid_client::SvidClient;
 use countersign_api::spire::types::JwtKey;
+use countersign_api::status::message_of;
 use countersign_api::tls::{SvidVerifier, certified_key, client_config, only};
 use countersign_api::transport::{tls_channel, unix_channel};
 use countersign_api::workload_api::{Told, Update, follow};
@@ -67,7 +68,7 @@ impl Spire {
             // What the agent gave out before is good until it ends.
             Told::Ended(status) => tell.send_modify(|identity| {
                 if !matches!(identity, Identity::Known(_)) {
-                    *identity = Identity::None(said(&status));
+                    *identity = Identity::None(message_of(&status).to_owned());
                 }
             }),
         }));
@@ -130,7 +131,7 @@ impl Spire {
     }
 
     fn of_status(&self, status: &Status) -> UpstreamError {
-        let (upstream, why) = (self.name(), said(status));
+        let (upstream, why) = (self.name(), message_of(status).to_owned());
         match status.code() {
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
                 UpstreamError::Unreachable { upstream, why }
@@ -163,17 +164,6 @@ impl Spire {
             );
             *told = now;
         }
-    }
-}
-
-/// What the other side says. One that does not know the call says nothing.
-fn said(status: &Status) -> String {
-    match (status.code(), status.message()) {
-        (Code::Unimplemented, "") => {
-            "whoever listens there does not know this call; is it another program's?".to_owned()
-        }
-        (code, "") => code.to_string(),
-        (_, message) => message.to_owned(),
     }
 }
 
